@@ -1,0 +1,1 @@
+"""Package data only: see the files beside this one."""

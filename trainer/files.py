@@ -1,0 +1,110 @@
+"""Files read with bounds and written whole: a reader never sees half a file, a hostile file never sees unbounded memory."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from q4kd.trainer.errors import InputError
+
+_CHUNK = 1 << 20
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that after a crash the old or the new content is there, never a mixture.
+
+    Raises:
+        OSError: when the folder cannot be written; the old file is then untouched.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as sorted, indented JSON, atomically. NaN and infinities are refused (ValueError)."""
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a file of at most ``max_bytes``.
+
+    Raises:
+        InputError: when the file is missing, unreadable or larger.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(
+            str(path), expected="a readable file", got=str(error.strerror), remedy="check the path and its permissions"
+        ) from error
+    if len(data) > max_bytes:
+        raise InputError(
+            str(path), expected=f"at most {max_bytes} bytes", got="a larger file", remedy="check that this is the file you meant"
+        )
+    return data
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key!r}")
+        result[key] = value
+    return result
+
+
+def parse_json(data: bytes, origin: str, max_bytes: int = 64 << 20) -> Any:
+    """Parse strict JSON: bounded size, no duplicate keys, no NaN or Infinity.
+
+    Raises:
+        InputError: naming ``origin`` and what is wrong.
+    """
+    try:
+        if len(data) > max_bytes:
+            raise ValueError(f"{len(data)} bytes, more than {max_bytes}")
+        return json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            origin, expected="strict JSON", got=str(error)[:200], remedy="regenerate the file; do not edit it by hand"
+        ) from error
+
+
+def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
+    """Read and parse a strict JSON file (see ``parse_json``)."""
+    return parse_json(read_bounded(path, max_bytes), str(path), max_bytes)
