@@ -1,1 +1,1 @@
-"""The trainer: a GGUF teacher kept in its K-quant bytes, a fused distillation loss, and an exactly resumable student run."""
+"""The trainer: a GGUF teacher kept in its K-quant bytes, a fused distillation loss, an exactly resumable student."""

@@ -1,4 +1,4 @@
-"""Files read with bounds and written whole: a reader never sees half a file, a hostile file never sees unbounded memory."""
+"""Files read within bounds and written whole: nobody sees half a file, a hostile one gets no unbounded memory."""
 
 import hashlib
 import json
@@ -71,7 +71,10 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         ) from error
     if len(data) > max_bytes:
         raise InputError(
-            str(path), expected=f"at most {max_bytes} bytes", got="a larger file", remedy="check that this is the file you meant"
+            str(path),
+            expected=f"at most {max_bytes} bytes",
+            got="a larger file",
+            remedy="check that this is the file you meant",
         )
     return data
 

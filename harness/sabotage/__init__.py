@@ -1,1 +1,7 @@
-"""TODO"""
+"""Planted faults: what a falsifier must catch before its silence counts. They patch the program from outside."""
+
+FAULT_MODULES = (
+    "q4kd.harness.sabotage.faults_quant",
+    "q4kd.harness.sabotage.faults_memory",
+    "q4kd.harness.sabotage.faults_training",
+)

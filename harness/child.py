@@ -1,0 +1,85 @@
+"""The one launcher of every recorded run: ``python -m q4kd.harness.child [--fault NAME] -- ARGUMENTS…``.
+
+Clean and sabotaged runs differ by this option alone. ARGUMENTS are those of ``q4kd``, or ``probe NAME …`` for a
+measurement that is not a user command. No environment variable and no file can plant a fault.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+from q4kd.trainer.errors import InputError
+
+VOID_EXIT = 97
+USAGE_EXIT = 2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Plant the named fault, if any, then run the command. Returns its exit code, or ``VOID_EXIT``."""
+    options, separator, command = _split(sys.argv[1:] if argv is None else argv)
+    if not separator or not command or (options and (len(options) != 2 or options[0] != "--fault")):
+        print("q4kd.harness.child: expected [--fault NAME] -- ARGUMENTS", file=sys.stderr)
+        return USAGE_EXIT
+    if options:
+        code = _plant(options[1])
+        if code != 0:
+            return code
+    if command[0] == "probe":
+        return _probe(command[1:])
+    from q4kd.harness.__main__ import main as q4kd
+
+    return q4kd(command)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    if "--" not in arguments:
+        return arguments, False, []
+    at = arguments.index("--")
+    return arguments[:at], True, arguments[at + 1 :]
+
+
+def _plant(name: str) -> int:
+    from q4kd.harness.sabotage.registry import MissingTarget, get_fault, plant
+
+    try:
+        fault = get_fault(name)
+    except InputError as error:
+        print(f"q4kd: {error}", file=sys.stderr)
+        return USAGE_EXIT
+    try:
+        plant(fault)
+    except MissingTarget as error:
+        print(f"VOID: {error.target} missing", file=sys.stderr)
+        return VOID_EXIT
+    except Exception as error:  # a fault that cannot be planted tests nothing, for whatever reason
+        print(f"VOID: {name} could not be planted: {type(error).__name__}: {error}", file=sys.stderr)
+        return VOID_EXIT
+    return 0
+
+
+def _probe(command: list[str]) -> int:
+    from q4kd.harness.probes import PROBES
+
+    if not command or command[0] not in PROBES:
+        known = ", ".join(sorted(PROBES)) or "none are registered"
+        print(f"q4kd: probe: expected one of: {known}", file=sys.stderr)
+        return USAGE_EXIT
+    return PROBES[command[0]](command[1:])
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when its supervisor dies, so that no orphan keeps a GPU busy."""
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return  # not Linux
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _die_with_parent()
+    sys.exit(main())

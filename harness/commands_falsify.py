@@ -1,0 +1,67 @@
+"""The commands ``q4kd falsify``, ``q4kd sabotage`` and ``q4kd doctor``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add the three commands to the command line."""
+    falsify = subparsers.add_parser(
+        "falsify",
+        help="try to refute every claim; leaves an evidence bundle",
+        description="Run every falsifier. Exit 1: a required claim is falsified; 2: one is inconclusive, or none ran; 0.",
+    )
+    _shared(falsify)
+    falsify.add_argument("--out", type=Path, metavar="DIR", help="folder of the bundle (default: a new one in bundles/)")
+    falsify.add_argument("--workers", type=_count, default=0, metavar="N", help="parallel processes (default: one)")
+    falsify.set_defaults(run=_falsify)
+
+    sabotage = subparsers.add_parser(
+        "sabotage",
+        help="plant every fault and see which falsifiers catch it",
+        description="The kill matrix: falsifier x planted fault. Exit 1 when a fault was missed, VOID or a misfire.",
+    )
+    _shared(sabotage)
+    sabotage.add_argument("--changed", action="store_true", help="only faults without a valid kill record")
+    sabotage.add_argument("--work", type=Path, metavar="DIR", help="keep the runs here (default: a folder removed later)")
+    sabotage.set_defaults(run=_sabotage)
+
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="what this machine has, what is missing, the command to get it",
+        description="Exit 1 when something that is needed on this machine is missing.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)")
+    parser.add_argument("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
+    parser.add_argument("-k", dest="keyword", metavar="EXPR", help="only claims whose contract::id matches")
+    parser.add_argument("--kills", type=Path, metavar="DIR", help="folder of kill records (default: the installed ones)")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 256:
+        raise argparse.ArgumentTypeError(f"expected 0 to 256, got {value}")
+    return value
+
+
+def _falsify(args: argparse.Namespace) -> int:
+    from q4kd.harness.falsify import falsify
+
+    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills)
+
+
+def _sabotage(args: argparse.Namespace) -> int:
+    from q4kd.harness.matrix import sabotage
+
+    return sabotage(args.contracts, args.profile, args.keyword, args.kills, args.work, changed=args.changed)
+
+
+def _doctor(_args: argparse.Namespace) -> int:
+    from q4kd.harness.doctor import examine, show
+
+    return show(examine())

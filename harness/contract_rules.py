@@ -1,0 +1,168 @@
+"""The rules a contract must obey: its JSON Schema, and what a schema cannot say. Each error quotes the line."""
+
+import difflib
+import importlib.resources
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from q4kd.harness.yaml_lines import Document, Path_, printable
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import parse_json
+
+if TYPE_CHECKING:
+    from q4kd.harness.contract import CheckUse, Falsifier
+
+Status = Literal["active", "demoted", "retired"]
+_STATUSES: tuple[Status, ...] = ("active", "demoted", "retired")
+_LOG_CHECKS = frozenset({"log_absent", "log_present"})
+
+
+@lru_cache(maxsize=1)
+def _schema() -> Draft202012Validator:
+    source = importlib.resources.files("q4kd.contracts") / "contract.schema.json"
+    return Draft202012Validator(parse_json(source.read_bytes(), "contract.schema.json"))
+
+
+def validate(document: Document) -> None:
+    """Validate a document against ``contract.schema.json``."""
+    if not isinstance(document.value, dict):
+        raise document.error(
+            (),
+            expected="a mapping at the top of a contract",
+            got=type(document.value).__name__,
+            remedy="start with `metadata:` and `falsification_tests:`",
+        )
+    error = best_match(_schema().iter_errors(document.value))
+    if error is not None:
+        raise _schema_error(document, (), error, "see contracts/contract.schema.json")
+
+
+def _schema_error(document: Document, prefix: Path_, error: ValidationError, remedy: str) -> InputError:
+    """Map a schema error to the line of the value, or of the unknown key, that it is about."""
+    path: Path_ = (*prefix, *error.absolute_path)
+    expected = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
+    if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
+        known = list(error.schema.get("properties", {})) if isinstance(error.schema, Mapping) else []
+        unknown = [key for key in error.instance if key not in known]
+        if unknown:
+            path = (*path, unknown[0])
+            close = difflib.get_close_matches(str(unknown[0]), known, 1)
+            return document.error(
+                path,
+                expected=f"one of the keys {', '.join(sorted(known))}",
+                got=f"the unknown key {unknown[0]!r}",
+                remedy=f"did you mean {close[0]!r}?" if close else "remove it",
+            )
+    rule = f"{error.validator} {error.validator_value!r}" if error.validator != "if" else "the schema"
+    return document.error(
+        path, expected=f"{printable(rule)}{f' ({expected})' if expected else ''}", got=error.message, remedy=remedy
+    )
+
+
+def read_status(document: Document, metadata: Mapping[str, Any], executable: bool, warnings: list[str]) -> Status:
+    """Return the contract's status. An unknown one is an error, or a warning where every claim is prose anyway."""
+    given = metadata.get("status", "active")
+    for status in _STATUSES:
+        if given == status:
+            return status
+    if executable:
+        raise document.error(
+            ("metadata", "status"),
+            expected="active, demoted or retired",
+            got=repr(given),
+            remedy="use one of the three",
+        )
+    warnings.append(f"status {printable(str(given))!r} is not active, demoted or retired; read as active")
+    return "active"
+
+
+def near_misses(
+    document: Document, raw: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], warnings: list[str]
+) -> None:
+    """A misspelt key would make claims vanish: refuse it in an entry, warn about it at the top level."""
+    for key in raw:
+        close = difflib.get_close_matches(str(key), ["falsification_tests"], 1, 0.7)
+        if close and key != close[0]:
+            line = document.line((key,))
+            warnings.append(f"line {line}: {printable(str(key))!r} is not read; did you mean {close[0]!r}?")
+    for index, entry in enumerate(entries):
+        for key in entry:
+            if key != "falsifier" and difflib.get_close_matches(str(key), ["falsifier"], 1, 0.8):
+                raise document.error(
+                    ("falsification_tests", index, key),
+                    expected="the key 'falsifier'",
+                    got=repr(key),
+                    remedy="correct the spelling; as it stands the claim would be prose",
+                )
+
+
+def _check_params(document: Document, path: Path_, falsifier: "Falsifier") -> None:
+    """Validate the parameters of every check, and of the primary one under every profile's overrides."""
+    from q4kd.harness.checks import CHECKS  # imported late: the checks import this module's types
+
+    uses: list[tuple[Path_, Path_, CheckUse]] = [((*path, "check"), (*path, "params"), falsifier.checks[0])]
+    for index, use in enumerate(falsifier.also):
+        here: Path_ = (*path, "also", index)
+        uses.append(((*here, "check"), (*here, "params"), use))
+    for profile in falsifier.profiles:
+        here = (*path, "profiles", profile, "params")
+        uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
+    for check_path, params_path, use in uses:
+        if use.check not in CHECKS:
+            close = difflib.get_close_matches(use.check, list(CHECKS), 1)
+            raise document.error(
+                check_path,
+                expected=f"one of the checks {', '.join(sorted(CHECKS))}",
+                got=repr(use.check),
+                remedy=f"did you mean {close[0]!r}?" if close else "use one of them; the registry is closed",
+            )
+        error = best_match(Draft202012Validator(CHECKS[use.check].PARAMS).iter_errors(use.params))
+        if error is not None:
+            raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
+
+
+def require_finite(document: Document, path: Path_, value: object) -> None:
+    """Refuse infinities and NaN anywhere in ``value``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise document.error(path, expected="a finite number", got=str(value), remedy="a bound must be a real number")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            require_finite(document, (*path, key), item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            require_finite(document, (*path, index), item)
+
+
+def check_falsifier(
+    document: Document, path: Path_, falsifier: "Falsifier", status: Status, profiles: Sequence[str] | None
+) -> None:
+    """Refuse a falsifier that could pass on nothing, or whose checks, parameters or profiles do not exist."""
+    names = {use.check for use in falsifier.checks}
+    if "log_absent" in names and names <= _LOG_CHECKS:
+        raise document.error(
+            (*path, "check"),
+            expected="log_absent beside a check that does not read the log",
+            got="log checks alone",
+            remedy="add a measuring check under `also:`; a log line that was reworded is absent too",
+        )
+    if status == "active" and not falsifier.sabotage:
+        raise document.error(
+            path,
+            expected="at least one fault under `sabotage:` in an active contract",
+            got="none",
+            remedy="name a fault that this falsifier must catch; a check never seen to fail proves nothing",
+        )
+    for name in falsifier.profiles:
+        if profiles is not None and name not in profiles:
+            raise document.error(
+                (*path, "profiles", name),
+                expected=f"a profile among {', '.join(sorted(set(profiles)))}",
+                got=repr(name),
+                remedy="correct the name, or add its file to the profiles folder",
+            )
+    _check_params(document, path, falsifier)

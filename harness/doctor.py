@@ -1,0 +1,178 @@
+"""What this machine has, what is missing, and the command to get it."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from q4kd.harness.cause import memory_cgroup
+
+State = Literal["ok", "missing", "note"]
+# One row: the distribution, what needs it, the extra that brings it.
+_WHEELS = (
+    ("torch", "train"),
+    ("transformers", "train"),
+    ("accelerate", "train"),
+    ("safetensors", "train"),
+    ("tokenizers", "train"),
+    ("gguf", None),
+    ("numpy", None),
+    ("psutil", None),
+    ("nvidia-ml-py", None),
+    ("pytest", None),
+    ("pytest-xdist", None),
+    ("filelock", None),
+    ("jinja2", None),
+    ("jsonschema", None),
+    ("rich", None),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding of the doctor. ``remedy`` is a command or an action, None where nothing is to be done."""
+
+    subject: str
+    state: State
+    found: str
+    remedy: str | None = None
+
+
+def examine() -> list[Line]:
+    """Look at this machine: interpreter, GPU, memory, cgroup, kernel log, packages. Imports neither torch nor CuPy."""
+    devices = gpu_devices()
+    return [
+        Line("python", "ok", f"{platform.python_version()} ({sys.implementation.name}, {platform.machine()})"),
+        *gpu_lines(devices),
+        *memory_lines(),
+        *wheel_lines(installed, driver_cuda() if devices else None),
+    ]
+
+
+def gpu_devices() -> list[dict[str, Any]]:
+    """Return ``{"name", "capability", "memory"}`` per NVIDIA device; ``memory`` is None where NVML does not support it.
+
+    On GB10 the device has no memory of its own, and NVML answers "not supported".
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    found = []
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name = pynvml.nvmlDeviceGetName(handle)
+            try:
+                memory: int | None = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            except pynvml.NVMLError:
+                memory = None
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+            found.append(
+                {"name": name if isinstance(name, str) else name.decode(), "capability": capability, "memory": memory}
+            )
+    except pynvml.NVMLError:
+        return found
+    finally:
+        pynvml.nvmlShutdown()
+    return found
+
+
+def driver_cuda() -> int | None:
+    """Return the major CUDA version that the driver supports, or None."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # NVML's error classes are made at run time; without a driver there is no version
+        return None
+
+
+def gpu_lines(devices: list[dict[str, Any]]) -> list[Line]:
+    """Describe the devices, or what to do about their absence."""
+    if not devices:
+        present = Path("/dev/nvidiactl").exists()
+        remedy = "the device node is there but NVML does not answer: check the driver with nvidia-smi" if present else None
+        return [Line("GPU", "missing" if present else "note", "none found; CUDA claims are out of scope here", remedy)]
+    lines = []
+    for index, device in enumerate(devices):
+        major, minor = device["capability"]
+        if device["memory"] is None:
+            memory = "unified memory (NVML reports no device memory)"
+        else:
+            memory = f"{device['memory'] / 2**30:.0f} GiB of device memory"
+        lines.append(Line(f"GPU {index}", "ok", f"{device['name']}, compute capability {major}.{minor}, {memory}"))
+    return lines
+
+
+def memory_lines() -> list[Line]:
+    """Describe host memory and the means to tell an out-of-memory kill from another one."""
+    memory = psutil.virtual_memory()
+    lines = [Line("memory", "ok", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available")]
+    cgroup = memory_cgroup()
+    counted = cgroup is not None and cgroup.oom_kills() is not None
+    if cgroup is not None and counted:
+        lines.append(Line("cgroup", "ok", f"v{cgroup.version}, oom_kill counter readable"))
+    else:
+        lines.append(Line("cgroup", "note", "no readable oom_kill counter", "systemd-run --user --scope q4kd falsify"))
+    readable = os.access("/dev/kmsg", os.R_OK)
+    if not readable and not counted:
+        remedy = "sudo sysctl kernel.dmesg_restrict=0, or run in a cgroup: without both, an OOM kill cannot be proven"
+        lines.append(Line("kernel log", "missing", "not readable", remedy))
+    else:
+        lines.append(Line("kernel log", "ok" if readable else "note", "readable" if readable else "not readable"))
+    return lines
+
+
+def installed(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> list[Line]:
+    """Describe the packages; ``cuda`` is the driver's major CUDA version, None without a device."""
+    lines = []
+    for name, extra in _WHEELS:
+        version = version_of(name)
+        remedy = f"pip install 'q4kd[{extra}]'" if extra else "pip install --upgrade q4kd"
+        lines.append(Line(name, "ok", version) if version else Line(name, "missing", "not installed", remedy))
+    cupy = {wheel: version_of(wheel) for wheel in ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+    have = {wheel: version for wheel, version in cupy.items() if version}
+    if len(have) > 1:
+        remedy = f"pip uninstall {' '.join(list(have)[1:])}"
+        lines.append(Line("cupy", "missing", f"{' and '.join(have)} are both installed and overwrite each other", remedy))
+    elif have:
+        lines.append(Line("cupy", "ok", " ".join(f"{wheel} {version}" for wheel, version in have.items())))
+    elif cuda is not None:
+        lines.append(Line("cupy", "missing", "not installed", f"pip install 'q4kd[{'cuda13' if cuda >= 13 else 'cuda12'}]'"))
+    else:
+        lines.append(Line("cupy", "note", "not installed; only needed with an NVIDIA GPU"))
+    return lines
+
+
+def show(lines: list[Line]) -> int:
+    """Print the findings; returns 0, or 1 when something that is needed here is missing."""
+    width = max(len(line.subject) for line in lines)
+    for line in lines:
+        mark = {"ok": "ok     ", "missing": "MISSING", "note": "note   "}[line.state]
+        print(f"{mark}  {line.subject:<{width}}  {line.found}")
+        if line.remedy:
+            print(f"{'':9}{'':<{width}}  -> {line.remedy}")
+    return 1 if any(line.state == "missing" for line in lines) else 0

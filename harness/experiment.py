@@ -1,0 +1,197 @@
+"""Experiments: supervised runs of the real program, each with a name, typed inputs and one or more arms.
+
+The registry is closed. A contract names an experiment; it cannot pass arguments, nor name a path.
+"""
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import sha256_file
+
+EXPERIMENT_MODULES = ("q4kd.harness.experiments_teacher", "q4kd.harness.experiments_training")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+class Inputs:
+    """Files that experiments read, made once per session whatever the number of processes that ask.
+
+    Args:
+        folder: where they lie; created when missing. It is not part of the bundle: only their digests are.
+        profile: name of the machine profile, since sizes may depend on it.
+    """
+
+    def __init__(self, folder: Path, profile: str) -> None:
+        self.folder, self.profile = folder, profile
+        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return ``folder/name``, calling ``make(path)`` to write it (a file or a folder) if it is not there yet.
+
+        ``make`` writes to another name; the result is renamed when complete, so a reader never sees half of it.
+
+        Raises:
+            ValueError: when ``name`` could leave the folder.
+            FileNotFoundError: when ``make`` returned without writing.
+        """
+        parts = Path(name).parts
+        if not parts or any(part.startswith(".") or "/" in part for part in parts):
+            raise ValueError(f"input name {name!r} must be relative, without hidden parts")
+        target = self.folder / name
+        if target.exists():
+            return target
+        with FileLock(self.folder / ".locks" / ("--".join(parts) + ".lock")):
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # The suffix stays last, because writers choose a format by it.
+                draft = target.parent / f".making-{target.name}"
+                if draft.is_dir():
+                    shutil.rmtree(draft)
+                draft.unlink(missing_ok=True)
+                make(draft)
+                draft.rename(target)
+        return target
+
+    def digests(self) -> dict[str, dict[str, str | int]]:
+        """Return ``{relative name: {"sha256", "bytes"}}`` of every finished input file."""
+        found: dict[str, dict[str, str | int]] = {}
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                found[relative.as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        return found
+
+
+def _nothing(_inputs: Inputs) -> None:
+    """Prepare nothing."""
+
+
+def _no_facts(_run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    """Measure nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of an experiment.
+
+    Attributes:
+        name: None for the only arm of an experiment.
+        argv: arguments after the launcher's ``--``; the working folder is the run folder, events go to ``events.jsonl``.
+        timeout_s: seconds of wall time allowed.
+        stall_s: seconds without a new event before it counts as stalled; None for programs that write none.
+        env: values for the few variables that a run may set (``supervise.SETTABLE``).
+        exits: exit codes besides 0 that are normal here, such as 2 for a command that must refuse its input.
+    """
+
+    name: str | None
+    argv: Callable[[Inputs], list[str]]
+    timeout_s: float = 600.0
+    stall_s: float | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    exits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named set of runs, executed once and judged by many falsifiers.
+
+    Attributes:
+        name: as contracts say it.
+        title: what it does, in one line.
+        needs: what the machine must provide, such as ``cuda``.
+        arms: its runs, in order; a later arm may read what an earlier one left in ``../<experiment>.<arm>/``.
+        prepare: makes its inputs.
+        collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
+        exclusive: whether it must be alone on the accelerator.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    prepare: Callable[[Inputs], None] = _nothing
+    collect: Callable[[Path, Inputs], dict[str, Any]] = _no_facts
+    exclusive: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse names that are not safe as folder names, and arms that could be confused."""
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) != len(names) or (None in names and len(names) > 1):
+            raise ValueError(f"experiment {self.name!r}: arms need distinct names, or one arm without a name")
+        if not all(_NAME.fullmatch(name) for name in (self.name, *(n for n in names if n is not None))):
+            raise ValueError(f"experiment {self.name!r}: names are lower-case letters, digits, '-' and '_'")
+
+    def run_name(self, arm: Arm) -> str:
+        """Return the name of an arm's run folder."""
+        return self.name if arm.name is None else f"{self.name}.{arm.name}"
+
+
+class _Registry(Mapping[str, Experiment]):
+    """Experiments by name; the modules that define them are imported at the first look."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Experiment] = {}
+        self._modules: dict[str, str] = {}
+        self._loaded = False
+
+    def add(self, experiment: Experiment, module: str | None = None) -> Experiment:
+        if self._known.get(experiment.name, experiment) is not experiment:
+            raise ValueError(f"experiment {experiment.name!r} is registered twice")
+        self._known[experiment.name] = experiment
+        self._modules.setdefault(experiment.name, module or experiment.arms[0].argv.__module__)
+        return experiment
+
+    def module(self, name: str) -> str:
+        self._load()
+        return self._modules[name]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        for module in EXPERIMENT_MODULES:
+            before = set(self._known)
+            importlib.import_module(module)
+            self._modules.update(dict.fromkeys(set(self._known) - before, module))
+        self._loaded = True
+
+    def __getitem__(self, name: str) -> Experiment:
+        self._load()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._known))
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._known)
+
+
+EXPERIMENTS = _Registry()
+
+
+def register(experiment: Experiment) -> Experiment:
+    """Add an experiment to the registry and return it (ValueError for a second one of the same name)."""
+    return EXPERIMENTS.add(experiment)
+
+
+def get_experiment(name: str) -> Experiment:
+    """Return one experiment.
+
+    Raises:
+        InputError: naming the known ones.
+    """
+    if name not in EXPERIMENTS:
+        known = ", ".join(EXPERIMENTS) or "none are registered"
+        raise InputError(
+            f"experiment {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling"
+        )
+    return EXPERIMENTS[name]

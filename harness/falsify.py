@@ -1,0 +1,143 @@
+"""Conductor of ``q4kd falsify``: pytest in a process of its own, then the verdict of the findings it left.
+
+The exit code comes from ``findings.json``, never from pytest: pytest counts an all-skipped run as a success.
+"""
+
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json
+
+INCONCLUSIVE_EXIT = 2
+_GRACE_S = 30.0
+# Both would change what runs: more options, more plugins.
+_NOT_PASSED_ON = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+
+
+def new_bundle_path(profile: str) -> Path:
+    """Return ``bundles/<utc>-<profile>-<short id>`` below the working folder; it does not exist yet."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return Path("bundles") / f"{stamp}-{profile}-{secrets.token_hex(3)}"
+
+
+def refuse_used(bundle: Path) -> Path:
+    """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
+    if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
+        raise InputError(
+            str(bundle), expected="a new or empty folder for the bundle", got="one in use", remedy="name another with --out"
+        )
+    return bundle
+
+
+def falsify(
+    contracts: Path | None,
+    profile: str | None,
+    keyword: str | None,
+    out: Path | None,
+    workers: int,
+    kills: Path | None = None,
+) -> int:
+    """Run every falsifier of a folder of contracts and return the exit code of the findings.
+
+    Args:
+        contracts: folder of contracts; None means the installed ones.
+        profile: machine profile; None means that of the GPU present, else ``cpu``.
+        keyword: run only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
+        out: folder of the bundle; None means a new one under ``bundles/``.
+        workers: pytest-xdist processes; 0 runs in one.
+        kills: folder of kill records; None means the installed ones of the profile.
+
+    Returns:
+        1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
+
+    Raises:
+        InputError: for contracts, a profile or a bundle folder that cannot be used.
+    """
+    from q4kd.harness.contract import default_contracts_folder, load_contracts
+    from q4kd.harness.profile import detect_profile, load_profile
+
+    folder = (contracts or default_contracts_folder()).resolve()
+    load_contracts(folder)
+    name = profile or detect_profile()
+    load_profile(name, folder)
+    bundle = refuse_used(out or new_bundle_path(name)).resolve()
+    with tempfile.TemporaryDirectory(prefix="q4kd-pytest-", ignore_cleanup_errors=True) as root:
+        config = Path(root) / "pytest.ini"
+        config.write_text("[pytest]\n", encoding="utf-8")
+        status = _run(pytest_command(folder, name, keyword, bundle, workers, kills, config))
+    code = exit_code(bundle, status)
+    shown = os.path.relpath(bundle) if bundle.is_relative_to(Path.cwd()) else str(bundle)
+    if (bundle / "findings.json").is_file():
+        print(f"\nevidence: {shown}\nverify it with: q4kd evidence verify {shown}", flush=True)
+    else:
+        print(f"q4kd: no findings were written (pytest ended with {status})", file=sys.stderr)
+    return code
+
+
+def pytest_command(
+    folder: Path, profile: str, keyword: str | None, bundle: Path, workers: int, kills: Path | None, config: Path
+) -> list[str]:
+    """Return the pytest command: our plugin, xdist when asked for, and nothing else that happens to be installed."""
+    command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(config.parent), "--noconftest"]
+    command += ["-p", "no:cacheprovider", "-p", "q4kd.harness.plugin", "--contracts", str(folder)]
+    command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
+    if workers > 0:
+        if importlib.util.find_spec("xdist") is None:
+            raise InputError(
+                "--workers", expected="pytest-xdist", got="it is not installed", remedy="pip install pytest-xdist"
+            )
+        command += ["-p", "xdist.plugin", "-n", str(workers)]
+    if keyword is not None:
+        command += ["-k", keyword]
+    if kills is not None:
+        command += ["--kills", str(kills.resolve())]
+    return command
+
+
+def _run(command: list[str]) -> int:
+    env = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.stdout.flush()
+    process = subprocess.Popen(command, env=env)
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _stop) if main_thread else None
+    try:
+        return process.wait()
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, previous)
+        if process.poll() is None:  # interrupted: let pytest kill its runs and write what it has
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def exit_code(bundle: Path, pytest_status: int) -> int:
+    """Return the findings' exit code; a pytest that crashed, or left no findings, is never better than inconclusive."""
+    try:
+        findings: dict[str, Any] = read_json(bundle / "findings.json")
+        code = findings["exit_code"]
+    except (InputError, KeyError, TypeError):
+        return INCONCLUSIVE_EXIT
+    if code not in (0, 1, 2):
+        return INCONCLUSIVE_EXIT
+    crashed = pytest_status not in (0, 1, 2, 5)
+    return INCONCLUSIVE_EXIT if crashed and code == 0 else int(code)

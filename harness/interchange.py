@@ -1,0 +1,162 @@
+"""The findings in other tools' formats: JUnit XML, CTRF, and an in-toto test-result statement.
+
+None of the three knows "inconclusive". It is an error in JUnit, ``other`` in CTRF and a warning in in-toto, whose result
+is then FAILED: never something that a reader could take for a pass.
+"""
+
+import hashlib
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from q4kd.harness.store import Store
+from q4kd.trainer.files import parse_json, write_atomic, write_json
+
+_STATUS = {"corroborated": "passed", "falsified": "failed", "inconclusive": "other"}
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def write_interchange(folder: Path, store: Store) -> None:
+    """Write ``junit.xml``, ``ctrf.json`` and ``statement.intoto.json`` beside a bundle's findings."""
+    findings = parse_json(store.read("findings.json"), "findings.json")
+    environment = parse_json(store.read("environment.json"), "environment.json")
+    inputs = parse_json(store.read("inputs.json"), "inputs.json")
+    write_atomic(folder / "junit.xml", junit(findings))
+    write_json(folder / "ctrf.json", ctrf(findings, environment))
+    statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
+    write_json(folder / "statement.intoto.json", statement)
+
+
+def digest_of(store: Store, name: str) -> str:
+    """Return the SHA-256 of one file of a store."""
+    return hashlib.sha256(store.read(name)).hexdigest()
+
+
+def message_of(finding: Mapping[str, Any]) -> str:
+    """Return one line saying why a finding is not corroborated, or what was measured when it is."""
+    for check in finding["checks"]:
+        if check["verdict"] == finding["verdict"]:
+            said = check["counterexample"] or f"measured {check['measured']}, bound {check['bound']}"
+            return f"{finding['reason']}: {said}" if finding["reason"] else str(said)
+    return str(finding["reason"] or finding["verdict"])
+
+
+def junit(findings: Mapping[str, Any]) -> bytes:
+    """Return JUnit XML: falsified is a failure, inconclusive an error, claims out of scope are not emitted."""
+    rows = findings["findings"]
+    root = ElementTree.Element("testsuites", {"name": "q4kd"})
+    for contract in dict.fromkeys(row["contract"] for row in rows):
+        cases = [row for row in rows if row["contract"] == contract]
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            {
+                "name": _xml(contract),
+                "tests": str(len(cases)),
+                "failures": str(sum(row["verdict"] == "falsified" for row in cases)),
+                "errors": str(sum(row["verdict"] == "inconclusive" for row in cases)),
+                "skipped": "0",
+                "time": f"{sum(row['seconds'] or 0.0 for row in cases):.3f}",
+                "timestamp": findings["created"],
+            },
+        )
+        for row in cases:
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                {"classname": _xml(contract), "name": _xml(row["id"]), "time": f"{row['seconds'] or 0.0:.3f}"},
+            )
+            if row["verdict"] != "corroborated":
+                kind = "failure" if row["verdict"] == "falsified" else "error"
+                text = _xml(message_of(row))
+                problem = ElementTree.SubElement(case, kind, {"type": row["verdict"], "message": text})
+                problem.text = _xml(f"{row['prediction']}\n{text}\nif it fails: {row['if_fails']}")
+    ElementTree.indent(root)
+    document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document + b"\n"
+
+
+def _xml(text: object) -> str:
+    return _NOT_XML.sub("?", str(text))
+
+
+def ctrf(findings: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a CTRF 1.0.0 report. Our own data is in ``extra`` only."""
+    rows = findings["findings"]
+    stop = int(datetime.fromisoformat(findings["created"]).timestamp() * 1000)
+    took = int(sum(row["seconds"] or 0.0 for row in rows) * 1000)
+    counts = {status: sum(_STATUS[row["verdict"]] == status for row in rows) for status in _STATUS.values()}
+    return {
+        "reportFormat": "CTRF",
+        "specVersion": "1.0.0",
+        "timestamp": findings["created"],
+        "generatedBy": "q4kd",
+        "results": {
+            "tool": {"name": "q4kd", "version": str(environment.get("packages", {}).get("q4kd", "unknown"))},
+            "summary": {
+                "tests": len(rows),
+                **counts,
+                "skipped": 0,
+                "pending": 0,
+                "start": stop - took,
+                "stop": stop,
+                "duration": took,
+                "extra": {"exit_code": findings["exit_code"], **findings["summary"]},
+            },
+            "tests": [
+                {
+                    "name": row["key"],
+                    "status": _STATUS[row["verdict"]],
+                    "rawStatus": f"{row['verdict']}({row['reason']})" if row["reason"] else row["verdict"],
+                    "duration": int((row["seconds"] or 0.0) * 1000),
+                    "suite": [row["contract"]],
+                    "message": message_of(row),
+                    "extra": {"scope": row["scope"], "prediction": row["prediction"], "sabotage": row["sabotage"]},
+                }
+                for row in rows
+            ],
+            "environment": {
+                "commit": str(environment.get("commit")),
+                "testEnvironment": findings["profile"],
+                "osPlatform": str(environment.get("platform", {}).get("system", "unknown")).lower(),
+            },
+        },
+    }
+
+
+def intoto_statement(
+    findings: Mapping[str, Any], environment: Mapping[str, Any], inputs: Mapping[str, Any], findings_sha256: str
+) -> dict[str, Any]:
+    """Return an in-toto Statement v1 with a test-result v0.1 predicate.
+
+    Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest cannot
+    be one: it covers this file.
+    """
+    subjects = [{"name": "findings.json", "digest": {"sha256": findings_sha256}}]
+    subjects += [
+        {"name": str(name), "digest": {"sha256": entry["sha256"]}}
+        for name, entry in sorted(inputs.items())
+        if isinstance(entry, Mapping) and "sha256" in entry
+    ]
+    if environment.get("commit") and environment.get("dirty") is False:
+        subjects.append({"name": "q4kd", "digest": {"gitCommit": environment["commit"]}})
+    required = [row for row in findings["findings"] if row["scope"] == "required"]
+
+    def keys(verdict: str) -> list[str]:
+        return [row["key"] for row in required if row["verdict"] == verdict]
+
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": subjects,
+        "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
+        "predicate": {
+            "result": "PASSED" if findings["exit_code"] == 0 else "FAILED",
+            "configuration": [{"name": f"profile {findings['profile']}"}],
+            "passedTests": keys("corroborated"),
+            "warnedTests": keys("inconclusive"),
+            "failedTests": keys("falsified"),
+        },
+    }

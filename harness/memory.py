@@ -1,0 +1,134 @@
+"""Memory of a running process tree, measured from outside it and written as JSON lines."""
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+# A tree is walked less often than it is measured: the walk reads every process of the machine.
+_WALK_EVERY_S = 0.2
+
+
+class MemoryLog:
+    """Samples one process tree into ``path``.
+
+    A line is ``{"t", "pid", "rss", "rss_anon", "processes", "mem_available"}``, bytes and CLOCK_MONOTONIC seconds, and
+    with an NVIDIA device also ``gpu_bytes`` (this tree's, null when the driver does not say), ``gpu_sm`` (percent of
+    the multiprocessors' time, this tree's processes only), ``gpu_util`` (percent, whole device) and ``gpu_others``
+    (bytes held by processes outside the tree). ``rss_anon`` leaves out mapped files, such as a GGUF read by mmap.
+    """
+
+    def __init__(self, path: Path, pid: int) -> None:
+        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+        self._pid = pid
+        self._root: psutil.Process | None = None
+        self._walked = 0.0
+        self.tree: dict[int, psutil.Process] = {}
+        self._gpu = GpuMeter.open()
+        try:
+            self._root = psutil.Process(pid)
+            self.tree[pid] = self._root
+        except psutil.NoSuchProcess:
+            pass
+
+    def sample(self) -> None:
+        """Measure once and write one line; writes nothing when the whole tree is gone."""
+        now = time.monotonic()
+        if now - self._walked >= _WALK_EVERY_S:
+            self._walk()
+            self._walked = now
+        resident = anonymous = alive = 0
+        for pid in self.tree:
+            sizes = resident_bytes(pid)
+            if sizes is not None:
+                resident, anonymous, alive = resident + sizes[0], anonymous + sizes[1], alive + 1
+        if not resident:
+            return
+        line: dict[str, Any] = {"t": now, "pid": self._pid, "rss": resident, "rss_anon": anonymous, "processes": alive}
+        line["mem_available"] = psutil.virtual_memory().available
+        if self._gpu is not None:
+            line |= self._gpu.sample(set(self.tree))
+        self._file.write(json.dumps(line) + "\n")
+
+    def _walk(self) -> None:
+        for process in list(self.tree.values()):
+            try:
+                for child in process.children(recursive=True):
+                    self.tree.setdefault(child.pid, child)
+            except psutil.Error:
+                continue
+            if process is self._root:
+                break  # while the root lives its recursive children are the whole tree
+
+    def close(self) -> None:
+        """Close the file and the GPU handle."""
+        self._file.close()
+        if self._gpu is not None:
+            self._gpu.close()
+
+
+def resident_bytes(pid: int) -> tuple[int, int] | None:
+    """Return (VmRSS, RssAnon) of one process in bytes from /proc, or None when it is gone or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("VmRSS", "RssAnon"):
+            found[name] = int(rest.split()[0]) * 1024
+    return (found["VmRSS"], found.get("RssAnon", 0)) if "VmRSS" in found else None
+
+
+class GpuMeter:
+    """Per-process figures from NVML for the first device that CUDA would use; ``open`` returns None without one."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._last_seen = 0
+
+    @classmethod
+    def open(cls) -> "GpuMeter | None":
+        """Start NVML, or return None when there is no NVIDIA driver or no device."""
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            if pynvml.nvmlDeviceGetCount() == 0:
+                pynvml.nvmlShutdown()
+                return None
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+        except Exception:  # NVML's error classes are made at run time; without a driver there is nothing to measure
+            return None
+
+    def sample(self, pids: set[int]) -> dict[str, int | None]:
+        """Return ``gpu_bytes, gpu_others, gpu_sm, gpu_util`` for a set of process ids; null where not supported."""
+        nvml = self._nvml
+        used: dict[int, int | None] = {}
+        for process in self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, self._handle) or ():
+            used[process.pid] = process.usedGpuMemory
+        mine = [size for pid, size in used.items() if pid in pids]
+        others = [size for pid, size in used.items() if pid not in pids and size is not None]
+        busy = self._ask(nvml.nvmlDeviceGetProcessUtilization, self._handle, self._last_seen) or ()
+        self._last_seen = max([self._last_seen, *(sample.timeStamp for sample in busy)])
+        share = [int(sample.smUtil) for sample in busy if sample.pid in pids]
+        rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, self._handle)
+        return {
+            "gpu_bytes": sum(size for size in mine if size is not None) if mine and None not in mine else None,
+            "gpu_others": sum(others),
+            "gpu_sm": max(share) if share else None,
+            "gpu_util": int(rates.gpu) if rates is not None else None,
+        }
+
+    def _ask(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._nvml.NVMLError:
+            return None
+
+    def close(self) -> None:
+        """Stop NVML."""
+        self._ask(self._nvml.nvmlShutdown)

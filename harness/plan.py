@@ -1,0 +1,187 @@
+"""The plan: which claims count on a profile, decided before anything runs and kept in ``plan.json``."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.profile import Profile
+from q4kd.trainer.errors import InputError
+
+Scope = Literal["required", "out_of_scope", "not_gating"]
+SCHEMA = "q4kd-plan/1"
+_TOKEN = re.compile(r"\s*(\(|\)|[^\s()]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """One claim of the plan. ``reason`` says why it is not required; ``experiment`` is None for a prose claim."""
+
+    key: str
+    contract: str
+    id: str
+    scope: Scope
+    reason: str | None
+    experiment: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The claims in order of contract and position. ``scope`` is partial when a selection left some out."""
+
+    profile: str
+    scope: Literal["full", "partial"]
+    select: str | None
+    entries: tuple[PlanEntry, ...]
+
+    def entry(self, key: str) -> PlanEntry | None:
+        """Return the entry of a claim, or None when the plan leaves it out."""
+        return next((entry for entry in self.entries if entry.key == key), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``plan.json`` holds."""
+        return {
+            "schema": SCHEMA,
+            "profile": self.profile,
+            "scope": self.scope,
+            "select": self.select,
+            "entries": [dict(vars(entry)) for entry in self.entries],
+        }
+
+    @staticmethod
+    def from_json(value: Any) -> "Plan":
+        """Read what ``to_json`` wrote (InputError when it is something else)."""
+        try:
+            if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
+                raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
+            entries = tuple(PlanEntry(**entry) for entry in value["entries"])
+            return Plan(profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "plan.json", expected=f"a {SCHEMA} document", got=str(error)[:200], remedy="run falsify again"
+            ) from error
+
+
+def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | None = None) -> Plan:
+    """Decide the scope of every claim.
+
+    Args:
+        contracts: the contracts as loaded.
+        profile: the machine class to judge on.
+        select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
+            any case (``-k``). With a selection the plan is partial and cannot pass the gate.
+
+    Raises:
+        InputError: a malformed selection.
+    """
+    chosen = parse_selection(select) if select else None
+    entries = tuple(
+        _entry(contract, claim, profile)
+        for contract in contracts
+        for claim in contract.claims
+        if chosen is None or chosen(claim.key)
+    )
+    return Plan(
+        profile=profile.name, scope="full" if chosen is None else "partial", select=select or None, entries=entries
+    )
+
+
+def _entry(contract: Contract, claim: Claim, profile: Profile) -> PlanEntry:
+    scope: Scope = "required"
+    reason = None
+    missing = sorted(set(claim.falsifier.needs) - profile.provides) if claim.falsifier else []
+    if contract.status == "retired":
+        scope, reason = "not_gating", "contract retired"
+    elif missing:
+        scope = "out_of_scope"
+        reason = f"needs {', '.join(missing)}; profile {profile.name} provides {', '.join(sorted(profile.provides))}"
+    elif contract.status == "demoted":
+        scope, reason = "not_gating", "contract demoted"
+    experiment = claim.falsifier.experiment if claim.falsifier else None
+    return PlanEntry(
+        key=claim.key, contract=contract.name, id=claim.id, scope=scope, reason=reason, experiment=experiment
+    )
+
+
+def parse_selection(text: str) -> Callable[[str], bool]:
+    """Return the predicate over claim keys that a ``-k`` expression means (InputError when malformed)."""
+    tokens = _TOKEN.findall(text[:1000])
+    parser = _Selection(tokens)
+    try:
+        predicate = parser.either()
+        if parser.tokens:
+            raise ValueError(f"unexpected {parser.tokens[0]!r}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "-k", expected="words joined by and, or, not, ( )", got=f"{text[:80]!r}: {error}", remedy="correct it"
+        ) from error
+    return predicate
+
+
+class _Selection:
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+
+    def next_is(self, word: str) -> bool:
+        if self.tokens and self.tokens[0] == word:
+            self.tokens.pop(0)
+            return True
+        return False
+
+    def either(self) -> Callable[[str], bool]:
+        left = self.both()
+        while self.next_is("or"):
+            left = _either(left, self.both())
+        return left
+
+    def both(self) -> Callable[[str], bool]:
+        left = self.single()
+        while self.next_is("and"):
+            left = _both(left, self.single())
+        return left
+
+    def single(self) -> Callable[[str], bool]:
+        if self.next_is("not"):
+            inner = self.single()
+            return lambda key: not inner(key)
+        if self.next_is("("):
+            group = self.either()
+            if not self.next_is(")"):
+                raise ValueError("missing )")
+            return group
+        if not self.tokens or self.tokens[0] in ("and", "or", ")"):
+            raise ValueError("a word is missing")
+        word = self.tokens.pop(0).lower()
+        return lambda key: word in key.lower()
+
+
+def _either(left: Callable[[str], bool], right: Callable[[str], bool]) -> Callable[[str], bool]:
+    return lambda key: left(key) or right(key)
+
+
+def _both(left: Callable[[str], bool], right: Callable[[str], bool]) -> Callable[[str], bool]:
+    return lambda key: left(key) and right(key)
+
+
+def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
+    """Return, one line each, how a recorded plan departs from the one its contracts and profile give."""
+    lines: list[str] = []
+    if (recorded.profile, recorded.scope) != (expected.profile, expected.scope):
+        lines.append(
+            f"plan: recorded as {recorded.scope} on {recorded.profile}, expected {expected.scope} on {expected.profile}"
+        )
+    before = _by_key(recorded)
+    after = _by_key(expected)
+    if len(before) != len(recorded.entries):
+        lines.append("plan: a claim is listed twice")
+    lines += [f"plan: {key} is missing" for key in after if key not in before]
+    lines += [f"plan: {key} is not in the contracts" for key in before if key not in after]
+    for key, entry in after.items():
+        if key in before and before[key] != entry:
+            lines.append(f"plan: {key} is recorded as {before[key].scope}, expected {entry.scope}")
+    return lines
+
+
+def _by_key(plan: Plan) -> Mapping[str, PlanEntry]:
+    return {entry.key: entry for entry in plan.entries}

@@ -1,0 +1,170 @@
+"""The closed registry of faults, and the one way to plant one: replace a named object in the child process."""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from q4kd.harness import sabotage
+from q4kd.trainer.errors import InputError
+
+Family = Literal[
+    "quantisation",
+    "residency",
+    "memory",
+    "dispatch",
+    "vocabulary",
+    "loss",
+    "loop",
+    "logging",
+    "checkpoint",
+    "supervision",
+]
+
+
+class MissingTarget(Exception):  # noqa: N818 - it makes a fault VOID, which is an outcome and not a program error
+    """A fault names an object that does not exist (any more): the fault tests nothing."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        super().__init__(target)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        name: name used on the command line and in contracts.
+        title: what it breaks, in one line.
+        family: the area it belongs to.
+        targets: ``module:Qualname`` of every object it replaces; each must exist and must be replaced by ``apply``.
+        apply: plants the fault in this process, by calls of ``replace``.
+        arms: the arms of an experiment that run with it; None means all. The others are the clean control.
+        declared_exit: causes of exit other than a normal one that this fault may produce and still count as caught.
+    """
+
+    name: str
+    title: str
+    family: Family
+    targets: tuple[str, ...]
+    apply: Callable[[], None]
+    arms: tuple[str, ...] | None = None
+    declared_exit: tuple[str, ...] = ()
+
+
+_FAULTS: dict[str, Fault] = {}
+_PLANTED: list[str] = []
+
+
+def register(fault: Fault) -> Fault:
+    """Add a fault to the registry and return it.
+
+    Raises:
+        ValueError: for a second fault of the same name, an unknown family, or a fault without targets.
+    """
+    if fault.name in _FAULTS and _FAULTS[fault.name] != fault:
+        raise ValueError(f"fault {fault.name!r} is registered twice")
+    if fault.family not in get_args(Family):
+        raise ValueError(f"fault {fault.name!r}: unknown family {fault.family!r}")
+    if not fault.targets or any(target.count(":") != 1 for target in fault.targets):
+        raise ValueError(f"fault {fault.name!r}: needs targets of the form module:Qualname")
+    _FAULTS[fault.name] = fault
+    return fault
+
+
+def all_faults() -> Mapping[str, Fault]:
+    """Import the fault modules and return every fault by name."""
+    for module in sabotage.FAULT_MODULES:
+        importlib.import_module(module)
+    return dict(sorted(_FAULTS.items()))
+
+
+def get_fault(name: str) -> Fault:
+    """Return one fault.
+
+    Raises:
+        InputError: naming the known ones.
+    """
+    faults = all_faults()
+    if name not in faults:
+        known = ", ".join(faults) or "none are registered"
+        raise InputError(f"fault {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling")
+    return faults[name]
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """Find ``module:Qual.name``; return its holder (module or class), the attribute's name, and the raw attribute.
+
+    Raises:
+        MissingTarget: when the module cannot be imported or any part of the name is not defined there. A name that a
+            class only inherits is missing too: it belongs to the class that defines it.
+    """
+    module_name, _, qualname = target.partition(":")
+    try:
+        holder: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise MissingTarget(target) from error
+    *path, name = qualname.split(".")
+    for part in path:
+        if part not in vars(holder):
+            raise MissingTarget(target)
+        holder = vars(holder)[part]
+    if not hasattr(holder, "__dict__") or name not in vars(holder):
+        raise MissingTarget(target)
+    return holder, name, vars(holder)[name]
+
+
+def replace(target: str, make: Callable[[Any], Any]) -> None:
+    """Put ``make(original)`` in the place of ``target``, also where a q4kd module imported it by name.
+
+    A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards.
+
+    Raises:
+        MissingTarget: when the target does not exist.
+    """
+    holder, name, raw = resolve(target)
+    new: Any
+    if isinstance(raw, staticmethod):
+        new = staticmethod(make(raw.__func__))
+    elif isinstance(raw, classmethod):
+        new = classmethod(make(raw.__func__))
+    else:
+        new = make(raw)
+    setattr(holder, name, new)
+    if inspect.ismodule(holder):
+        for module_name, module in list(sys.modules.items()):
+            # This package keeps its own originals: a fault is for the program under test, not for what records it.
+            if module_name.startswith("q4kd.") and not module_name.startswith("q4kd.harness.sabotage"):
+                for copy in [key for key, value in vars(module).items() if value is raw]:
+                    setattr(module, copy, new)
+    _PLANTED.append(target)
+
+
+def plant(fault: Fault) -> None:
+    """Apply a fault in this process.
+
+    Raises:
+        MissingTarget: when a declared target does not exist, or ``apply`` left one of them as it was.
+    """
+    for target in fault.targets:
+        resolve(target)
+    before = len(_PLANTED)
+    fault.apply()
+    planted = set(_PLANTED[before:])
+    for target in fault.targets:
+        if target not in planted:
+            raise MissingTarget(target)
+
+
+def apply_source(fault: Fault) -> str:
+    """Return the source text of the function that plants a fault, with the arguments of a ``functools.partial``."""
+    function: Any = fault.apply
+    bound = ""
+    while isinstance(function, functools.partial):
+        bound += f"\n# partial: {function.args!r} {function.keywords!r}"
+        function = function.func
+    return inspect.getsource(function) + bound

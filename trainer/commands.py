@@ -1,0 +1,166 @@
+"""The trainer's commands: ``q4kd inspect``, ``q4kd logits`` and ``q4kd distill``."""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from q4kd.trainer.errors import InputError
+
+_DISTILL_HELP = """Settings come from RUN.yaml, then from the options, then from --set (the last one wins).
+Every setting with its default: see the attributes of q4kd.trainer.config.DistillConfig, for example
+  --set steps=500 --set lr=1e-4 --set divergence=reverse_kl --set alpha=0.5 --set temperature=2
+"""
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the trainer's sub-commands; each sets ``run`` to a function from parsed arguments to an exit code."""
+    inspect = subparsers.add_parser(
+        "inspect", help="architecture, sizes and types of a GGUF, and the backend it would get"
+    )
+    inspect.add_argument("model", type=Path, metavar="MODEL.gguf")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--backend", choices=("auto", "q4k", "dense"), help="override the choice")
+    inspect.set_defaults(run=_inspect)
+
+    logits = subparsers.add_parser("logits", help="logits of a teacher for given token ids")
+    logits.add_argument("model", type=Path, metavar="MODEL.gguf")
+    logits.add_argument("--ids", type=Path, required=True, help="integer .npy, [T] or [B,T]")
+    logits.add_argument("--out", type=Path, required=True, help="float32 .npy to write, [T,V] or [B,T,V]")
+    logits.add_argument("--device", default="cpu", help="cpu")
+    logits.add_argument("--backend", choices=("auto", "q4k", "dense"))
+    logits.add_argument("--dtype", choices=("float32",), default="float32")
+    logits.add_argument("--events", type=Path, help="append events as JSON lines to this file")
+    logits.set_defaults(run=_logits)
+
+    distill = subparsers.add_parser(
+        "distill",
+        help="train a student from a frozen GGUF teacher",
+        epilog=_DISTILL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    distill.add_argument("run_file", nargs="?", type=Path, metavar="RUN.yaml", help="settings as a flat YAML mapping")
+    for name, text in (
+        ("teacher", "GGUF file"),
+        ("student", "Hugging Face causal LM folder; without weights it starts from --seed"),
+        ("data", "text file, JSONL file or folder"),
+        ("out", "folder of the run"),
+    ):
+        distill.add_argument(f"--{name}", type=Path, help=text)
+    distill.add_argument("--max-steps", type=int, metavar="N", help="smoke run: exactly N steps, no final model")
+    distill.add_argument("--seq-len", type=int, metavar="T", help="positions per sequence")
+    distill.add_argument("--seed", type=int, help="of the data order and of a fresh student")
+    distill.add_argument("--backend", choices=("auto", "q4k", "dense"), help="teacher backend")
+    distill.add_argument("--device", help="cpu")
+    distill.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    distill.add_argument(
+        "--allow-degenerate-kd", action="store_const", const=True, help="train although teacher equals student"
+    )
+    distill.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
+    distill.add_argument("--events", type=Path, help="append events to this file instead of OUT/events.jsonl")
+    distill.set_defaults(run=_distill)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from q4kd.trainer.backend import backend_override, choose_backend
+    from q4kd.trainer.model_file import open_model
+
+    model = open_model(args.model)
+    choice = choose_backend(backend_override(args.backend), model.bytes_by_type())
+    counts: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        counts[tensor.type] = counts.get(tensor.type, 0) + 1
+    sizes = model.bytes_by_type()
+    facts: dict[str, Any] = {
+        "file": str(args.model),
+        "file_bytes": model.file_bytes,
+        "tensor_bytes": model.tensor_bytes,
+        "config": vars(model.config),
+        "types": {name: {"tensors": counts[name], "bytes": sizes[name]} for name in sorted(sizes)},
+        "backend": {"name": choice.backend, "reason": choice.reason},
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1, sort_keys=True))
+        return 0
+    print(f"{args.model}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
+    for key, value in facts["config"].items():
+        print(f"  {key:<16} {value}")
+    for name, entry in facts["types"].items():
+        print(f"  {name:<16} {entry['tensors']} tensors, {entry['bytes']:,} bytes")
+    print(f"  {'backend':<16} {choice.backend}: {choice.reason}")
+    return 0
+
+
+def _read_ids(path: Path) -> Any:
+    import numpy as np
+
+    from q4kd.trainer.files import read_bounded
+
+    try:
+        ids = np.load(io.BytesIO(read_bounded(path, 1 << 30)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(
+            str(path), expected="an integer .npy array", got=str(error)[:100], remedy="write it with numpy.save"
+        ) from error
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
+        shape = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
+        raise InputError(str(path), expected="integers [T] or [B,T], not empty", got=shape, remedy="reshape the array")
+    return ids.astype(np.int64)
+
+
+def _logits(args: argparse.Namespace) -> int:
+    import time
+
+    import numpy as np
+    import torch
+
+    from q4kd.trainer.events import EventLog
+    from q4kd.trainer.files import write_atomic
+    from q4kd.trainer.teacher import load_teacher
+
+    ids = _read_ids(args.ids)
+    events = EventLog(args.events)
+    events.start()
+    events.emit("imports_done")
+    teacher = load_teacher(args.model, backend=args.backend, device=args.device, events=events)
+    started = time.monotonic()
+    logits = teacher.logits(torch.from_numpy(np.atleast_2d(ids))).numpy()
+    events.emit("forward_done", tokens=int(ids.size), seconds=time.monotonic() - started)
+    buffer = io.BytesIO()
+    np.save(buffer, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
+    try:
+        write_atomic(args.out, buffer.getvalue())
+    except OSError as error:
+        raise InputError(
+            f"--out {args.out}", expected="a writable path", got=str(error.strerror), remedy="choose another folder"
+        ) from error
+    print(f"logits: {ids.size} positions x {logits.shape[-1]} in {time.monotonic() - started:.2f} s -> {args.out}")
+    events.emit("done", step=0)
+    return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from q4kd.trainer.config import make_config, parse_assignment, read_run_file
+
+    values: dict[str, object] = read_run_file(args.run_file) if args.run_file else {}
+    options = (
+        "teacher",
+        "student",
+        "data",
+        "out",
+        "max_steps",
+        "seq_len",
+        "seed",
+        "backend",
+        "device",
+        "allow_degenerate_kd",
+    )
+    values |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
+    values |= dict(parse_assignment(text) for text in args.set)
+    config = make_config(values)
+
+    from q4kd.trainer.distill import distill
+
+    distill(config, resume=args.resume, events_path=args.events)
+    return 0

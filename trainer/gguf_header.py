@@ -1,0 +1,138 @@
+"""Walk a GGUF header within bounds, before the ``gguf`` package reads it.
+
+``gguf.GGUFReader`` trusts counts and lengths: an array said to hold 2**40 entries keeps it busy for hours. This walk
+follows the same layout (little-endian, versions 2 and 3; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md),
+touches only the header and refuses whatever does not fit into the file.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from q4kd.trainer.errors import InputError
+
+MAX_KEY_VALUES = 65_536
+MAX_TENSORS = 65_536
+MAX_ARRAY_ENTRIES = 4_000_000
+MAX_HEADER_BYTES = 256 << 20
+MAX_DIMENSIONS = 4
+
+_STRING, _ARRAY = 8, 9
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_REMEDY = "download or convert the file again"
+
+
+@dataclass
+class _Cursor:
+    data: mmap.mmap
+    path: Path
+    offset: int = 0
+
+    def refuse(self, expected: str, got: str) -> InputError:
+        return InputError(f"{self.path} at byte {self.offset}", expected=expected, got=got, remedy=_REMEDY)
+
+    def skip(self, count: int, what: str) -> None:
+        if count > len(self.data) - self.offset or self.offset + count > MAX_HEADER_BYTES:
+            raise self.refuse(f"{count} bytes of {what}", f"{len(self.data) - self.offset} bytes left in the header")
+        self.offset += count
+
+    def number(self, form: str, what: str) -> int:
+        start = self.offset
+        self.skip(struct.calcsize(form), what)
+        return int(struct.unpack_from(form, self.data, start)[0])
+
+    def string(self, what: str) -> str:
+        length = self.number("<Q", f"the length of {what}")
+        start = self.offset
+        self.skip(length, what)
+        try:
+            return self.data[start : start + length].decode()
+        except UnicodeDecodeError as error:
+            raise self.refuse(f"UTF-8 in {what}", str(error.reason)) from error
+
+
+def _skip_value(cursor: _Cursor, kind: int, key: str) -> None:
+    if kind in _SCALAR_BYTES:
+        cursor.skip(_SCALAR_BYTES[kind], key)
+    elif kind == _STRING:
+        cursor.string(key)
+    else:
+        raise cursor.refuse("a known metadata type", f"type {kind} for {key!r}")
+
+
+def _skip_array(cursor: _Cursor, key: str) -> None:
+    kind = cursor.number("<I", key)
+    count = cursor.number("<Q", key)
+    if count > MAX_ARRAY_ENTRIES:
+        raise cursor.refuse(f"at most {MAX_ARRAY_ENTRIES} entries in {key!r}", str(count))
+    if kind in _SCALAR_BYTES:
+        cursor.skip(count * _SCALAR_BYTES[kind], key)
+        return
+    for _ in range(count):
+        _skip_value(cursor, kind, key)
+
+
+def _walk_metadata(cursor: _Cursor, count: int) -> None:
+    seen: set[str] = set()
+    for _ in range(count):
+        key = cursor.string("a metadata key")
+        if key in seen:
+            raise cursor.refuse("each metadata key once", f"{key!r} twice")
+        seen.add(key)
+        kind = cursor.number("<I", key)
+        if kind == _ARRAY:
+            _skip_array(cursor, key)
+        else:
+            _skip_value(cursor, kind, key)
+
+
+def _walk_tensors(cursor: _Cursor, count: int) -> None:
+    seen: set[str] = set()
+    for _ in range(count):
+        name = cursor.string("a tensor name")
+        if name in seen:
+            raise cursor.refuse("each tensor once", f"{name!r} twice")
+        seen.add(name)
+        dimensions = cursor.number("<I", name)
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise cursor.refuse(f"1 to {MAX_DIMENSIONS} dimensions for {name!r}", str(dimensions))
+        elements = 1
+        for _ in range(dimensions):
+            elements *= cursor.number("<Q", name)
+        if not 0 < elements < 1 << 48:
+            raise cursor.refuse(f"a plausible element count for {name!r}", str(elements))
+        cursor.skip(4 + 8, name)  # type and offset: checked against the file by the reader's caller
+
+
+def check_header(path: Path) -> None:
+    """Check that the GGUF header of ``path`` fits its file and our bounds.
+
+    Raises:
+        InputError: naming the byte at which the header stops making sense.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            if head != b"GGUF":
+                raise InputError(
+                    str(path), expected="a GGUF file (magic 'GGUF')", got=f"{head!r}", remedy="pass a .gguf model"
+                )
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(
+            str(path), expected="a readable file", got=str(error.strerror), remedy="check the path and its permissions"
+        ) from error
+    with data:
+        cursor = _Cursor(data, path, offset=4)
+        version = cursor.number("<I", "the version")
+        if version not in (2, 3):
+            raise cursor.refuse("GGUF version 2 or 3, little-endian", f"version {version}")
+        tensors = cursor.number("<Q", "the tensor count")
+        key_values = cursor.number("<Q", "the metadata count")
+        if tensors > MAX_TENSORS or key_values > MAX_KEY_VALUES:
+            raise cursor.refuse(
+                f"at most {MAX_TENSORS} tensors and {MAX_KEY_VALUES} keys", f"{tensors} and {key_values}"
+            )
+        _walk_metadata(cursor, key_values)
+        _walk_tensors(cursor, tensors)

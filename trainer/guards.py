@@ -1,0 +1,92 @@
+"""What is checked before the first step: a run that cannot teach anything is refused, not started."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.errors import DegenerateDistillationError, InputError
+from q4kd.trainer.student import DistillationModel
+from q4kd.trainer.teacher import Teacher
+
+# A Q4_K_M copy of a model sits about 1e-2 nats from it; an untrained student sits several nats from any teacher.
+KL_FLOOR = 1e-3
+SAME_WEIGHTS_ERROR = 0.2
+_PROBE_ROWS = 64
+
+
+def check_vocabulary(
+    teacher_tokens: Sequence[str], teacher_rows: int, student_ids: Mapping[str, int], rows: int
+) -> None:
+    """Check that every token the student knows has the same id in the teacher.
+
+    Args:
+        teacher_tokens: the teacher's token strings by id.
+        teacher_rows: rows of the teacher's head.
+        student_ids: the student tokenizer's token → id map.
+        rows: rows of the student's head; the teacher's logits are cut to this width.
+
+    Raises:
+        InputError: when the student's head is wider than the teacher's, or a token's ids differ.
+    """
+    if rows > teacher_rows:
+        raise InputError(
+            "vocabulary",
+            expected=f"a student head of at most the teacher's {teacher_rows} rows",
+            got=f"{rows} rows",
+            remedy="choose a student of the same model family",
+        )
+    if not teacher_tokens:
+        raise InputError(
+            "vocabulary",
+            expected="token strings in the teacher's file",
+            got="none",
+            remedy="convert it with its tokenizer",
+        )
+    for token, index in student_ids.items():
+        if index >= len(teacher_tokens) or teacher_tokens[index] != token:
+            other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+            raise InputError(
+                "vocabulary",
+                expected=f"the same token at every id (student: id {index} is {token!r})",
+                got=f"{other!r} in the teacher",
+                remedy="choose a student with the teacher's tokenizer; equal widths are not enough",
+            )
+
+
+def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
+    """Whether the student is the teacher up to quantisation, judged by its embedding rows."""
+    embedding = model.student.get_input_embeddings().weight.detach()
+    if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
+        return False
+    rows = torch.linspace(0, len(embedding) - 1, _PROBE_ROWS).long()
+    teacher_rows = teacher.embed(rows)
+    error = (embedding[rows].float() - teacher_rows).norm() / teacher_rows.norm()
+    return bool(error < SAME_WEIGHTS_ERROR)
+
+
+@torch.no_grad()
+def step_zero_kl(teacher: Teacher, model: DistillationModel, ids_BT: Tensor) -> float:
+    """Return the mean KL(teacher || student) in nats over the first sequence of a batch."""
+    ids_1T = ids_BT[:1]
+    log_q = torch.log_softmax(model.hidden(ids_1T)[0] @ model.head_weight.T, -1)
+    log_p = torch.log_softmax(teacher.head_logits(teacher.hidden(ids_1T)[0])[:, : log_q.shape[1]], -1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def check_not_degenerate(teacher: Teacher, model: DistillationModel, ids_BT: Tensor) -> float:
+    """Refuse a student that already equals the teacher; return the step-0 KL.
+
+    Raises:
+        DegenerateDistillationError: when the weights are the same up to quantisation, or the KL is under the floor.
+    """
+    kl = step_zero_kl(teacher, model, ids_BT)
+    same = same_weights(teacher, model)
+    if same or kl < KL_FLOOR:
+        raise DegenerateDistillationError(
+            "teacher and student",
+            expected=f"two different models (KL at step 0 of at least {KL_FLOOR:g} nats)",
+            got=f"{'the same weights, ' if same else ''}KL {kl:.2e}",
+            remedy="choose another student, or pass --allow-degenerate-kd to train regardless",
+        )
+    return kl

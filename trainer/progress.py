@@ -1,0 +1,65 @@
+"""What a person sees of a run: plain "Step N/M" lines always, a live bar with ETA on a terminal."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Prints progress lines; with a terminal on stderr, also keeps a bar there.
+
+    Args:
+        total: steps of this run.
+        every: steps between lines; 0 prints epoch lines only.
+        steps_per_epoch: where epoch lines fall.
+    """
+
+    def __init__(self, total: int, every: int, steps_per_epoch: int) -> None:
+        self._total, self._every, self._steps_per_epoch = total, every, steps_per_epoch
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started = time.monotonic()
+
+    @contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        """Show the bar while the body runs, starting at ``done`` steps."""
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as self._bar:
+            self._task = self._bar.add_task("distilling", total=self._total, completed=done)
+            yield
+        self._bar = None
+
+    def say(self, line: str) -> None:
+        """Print one line above the bar."""
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.console.file.flush()
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, teacher_share: float) -> None:
+        """Report a finished step (counted from 1)."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}")
+        if self._every and (step % self._every == 0 or step == self._total):
+            self.say(
+                f"Step {step}/{self._total}: loss: {loss:.4f} "
+                f"({tokens_per_second:.0f} tok/s, teacher {teacher_share:.0%})"
+            )
+        if step % self._steps_per_epoch == 0:
+            self.say(f"Epoch {step // self._steps_per_epoch}: loss: {loss:.4f}")

@@ -1,0 +1,122 @@
+"""One optimiser step: teacher forward, student forward with the fused loss, backward, clip, update."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.errors import TrainingAborted
+from q4kd.trainer.kd_loss import IGNORE
+from q4kd.trainer.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did. Losses are means over the step's targets; times are seconds."""
+
+    loss: float
+    ce: float
+    kd: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    teacher_s: float
+    student_s: float
+    optimizer_s: float
+
+
+def learning_rate(step: int, config: DistillConfig, total_steps: int) -> float:
+    """Linear warm-up to ``lr``, then cosine to zero at ``total_steps``; ``step`` counts from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_labels(windows: Tensor) -> Tensor:
+    """Return next-token labels ``[B, T]`` of windows ``[B, T + 1]``."""
+    return windows[:, 1:]
+
+
+def train_step(
+    accelerator: Any,
+    model: Any,
+    teacher: Teacher | None,
+    optimizer: Any,
+    windows: Tensor,
+    config: DistillConfig,
+    lr: float,
+) -> StepResult:
+    """Take one step on ``windows``, int64 ``[accumulation * batch_size, T + 1]`` (this process's share).
+
+    Args:
+        accelerator: ``accelerate.Accelerator``.
+        model: prepared ``DistillationModel``.
+        teacher: None for a cross-entropy-only step.
+        optimizer: prepared AdamW.
+        windows: token windows.
+        config: run settings.
+        lr: learning rate of this step.
+
+    Raises:
+        TrainingAborted: when loss or gradient norm is not finite; the update is not made.
+    """
+    started = time.monotonic()
+    labels = make_labels(windows)
+    num_targets = int(accelerator.reduce((labels != IGNORE).sum(), reduction="sum"))
+    teacher_s = 0.0
+    sums = torch.zeros(3, dtype=torch.float64)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    micro_batches = list(zip(torch.split(windows, config.batch_size), torch.split(labels, config.batch_size), strict=True))
+    for index, (window, label) in enumerate(micro_batches):
+        ids_BT = window[:, :-1]
+        before_teacher = time.monotonic()
+        teacher_hidden = teacher.hidden(ids_BT) if teacher is not None else None
+        teacher_s += time.monotonic() - before_teacher
+        head = teacher.head_logits if teacher is not None else None
+        is_last = index + 1 == len(micro_batches)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            terms = model(ids_BT, label, teacher_hidden, head, num_targets)
+            # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
+            accelerator.backward(terms.loss * accelerator.num_processes)
+        sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
+    sums = accelerator.reduce(sums, reduction="sum")
+    before_optimizer = time.monotonic()
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
+    loss, ce, kd = (float(value) for value in sums)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingAborted(
+            f"loss {loss} and gradient norm {norm} at learning rate {lr:g}: not finite, no update made"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    finished = time.monotonic()
+    return StepResult(
+        loss=loss,
+        ce=ce,
+        kd=kd,
+        grad_norm=norm,
+        lr=lr,
+        tokens=num_targets,
+        seconds=finished - started,
+        teacher_s=teacher_s,
+        student_s=before_optimizer - started - teacher_s,
+        optimizer_s=finished - before_optimizer,
+    )
+
+
+def save_batch(folder: Path, step: int, windows: Tensor) -> Path:
+    """Keep the batch of an aborted step for inspection, int64 ``windows``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}-batch.npz"
+    np.savez_compressed(path, windows=windows.numpy())
+    return path
