@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every command. Imports no torch."""
     parser = _Parser(
         prog="q4kd",
-        description="Distil a student from a GGUF teacher that stays quantised, and try to falsify every claim about it.",
+        description="Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about it.",
     )
     parser.add_argument("--version", action="version", version=f"q4kd {_version()}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import re
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,7 @@ def close(folder: Path) -> None:
     """Finish a bundle whose findings are written: interchange formats, the report, then the seal over everything."""
     from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
 
+    shutil.rmtree(folder / ".locks", ignore_errors=True)  # of the experiments' runner; no evidence in them
     store = DirectoryStore(folder)
     write_interchange(folder, store)
     write_atomic(folder / "report.html", render(store).encode())
@@ -115,13 +117,15 @@ def pack_bytes(folder: Path) -> bytes:
     """Return the files below ``folder`` as a ``.tar.gz`` that depends on their names and contents only."""
     store = DirectoryStore(folder)
     buffer = io.BytesIO()
-    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream:
-        with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            for name in store.names():
-                data = store.read(name)
-                member = tarfile.TarInfo(name)
-                member.size, member.mode, member.mtime = len(data), 0o644, 0
-                archive.addfile(member, io.BytesIO(data))
+    with (
+        gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name in store.names():
+            data = store.read(name)
+            member = tarfile.TarInfo(name)
+            member.size, member.mode, member.mtime = len(data), 0o644, 0
+            archive.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 

@@ -108,15 +108,24 @@ class OomCounter:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._cgroup: MemoryCgroup | None = None
-        self.before: int | None = None
-        self.poll()
+        self._cgroup = memory_cgroup(pid)
+        self.before = self._cgroup.oom_kills() if self._cgroup else None
+        self._moved: tuple[MemoryCgroup, int | None] | None = None
 
     def poll(self) -> None:
-        """Look where the process is now; on a move, start counting anew there."""
+        """Look where the process is now; after a move, count anew there.
+
+        A dying process is shown in the root cgroup (v1) for a moment before it is shown dead, so a move counts only
+        when the next look, by then at a living process, confirms it.
+        """
         now = memory_cgroup(self._pid)
-        if now is not None and now != self._cgroup:
-            self._cgroup, self.before = now, now.oom_kills()
+        if now is None or now == self._cgroup or not _alive(self._pid):
+            self._moved = None
+        elif self._moved is not None and self._moved[0] == now:
+            self._cgroup, self.before = self._moved
+            self._moved = None
+        else:
+            self._moved = now, now.oom_kills()
 
     def record(self) -> dict[str, str | int | None]:
         """Return ``{"source", "before", "after"}``; source is None when no counter could be read."""
@@ -127,6 +136,14 @@ class OomCounter:
             "before": self.before if readable else None,
             "after": after if readable else None,
         }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] not in (["Z"], ["X"], [])
 
 
 class KernelLog:
@@ -146,7 +163,7 @@ class KernelLog:
         return self._handle is not None
 
     def oom_line(self, pid: int) -> str | None:
-        """Return the first new record in which the out-of-memory killer names ``pid``, or None. Reads a bounded number."""
+        """Return the first new record in which the out-of-memory killer names ``pid``, or None (of a bounded number)."""
         wanted = oom_pattern(pid)
         for _ in range(_KERNEL_RECORDS if self._handle is not None else 0):
             try:

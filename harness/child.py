@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from q4kd.trainer.errors import InputError
 
@@ -80,6 +81,11 @@ def _die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def launch() -> NoReturn:
+    """Run as a child process: tie this process's life to its supervisor's, then do what the command line says."""
     _die_with_parent()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    launch()

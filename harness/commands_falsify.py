@@ -10,10 +10,12 @@ def add_commands(subparsers: Any) -> None:
     falsify = subparsers.add_parser(
         "falsify",
         help="try to refute every claim; leaves an evidence bundle",
-        description="Run every falsifier. Exit 1: a required claim is falsified; 2: one is inconclusive, or none ran; 0.",
+        description="Run every falsifier. Exit 1: a required claim is falsified; else 2: one is inconclusive, or none ran.",
     )
     _shared(falsify)
-    falsify.add_argument("--out", type=Path, metavar="DIR", help="folder of the bundle (default: a new one in bundles/)")
+    falsify.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the bundle (default: a new one in bundles/)"
+    )
     falsify.add_argument("--workers", type=_count, default=0, metavar="N", help="parallel processes (default: one)")
     falsify.set_defaults(run=_falsify)
 
@@ -24,7 +26,9 @@ def add_commands(subparsers: Any) -> None:
     )
     _shared(sabotage)
     sabotage.add_argument("--changed", action="store_true", help="only faults without a valid kill record")
-    sabotage.add_argument("--work", type=Path, metavar="DIR", help="keep the runs here (default: a folder removed later)")
+    sabotage.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep the runs here (default: a folder removed later)"
+    )
     sabotage.set_defaults(run=_sabotage)
 
     doctor = subparsers.add_parser(
@@ -36,10 +40,14 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)")
+    parser.add_argument(
+        "--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)"
+    )
     parser.add_argument("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
     parser.add_argument("-k", dest="keyword", metavar="EXPR", help="only claims whose contract::id matches")
-    parser.add_argument("--kills", type=Path, metavar="DIR", help="folder of kill records (default: the installed ones)")
+    parser.add_argument(
+        "--kills", type=Path, metavar="DIR", help="folder of kill records (default: the installed ones)"
+    )
 
 
 def _count(text: str) -> int:

@@ -106,7 +106,9 @@ def gpu_lines(devices: list[dict[str, Any]]) -> list[Line]:
     """Describe the devices, or what to do about their absence."""
     if not devices:
         present = Path("/dev/nvidiactl").exists()
-        remedy = "the device node is there but NVML does not answer: check the driver with nvidia-smi" if present else None
+        remedy = (
+            "the device node is there but NVML does not answer: check the driver with nvidia-smi" if present else None
+        )
         return [Line("GPU", "missing" if present else "note", "none found; CUDA claims are out of scope here", remedy)]
     lines = []
     for index, device in enumerate(devices):
@@ -157,11 +159,15 @@ def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> li
     have = {wheel: version for wheel, version in cupy.items() if version}
     if len(have) > 1:
         remedy = f"pip uninstall {' '.join(list(have)[1:])}"
-        lines.append(Line("cupy", "missing", f"{' and '.join(have)} are both installed and overwrite each other", remedy))
+        lines.append(
+            Line("cupy", "missing", f"{' and '.join(have)} are both installed and overwrite each other", remedy)
+        )
     elif have:
         lines.append(Line("cupy", "ok", " ".join(f"{wheel} {version}" for wheel, version in have.items())))
     elif cuda is not None:
-        lines.append(Line("cupy", "missing", "not installed", f"pip install 'q4kd[{'cuda13' if cuda >= 13 else 'cuda12'}]'"))
+        lines.append(
+            Line("cupy", "missing", "not installed", f"pip install 'q4kd[{'cuda13' if cuda >= 13 else 'cuda12'}]'")
+        )
     else:
         lines.append(Line("cupy", "note", "not installed; only needed with an NVIDIA GPU"))
     return lines

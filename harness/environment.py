@@ -29,8 +29,9 @@ def environment(profile: str, source: Path | None = None) -> dict[str, Any]:
         source: folder of the source checkout; its commit is recorded when git can tell.
 
     Returns:
-        ``commit`` (str or None), ``dirty`` (bool or None), ``packages``, ``python``, ``platform``, ``cpu``, ``memory_bytes``,
-        ``gpu`` (names and driver, or why not), ``boot_id``, ``profile``. What could not be read is None, never invented.
+        ``commit`` (str or None), ``dirty`` (bool or None), ``packages``, ``python``, ``platform``, ``cpu``,
+        ``memory_bytes``, ``gpu`` (names and driver, or why not), ``boot_id``, ``profile``. What could not be read is
+        None, never invented.
     """
     commit, dirty = git_state(source or Path(__file__).resolve().parent)
     gpu = probe_gpu()
@@ -60,7 +61,7 @@ def environment(profile: str, source: Path | None = None) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit checked out in ``folder`` and whether tracked files differ from it; (None, None) without git."""
+    """Return the commit checked out in ``folder`` and whether tracked files differ; (None, None) without git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None or not _COMMIT.fullmatch(commit.strip()):
         return None, None

@@ -84,7 +84,7 @@ class Arm:
 
     Attributes:
         name: None for the only arm of an experiment.
-        argv: arguments after the launcher's ``--``; the working folder is the run folder, events go to ``events.jsonl``.
+        argv: arguments after the launcher's ``--``; it runs in the run folder, events go to ``events.jsonl``.
         timeout_s: seconds of wall time allowed.
         stall_s: seconds without a new event before it counts as stalled; None for programs that write none.
         env: values for the few variables that a run may set (``supervise.SETTABLE``).

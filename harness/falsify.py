@@ -35,7 +35,10 @@ def refuse_used(bundle: Path) -> Path:
     """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
     if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
         raise InputError(
-            str(bundle), expected="a new or empty folder for the bundle", got="one in use", remedy="name another with --out"
+            str(bundle),
+            expected="a new or empty folder for the bundle",
+            got="one in use",
+            remedy="name another with --out",
         )
     return bundle
 

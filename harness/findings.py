@@ -26,7 +26,7 @@ def inconclusive(reason: str) -> dict[str, Any]:
 
 
 def exit_code(findings: Iterable[Mapping[str, Any]], scope: str) -> int:
-    """Return 1 when a required claim is falsified; else 2 when one is inconclusive, none ran or scope is partial; else 0."""
+    """Return 1 if a required claim is falsified; else 2 if one is inconclusive, none ran, or in part; else 0."""
     verdicts = [finding["verdict"] for finding in findings if finding["scope"] == "required"]
     if "falsified" in verdicts:
         return 1
@@ -108,13 +108,12 @@ def summary(plan: Plan, findings: Iterable[Mapping[str, Any]]) -> dict[str, int]
 
 
 def headline(document: Mapping[str, Any]) -> str:
-    """Return the one sentence that says how a run went, such as "41 claims corroborated on profile cpu; 7 out of scope"."""
+    """Return the sentence that says how a run went: counts of verdicts, the profile, how many are out of scope."""
     counts = document["summary"]
-    parts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
-    said = ", ".join(parts) if parts else "nothing judged"
-    total = sum(counts[verdict] for verdict in VERDICTS)
-    line = f"{total} claim{'' if total == 1 else 's'}: {said} on profile {document['profile']}"
-    line += f"; {counts['out_of_scope']} out of scope"
+    held = counts["corroborated"]
+    line = f"{held} claim{'' if held == 1 else 's'} corroborated"
+    line += "".join(f", {counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict])
+    line += f" on profile {document['profile']}; {counts['out_of_scope']} out of scope"
     if counts["not_gating"]:
         line += f"; {counts['not_gating']} not gating"
     return line + ("; partial selection, cannot pass" if document["scope"] == "partial" else "")

@@ -1,7 +1,7 @@
 """The findings in other tools' formats: JUnit XML, CTRF, and an in-toto test-result statement.
 
-None of the three knows "inconclusive". It is an error in JUnit, ``other`` in CTRF and a warning in in-toto, whose result
-is then FAILED: never something that a reader could take for a pass.
+None of the three knows "inconclusive". It is an error in JUnit, ``other`` in CTRF and a warning in in-toto, whose
+result is then FAILED: never something that a reader could take for a pass.
 """
 
 import hashlib
@@ -132,8 +132,8 @@ def intoto_statement(
 ) -> dict[str, Any]:
     """Return an in-toto Statement v1 with a test-result v0.1 predicate.
 
-    Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest cannot
-    be one: it covers this file.
+    Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest
+    cannot be one: it covers this file.
     """
     subjects = [{"name": "findings.json", "digest": {"sha256": findings_sha256}}]
     subjects += [

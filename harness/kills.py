@@ -59,7 +59,7 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
     parts = {
         "claim": f"{claim.key} {profile}",
         "falsifier": _canonical(asked),
-        "judge": _module_text("q4kd.harness.judge"),
+        "judge": _module_text("q4kd.harness.judge") + _module_text("q4kd.harness.checks.judgement"),
         "fault": f"{_canonical(declaration)}\n{apply_source(fault)}",
         "experiment": f"{experiment}\n{_module_text(EXPERIMENTS.module(experiment))}",
     }
@@ -146,7 +146,10 @@ class KillStore:
             value = parse_json(read_bounded(path, _MAX_RECORDS), str(path))
             if not isinstance(value, dict) or value.get("format") != RECORDS_FORMAT:
                 raise InputError(
-                    str(path), expected=RECORDS_FORMAT, got="another format", remedy="run `q4kd sabotage` to make them anew"
+                    str(path),
+                    expected=RECORDS_FORMAT,
+                    got="another format",
+                    remedy="run `q4kd sabotage` to make them anew",
                 )
             self.records = value["records"]
 
@@ -172,7 +175,9 @@ class KillStore:
         write_atomic(self.folder / name, raw)
         self._archives.pop(name, None)
         who = [record[field] for field in ("contract", "id", "fault", "experiment")]
-        for old in [k for k, r in self.records.items() if [r[f] for f in ("contract", "id", "fault", "experiment")] == who]:
+        for old in [
+            k for k, r in self.records.items() if [r[f] for f in ("contract", "id", "fault", "experiment")] == who
+        ]:
             del self.records[old]
         self.records[key] = record
         digest = hashlib.sha256(raw).hexdigest()
@@ -193,7 +198,10 @@ class KillStore:
 def _plain(name: str) -> str:
     if Path(name).name != name or name.startswith(".") or not name.endswith(".tar.gz"):
         raise InputError(
-            f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy="run `q4kd sabotage`"
+            f"kill record archive {name!r}",
+            expected="a plain *.tar.gz name",
+            got="a path",
+            remedy="run `q4kd sabotage`",
         )
     return name
 

@@ -1,0 +1,184 @@
+"""The pytest plugin: ``pytest --contracts DIR`` compiles every claim of the contracts in DIR into a test item.
+
+Without ``--contracts`` it adds its options and does nothing. With it, conftest files are not loaded: a contract is
+data, and a folder of contracts must not bring code with it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:  # at run time these come with the first contract, not with every pytest that has q4kd installed
+    from q4kd.harness.contract import Claim, Contract
+    from q4kd.harness.session import Outcome, Session
+
+_SESSION = pytest.StashKey["Session"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("q4kd", "q4kd contracts")
+    group.addoption("--contracts", metavar="DIR", help="falsify the contracts in DIR; conftest files are not loaded")
+    group.addoption("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
+    group.addoption("--bundle", metavar="OUT", help="folder of the evidence bundle (default: a new one in bundles/)")
+    group.addoption(
+        "--kills", metavar="DIR", help="folder of kill records (default: the installed ones of the profile)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Turn conftest loading off before the first one is looked for."""
+    if getattr(early_config.known_args_namespace, "contracts", None):
+        early_config.known_args_namespace.noconftest = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the contracts, make the plan and, in the controlling process, open the bundle."""
+    if not config.getoption("contracts", None):
+        return
+    from q4kd.harness.session import Session
+    from q4kd.trainer.errors import InputError
+
+    folder = Path(str(config.getoption("contracts"))).resolve()
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args[:] = [str(folder)]
+    # Each xdist worker builds its configuration from these options.
+    config.option.noconftest = True
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    try:
+        session = Session.open(
+            folder,
+            profile=config.getoption("profile", None),
+            keyword=str(config.getoption("keyword", "") or ""),
+            bundle=config.getoption("bundle", None),
+            kills=config.getoption("kills", None),
+            worker=worker,
+            dry=bool(config.getoption("collectonly", False)),
+        )
+    except InputError as error:
+        raise pytest.UsageError(f"q4kd: {error}") from error
+    config.stash[_SESSION] = session
+    config.pluginmanager.register(_Running(session, config.args), "q4kd-running")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what the session kept outside the bundle."""
+    session = config.stash.get(_SESSION, None)
+    if session is not None:
+        session.close()
+
+
+class _Running:
+    """The hooks that only a session with contracts has."""
+
+    def __init__(self, session: "Session", args: list[str]) -> None:
+        self._session = session
+        self._alone = args == [str(session.folder)]
+        self._other_failures = 0
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Ignore whatever else lies in the folder of contracts, Python files above all."""
+        if collection_path.parent == self._session.folder:
+            return collection_path not in self._session.by_path
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Keep the folder of contracts from being taken for a package, whose ``__init__.py`` pytest would import."""
+        if path == self._session.folder or (self._alone and path in self._session.folder.parents):
+            folder: pytest.Dir = pytest.Dir.from_parent(parent, path=path)
+            return folder
+        return None
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> "ContractFile | None":
+        """Make a node of each contract."""
+        contract = self._session.by_path.get(file_path)
+        if contract is None:
+            return None
+        # The identity of a claim is contract::id, wherever the file lies.
+        file: ContractFile = ContractFile.from_parent(parent, path=file_path, name=contract.name, nodeid=contract.name)
+        file.contract, file.running = contract, self._session
+        return file
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell an xdist worker which bundle it works for."""
+        node.workerinput.update(self._session.for_worker())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count failures of ordinary tests that run in the same session."""
+        if report.failed and report.nodeid not in self._session.claims:
+            self._other_failures += 1
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Assemble the bundle; the exit code is that of the findings."""
+        if not self._session.assembles:
+            return
+        code = self._session.finish()
+        if exitstatus in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERRUPTED):
+            code = code or 2
+        session.exitstatus = code or int(self._other_failures > 0)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the verdict of every claim."""
+        if not self._session.assembles:
+            return
+        terminalreporter.section("claims")
+        for text, colour in self._session.summary_lines():
+            terminalreporter.write_line(text, **({colour: True} if colour else {}))
+
+
+class ContractFile(pytest.File):
+    """One contract file."""
+
+    contract: "Contract"
+    running: "Session"
+
+    def collect(self) -> Iterator["ClaimItem"]:
+        """Yield an item for each claim in the plan."""
+        for claim in self.contract.claims:
+            item: ClaimItem = ClaimItem.from_parent(self, name=claim.id)
+            item.claim, item.running = claim, self.running
+            yield item
+
+
+class ClaimNotCorroborated(Exception):  # noqa: N818 - it is a verdict
+    """Raised in an item whose claim was falsified or is inconclusive."""
+
+    def __init__(self, outcome: "Outcome") -> None:
+        self.outcome = outcome
+        super().__init__(outcome.line)
+
+
+class ClaimItem(pytest.Item):
+    """One claim: running it runs its experiment, if no other item has, and judges what was recorded."""
+
+    claim: "Claim"
+    running: "Session"
+
+    def runtest(self) -> None:
+        """Evaluate the claim. Falsified and inconclusive both fail: green means corroborated, nothing less."""
+        reason = self.running.out_of_scope(self.claim)
+        if reason is not None:
+            pytest.skip(f"out of scope: {reason}")
+        outcome = self.running.evaluate(self.claim)
+        if outcome.verdict != "corroborated":
+            if not outcome.gating:
+                pytest.xfail(f"not gating: {outcome.line}")
+            raise ClaimNotCorroborated(outcome)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Show what was measured, what it was held against and where the raw evidence lies."""
+        if isinstance(excinfo.value, ClaimNotCorroborated):
+            return excinfo.value.outcome.text
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Point to the claim's line in its contract."""
+        return self.path, self.claim.line - 1, self.claim.key

@@ -13,7 +13,8 @@ from filelock import FileLock
 
 from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment
 from q4kd.harness.raw import DirectoryStore, RawRun
-from q4kd.harness.supervise import SETTABLE, replace_paths, run_supervised
+from q4kd.harness.redact import redact
+from q4kd.harness.supervise import SETTABLE, run_supervised
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
 
@@ -47,7 +48,7 @@ class ExperimentRunner:
     """Runs experiments into one bundle.
 
     Args:
-        bundle_dir: clean runs go to ``runs/<run>/`` here; faulted ones to ``faulted/<fault>--<experiment>/runs/<run>/``.
+        bundle_dir: clean runs go to ``runs/<run>/`` here, others to ``faulted/<fault>--<experiment>/runs/<run>/``.
         inputs: the session's inputs.
         profile: machine profile name.
         keep_outputs: keep what the programs wrote besides the raw evidence (checkpoints), for looking at by hand.
@@ -130,9 +131,10 @@ class ExperimentRunner:
             options = ["--fault", fault] if fault else []
             places = self._placeholders(folder)
             command = ["python", "-m", "q4kd.harness.child", *options, "--", *arguments]
-            recorded = [replace_paths(word, places) for word in command]
+            recorded = [redact(word, places) for word in command]
             write_json(
-                folder / "argv.json", {"argv": recorded, "fault": fault, "cwd": "run", "env": dict(sorted(arm.env.items()))}
+                folder / "argv.json",
+                {"argv": recorded, "fault": fault, "cwd": "run", "env": dict(sorted(arm.env.items()))},
             )
             with ExitStack() as stack:
                 if experiment.exclusive:
@@ -152,7 +154,7 @@ class ExperimentRunner:
             _check_arrays(folder)
             write_json(folder / "facts.json", facts)
         except Exception as error:  # whatever broke, it broke in the harness: recorded, and never a verdict
-            message = replace_paths(f"{type(error).__name__}: {error}", self._placeholders(folder))[:2000]
+            message = redact(f"{type(error).__name__}: {error}", self._placeholders(folder))[:2000]
             write_json(folder / "harness_error.json", {"stage": stage, "error": message})
 
     def _placeholders(self, folder: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ The program runs in its own session. Whatever ends the run, no process it starte
 """
 
 import os
-import re
 import signal
 import site
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +19,7 @@ import psutil
 
 from q4kd.harness.cause import KernelLog, OomCounter, SupervisorAction, classify
 from q4kd.harness.memory import MemoryLog
+from q4kd.harness.redact import redact
 from q4kd.trainer.files import write_atomic, write_json
 
 LOG_LIMIT = 4 << 20
@@ -48,7 +49,7 @@ _FIXED = {
 
 
 def child_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a run: ``PASSED_ON`` and ``SETTABLE`` names of ``env``, fixed values, a private HOME."""
+    """Return the environment of a run: the allowed names of ``env``, fixed values, and a private HOME."""
     allowed = {name: env[name] for name in (*PASSED_ON, *SETTABLE) if name in env}
     allowed.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)))))
     # Without this, packages installed with `pip install --user` would vanish together with the real HOME.
@@ -191,16 +192,12 @@ def _watch(
 
 def _kill_all(process: subprocess.Popen[bytes], tree: Iterable[psutil.Process]) -> None:
     """Kill the group, then every descendant ever seen that left it (psutil checks that a pid was not reused)."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     for member in list(tree):
         if member.pid != process.pid:
-            try:
+            with suppress(psutil.Error):
                 member.kill()
-            except psutil.Error:
-                continue
     process.wait()
 
 
@@ -240,24 +237,10 @@ class _LogCopy:
 
 
 def redact_file(path: Path, placeholders: Mapping[str, str]) -> None:
-    """Rewrite a text file without this machine's paths: ``placeholders`` first, then the bundle's own redaction."""
+    """Rewrite a text file, if it exists, without this machine's paths and names (see ``redact``)."""
     if not path.exists():
         return
-    try:
-        from q4kd.harness.bundle import redact
-    except ImportError:  # TODO: remove when bundle is there
-
-        def redact(text: str) -> str:
-            return text
-
     data = path.read_bytes()
-    text = redact(replace_paths(data.decode("utf-8", "replace"), placeholders))
-    if text.encode() != data:
-        write_atomic(path, text.encode())
-
-
-def replace_paths(text: str, placeholders: Mapping[str, str]) -> str:
-    """Put placeholders in the place of absolute paths, longest first; ``/tmp/a`` does not rewrite ``/tmp/ab``."""
-    for prefix in sorted(placeholders, key=len, reverse=True):
-        text = re.sub(re.escape(prefix) + r"(?![\w-])", placeholders[prefix].replace("\\", r"\\"), text)
-    return text
+    text = redact(data.decode("utf-8", "replace"), placeholders).encode()
+    if text != data:
+        write_atomic(path, text)

@@ -2,6 +2,7 @@ import os
 import signal
 
 import pytest
+
 from q4kd.harness.cause import KernelLog, MemoryCgroup, OomCounter, classify, memory_cgroup, oom_pattern
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from q4kd.harness.cause import memory_cgroup
 from q4kd.harness.supervise import (
     LOG_LIMIT,
     TRUNCATED,
     boot_id,
     child_environment,
-    replace_paths,
     run_supervised,
 )
 
@@ -160,11 +160,6 @@ def test_paths_are_replaced_in_logs_and_events(tmp_path):
     run(tmp_path, code, placeholders={str(tmp_path): "{run}"})
     assert (tmp_path / "stdout.log").read_text() == "{run}\n"
     assert json.loads((tmp_path / "events.jsonl").read_text()) == {"p": "{run}/x"}
-
-
-def test_replace_paths_prefers_the_longest_and_stops_at_a_boundary():
-    places = {"/tmp/a": "{a}", "/tmp/a/b": "{b}"}
-    assert replace_paths("/tmp/a /tmp/a/b/c /tmp/ab /tmp/a-1 /tmp/a.", places) == "{a} {b}/c /tmp/ab /tmp/a-1 {a}."
 
 
 def test_a_program_that_cannot_start_raises(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.quant import QUANT_TYPES
+from q4kd.trainer.formats import FORMATS
 
 BACKENDS = ("q4k", "dense")
 OVERRIDES = ("auto", *BACKENDS)
@@ -35,7 +35,7 @@ def choose_backend(override: str, types: Collection[str]) -> BackendChoice:
         raise InputError("backend", expected=" or ".join(OVERRIDES), got=repr(override), remedy="choose one of these")
     if override != "auto":
         return BackendChoice(override, f"asked for by override '{override}'")
-    k_quants = sorted(name for name in set(types) if name in QUANT_TYPES and QUANT_TYPES[name].is_k_quant)
+    k_quants = sorted(name for name in set(types) if name in FORMATS and FORMATS[name].is_k_quant)
     if k_quants:
         return BackendChoice("q4k", f"the file holds {' and '.join(k_quants)} tensors, which stay packed")
     return BackendChoice("dense", "the file holds no K-quant tensor")

@@ -1,9 +1,9 @@
 """Writes a qwen2 causal LM as a GGUF that llama.cpp and this project's loader both read.
 
-Type recipes: "f32"; "f16"; "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K for the output head (the
-embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for attn_v and ffn_down. Norms and
-biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it is stored as F16, where
-llama.cpp would take Q5_0 or Q8_0.
+Type recipes: "f32"; "f16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K for the output head
+(the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for attn_v and ffn_down. Norms
+and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it is stored as F16,
+where llama.cpp would take Q5_0 or Q8_0.
 """
 
 import os
@@ -20,14 +20,24 @@ from safetensors import safe_open
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder
-from q4kd.trainer.quantize import BLOCK_BYTES, SUPERBLOCK, quantize
+from q4kd.trainer.quantize import BLOCK, SUPERBLOCK, quantize
 
 RECIPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
     "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
 }
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 # The split expression of Qwen2's own tokenizer, which llama.cpp calls "qwen2".
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,14 +45,16 @@ QWEN2_SPLIT = (
 
 
 def uses_more_bits(layer: int, layers: int) -> bool:
-    """Whether "q4_k_m" gives this layer's attn_v and ffn_down Q6_K: both ends, and every third between (llama-quant.cpp)."""
+    """Whether "q4_k_m" gives a layer's attn_v and ffn_down Q6_K: both ends, every third between (llama-quant.cpp)."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def tensor_type(name: str, shape: tuple[int, ...], *, recipe: str, layers: int, tied: bool) -> str:
-    """Return the type of the GGUF tensor ``name``: "F32", "F16", "Q4_K" or "Q6_K". ``shape`` is [rows, cols] or [n]."""
+    """Return the type of the GGUF tensor ``name``: F32, F16, Q8_0, Q6_K or Q4_K. ``shape`` is [rows, cols] or [n]."""
     if len(shape) == 1 or recipe == "f32":
         return "F32"
+    if recipe == "q8_0":
+        return "F16" if shape[1] % BLOCK["Q8_0"][0] else "Q8_0"
     if recipe == "f16" or shape[1] % SUPERBLOCK:
         return "F16"
     if recipe == "q6_k" or name == "output.weight" or (name == "token_embd.weight" and tied):
@@ -105,7 +117,7 @@ def write_gguf(
         for target, (source, _shape) in sources.items():
             writer.write_tensor_data(_convert(source, state[source], types[target]))
         writer.flush()
-        for file in writer.fout:
+        for file in writer.fout or ():
             os.fsync(file.fileno())
         writer.close()
         Path(temporary).chmod(0o644)
@@ -119,7 +131,7 @@ def write_gguf(
 
 
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
-    """Write the qwen2 model of a Hugging Face folder (config.json, tokenizer.json, ``*.safetensors``); see ``write_gguf``."""
+    """Write the qwen2 of a Hugging Face folder (config.json, tokenizer.json, ``*.safetensors``); see ``write_gguf``."""
     state: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -136,8 +148,13 @@ def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -
 
 def _check_config(settings: Mapping[str, Any]) -> None:
     """Refuse what the qwen2 keys of a GGUF cannot say, and what this project's teacher does not implement."""
+    for key in _SIZES:
+        if not isinstance(settings.get(key), int) or settings[key] < 1:
+            raise InputError(
+                f"config {key}", expected="a positive integer", got=repr(settings.get(key)), remedy="check config.json"
+            )
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    heads = settings.get("num_attention_heads", 0)
+    heads = settings["num_attention_heads"]
     for subject, expected, got in (
         ("model_type", "qwen2", settings.get("model_type")),
         ("hidden_act", "silu", settings.get("hidden_act", "silu")),
@@ -219,8 +236,9 @@ def _plan_tensors(
 
 def _stored(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and dtype of the array that ``quantize`` makes of a float32 array of ``shape``."""
-    if kind in BLOCK_BYTES:
-        return (shape[0], shape[1] // SUPERBLOCK * BLOCK_BYTES[kind]), np.dtype(np.uint8)
+    if kind in BLOCK:
+        weights, size = BLOCK[kind]
+        return (shape[0], shape[1] // weights * size), np.dtype(np.uint8)
     return shape, np.dtype(np.float16 if kind == "F16" else np.float32)
 
 
@@ -254,7 +272,9 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     if tokenizer.get("model", {}).get("type") == "BPE" and plain:
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not tokenizer.get("normalizer"):
             return "gpt-2"
-        if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern") == {"Regex": QWEN2_SPLIT}:
+        # NFC is Qwen2's own; llama.cpp leaves it out, and for composed text it changes nothing.
+        normalized = (tokenizer.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
+        if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern") == {"Regex": QWEN2_SPLIT} and normalized:
             return "qwen2"
     raise InputError(
         "tokenizer.json",

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.gguf_header import check_header
 
 SUPPORTED_ARCHITECTURES = ("qwen2",)
-SUPPORTED_TYPES = ("Q4_K", "Q6_K", "F16", "F32")
 VECTOR_TYPES = ("F16", "F32")
 _LAYER_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -142,18 +142,17 @@ def _refuse_unsupported(path: Path, metadata: Mapping[str, Any]) -> None:
 def _packed(path: Path, tensor: Any, file_bytes: int) -> PackedTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
     type_name = tensor.tensor_type.name
-    if type_name not in SUPPORTED_TYPES:
+    if type_name not in FORMATS:
         raise InputError(
             f"{path}: tensor {tensor.name}",
-            expected=f"type {', '.join(SUPPORTED_TYPES)}",
+            expected=f"type {', '.join(FORMATS)}",
             got=type_name,
             remedy="quantise the model to Q4_K_M or Q6_K",
         )
-    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-    row_bytes = shape[-1] // block * block_bytes
+    row_bytes = FORMATS[type_name].row_bytes(shape[-1])
     needed = math.prod(shape[:-1]) * row_bytes
     end = int(tensor.data_offset) + needed
-    if shape[-1] % block or end > file_bytes:
+    if end > file_bytes:
         raise InputError(
             f"{path}: tensor {tensor.name}",
             expected=f"{needed} bytes for shape {shape} within the file's {file_bytes}",

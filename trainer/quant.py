@@ -23,33 +23,11 @@ Q6_K, 210 bytes (6.5625 bits a weight), sixteen sub-blocks of 16, no offset term
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from q4kd.trainer.errors import InputError
-
-SUPERBLOCK = 256
-
-
-@dataclass(frozen=True)
-class QuantType:
-    """How a GGML type is stored and decoded.
-
-    Attributes:
-        name: GGML type name.
-        block_size: weights per block.
-        block_bytes: bytes per block.
-        decode: ``(packed uint8 [n, block_bytes], out float32 [n, block_size]) -> None``, writes every element of out.
-        is_k_quant: whether decoding it to a dense tensor would enlarge it (what the harness forbids).
-    """
-
-    name: str
-    block_size: int
-    block_bytes: int
-    decode: Callable[[Tensor, Tensor], None]
-    is_k_quant: bool
+from q4kd.trainer.formats import block_format
 
 
 def unpack_q4_k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,29 +78,13 @@ def decode_f32(packed: Tensor, out: Tensor) -> None:
     out.copy_(packed.view(torch.float32))
 
 
-QUANT_TYPES = {
-    quant.name: quant
-    for quant in (
-        QuantType("Q4_K", SUPERBLOCK, 144, decode_q4_k, is_k_quant=True),
-        QuantType("Q6_K", SUPERBLOCK, 210, decode_q6_k, is_k_quant=True),
-        QuantType("F16", 1, 2, decode_f16, is_k_quant=False),
-        QuantType("F32", 1, 4, decode_f32, is_k_quant=False),
-    )
+# type name -> (packed uint8 [n, block_bytes], out float32 [n, block_size]) -> None; writes every element of out
+DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "Q4_K": decode_q4_k,
+    "Q6_K": decode_q6_k,
+    "F16": decode_f16,
+    "F32": decode_f32,
 }
-
-
-def quant_type(name: str) -> QuantType:
-    """Look a type up by its GGML name.
-
-    Raises:
-        InputError: when it has no decoder.
-    """
-    try:
-        return QUANT_TYPES[name]
-    except KeyError as error:
-        raise InputError(
-            f"type {name}", expected=", ".join(QUANT_TYPES), got=name, remedy="quantise the model to Q4_K_M or Q6_K"
-        ) from error
 
 
 def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
@@ -135,7 +97,10 @@ def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
 
     Returns:
         ``out``.
+
+    Raises:
+        InputError: when the type has no decoder.
     """
-    quant = quant_type(type_name)
-    quant.decode(packed.view(-1, quant.block_bytes), out.view(-1, quant.block_size))
+    form = block_format(type_name)
+    DECODERS[type_name](packed.view(-1, form.block_bytes), out.view(-1, form.block_size))
     return out

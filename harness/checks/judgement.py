@@ -1,0 +1,105 @@
+"""What a check returns, and what every check does first: choose its run, see that it completed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from q4kd.harness.raw import RawRun
+from q4kd.trainer.errors import InputError
+
+Verdict = Literal["corroborated", "falsified", "inconclusive"]
+
+# The closed list of reasons for `inconclusive`.
+REASONS = {
+    "prose": "the claim has no executable falsifier",
+    "not run": "no run of its experiment is in the evidence",
+    "harness error": "the harness failed around the run",
+    "evidence unreadable": "a raw file is missing or malformed",
+    "run incomplete": "the program did not reach its end, so there is nothing to compare",
+    "too few observations": "fewer observations than the claim asks for",
+    "no completion marker": "the log has no line that a complete run prints",
+    "no known positive": "the log lacks the line that shows the right program wrote it",
+    "phase not covered": "the samples do not span the phase",
+    "constant": "the reference does not vary, so agreement means nothing",
+    "self comparison": "subject and reference come from the same source",
+    "reference not finite": "the reference itself holds NaN or infinity",
+    "accounting incomplete": "the teacher accounts for fewer bytes than the file holds",
+    "unequal budget": "the arms differ in more than the treatment",
+    "twin refused": "the valid twin was refused as well",
+    "machine restarted": "the machine restarted during the run",
+    "faulted run": "a planted fault can never support a clean verdict",
+    "kill record stale": "the record of a caught fault does not belong to this code",
+    "not shown to fail": "no planted fault was caught by this falsifier",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """The outcome of one check.
+
+    Attributes:
+        verdict: corroborated, falsified or inconclusive.
+        reason: a key of ``REASONS`` when inconclusive, else None.
+        measured: what was found, for a person.
+        bound: what was allowed, for a person.
+        counterexample: the observation that refutes the claim, when falsified.
+        margin: measured / bound where both are positive numbers and smaller is better, else None.
+    """
+
+    verdict: Verdict
+    measured: str
+    bound: str
+    reason: str | None = None
+    counterexample: str | None = None
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown without a reason of the closed list, and a refutation without its evidence."""
+        if (self.verdict == "inconclusive") != (self.reason is not None) or (
+            self.reason and self.reason not in REASONS
+        ):
+            raise ValueError(f"verdict {self.verdict} with reason {self.reason!r}")
+        if (self.verdict == "falsified") != (self.counterexample is not None):
+            raise ValueError(f"verdict {self.verdict} with counterexample {self.counterexample!r}")
+
+
+def inconclusive(reason: str, measured: str, bound: str) -> Judgement:
+    """Return an inconclusive judgement."""
+    return Judgement(verdict="inconclusive", reason=reason, measured=measured, bound=bound)
+
+
+def pick_run(runs: Mapping[str, RawRun], arm: str | None) -> RawRun:
+    """Return the run of an arm, or the only run.
+
+    Raises:
+        InputError: when the arm is not there, or none is named and there are several.
+    """
+    if arm is None and len(runs) == 1:
+        return next(iter(runs.values()))
+    for name, run in runs.items():
+        if arm is not None and name.partition(".")[2] == arm:
+            return run
+    raise InputError(
+        "evidence",
+        expected=f"a run of arm {arm!r}" if arm else "one run, or params.arm",
+        got=", ".join(sorted(runs)) or "none",
+        remedy="check params.arm against the experiment's arms",
+    )
+
+
+def completion(run: RawRun) -> dict[str, Any]:
+    """Return ``{"completed", "cause", "returncode"}``; completed means exit code 0 and a ``done`` event."""
+    cause, code = run.exit.get("cause"), run.exit.get("returncode")
+    return {
+        "completed": cause == "exited" and code == 0 and run.event("done") is not None,
+        "cause": cause,
+        "returncode": code,
+    }
+
+
+def describe_exit(ending: Mapping[str, Any]) -> str:
+    """Say how a run ended, in words."""
+    return f"ended: {str(ending['cause']).replace('_', ' ')}, exit code {ending['returncode']}"
+
+
+ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}

@@ -1,0 +1,61 @@
+"""A line that must not appear in a log, provided that the log is complete and the right program wrote it.
+
+A pattern is a list of fragments that must all occur in one line, in any case: no regular expression, linear time.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "log_absent"
+_FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["absent", "completion", "known_positive"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "absent": {"type": "array", "minItems": 1, "items": _FRAGMENTS, "description": "Patterns that must not occur."},
+        "completion": _FRAGMENTS | {"description": "A line that only a complete run prints."},
+        "known_positive": _FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
+    },
+}
+DIRECTIONS: dict[str, str] = {}
+
+
+def _find(lines: list[str], fragments: list[str]) -> list[tuple[int, str]]:
+    wanted = [fragment.casefold() for fragment in fragments]
+    return [(number, line) for number, line in enumerate(lines, 1) if all(part in line.casefold() for part in wanted)]
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Search stdout and stderr of one run."""
+    run = pick_run(runs, params.get("arm"))
+    lines = [*run.stdout.splitlines(), *run.stderr.splitlines()]
+    hits = [hit for pattern in params["absent"] for hit in _find(lines, pattern)]
+    return {
+        "lines": len(lines),
+        "completion_lines": len(_find(lines, params["completion"])),
+        "known_positive_lines": len(_find(lines, params["known_positive"])),
+        "hits": len(hits),
+        "first_hit": f"line {hits[0][0]}: {hits[0][1][:200]}" if hits else None,
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by a hit; inconclusive unless both markers are there."""
+    bound = f"no line like {' or '.join('…'.join(pattern) for pattern in params['absent'])}"
+    measured = f"{observation['hits']} of {observation['lines']} log lines"
+    if observation["hits"]:
+        return Judgement(
+            verdict="falsified", measured=measured, bound=bound, counterexample=str(observation["first_hit"])
+        )
+    if not observation["completion_lines"]:
+        return inconclusive("no completion marker", measured, bound)
+    if not observation["known_positive_lines"]:
+        return inconclusive("no known positive", measured, bound)
+    if observation["lines"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound)

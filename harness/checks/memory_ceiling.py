@@ -1,0 +1,111 @@
+"""A ceiling on memory, seen from outside the program, over a phase that the samples must span."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, completion, describe_exit, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "memory_ceiling"
+MAX_EDGE_S = 0.5
+MAX_GAP_S = 1.0
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["series", "phase", "ceiling"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "series": {"enum": ["rss_above_baseline", "rss"], "description": "Bytes; the baseline is after the imports."},
+        "phase": {
+            "type": "array",
+            "items": {"type": "string"},
+            "minItems": 2,
+            "maxItems": 2,
+            "description": "Names of the events between which the ceiling holds.",
+        },
+        "ceiling": {
+            "type": "object",
+            "additionalProperties": False,
+            "description": "bytes, or times x a measured fact, plus a constant.",
+            "properties": {
+                "bytes": {"type": "number", "exclusiveMinimum": 0},
+                "times": {"type": "number", "exclusiveMinimum": 0},
+                "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
+                "plus_bytes": {"type": "number", "minimum": 0},
+            },
+            "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
+        },
+    },
+}
+DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_bytes": "upper"}
+
+
+def baseline_rss(run: RawRun) -> float | None:
+    """Return the resident bytes last sampled before the imports were done (None when there is no such sample)."""
+    marker = run.event("imports_done")
+    if marker is None:
+        return None
+    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"] + 0.1]
+    return before[-1] if before else None
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Take the samples of the phase."""
+    run = pick_run(runs, params.get("arm"))
+    first, last = (run.event(name) for name in params["phase"])
+    baseline = 0.0 if params["series"] == "rss" else baseline_rss(run)
+    observation: dict[str, Any] = completion(run) | {"baseline": baseline, "samples": 0}
+    fact = params["ceiling"].get("of")
+    observation["of_bytes"] = run.facts.get(fact) if fact else None
+    if first is None or last is None or baseline is None:
+        return observation
+    start, end = float(first["t"]), float(last["t"])
+    inside = [sample for sample in run.memory if start - MAX_EDGE_S <= sample["t"] <= end + MAX_EDGE_S]
+    if not inside:
+        return observation
+    times = [float(sample["t"]) for sample in inside]
+    return observation | {
+        "samples": len([time for time in times if start <= time <= end]),
+        "peak": max(float(sample["rss"]) for sample in inside) - baseline,
+        "late_start_s": times[0] - start,
+        "early_end_s": end - times[-1],
+        "largest_gap_s": max((b - a for a, b in pairwise(times)), default=0.0),
+    }
+
+
+def _ceiling(observation: Mapping[str, Any], ceiling: Mapping[str, Any]) -> float | None:
+    if "bytes" in ceiling:
+        return float(ceiling["bytes"]) + float(ceiling.get("plus_bytes", 0))
+    if not observation["of_bytes"]:
+        return None
+    return float(ceiling["times"]) * float(observation["of_bytes"]) + float(ceiling.get("plus_bytes", 0))
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by any sample over the ceiling; corroborated only when samples span the phase."""
+    limit = _ceiling(observation, params["ceiling"])
+    bound = f"≤ {limit / 1e6:.1f} MB" if limit else "unknown: the fact it refers to was not measured"
+    if limit is None:
+        return inconclusive("evidence unreadable", "no ceiling", bound)
+    if "peak" not in observation:
+        reason = "phase not covered" if observation["completed"] else "run incomplete"
+        return inconclusive(reason, describe_exit(observation), bound)
+    peak = float(observation["peak"])
+    measured = f"peak {peak / 1e6:.1f} MB over {observation['samples']} samples"
+    if peak > limit:
+        return Judgement(
+            verdict="falsified",
+            measured=measured,
+            bound=bound,
+            counterexample=f"{peak / 1e6:.1f} MB resident ({params['series']}), {peak / limit:.2f} x the ceiling",
+            margin=peak / limit,
+        )
+    if not observation["completed"]:
+        return inconclusive("run incomplete", describe_exit(observation), bound)
+    if observation["samples"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    edges = max(observation["late_start_s"], observation["early_end_s"])
+    if edges > MAX_EDGE_S or observation["largest_gap_s"] > MAX_GAP_S:
+        return inconclusive("phase not covered", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=peak / limit)

@@ -1,0 +1,137 @@
+"""Two arrays agree, row by row, and come from different programs.
+
+``arrays/<array>.npz`` holds ``subject`` (from the program under test) and ``reference`` (from the harness or another
+engine), each ``[rows, …]``; ``facts.json`` names both sources under ``comparators``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "parity"
+METRICS = ("relative_frobenius", "cosine", "max_abs", "bit_equal")
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["array", "metric"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
+        "metric": {"enum": list(METRICS), "description": "Computed for each row; the worst row counts."},
+        "max": {"type": "number", "minimum": 0, "description": "Largest value allowed (relative_frobenius, max_abs)."},
+        "min": {"type": "number", "maximum": 1, "description": "Smallest value allowed (cosine)."},
+    },
+    "allOf": [
+        {"if": {"properties": {"metric": {"const": "cosine"}}}, "then": {"required": ["min"]}},
+        {
+            "if": {"properties": {"metric": {"enum": ["relative_frobenius", "max_abs"]}}},
+            "then": {"required": ["max"]},
+        },
+    ],
+}
+DIRECTIONS = {"max": "upper", "min": "lower"}
+
+
+def _row_values(metric: str, subject: Any, reference: Any) -> Any:
+    if metric == "bit_equal":
+        return np.array([a.tobytes() != b.tobytes() for a, b in zip(subject, reference, strict=True)], np.float64)
+    a, b = subject.astype(np.float64), reference.astype(np.float64)
+    if metric == "max_abs":
+        return np.abs(a - b).max(1)
+    norm_b = np.linalg.norm(b, axis=1)
+    if metric == "relative_frobenius":
+        return np.linalg.norm(a - b, axis=1) / np.maximum(norm_b, np.finfo(np.float64).tiny)
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * norm_b, np.finfo(np.float64).tiny)
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Compute the metric of every row."""
+    run = pick_run(runs, params.get("arm"))
+    sources = run.facts.get("comparators", {}).get(params["array"], {})
+    observation: dict[str, Any] = {
+        "subject_source": sources.get("subject"),
+        "reference_source": sources.get("reference"),
+        "cause": run.exit.get("cause"),
+        "returncode": run.exit.get("returncode"),
+        "rows": 0,
+    }
+    if not sources:
+        return observation  # the run left no output to compare
+    arrays = run.array(params["array"])
+    subject, reference = arrays["subject"], arrays["reference"]
+    observation |= {"subject_shape": list(subject.shape), "reference_shape": list(reference.shape)}
+    if subject.shape != reference.shape or subject.ndim == 0:
+        return observation
+    subject, reference = subject.reshape(len(subject), -1), reference.reshape(len(reference), -1)
+    finite_rows = np.isfinite(subject).all(1)
+    observation |= {
+        "rows": len(subject),
+        "reference_finite": bool(np.isfinite(reference).all()),
+        "reference_distinct_values": int(np.unique(reference).size),
+        "first_bad_row": None if finite_rows.all() else int(np.argmin(finite_rows)),
+        "same_bytes": subject.astype(np.float64).tobytes() == reference.astype(np.float64).tobytes(),
+    }
+    if finite_rows.all() and observation["reference_finite"]:
+        values = _row_values(params["metric"], subject, reference)
+        worst = int(values.argmin() if params["metric"] == "cosine" else values.argmax())
+        observation |= {"worst": float(values[worst]), "worst_row": worst, "rows_differing": int((values > 0).sum())}
+    return observation
+
+
+def _bound(params: Mapping[str, Any]) -> str:
+    metric = str(params["metric"]).replace("_", " ")
+    if params["metric"] == "bit_equal":
+        return "every row bit-equal"
+    limit = f"≥ {params['min']:g}" if params["metric"] == "cosine" else f"≤ {params['max']:g}"
+    return f"{metric} {limit} in every row"
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by one row out of bounds, another shape, or a value that is not finite."""
+    bound, metric = _bound(params), params["metric"]
+    ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
+    if not observation["subject_source"] or not observation["reference_source"]:
+        return inconclusive("run incomplete", ended, bound)
+    if observation["subject_source"] == observation["reference_source"]:
+        return inconclusive("self comparison", f"both from {observation['subject_source']}", bound)
+
+    def falsified(measured: str, counterexample: str, margin: float | None = None) -> Judgement:
+        return Judgement(
+            verdict="falsified", measured=measured, bound=bound, counterexample=counterexample, margin=margin
+        )
+
+    if observation["subject_shape"] != observation["reference_shape"]:
+        shapes = f"shape {observation['subject_shape']} for {observation['reference_shape']}"
+        return falsified(shapes, shapes)
+    if not observation["rows"]:
+        return inconclusive("too few observations", "no rows", bound)
+    if not observation["reference_finite"]:
+        return inconclusive("reference not finite", "the reference holds NaN or infinity", bound)
+    if observation["first_bad_row"] is not None:
+        return falsified("not finite", f"row {observation['first_bad_row']} holds NaN or infinity")
+    worst, row = float(observation["worst"]), observation["worst_row"]
+    label = metric.replace("_", " ")
+    if metric == "bit_equal":
+        differing = observation["rows_differing"]
+        measured = f"{differing} of {observation['rows']} rows differ"
+        failed, margin = differing > 0, None
+        counterexample = f"row {row} differs from {observation['reference_source']}"
+    else:
+        measured = f"worst {label} {worst:.3g} over {observation['rows']} rows"
+        failed = worst < params["min"] if metric == "cosine" else worst > params["max"]
+        margin = None if metric == "cosine" or not params["max"] else worst / params["max"]
+        counterexample = f"row {row}: {label} {worst:.6g} against {observation['reference_source']}"
+    if failed:
+        return falsified(measured, counterexample, margin)
+    if observation["rows"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    if observation["reference_distinct_values"] < 2 and metric != "max_abs":
+        return inconclusive("constant", measured, bound)
+    # Two different float programs never agree to the last bit everywhere; if they do, one was copied from the other.
+    if metric in ("relative_frobenius", "cosine") and observation["same_bytes"]:
+        return inconclusive("self comparison", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)

@@ -1,0 +1,62 @@
+"""Something invalid is refused with the named error, and its valid twin is accepted.
+
+The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message", "twin", "twin_error"}, …]``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "rejects"
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["error", "cases"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "error": {"type": "string", "description": "Type name of the error that every case must raise."},
+        "cases": {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "string"},
+            "description": "Cases that must be there.",
+        },
+    },
+}
+DIRECTIONS: dict[str, str] = {}
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Return the recorded cases."""
+    run = pick_run(runs, params.get("arm"))
+    return {
+        "cases": list(run.facts.get("cases") or []),
+        "cause": run.exit.get("cause"),
+        "returncode": run.exit.get("returncode"),
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by a case that passed or raised something else; inconclusive when the twin was refused too."""
+    cases = {str(case["case"]): case for case in observation["cases"]}
+    bound = f"{', '.join(params['cases'])}: each {params['error']}, its twin accepted"
+    refused = [case for case in cases.values() if case["error"] == params["error"]]
+    measured = f"{len(refused)} of {len(cases)} refused"
+    wrong = [case for name, case in cases.items() if name in params["cases"] and case["error"] != params["error"]]
+    if wrong:
+        got = wrong[0]["error"] or "no error"
+        return Judgement(
+            verdict="falsified",
+            measured=measured,
+            bound=bound,
+            counterexample=f"{wrong[0]['case']}: {got} instead of {params['error']}",
+        )
+    if not set(params["cases"]) <= set(cases):
+        return inconclusive("run incomplete", f"{measured}; run {observation['cause']}", bound)
+    if any(case["twin_error"] for case in cases.values()):
+        return inconclusive("twin refused", measured, bound)
+    if len(cases) < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound)

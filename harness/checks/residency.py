@@ -1,0 +1,109 @@
+"""K-quant tensors stay packed: what the teacher says it holds, the file's own types, and the process seen from outside.
+
+The teacher's account alone proves nothing: a fault may dequantise and keep silent. The supervisor's samples must agree.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, completion, describe_exit, inconclusive, pick_run
+from q4kd.harness.checks.memory_ceiling import baseline_rss
+from q4kd.harness.raw import RawRun
+
+NAME = "residency"
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["max_dense_bytes", "max_ratio", "outside"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "max_dense_bytes": {
+            "type": "integer",
+            "minimum": 0,
+            "description": "Decoded bytes of K-quant tensors allowed.",
+        },
+        "max_ratio": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "Resident bytes / tensor bytes of the file.",
+        },
+        "outside": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["times", "plus_bytes"],
+            "description": "The process may grow, after its imports, by times x tensor bytes + plus_bytes.",
+            "properties": {
+                "times": {"type": "number", "exclusiveMinimum": 0},
+                "plus_bytes": {"type": "number", "minimum": 0},
+            },
+        },
+    },
+}
+DIRECTIONS = {
+    "max_dense_bytes": "upper",
+    "max_ratio": "upper",
+    "outside.times": "upper",
+    "outside.plus_bytes": "upper",
+}
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Put the teacher's account, the harness's reading of the file and the outside samples side by side."""
+    run = pick_run(runs, params.get("arm"))
+    ready, baseline = run.event("teacher_ready"), baseline_rss(run)
+    after = [float(sample["rss"]) for sample in run.memory if ready and sample["t"] >= ready["t"]]
+    return completion(run) | {
+        "resident_bytes": dict(ready["resident_bytes"]) if ready else None,
+        "dense_bytes": ready["dense_bytes_of_quantised"] if ready else None,
+        "scratch_bytes": ready["scratch_bytes"] if ready else None,
+        "file_bytes_by_type": run.facts.get("gguf_bytes_by_type"),
+        "tensor_bytes": run.facts.get("gguf_tensor_bytes"),
+        "outside_growth": max(after) - baseline if after and baseline is not None else None,
+        "samples": len(after),
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by dense bytes, by a type that is not held as the file holds it, or by growth seen from outside."""
+    tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
+    bound = (
+        f"≤ {params['max_dense_bytes']} dense bytes, ≤ {params['max_ratio']} x the file's tensors, "
+        f"growth ≤ {params['outside']['times']} x + {params['outside']['plus_bytes'] / 1e6:.0f} MB"
+    )
+    if not tensor_bytes or held is None:
+        reason = "evidence unreadable" if observation["completed"] else "run incomplete"
+        return inconclusive(reason, describe_exit(observation), bound)
+    resident = sum(held.values())
+    dense, growth = observation["dense_bytes"], observation["outside_growth"]
+    measured = (
+        f"{dense} dense bytes, {resident / tensor_bytes:.3f} x, growth {growth / 1e6:.1f} MB"
+        if growth is not None
+        else f"{dense} dense bytes, no outside sample"
+    )
+
+    def falsified(counterexample: str, margin: float | None = None) -> Judgement:
+        return Judgement(
+            verdict="falsified", measured=measured, bound=bound, counterexample=counterexample, margin=margin
+        )
+
+    if dense > params["max_dense_bytes"]:
+        return falsified(f"{dense} bytes of K-quant tensors are held decoded")
+    if resident > params["max_ratio"] * tensor_bytes:
+        return falsified(f"{resident} bytes resident for {tensor_bytes} in the file", resident / tensor_bytes)
+    for name, count in (observation["file_bytes_by_type"] or {}).items():
+        if name.endswith("_K") and held.get(name, 0) != count:
+            return falsified(f"{name}: {held.get(name, 0)} bytes held of {count} in the file")
+    limit = params["outside"]["times"] * tensor_bytes + params["outside"]["plus_bytes"]
+    if growth is not None and growth > limit:
+        return falsified(
+            f"the teacher reports {resident / 1e6:.1f} MB, but the process grew by {growth / 1e6:.1f} MB "
+            f"(limit {limit / 1e6:.1f} MB)",
+            growth / limit,
+        )
+    if resident < 0.98 * tensor_bytes:
+        return inconclusive("accounting incomplete", measured, bound)
+    if not observation["completed"]:
+        return inconclusive("run incomplete", describe_exit(observation), bound)
+    if growth is None or observation["samples"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=growth / limit)

@@ -1,0 +1,71 @@
+"""A run takes all its steps, ends by itself and leaves a checkpoint. Steps count, not minutes: a hang lasts for hours.
+
+The step counter is the program's word; the harness's own reading of the last checkpoint must agree with it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "survives"
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["steps", "checkpoint"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "steps": {"type": "integer", "minimum": 1, "description": "Optimiser steps that must be completed."},
+        "checkpoint": {"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
+    },
+}
+DIRECTIONS = {"steps": "lower"}
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Count steps, read how the run ended, and take the harness's reading of the last checkpoint."""
+    run = pick_run(runs, params.get("arm"))
+    steps = [event.get("step") for event in run.events_named("step")]
+    ending = run.exit
+    return {
+        "steps": len(steps),
+        "contiguous": steps == list(range(1, len(steps) + 1)),
+        "cause": ending.get("cause"),
+        "returncode": ending.get("returncode"),
+        "same_boot": ending.get("boot_id") == ending.get("boot_id_end"),
+        "wall_s": ending.get("wall_s"),
+        "done": run.event("done") is not None,
+        "checkpoint": run.facts.get("checkpoint"),
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by a missing step, another end than exit 0, or a checkpoint that tells another story."""
+    wanted = params["steps"]
+    cause = str(observation["cause"]).replace("_", " ")
+    ended = f"{cause}, exit code {observation['returncode']}"
+    measured = f"{observation['steps']} steps, {ended}"
+    bound = f"{wanted} steps, exit 0" + (", a checkpoint of the last" if params["checkpoint"] else "")
+
+    def falsified(counterexample: str) -> Judgement:
+        return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=counterexample)
+
+    if not observation["same_boot"]:
+        return inconclusive("machine restarted", measured, bound)
+    if observation["steps"] < wanted or not observation["contiguous"]:
+        return falsified(f"{observation['steps']} of {wanted} steps in {observation['wall_s']:.0f} s; the run {ended}")
+    if observation["cause"] != "exited" or observation["returncode"] != 0 or not observation["done"]:
+        return falsified(f"all steps were taken, but the run {ended}")
+    if params["checkpoint"]:
+        found = observation["checkpoint"]
+        if not found:
+            return falsified("no checkpoint was left")
+        counters = [found["step"], found["optimizer_step_min"], found["optimizer_step_max"]]
+        if counters != [observation["steps"]] * 3:
+            return falsified(f"the checkpoint counts steps {counters}, the events {observation['steps']}")
+        if not found["finite"] or not found["digests_match"]:
+            return falsified("the checkpoint's tensors are not finite or do not match their digests")
+    if observation["steps"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound)

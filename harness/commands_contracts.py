@@ -1,0 +1,150 @@
+"""The commands ``q4kd contracts validate``, ``show`` and ``diff``."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q4kd.trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from q4kd.harness.contract import Claim, Contract
+
+_STYLE = {"loosened": "bold red", "tightened": "green", "changed": "yellow", "added": "cyan"}
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add ``contracts`` and its three commands to the command line."""
+    contracts = subparsers.add_parser("contracts", help="validate, show and compare contracts")
+    commands = contracts.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    validate = commands.add_parser(
+        "validate",
+        help="load contracts and print counts",
+        description="Exit 0 only if every file loads; 2 when one does not, or when there is no claim to validate.",
+    )
+    validate.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="contract files, or folders of them")
+    validate.set_defaults(run=_validate)
+    show = commands.add_parser("show", help="print a contract's claims, or those of one claim id")
+    show.add_argument("name", metavar="NAME", help="a contract's name, or contract::id")
+    show.add_argument("--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)")
+    show.set_defaults(run=_show)
+    diff = commands.add_parser(
+        "diff",
+        help="name every claim added or removed and every bound that moved",
+        description="Exit 1 when anything was loosened: a bound, a check, a fault, the scope, or a claim removed.",
+    )
+    diff.add_argument("old", type=Path, metavar="OLD", help="contract file or folder")
+    diff.add_argument("new", type=Path, metavar="NEW", help="contract file or folder")
+    diff.set_defaults(run=_diff)
+
+
+def console() -> "Console":
+    """Return a console that wraps nothing and colours nothing when its output is not a terminal."""
+    import sys
+
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200)
+
+
+def load_paths(paths: list[Path]) -> "list[Contract]":
+    """Load contract files and folders of them; claims must be unique over the whole set (InputError)."""
+    from q4kd.harness.contract import check_identities, contract_files, load_contract
+
+    files = [file for path in paths for file in (contract_files(path) if path.is_dir() else [path])]
+    return check_identities([load_contract(file) for file in dict.fromkeys(files)])
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from q4kd.harness.contract import check_identities, contract_files, load_contract
+
+    out = console()
+    files = [file for path in args.paths for file in (contract_files(path) if path.is_dir() else [path])]
+    contracts, failed = [], 0
+    for file in dict.fromkeys(files):
+        try:
+            contracts.append(load_contract(file))
+        except InputError as error:  # every broken file is named, not only the first
+            failed += 1
+            out.print(f"error: {error}", style="red")
+    check_identities(contracts)
+    for contract in contracts:
+        for warning in contract.warnings:
+            out.print(f"warning: {contract.path}: {warning}", style="yellow")
+    claims = [claim for contract in contracts for claim in contract.claims]
+    executable = sum(claim.falsifier is not None for claim in claims)
+    statuses = Counter(contract.status for contract in contracts)
+    shown = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    out.print(
+        f"{len(contracts)} contract{'' if len(contracts) == 1 else 's'} ({shown or 'none'}), {len(claims)} claims: "
+        f"{executable} executable, {len(claims) - executable} prose; {failed} failed to load"
+    )
+    if failed:
+        return 2
+    if not claims:
+        raise InputError(
+            ", ".join(map(str, args.paths)),
+            expected="at least one claim",
+            got="none",
+            remedy="write entries under falsification_tests; a set without claims would pass everything",
+        )
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from q4kd.harness.contract import default_contracts_folder, load_contracts
+
+    contracts = load_contracts(args.contracts or default_contracts_folder())
+    name, _, claim_id = args.name.partition("::")
+    contract = next((found for found in contracts if found.name == name), None)
+    claims = [claim for claim in contract.claims if not claim_id or claim.id == claim_id] if contract else []
+    if contract is None or (claim_id and not claims):
+        known = [claim.key for claim in contract.claims] if contract else [found.name for found in contracts]
+        raise InputError(
+            args.name, expected=f"one of {', '.join(known)}", got="no such contract or claim", remedy="name one of them"
+        )
+    out = console()
+    superseded = f", superseded by {contract.superseded_by}" if contract.superseded_by else ""
+    out.print(f"{contract.name} ({contract.status}{superseded})", style="bold")
+    if contract.description:
+        out.print(contract.description)
+    for claim in claims:
+        _show_claim(out, contract.path, claim)
+    return 0
+
+
+def _show_claim(out: "Console", path: str, claim: "Claim") -> None:
+    import json
+
+    out.print()
+    out.print(f"{claim.id}  {claim.rule}", style="bold")
+    out.print(f"  prediction: {claim.prediction}")
+    out.print(f"  if it fails: {claim.if_fails}")
+    if claim.falsifier is None:
+        out.print("  no falsifier: judged inconclusive(prose)")
+    else:
+        falsifier = claim.falsifier
+        out.print(f"  experiment: {falsifier.experiment}")
+        for use in falsifier.checks:
+            out.print(f"  check: {use.check} {json.dumps(use.params, sort_keys=True)}")
+        for profile in sorted(falsifier.profiles):
+            out.print(f"  on {profile}: {json.dumps(falsifier.profiles[profile], sort_keys=True)}")
+        out.print(f"  needs: {', '.join(falsifier.needs) or 'any machine'}")
+        out.print(f"  at least {falsifier.min_observations} observations, timeout {falsifier.timeout_s or 'default'}")
+        out.print(f"  sabotage to catch: {', '.join(falsifier.sabotage) or 'none'}")
+    out.print(f"  {path}:{claim.line}", style="dim")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from q4kd.harness.loosening import contract_changes
+
+    changes = contract_changes(load_paths([args.old]), load_paths([args.new]))
+    out = console()
+    for change in changes:
+        out.print(f"{change.kind:<9}  {change.key}  {change.text}", style=_STYLE[change.kind])
+    counts: Counter[str] = Counter(change.kind for change in changes)
+    out.print(", ".join(f"{counts[kind]} {kind}" for kind in _STYLE if counts[kind]) or "no differences")
+    return 1 if counts["loosened"] else 0

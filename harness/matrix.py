@@ -1,0 +1,209 @@
+"""The kill matrix: every falsifier against every fault it must catch, run for real and kept as kill records."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from q4kd.harness.bundle import pack_bytes
+from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
+from q4kd.harness.environment import PACKAGES
+from q4kd.harness.experiment import Inputs
+from q4kd.harness.judge import JUDGE_VERSION
+from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
+from q4kd.harness.plan import make_plan
+from q4kd.harness.profile import detect_profile, load_profile
+from q4kd.harness.raw import RawRun
+from q4kd.harness.runner import ExperimentRunner, HarnessError, prune
+from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
+from q4kd.harness.yaml_lines import printable
+from q4kd.trainer.errors import InputError
+
+Mark = Literal["caught", "missed", "misfire", "VOID"]
+_COLOURS: Mapping[str, str] = {"caught": "green", "missed": "red", "misfire": "yellow", "VOID": "magenta"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One falsifier against one fault. ``fresh`` is False where a valid kill record was judged again instead of run."""
+
+    claim: str
+    experiment: str
+    fault: str
+    mark: Mark
+    detail: str
+    fresh: bool
+
+
+def sabotage(
+    contracts: Path | None,
+    profile: str | None,
+    keyword: str | None,
+    kills: Path | None,
+    work: Path | None,
+    *,
+    changed: bool,
+) -> int:
+    """Run the kill matrix, print it and write the kill records. Returns 1 unless every fault was caught; 2 for none.
+
+    Args:
+        contracts: folder of contracts; None means the installed ones.
+        profile: machine profile; None means that of the GPU present, else ``cpu``.
+        keyword: only claims that match (as ``falsify -k``).
+        kills: folder to write the records to; None means the installed ones of the profile.
+        work: folder for the runs, kept; None means one that is removed.
+        changed: run only faults that have no valid record, or whose record does not show a catch.
+
+    Raises:
+        InputError: for contracts, a profile, a selection or a fault name that cannot be used.
+    """
+    folder = (contracts or default_contracts_folder()).resolve()
+    loaded = load_contracts(folder)
+    name = profile or detect_profile()
+    plan = make_plan(loaded, load_profile(name, folder), select=keyword)
+    scopes = {entry.key: entry.scope for entry in plan.entries}
+    claims = [
+        claim
+        for contract in loaded
+        for claim in contract.claims
+        if claim.falsifier is not None and scopes.get(claim.key, "out_of_scope") != "out_of_scope"
+    ]
+    store = KillStore(kills or default_kills(name))
+    root = work or Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        runner = ExperimentRunner(root.resolve(), Inputs(root.resolve() / "inputs", name), name)
+        cells = kill_matrix(claims, name, store, runner, changed=changed)
+    finally:
+        if work is None:
+            shutil.rmtree(root, ignore_errors=True)
+    show(cells, name)
+    if not cells:
+        print("q4kd: no claim in scope names a fault", file=sys.stderr)
+        return 2
+    return 0 if all(cell.mark == "caught" for cell in cells) else 1
+
+
+def kill_matrix(
+    claims: Sequence[Claim], profile: str, kills: KillStore, runner: ExperimentRunner, *, changed: bool
+) -> list[Cell]:
+    """Run each (experiment, fault) once, judge every claim that asks for it, and record what was seen.
+
+    Raises:
+        InputError: for an unknown fault; nothing has run then.
+    """
+    groups: dict[tuple[str, str], list[Claim]] = {}
+    cells: list[Cell] = []
+    for claim in claims:
+        assert claim.falsifier is not None
+        known = {entry["fault"]: entry for entry in rejudge(claim, profile, kills)} if changed else {}
+        for name in claim.falsifier.sabotage:
+            get_fault(name)
+            if name in known and known[name]["caught"]:
+                detail = str(known[name]["detail"])
+                cells.append(Cell(claim.key, claim.falsifier.experiment, name, "caught", detail, False))
+            else:
+                groups.setdefault((claim.falsifier.experiment, name), []).append(claim)
+    for number, ((experiment, name), asking) in enumerate(groups.items(), 1):
+        print(f"[{number}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
+        cells += _run_group(experiment, get_fault(name), asking, profile, kills, runner)
+    return cells
+
+
+def _run_group(
+    experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, kills: KillStore, runner: ExperimentRunner
+) -> list[Cell]:
+    def all_of(mark: Mark, detail: str) -> list[Cell]:
+        return [Cell(claim.key, experiment, fault.name, mark, detail, True) for claim in claims]
+
+    try:
+        for claim in claims:
+            record_parts(claim, fault, experiment, profile)
+        limits = [c.falsifier.for_profile(profile).timeout_s for c in claims if c.falsifier is not None]
+        runs = runner.run(
+            experiment, fault=fault.name, timeout_s=max((t for t in limits if t is not None), default=None)
+        )
+    except MissingTarget as missing:
+        return all_of("VOID", f"{missing.target} is missing")
+    except (HarnessError, InputError) as error:
+        return all_of("misfire", str(error))
+    raw = _archive(runner.faulted_root(experiment, fault.name))
+    cells = []
+    for claim in claims:
+        try:
+            outcome = judge_faulted(claim, fault, profile, runs)
+            mark = mark_of(outcome)
+            if mark != "VOID":
+                key = record_key(claim, fault, experiment, profile)
+                kills.add(key, _record(claim, fault, experiment, profile, outcome, runs), raw)
+        except InputError as error:
+            outcome, mark = {"detail": str(error)}, "misfire"
+        cells.append(Cell(claim.key, experiment, fault.name, mark, str(outcome["detail"]), True))
+    return cells
+
+
+def mark_of(outcome: Mapping[str, Any]) -> Mark:
+    """Return the matrix's word for what ``judge_faulted`` found."""
+    if outcome["caught"]:
+        return "caught"
+    word = str(outcome["detail"]).partition(":")[0]
+    return "VOID" if word == "VOID" else "misfire" if word == "misfire" else "missed"
+
+
+def _archive(root: Path) -> bytes:
+    for folder in (root / "runs").iterdir():
+        prune(folder)
+    return pack_bytes(root)
+
+
+def _record(
+    claim: Claim, fault: Fault, experiment: str, profile: str, outcome: Mapping[str, Any], runs: Mapping[str, RawRun]
+) -> dict[str, Any]:
+    import importlib.metadata
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "contract": claim.contract,
+        "id": claim.id,
+        "fault": fault.name,
+        "experiment": experiment,
+        "profile": profile,
+        "parts": record_parts(claim, fault, experiment, profile),
+        "verdict": outcome["verdict"],
+        "caught": outcome["caught"],
+        "detail": outcome["detail"],
+        "runs": sorted(runs),
+        "raw": f"{fault.name}--{experiment}.tar.gz",
+        "judge_version": JUDGE_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def show(cells: Sequence[Cell], profile: str) -> None:
+    """Print the matrix: falsifiers down, their faults beside them, and the detail of whatever was not caught."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"kill matrix, profile {profile}", title_justify="left")
+    for column in ("falsifier", "fault", "experiment", "", "seen"):
+        table.add_column(column, overflow="fold")
+    for cell in sorted(cells, key=lambda cell: (cell.claim, cell.fault)):
+        mark = Text(cell.mark if cell.fresh else f"{cell.mark} (record)", style=_COLOURS[cell.mark])
+        detail = printable(cell.detail.removeprefix(f"{cell.mark}: "), 200)
+        table.add_row(Text(cell.claim), Text(cell.fault), Text(cell.experiment), mark, Text(detail))
+    console = Console()
+    if cells:
+        console.print(table)
+    counts = {mark: sum(cell.mark == mark for cell in cells) for mark in _COLOURS}
+    console.print(Text(", ".join(f"{count} {mark}" for mark, count in counts.items())))

@@ -1,0 +1,214 @@
+"""One falsification session: contracts, plan, runner and bundle, shared by pytest's controller and its workers."""
+
+import hashlib
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from q4kd.harness import bundle as bundles
+from q4kd.harness.contract import Claim, Contract, contract_files, load_contracts
+from q4kd.harness.experiment import Inputs
+from q4kd.harness.falsify import new_bundle_path, refuse_used
+from q4kd.harness.findings import PROSE, assemble, headline, inconclusive
+from q4kd.harness.judge import JUDGE_VERSION, judge_claim
+from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
+from q4kd.harness.plan import Plan, make_plan
+from q4kd.harness.profile import detect_profile, load_profile
+from q4kd.harness.runner import ExperimentRunner, HarnessError
+from q4kd.harness.yaml_lines import printable
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json, write_json
+
+HARNESS_ERROR = "harness error"
+_COLOURS = {"corroborated": "green", "falsified": "red", "inconclusive": "yellow"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict as pytest shows it: ``line`` in one line, ``text`` in full."""
+
+    verdict: str
+    gating: bool
+    line: str
+    text: str
+
+
+@dataclass
+class Session:
+    """What the items of one pytest process share. Only the controller (``assembles``) writes the findings."""
+
+    folder: Path
+    profile: str
+    contracts: Sequence[Contract]
+    plan: Plan
+    bundle: Path
+    kills: KillStore
+    runner: ExperimentRunner | None
+    assembles: bool
+    owns_inputs: bool
+    by_path: Mapping[Path, Contract] = field(init=False)
+    claims: Mapping[str, Claim] = field(init=False)
+    findings: dict[str, Any] | None = None
+    trouble: str | None = None
+
+    def __post_init__(self) -> None:
+        """Index the contracts by file and the claims by key."""
+        names = {contract.name: contract for contract in self.contracts}
+        self.by_path = {path: names[path.stem] for path in contract_files(self.folder)}
+        self.claims = {claim.key: claim for contract in self.contracts for claim in contract.claims}
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        profile: str | None,
+        keyword: str,
+        bundle: str | None,
+        kills: str | None,
+        worker: Mapping[str, Any] | None,
+        dry: bool,
+    ) -> "Session":
+        """Start or, in a worker, join a session.
+
+        Raises:
+            InputError: for contracts, a profile, a selection or a bundle folder that cannot be used.
+        """
+        contracts = load_contracts(folder)
+        if worker is not None:
+            name, target, inputs = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
+        else:
+            name = profile or detect_profile()
+            target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
+        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None)
+        store = KillStore(Path(kills) if kills else default_kills(name))
+        if dry:
+            return cls(folder, name, contracts, plan, target, store, None, False, False)
+        if worker is None:
+            bundles.open_bundle(target, folder, name, plan, {})
+            inputs = Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
+        runner = ExperimentRunner(target, Inputs(inputs, name), name)
+        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None)
+
+    def for_worker(self) -> dict[str, str]:
+        """Return what an xdist worker needs to join."""
+        assert self.runner is not None
+        return {
+            "q4kd_profile": self.profile,
+            "q4kd_bundle": str(self.bundle),
+            "q4kd_inputs": str(self.runner.inputs.folder),
+        }
+
+    def out_of_scope(self, claim: Claim) -> str | None:
+        """Return why the claim does not apply on this profile, or None when it does."""
+        entry = self.plan.entry(claim.key)
+        return entry.reason or "" if entry is not None and entry.scope == "out_of_scope" else None
+
+    def evaluate(self, claim: Claim) -> Outcome:
+        """Run the claim's experiment unless it was run, judge it, apply the kill rule, and record the result."""
+        started = time.monotonic()
+        error = ""
+        try:
+            result = self._judge(claim)
+        except Exception as problem:  # the harness failed, so nothing was learnt about the claim
+            result = inconclusive(HARNESS_ERROR)
+            told = isinstance(problem, (HarnessError, InputError))
+            error = str(problem) if told else "".join(traceback.format_exception(problem)[-8:])
+        result["seconds"] = round(time.monotonic() - started, 3)
+        partial = self.bundle / ".partial" / f"{hashlib.sha256(claim.key.encode()).hexdigest()}.json"
+        partial.parent.mkdir(exist_ok=True)
+        write_json(partial, {"key": claim.key, "result": result})
+        return self._outcome(claim, result, error)
+
+    def _judge(self, claim: Claim) -> dict[str, Any]:
+        if claim.falsifier is None:
+            return inconclusive(PROSE)
+        assert self.runner is not None
+        name = claim.falsifier.experiment
+        runs = self.runner.run(name, timeout_s=self._timeout(name))
+        result = {**judge_claim(claim, runs, self.profile), "runs": sorted(runs)}
+        return apply_kill_rule(result, rejudge(claim, self.profile, self.kills))
+
+    def _timeout(self, experiment: str) -> float | None:
+        """An experiment shared by several claims gets the longest time that any of them allows."""
+        falsifiers = [claim.falsifier.for_profile(self.profile) for claim in self.claims.values() if claim.falsifier]
+        times = [f.timeout_s for f in falsifiers if f.experiment == experiment and f.timeout_s is not None]
+        return max(times, default=None)
+
+    def _outcome(self, claim: Claim, result: Mapping[str, Any], error: str) -> Outcome:
+        entry = self.plan.entry(claim.key)
+        verdict = str(result["verdict"])
+        what = verdict if result.get("reason") is None else f"{verdict} ({result['reason']})"
+        lines = [f"{claim.key}: {what}", f"  claim     {claim.rule}", f"  predicts  {claim.prediction}"]
+        for check in result.get("checks", []):
+            lines.append(
+                f"  {check['check']}: {check['verdict']}: measured {check['measured']}, bound {check['bound']}"
+            )
+            if check.get("counterexample"):
+                lines.append(f"    counterexample: {check['counterexample']}")
+            if check.get("reason"):
+                lines.append(f"    reason: {check['reason']}")
+        for kill in result.get("sabotage", []):
+            if not kill["caught"]:
+                lines.append(f"  fault {kill['fault']}: {kill['detail']}")
+        if error:
+            lines += [f"  {line}" for line in error.splitlines()]
+        if verdict == "falsified" and claim.if_fails:
+            lines.append(f"  if this fails: {claim.if_fails}")
+        lines += [f"  evidence  {self.bundle / 'runs' / run}" for run in result.get("runs", [])]
+        clean = [printable(line) for line in lines]
+        return Outcome(verdict, entry is None or entry.scope == "required", clean[0], "\n".join(clean))
+
+    def finish(self) -> int:
+        """Assemble the bundle from what the items recorded and seal it; return the findings' exit code."""
+        results = {}
+        for path in sorted((self.bundle / ".partial").glob("*.json")):
+            record = read_json(path)
+            results[record["key"]] = record["result"]
+        self.findings = assemble(self.plan, self.contracts, results, judge_version=JUDGE_VERSION)
+        for scratch in (".partial", ".locks"):
+            shutil.rmtree(self.bundle / scratch, ignore_errors=True)
+        used = [
+            kill["record"] for finding in self.findings["findings"] for kill in finding["sabotage"] if kill["record"]
+        ]
+        self.kills.copy_to(self.bundle / "sabotage", used)
+        if self.runner is not None:
+            write_json(self.bundle / "inputs.json", self.runner.inputs.digests())
+        bundles.write_findings(self.bundle, self.findings)
+        try:
+            bundles.close(self.bundle)
+        except Exception as problem:  # without report or seal the findings stand, but the bundle cannot be handed on
+            self.trouble = f"the bundle could not be finished: {type(problem).__name__}: {problem}"
+            return int(self.findings["exit_code"]) or 2
+        return int(self.findings["exit_code"])
+
+    def summary_lines(self) -> list[tuple[str, str | None]]:
+        """Return the lines of the final table, each with its colour."""
+        if self.findings is None:
+            return [("no findings were written", "red")]
+        lines: list[tuple[str, str | None]] = []
+        for finding in self.findings["findings"]:
+            why = finding["reason"] or next((c["counterexample"] or c["measured"] for c in finding["checks"]), "") or ""
+            if finding["verdict"] != "inconclusive":
+                at = next((c for c in finding["checks"] if c["verdict"] == finding["verdict"]), None)
+                why = (at and (at["counterexample"] or at["measured"])) or why
+            mark = "" if finding["scope"] == "required" else " [not gating]"
+            text = f"{finding['verdict']:<13} {finding['key']}{mark}  {why}"
+            lines.append((printable(text), _COLOURS[finding["verdict"]]))
+        for entry in self.plan.entries:
+            if entry.scope == "out_of_scope":
+                lines.append((printable(f"{'out of scope':<13} {entry.key}  {entry.reason}"), None))
+        lines += [("", None), (headline(self.findings), None), (f"bundle: {self.bundle}", None)]
+        if self.trouble:
+            lines.append((printable(self.trouble), "red"))
+        return lines
+
+    def close(self) -> None:
+        """Remove the inputs, which are large and which their digests describe."""
+        if self.owns_inputs and self.runner is not None:
+            shutil.rmtree(self.runner.inputs.folder, ignore_errors=True)
