@@ -1,1 +1,1 @@
-"""The harness: contracts become falsifiers, falsifiers judge supervised runs of the real program, verdicts leave proof."""
+"""The harness: contracts become falsifiers, which judge supervised runs of the real program and leave evidence."""

@@ -163,7 +163,7 @@ class KernelLog:
         return self._handle is not None
 
     def oom_line(self, pid: int) -> str | None:
-        """Return the first new record in which the out-of-memory killer names ``pid``, or None (of a bounded number)."""
+        """Return the first new record in which the out-of-memory killer names ``pid``, or None. Bounded."""
         wanted = oom_pattern(pid)
         for _ in range(_KERNEL_RECORDS if self._handle is not None else 0):
             try:

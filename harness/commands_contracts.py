@@ -1,6 +1,7 @@
 """The commands ``q4kd contracts validate``, ``show`` and ``diff``."""
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,6 @@ def add_commands(subparsers: Any) -> None:
 
 def console() -> "Console":
     """Return a console that wraps nothing and colours nothing when its output is not a terminal."""
-    import sys
-
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -60,6 +59,7 @@ def load_paths(paths: list[Path]) -> "list[Contract]":
 
 def _validate(args: argparse.Namespace) -> int:
     from q4kd.harness.contract import check_identities, contract_files, load_contract
+    from q4kd.harness.yaml_lines import printable
 
     out = console()
     files = [file for path in args.paths for file in (contract_files(path) if path.is_dir() else [path])]
@@ -69,7 +69,7 @@ def _validate(args: argparse.Namespace) -> int:
             contracts.append(load_contract(file))
         except InputError as error:  # every broken file is named, not only the first
             failed += 1
-            out.print(f"error: {error}", style="red")
+            print(f"q4kd: {printable(str(error), 1000)}", file=sys.stderr)
     check_identities(contracts)
     for contract in contracts:
         for warning in contract.warnings:

@@ -47,6 +47,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     out = console()
     result = verify_bundle(args.bundle, args.contracts, args.public_key)
+    if result.headline:
+        out.print(f"the bundle says: {result.headline}")
     for problem in result.problems:
         out.print(f"{result.status}: {problem}", style="red")
     if result.status == "consistent":

@@ -10,7 +10,7 @@ def add_commands(subparsers: Any) -> None:
     falsify = subparsers.add_parser(
         "falsify",
         help="try to refute every claim; leaves an evidence bundle",
-        description="Run every falsifier. Exit 1: a required claim is falsified; else 2: one is inconclusive, or none ran.",
+        description="Exit 1: a required claim is falsified; else 2: one is inconclusive, or none ran; else 0.",
     )
     _shared(falsify)
     falsify.add_argument(

@@ -117,7 +117,7 @@ class Experiment:
     title: str
     needs: tuple[str, ...]
     arms: tuple[Arm, ...]
-    prepare: Callable[[Inputs], None] = _nothing
+    prepare: Callable[[Inputs], object] = _nothing
     collect: Callable[[Path, Inputs], dict[str, Any]] = _no_facts
     exclusive: bool = False
 

@@ -82,6 +82,32 @@ register(
 )
 
 
+# --- load-teacher-7b: the same at the shapes of Qwen2.5-7B, on the device ---
+
+
+def _teacher_7b(inputs: Inputs) -> Path:
+    make = functools.partial(write_large_teacher, layers=28, hidden=3584, ffn=18944, vocab=152064)
+    return inputs.file("teacher-7b.gguf", make)
+
+
+def _load_7b_argv(inputs: Inputs) -> list[str]:
+    model, ids = str(_teacher_7b(inputs)), str(_large_ids(inputs))
+    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--device", "cuda", "--events", "events.jsonl"]
+
+
+register(
+    Experiment(
+        name="load-teacher-7b",
+        title="q4kd logits on a 7B-shaped Q4_K_M file on the GPU, device memory by process",
+        needs=("cuda",),
+        arms=(Arm(None, _load_7b_argv, timeout_s=900, stall_s=300),),
+        prepare=lambda inputs: _teacher_7b(inputs) and None,
+        collect=lambda _run_dir, inputs: gguf_facts(_teacher_7b(inputs)),
+        exclusive=True,
+    )
+)
+
+
 # --- teacher-parity: logits of two real files against float64, llama.cpp and a frozen golden ---
 
 

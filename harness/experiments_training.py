@@ -208,7 +208,9 @@ def _collect_first_step(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     settings = read_json(student_folder / "tokenizer_config.json")
     ids = tokenizer.encode(_one_batch(inputs).read_text(), add_special_tokens=False).ids
     ids.append(tokenizer.token_to_id(str(settings["eos_token"])))
-    student = from_hugging_face(load_file(student_folder / "model.safetensors"), read_json(student_folder / "config.json"))
+    student = from_hugging_face(
+        load_file(student_folder / "model.safetensors"), read_json(student_folder / "config.json")
+    )
     teacher = read_gguf(teacher_path())
     windows = np.array([ids[start : start + _SEQ_LEN + 1] for start in range(0, len(ids) - 1, _SEQ_LEN)])
     if windows.shape != (_SEQUENCES, _SEQ_LEN + 1):

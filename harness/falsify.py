@@ -92,7 +92,7 @@ def pytest_command(
     folder: Path, profile: str, keyword: str | None, bundle: Path, workers: int, kills: Path | None, config: Path
 ) -> list[str]:
     """Return the pytest command: our plugin, xdist when asked for, and nothing else that happens to be installed."""
-    command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(config.parent), "--noconftest"]
+    command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
     command += ["-p", "no:cacheprovider", "-p", "q4kd.harness.plugin", "--contracts", str(folder)]
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
     if workers > 0:

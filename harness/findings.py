@@ -18,6 +18,7 @@ SCHEMA = "q4kd-findings/1"
 VERDICTS = ("corroborated", "falsified", "inconclusive")
 PROSE = "prose"
 NOT_RUN = "not run"
+MAX_DEPTH = 64
 
 
 def inconclusive(reason: str) -> dict[str, Any]:
@@ -131,13 +132,34 @@ def validate_findings(value: Any, origin: str) -> dict[str, Any]:
     Raises:
         InputError: naming the place that does not fit.
     """
+    if _depth(value) > MAX_DEPTH:
+        raise InputError(
+            origin, expected=f"at most {MAX_DEPTH} levels", got="deeper nesting", remedy="run falsify again"
+        )
     error = best_match(_schema().iter_errors(value))
     if error is not None:
         place = "/".join(str(part) for part in error.absolute_path) or "the document"
         raise InputError(
             origin, expected=f"a {SCHEMA} document", got=f"{place}: {error.message[:200]}", remedy="run falsify again"
         )
+    try:
+        datetime.fromisoformat(value["created"]).timestamp()
+    except (ValueError, OverflowError) as problem:
+        raise InputError(
+            origin, expected="created as an ISO 8601 time", got=repr(value["created"])[:80], remedy="run falsify again"
+        ) from problem
     return dict(value)
+
+
+def _depth(value: Any) -> int:
+    """Return how deep a JSON value is nested, without recursion."""
+    deepest, pending = 0, [(value, 1)]
+    while pending:
+        item, depth = pending.pop()
+        deepest = max(deepest, depth)
+        if isinstance(item, (dict, list)):
+            pending += [(below, depth + 1) for below in (item.values() if isinstance(item, dict) else item)]
+    return deepest
 
 
 def parse_findings(data: bytes, origin: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.store import Store
-from q4kd.trainer.files import parse_json, write_atomic, write_json
+from q4kd.harness.store import Store, read_object
+from q4kd.trainer.files import write_atomic, write_json
 
 _STATUS = {"corroborated": "passed", "falsified": "failed", "inconclusive": "other"}
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -21,9 +21,9 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def write_interchange(folder: Path, store: Store) -> None:
     """Write ``junit.xml``, ``ctrf.json`` and ``statement.intoto.json`` beside a bundle's findings."""
-    findings = parse_json(store.read("findings.json"), "findings.json")
-    environment = parse_json(store.read("environment.json"), "environment.json")
-    inputs = parse_json(store.read("inputs.json"), "inputs.json")
+    findings, environment, inputs = (
+        read_object(store, name) for name in ("findings.json", "environment.json", "inputs.json")
+    )
     write_atomic(folder / "junit.xml", junit(findings))
     write_json(folder / "ctrf.json", ctrf(findings, environment))
     statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))

@@ -51,10 +51,8 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
     if claim.falsifier is None:
         raise ValueError(f"{claim.key} is prose: it has no falsifier")
     get_experiment(experiment)
-    falsifier = claim.falsifier.for_profile(profile)
-    asked = dataclasses.asdict(falsifier)
-    # Which faults are asked for and how long a run may take do not change what a caught fault showed.
-    asked = {key: value for key, value in asked.items() if key not in ("sabotage", "timeout_s")}
+    asked = dataclasses.asdict(falsifier := claim.falsifier.for_profile(profile))
+    del asked["sabotage"], asked["timeout_s"]  # neither changes what a caught fault showed
     declaration = [fault.name, fault.family, fault.targets, fault.arms, fault.declared_exit]
     parts = {
         "claim": f"{claim.key} {profile}",
@@ -174,10 +172,8 @@ class KillStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / name, raw)
         self._archives.pop(name, None)
-        who = [record[field] for field in ("contract", "id", "fault", "experiment")]
-        for old in [
-            k for k, r in self.records.items() if [r[f] for f in ("contract", "id", "fault", "experiment")] == who
-        ]:
+        who = _identity(record)
+        for old in [known for known, other in self.records.items() if _identity(other) == who]:
             del self.records[old]
         self.records[key] = record
         digest = hashlib.sha256(raw).hexdigest()
@@ -193,6 +189,10 @@ class KillStore:
         for name in {record["raw"] for record in used.values()}:
             write_atomic(folder / _plain(name), read_bounded(self.folder / _plain(name), MAX_RAW))
         write_json(folder / "kills.json", {"format": RECORDS_FORMAT, "records": used})
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("contract", "id", "fault", "experiment"))
 
 
 def _plain(name: str) -> str:
@@ -278,8 +278,7 @@ def judge_faulted(claim: Claim, fault: Fault, profile: str, runs: Mapping[str, R
         if not normal and not (affected and cause in fault.declared_exit):
             return {"caught": False, "verdict": None, "detail": f"misfire: run {name} ended {cause}, code {code}"}
     finding = judge_claim(claim, runs, profile)
-    verdict = finding["verdict"]
-    caught = verdict == "falsified"
+    caught = (verdict := finding["verdict"]) == "falsified"
     checks = finding.get("checks") or [{}]
     first = next((check for check in checks if check.get("verdict") == verdict), checks[0])
     why = first.get("counterexample") or first.get("measured") or finding.get("reason") or ""
@@ -294,7 +293,7 @@ def apply_kill_rule(finding: dict[str, Any], kills: list[dict[str, Any]]) -> dic
     finding = {**finding, "sabotage": kills}
     if finding["verdict"] != "corroborated":
         return finding
-    if any(str(kill["detail"]).startswith(STALE) for kill in kills):
+    if any(kill["detail"].startswith(STALE) for kill in kills):
         return {**finding, "verdict": "inconclusive", "reason": STALE}
     if not kills or not all(kill["caught"] for kill in kills):
         return {**finding, "verdict": "inconclusive", "reason": NOT_SHOWN}

@@ -202,7 +202,8 @@ def show(cells: Sequence[Cell], profile: str) -> None:
         mark = Text(cell.mark if cell.fresh else f"{cell.mark} (record)", style=_COLOURS[cell.mark])
         detail = printable(cell.detail.removeprefix(f"{cell.mark}: "), 200)
         table.add_row(Text(cell.claim), Text(cell.fault), Text(cell.experiment), mark, Text(detail))
-    console = Console()
+    # Into a file or a pipe, 80 columns would break every name.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if cells:
         console.print(table)
     counts = {mark: sum(cell.mark == mark for cell in cells) for mark in _COLOURS}

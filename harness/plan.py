@@ -106,9 +106,10 @@ def _entry(contract: Contract, claim: Claim, profile: Profile) -> PlanEntry:
 
 def parse_selection(text: str) -> Callable[[str], bool]:
     """Return the predicate over claim keys that a ``-k`` expression means (InputError when malformed)."""
-    tokens = _TOKEN.findall(text[:1000])
-    parser = _Selection(tokens)
+    parser = _Selection(_TOKEN.findall(text))
     try:
+        if len(text) > 1000:
+            raise ValueError("longer than 1000 characters")
         predicate = parser.either()
         if parser.tokens:
             raise ValueError(f"unexpected {parser.tokens[0]!r}")

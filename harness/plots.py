@@ -17,6 +17,8 @@ from q4kd.trainer.errors import InputError
 MIN_SAMPLES = 20
 _MAX_POINTS = 1500
 _MB = 1e6
+_LARGEST = 1e12  # seconds, or MB: beyond it no plot means anything
+_LIMIT = "#dc4a43"
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#a855c7")
 _PHASES = ("imports_done", "teacher_loading", "teacher_ready", "forward_done", "step", "done")
@@ -67,40 +69,48 @@ def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
 
 def _memory_plot(name: str, run: RawRun, ceiling: float | None) -> Plot | None:
     try:
-        samples = [(float(row["t"]), float(row["rss"])) for row in run.memory if "rss" in row and "t" in row]
-        marks = {kind: event for kind in _PHASES if (event := run.event(kind)) is not None and "t" in event}
-    except (InputError, TypeError, ValueError):
+        points, marks = _memory_series(run)
+    except (InputError, KeyError, TypeError, ValueError, OverflowError):  # the claim says what is wrong with the file
         return None
-    if len(samples) < MIN_SAMPLES:
+    if len(points) < MIN_SAMPLES:
         return None
-    from q4kd.harness.checks.memory_ceiling import baseline_rss
-
-    baseline = baseline_rss(run)
-    if baseline is None:
-        return None
-    start = samples[0][0]
-    ready = float(marks["imports_done"]["t"])
-    points = thin([(t - start, (rss - baseline) / _MB) for t, rss in samples])
-    peak = max(y for t, y in points if t >= ready - start) if any(t >= ready - start for t, _ in points) else 0.0
-    figure, axes = _figure("seconds", "MB above the post-import baseline")
-    axes.plot(*zip(*points, strict=True), color=_COLOURS[0], linewidth=1.4)
-    for kind, event in marks.items():
-        x = float(event["t"]) - start
+    figure, axes = _figure("seconds after the imports", "MB above the baseline")
+    axes.plot(*zip(*thin(points), strict=True), color=_COLOURS[0], linewidth=1.4)
+    peak = max(y for _, y in points)
+    top = max(peak, ceiling / _MB if ceiling is not None else 0.0, 1.0) * 1.18
+    axes.set_ylim(min(0.0, *(y for _, y in points)) - top / 25, top)
+    for kind, x in marks.items():
         axes.axvline(x, color=_INK, linewidth=0.6, alpha=0.35)
         axes.annotate(
-            kind.replace("_", " "), (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -3),
-            textcoords="offset points", rotation=90, va="top", fontsize=7, alpha=0.75,
+            kind.replace("_", " "), (x, 0.0), xycoords=("data", "axes fraction"), xytext=(2, 4),
+            textcoords="offset points", rotation=90, va="bottom", fontsize=7.5, color=_INK,
         )  # fmt: skip
     if ceiling is not None:
-        axes.axhline(ceiling / _MB, color="#d03b3b", linewidth=1.2, linestyle="--")
+        axes.axhline(ceiling / _MB, color=_LIMIT, linewidth=1.2, linestyle="--")
         axes.annotate(
-            f"ceiling {ceiling / _MB:.1f} MB", (1.0, ceiling / _MB), xycoords=("axes fraction", "data"),
-            xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=8, color="#d03b3b",
+            f"ceiling {ceiling / _MB:.1f} MB", (0.0, ceiling / _MB), xycoords=("axes fraction", "data"),
+            xytext=(4, 4), textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color=_LIMIT,
         )  # fmt: skip
-        axes.set_ylim(top=max(axes.get_ylim()[1], ceiling / _MB * 1.15))
     bound = f", ceiling {ceiling / _MB:.1f} MB" if ceiling is not None else ""
     caption = f"{name}: memory of the process, peak {peak:.1f} MB above its post-import baseline{bound}"
     return Plot(caption=caption, svg=_svg(figure, f"m-{name}", caption))
+
+
+def _memory_series(run: RawRun) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Return (seconds after the imports, MB above the baseline) from just before them, and when each phase began."""
+    from q4kd.harness.checks.memory_ceiling import baseline_rss
+
+    baseline, ready = baseline_rss(run), run.event("imports_done")
+    if baseline is None or ready is None:
+        return [], {}
+    start = float(ready["t"])
+    points = [(float(row["t"]) - start, (float(row["rss"]) - baseline) / _MB) for row in run.memory]
+    if any(abs(value) > _LARGEST for point in points for value in point):
+        raise ValueError("a sample out of all proportion")
+    found = {kind: run.event(kind) for kind in _PHASES}
+    return [(t, y) for t, y in points if t >= -0.5], {
+        kind: float(event["t"]) - start for kind, event in found.items() if event is not None
+    }
 
 
 def loss_plots(runs: Mapping[str, RawRun]) -> list[Plot]:
@@ -134,7 +144,7 @@ def _mean_curve(runs: Iterable[RawRun], event: str, fields: Sequence[str]) -> li
         points: dict[float, float] = {}
         for row in run.events_named(event):
             value = next((row[field] for field in fields if isinstance(row.get(field), (int, float))), None)
-            if isinstance(row.get("step"), (int, float)) and value is not None and math.isfinite(value):
+            if isinstance(row.get("step"), (int, float)) and value is not None and abs(value) < _LARGEST:
                 points[float(row["step"])] = float(value)
         series.append(points)
     shared = set.intersection(*(set(points) for points in series)) if series else set()
@@ -149,7 +159,7 @@ def _loss_plot(
         colour = _COLOURS[index % len(_COLOURS)]
         style = ("-", "--", "-.", ":")[index % 4]
         axes.plot(*zip(*thin(points), strict=True), color=colour, linewidth=1.5, linestyle=style, label=arm)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
     ends = ", ".join(f"{arm} {points[-1][1]:.4f} ({seeds[arm]} seeds)" for arm, points in sorted(curves.items()))
     caption = f"{experiment}: {what}, mean over seeds; last value {ends}"
     return Plot(caption=caption, svg=_svg(figure, f"l-{experiment}-{what}", caption))

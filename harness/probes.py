@@ -91,10 +91,13 @@ def superblock(arguments: list[str]) -> int:
         out = torch.full((len(packed), SUPERBLOCK), torch.nan)
         return decode_rows(name, torch.from_numpy(packed), out).numpy()
 
-    def multiply(name: str, packed: Any) -> Any:
-        tensor = PackedTensor("probe", name, (len(packed), SUPERBLOCK), packed)
+    def matrix(name: str, packed: Any) -> PackedMatrix:
         # A scratch of 20 rows makes the product run over several tiles, the last one short.
-        return PackedMatrix(tensor, Scratch(20 * SUPERBLOCK * 4)).product(activations).numpy()
+        tensor = PackedTensor("probe", name, (len(packed), SUPERBLOCK), packed)
+        return PackedMatrix(tensor, Scratch(20 * SUPERBLOCK * 4))
+
+    def multiply(name: str, packed: Any) -> Any:
+        return matrix(name, packed).product(activations).numpy()
 
     results = {
         "q4_k": decode("Q4_K", blocks["q4_k"]),
@@ -107,7 +110,10 @@ def superblock(arguments: list[str]) -> int:
     _save_arrays(args.out, results)
     k_quants = {name: form for name, form in FORMATS.items() if form.is_k_quant}
     tables: dict[str, dict[str, object]] = {
-        "superblock_bytes": {name: form.block_bytes for name, form in k_quants.items()},
+        # What a matrix really holds, not what the format says.
+        "superblock_bytes": {
+            name: matrix(name, blocks[name.lower()]).resident_bytes // len(blocks[name.lower()]) for name in k_quants
+        },
         "row_bytes": {
             f"{name} x {columns}": form.row_bytes(columns)
             for name, form in k_quants.items()

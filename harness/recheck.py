@@ -8,9 +8,9 @@ from typing import Any
 from q4kd.harness.contract import Claim
 from q4kd.harness.interchange import digest_of
 from q4kd.harness.raw import Store, TarStore, read_runs
+from q4kd.harness.store import read_object
 from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json
 
 
 def recheck_sabotage(
@@ -42,7 +42,7 @@ def recheck_sabotage(
         if entry["record"] is None:
             results.append({**entry, "caught": False, "verdict": None})
             continue
-        records = parse_json(store.read("sabotage/kills.json"), "sabotage/kills.json").get("records", {})
+        records = read_object(store, "sabotage/kills.json").get("records", {})
         record = records.get(entry["record"])
         identity = (claim.contract, claim.id, name, claim.falsifier.experiment)
         if record is None or tuple(record.get(part) for part in ("contract", "id", "fault", "experiment")) != identity:
@@ -79,7 +79,10 @@ def difference(recorded: Any, recomputed: Any, path: str = "") -> str | None:
         pairs = enumerate(zip(recorded, recomputed, strict=True))
         return next((d for i, (a, b) in pairs if (d := difference(a, b, f"{path}[{i}]")) is not None), None)
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (recorded, recomputed))
-    same = math.isclose(recorded, recomputed, rel_tol=1e-9, abs_tol=1e-15) if numbers else recorded == recomputed
+    if numbers:
+        same = math.isclose(recorded, recomputed, rel_tol=1e-9, abs_tol=1e-15)
+    else:
+        same = recorded == recomputed and isinstance(recorded, bool) == isinstance(recomputed, bool)
     return None if same else f"{path}: recorded {_shown(recorded)}, recomputed {_shown(recomputed)}"
 
 

@@ -15,8 +15,8 @@ from q4kd.harness.interchange import message_of
 from q4kd.harness.plan import Plan
 from q4kd.harness.plots import loss_plots, memory_plots
 from q4kd.harness.raw import Store, open_store, read_runs
+from q4kd.harness.store import read_object
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json
 
 _GATE = {
     0: "gate passed",
@@ -42,9 +42,9 @@ def render(store: Store) -> str:
         InputError: when the findings, the plan or the environment are missing or malformed.
     """
     findings = parse_findings(store.read("findings.json"), "findings.json")
-    plan = Plan.from_json(parse_json(store.read("plan.json"), "plan.json"))
-    environment = parse_json(store.read("environment.json"), "environment.json")
-    inputs = parse_json(store.read("inputs.json"), "inputs.json")
+    plan = Plan.from_json(read_object(store, "plan.json"))
+    environment = read_object(store, "environment.json")
+    inputs = read_object(store, "inputs.json")
     runs = read_runs(store)
     plots = [
         {"caption": plot.caption, "svg": Markup(plot.svg)}  # noqa: S704 - made by plots.py, which escapes what it is given
@@ -59,7 +59,7 @@ def render(store: Store) -> str:
         rows=[_row(row) for row in rows],
         out_of_scope=[entry for entry in plan.entries if entry.scope == "out_of_scope"],
         environment=_facts(environment),
-        inputs=inputs if isinstance(inputs, dict) else {},
+        inputs=inputs,
         plots=plots,
     )
 
@@ -106,7 +106,7 @@ def render_index(folder: Path) -> tuple[str, int]:
         try:
             store = open_store(path)
             findings = parse_findings(store.read("findings.json"), "findings.json")
-            environment = parse_json(store.read("environment.json"), "environment.json")
+            environment = read_object(store, "environment.json")
         except InputError as error:
             broken.append((path.name, str(error)))
             continue

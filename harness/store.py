@@ -11,9 +11,10 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import parse_json
 
 MAX_FILE = 64 << 20
 MAX_TOTAL = 512 << 20
@@ -222,6 +223,14 @@ class PrefixStore:
     def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
         """Return the bytes of one file (see ``Store``)."""
         return self.store.read(self.prefix + name, max_bytes)
+
+
+def read_object(store: Store, name: str) -> dict[str, Any]:
+    """Return a JSON file whose top is an object (InputError when it is anything else)."""
+    value = parse_json(store.read(name), name)
+    if not isinstance(value, dict):
+        raise InputError(name, expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
+    return value
 
 
 def open_store(path: Path) -> Store:

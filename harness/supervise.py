@@ -96,6 +96,8 @@ def run_supervised(
         OSError: when the program cannot be started.
     """
     kernel, boot = KernelLog(), boot_id()
+    # A program that ends before its first event has told nothing, which is not the same as a record that was lost.
+    (run_dir / "events.jsonl").touch()
     with tempfile.TemporaryDirectory(prefix="q4kd-home-", ignore_cleanup_errors=True) as home:
         started = time.monotonic()
         try:
@@ -172,7 +174,7 @@ def _watch(
         memory.sample()
         counter.poll()
         now = time.monotonic()
-        length = events.stat().st_size if events.exists() else 0
+        length = events.stat().st_size if events.exists() else 0  # the program may replace the file
         if length != size:
             size, grown = length, now
         action: SupervisorAction | None = None

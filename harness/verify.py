@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 from q4kd.harness.bundle import MANIFEST, manifest_of, parse_manifest
 from q4kd.harness.contract import Claim, Contract, contract_files, parse_contract
-from q4kd.harness.findings import PROSE, exit_code, inconclusive, parse_findings, summary
+from q4kd.harness.findings import PROSE, exit_code, headline, inconclusive, parse_findings, summary
 from q4kd.harness.interchange import ctrf, digest_of, intoto_statement, junit
 from q4kd.harness.plan import Plan, make_plan, plan_differences
 from q4kd.harness.profile import profile_bytes, read_profile
 from q4kd.harness.raw import RawRun, Store, open_store, read_runs, runs_of
 from q4kd.harness.recheck import as_json, difference, recheck_sabotage
+from q4kd.harness.store import read_object
 from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json, read_bounded
+from q4kd.trainer.files import read_bounded
 
 Status = Literal["consistent", "mismatch", "unverifiable"]
 Rejudge = Callable[[Claim, str, Store, list[Mapping[str, Any]]], list[dict[str, Any]]]
@@ -41,6 +42,7 @@ class VerifyResult:
         problems: one line each, why the status is not consistent.
         caveats: what a consistent bundle still does not show.
         recomputed: how many verdicts were drawn again from raw files.
+        headline: what the bundle says of its run; "consistent" is about the record, not about the claims.
         exit_code: 0 consistent, 1 mismatch, 2 unverifiable.
     """
 
@@ -48,6 +50,7 @@ class VerifyResult:
     problems: tuple[str, ...]
     caveats: tuple[str, ...]
     recomputed: int
+    headline: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -61,12 +64,17 @@ class _Notes:
     unknowns: list[str] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
     recomputed: int = 0
+    headline: str | None = None
 
     def result(self) -> VerifyResult:
         status: Status = "mismatch" if self.mismatches else "unverifiable" if self.unknowns else "consistent"
         problems = [printable(line, 500) for line in (*self.mismatches, *self.unknowns)]
         return VerifyResult(
-            status=status, problems=tuple(problems), caveats=tuple(self.caveats), recomputed=self.recomputed
+            status=status,
+            problems=tuple(problems),
+            caveats=tuple(self.caveats),
+            recomputed=self.recomputed,
+            headline=self.headline,
         )
 
 
@@ -117,15 +125,15 @@ def _check_signature(store: Store, public_key: Path | None, notes: _Notes) -> No
 def _check_contents(store: Store, contracts_folder: Path | None, rejudge: Rejudge, notes: _Notes) -> None:
     from q4kd.harness.judge import JUDGE_VERSION  # the judge and its checks are only needed from here on
 
-    document = parse_json(store.read("findings.json"), "findings.json")
-    version = document.get("judge_version") if isinstance(document, dict) else None
+    version = read_object(store, "findings.json").get("judge_version")
     if version != JUDGE_VERSION:
         notes.unknowns.append(f"judge version {version!r} is unknown here; this program judges by {JUDGE_VERSION}")
         return
     findings = parse_findings(store.read("findings.json"), "findings.json")
+    notes.headline = printable(headline(findings), 300)
     contracts = bundle_contracts(store)
     profile = read_profile(findings["profile"], store)
-    recorded = Plan.from_json(parse_json(store.read("plan.json"), "plan.json"))
+    recorded = Plan.from_json(read_object(store, "plan.json"))
     plan = make_plan(contracts, profile, recorded.select)
     notes.mismatches += plan_differences(recorded, plan)
     if findings["scope"] != plan.scope:
@@ -158,8 +166,11 @@ def _check_findings(
         notes.mismatches.append("findings: a claim is listed twice")
     runs = read_runs(store)
     for name, run in runs.items():
-        if run.harness_error is None and run.fault is not None:
-            notes.mismatches.append(f"runs/{name}: made with the fault {run.fault}, among clean runs")
+        try:
+            if run.harness_error is None and run.fault is not None:
+                notes.mismatches.append(f"runs/{name}: made with the fault {run.fault}, among clean runs")
+        except InputError as error:
+            notes.mismatches.append(f"runs/{name}: {error}")
     for row in findings["findings"]:
         if row["key"] in wanted:
             if row["scope"] != wanted[row["key"]].scope:
@@ -189,7 +200,7 @@ def _check_finding(
     if sorted(row["runs"]) != sorted(mine) and (row["runs"] or row["verdict"] != "inconclusive"):
         notes.mismatches.append(f"{claim.key}: judged on {row['runs']}, the bundle holds {sorted(mine)}")
     try:
-        result = _recompute(store, row, claim, mine, profile, rejudge)
+        result = as_json(_recompute(store, row, claim, mine, profile, rejudge))
     except Exception as error:  # a check met raw files it was never meant to: that is a finding, not a crash
         notes.mismatches.append(f"{claim.key}: cannot be judged again: {type(error).__name__}: {error}")
         return
@@ -197,9 +208,11 @@ def _check_finding(
         if row["verdict"] != "inconclusive":
             notes.mismatches.append(f"{claim.key}: recorded as {row['verdict']}, but it was never run to the end")
         return
+    if not row["runs"] and mine and row["verdict"] == result["verdict"] == "inconclusive":
+        return  # interrupted before it was judged; what was recorded of it supports no verdict either
     notes.recomputed += 1
     for name in ("verdict", "reason", "checks", "sabotage"):
-        where = difference(row[name], as_json(result.get(name)))
+        where = difference(row[name], result.get(name))
         if where is not None:
             notes.mismatches.append(f"{claim.key}: {name}{where}")
 
@@ -210,7 +223,7 @@ def _recompute(
     """Judge a claim again; None when its experiment was not run to the end and there is nothing to judge."""
     if claim.falsifier is None:
         return {**inconclusive(PROSE), "sabotage": []}
-    if not runs or not row["runs"] or any(run.harness_error is not None for run in runs.values()):
+    if not runs or any(run.harness_error is not None for run in runs.values()):
         return None
     from q4kd.harness.judge import judge_claim
     from q4kd.harness.kills import apply_kill_rule
@@ -234,12 +247,16 @@ def _contract_differences(store: Store, folder: Path, profile: str) -> list[str]
 
 def _check_interchange(store: Store, findings: Mapping[str, Any], notes: _Notes) -> None:
     """Derive the other formats again: they are what other tools believe."""
-    environment = parse_json(store.read("environment.json"), "environment.json")
-    inputs = parse_json(store.read("inputs.json"), "inputs.json")
+    environment, inputs = read_object(store, "environment.json"), read_object(store, "inputs.json")
     names = store.names()
     if "junit.xml" in names and store.read("junit.xml") != junit(findings):
         notes.mismatches.append("junit.xml: differs from the findings")
-    statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
-    for name, expected in (("ctrf.json", ctrf(findings, environment)), ("statement.intoto.json", statement)):
-        if name in names and parse_json(store.read(name), name) != expected:
+    try:
+        statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
+        expected = {"ctrf.json": ctrf(findings, environment), "statement.intoto.json": statement}
+    except (AttributeError, TypeError) as error:
+        notes.mismatches.append(f"environment.json or inputs.json: not what a bundle holds: {error}")
+        return
+    for name, value in expected.items():
+        if name in names and read_object(store, name) != value:
             notes.mismatches.append(f"{name}: differs from the findings")

@@ -66,6 +66,30 @@ def test_a_process_that_is_gone_has_no_cgroup():
     assert OomCounter(2**22 - 1).record() == {"source": None, "before": None, "after": None}
 
 
+@pytest.mark.parametrize(
+    ("seen", "record"),
+    [
+        ("aab", (1, 1)),  # one look at another group, as a dying process gives, is no move
+        ("aabb", (10, 10)),
+        ("aabab", (1, 1)),
+        ("aabbx", (10, 10)),  # gone: the last group stands
+    ],
+)
+def test_the_counter_follows_a_move_that_lasts(tmp_path, monkeypatch, seen, record):
+    groups = {}
+    for name, count in (("a", 1), ("b", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.oom_control").write_text(f"oom_kill {count}\n")
+        groups[name] = MemoryCgroup(1, tmp_path / name)
+    looks = iter(seen)
+    monkeypatch.setattr("q4kd.harness.cause.memory_cgroup", lambda pid: groups.get(next(looks)))
+    counter = OomCounter(os.getpid())
+    for _ in seen[1:]:
+        counter.poll()
+    found = counter.record()
+    assert (found["before"], found["after"]) == record
+
+
 def test_the_kernel_line_must_name_the_process():
     v2 = "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,task=python,pid=4242,uid=0"
     old = "Memory cgroup out of memory: Killed process 4242 (python) total-vm:1kB"

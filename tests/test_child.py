@@ -63,7 +63,14 @@ def test_a_fault_that_tests_nothing_is_void_before_anything_runs(tmp_path, fault
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["probe", "fake"], ["--"], ["--fault", "--", "probe"], ["--fault", "a", "b", "--", "x"], ["-x", "a", "--", "x"]],
+    [
+        [],
+        ["probe", "fake"],
+        ["--"],
+        ["--fault", "--", "probe"],
+        ["--fault", "a", "b", "--", "x"],
+        ["-x", "a", "--", "x"],
+    ],
 )
 def test_anything_but_the_one_form_is_refused(tmp_path, arguments):
     done = child(tmp_path, *arguments)
@@ -80,7 +87,8 @@ def test_an_unknown_probe_is_refused(tmp_path):
 def test_the_child_dies_with_its_supervisor(tmp_path):
     code = f"""
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-m", "fakeworld.launch", "--", "probe", "fake", "hang"], cwd={str(tmp_path)!r})
+command = [sys.executable, "-m", "fakeworld.launch", "--", "probe", "fake", "hang"]
+child = subprocess.Popen(command, cwd={str(tmp_path)!r})
 print(child.pid, flush=True)
 child.wait()
 """

@@ -265,6 +265,7 @@ def test_an_untied_head_cannot_be_dropped_silently(tmp_path):
         {"pre_tokenizer": GPT2 | {"use_regex": False}},
         {"normalizer": {"type": "Lowercase"}},
         {"normalizer": {"type": "Lowercase"}, "pre_tokenizer": QWEN2},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2["pretokenizers"][0], GPT2]}},
         {"model": {"type": "Unigram", "vocab": {}, "merges": []}},
     ],
 )

@@ -138,10 +138,14 @@ def test_the_error_does_not_depend_on_the_scale(quant_type, bound, scale):
 
 
 @pytest.mark.parametrize("quant_type", BYTES)
-def test_weights_below_the_smallest_step_become_zero(quant_type):
-    weights = normal(4) * np.float32(1e-30)
-    weights[2, :3] = [1e-45, -1e-45, 0]
-    np.testing.assert_array_equal(dequantize(quantize(weights, quant_type), quant_type), np.zeros_like(weights))
+@pytest.mark.parametrize("scale", [4e-9, 1e-15, 1e-30, 1e-38])
+def test_weights_below_the_smallest_step_become_zero(quant_type, scale):
+    """The smallest step is 2^-24, the least float16 scale times one."""
+    weights = normal(4) * np.float32(scale)
+    weights[2:] = np.float32(1e-45) * np.sign(weights[2:])
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        stored = quantize(weights, quant_type)
+    np.testing.assert_array_equal(dequantize(stored, quant_type), np.zeros_like(weights))
 
 
 @pytest.mark.parametrize("quant_type", BYTES)
@@ -206,3 +210,10 @@ def test_f16_and_f32():
         quantize(weights * np.float32(1e5), "F16")
     with pytest.raises(InputError, match="Q5_K"):
         quantize(weights, "Q5_K")
+
+
+def test_weights_far_from_zero_keep_a_scale_that_fits_without_a_min():
+    """All positive: the least squares asks for a negative min, which Q4_K cannot store."""
+    weights = 5 + normal(64) * np.float32(0.1)
+    assert round_trip_error(weights, "Q4_K") < 0.02
+    assert round_trip_error(-weights, "Q4_K") < 0.003

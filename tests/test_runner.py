@@ -127,7 +127,7 @@ def test_a_program_that_does_not_start_is_a_failure_of_the_harness(runner, monke
     from q4kd.harness import runner as module
 
     monkeypatch.setattr(module, "LAUNCHER", ("/no-such-interpreter",))
-    with pytest.raises(HarnessError, match="^start: FileNotFoundError"):
+    with pytest.raises(HarnessError, match=r"^start: FileNotFoundError"):
         runner.run("measure")
 
 

@@ -4,11 +4,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from q4kd.harness.cause import memory_cgroup
+from q4kd.harness.memory import GpuMeter
 from q4kd.harness.supervise import (
     LOG_LIMIT,
     TRUNCATED,
@@ -81,6 +83,31 @@ def test_memory_is_that_of_the_whole_tree(tmp_path):
     assert max(sample["processes"] for sample in samples) == 2
 
 
+def test_gpu_figures_are_those_of_the_tree_and_null_where_the_driver_does_not_say():
+    class Error(Exception):
+        pass
+
+    def unsupported(*_):
+        raise Error
+
+    def process(pid, size):
+        return SimpleNamespace(pid=pid, usedGpuMemory=size)
+
+    nvml = SimpleNamespace(
+        NVMLError=Error,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [process(1, 100), process(2, 30), process(9, 7)],
+        nvmlDeviceGetProcessUtilization=lambda handle, since: [SimpleNamespace(pid=2, smUtil=64, timeStamp=5)],
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=80),
+    )
+    meter = GpuMeter(nvml, None)
+    assert meter.sample({1, 2}) == {"gpu_bytes": 130, "gpu_others": 7, "gpu_sm": 64, "gpu_util": 80}
+    # A process that holds nothing yet, or that the driver does not attribute, has no figure: it is not zero.
+    assert meter.sample({3}) == {"gpu_bytes": None, "gpu_others": 137, "gpu_sm": None, "gpu_util": 80}
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process(1, 100), process(2, None)]
+    nvml.nvmlDeviceGetProcessUtilization = nvml.nvmlDeviceGetUtilizationRates = unsupported
+    assert meter.sample({1, 2}) == {"gpu_bytes": None, "gpu_others": 0, "gpu_sm": None, "gpu_util": None}
+
+
 def test_no_new_event_is_a_stall_although_the_program_is_busy(tmp_path):
     code = """
         import time
@@ -116,6 +143,20 @@ def test_grandchildren_do_not_survive(tmp_path, escape, ends):
     """
     end = run(tmp_path, code, timeout_s=1.5)
     assert end["cause"] == ("exited" if ends == "pass" else "timeout")
+    assert wait_gone(int((tmp_path / "stdout.log").read_text()))
+
+
+def test_a_grandchild_too_young_to_be_sampled_is_killed_with_its_group(tmp_path):
+    code = """
+        import os, time
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        os.write(1, str(child).encode())
+        os._exit(0)
+    """
+    end = run(tmp_path, code)
+    assert end["cause"] == "exited"
     assert wait_gone(int((tmp_path / "stdout.log").read_text()))
 
 

@@ -1,9 +1,9 @@
 """Writes a qwen2 causal LM as a GGUF that llama.cpp and this project's loader both read.
 
-Type recipes: "f32"; "f16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K for the output head
-(the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for attn_v and ffn_down. Norms
-and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it is stored as F16,
-where llama.cpp would take Q5_0 or Q8_0.
+Type recipes: "f32"; "f16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K for the
+output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for attn_v and
+ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks (of
+32, for Q8_0): it is stored as F16, where llama.cpp would take Q5_0 or Q8_0.
 """
 
 import os
@@ -273,8 +273,9 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not tokenizer.get("normalizer"):
             return "gpt-2"
         # NFC is Qwen2's own; llama.cpp leaves it out, and for composed text it changes nothing.
-        normalized = (tokenizer.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
-        if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern") == {"Regex": QWEN2_SPLIT} and normalized:
+        composed = (tokenizer.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
+        split = kinds == ["Split", "ByteLevel"] and steps[0].get("pattern") == {"Regex": QWEN2_SPLIT}
+        if split and composed and not steps[1].get("use_regex", True):
             return "qwen2"
     raise InputError(
         "tokenizer.json",

@@ -34,9 +34,6 @@ SUPERBLOCK = 256
 BLOCK = {"Q4_K": (256, 144), "Q6_K": (256, 210), "Q8_0": (32, 34)}  # weights and bytes per block
 # Superblocks fitted at once: their arrays stay within a core's cache, and memory is bounded whatever the tensor's size.
 _CHUNK = 512
-_NEGLIGIBLE = np.float32(
-    1e-8
-)  # below half the smallest step, 2^-24, such weights decode as zero however they are coded
 _TINY_HALF = np.float32(2.0**-14)  # float16 is subnormal below this
 
 
@@ -127,11 +124,10 @@ def _quantize_rows(weights: Floats, quant_type: str, fit: Callable[[Floats], Byt
 
 
 def _normalise(blocks: Floats) -> tuple[Floats, Floats]:
-    """Scale each superblock to a largest magnitude of 1, so that no square under- or overflows; return also the unit."""
+    """Scale each superblock to a largest magnitude of 1, so that no square under- or overflows; return both."""
     unit = np.abs(blocks).max(axis=-1)
-    live = unit > _NEGLIGIBLE
-    unit = np.where(live, unit, np.float32(1))
-    return np.where(live[:, None], blocks / unit[:, None], np.float32(0)), unit
+    unit = np.where(unit > 0, unit, np.ones_like(unit))
+    return blocks / unit[:, None], unit
 
 
 def _half(value: Floats) -> Floats:
@@ -306,7 +302,7 @@ def _q6_k_superblocks(blocks: Floats) -> Bytes:
     # The largest scale takes -128, the longer side, whatever its sign: d carries the sign.
     peak = np.take_along_axis(s, np.abs(s).argmax(axis=-1)[:, None], axis=-1)[:, 0]
     sign = np.where(peak > 0, np.float32(-1), np.float32(1))
-    d = sign * _half(np.abs(peak) / 128 * unit) / unit
+    d = sign * _half(np.abs(peak) * np.float32(1 / 128) * unit) / unit
     sc = np.clip(np.rint(_divide(s, d[:, None])), -128, 127)
     for _ in range(2):
         best_sc, best_error = sc, np.full(sc.shape, np.inf, dtype=np.float32)

@@ -16,7 +16,10 @@ PARAMS: dict[str, Any] = {
     "required": ["series", "phase", "ceiling"],
     "properties": {
         "arm": ARM_PARAM,
-        "series": {"enum": ["rss_above_baseline", "rss"], "description": "Bytes; the baseline is after the imports."},
+        "series": {
+            "enum": ["rss_above_baseline", "rss", "gpu_bytes"],
+            "description": "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU.",
+        },
         "phase": {
             "type": "array",
             "items": {"type": "string"},
@@ -54,20 +57,25 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     """Take the samples of the phase."""
     run = pick_run(runs, params.get("arm"))
     first, last = (run.event(name) for name in params["phase"])
-    baseline = 0.0 if params["series"] == "rss" else baseline_rss(run)
+    field = "gpu_bytes" if params["series"] == "gpu_bytes" else "rss"
+    baseline = baseline_rss(run) if params["series"] == "rss_above_baseline" else 0.0
     observation: dict[str, Any] = completion(run) | {"baseline": baseline, "samples": 0}
     fact = params["ceiling"].get("of")
     observation["of_bytes"] = run.facts.get(fact) if fact else None
     if first is None or last is None or baseline is None:
         return observation
     start, end = float(first["t"]), float(last["t"])
-    inside = [sample for sample in run.memory if start - MAX_EDGE_S <= sample["t"] <= end + MAX_EDGE_S]
+    inside = [
+        sample
+        for sample in run.memory
+        if start - MAX_EDGE_S <= sample["t"] <= end + MAX_EDGE_S and sample.get(field) is not None
+    ]
     if not inside:
         return observation
     times = [float(sample["t"]) for sample in inside]
     return observation | {
         "samples": len([time for time in times if start <= time <= end]),
-        "peak": max(float(sample["rss"]) for sample in inside) - baseline,
+        "peak": max(float(sample[field]) for sample in inside) - baseline,
         "late_start_s": times[0] - start,
         "early_end_s": end - times[-1],
         "largest_gap_s": max((b - a for a, b in pairwise(times)), default=0.0),

@@ -43,7 +43,8 @@ class Fault:
         family: the area it belongs to.
         targets: ``module:Qualname`` of every object it replaces; each must exist and must be replaced by ``apply``.
         apply: plants the fault in this process, by calls of ``replace``.
-        arms: the arms of an experiment that run with it; None means all. The others are the clean control.
+        arms: the arms of an experiment that run with it, ``None`` among them standing for the only arm of another
+            experiment; None alone means all. The other arms are the clean control.
         declared_exit: causes of exit other than a normal one that this fault may produce and still count as caught.
     """
 
@@ -52,7 +53,7 @@ class Fault:
     family: Family
     targets: tuple[str, ...]
     apply: Callable[[], None]
-    arms: tuple[str, ...] | None = None
+    arms: tuple[str | None, ...] | None = None
     declared_exit: tuple[str, ...] = ()
 
 

@@ -8,7 +8,9 @@ reads it and writes teacher-q4_k_m.gguf, student/, golden.npz and demo.json into
 
 import argparse
 import io
+import json
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from q4kd.trainer.demo.reference import ReferenceModel
 from q4kd.trainer.demo.train import CONTEXT, held_out_loss, student_config, train
 from q4kd.trainer.files import read_json, sha256_file, write_atomic, write_json
 from q4kd.trainer.gguf_write import write_gguf
-from q4kd.trainer.quantize import round_trip_error
 
 TEACHER = "teacher-q4_k_m.gguf"
 NAME = "q4kd demo teacher"
@@ -65,7 +66,7 @@ def package(checkpoint: Path, out: Path, corpus: Path, *, eval_windows: int) -> 
         "round_trip_error": errors,
         "golden": "float64 NumPy forward over gguf.quants.dequantize of teacher_file (q4kd.trainer.demo.reference)",
         "versions": {
-            "gguf": _gguf_version(),
+            "gguf": version("gguf"),
             "numpy": np.__version__,
             "tokenizers": tokenizers_version,
             "torch": torch.__version__,
@@ -74,12 +75,6 @@ def package(checkpoint: Path, out: Path, corpus: Path, *, eval_windows: int) -> 
     }
     write_json(out / "demo.json", card)
     return card
-
-
-def _gguf_version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")
 
 
 def _huggingface_name(name: str) -> str:
@@ -107,12 +102,13 @@ def _load_dequantised(model: Qwen2ForCausalLM, path: Path) -> None:
 
 
 def _errors_by_type(path: Path, state: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Relative Frobenius round-trip error of each stored type, over its tensors: worst and mean."""
+    """Relative Frobenius error ``||w - stored|| / ||w||`` of each type in the file, over its tensors: worst, mean."""
     found: dict[str, list[float]] = {}
     for tensor in gguf.GGUFReader(path).tensors:
         weights = state[_huggingface_name(tensor.name)].numpy()
-        kind = tensor.tensor_type.name
-        found.setdefault(kind, []).append(round_trip_error(weights, kind))
+        decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        error = float(np.linalg.norm(decoded - weights)) / max(float(np.linalg.norm(weights)), 1e-30)
+        found.setdefault(tensor.tensor_type.name, []).append(error)
     return {
         kind: {"tensors": len(errors), "worst": max(errors), "mean": sum(errors) / len(errors)}
         for kind, errors in sorted(found.items())
@@ -122,9 +118,8 @@ def _errors_by_type(path: Path, state: dict[str, torch.Tensor]) -> dict[str, dic
 def _write_student(folder: Path, tokenizer: Tokenizer) -> None:
     """Write a student folder without weights: config.json, tokenizer.json, tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = student_config().to_dict()
-    config["architectures"] = ["Qwen2ForCausalLM"]
-    config["dtype"] = "float32"
+    config = json.loads(student_config().to_json_string())
+    config |= {"architectures": ["Qwen2ForCausalLM"], "dtype": "float32"}
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 looks for it
     write_json(folder / "config.json", config)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())

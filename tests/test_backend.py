@@ -1,0 +1,36 @@
+"""The backend table is total and says why."""
+
+import itertools
+
+import pytest
+
+from q4kd.trainer.backend import BACKENDS, OVERRIDES, backend_override, check_device, choose_backend
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats import FORMATS
+
+
+def test_every_input_has_exactly_one_answer_with_a_reason() -> None:
+    subsets = itertools.chain.from_iterable(itertools.combinations(FORMATS, n) for n in range(len(FORMATS) + 1))
+    for override, types in itertools.product(OVERRIDES, subsets):
+        choice = choose_backend(override, types)
+        assert choice.backend in BACKENDS
+        assert choice.reason
+        if override != "auto":
+            assert choice.backend == override
+        else:
+            packed = any(FORMATS[name].is_k_quant for name in types)
+            assert choice.backend == ("q4k" if packed else "dense")
+
+
+def test_option_beats_environment_beats_detection() -> None:
+    variable = {"Q4KD_TEACHER_BACKEND": "dense"}
+    assert backend_override("q4k", variable) == "q4k"
+    assert backend_override(None, variable) == "dense"
+    assert backend_override(None, {}) == "auto"
+
+
+def test_unknown_values_are_refused() -> None:
+    with pytest.raises(InputError, match="q4k or dense"):
+        choose_backend("fast", ["Q4_K"])
+    with pytest.raises(InputError, match="cpu"):
+        check_device("cuda")

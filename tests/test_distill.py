@@ -1,0 +1,237 @@
+"""Whole runs through the command line: they learn, stop, resume to the bit, and refuse what makes no sense."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from q4kd.harness.__main__ import main
+from q4kd.trainer.checkpoint import list_checkpoints, read_state
+from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.guards import check_vocabulary
+from q4kd.trainer.student import load_student, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for source in (Path(json.__file__), Path(subprocess.__file__), Path(shutil.__file__)):
+        shutil.copy(source, folder / f"{source.parent.name}-{source.name}")
+    return folder
+
+
+def arguments(out: Path, corpus: Path, *extra: str, student: Path | None = None) -> list[str]:
+    settings = {"steps": 6, "batch_size": 2, "lr": 0.002, "warmup_steps": 2, "threads": 1, "eval_tokens": 64}
+    return [
+        *("distill", "--teacher", str(teacher_path()), "--student", str(student or student_path())),
+        *("--data", str(corpus), "--out", str(out), "--seq-len", "32", "--seed", "5"),
+        *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
+        *extra,
+    ]
+
+
+def events(out: Path, name: str) -> list[dict[str, Any]]:
+    lines = (out / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(out, "step")}
+
+
+def test_a_run_leaves_a_model_that_learned(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--set", "log_every=2", "--set", "accumulation=2")) == 0
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("Step")] == [
+        "Step 2/6",
+        "Step 4/6",
+        "Step 6/6",
+    ]
+    found = losses(out)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1]
+    first, last = events(out, "eval")
+    assert last["kl"] < first["kl"]
+    assert events(out, "step")[0]["tokens"] == 2 * 2 * 32
+    model = load_student(out / "model", seed=0)
+    fresh = load_student(student_path(), seed=5)
+    assert not torch.equal(model.get_input_embeddings().weight, fresh.get_input_embeddings().weight)
+    assert load_tokenizer(out / "model").eos_token_id is not None
+
+
+def test_smoke_is_exactly_n_steps_projects_and_writes_no_model(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", corpus, "--max-steps", "2")) == 0
+    assert list(losses(tmp_path / "run")) == [1, 2]
+    assert "2 of 6 steps; the full run would take" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
+    assert main(arguments(tmp_path / "zero", corpus, "--max-steps", "0")) == 2
+    assert "max_steps" in capsys.readouterr().err
+
+
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(tmp_path: Path, corpus: Path) -> None:
+    assert main(arguments(tmp_path / "whole", corpus)) == 0
+    assert main(arguments(tmp_path / "parts", corpus, "--max-steps", "2")) == 0
+    assert main(arguments(tmp_path / "parts", corpus, "--max-steps", "5", "--resume")) == 0
+    assert main(arguments(tmp_path / "parts", corpus, "--resume")) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert events(tmp_path / "parts", "eval")[-1]["kl"] == events(tmp_path / "whole", "eval")[-1]["kl"]
+
+
+def test_resume_after_sigkill_is_exact(tmp_path: Path, corpus: Path) -> None:
+    settings = ("--set", "checkpoint_every=1", "--set", "steps=30")
+    assert main(arguments(tmp_path / "whole", corpus, *settings)) == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "q4kd.harness", *arguments(out, corpus, *settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "events.jsonl").exists() or len(events_so_far(out)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = read_state(list_checkpoints(out)[-1]).step
+    assert 0 < done < 30
+    assert main(arguments(out, corpus, *settings, "--resume")) == 0
+    resumed = losses(out)
+    assert resumed == losses(tmp_path / "whole")
+
+
+def events_so_far(out: Path) -> list[str]:
+    return [line for line in (out / "events.jsonl").read_text().splitlines() if '"checkpoint"' in line]
+
+
+def test_resume_refuses_another_run_and_says_what_differs(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--resume")) == 2
+    assert "expected a checkpoint" in capsys.readouterr().err
+    assert main(arguments(out, corpus, "--max-steps", "1")) == 0
+    assert main(arguments(out, corpus)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(arguments(out, corpus, "--resume", "--set", "temperature=3")) == 2
+    assert "temperature: 1.0 → 3.0" in capsys.readouterr().err
+    (corpus / "later.txt").write_text("more words " * 200)
+    assert main(arguments(out, corpus, "--resume")) == 2
+    assert "other training data" in capsys.readouterr().err
+    (corpus / "later.txt").unlink()
+    weights = list_checkpoints(out)[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert main(arguments(out, corpus, "--resume")) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=1", "--set", "keep=3")) == 0
+    assert [path.name for path in list_checkpoints(out)] == ["step-000004", "step-000005", "step-000006"]
+
+
+def teacher_as_student(folder: Path) -> Path:
+    """Write the demo teacher, decoded, as a Hugging Face student."""
+    from safetensors.torch import save_file
+
+    config = json.loads((student_path() / "config.json").read_text())
+    reader = gguf.GGUFReader(teacher_path())
+    value = {name: field.contents() for name, field in reader.fields.items()}
+    config |= {
+        "hidden_size": value["qwen2.embedding_length"],
+        "intermediate_size": value["qwen2.feed_forward_length"],
+        "num_hidden_layers": value["qwen2.block_count"],
+        "num_attention_heads": value["qwen2.attention.head_count"],
+        "num_key_value_heads": value["qwen2.attention.head_count_kv"],
+        "layer_types": ["full_attention"] * value["qwen2.block_count"],
+    }
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    names |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
+    names |= {"ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    tensors = {}
+    for tensor in reader.tensors:
+        data = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        parts = tensor.name.split(".")
+        if parts[0] == "blk":
+            tensors[f"model.layers.{parts[1]}.{names[parts[2]]}.{parts[3]}"] = data
+        else:
+            tensors["model.embed_tokens.weight" if parts[0] == "token_embd" else "model.norm.weight"] = data
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(student_path() / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_student_that_is_the_teacher_is_refused(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = teacher_as_student(tmp_path / "twin")
+    assert main(arguments(tmp_path / "run", corpus, student=student)) == 2
+    assert "teacher and student" in capsys.readouterr().err
+    assert main(arguments(tmp_path / "run", corpus, "--allow-degenerate-kd", "--max-steps", "1", student=student)) == 0
+    # Exactly the same function: the distillation term is there and is zero.
+    assert events(tmp_path / "run", "step")[0]["kd"] < 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import q4kd.trainer.kd_loss as kd_loss
+
+    original = kd_loss.divergence_rows
+    monkeypatch.setattr(
+        kd_loss, "divergence_rows", lambda p, q, config: (original(p, q, config)[0] * float("nan"), q)
+    )
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus)) not in (0, 2)
+    assert "not finite" in capsys.readouterr().err
+    assert (out / "aborted" / "step-000001-batch.npz").is_file()
+    assert events(out, "aborted")[0]["step"] == 1
+    assert not losses(out)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--teacher", "/nonexistent/t.gguf"), "No such file"),
+        (("--teacher", __file__), "expected a GGUF file"),
+        (("--student", "/nonexistent"), "config.json"),
+        (("--data", "/nonexistent"), "--data"),
+        (("--set", "nonsense=1"), "nonsense"),
+        (("--set", "seq_len=100000"), "windows of 100000"),
+        (("--device", "cuda"), "--device"),
+        (("--set", "lr"), "key=value"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    tmp_path: Path, corpus: Path, extra: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", corpus, *extra)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_vocabularies_are_compared_token_by_token() -> None:
+    tokens = ["a", "b", "c", "<pad>"]
+    check_vocabulary(tokens, 4, {"a": 0, "b": 1, "c": 2}, 3)
+    with pytest.raises(InputError, match="id 1 is 'x'"):
+        check_vocabulary(tokens, 4, {"a": 0, "x": 1}, 3)
+    with pytest.raises(InputError, match="4 rows"):
+        check_vocabulary(tokens, 4, {"a": 0}, 5)
+    with pytest.raises(InputError, match="nothing"):
+        check_vocabulary(tokens, 8, {"a": 0, "e": 4}, 5)
+    with pytest.raises(InputError, match="token strings"):
+        check_vocabulary([], 4, {"a": 0}, 4)

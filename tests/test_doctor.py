@@ -1,0 +1,78 @@
+import pytest
+
+from q4kd.harness import doctor
+from q4kd.harness.doctor import Line, examine, gpu_lines, memory_lines, show, wheel_lines
+
+
+def everything(name):
+    return None if name.startswith("cupy") else "1.0"
+
+
+def states(lines):
+    return {line.subject: line.state for line in lines}
+
+
+def test_a_missing_package_names_the_extra_that_brings_it():
+    lines = wheel_lines(lambda name: None if name in ("torch", "gguf") else everything(name), None)
+    by_name = {line.subject: line for line in lines}
+    assert by_name["torch"] == Line("torch", "missing", "not installed", "pip install 'q4kd[train]'")
+    assert by_name["gguf"].remedy == "pip install --upgrade q4kd"
+    assert by_name["numpy"] == Line("numpy", "ok", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "state", "remedy"),
+    [
+        (None, "note", None),
+        (13, "missing", "pip install 'q4kd[cuda13]'"),
+        (12, "missing", "pip install 'q4kd[cuda12]'"),
+    ],
+)
+def test_cupy_is_needed_only_with_a_gpu_and_for_its_driver(cuda, state, remedy):
+    line = wheel_lines(everything, cuda)[-1]
+    assert (line.subject, line.state, line.remedy) == ("cupy", state, remedy)
+
+
+def test_two_cupy_wheels_overwrite_each_other():
+    line = wheel_lines(lambda name: "14.0", 13)[-1]
+    assert line.state == "missing"
+    assert "overwrite" in line.found
+    assert line.remedy.startswith("pip uninstall")
+
+
+def test_a_device_without_its_own_memory_is_unified():
+    devices = [
+        {"name": "NVIDIA GB10", "capability": (12, 1), "memory": None},
+        {"name": "NVIDIA H200", "capability": (9, 0), "memory": 141 << 30},
+    ]
+    unified, classic = gpu_lines(devices)
+    assert "12.1" in unified.found
+    assert "unified memory" in unified.found
+    assert "141 GiB of device memory" in classic.found
+
+
+def test_a_driver_that_does_not_answer_is_not_the_same_as_no_driver(monkeypatch):
+    monkeypatch.setattr(doctor.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    assert gpu_lines([])[0].state == "missing"
+    monkeypatch.setattr(doctor.Path, "exists", lambda path: False)
+    assert gpu_lines([])[0].state == "note"
+
+
+def test_without_counter_and_kernel_log_an_oom_kill_cannot_be_proven(monkeypatch):
+    monkeypatch.setattr(doctor, "memory_cgroup", lambda: None)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    found = {line.subject: line for line in memory_lines()}
+    assert found["kernel log"].state == "missing"
+    assert "cannot be proven" in found["kernel log"].remedy
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: True)
+    assert states(memory_lines())["kernel log"] == "ok"
+
+
+def test_this_machine_is_described_and_the_exit_code_follows(capsys):
+    lines = examine()
+    assert {"python", "memory", "cgroup", "torch", "cupy"} <= set(states(lines))
+    assert show([Line("a", "ok", "x"), Line("b", "note", "y", "do z")]) == 0
+    assert show([Line("a", "missing", "x", "do y")]) == 1
+    out = capsys.readouterr().out
+    assert "-> do z" in out
+    assert "MISSING  a  x" in out

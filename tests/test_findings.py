@@ -1,0 +1,114 @@
+import copy
+import itertools
+import json
+from typing import Any
+
+import pytest
+from example_bundle import CAUGHT, CONTRACT, PROSE, register
+from jsonschema import Draft202012Validator
+
+from q4kd.harness import findings as module
+from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.findings import assemble, exit_code, headline, validate_findings
+from q4kd.harness.plan import make_plan
+from q4kd.harness.profile import load_profile
+from q4kd.trainer.errors import InputError
+
+CHECK = {
+    "check": "peak", "params": {"limit": 1}, "observation": {"peak": 0.5}, "verdict": "corroborated", "reason": None,
+    "measured": "0.5", "bound": "<= 1", "counterexample": None, "margin": 0.5,
+}  # fmt: skip
+HELD = {"verdict": "corroborated", "reason": None, "checks": [CHECK], "runs": ["demo"], "sabotage": [CAUGHT]}
+
+
+@pytest.fixture
+def contracts(monkeypatch: pytest.MonkeyPatch) -> list[Contract]:
+    register(monkeypatch)
+    return [parse_contract("demo-v1", CONTRACT.encode(), "demo-v1.yaml")]
+
+
+def make(contracts: list[Contract], results: dict[str, Any], select: str | None = None) -> dict[str, Any]:
+    plan = make_plan(contracts, load_profile("cpu"), select)
+    return assemble(plan, contracts, results, judge_version=1, created="2026-11-23T12:00:00+00:00")
+
+
+def test_every_required_claim_gets_a_finding(contracts: list[Contract]) -> None:
+    document = make(contracts, {"demo-v1::DEMO-001": HELD})
+    assert [row["key"] for row in document["findings"]] == ["demo-v1::DEMO-001"]
+    assert document["exit_code"] == 0
+    assert headline(document) == "1 claim corroborated on profile cpu; 1 out of scope"
+
+
+def test_a_claim_without_a_result_is_inconclusive_and_not_green(contracts: list[Contract]) -> None:
+    document = make(contracts, {})
+    assert document["findings"][0]["reason"] == "not run" and document["exit_code"] == 2
+
+
+def test_prose_is_inconclusive_whatever_result_is_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    contract = parse_contract("demo-v1", (CONTRACT + PROSE).encode(), "demo-v1.yaml")
+    document = make([contract], {"demo-v1::DEMO-001": HELD, "demo-v1::DEMO-003": HELD})
+    assert document["findings"][1]["reason"] == "prose" and document["exit_code"] == 2
+
+
+def test_a_partial_scope_cannot_pass(contracts: list[Contract]) -> None:
+    document = make(contracts, {"demo-v1::DEMO-001": HELD}, "demo")
+    assert document["exit_code"] == 2 and "partial" in headline(document)
+
+
+def row(verdict: str, scope: str = "required") -> dict[str, str]:
+    return {"verdict": verdict, "scope": scope}
+
+
+def test_the_exit_code_over_every_set_of_verdicts() -> None:
+    """An independent statement of the rule, over all multisets of up to three required verdicts."""
+    for size in range(4):
+        for verdicts in itertools.combinations_with_replacement(("corroborated", "falsified", "inconclusive"), size):
+            for scope in ("full", "partial"):
+                rows = [row(verdict) for verdict in verdicts] + [row("falsified", "not_gating")]
+                if verdicts.count("falsified"):
+                    expected = 1
+                elif scope == "full" and size and set(verdicts) == {"corroborated"}:
+                    expected = 0
+                else:
+                    expected = 2
+                assert exit_code(rows, scope) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("exit_code",), 3),
+        (("extra",), 1),
+        (("created",), "yesterday"),
+        (("created",), "9999-99-99T00:00:00+00:00"),
+        (("findings", 0, "seconds"), 1e300),
+        (("findings", 0, "checks", 0, "observation"), json.loads('{"a":' * 70 + "1" + "}" * 70)),
+        (("summary", "falsified"), -1),
+        (("findings", 0, "verdict"), "proved"),
+        (("findings", 0, "reason"), "because"),
+        (("findings", 0, "checks"), []),
+        (("findings", 0, "scope"), "out_of_scope"),
+        (("findings", 0, "checks", 0, "verdict"), "passed"),
+        (("findings", 0, "sabotage", 0, "caught"), "yes"),
+    ],
+)
+def test_the_schema_refuses_what_is_not_a_finding(contracts: list[Contract], path: tuple[Any, ...], value: Any) -> None:
+    document = make(contracts, {"demo-v1::DEMO-001": HELD})
+    changed = copy.deepcopy(document)
+    place: Any = changed
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    assert validate_findings(document, "f") == document
+    with pytest.raises(InputError):
+        validate_findings(changed, "f")
+
+
+def test_a_malformed_result_cannot_be_written(contracts: list[Contract]) -> None:
+    with pytest.raises(InputError):
+        make(contracts, {"demo-v1::DEMO-001": {**HELD, "verdict": "inconclusive"}})
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(module._schema().schema)

@@ -1,0 +1,72 @@
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_bundle import CONTRACT, PROSE, build, register
+
+from q4kd.harness.interchange import ctrf, intoto_statement, junit, message_of
+
+
+@pytest.fixture(params=[300, 900], ids=["held", "falsified"])
+def findings(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    register(monkeypatch)
+    folder = build(tmp_path, text=CONTRACT + PROSE, peak=request.param)
+    value: dict[str, Any] = json.loads((folder / "findings.json").read_text())
+    value["folder"] = folder
+    return value
+
+
+def test_junit_has_no_skips_and_unknown_is_an_error(findings: dict[str, Any]) -> None:
+    root = ElementTree.fromstring((findings["folder"] / "junit.xml").read_bytes())
+    cases = {case.get("name"): case for case in root.iter("testcase")}
+    assert set(cases) == {"DEMO-001", "DEMO-003"}  # the claim out of scope is not emitted
+    assert cases["DEMO-003"].find("error") is not None and root.find(".//skipped") is None
+    failed = findings["findings"][0]["verdict"] == "falsified"
+    assert (cases["DEMO-001"].find("failure") is not None) == failed
+    suite = root.find("testsuite")
+    assert suite is not None
+    counts = [suite.get(name) for name in ("tests", "failures", "errors", "skipped")]
+    assert counts == ["2", str(int(failed)), "1", "0"]
+
+
+def test_junit_survives_text_that_xml_cannot_hold(findings: dict[str, Any]) -> None:
+    findings["findings"][0].update(verdict="falsified", id="a\x00\ud800<&", if_fails="\x1b[31m]]>")
+    ElementTree.fromstring(junit(findings))
+
+
+def test_ctrf_says_other_with_the_raw_status(findings: dict[str, Any]) -> None:
+    report = json.loads((findings["folder"] / "ctrf.json").read_text())
+    assert report["reportFormat"] == "CTRF" and report["specVersion"] == "1.0.0"
+    summary, tests = report["results"]["summary"], report["results"]["tests"]
+    assert summary["tests"] == len(tests) == summary["passed"] + summary["failed"] + summary["other"]
+    assert tests[1]["status"] == "other" and tests[1]["rawStatus"] == "inconclusive(prose)"
+    # What the schema of CTRF 1.0.0 allows in a test and in a summary.
+    for test in tests:
+        assert set(test) <= {"name", "status", "duration", "suite", "message", "rawStatus", "extra"}
+        assert isinstance(test["duration"], int) and test["suite"] and isinstance(test["message"], str)
+    assert all(isinstance(value, int) for key, value in summary.items() if key != "extra")
+
+
+def test_the_statement_passes_only_with_exit_code_zero(findings: dict[str, Any]) -> None:
+    statement = json.loads((findings["folder"] / "statement.intoto.json").read_text())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
+    assert statement["predicate"]["result"] == "FAILED"  # one claim is prose
+    assert statement["predicate"]["warnedTests"] == ["demo-v1::DEMO-003"]
+    assert {subject["name"] for subject in statement["subject"]} >= {"findings.json", "teacher.gguf"}
+    good = {**findings, "exit_code": 0}
+    clean = {"commit": "c" * 40, "dirty": False}
+    made = intoto_statement(good, clean, {}, "f" * 64)
+    assert made["predicate"]["result"] == "PASSED"
+    assert {"name": "q4kd", "digest": {"gitCommit": "c" * 40}} in made["subject"]
+    dirty = intoto_statement(good, {**clean, "dirty": True}, {}, "f" * 64)
+    assert all("gitCommit" not in subject["digest"] for subject in dirty["subject"])
+
+
+def test_the_message_says_why(findings: dict[str, Any]) -> None:
+    first, prose = findings["findings"]
+    expected = "300.0 is over" if first["verdict"] == "falsified" else "measured 100.0, bound <= 100.5"
+    assert (message_of(first), message_of(prose)) == (expected, "prose")
+    assert ctrf(findings, {})["results"]["tests"][0]["message"] == expected

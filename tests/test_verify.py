@@ -1,0 +1,340 @@
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_bundle import CAUGHT, CONTRACT, PROSE, build, register, rejudge, write_run
+
+from q4kd.harness import bundle as bundle_module
+from q4kd.harness.bundle import pack, pack_bytes, seal
+from q4kd.harness.recheck import difference
+from q4kd.harness.verify import VerifyResult, verify_bundle
+from q4kd.trainer.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return build(tmp_path)
+
+
+def verify(path: Path, **options: Any) -> VerifyResult:
+    return verify_bundle(path, rejudge=rejudge, **options)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_bundle_is_consistent_and_says_what_that_leaves_open(bundle: Path) -> None:
+    result = verify(bundle)
+    assert (result.status, result.exit_code, result.problems, result.recomputed) == ("consistent", 0, (), 1)
+    assert "authenticity not established" in result.caveats[0]
+    assert result.headline == "1 claim corroborated on profile cpu; 1 out of scope"
+
+
+def test_an_archive_is_verified_without_unpacking(bundle: Path, tmp_path: Path) -> None:
+    archive = pack(bundle)
+    before = sorted(tmp_path.rglob("*"))
+    assert verify(archive).status == "consistent"
+    assert sorted(tmp_path.rglob("*")) == before
+    tar = tmp_path / "wrapped.tar.gz"
+    subprocess.run(["tar", "czf", str(tar), "-C", str(tmp_path), "bundle"], check=True)
+    assert verify(tar).status == "consistent"
+
+
+@pytest.mark.parametrize("name", ["runs/demo/memory.jsonl", "findings.json", "report.html", "contracts/demo-v1.yaml"])
+def test_a_changed_file_is_found(bundle: Path, name: str) -> None:
+    path = bundle / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    result = verify(bundle)
+    assert result.exit_code == 1 and f"changed file: {name}" in result.problems
+
+
+def test_missing_and_added_files_are_found(bundle: Path) -> None:
+    (bundle / "runs" / "demo" / "facts.json").unlink()
+    (bundle / "runs" / "demo" / "note.txt").write_text("x")
+    problems = verify(bundle).problems
+    assert "missing file: runs/demo/facts.json" in problems and "added file: runs/demo/note.txt" in problems
+
+
+def falsify_measurement(bundle: Path) -> None:
+    path = bundle / "runs" / "demo" / "memory.jsonl"
+    path.write_text(path.read_text().replace('"rss": 300', '"rss": 999'))
+
+
+def drop_finding(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"].clear())
+
+
+def drop_plan_entry(bundle: Path) -> None:
+    edit(bundle / "plan.json", lambda d: d["entries"].pop(0))
+
+
+def rescope(bundle: Path) -> None:
+    edit(bundle / "plan.json", lambda d: d["entries"][0].update(scope="not_gating", reason="because"))
+
+
+def flip(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(verdict="falsified"))
+
+
+def hide_refutation(bundle: Path) -> None:
+    """The raw files refute the claim; the record says that it was never run."""
+    falsify_measurement(bundle)
+    row = {"verdict": "inconclusive", "reason": "not run", "checks": [], "runs": [], "sabotage": []}
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
+    edit(bundle / "findings.json", lambda d: d.update(exit_code=2))
+
+
+def improve_measured(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0]["checks"][0].update(measured="1.0"))
+
+
+def improve_observation(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0]["checks"][0]["observation"].update(peak=1.0))
+
+
+def improve_exit(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d.update(exit_code=2))
+
+
+def recount(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["summary"].update(corroborated=9))
+
+
+def reword(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(prediction="peak <= 5"))
+
+
+def invent_catch(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0]["sabotage"].append({**CAUGHT, "fault": "other"}))
+
+
+def loosen_contract(bundle: Path) -> None:
+    path = bundle / "contracts" / "demo-v1.yaml"
+    path.write_text(path.read_text().replace("limit: 100.5", "limit: 200.5"))
+
+
+def faulted_run(bundle: Path) -> None:
+    edit(bundle / "runs" / "demo" / "argv.json", lambda d: d.update(fault="ballast"))
+
+
+def edit_junit(bundle: Path) -> None:
+    path = bundle / "junit.xml"
+    path.write_text(path.read_text().replace('errors="0"', 'errors="1"'))
+
+
+def edit_statement(bundle: Path) -> None:
+    edit(bundle / "statement.intoto.json", lambda d: d["predicate"].update(result="FAILED"))
+
+
+def damage_run(bundle: Path) -> None:
+    (bundle / "runs" / "demo" / "memory.jsonl").write_text("{\n")
+
+
+def extra_run(bundle: Path) -> None:
+    write_run(bundle / "runs" / "demo.again")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (falsify_measurement, "recorded"),
+        (drop_finding, "without a finding"),
+        (drop_plan_entry, "plan: demo-v1::DEMO-001 is missing"),
+        (rescope, "recorded as not_gating, expected required"),
+        (hide_refutation, 'verdict: recorded "inconclusive", recomputed "falsified"'),
+        (improve_measured, "measured: recorded"),
+        (improve_observation, "observation.peak: recorded 1.0"),
+        (improve_exit, "exit code recorded as 2, recomputed 0"),
+        (recount, "summary recorded"),
+        (reword, "prediction differs from the contract"),
+        (invent_catch, "sabotage: 2 recorded, 1 recomputed"),
+        (loosen_contract, 'recorded "<= 100.5", recomputed "<= 200.5"'),
+        (faulted_run, "made with the fault ballast"),
+        (edit_junit, "junit.xml: differs"),
+        (edit_statement, "statement.intoto.json: differs"),
+        (damage_run, "evidence unreadable"),
+        (extra_run, "the bundle holds"),
+    ],
+)
+def test_tampering_is_found_even_after_sealing_again(bundle: Path, tamper: Callable[[Path], None], said: str) -> None:
+    tamper(bundle)
+    seal(bundle)
+    result = verify(bundle)
+    assert result.status == "mismatch" and any(said in problem for problem in result.problems), result.problems
+
+
+def test_an_impossible_findings_file_is_not_judged(bundle: Path) -> None:
+    flip(bundle)
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(reason="x"))
+    seal(bundle)
+    assert verify(bundle).exit_code == 2
+
+
+def test_a_resealed_loosened_bound_is_caught_by_the_contracts_only(tmp_path: Path) -> None:
+    loose = build(tmp_path / "loose", text=CONTRACT.replace("100.5", "500.5"))
+    build(tmp_path / "strict")
+    strict = tmp_path / "strict" / "contracts"
+    assert verify(loose).status == "consistent"
+    result = verify(loose, contracts=strict)
+    assert result.exit_code == 1 and "contracts/demo-v1.yaml: differs from the one given" in result.problems
+    right = verify(loose, contracts=tmp_path / "loose" / "contracts")
+    assert right.status == "consistent" and not any("authenticity" in caveat for caveat in right.caveats)
+
+
+def test_contracts_that_were_left_out_are_named(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "contracts" / "more-v1.yaml").write_text(CONTRACT)
+    problems = verify(bundle, contracts=tmp_path / "contracts").problems
+    assert problems == ("contracts/more-v1.yaml: not in the bundle",)
+
+
+def test_a_public_key_on_an_unsigned_bundle_fails(bundle: Path, tmp_path: Path) -> None:
+    result = verify(bundle, public_key=tmp_path / "key.pub")
+    assert result.exit_code == 1 and "not signed" in result.problems[0]
+
+
+def test_an_unknown_judge_version_is_unverifiable(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d.update(judge_version=99))
+    seal(bundle)
+    result = verify(bundle)
+    assert result.status == "unverifiable" and result.exit_code == 2 and "99" in result.problems[0]
+
+
+def test_what_is_not_a_bundle_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"no")
+    for path in (tmp_path, tmp_path / "none", tmp_path / "x.tar.gz"):
+        with pytest.raises(InputError):
+            verify_bundle(path)
+
+
+def test_an_uncaught_fault_cannot_support_a_recorded_corroboration(bundle: Path) -> None:
+    def missed(*_: Any) -> list[dict[str, Any]]:
+        return [{**CAUGHT, "caught": False, "verdict": "corroborated", "detail": "missed: 1"}]
+
+    result = verify_bundle(bundle, rejudge=missed)
+    assert result.exit_code == 1
+    assert any('recomputed "inconclusive"' in problem for problem in result.problems)
+
+
+def test_the_real_recheck_wants_the_kill_record_itself(bundle: Path) -> None:
+    result = verify_bundle(bundle)
+    assert result.exit_code == 1 and any("kills.json" in problem for problem in result.problems)
+
+
+def test_a_partial_bundle_and_a_prose_claim_verify_as_what_they_are(tmp_path: Path) -> None:
+    partial = verify(build(tmp_path / "a", select="DEMO-001"))
+    prose = verify(build(tmp_path / "b", text=CONTRACT + PROSE))
+    assert (partial.status, prose.status) == ("consistent", "consistent")
+    edit(tmp_path / "a" / "bundle" / "plan.json", lambda d: d.update(select=None, scope="full"))
+    seal(tmp_path / "a" / "bundle")
+    assert verify(tmp_path / "a" / "bundle").exit_code == 1
+
+
+def test_a_falsified_bundle_is_consistent_too(tmp_path: Path) -> None:
+    folder = build(tmp_path, peak=900)
+    assert json.loads((folder / "findings.json").read_text())["exit_code"] == 1
+    assert verify(folder).status == "consistent"
+
+
+def test_a_run_that_the_harness_broke_supports_no_verdict(bundle: Path) -> None:
+    (bundle / "runs" / "demo" / "harness_error.json").write_text('{"stage": "collect", "error": "e"}')
+    seal(bundle)
+    assert any("never run to the end" in problem for problem in verify(bundle).problems)
+
+
+def test_an_interrupted_claim_stays_inconclusive_and_consistent(bundle: Path) -> None:
+    """Its experiment got as far as raw files that cannot be judged; then the session was stopped."""
+    damage_run(bundle)
+    row = {"verdict": "inconclusive", "reason": "not run", "checks": [], "runs": [], "sabotage": []}
+    counts = {"corroborated": 0, "falsified": 0, "inconclusive": 1, "out_of_scope": 1, "not_gating": 0}
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
+    edit(bundle / "findings.json", lambda d: d.update(exit_code=2, summary=counts))
+    bundle_module.close(bundle)
+    assert verify(bundle).problems == ()
+
+
+def test_control_characters_of_a_bundle_never_reach_the_terminal(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(key="demo\x1b[31m\n"))
+    seal(bundle)
+    assert all(problem.isprintable() for problem in verify(bundle).problems)
+
+
+def test_numbers_may_differ_by_rounding_only() -> None:
+    assert difference({"a": [1.0, 2]}, {"a": [1.0 + 1e-12, 2]}) is None
+    assert difference({"a": 1.0}, {"a": 1.0001}) == ".a: recorded 1.0, recomputed 1.0001"
+    assert difference({"a": 1}, {"a": True}) is not None
+    assert difference({"a": 1}, {"b": 1}) == ".a: only in the record"
+    assert difference([1], [1, 2]) == ": 1 recorded, 2 recomputed"
+
+
+def test_verification_imports_no_torch() -> None:
+    program = "import sys, q4kd.harness.verify, q4kd.harness.judge, q4kd.harness.kills, q4kd.harness.report\n"
+    program += "from q4kd.harness.checks import CHECKS\n[CHECKS[name] for name in CHECKS]\n"
+    program += "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_bundle_can_be_read_only(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    for path in [copy, *copy.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert verify(copy).status == "consistent"
+
+
+@pytest.mark.parametrize("name", ["environment.json", "inputs.json", "plan.json", "findings.json", "ctrf.json"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"packages": 3, "x": {"sha256": []}}', '{"a": NaN}', "[" * 90_000])
+def test_hostile_json_is_a_result_and_never_a_crash(bundle: Path, name: str, text: str) -> None:
+    (bundle / name).write_text(text)
+    seal(bundle)
+    assert verify(bundle).exit_code in (1, 2)
+
+
+def kill_record(bundle: Path, monkeypatch: pytest.MonkeyPatch, verdict: str) -> None:
+    """Put a kill record and its archive into a bundle; judging it gives ``verdict``."""
+    faulted = bundle.parent / "faulted"
+    write_run(faulted / "runs" / "demo", peak=900, fault="ballast")
+    raw = pack_bytes(faulted)
+    (bundle / "sabotage" / "ballast--demo.tar.gz").write_bytes(raw)
+    record = {"contract": "demo-v1", "id": "DEMO-001", "fault": "ballast", "experiment": "demo"}
+    record |= {"raw": "ballast--demo.tar.gz", "raw_sha256": hashlib.sha256(raw).hexdigest()}
+    (bundle / "sabotage" / "kills.json").write_text(json.dumps({"format": "q4kd-kills/1", "records": {"r1": record}}))
+
+    def judged(claim: Any, fault: Any, profile: str, runs: Any) -> dict[str, Any]:
+        assert fault == "ballast" and runs["demo"].fault == "ballast"
+        return {"caught": verdict == "falsified", "verdict": verdict, "detail": CAUGHT["detail"]}
+
+    monkeypatch.setattr("q4kd.harness.kills.judge_faulted", judged)
+    monkeypatch.setattr("q4kd.harness.sabotage.registry.get_fault", lambda name: name)
+    seal(bundle)
+
+
+def test_a_kill_record_is_judged_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_record(bundle, monkeypatch, "falsified")
+    assert verify_bundle(bundle).status == "consistent"
+    kill_record_path = bundle / "sabotage" / "kills.json"
+    edit(kill_record_path, lambda d: d["records"]["r1"].update(id="DEMO-002"))
+    seal(bundle)
+    assert verify_bundle(bundle).exit_code == 1  # a record of another claim
+    edit(kill_record_path, lambda d: d["records"]["r1"].update(id="DEMO-001", raw_sha256="0" * 64))
+    seal(bundle)
+    assert any("archive" in problem for problem in verify_bundle(bundle).problems)
+
+
+def test_a_fault_that_is_not_caught_on_rejudging_is_a_mismatch(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_record(bundle, monkeypatch, "corroborated")
+    problems = verify_bundle(bundle).problems
+    assert any("sabotage[0].caught: recorded true, recomputed false" in problem for problem in problems)
