@@ -111,6 +111,7 @@ class Experiment:
         prepare: makes its inputs.
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
+        parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Experiment:
     prepare: Callable[[Inputs], object] = _nothing
     collect: Callable[[Path, Inputs], dict[str, Any]] = _no_facts
     exclusive: bool = False
+    parallel: int = 1
 
     def __post_init__(self) -> None:
         """Refuse names that are not safe as folder names, and arms that could be confused."""

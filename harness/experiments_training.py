@@ -249,7 +249,7 @@ def _distill_argv(
 ) -> list[str]:
     settings = {
         "steps": steps,
-        "batch_size": 16,
+        "batch_size": 8,
         "lr": 0.003,
         "warmup_steps": 10,
         "eval_tokens": eval_tokens,
@@ -313,12 +313,14 @@ register(
         arms=tuple(
             Arm(
                 f"{arm}-seed{seed}",
-                functools.partial(_distill_argv, alpha, seed, CONTROL_STEPS, 0, 16_384),
+                functools.partial(_distill_argv, alpha, seed, CONTROL_STEPS, 0, 8192),
                 timeout_s=400,
                 stall_s=90,
+                env={"OMP_NUM_THREADS": "1"},
             )
             for seed in SEEDS
             for arm, alpha in (("kd", 0.1), ("ce", 1.0))
         ),
+        parallel=2,
     ),
 )

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,17 @@ class ExperimentRunner:
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = self._locks / f"{experiment_name}--{fault or 'clean'}.lock"
         with FileLock(lock):
-            for arm in wanted:
+            missing = [arm for arm in wanted if not _complete(root / "runs" / experiment.run_name(arm))]
+
+            def finish(arm: Arm) -> None:
                 folder = root / "runs" / experiment.run_name(arm)
-                if _complete(folder):
-                    continue
                 if arm in faulted:
                     self._execute(experiment, arm, folder, fault, timeout_s)
                 else:
                     shutil.copytree(self.bundle_dir / "runs" / folder.name, folder, dirs_exist_ok=True)
+
+            with ThreadPoolExecutor(max(1, min(experiment.parallel, len(os.sched_getaffinity(0))))) as pool:
+                list(pool.map(finish, missing))
             for arm in wanted:
                 folder = root / "runs" / experiment.run_name(arm)
                 if not self.keep_outputs and wanted == list(experiment.arms):

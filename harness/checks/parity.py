@@ -64,7 +64,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     arrays = run.array(params["array"])
     subject, reference = arrays["subject"], arrays["reference"]
     observation |= {"subject_shape": list(subject.shape), "reference_shape": list(reference.shape)}
-    if subject.shape != reference.shape or subject.ndim == 0:
+    if subject.shape != reference.shape or subject.size == 0 or subject.ndim == 0:
         return observation
     subject, reference = subject.reshape(len(subject), -1), reference.reshape(len(reference), -1)
     finite_rows = np.isfinite(subject).all(1)
@@ -121,7 +121,7 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         failed, margin = differing > 0, None
         counterexample = f"row {row} differs from {observation['reference_source']}"
     else:
-        measured = f"worst {label} {worst:.3g} over {observation['rows']} rows"
+        measured = f"worst {label} {worst:.{6 if metric == 'cosine' else 3}g} over {observation['rows']} rows"
         failed = worst < params["min"] if metric == "cosine" else worst > params["max"]
         margin = None if metric == "cosine" or not params["max"] else worst / params["max"]
         counterexample = f"row {row}: {label} {worst:.6g} against {observation['reference_source']}"

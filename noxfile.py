@@ -1,0 +1,105 @@
+"""Sessions: ``falsify`` (the gate), ``tests``, ``lint``, ``types``, ``sabotage``. All share one environment.
+
+The environment is keyed by pyproject.toml, the constraints and the interpreter, so it is made once and reused by every
+session until one of them changes. The package is installed in place: edits take effect without installing again.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["falsify", "tests", "lint", "types"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+PACKAGES = ("harness", "trainer", "contracts", "evidence")
+
+
+def has_nvidia_device() -> bool:
+    """Whether a GPU is there for CUDA, by the driver's own files."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def environment(session: nox.Session) -> Path:
+    """Return the bin folder of the shared environment, made on first use."""
+    cuda = has_nvidia_device()
+    # An interpreter that already has torch on a GPU machine keeps it: nothing better could be downloaded.
+    inherit = cuda and importlib.util.find_spec("torch") is not None
+    constraints = ROOT / ("constraints-cuda.txt" if cuda else "constraints-cpu.txt")
+    key = hashlib.sha256()
+    for part in ((ROOT / "pyproject.toml").read_bytes(), constraints.read_bytes(), sys.version.encode(), bytes([inherit])):
+        key.update(hashlib.sha256(part).digest())
+    folder = Path(session.cache_dir) / f"q4kd-{key.hexdigest()[:12]}"
+    bin_folder = folder / "bin"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ["--system-site-packages"] if inherit else []
+        session.run(sys.executable, "-m", "venv", *options, str(folder), external=True)
+        extras = "train,dev,cuda13" if cuda and not inherit else "train,dev"
+        limits = [] if inherit else ["-c", str(constraints)]
+        pip = str(bin_folder / "pip")
+        session.run(pip, "install", "--quiet", *limits, "-e", f"{ROOT}[{extras}]", external=True)
+        (folder / "complete").touch()
+    return bin_folder
+
+
+def q4kd(session: nox.Session, *arguments: str, codes: tuple[int, ...] = (0,)) -> None:
+    session.run(
+        str(environment(session) / "python"), "-m", "q4kd.harness", *arguments, external=True, success_codes=list(codes)
+    )
+
+
+@nox.session(venv_backend="none")
+def falsify(session: nox.Session) -> None:
+    """Try to refute every claim; leaves an evidence bundle. Options after ``--`` go to ``q4kd falsify``."""
+    q4kd(session, "falsify", "--contracts", "contracts", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def sabotage(session: nox.Session) -> None:
+    """Plant every fault for real and refresh the kill records. Options after ``--`` go to ``q4kd sabotage``."""
+    q4kd(session, "sabotage", "--contracts", "contracts", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Unit, property and command-line tests. Arguments after ``--`` go to pytest."""
+    python = str(environment(session) / "python")
+    arguments = session.posargs or ["-n", str(len(os.sched_getaffinity(0)))]
+    # One thread each: two processes with two threads each would fight for two cores.
+    session.run(python, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Ruff, rules and format."""
+    ruff = str(environment(session) / "ruff")
+    session.run(ruff, "check", ".", external=True)
+    session.run(ruff, "format", "--check", ".", external=True)
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Mypy, strict, under the names the packages are installed by."""
+    mypy = (environment(session) / "mypy").resolve()
+    view = Path(session.cache_dir).resolve() / "types" / "q4kd"
+    view.mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        link = view / package
+        if not link.is_symlink():
+            link.symlink_to(ROOT / package)
+    with session.chdir(view.parent):
+        session.run(
+            str(mypy),
+            "--config-file",
+            str(ROOT / "pyproject.toml"),
+            "--cache-dir",
+            str(view.parent / "cache"),
+            *[word for package in ("harness", "trainer") for word in ("-p", f"q4kd.{package}")],
+            external=True,
+        )
