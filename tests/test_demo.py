@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer import demo
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.split import is_held_out
@@ -20,7 +21,6 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from q4kd.trainer.demo import make_teacher  # noqa: E402
 from q4kd.trainer.demo.corpus import read_texts, source_files, token_bytes, token_stream, windows  # noqa: E402
-from q4kd.trainer.demo.reference import ReferenceModel  # noqa: E402
 from q4kd.trainer.demo.train import held_out_loss, student_config, teacher_config  # noqa: E402
 
 
@@ -134,9 +134,9 @@ def test_golden_logits_are_those_of_transformers(dequantised):
     assert logits.std(axis=-1).min() > 0.1  # not constant
 
 
-def test_golden_logits_are_reproduced_by_the_reference():
+def test_golden_logits_are_reproduced_by_the_harness_reference():
     with np.load(demo.golden_path(), allow_pickle=False) as golden:
-        again = ReferenceModel(demo.teacher_path()).logits(golden["ids"][:16])
+        again = reference_logits(read_gguf(demo.teacher_path()), golden["ids"][:16])
         np.testing.assert_allclose(again, golden["logits"][:16], rtol=1e-5, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ def student_path() -> Path:
 
 
 def golden_path() -> Path:
-    """An npz: ``ids`` int32 [64] of held-out text, ``logits`` float32 [64, 2048] of an independent float64 forward."""
+    """An npz: ``ids`` int32 [64] of held-out text, ``logits`` float32 [64, 2048] of transformers in float64."""
     return _FOLDER / "golden.npz"
 
 
