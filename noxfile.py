@@ -32,7 +32,8 @@ def environment(session: nox.Session) -> Path:
     inherit = cuda and importlib.util.find_spec("torch") is not None
     constraints = ROOT / ("constraints-cuda.txt" if cuda else "constraints-cpu.txt")
     key = hashlib.sha256()
-    for part in ((ROOT / "pyproject.toml").read_bytes(), constraints.read_bytes(), sys.version.encode(), bytes([inherit])):
+    texts = ((ROOT / "pyproject.toml").read_bytes(), constraints.read_bytes(), sys.version.encode(), bytes([inherit]))
+    for part in texts:
         key.update(hashlib.sha256(part).digest())
     folder = Path(session.cache_dir) / f"q4kd-{key.hexdigest()[:12]}"
     bin_folder = folder / "bin"

@@ -16,7 +16,11 @@ from filelock import FileLock
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 
-EXPERIMENT_MODULES = ("q4kd.harness.experiments_teacher", "q4kd.harness.experiments_training")
+EXPERIMENT_MODULES = (
+    "q4kd.harness.experiments_teacher",
+    "q4kd.harness.experiments_loss",
+    "q4kd.harness.experiments_training",
+)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -112,6 +116,7 @@ class Experiment:
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
+        sources: further modules that decide what is measured; when one changes, the kill records are stale.
     """
 
     name: str
@@ -122,6 +127,7 @@ class Experiment:
     collect: Callable[[Path, Inputs], dict[str, Any]] = _no_facts
     exclusive: bool = False
     parallel: int = 1
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that are not safe as folder names, and arms that could be confused."""

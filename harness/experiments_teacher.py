@@ -75,9 +75,11 @@ register(
         name="load-teacher",
         title="q4kd logits on a 94 MB Q4_K file, memory sampled from outside",
         needs=(),
-        arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60),),
+        # A fixed number of threads: their buffers are part of what is measured.
+        arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60, env={"OMP_NUM_THREADS": "2"}),),
         prepare=_prepare_load,
         collect=lambda _run_dir, inputs: gguf_facts(_large_teacher(inputs)),
+        sources=("q4kd.harness.synthetic",),
     )
 )
 
@@ -103,6 +105,7 @@ register(
         arms=(Arm(None, _load_7b_argv, timeout_s=900, stall_s=300),),
         prepare=lambda inputs: _teacher_7b(inputs) and None,
         collect=lambda _run_dir, inputs: gguf_facts(_teacher_7b(inputs)),
+        sources=("q4kd.harness.synthetic",),
         exclusive=True,
     )
 )
@@ -124,6 +127,11 @@ def _parity_ids(arm: str, inputs: Inputs) -> Path:
 def _parity_model(arm: str, inputs: Inputs) -> Path:
     source = GOLDEN_TEACHER if arm == "golden" else teacher_path()
     return inputs.file(f"{arm}.gguf", lambda path: shutil.copyfile(source, path))
+
+
+def demo_teacher(inputs: Inputs) -> Path:
+    """Return the demo teacher as an input of this session, so that its digest is on record."""
+    return _parity_model("demo", inputs)
 
 
 def _parity_argv(arm: str, inputs: Inputs) -> list[str]:
@@ -176,6 +184,7 @@ register(
         ),
         prepare=_prepare_parity,
         collect=_collect_parity,
+        sources=("q4kd.harness.reference",),
     )
 )
 
@@ -199,8 +208,9 @@ register(
         title="every way to ask the teacher for a gradient, beside its valid twin",
         needs=(),
         arms=(Arm(None, _frozen_argv, timeout_s=60),),
-        prepare=lambda inputs: _prepare_parity(inputs),
+        prepare=_prepare_parity,
         collect=_collect_probe,
+        sources=("q4kd.harness.probes",),
     )
 )
 
@@ -211,7 +221,8 @@ register(
 def _blocks(inputs: Inputs) -> Path:
     def make(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, **block_spec.sample_blocks(seed=3))
+            arrays: dict[str, Any] = dict(block_spec.sample_blocks(seed=3))
+            np.savez_compressed(file, **arrays)
 
     return inputs.file("blocks.npz", make)
 
@@ -263,5 +274,6 @@ register(
         arms=(Arm(None, _superblock_argv, timeout_s=60),),
         prepare=lambda inputs: _blocks(inputs) and None,
         collect=_collect_superblock,
+        sources=("q4kd.harness.probes", "q4kd.harness.block_spec"),
     )
 )

@@ -8,7 +8,6 @@ from q4kd.harness.checks import CHECKS, Judgement
 from q4kd.harness.checks.judgement import inconclusive
 from q4kd.harness.contract import CheckUse, Claim
 from q4kd.harness.raw import RawRun
-from q4kd.trainer.errors import InputError
 
 JUDGE_VERSION = 1
 # A claim is worth its worst check: one refutation refutes it, one unknown leaves it unknown.
@@ -49,8 +48,7 @@ def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int
     try:
         observation = check.extract(runs, use.params, min_observations)
         judgement: Judgement = check.judge(observation, use.params, min_observations)
-    except (InputError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-        # Malformed evidence says nothing about the claim: it is unknown, with the error on record.
+    except Exception as error:  # malformed evidence says nothing about the claim: unknown, with the error on record
         message = f"{type(error).__name__}: {error}"[:300]
         judgement = inconclusive("evidence unreadable", message, "evidence that can be read")
     return {

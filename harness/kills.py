@@ -50,7 +50,7 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
     """
     if claim.falsifier is None:
         raise ValueError(f"{claim.key} is prose: it has no falsifier")
-    get_experiment(experiment)
+    sources = (*get_experiment(experiment).sources, EXPERIMENTS.module(experiment))
     asked = dataclasses.asdict(falsifier := claim.falsifier.for_profile(profile))
     del asked["sabotage"], asked["timeout_s"]  # neither changes what a caught fault showed
     declaration = [fault.name, fault.family, fault.targets, fault.arms, fault.declared_exit]
@@ -59,7 +59,7 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
         "falsifier": _canonical(asked),
         "judge": _module_text("q4kd.harness.judge") + _module_text("q4kd.harness.checks.judgement"),
         "fault": f"{_canonical(declaration)}\n{apply_source(fault)}",
-        "experiment": f"{experiment}\n{_module_text(EXPERIMENTS.module(experiment))}",
+        "experiment": "\n".join([experiment, *map(_module_text, sources)]),
     }
     for use in falsifier.checks:
         parts[f"check {use.check}"] = _check_text(use.check)

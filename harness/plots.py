@@ -98,7 +98,7 @@ def _memory_plot(name: str, run: RawRun, ceiling: float | None) -> Plot | None:
 
 def _memory_series(run: RawRun) -> tuple[list[tuple[float, float]], dict[str, float]]:
     """Return (seconds after the imports, MB above the baseline) from just before them, and when each phase began."""
-    from q4kd.harness.checks.memory_ceiling import baseline_rss
+    from q4kd.harness.checks.judgement import baseline_rss
 
     baseline, ready = baseline_rss(run), run.event("imports_done")
     if baseline is None or ready is None:

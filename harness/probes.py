@@ -4,6 +4,7 @@ A probe computes no reference and draws no conclusion; the harness does both, in
 """
 
 import argparse
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def frozen_teacher(arguments: list[str]) -> int:
             raise AssertionError("logits carry a gradient function")
 
     def trained_through() -> None:
-        teacher.head_logits(hidden.clone().requires_grad_(True)).sum().backward()
+        loss: Any = teacher.head_logits(hidden.clone().requires_grad_(True)).sum()
+        loss.backward()
 
     cases: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
         ("requires_grad_", lambda: teacher.requires_grad_(True), lambda: teacher.requires_grad_(False)),
@@ -125,6 +127,10 @@ def superblock(arguments: list[str]) -> int:
     return 0
 
 
+def _project(weight: Any, rows: Any) -> Any:
+    return rows @ weight.T
+
+
 def kd_loss_cases(arguments: list[str]) -> int:
     """Evaluate the trainer's fused loss and its gradients on given arrays and settings."""
     parser = argparse.ArgumentParser()
@@ -153,11 +159,12 @@ def kd_loss_cases(arguments: list[str]) -> int:
             weight,
             labels,
             teacher_hidden=source,
-            teacher_head=lambda rows, head=head: rows @ head.T,
+            teacher_head=functools.partial(_project, head),
             num_targets=float((labels >= 0).sum()),
             config=KDLossConfig(**settings),
         )
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+        loss: Any = terms.loss
+        loss.backward()
         assert hidden.grad is not None and weight.grad is not None
         results[f"{name}-terms"] = np.array([float(terms.loss.detach()), float(terms.ce), float(terms.kd)])
         results[f"{name}-grad_hidden"] = hidden.grad.numpy()

@@ -94,7 +94,7 @@ def from_hugging_face(tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
 
 
 def _norm(x_TH: Array, weight: Array, eps: float) -> Array:
-    return x_TH / np.sqrt(np.mean(x_TH**2, axis=-1, keepdims=True) + eps) * weight
+    return np.asarray(x_TH / np.sqrt(np.mean(x_TH**2, axis=-1, keepdims=True) + eps) * weight)
 
 
 def _rope(x_NTD: Array, base: float) -> Array:
@@ -115,7 +115,7 @@ def _attention(model: ReferenceModel, prefix: str, x_TH: Array) -> Array:
         out = x_TH @ model.weights[f"{prefix}{name}.weight"].T
         bias = model.weights.get(f"{prefix}{name}.bias")
         out = out if bias is None else out + bias
-        return out.reshape(len(x_TH), count, -1).transpose(1, 0, 2)
+        return np.asarray(out.reshape(len(x_TH), count, -1).transpose(1, 0, 2))
 
     q_NTD = _rope(heads("attn_q", model.num_heads), model.rope_base)
     k_KTD = _rope(heads("attn_k", model.num_kv_heads), model.rope_base)

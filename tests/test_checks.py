@@ -236,7 +236,11 @@ def arm(tmp_path: Path, name: str, start: float, end: float, **options: Any) -> 
     alpha = "0.1" if name.startswith("kd") else "1.0"
     argv = ["--set", f"alpha={alpha}", "--set", f"lr={options.pop('lr', 1)}"]
     return write_run(
-        tmp_path, f"exp.{name}", events=[plan, evaluations[0], *taken, evaluations[1], event("done")], argv=argv, **options
+        tmp_path,
+        f"exp.{name}",
+        events=[plan, evaluations[0], *taken, evaluations[1], event("done")],
+        argv=argv,
+        **options,
     )
 
 
@@ -329,7 +333,7 @@ def test_every_check_is_used_and_every_bound_has_a_direction() -> None:
     assert {use.check for use in uses} == set(CHECKS)
     for name, check in CHECKS.items():
         Draft202012Validator.check_schema(check.PARAMS)
-        assert check.NAME == name
+        assert name == check.NAME
         assert set(check.DIRECTIONS.values()) <= {"upper", "lower"}
 
 

@@ -190,9 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
     import q4kd.trainer.kd_loss as kd_loss
 
     original = kd_loss.divergence_rows
-    monkeypatch.setattr(
-        kd_loss, "divergence_rows", lambda p, q, config: (original(p, q, config)[0] * float("nan"), q)
-    )
+    monkeypatch.setattr(kd_loss, "divergence_rows", lambda p, q, config: (original(p, q, config)[0] * float("nan"), q))
     out = tmp_path / "run"
     assert main(arguments(out, corpus)) not in (0, 2)
     assert "not finite" in capsys.readouterr().err

@@ -76,7 +76,8 @@ def train_step(
     sums = torch.zeros(3, dtype=torch.float64)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    micro_batches = list(zip(torch.split(windows, config.batch_size), torch.split(labels, config.batch_size), strict=True))
+    size = config.batch_size
+    micro_batches = list(zip(torch.split(windows, size), torch.split(labels, size), strict=True))
     for index, (window, label) in enumerate(micro_batches):
         ids_BT = window[:, :-1]
         before_teacher = time.monotonic()

@@ -22,7 +22,8 @@ def quiet_transformers() -> None:
     """Keep transformers' own progress bars out of this program's output."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    quiet: Any = logging.disable_progress_bar
+    quiet()
 
 
 def _refuse(folder: Path, error: Exception) -> InputError:

@@ -102,4 +102,13 @@ def describe_exit(ending: Mapping[str, Any]) -> str:
     return f"ended: {str(ending['cause']).replace('_', ' ')}, exit code {ending['returncode']}"
 
 
+def baseline_rss(run: RawRun) -> float | None:
+    """Return the resident bytes last sampled before the imports were done (None when there is no such sample)."""
+    marker = run.event("imports_done")
+    if marker is None:
+        return None
+    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"] + 0.1]
+    return before[-1] if before else None
+
+
 ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}

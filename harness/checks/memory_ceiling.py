@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, completion, describe_exit, inconclusive, pick_run
+from q4kd.harness.checks.judgement import (
+    ARM_PARAM,
+    Judgement,
+    baseline_rss,
+    completion,
+    describe_exit,
+    inconclusive,
+    pick_run,
+)
 from q4kd.harness.raw import RawRun
 
 NAME = "memory_ceiling"
@@ -42,15 +50,6 @@ PARAMS: dict[str, Any] = {
     },
 }
 DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_bytes": "upper"}
-
-
-def baseline_rss(run: RawRun) -> float | None:
-    """Return the resident bytes last sampled before the imports were done (None when there is no such sample)."""
-    marker = run.event("imports_done")
-    if marker is None:
-        return None
-    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"] + 0.1]
-    return before[-1] if before else None
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:

@@ -6,8 +6,15 @@ The teacher's account alone proves nothing: a fault may dequantise and keep sile
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, completion, describe_exit, inconclusive, pick_run
-from q4kd.harness.checks.memory_ceiling import baseline_rss
+from q4kd.harness.checks.judgement import (
+    ARM_PARAM,
+    Judgement,
+    baseline_rss,
+    completion,
+    describe_exit,
+    inconclusive,
+    pick_run,
+)
 from q4kd.harness.raw import RawRun
 
 NAME = "residency"
