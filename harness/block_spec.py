@@ -82,7 +82,7 @@ def _with_half(blocks: Bytes, column: int, values: NDArray[np.float16]) -> None:
     blocks[:, column : column + 2] = values.view(np.uint8).reshape(-1, 2)
 
 
-def sample_blocks(seed: int, count: int = 48) -> dict[str, NDArray[np.generic]]:
+def sample_blocks(seed: int, count: int = 32) -> dict[str, NDArray[np.generic]]:
     """Make blocks of random bits with finite scales: ordinary, zero, subnormal and maximal ones among them.
 
     Returns:

@@ -107,7 +107,7 @@ def baseline_rss(run: RawRun) -> float | None:
     marker = run.event("imports_done")
     if marker is None:
         return None
-    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"] + 0.1]
+    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"]]
     return before[-1] if before else None
 
 
