@@ -1,7 +1,6 @@
 """What a person sees of a run: plain "Step N/M" lines always, a live bar with ETA on a terminal."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,6 @@ class Reporter:
         self._total, self._every, self._steps_per_epoch = total, every, steps_per_epoch
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._started = time.monotonic()
 
     @contextmanager
     def running(self, done: int) -> Iterator[None]:
@@ -38,28 +36,22 @@ class Reporter:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=True) as self._bar:
+        # Lines go above the bar on a terminal; a redirected stdout keeps receiving them itself.
+        on_terminal = sys.stdout.isatty()
+        with Progress(*columns, console=self._console, transient=True, redirect_stdout=on_terminal) as self._bar:
             self._task = self._bar.add_task("distilling", total=self._total, completed=done)
             yield
         self._bar = None
-
-    def say(self, line: str) -> None:
-        """Print one line above the bar."""
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.console.file.flush()
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
 
     def step(self, step: int, loss: float, tokens_per_second: float, teacher_share: float) -> None:
         """Report a finished step (counted from 1)."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}")
         if self._every and (step % self._every == 0 or step == self._total):
-            self.say(
+            print(
                 f"Step {step}/{self._total}: loss: {loss:.4f} "
-                f"({tokens_per_second:.0f} tok/s, teacher {teacher_share:.0%})"
+                f"({tokens_per_second:.0f} tok/s, teacher {teacher_share:.0%})",
+                flush=True,
             )
         if step % self._steps_per_epoch == 0:
-            self.say(f"Epoch {step // self._steps_per_epoch}: loss: {loss:.4f}")
+            print(f"Epoch {step // self._steps_per_epoch}: loss: {loss:.4f}", flush=True)
