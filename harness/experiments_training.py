@@ -61,7 +61,7 @@ def _collect_checkpoint(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
 
 
 SURVIVAL_STEPS = 24
-CONTROL_STEPS = 120
+CONTROL_STEPS = 160
 SEEDS = (1, 2, 3)
 
 register(
