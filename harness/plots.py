@@ -79,10 +79,11 @@ def _memory_plot(name: str, run: RawRun, ceiling: float | None) -> Plot | None:
     peak = max(y for _, y in points)
     top = max(peak, ceiling / _MB if ceiling is not None else 0.0, 1.0) * 1.18
     axes.set_ylim(min(0.0, *(y for _, y in points)) - top / 25, top)
-    for kind, x in marks.items():
+    for x in marks.values():
         axes.axvline(x, color=_INK, linewidth=0.6, alpha=0.35)
+    for label, x in _labels(marks, points[-1][0] - points[0][0]):
         axes.annotate(
-            kind.replace("_", " "), (x, 0.0), xycoords=("data", "axes fraction"), xytext=(2, 4),
+            label, (x, 0.0), xycoords=("data", "axes fraction"), xytext=(2, 4),
             textcoords="offset points", rotation=90, va="bottom", fontsize=7.5, color=_INK,
         )  # fmt: skip
     if ceiling is not None:
@@ -94,6 +95,18 @@ def _memory_plot(name: str, run: RawRun, ceiling: float | None) -> Plot | None:
     bound = f", ceiling {ceiling / _MB:.1f} MB" if ceiling is not None else ""
     caption = f"{name}: memory of the process, peak {peak:.1f} MB above its post-import baseline{bound}"
     return Plot(caption=caption, svg=_svg(figure, f"m-{name}", caption))
+
+
+def _labels(marks: Mapping[str, float], span: float) -> list[tuple[str, float]]:
+    """Return one label for phases that begin too close together to be told apart, at the first of them."""
+    labels: list[tuple[str, float]] = []
+    for kind, x in sorted(marks.items(), key=lambda mark: mark[1]):
+        name = kind.replace("_", " ")
+        if labels and x - labels[-1][1] < 0.04 * span:
+            labels[-1] = (f"{labels[-1][0]}, {name}", labels[-1][1])
+        else:
+            labels.append((name, x))
+    return labels
 
 
 def _memory_series(run: RawRun) -> tuple[list[tuple[float, float]], dict[str, float]]:
