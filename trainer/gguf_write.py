@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder
-from q4kd.trainer.quantize import BLOCK, SUPERBLOCK, quantize
+from q4kd.trainer.formats import SUPERBLOCK
+from q4kd.trainer.quantize import BLOCK, quantize
 
 RECIPES = {
     "f32": gguf.LlamaFileType.ALL_F32,

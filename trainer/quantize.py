@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats import SUPERBLOCK
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-SUPERBLOCK = 256
-BLOCK = {"Q4_K": (256, 144), "Q6_K": (256, 210), "Q8_0": (32, 34)}  # weights and bytes per block
+# Weights and bytes per block of what this module writes.
+BLOCK = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in ("Q4_K", "Q6_K", "Q8_0")}
 # Superblocks fitted at once: their arrays stay within a core's cache, and memory is bounded whatever the tensor's size.
 _CHUNK = 512
 _TINY_HALF = np.float32(2.0**-14)  # float16 is subnormal below this
