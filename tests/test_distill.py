@@ -233,3 +233,16 @@ def test_vocabularies_are_compared_token_by_token() -> None:
         check_vocabulary(tokens, 8, {"a": 0, "e": 4}, 5)
     with pytest.raises(InputError, match="token strings"):
         check_vocabulary([], 4, {"a": 0}, 4)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, corpus: Path) -> None:
+    assert main(arguments(tmp_path / "one", corpus, "--set", "batch_size=4")) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "q4kd.harness", *arguments(tmp_path / "two", corpus, "--set", "batch_size=2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("teacher ready") == 1
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two) == [1, 2, 3, 4, 5, 6]
+    assert two == pytest.approx(one, rel=2e-5)
+    assert [event["tokens"] for event in events(tmp_path / "two", "step")] == [4 * 32] * 6

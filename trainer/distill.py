@@ -1,5 +1,7 @@
 """The whole run, top to bottom: ``q4kd distill``."""
 
+import contextlib
+import functools
 import math
 import resource
 import shutil
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from q4kd.trainer.backend import check_device
 from q4kd.trainer.checkpoint import (
     CheckpointState,
     explain_difference,
@@ -64,10 +67,18 @@ class _Run:
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must repeat: the config, and the number of processes that share a batch."""
+        return {**self.config.to_json(), "processes": self.accelerator.num_processes}
+
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the run's folder, so that two processes never write the same checkpoints."""
+def _locked(out: Path, is_main: bool) -> Iterator[None]:
+    """Hold the run's folder, so that two runs never write the same checkpoints. One process of a run is enough."""
+    if not is_main:
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=0):
@@ -100,10 +111,13 @@ def _check_out(config: DistillConfig, resume: bool) -> None:
         )
 
 
-def _assemble(config: DistillConfig, events: EventLog) -> _Run:
+def _assemble(config: DistillConfig, events: EventLog, is_main: bool) -> _Run:
     from accelerate import Accelerator
 
-    teacher = load_teacher(config.teacher, backend=config.backend, device=config.device, events=events)
+    announce = functools.partial(print, flush=True) if is_main else _say_nothing
+    teacher = load_teacher(
+        config.teacher, backend=config.backend, device=config.device, events=events, announce=announce
+    )
     tokenizer = load_tokenizer(config.student)
     student = load_student(config.student, config.seed)
     check_vocabulary(
@@ -143,11 +157,15 @@ def _assemble(config: DistillConfig, events: EventLog) -> _Run:
     )
 
 
+def _say_nothing(_line: str) -> None:
+    """Leave the log to the main process."""
+
+
 def _restore(run: _Run) -> None:
     """Continue from the newest checkpoint of a run with the same settings and data."""
     path = list_checkpoints(run.config.out)[-1]
     state = read_state(path)
-    difference = explain_difference(state.config, run.config.to_json(), _RESUMABLE)
+    difference = explain_difference(state.config, run.settings, _RESUMABLE)
     if difference or state.data_sha256 != run.corpus.train.sha256():
         raise InputError(
             f"--resume from {path}",
@@ -158,7 +176,8 @@ def _restore(run: _Run) -> None:
     restore_checkpoint(path, run.unwrapped.student, getattr(run.optimizer, "optimizer", run.optimizer))
     run.done = state.step
     run.events.emit("resumed", step=run.done, checkpoint=path.name)
-    print(f"Resumed from {path.name}", flush=True)
+    if run.is_main:
+        print(f"Resumed from {path.name}", flush=True)
 
 
 def _evaluate(run: _Run) -> Evaluation | None:
@@ -184,7 +203,7 @@ def _evaluate(run: _Run) -> Evaluation | None:
 def _checkpoint(run: _Run) -> None:
     if not run.is_main:
         return
-    state = CheckpointState(run.done, run.config.to_json(), run.corpus.train.sha256())
+    state = CheckpointState(run.done, run.settings, run.corpus.train.sha256())
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     path = save_checkpoint(run.config.out, run.unwrapped.student, optimizer, state, run.config.keep)
     run.events.emit("checkpoint", step=run.done, path=path.name)
@@ -267,14 +286,19 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         InputError: when an input cannot be used; nothing has been trained then.
         TrainingAborted: when the loss stops being finite.
     """
+    from accelerate import PartialState
+
     if config.threads:
         torch.set_num_threads(config.threads)
-    with _locked(config.out):
+    check_device(config.device)
+    # Under torchrun every process comes here; the main one keeps the folder, the events and the log.
+    is_main = bool(PartialState(cpu=config.device == "cpu").is_main_process)
+    with _locked(config.out, is_main):
         _check_out(config, resume)
-        events = EventLog(events_path or config.out / "events.jsonl")
+        events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
-        run = _assemble(config, events)
+        run = _assemble(config, events, is_main)
         events.emit(
             "run_plan",
             steps=run.last_step,
@@ -290,12 +314,13 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             _restore(run)
         elif config.alpha < 1 and not config.allow_degenerate_kd:
             check_not_degenerate(run.teacher, run.unwrapped, torch.from_numpy(run.order.batch(0))[:, :-1])
-        shutil.rmtree(config.out / "model", ignore_errors=True)
+        if is_main:
+            shutil.rmtree(config.out / "model", ignore_errors=True)
         reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)
         first, started = run.done, time.monotonic()
         if not resume:
             _evaluate(run)
-        with reporter.running(run.done):
+        with reporter.running(run.done) if is_main else contextlib.nullcontext():
             _train(run, reporter)
         _checkpoint(run)
         _evaluate(run)
