@@ -92,6 +92,7 @@ class Arm:
         timeout_s: seconds of wall time allowed.
         stall_s: seconds without a new event before it counts as stalled; None for programs that write none.
         env: values for the few variables that a run may set (``supervise.SETTABLE``).
+        interval_s: seconds between memory samples; shorter where a whole phase takes less than a second.
         exits: exit codes besides 0 that are normal here, such as 2 for a command that must refuse its input.
     """
 
@@ -100,6 +101,7 @@ class Arm:
     timeout_s: float = 600.0
     stall_s: float | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    interval_s: float = 0.05
     exits: tuple[int, ...] = ()
 
 

@@ -81,7 +81,7 @@ register(
         title="q4kd logits on a 94 MB Q4_K file, memory sampled from outside",
         needs=(),
         # A fixed number of threads: their buffers are part of what is measured.
-        arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60, env={"OMP_NUM_THREADS": "2"}),),
+        arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"}),),
         prepare=_prepare_load,
         collect=lambda _run_dir, inputs: gguf_facts(_large_teacher(inputs)),
         sources=("q4kd.harness.synthetic",),

@@ -149,6 +149,7 @@ class ExperimentRunner:
                     cwd=folder,
                     timeout_s=arm.timeout_s if timeout_s is None else timeout_s,
                     stall_s=arm.stall_s,
+                    interval_s=arm.interval_s,
                     env={**os.environ, **arm.env},
                     placeholders=places,
                 )

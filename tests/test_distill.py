@@ -246,3 +246,38 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, corpus: Path) -> No
     assert list(two) == [1, 2, 3, 4, 5, 6]
     assert two == pytest.approx(one, rel=2e-5)
     assert [event["tokens"] for event in events(tmp_path / "two", "step")] == [4 * 32] * 6
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import q4kd.trainer.checkpoint as checkpoint
+
+    original = checkpoint.write_json
+
+    def full(path: Path, value: object) -> None:
+        if "step-000004" in str(path):
+            raise OSError(28, "No space left on device")
+        original(path, value)
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2")) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "kept: step-000002" in error
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2", "--resume")) == 0
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from q4kd.trainer.run_folder import locked
+
+    with locked(tmp_path / "run", is_main=True):
+        assert main(arguments(tmp_path / "run", corpus)) == 2
+    assert "no other run is using" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path / "file" / "run", corpus)) == 2
+    assert "--out" in capsys.readouterr().err

@@ -6,14 +6,12 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from q4kd.trainer.backend import check_device
 from q4kd.trainer.checkpoint import (
@@ -32,6 +30,7 @@ from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
 from q4kd.trainer.guards import check_not_degenerate, check_vocabulary
 from q4kd.trainer.progress import Reporter
+from q4kd.trainer.run_folder import check_run_folder, locked
 from q4kd.trainer.step import learning_rate, save_batch, train_step
 from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer
 from q4kd.trainer.teacher import Teacher, load_teacher
@@ -71,44 +70,6 @@ class _Run:
     def settings(self) -> dict[str, Any]:
         """What a resumed run must repeat: the config, and the number of processes that share a batch."""
         return {**self.config.to_json(), "processes": self.accelerator.num_processes}
-
-
-@contextmanager
-def _locked(out: Path, is_main: bool) -> Iterator[None]:
-    """Hold the run's folder, so that two runs never write the same checkpoints. One process of a run is enough."""
-    if not is_main:
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"--out {out}",
-            expected="a folder no other run is using",
-            got="a locked one",
-            remedy="choose another folder",
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"--out {out}", expected="a writable folder", got=str(error.strerror), remedy="choose another folder"
-        ) from error
-
-
-def _check_out(config: DistillConfig, resume: bool) -> None:
-    present = list_checkpoints(config.out)
-    if present and not resume:
-        raise InputError(
-            f"--out {config.out}",
-            expected="a folder without checkpoints",
-            got=f"{len(present)} checkpoint(s)",
-            remedy="pass --resume to continue that run, or choose another folder",
-        )
-    if resume and not present:
-        raise InputError(
-            f"--resume in {config.out}", expected="a checkpoint", got="none", remedy="start the run without --resume"
-        )
 
 
 def _assemble(config: DistillConfig, events: EventLog, is_main: bool) -> _Run:
@@ -205,7 +166,14 @@ def _checkpoint(run: _Run) -> None:
         return
     state = CheckpointState(run.done, run.settings, run.corpus.train.sha256())
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    path = save_checkpoint(run.config.out, run.unwrapped.student, optimizer, state, run.config.keep)
+    try:
+        path = save_checkpoint(run.config.out, run.unwrapped.student, optimizer, state, run.config.keep)
+    except (OSError, SafetensorError) as error:
+        kept = [checkpoint.name for checkpoint in list_checkpoints(run.config.out)]
+        raise TrainingAborted(
+            f"step {run.done}: the checkpoint cannot be written ({error}); "
+            f"kept: {', '.join(kept) or 'none'}; free some space and continue with --resume"
+        ) from error
     run.events.emit("checkpoint", step=run.done, path=path.name)
 
 
@@ -293,8 +261,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
     check_device(config.device)
     # Under torchrun every process comes here; the main one keeps the folder, the events and the log.
     is_main = bool(PartialState(cpu=config.device == "cpu").is_main_process)
-    with _locked(config.out, is_main):
-        _check_out(config, resume)
+    with locked(config.out, is_main):
+        check_run_folder(config.out, resume)
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
