@@ -1,4 +1,4 @@
-"""Sessions: ``falsify`` (the gate), ``tests``, ``lint``, ``types``, ``sabotage``. All share one environment.
+"""Sessions: falsify (the gate), tests, lint, types, sabotage, parity. All share one environment.
 
 The environment is keyed by pyproject.toml, the constraints and the interpreter, so it is made once and reused by every
 session until one of them changes. The package is installed in place: edits take effect without installing again.
@@ -74,6 +74,14 @@ def tests(session: nox.Session) -> None:
     arguments = session.posargs or ["-n", str(len(os.sched_getaffinity(0)))]
     # One thread each: two processes with two threads each would fight for two cores.
     session.run(python, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def parity(session: nox.Session) -> None:
+    """Our files in llama.cpp, built from its sdist: about 11 minutes on two cores, once per environment."""
+    folder = environment(session)
+    session.run(str(folder / "pip"), "install", "--quiet", "llama-cpp-python", external=True)
+    session.run(str(folder / "python"), "-m", "pytest", "tests/test_llamacpp.py", "-s", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
