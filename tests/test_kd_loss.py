@@ -44,7 +44,7 @@ def relative(found: object, exact: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found) - exact) / np.linalg.norm(exact))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     divergence=st.sampled_from(DIVERGENCES),

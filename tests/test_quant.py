@@ -29,7 +29,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(TYPES), blocks=st.integers(1, 3))
 def test_random_bytes_decode_as_gguf_decodes_them(seed: int, name: str, blocks: int) -> None:
     form = FORMATS[name]
