@@ -9,7 +9,8 @@ from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.student import DistillationModel
 from q4kd.trainer.teacher import Teacher
 
-# A Q4_K_M copy of a model sits about 1e-2 nats from it; an untrained student sits several nats from any teacher.
+# The demo teacher sits 2.7e-3 nats from its own float32 original (so weights are compared too), and 3.7 to 4.0 nats
+# from an untrained student.
 KL_FLOOR = 1e-3
 SAME_WEIGHTS_ERROR = 0.2
 _PROBE_ROWS = 64
