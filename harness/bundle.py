@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import re
-import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +74,6 @@ def close(folder: Path) -> None:
     """Finish a bundle whose findings are written: interchange formats, the report, then the seal over everything."""
     from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
 
-    shutil.rmtree(folder / ".locks", ignore_errors=True)  # of the experiments' runner; no evidence in them
     store = DirectoryStore(folder)
     write_interchange(folder, store)
     write_atomic(folder / "report.html", render(store).encode())

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from q4kd.harness.checks import REASONS
 from q4kd.harness.contract import default_contracts_folder, load_contracts
 from q4kd.harness.experiment import EXPERIMENTS
+from q4kd.harness.findings import NOT_RUN, PROSE
+from q4kd.harness.kills import NOT_SHOWN, STALE
 from q4kd.harness.sabotage.registry import all_faults, resolve
+from q4kd.harness.session import HARNESS_ERROR
 
 CLAIMS = [claim for contract in load_contracts(default_contracts_folder()) for claim in contract.claims]
 
@@ -55,3 +59,7 @@ def test_the_trainer_knows_nothing_of_the_harness_and_plants_no_faults() -> None
         text = path.read_text()
         assert "q4kd.harness" not in text, path
         assert "sabotage" not in text, path
+
+
+def test_reasons_given_outside_the_checks_are_of_the_same_closed_list() -> None:
+    assert {NOT_RUN, PROSE, NOT_SHOWN, STALE, HARNESS_ERROR} <= set(REASONS)

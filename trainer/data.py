@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,9 @@ class TokenSet:
         start = index * seq_len
         return self.tokens[start : start + seq_len + 1]
 
+    @cached_property
     def sha256(self) -> str:
-        """Digest of the tokens."""
+        """Digest of the tokens, computed once: every checkpoint states it."""
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
 
@@ -176,18 +178,18 @@ class BatchOrder:
                 remedy="give more data, a smaller batch_size or a smaller seq_len",
             )
         self._tokens, self._seq_len = tokens, seq_len
-        self._per_step, self._seed = sequences_per_step, seed
+        self.sequences_per_step, self._seed = sequences_per_step, seed
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole steps in one pass."""
-        return self.num_windows // self._per_step
+        return self.num_windows // self.sequences_per_step
 
     def batch(self, step: int) -> npt.NDArray[np.int64]:
         """Return the windows of a step (counted from 0): int64 ``[sequences, seq_len + 1]``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self._seed, epoch)).permutation(self.num_windows))
-        chosen = self._order[1][position * self._per_step : (position + 1) * self._per_step]
+        chosen = self._order[1][position * self.sequences_per_step : (position + 1) * self.sequences_per_step]
         return np.stack([self._tokens.window(int(index), self._seq_len) for index in chosen]).astype(np.int64)

@@ -67,6 +67,11 @@ class _Run:
         return bool(self.accelerator.is_main_process)
 
     @property
+    def tokens_per_step(self) -> int:
+        """Targets of one optimiser step, over all processes."""
+        return self.config.seq_len * self.order.sequences_per_step
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a resumed run must repeat: the config, and the number of processes that share a batch."""
         return {**self.config.to_json(), "processes": self.accelerator.num_processes}
@@ -127,7 +132,7 @@ def _restore(run: _Run) -> None:
     path = list_checkpoints(run.config.out)[-1]
     state = read_state(path)
     difference = explain_difference(state.config, run.settings, _RESUMABLE)
-    if difference or state.data_sha256 != run.corpus.train.sha256():
+    if difference or state.data_sha256 != run.corpus.train.sha256:
         raise InputError(
             f"--resume from {path}",
             expected="the settings and data of that run",
@@ -164,7 +169,7 @@ def _evaluate(run: _Run) -> Evaluation | None:
 def _checkpoint(run: _Run) -> None:
     if not run.is_main:
         return
-    state = CheckpointState(run.done, run.settings, run.corpus.train.sha256())
+    state = CheckpointState(run.done, run.settings, run.corpus.train.sha256)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     try:
         path = save_checkpoint(run.config.out, run.unwrapped.student, optimizer, state, run.config.keep)
@@ -215,13 +220,12 @@ def _finish(run: _Run, started: float, first: int) -> None:
     """Write the final model of a full run; project the full run from a smoke run."""
     config = run.config
     per_step = run.training_seconds / max(1, run.done - first)
-    tokens_per_step = config.seq_len * config.batch_size * config.accumulation * run.accelerator.num_processes
     summary: dict[str, Any] = {
         "steps": run.done,
         "steps_of_full_run": run.total_steps,
         "wall_seconds": time.monotonic() - started,
         "training_seconds": run.training_seconds,
-        "tokens_per_second": tokens_per_step / max(per_step, 1e-9),
+        "tokens_per_second": run.tokens_per_step / max(per_step, 1e-9),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "projected_seconds_of_full_run": per_step * run.total_steps,
     }
@@ -271,10 +275,10 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             "run_plan",
             steps=run.last_step,
             steps_of_full_run=run.total_steps,
-            tokens_per_step=config.seq_len * run.order.batch(0).shape[0],
+            tokens_per_step=run.tokens_per_step,
             train_tokens=len(run.corpus.train.tokens),
             held_out_tokens=len(run.corpus.held_out.tokens),
-            data_sha256=run.corpus.train.sha256(),
+            data_sha256=run.corpus.train.sha256,
             seed=config.seed,
             alpha=config.alpha,
         )

@@ -1,6 +1,5 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,15 +108,6 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
         return ids
 
     return encode
-
-
-def student_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class DistillationModel(nn.Module):

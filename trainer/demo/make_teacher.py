@@ -9,7 +9,6 @@ reads it and writes teacher-q4_k_m.gguf, student/, golden.npz and demo.json into
 import argparse
 import io
 import json
-import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers import __version__ as tokenizers_version
 from transformers import Qwen2ForCausalLM
 
+from q4kd.trainer.demo import data_path
 from q4kd.trainer.demo.corpus import END_OF_TEXT, read_texts, token_bytes, token_stream, windows
 from q4kd.trainer.demo.train import CONTEXT, held_out_loss, student_config, train
 from q4kd.trainer.files import read_json, sha256_file, write_atomic, write_json
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the shipped files")
     parser.add_argument("--checkpoint", type=Path, help="folder of the float32 checkpoint (default OUT/float)")
     parser.add_argument("--stage", choices=("all", "train", "package"), default="all")
-    parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
+    parser.add_argument("--corpus", type=Path, default=data_path())
     parser.add_argument("--minutes", type=float, default=40.0, help="train by the clock (default 40)")
     parser.add_argument("--steps", type=int, help="train by steps instead, reproducibly")
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step (default 8)")
