@@ -10,9 +10,10 @@ import pytest
 from model_files import write_model
 
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.trainer.architecture import expected_shapes
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.gguf_header import check_header
-from q4kd.trainer.model_file import expected_shapes, open_model
+from q4kd.trainer.model_file import open_model
 
 
 def test_golden_file_is_read_as_the_gguf_package_reads_it() -> None:
@@ -44,7 +45,7 @@ def _scaled_rope(writer: gguf.GGUFWriter) -> None:
 
 
 def _window(writer: gguf.GGUFWriter) -> None:
-    writer.add_sliding_window(512)
+    writer.add_sliding_window(64)  # of a context of 128
 
 
 def _unsupported_type(writer: gguf.GGUFWriter) -> None:

@@ -1,45 +1,46 @@
-"""The frozen teacher: a decoder-only transformer forward over packed weights, float32 on the CPU.
+"""The frozen teacher: what every device's forward pass is wrapped in. No parameters, no gradient, checked ids.
 
-Equations: RMSNorm (https://arxiv.org/abs/1910.07467), rotary embedding with split halves ("NEOX",
-https://arxiv.org/abs/2104.09864), grouped-query attention (https://arxiv.org/abs/2305.13245), SwiGLU
-(https://arxiv.org/abs/2002.05202), in the arrangement of Qwen2.
-
-Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
+Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, V vocabulary.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.backend import BackendChoice, backend_override, check_device, choose_backend
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats import FORMATS
-from q4kd.trainer.model_file import ModelFile, TeacherConfig, open_model
-from q4kd.trainer.weights import DenseMatrix, Matrix, PackedMatrix, Scratch, decode_vector
+from q4kd.trainer.forward import CpuForward
+from q4kd.trainer.model_file import ModelFile, open_model
+from q4kd.trainer.weights import Matrix, Scratch
 
 
-@dataclass(frozen=True)
-class _Layer:
-    attn_norm: Tensor
-    attn_q: Matrix
-    attn_k: Matrix
-    attn_v: Matrix
-    attn_output: Matrix
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    ffn_norm: Tensor
-    ffn_gate: Matrix
-    ffn_up: Matrix
-    ffn_down: Matrix
+class Forward(Protocol):
+    """A model's weights on one device and the forward pass over them; see ``CpuForward``."""
+
+    device: torch.device
+    scratch: Scratch
+    vector_bytes: Counter[str]
+
+    @property
+    def matrices(self) -> Mapping[str, Matrix]:
+        """Every weight matrix by tensor name."""
+
+    def embed(self, row_ids: Tensor) -> Tensor:
+        """Return float32 embedding rows ``[n, H]``."""
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Return final hidden states ``[B, T, H]``."""
+
+    def head_logits(self, hidden_MH: Tensor) -> Tensor:
+        """Return float32 logits ``[M, V]``."""
 
 
 @dataclass(frozen=True)
@@ -59,89 +60,34 @@ class Residency:
     tensor_bytes: int
 
 
-def build_matrix(backend: str, tensor_name: str, model: ModelFile, scratch: Scratch) -> Matrix:
-    """Make the weight matrix of one tensor for a backend."""
-    tensor = model.tensors[tensor_name]
-    return PackedMatrix(tensor, scratch) if backend == "q4k" else DenseMatrix(tensor)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, float32."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def rope_tables(positions: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, float32 ``[positions, head_dim / 2]``, computed in float64."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate_halves(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Apply rotary embedding that pairs element i with element i + D/2."""
-    first, second = x_BNTD.chunk(2, dim=-1)
-    return torch.cat([first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD], dim=-1)
+def build_forward(model: ModelFile, backend: str, device: str) -> Forward:
+    """Load a model's weights for a backend and a device."""
+    return CpuForward(model, backend)
 
 
 class Teacher:
     """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused."""
 
-    def __init__(self, model: ModelFile, choice: BackendChoice) -> None:
+    def __init__(self, model: ModelFile, choice: BackendChoice, device: str = "cpu") -> None:
         self.model = model
-        self.config: TeacherConfig = model.config
+        self.config = model.config
         self.choice = choice
-        self.scratch = Scratch()
-        self._matrices: dict[str, Matrix] = {}
-        self._vector_bytes: Counter[str] = Counter()
-        self._embedding = self._matrix("token_embd.weight")
-        self._layers = [self._load_layer(index) for index in range(self.config.num_layers)]
-        self._output_norm = self._vector("output_norm.weight")
-        self._head = self._embedding if self.config.tied_head else self._matrix("output.weight")
-
-    def _matrix(self, name: str) -> Matrix:
-        self._matrices[name] = build_matrix(self.choice.backend, name, self.model, self.scratch)
-        return self._matrices[name]
-
-    def _vector(self, name: str) -> Tensor:
-        vector = decode_vector(self.model.tensors[name])
-        self._vector_bytes["F32"] += vector.numel() * 4
-        return vector
-
-    def _load_layer(self, index: int) -> _Layer:
-        prefix = f"blk.{index}."
-
-        def bias(name: str) -> Tensor | None:
-            return self._vector(prefix + name) if prefix + name in self.model.tensors else None
-
-        return _Layer(
-            attn_norm=self._vector(prefix + "attn_norm.weight"),
-            attn_q=self._matrix(prefix + "attn_q.weight"),
-            attn_k=self._matrix(prefix + "attn_k.weight"),
-            attn_v=self._matrix(prefix + "attn_v.weight"),
-            attn_output=self._matrix(prefix + "attn_output.weight"),
-            q_bias=bias("attn_q.bias"),
-            k_bias=bias("attn_k.bias"),
-            v_bias=bias("attn_v.bias"),
-            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            ffn_gate=self._matrix(prefix + "ffn_gate.weight"),
-            ffn_up=self._matrix(prefix + "ffn_up.weight"),
-            ffn_down=self._matrix(prefix + "ffn_down.weight"),
-        )
+        self._forward: Forward = build_forward(model, choice.backend, device)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the output head."""
-        return self._head.rows
+        return self.config.vocab_size
 
     def residency(self) -> Residency:
         """Count the bytes held, from the objects themselves."""
-        held = Counter(self._vector_bytes)
+        held = Counter(self._forward.vector_bytes)
         dense = 0
-        for matrix in self._matrices.values():
+        for matrix in self._forward.matrices.values():
             held["F32" if matrix.is_dense else matrix.source_type] += matrix.resident_bytes
             if matrix.is_dense and FORMATS[matrix.source_type].is_k_quant:
                 dense += matrix.resident_bytes
-        return Residency(dict(held), dense, self.scratch.num_bytes, self.model.tensor_bytes)
+        return Residency(dict(held), dense, self._forward.scratch.num_bytes, self.model.tensor_bytes)
 
     @torch.no_grad()
     def hidden(self, ids_BT: Tensor) -> Tensor:
@@ -157,34 +103,7 @@ class Teacher:
             InputError: for ids out of range, another rank, or more positions than the context length.
         """
         self._check_ids(ids_BT)
-        batch, length = ids_BT.shape
-        cos_TD, sin_TD = rope_tables(length, self.config.head_dim, self.config.rope_base)
-        x_MH = self.embed(ids_BT.reshape(-1))
-        for layer in self._layers:
-            normed = rms_norm(x_MH, layer.attn_norm, self.config.rms_eps)
-            x_MH = x_MH + self._attend(layer, normed, batch, cos_TD, sin_TD)
-            normed = rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps)
-            gated = F.silu(layer.ffn_gate.product(normed)).mul_(layer.ffn_up.product(normed))
-            x_MH = x_MH + layer.ffn_down.product(gated)
-        return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
-
-    def _attend(self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        config = self.config
-
-        def heads(matrix: Matrix, bias: Tensor | None, count: int) -> Tensor:
-            out = matrix.product(x_MH)
-            if bias is not None:
-                out += bias
-            return out.view(batch, -1, count, config.head_dim).transpose(1, 2)
-
-        q_BNTD = rotate_halves(heads(layer.attn_q, layer.q_bias, config.num_heads), cos_TD, sin_TD)
-        k_BKTD = rotate_halves(heads(layer.attn_k, layer.k_bias, config.num_kv_heads), cos_TD, sin_TD)
-        v_BKTD = heads(layer.attn_v, layer.v_bias, config.num_kv_heads)
-        groups = config.num_heads // config.num_kv_heads
-        mixed_BNTD = F.scaled_dot_product_attention(
-            q_BNTD, k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1), is_causal=True
-        )
-        return layer.attn_output.product(mixed_BNTD.transpose(1, 2).reshape(x_MH.shape[0], -1))
+        return self._forward.hidden(ids_BT)
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -195,12 +114,12 @@ class Teacher:
         """
         if hidden_MH.requires_grad:
             raise FrozenTeacherError("teacher logits of hidden states that require a gradient")
-        return self._head.product(hidden_MH)
+        return self._forward.head_logits(hidden_MH)
 
     @torch.no_grad()
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
-        return self._embedding.gather(row_ids)
+        return self._forward.embed(row_ids)
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Return float32 logits ``[B, T, V]`` of int64 ids ``[B, T]``."""

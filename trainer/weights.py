@@ -119,6 +119,11 @@ class DenseMatrix:
         return self._weight_RK[row_ids]
 
 
+def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch) -> Matrix:
+    """Make the weight matrix of one tensor for a backend: ``q4k`` keeps the blocks, ``dense`` decodes them now."""
+    return PackedMatrix(tensor, scratch) if backend == "q4k" else DenseMatrix(tensor)
+
+
 def decode_vector(tensor: PackedTensor) -> Tensor:
     """Return a norm or bias as float32 ``[length]`` (a copy: vectors are small and used at every step)."""
     out = torch.empty(1, tensor.shape[0], dtype=torch.float32)
