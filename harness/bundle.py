@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.harness.contract import contract_files
+from q4kd.harness.dsse import ENVELOPE
 from q4kd.harness.environment import environment
 from q4kd.harness.interchange import write_interchange
 from q4kd.harness.plan import Plan
 from q4kd.harness.profile import profile_bytes
 from q4kd.harness.redact import redact
-from q4kd.harness.store import MAX_FILE, REMEDY, DirectoryStore, Store, safe_name
+from q4kd.harness.store import MAX_FILE, DirectoryStore, Store
+from q4kd.harness.tar_archive import REMEDY, safe_name
 from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
@@ -24,9 +26,11 @@ __all__ = [
     "close",
     "environment",
     "manifest_of",
+    "manifest_text",
     "open_bundle",
     "pack",
     "pack_bytes",
+    "pack_store",
     "redact",
     "seal",
     "write_findings",
@@ -81,19 +85,26 @@ def close(folder: Path) -> None:
 
 
 def manifest_of(store: Store) -> dict[str, str]:
-    """Return name → SHA-256 of every file of a store but the manifest itself."""
-    return {name: hashlib.sha256(store.read(name, MAX_FILE)).hexdigest() for name in store.names() if name != MANIFEST}
+    """Return name → SHA-256 of every file of a store but the manifest itself and the signature over it."""
+    return {name: hashlib.sha256(store.read(name, MAX_FILE)).hexdigest() for name in _sealed(store)}
+
+
+def manifest_text(digests: Mapping[str, str]) -> bytes:
+    """Return a manifest in its one form, that of ``sha256sum``, sorted by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+
+
+def _sealed(store: Store) -> list[str]:
+    return [name for name in store.names() if name not in (MANIFEST, ENVELOPE)]
 
 
 def seal(folder: Path) -> str:
-    """Write ``MANIFEST.sha256`` (the format of ``sha256sum``) over all other files and return its own SHA-256.
+    """Write ``MANIFEST.sha256`` over all other files and return its own SHA-256. An older signature no longer fits.
 
     Raises:
         InputError: when the folder holds a link or anything else that a bundle may not.
     """
-    names = [name for name in DirectoryStore(folder).names() if name != MANIFEST]
-    lines = [f"{sha256_file(folder / name)}  {name}\n" for name in names]
-    data = "".join(lines).encode()
+    data = manifest_text({name: sha256_file(folder / name) for name in _sealed(DirectoryStore(folder))})
     write_atomic(folder / MANIFEST, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -111,9 +122,35 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, str]:
     return result
 
 
+def seal_problems(store: Store) -> list[str]:
+    """Return, one line each, where the files of a bundle are not those its manifest lists.
+
+    Raises:
+        InputError: there is neither a manifest nor anything else of a bundle.
+    """
+    names = store.names()
+    if MANIFEST not in names and {"findings.json", "plan.json"} & set(names):
+        return [f"missing file: {MANIFEST}"]
+    data = store.read(MANIFEST, MAX_FILE)
+    try:
+        recorded = parse_manifest(data, MANIFEST)
+    except InputError as error:
+        return [f"changed file: {error}"]
+    actual = manifest_of(store)
+    lines = [f"missing file: {name}" for name in recorded if name not in actual]
+    lines += [f"added file: {name}" for name in actual if name not in recorded]
+    lines += [f"changed file: {name}" for name in recorded if name in actual and actual[name] != recorded[name]]
+    # Bytes that change no line, such as a lost line end, count as well.
+    return lines if data == manifest_text(recorded) else [*lines, f"changed file: {MANIFEST}"]
+
+
 def pack_bytes(folder: Path) -> bytes:
     """Return the files below ``folder`` as a ``.tar.gz`` that depends on their names and contents only."""
-    store = DirectoryStore(folder)
+    return pack_store(DirectoryStore(folder))
+
+
+def pack_store(store: Store) -> bytes:
+    """Return the files of a store as ``pack_bytes`` does those of a folder."""
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from q4kd.harness.contract import Claim, Contract
+    from q4kd.harness.profile import Profile
 
 _STYLE = {"loosened": "bold red", "tightened": "green", "changed": "yellow", "added": "cyan"}
 
@@ -22,8 +23,9 @@ def add_commands(subparsers: Any) -> None:
     commands = contracts.add_subparsers(dest="command", required=True, metavar="COMMAND")
     validate = commands.add_parser(
         "validate",
-        help="load contracts and print counts",
-        description="Exit 0 only if every file loads; 2 when one does not, or when there is no claim to validate.",
+        help="load contracts, look up their names, check that their times are possible; print counts",
+        description="Exit 0 only if every file loads, every check, experiment and fault it names exists, and no active "
+        "claim promises a time below what its machine was measured to need; 2 otherwise, or without a claim.",
     )
     validate.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="contract files, or folders of them")
     validate.set_defaults(run=_validate)
@@ -39,6 +41,12 @@ def add_commands(subparsers: Any) -> None:
     diff.add_argument("old", type=Path, metavar="OLD", help="contract file or folder")
     diff.add_argument("new", type=Path, metavar="NEW", help="contract file or folder")
     diff.set_defaults(run=_diff)
+    schema = commands.add_parser(
+        "schema",
+        help="print the JSON Schema for editors, with the checks, experiments and faults registered here",
+    )
+    schema.add_argument("--out", type=Path, metavar="FILE", help="write it there instead, whole or not at all")
+    schema.set_defaults(run=_schema)
 
 
 def console() -> "Console":
@@ -58,31 +66,33 @@ def load_paths(paths: list[Path]) -> "list[Contract]":
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from q4kd.harness.contract import check_identities, contract_files, load_contract
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.harness.contract import check_identities, contract_files, known_profiles, load_contract
+    from q4kd.harness.contract_rules import registered_names
+    from q4kd.harness.profile import load_profiles
 
     out = console()
+    names = registered_names()
     files = [file for path in args.paths for file in (contract_files(path) if path.is_dir() else [path])]
-    contracts, failed = [], 0
+    folders = {file.parent: known_profiles(file.parent) for file in files}
+    contracts: dict[Path, list[Contract]] = {folder: [] for folder in folders}
+    failed = infeasible = 0
     for file in dict.fromkeys(files):
         try:
-            contracts.append(load_contract(file))
+            contracts[file.parent].append(load_contract(file, names, folders[file.parent]))
         except InputError as error:  # every broken file is named, not only the first
             failed += 1
-            print(f"q4kd: {printable(str(error), 1000)}", file=sys.stderr)
-    check_identities(contracts)
-    for contract in contracts:
-        for warning in contract.warnings:
-            out.print(f"warning: {contract.path}: {warning}", style="yellow")
-    claims = [claim for contract in contracts for claim in contract.claims]
-    executable = sum(claim.falsifier is not None for claim in claims)
-    statuses = Counter(contract.status for contract in contracts)
-    shown = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-    out.print(
-        f"{len(contracts)} contract{'' if len(contracts) == 1 else 's'} ({shown or 'none'}), {len(claims)} claims: "
-        f"{executable} executable, {len(claims) - executable} prose; {failed} failed to load"
-    )
-    if failed:
+            _complain(error)
+    for folder, loaded in contracts.items():
+        check_identities(loaded)  # by folder: that is what is judged together
+        profiles = load_profiles(folder)
+        for contract in loaded:
+            for warning in contract.warnings:
+                out.print(f"warning: {contract.path}: {warning}", style="yellow")
+            infeasible += _audit(out, contract, profiles)
+    shown = [contract for loaded in contracts.values() for contract in loaded]
+    claims = [claim for contract in shown for claim in contract.claims]
+    out.print(_counts(shown, claims, failed, infeasible))
+    if failed or infeasible:
         return 2
     if not claims:
         raise InputError(
@@ -94,8 +104,50 @@ def _validate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _complain(error: InputError) -> None:
+    from q4kd.harness.yaml_lines import printable
+
+    print(f"q4kd: {printable(str(error), 1000)}", file=sys.stderr)
+
+
+def _audit(out: "Console", contract: "Contract", profiles: "list[Profile]") -> int:
+    """Report the claims whose time no code can keep, or whose time nothing measured speaks for; count the former."""
+    from q4kd.harness.feasibility import assess
+
+    infeasible = 0
+    for claim in contract.claims:
+        for found in (found for profile in profiles for found in assess(claim, profile)):
+            where = f"{contract.path}:{claim.line}: {claim.id} on {found.profile}"
+            if found.outcome == "infeasible" and contract.status == "active":
+                infeasible += 1
+                _complain(
+                    InputError(
+                        where,
+                        expected="a time that this machine's measured rooflines allow",
+                        got=f"an infeasible one: {found.arithmetic}",
+                        remedy="restate the bound from the roofline, or demote the contract",
+                    )
+                )
+            elif found.outcome != "feasible":
+                out.print(f"warning: {where}: feasibility {found.outcome}: {found.arithmetic}", style="yellow")
+    return infeasible
+
+
+def _counts(contracts: "list[Contract]", claims: "list[Claim]", failed: int, infeasible: int) -> str:
+    executable = sum(claim.falsifier is not None for claim in claims)
+    statuses = Counter(contract.status for contract in contracts)
+    shown = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    return (
+        f"{len(contracts)} contract{'' if len(contracts) == 1 else 's'} ({shown or 'none'}), "
+        f"{len(claims)} claim{'' if len(claims) == 1 else 's'}: "
+        f"{executable} executable, {len(claims) - executable} prose; {failed} failed to load"
+        + (f"; {infeasible} infeasible" if infeasible else "")
+    )
+
+
 def _show(args: argparse.Namespace) -> int:
     from q4kd.harness.contract import default_contracts_folder, load_contracts
+    from q4kd.harness.profile import load_profiles
 
     contracts = load_contracts(args.contracts or default_contracts_folder())
     name, _, claim_id = args.name.partition("::")
@@ -111,13 +163,16 @@ def _show(args: argparse.Namespace) -> int:
     out.print(f"{contract.name} ({contract.status}{superseded})", style="bold")
     if contract.description:
         out.print(contract.description)
+    profiles = load_profiles(args.contracts)
     for claim in claims:
-        _show_claim(out, contract.path, claim)
+        _show_claim(out, contract.path, claim, profiles)
     return 0
 
 
-def _show_claim(out: "Console", path: str, claim: "Claim") -> None:
+def _show_claim(out: "Console", path: str, claim: "Claim", profiles: "list[Profile]") -> None:
     import json
+
+    from q4kd.harness.feasibility import assess
 
     out.print()
     out.print(f"{claim.id}  {claim.rule}", style="bold")
@@ -135,16 +190,33 @@ def _show_claim(out: "Console", path: str, claim: "Claim") -> None:
         out.print(f"  needs: {', '.join(falsifier.needs) or 'any machine'}")
         out.print(f"  at least {falsifier.min_observations} observations, timeout {falsifier.timeout_s or 'default'}")
         out.print(f"  sabotage to catch: {', '.join(falsifier.sabotage) or 'none'}")
+        for found in (found for profile in profiles for found in assess(claim, profile)):
+            out.print(f"  {found.outcome} on {found.profile}: {found.arithmetic}")
     out.print(f"  {path}:{claim.line}", style="dim")
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from q4kd.harness.loosening import contract_changes
+    from q4kd.harness.loosening import contract_changes, profile_changes
+    from q4kd.harness.profile import load_profiles
+    from q4kd.harness.yaml_lines import printable
 
+    folders = [path if path.is_dir() else path.parent for path in (args.old, args.new)]
     changes = contract_changes(load_paths([args.old]), load_paths([args.new]))
+    changes += profile_changes(*map(load_profiles, folders))
     out = console()
     for change in changes:
-        out.print(f"{change.kind:<9}  {change.key}  {change.text}", style=_STYLE[change.kind])
+        out.print(f"{change.kind:<9}  {change.key}  {printable(change.text, 1000)}", style=_STYLE[change.kind])
     counts: Counter[str] = Counter(change.kind for change in changes)
     out.print(", ".join(f"{counts[kind]} {kind}" for kind in _STYLE if counts[kind]) or "no differences")
     return 1 if counts["loosened"] else 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from q4kd.harness.contract_schema import render_schema
+    from q4kd.trainer.files import write_atomic
+
+    if args.out is None:
+        print(render_schema(), end="")
+    else:
+        write_atomic(args.out, render_schema().encode())
+    return 0

@@ -1,18 +1,19 @@
-"""The commands ``q4kd evidence verify``, ``report``, ``diff`` and ``index``."""
+"""The commands ``q4kd evidence verify``, ``sign``, ``report``, ``diff`` and ``index``."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q4kd.trainer.errors import InputError
 
-if TYPE_CHECKING:
-    from q4kd.harness.raw import Store
+# A damaged bundle may have thousands of problems; a screen of them says as much.
+_SHOWN = 50
 
 
 def add_commands(subparsers: Any) -> None:
-    """Add ``evidence`` and its four commands to the command line."""
-    evidence = subparsers.add_parser("evidence", help="verify, show and compare evidence bundles")
+    """Add ``evidence`` and its five commands to the command line."""
+    evidence = subparsers.add_parser("evidence", help="verify, sign, show and compare evidence bundles")
     commands = evidence.add_subparsers(dest="command", required=True, metavar="COMMAND")
     verify = commands.add_parser(
         "verify",
@@ -21,8 +22,26 @@ def add_commands(subparsers: Any) -> None:
     )
     verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz")
     verify.add_argument("--contracts", type=Path, metavar="DIR", help="the contracts it should have been judged by")
-    verify.add_argument("--public-key", type=Path, metavar="K", help="the key its statement should be signed with")
+    verify.add_argument(
+        "--public-key",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="K",
+        help="Ed25519 key that must have signed it, PEM or OpenSSH; repeat it for several",
+    )
     verify.set_defaults(run=_verify)
+    sign = commands.add_parser(
+        "sign",
+        help="sign a bundle that verifies",
+        description="Writes a DSSE envelope over the manifest, so over every file. A key: `openssl genpkey -algorithm "
+        "ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out key.pub`, or `ssh-keygen -t ed25519`.",
+    )
+    sign.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz, signed in place")
+    sign.add_argument(
+        "--key", type=Path, required=True, metavar="KEY.pem", help="Ed25519 private key without a passphrase"
+    )
+    sign.set_defaults(run=_sign)
     report = commands.add_parser("report", help="render a bundle's report from its raw files")
     report.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz")
     report.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: BUNDLE-report.html)")
@@ -30,7 +49,7 @@ def add_commands(subparsers: Any) -> None:
     diff = commands.add_parser(
         "diff",
         help="verdicts that flipped, measurements that moved, bounds that were loosened",
-        description="Exit 1 when B is worse than A: a lost corroboration, a lost claim, or a loosened bound.",
+        description="Exit 1 when B is worse than A: a verdict got worse, a claim was lost, or a bound was loosened.",
     )
     diff.add_argument("old", type=Path, metavar="A", help="bundle folder or .tar.gz")
     diff.add_argument("new", type=Path, metavar="B", help="bundle folder or .tar.gz")
@@ -49,15 +68,25 @@ def _verify(args: argparse.Namespace) -> int:
     result = verify_bundle(args.bundle, args.contracts, args.public_key)
     if result.headline:
         out.print(f"the bundle says: {result.headline}")
-    for problem in result.problems:
+    for problem in result.problems[:_SHOWN]:
         out.print(f"{result.status}: {problem}", style="red")
+    if len(result.problems) > _SHOWN:
+        out.print(f"{result.status}: {len(result.problems) - _SHOWN} more problems", style="red")
     if result.status == "consistent":
         out.print(f"verified: {result.recomputed} verdicts recomputed from raw files, all as recorded", style="green")
-    for caveat in result.caveats:
-        if result.status == "consistent":
+        for name in result.signed_by:
+            out.print(f"signed by {name}: it covers every file", style="green")
+        for caveat in result.caveats:
             out.print(f"note: {caveat}")
     out.print(result.status, style="bold")
     return result.exit_code
+
+
+def _sign(args: argparse.Namespace) -> int:
+    from q4kd.harness.signing import sign_bundle
+
+    print(f"{args.bundle}: signed by {sign_bundle(args.bundle, args.key)}")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -78,65 +107,37 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_findings(store: "Store") -> dict[str, Any]:
-    from q4kd.harness.findings import parse_findings
-
-    return parse_findings(store.read("findings.json"), "findings.json")
-
-
 def _diff(args: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from q4kd.harness.bundle_diff import compare_bundles
     from q4kd.harness.commands_contracts import console
-    from q4kd.harness.findings import headline
-    from q4kd.harness.loosening import contract_changes
     from q4kd.harness.raw import open_store
-    from q4kd.harness.verify import bundle_contracts
     from q4kd.harness.yaml_lines import printable
 
-    stores = open_store(args.old), open_store(args.new)
-    old, new = (_read_findings(store) for store in stores)
     out = console()
-    out.print(f"A: {headline(old)}")
-    out.print(f"B: {headline(new)}")
-    rows, worse = compare_findings(old, new)
-    if rows:
-        table = Table("claim", "A", "B", "measured A", "measured B", box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(printable(cell, 200) for cell in row))
-        out.print(table)
-    else:
+    diff = compare_bundles(open_store(args.old), open_store(args.new))
+    for side, headline in zip("AB", diff.headlines, strict=True):
+        out.print(f"{side}: {printable(headline, 300)}")
+
+    def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+        if rows:
+            table = Table(*columns, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*(printable(cell, 200) for cell in row))
+            out.print(f"\n{title}", style="bold")
+            out.print(table)
+
+    flips = [(flip.key, flip.old, flip.new, "worse" if flip.worse else "") for flip in diff.flips]
+    show("verdicts", ("claim", "A", "B", ""), flips)
+    moved = [(row.key, row.check, row.old, row.new, row.relative) for row in diff.moved]
+    show("measurements", ("claim", "check", "A", "B", "change"), moved)
+    show("contracts", ("change", "claim", "what"), [(item.kind, item.key, item.text) for item in diff.bounds])
+    show("environment", ("A → B",), [(line,) for line in diff.environment])
+    if not flips and not moved:
         out.print("no verdict flipped and nothing measured moved")
-    changes = contract_changes(bundle_contracts(stores[0]), bundle_contracts(stores[1]))
-    for change in changes:
-        out.print(f"{change.kind:<9}  {change.key}  {printable(change.text, 400)}")
-    return 1 if worse or any(change.kind == "loosened" for change in changes) else 0
-
-
-def compare_findings(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[tuple[str, str, str, str, str]], bool]:
-    """Return the claims whose verdict or measurement differs, and whether a corroboration or a claim was lost."""
-    before = {row["key"]: row for row in old["findings"]}
-    after = {row["key"]: row for row in new["findings"]}
-    rows: list[tuple[str, str, str, str, str]] = []
-    worse = False
-    for key in dict.fromkeys([*before, *after]):
-        a, b = before.get(key), after.get(key)
-        cells = (_verdict(a), _verdict(b), _measured(a), _measured(b))
-        if cells[0] != cells[1] or cells[2] != cells[3]:
-            rows.append((key, *cells))
-        if a is not None and (b is None or (a["verdict"] == "corroborated" != b["verdict"])):
-            worse = True
-    return rows, worse
-
-
-def _verdict(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "absent"
-    return f"{row['verdict']}({row['reason']})" if row["reason"] else str(row["verdict"])
-
-
-def _measured(row: dict[str, Any] | None) -> str:
-    return "; ".join(str(check["measured"]) for check in row["checks"] if check["measured"]) if row else ""
+    out.print("B is worse than A" if diff.worse else "B is not worse than A", style="bold")
+    return 1 if diff.worse else 0
 
 
 def _index(args: argparse.Namespace) -> int:

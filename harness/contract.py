@@ -6,24 +6,26 @@
 import hashlib
 import importlib.resources
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.contract_rules import Status, check_falsifier, near_misses, read_status, require_finite, validate
+from q4kd.harness.contract_entries import Entry, read_entries, text
+from q4kd.harness.contract_rules import (
+    KnownNames,
+    Status,
+    check_falsifier,
+    near_misses,
+    read_status,
+    require_finite,
+    validate,
+)
 from q4kd.harness.yaml_lines import MAX_BYTES, Document, Path_, parse_yaml, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_OLDER_NAMES = {
-    "rule": ("description", "name"),
-    "prediction": ("expected",),
-    "test": ("falsification_test", "test_harness", "command"),
-    "if_fails": ("fails_if", "if_test_fails"),
-}
 KNOWN_PROFILES = ("cpu", "h200", "gb10")
 
 
@@ -68,7 +70,11 @@ class Falsifier:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One entry of ``falsification_tests``. ``falsifier`` is None for a prose claim; ``prose`` is the entry as read."""
+    """One entry of ``falsification_tests``.
+
+    ``falsifier`` is None for a prose claim; ``prose`` is the entry as read, a bare string under ``rule``. ``work`` is
+    what ``falsifier.work`` says: it stands apart because it bounds what may be claimed, not what a run shows.
+    """
 
     contract: str
     id: str
@@ -78,6 +84,7 @@ class Claim:
     line: int
     falsifier: Falsifier | None
     prose: Mapping[str, Any]
+    work: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -148,7 +155,8 @@ def load_contracts(folder: Path) -> list[Contract]:
     Raises:
         InputError: when the folder is empty, a file does not load, or two claims share an identity.
     """
-    return check_identities([load_contract(path) for path in contract_files(folder)])
+    profiles = known_profiles(folder)
+    return check_identities([load_contract(path, profiles=profiles) for path in contract_files(folder)])
 
 
 def check_identities(contracts: list[Contract]) -> list[Contract]:
@@ -166,13 +174,20 @@ def check_identities(contracts: list[Contract]) -> list[Contract]:
     return contracts
 
 
-def load_contract(path: Path) -> Contract:
+def known_profiles(folder: Path) -> tuple[str, ...]:
+    """Return the names of the installed profiles and of those that a contracts folder brings itself."""
+    return KNOWN_PROFILES + tuple(file.stem for file in sorted((folder / "profiles").glob("*.yaml")))
+
+
+def load_contract(path: Path, names: KnownNames | None = None, profiles: Sequence[str] | None = None) -> Contract:
     """Load one contract file (see ``parse_contract``). Profiles beside the file extend those that may be named."""
-    extra = tuple(file.stem for file in sorted((path.parent / "profiles").glob("*.yaml")))
-    return parse_contract(path.stem, read_bounded(path, MAX_BYTES), str(path), profiles=KNOWN_PROFILES + extra)
+    known = known_profiles(path.parent) if profiles is None else profiles
+    return parse_contract(path.stem, read_bounded(path, MAX_BYTES), str(path), profiles=known, names=names)
 
 
-def parse_contract(name: str, data: bytes, origin: str, profiles: Sequence[str] | None = None) -> Contract:
+def parse_contract(
+    name: str, data: bytes, origin: str, profiles: Sequence[str] | None = None, names: KnownNames | None = None
+) -> Contract:
     """Parse a contract.
 
     Args:
@@ -180,6 +195,7 @@ def parse_contract(name: str, data: bytes, origin: str, profiles: Sequence[str] 
         data: the file's bytes.
         origin: how to name the file in errors.
         profiles: names that ``profiles:`` may use; None accepts any (a bundle made with someone else's profiles).
+        names: experiments and faults that exist; None accepts any (a bundle of a project that is not installed here).
 
     Raises:
         InputError: quoting the file, the line and its text.
@@ -195,21 +211,11 @@ def parse_contract(name: str, data: bytes, origin: str, profiles: Sequence[str] 
     validate(document)
     raw: Mapping[str, Any] = document.value
     metadata = raw.get("metadata") or {}
-    entries: list[Mapping[str, Any]] = raw.get("falsification_tests") or []
-    executable = any("falsifier" in entry for entry in entries)
     warnings: list[str] = []
-    status = read_status(document, metadata, executable, warnings)
+    entries = read_entries(document, warnings)
     near_misses(document, raw, entries, warnings)
-    claims = tuple(_claim(document, name, index, entry, status, profiles) for index, entry in enumerate(entries))
-    for claim_id, times in Counter(claim.id for claim in claims).items():
-        if times > 1:
-            index = max(i for i, claim in enumerate(claims) if claim.id == claim_id)
-            raise document.error(
-                ("falsification_tests", index, "id"),
-                expected="each claim id once in a contract",
-                got=f"{claim_id} {times} times",
-                remedy="give each claim its own id",
-            )
+    status = read_status(document, metadata, any("falsifier" in entry.value for entry in entries), warnings)
+    claims = tuple(_claim(document, name, entry, status, profiles, names) for entry in entries)
     if not claims:
         warnings.append("no claims: nothing in this file can be falsified")
     return Contract(
@@ -217,7 +223,7 @@ def parse_contract(name: str, data: bytes, origin: str, profiles: Sequence[str] 
         path=origin,
         status=status,
         superseded_by=metadata.get("superseded_by"),
-        description=_text(metadata.get("description")),
+        description=text(metadata.get("description")),
         claims=claims,
         raw=raw,
         sha256=hashlib.sha256(data).hexdigest(),
@@ -228,35 +234,34 @@ def parse_contract(name: str, data: bytes, origin: str, profiles: Sequence[str] 
 def _claim(
     document: Document,
     contract: str,
-    index: int,
-    entry: Mapping[str, Any],
+    entry: Entry,
     status: Status,
     profiles: Sequence[str] | None,
+    names: KnownNames | None,
 ) -> Claim:
-    path: Path_ = ("falsification_tests", index)
-
-    def text(key: str) -> str:
-        for name in (key, *_OLDER_NAMES[key]):
-            if entry.get(name) is not None:
-                return _text(entry[name])
-        return ""
-
+    falsifier = None
+    if "falsifier" in entry.value:
+        falsifier = _falsifier(document, (*entry.path, "falsifier"), entry.value["falsifier"], status, profiles, names)
     return Claim(
         contract=contract,
-        id=entry["id"],
-        rule=text("rule"),
-        prediction=text("prediction"),
-        if_fails=text("if_fails"),
-        line=document.line(path),
-        falsifier=_falsifier(document, (*path, "falsifier"), entry["falsifier"], status, profiles)
-        if "falsifier" in entry
-        else None,
-        prose=entry,
+        id=entry.id,
+        rule=entry.rule,
+        prediction=entry.prediction,
+        if_fails=entry.if_fails,
+        line=document.line(entry.path),
+        falsifier=falsifier,
+        prose=entry.value,
+        work=entry.value["falsifier"].get("work") if falsifier else None,
     )
 
 
 def _falsifier(
-    document: Document, path: Path_, entry: Mapping[str, Any], status: Status, profiles: Sequence[str] | None
+    document: Document,
+    path: Path_,
+    entry: Mapping[str, Any],
+    status: Status,
+    profiles: Sequence[str] | None,
+    names: KnownNames | None,
 ) -> Falsifier:
     require_finite(document, path, entry)
     falsifier = Falsifier(
@@ -270,9 +275,5 @@ def _falsifier(
         timeout_s=None if entry.get("timeout_s") is None else float(entry["timeout_s"]),
         sabotage=tuple(entry.get("sabotage", [])),
     )
-    check_falsifier(document, path, falsifier, status, profiles)
+    check_falsifier(document, path, falsifier, status, profiles, "work" in entry, names)
     return falsifier
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value).strip()

@@ -3,13 +3,15 @@
 import difflib
 import importlib.resources
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
+from q4kd.harness.contract_entries import KEYS, Entry
 from q4kd.harness.yaml_lines import Document, Path_, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
@@ -22,10 +24,38 @@ _STATUSES: tuple[Status, ...] = ("active", "demoted", "retired")
 _LOG_CHECKS = frozenset({"log_absent", "log_present"})
 
 
-@lru_cache(maxsize=1)
-def _schema() -> Draft202012Validator:
+@dataclass(frozen=True, kw_only=True)
+class KnownNames:
+    """The experiments and faults that contracts may name."""
+
+    experiments: frozenset[str]
+    faults: frozenset[str]
+
+
+def registered_names() -> KnownNames:
+    """Return the names in the registries of experiments and faults. Imports neither torch nor the program under test.
+
+    A project that adds its own to the registries has them here as well.
+    """
+    from q4kd.harness.experiment import EXPERIMENTS
+    from q4kd.harness.sabotage.registry import all_faults
+
+    return KnownNames(experiments=frozenset(EXPERIMENTS), faults=frozenset(all_faults()))
+
+
+def read_schema() -> dict[str, Any]:
+    """Return ``contract.schema.json`` as installed."""
     source = importlib.resources.files("q4kd.contracts") / "contract.schema.json"
-    return Draft202012Validator(parse_json(source.read_bytes(), "contract.schema.json"))
+    schema: dict[str, Any] = parse_json(source.read_bytes(), "contract.schema.json")
+    return schema
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Draft202012Validator:
+    schema = read_schema()
+    # Names and parameters are checked below against the registries themselves, which say what was meant instead.
+    schema["$defs"]["registered"] = True
+    return Draft202012Validator(schema)
 
 
 def validate(document: Document) -> None:
@@ -37,7 +67,7 @@ def validate(document: Document) -> None:
             got=type(document.value).__name__,
             remedy="start with `metadata:` and `falsification_tests:`",
         )
-    error = best_match(_schema().iter_errors(document.value))
+    error = best_match(_validator().iter_errors(document.value))
     if error is not None:
         raise _schema_error(document, (), error, "see contracts/contract.schema.json")
 
@@ -58,6 +88,8 @@ def _schema_error(document: Document, prefix: Path_, error: ValidationError, rem
                 got=f"the unknown key {unknown[0]!r}",
                 remedy=f"did you mean {close[0]!r}?" if close else "remove it",
             )
+    if error.schema is False:
+        return document.error(path, expected=f"no {path[-1]!r} here", got=f"{error.instance!r}", remedy=remedy)
     rule = f"{error.validator} {error.validator_value!r}" if error.validator != "if" else "the schema"
     return document.error(
         path, expected=f"{printable(rule)}{f' ({expected})' if expected else ''}", got=error.message, remedy=remedy
@@ -81,20 +113,18 @@ def read_status(document: Document, metadata: Mapping[str, Any], executable: boo
     return "active"
 
 
-def near_misses(
-    document: Document, raw: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], warnings: list[str]
-) -> None:
+def near_misses(document: Document, raw: Mapping[str, Any], entries: Sequence[Entry], warnings: list[str]) -> None:
     """A misspelt key would make claims vanish: refuse it in an entry, warn about it at the top level."""
     for key in raw:
         close = difflib.get_close_matches(str(key), ["falsification_tests"], 1, 0.7)
-        if close and key != close[0]:
+        if close and key not in KEYS:
             line = document.line((key,))
             warnings.append(f"line {line}: {printable(str(key))!r} is not read; did you mean {close[0]!r}?")
-    for index, entry in enumerate(entries):
-        for key in entry:
+    for entry in entries:
+        for key in entry.value:
             if key != "falsifier" and difflib.get_close_matches(str(key), ["falsifier"], 1, 0.8):
                 raise document.error(
-                    ("falsification_tests", index, key),
+                    (*entry.path, key),
                     expected="the key 'falsifier'",
                     got=repr(key),
                     remedy="correct the spelling; as it stands the claim would be prose",
@@ -113,14 +143,7 @@ def _check_params(document: Document, path: Path_, falsifier: "Falsifier") -> No
         here = (*path, "profiles", profile, "params")
         uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
     for check_path, params_path, use in uses:
-        if use.check not in CHECKS:
-            close = difflib.get_close_matches(use.check, list(CHECKS), 1)
-            raise document.error(
-                check_path,
-                expected=f"one of the checks {', '.join(sorted(CHECKS))}",
-                got=repr(use.check),
-                remedy=f"did you mean {close[0]!r}?" if close else "use one of them; the registry is closed",
-            )
+        _require_name(document, check_path, "checks", use.check, CHECKS)
         error = best_match(Draft202012Validator(CHECKS[use.check].PARAMS).iter_errors(use.params))
         if error is not None:
             raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
@@ -139,11 +162,20 @@ def require_finite(document: Document, path: Path_, value: object) -> None:
 
 
 def check_falsifier(
-    document: Document, path: Path_, falsifier: "Falsifier", status: Status, profiles: Sequence[str] | None
+    document: Document,
+    path: Path_,
+    falsifier: "Falsifier",
+    status: Status,
+    profiles: Sequence[str] | None,
+    has_work: bool,
+    names: KnownNames | None,
 ) -> None:
-    """Refuse a falsifier that could pass on nothing, or whose checks, parameters or profiles do not exist."""
-    names = {use.check for use in falsifier.checks}
-    if "log_absent" in names and names <= _LOG_CHECKS:
+    """Refuse a falsifier that could pass on nothing, or that names what does not exist.
+
+    ``has_work`` says whether the entry states its work, which claims about time must and others must not.
+    """
+    checks = {use.check for use in falsifier.checks}
+    if "log_absent" in checks and checks <= _LOG_CHECKS:
         raise document.error(
             (*path, "check"),
             expected="log_absent beside a check that does not read the log",
@@ -166,3 +198,43 @@ def check_falsifier(
                 remedy="correct the name, or add its file to the profiles folder",
             )
     _check_params(document, path, falsifier)
+    _check_work(document, path, falsifier, has_work)
+    if names is not None:
+        _require_name(document, (*path, "experiment"), "experiments", falsifier.experiment, names.experiments)
+        for index, fault in enumerate(falsifier.sabotage):
+            _require_name(document, (*path, "sabotage", index), "faults", fault, names.faults)
+
+
+def _check_work(document: Document, path: Path_, falsifier: "Falsifier", has_work: bool) -> None:
+    """Require work where a check bounds a time, and only there: without it no bound could be found infeasible."""
+    from q4kd.harness.feasibility import time_bounds  # imported late, as the checks are
+
+    timed = [use.check for use in falsifier.checks if time_bounds(use.check)]
+    if timed and not has_work:
+        raise document.error(
+            (*path, "check"),
+            expected=f"`work:` beside a check that bounds a time, as {timed[0]} does",
+            got="none",
+            remedy="state the least FLOP and bytes of what is timed; without them nobody can tell a bound from a wish",
+        )
+    if has_work and not timed:
+        raise document.error(
+            (*path, "work"),
+            expected="`work:` only beside a check that bounds a time",
+            got=f"the checks {', '.join(use.check for use in falsifier.checks)}",
+            remedy="remove it",
+        )
+
+
+def _require_name(document: Document, path: Path_, kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not in a registry, with the nearest one that is."""
+    registered = sorted(known)
+    if name not in registered:
+        close = difflib.get_close_matches(name, registered, 1)
+        shown = f" {', '.join(registered)}" if len(registered) <= 20 else ""
+        raise document.error(
+            path,
+            expected=f"one of the {len(registered)} registered {kind}{shown}",
+            got=repr(name),
+            remedy=f"did you mean {close[0]!r}?" if close else "use one of them; the registry is closed",
+        )

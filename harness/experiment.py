@@ -18,6 +18,8 @@ from q4kd.trainer.files import sha256_file
 
 EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_teacher",
+    "q4kd.harness.experiments_models",
+    "q4kd.harness.experiments_backend",
     "q4kd.harness.experiments_loss",
     "q4kd.harness.experiments_training",
 )

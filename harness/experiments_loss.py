@@ -192,7 +192,16 @@ def _first_step_argv(inputs: Inputs) -> list[str]:
     return [
         *("distill", "--teacher", str(demo_teacher(inputs)), "--student", str(_student_with_weights(inputs))),
         *("--data", str(_one_batch(inputs)), "--out", "run", "--events", "events.jsonl", "--max-steps", "1"),
-        *("--seq-len", str(_SEQ_LEN), "--set", f"batch_size={_SEQUENCES}", "--set", f"alpha={_ALPHA}"),
+        *(
+            "--seq-len",
+            str(_SEQ_LEN),
+            "--dtype",
+            "float32",
+            "--set",
+            f"batch_size={_SEQUENCES}",
+            "--set",
+            f"alpha={_ALPHA}",
+        ),
         *("--set", "temperature=2", "--set", "lr=0.001"),
     ]
 

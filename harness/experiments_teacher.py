@@ -72,7 +72,7 @@ def _prepare_load(inputs: Inputs) -> None:
 
 def _load_argv(inputs: Inputs) -> list[str]:
     model, ids = str(_large_teacher(inputs)), str(_large_ids(inputs))
-    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--events", "events.jsonl"]
+    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
 
 
 register(
@@ -134,6 +134,11 @@ def _parity_model(arm: str, inputs: Inputs) -> Path:
     return inputs.file(f"{arm}.gguf", lambda path: shutil.copyfile(source, path))
 
 
+def golden_teacher(inputs: Inputs) -> Path:
+    """Return the golden teacher as an input of this session."""
+    return _parity_model("golden", inputs)
+
+
 def demo_teacher(inputs: Inputs) -> Path:
     """Return the demo teacher as an input of this session, so that its digest is on record."""
     return _parity_model("demo", inputs)
@@ -141,7 +146,7 @@ def demo_teacher(inputs: Inputs) -> Path:
 
 def _parity_argv(arm: str, inputs: Inputs) -> list[str]:
     model, ids = str(_parity_model(arm, inputs)), str(_parity_ids(arm, inputs))
-    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--events", "events.jsonl"]
+    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
 
 
 def _collect_parity(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
@@ -192,7 +197,8 @@ def _frozen_argv(inputs: Inputs) -> list[str]:
     return ["probe", "frozen-teacher", "--model", str(_parity_model("golden", inputs)), "--out", "probe.json"]
 
 
-def _collect_probe(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+def collect_probe(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    """Return what the probe wrote, nothing when it did not come so far."""
     path = run_dir / "probe.json"
     value: dict[str, Any] = read_json(path) if path.is_file() else {}
     return value
@@ -205,7 +211,7 @@ register(
         needs=(),
         arms=(Arm(None, _frozen_argv, timeout_s=60),),
         prepare=_prepare_parity,
-        collect=_collect_probe,
+        collect=collect_probe,
         sources=("q4kd.harness.probes",),
     )
 )
@@ -228,7 +234,7 @@ def _superblock_argv(inputs: Inputs) -> list[str]:
 
 
 def _collect_superblock(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    facts = _collect_probe(run_dir, inputs)
+    facts = collect_probe(run_dir, inputs)
     if not (run_dir / "decoded.npz").is_file():
         return facts | {"comparators": {}}
     with np.load(_blocks(inputs), allow_pickle=False) as arrays:

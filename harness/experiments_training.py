@@ -32,7 +32,7 @@ def _distill_argv(
     return [
         *("distill", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
         *("--data", sysconfig.get_paths()["stdlib"], "--out", "run", "--events", "events.jsonl"),
-        *("--seq-len", "64", "--seed", str(seed)),
+        *("--seq-len", "64", "--seed", str(seed), "--dtype", "float32"),
         *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
     ]
 

@@ -11,6 +11,7 @@ from jsonschema.exceptions import best_match
 
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.plan import Plan
+from q4kd.harness.store import MAX_DEPTH, depth
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 
@@ -18,7 +19,6 @@ SCHEMA = "q4kd-findings/1"
 VERDICTS = ("corroborated", "falsified", "inconclusive")
 PROSE = "prose"
 NOT_RUN = "not run"
-MAX_DEPTH = 64
 
 
 def inconclusive(reason: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def validate_findings(value: Any, origin: str) -> dict[str, Any]:
     Raises:
         InputError: naming the place that does not fit.
     """
-    if _depth(value) > MAX_DEPTH:
+    if depth(value) > MAX_DEPTH:
         raise InputError(
             origin, expected=f"at most {MAX_DEPTH} levels", got="deeper nesting", remedy="run falsify again"
         )
@@ -149,17 +149,6 @@ def validate_findings(value: Any, origin: str) -> dict[str, Any]:
             origin, expected="created as an ISO 8601 time", got=repr(value["created"])[:80], remedy="run falsify again"
         ) from problem
     return dict(value)
-
-
-def _depth(value: Any) -> int:
-    """Return how deep a JSON value is nested, without recursion."""
-    deepest, pending = 0, [(value, 1)]
-    while pending:
-        item, depth = pending.pop()
-        deepest = max(deepest, depth)
-        if isinstance(item, (dict, list)):
-            pending += [(below, depth + 1) for below in (item.values() if isinstance(item, dict) else item)]
-    return deepest
 
 
 def parse_findings(data: bytes, origin: str) -> dict[str, Any]:

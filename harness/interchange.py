@@ -1,7 +1,7 @@
 """The findings in other tools' formats: JUnit XML, CTRF, and an in-toto test-result statement.
 
-None of the three knows "inconclusive". It is an error in JUnit, ``other`` in CTRF and a warning in in-toto, whose
-result is then FAILED: never something that a reader could take for a pass.
+None of the three knows "inconclusive". It is an error in JUnit, ``other`` in CTRF and a failed test in in-toto: never
+something that a reader could take for a pass or a skip.
 """
 
 import hashlib
@@ -21,13 +21,24 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def write_interchange(folder: Path, store: Store) -> None:
     """Write ``junit.xml``, ``ctrf.json`` and ``statement.intoto.json`` beside a bundle's findings."""
+    findings = read_object(store, "findings.json")
+    write_atomic(folder / "junit.xml", junit(findings))
+    write_json(folder / "ctrf.json", ctrf(findings, read_object(store, "environment.json")))
+    write_json(folder / "statement.intoto.json", statement_of(store))
+
+
+def statement_of(store: Store) -> dict[str, Any]:
+    """Return the statement about a bundle's findings (see ``intoto_statement``)."""
     findings, environment, inputs = (
         read_object(store, name) for name in ("findings.json", "environment.json", "inputs.json")
     )
-    write_atomic(folder / "junit.xml", junit(findings))
-    write_json(folder / "ctrf.json", ctrf(findings, environment))
-    statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
-    write_json(folder / "statement.intoto.json", statement)
+    return intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
+
+
+def signed_statement(statement: Mapping[str, Any], manifest: bytes) -> dict[str, Any]:
+    """Return a bundle's statement as it is signed: its manifest, and so every file of it, is the first subject."""
+    subject = {"name": "MANIFEST.sha256", "digest": {"sha256": hashlib.sha256(manifest).hexdigest()}}
+    return {**statement, "subject": [subject, *statement["subject"]]}
 
 
 def digest_of(store: Store, name: str) -> str:
@@ -133,7 +144,8 @@ def intoto_statement(
     """Return an in-toto Statement v1 with a test-result v0.1 predicate.
 
     Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest
-    cannot be one: it covers this file.
+    cannot be one: it covers this file. An inconclusive claim is among the failed tests, since a policy may accept a
+    warned test ("passed with warnings"); the findings say which of them it is.
     """
     subjects = [{"name": "findings.json", "digest": {"sha256": findings_sha256}}]
     subjects += [
@@ -145,9 +157,7 @@ def intoto_statement(
         subjects.append({"name": "q4kd", "digest": {"gitCommit": environment["commit"]}})
     required = [row for row in findings["findings"] if row["scope"] == "required"]
 
-    def keys(verdict: str) -> list[str]:
-        return [row["key"] for row in required if row["verdict"] == verdict]
-
+    passed = [row["key"] for row in required if row["verdict"] == "corroborated"]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subjects,
@@ -155,8 +165,8 @@ def intoto_statement(
         "predicate": {
             "result": "PASSED" if findings["exit_code"] == 0 else "FAILED",
             "configuration": [{"name": f"profile {findings['profile']}"}],
-            "passedTests": keys("corroborated"),
-            "warnedTests": keys("inconclusive"),
-            "failedTests": keys("falsified"),
+            "passedTests": passed,
+            "warnedTests": [],
+            "failedTests": [row["key"] for row in required if row["verdict"] != "corroborated"],
         },
     }

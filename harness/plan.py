@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.feasibility import assess
 from q4kd.harness.profile import Profile
 from q4kd.trainer.errors import InputError
 
@@ -16,7 +17,11 @@ _TOKEN = re.compile(r"\s*(\(|\)|[^\s()]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class PlanEntry:
-    """One claim of the plan. ``reason`` says why it is not required; ``experiment`` is None for a prose claim."""
+    """One claim of the plan.
+
+    ``reason`` says why it is not required; ``experiment`` is None for a prose claim; ``infeasible`` is the arithmetic
+    by which the profile's measured rooflines forbid the time that the claim promises, else None.
+    """
 
     key: str
     contract: str
@@ -24,6 +29,7 @@ class PlanEntry:
     scope: Scope
     reason: str | None
     experiment: str | None
+    infeasible: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +104,15 @@ def _entry(contract: Contract, claim: Claim, profile: Profile) -> PlanEntry:
         reason = f"needs {', '.join(missing)}; profile {profile.name} provides {', '.join(sorted(profile.provides))}"
     elif contract.status == "demoted":
         scope, reason = "not_gating", "contract demoted"
-    experiment = claim.falsifier.experiment if claim.falsifier else None
+    forbidden = [found.arithmetic for found in assess(claim, profile) if found.outcome == "infeasible"]
     return PlanEntry(
-        key=claim.key, contract=contract.name, id=claim.id, scope=scope, reason=reason, experiment=experiment
+        key=claim.key,
+        contract=contract.name,
+        id=claim.id,
+        scope=scope,
+        reason=reason,
+        experiment=claim.falsifier.experiment if claim.falsifier else None,
+        infeasible="; ".join(forbidden) or None,
     )
 
 
@@ -180,7 +192,10 @@ def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
     lines += [f"plan: {key} is not in the contracts" for key in before if key not in after]
     for key, entry in after.items():
         if key in before and before[key] != entry:
-            lines.append(f"plan: {key} is recorded as {before[key].scope}, expected {entry.scope}")
+            name = next(name for name in ("scope", *vars(entry)) if getattr(before[key], name) != getattr(entry, name))
+            was, expected = getattr(before[key], name), getattr(entry, name)
+            field = "is" if name == "scope" else f"has its {name}"
+            lines.append(f"plan: {key} {field} recorded as {was}, expected {expected}")
     return lines
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from q4kd.harness.probes_backend import decision_tables
+from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.trainer.files import write_atomic, write_json
 
 
@@ -34,7 +36,7 @@ def frozen_teacher(arguments: list[str]) -> int:
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher import load_teacher
 
-    teacher = load_teacher(args.model, events=EventLog(None))
+    teacher = load_teacher(args.model, dtype="float32", events=EventLog(None))
     ids = torch.arange(8).unsqueeze(0)
     hidden = teacher.hidden(ids)[0]
 
@@ -110,7 +112,7 @@ def superblock(arguments: list[str]) -> int:
         "q4_k-offset": multiply("Q4_K", blocks["q4_k-offset"]),
     }
     _save_arrays(args.out, results)
-    k_quants = {name: form for name, form in FORMATS.items() if form.is_k_quant}
+    k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized}
     tables: dict[str, dict[str, object]] = {
         # What a matrix really holds, not what the format says.
         "superblock_bytes": {
@@ -177,4 +179,7 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "frozen-teacher": frozen_teacher,
     "superblock": superblock,
     "kd-loss": kd_loss_cases,
+    "decision-tables": decision_tables,
+    "model-logits": model_logits,
+    "open-models": open_models,
 }

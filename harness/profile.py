@@ -31,25 +31,16 @@ class Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A machine class. ``provides`` holds capabilities: cpu (the CPU path), cuda, unified (one memory for both)."""
+    """A machine class. ``provides`` holds capabilities: cpu (the CPU path), cuda, unified (one memory for both).
+
+    ``rooflines`` are by name: ``bf16_flops`` (FLOP/s of dense bf16 products) and ``bytes_per_s`` (memory traffic) are
+    the two that feasibility is judged by.
+    """
 
     name: str
     description: str
     provides: frozenset[str]
     rooflines: Mapping[str, Roofline]
-
-    def floor_seconds(self, *, flops: float = 0.0, moved_bytes: float = 0.0) -> float | None:
-        """Return the least time for this much bf16 work and memory traffic: max(FLOP / FLOP/s, bytes / (B/s)).
-
-        None when the profile lacks a roofline that the answer needs.
-        """
-        floor = 0.0
-        for amount, name in ((flops, "bf16_flops"), (moved_bytes, "bytes_per_s")):
-            if amount > 0:
-                if name not in self.rooflines:
-                    return None
-                floor = max(floor, amount / self.rooflines[name].value)
-        return floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +63,25 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
 
 def profile_bytes(name: str, folder: Path | None = None) -> bytes:
     """Return the bytes of the profile's file (see ``load_profile``), which a bundle keeps beside its contracts."""
-    known: dict[str, Path] = {}
-    for root in (default_contracts_folder(), folder):
-        if root is not None:
-            known.update((file.stem, file) for file in sorted((root / "profiles").glob("*.yaml")))
+    known = _profile_files(folder)
     if name not in known:
         raise InputError(
             "--profile", expected=f"one of {', '.join(sorted(known))}", got=repr(name), remedy="name a known profile"
         )
     return read_bounded(known[name], _MAX_BYTES)
+
+
+def load_profiles(folder: Path | None = None) -> list[Profile]:
+    """Load every profile that ``load_profile`` knows for a contracts folder, sorted by name (InputError as it does)."""
+    return [load_profile(name, folder) for name in sorted(_profile_files(folder))]
+
+
+def _profile_files(folder: Path | None) -> dict[str, Path]:
+    known: dict[str, Path] = {}
+    for root in (default_contracts_folder(), folder):
+        if root is not None:
+            known.update((file.stem, file) for file in sorted((root / "profiles").glob("*.yaml")))
+    return known
 
 
 def read_profile(name: str, store: Store) -> Profile:
@@ -114,7 +115,10 @@ def parse_profile(name: str, data: bytes, origin: str) -> Profile:
                 ("rooflines", key, "value"), expected="a positive rate", got=repr(rate), remedy="measure it"
             )
         rooflines[str(key)] = Roofline(
-            value=float(rate), unit=str(roof["unit"]), measured=roof["measured"] is True, source=str(roof["source"])
+            value=float(rate),
+            unit=str(roof["unit"]),
+            measured=_measured(document, key, roof),
+            source=str(roof["source"]),
         )
     return Profile(
         name=name,
@@ -122,6 +126,17 @@ def parse_profile(name: str, data: bytes, origin: str) -> Profile:
         provides=frozenset(map(str, provides)),
         rooflines=rooflines,
     )
+
+
+def _measured(document: Document, key: object, roof: Mapping[str, Any]) -> bool:
+    if not isinstance(roof["measured"], bool):
+        raise document.error(
+            ("rooflines", str(key), "measured"),
+            expected="true or false",
+            got=repr(roof["measured"]),
+            remedy="say whether somebody measured it on this machine class",
+        )
+    return roof["measured"]
 
 
 def _mapping(

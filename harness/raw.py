@@ -14,17 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.store import (
-    REMEDY,
-    DirectoryStore,
-    PrefixStore,
-    Store,
-    TarStore,
-    open_store,
-    safe_name,
-)
+from q4kd.harness.store import DirectoryStore, PrefixStore, Store, TarStore, open_store, parse_shallow
+from q4kd.harness.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json
 
 __all__ = [
     "DirectoryStore",
@@ -61,7 +53,7 @@ class RawRun:
         self.store = PrefixStore(store, f"runs/{name}")
 
     def _object(self, name: str) -> dict[str, Any]:
-        value = parse_json(self.store.read(name), f"{self.name}/{name}")
+        value = parse_shallow(self.store.read(name), f"{self.name}/{name}")
         if not isinstance(value, dict):
             raise InputError(f"{self.name}/{name}", expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
         return value
@@ -70,7 +62,7 @@ class RawRun:
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
             if line.strip():
-                row = parse_json(line, f"{self.name}/{name}:{number}", 1 << 20)
+                row = parse_shallow(line, f"{self.name}/{name}:{number}", 1 << 20)
                 if not isinstance(row, dict):
                     raise InputError(
                         f"{self.name}/{name}:{number}", expected="a JSON object", got="another value", remedy=REMEDY

@@ -1,61 +1,154 @@
 """Parts of verification: judging a bundle's sabotaged runs again, and saying where two records differ."""
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from q4kd.harness.contract import Claim
-from q4kd.harness.interchange import digest_of
-from q4kd.harness.raw import Store, TarStore, read_runs
+from q4kd.harness.contract import Claim, Contract, contract_files, parse_contract
+from q4kd.harness.interchange import ctrf, digest_of, junit, statement_of
+from q4kd.harness.plan import Plan
+from q4kd.harness.profile import profile_bytes
+from q4kd.harness.raw import RawRun, Store, TarStore, read_runs
 from q4kd.harness.store import read_object
-from q4kd.harness.yaml_lines import printable
+from q4kd.harness.tar_archive import REMEDY
+from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_bounded
+
+KILLS = "sabotage/kills.json"
+# For all archives of a bundle together: a few hundred small ones could otherwise unpack to more than any memory.
+MAX_UNPACKED = 512 << 20
 
 
-def recheck_sabotage(
-    claim: Claim, profile: str, store: Store, recorded: list[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Judge the sabotaged runs kept in a bundle again.
+class KillReplay:
+    """Judges the sabotaged runs kept in a bundle again, each archive unpacked once however many claims name it."""
 
-    A record whose code has changed since is still judged: its raw runs are what was seen then. A fault recorded without
-    a record stays as it was recorded, which cannot support a corroboration.
+    def __init__(self, store: Store) -> None:
+        """Take a bundle; nothing is read yet."""
+        self.store = store
+        self._runs: dict[str, Mapping[str, RawRun]] = {}
+        self._left = MAX_UNPACKED
 
-    Returns:
-        The sabotage entries that the bundle should hold for this claim, one for each fault it names.
+    @cached_property
+    def _records(self) -> Mapping[str, Any]:
+        records = read_object(self.store, KILLS).get("records")
+        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+            raise InputError(KILLS, expected="kill records by key", got="something else", remedy=REMEDY)
+        return records
 
-    Raises:
-        InputError: a record is missing, or is for another claim, or its archive is not the one recorded.
-    """
-    from q4kd.harness.kills import judge_faulted
-    from q4kd.harness.sabotage.registry import get_fault
+    def judge_again(self, claim: Claim, profile: str, recorded: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the sabotage entries that the bundle should hold for a claim, one for each fault it names.
 
-    assert claim.falsifier is not None
-    by_fault = {str(entry["fault"]): entry for entry in recorded}
-    results: list[dict[str, Any]] = []
-    for name in claim.falsifier.sabotage:
-        entry = by_fault.get(name)
-        if entry is None:
-            raise InputError(
-                claim.key, expected=f"a record for the fault {name}", got="none", remedy="run falsify again"
-            )
-        if entry["record"] is None:
-            results.append({**entry, "caught": False, "verdict": None})
-            continue
-        records = read_object(store, "sabotage/kills.json").get("records", {})
-        record = records.get(entry["record"])
-        identity = (claim.contract, claim.id, name, claim.falsifier.experiment)
-        if record is None or tuple(record.get(part) for part in ("contract", "id", "fault", "experiment")) != identity:
-            raise InputError(
-                "sabotage/kills.json", expected=f"a record of {identity}", got="none", remedy="run falsify again"
-            )
-        archive = f"sabotage/{record['raw']}"
-        if digest_of(store, archive) != record.get("raw_sha256"):
-            raise InputError(archive, expected="the archive recorded", got="another", remedy="run falsify again")
-        runs = read_runs(TarStore(store.read(archive), archive))
-        outcome = judge_faulted(claim, get_fault(name), profile, runs)
-        results.append({"fault": name, "record": entry["record"], **outcome})
-    return results
+        A record whose code has changed since is still judged: its raw runs are what was seen then. A fault recorded
+        without a record stays as it was recorded, which cannot support a corroboration.
+
+        Args:
+            claim: a claim with a falsifier.
+            profile: the profile judged on.
+            recorded: the finding's ``sabotage`` entries.
+
+        Raises:
+            InputError: a record is missing, or is for another claim, or its archive is not the one recorded.
+        """
+        from q4kd.harness.kills import judge_faulted
+        from q4kd.harness.sabotage.registry import get_fault
+
+        assert claim.falsifier is not None
+        by_fault = {str(entry["fault"]): entry for entry in recorded}
+        results: list[dict[str, Any]] = []
+        for name in claim.falsifier.sabotage:
+            entry = by_fault.get(name)
+            if entry is None:
+                raise InputError(
+                    claim.key, expected=f"a record for the fault {name}", got="none", remedy="run falsify again"
+                )
+            if entry["record"] is None:
+                results.append({**entry, "caught": False, "verdict": None})
+                continue
+            record = self._records.get(entry["record"], {})
+            identity = (claim.contract, claim.id, name, claim.falsifier.experiment)
+            if tuple(record.get(part) for part in ("contract", "id", "fault", "experiment")) != identity:
+                raise InputError(KILLS, expected=f"a record of {identity}", got="none", remedy="run falsify again")
+            outcome = judge_faulted(claim, get_fault(name), profile, self._archive(record))
+            results.append({"fault": name, "record": entry["record"], **outcome})
+        return results
+
+    def _archive(self, record: Mapping[str, Any]) -> Mapping[str, RawRun]:
+        name = f"sabotage/{record.get('raw')}"
+        if name not in self._runs:
+            data = self.store.read(name)
+            if hashlib.sha256(data).hexdigest() != record.get("raw_sha256"):
+                raise InputError(name, expected="the archive recorded", got="another", remedy="run falsify again")
+            archive = TarStore(data, name, self._left)
+            self._left -= archive.unpacked
+            self._runs[name] = read_runs(archive)
+        elif digest_of(self.store, name) != record.get("raw_sha256"):
+            raise InputError(name, expected="the archive recorded", got="another", remedy="run falsify again")
+        return self._runs[name]
+
+
+def arms_of(experiment: str | None) -> set[str]:
+    """Return the names of all runs of an experiment; none for one that is not known here."""
+    from q4kd.harness import experiment as experiments
+
+    known = experiments.EXPERIMENTS.get(experiment) if experiment else None
+    return {known.run_name(arm) for arm in known.arms} if known else set()
+
+
+def bundle_contracts(store: Store) -> list[Contract]:
+    """Load the contracts kept in a bundle, as run (InputError when one cannot be)."""
+    names = [
+        name
+        for name in store.names()
+        if name.startswith("contracts/") and name.count("/") == 1 and name.endswith((".yaml", ".yml"))
+    ]
+    return [parse_contract(name.split("/")[1].rsplit(".", 1)[0], store.read(name, MAX_BYTES), name) for name in names]
+
+
+def read_plan(store: Store) -> tuple[Plan, dict[str, Any]]:
+    """Return ``plan.json`` as a plan and as it is written (InputError when a field is not text)."""
+    value = read_object(store, "plan.json")
+    plan = Plan.from_json(value)
+    fields = [plan.profile, plan.select, *(field for entry in plan.entries for field in vars(entry).values())]
+    if not all(field is None or isinstance(field, str) for field in fields):
+        raise InputError("plan.json", expected="text in every field", got="something else", remedy=REMEDY)
+    return plan, value
+
+
+def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:
+    """Return, one line each, how the contracts and the profile as run differ from those of ``folder``."""
+    given = {f"contracts/{path.name}": read_bounded(path, MAX_BYTES) for path in contract_files(folder)}
+    given[f"contracts/profiles/{profile}.yaml"] = profile_bytes(profile, folder)
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in given.items()}
+    held = {name: digest_of(store, name) for name in store.names() if name.startswith("contracts/")}
+    lines = [f"{name}: not in the bundle" for name in expected if name not in held]
+    lines += [f"{name}: not among the contracts given" for name in held if name not in expected]
+    lines += [f"{name}: differs from the one given" for name in held if expected.get(name, held[name]) != held[name]]
+    return lines
+
+
+def interchange_differences(store: Store, findings: Mapping[str, Any]) -> list[str]:
+    """Derive the other formats again, which are what other tools believe; return how those kept differ."""
+    try:
+        statement = statement_of(store)
+        report = ctrf(findings, read_object(store, "environment.json"))
+    except (AttributeError, TypeError) as error:
+        return [f"environment.json or inputs.json: not what a bundle holds: {error}"]
+    expected = {"ctrf.json": report, "statement.intoto.json": statement}
+    names = store.names()
+    lines = [f"{name}: missing" for name in ("junit.xml", *expected) if name not in names]
+    if "junit.xml" in names and store.read("junit.xml") != junit(findings):
+        lines.append("junit.xml: differs from the findings")
+    lines += [
+        f"{name}: differs from the findings"
+        for name, value in expected.items()
+        if name in names and difference(read_object(store, name), as_json(value)) is not None
+    ]
+    return lines
 
 
 def as_json(value: object) -> Any:

@@ -1,7 +1,11 @@
 """The harness's own forward pass: float64, NumPy, weights through ``gguf``'s decoder or straight from safetensors.
 
 It shares no code with the trainer. Equations as in the Qwen2 report (https://arxiv.org/abs/2407.10671): pre-norm
-blocks, RMSNorm, rotary embedding with split halves, grouped-query attention with QKV bias, SwiGLU.
+blocks, RMSNorm, rotary embedding, grouped-query attention, SwiGLU. What differs between the architectures it reads:
+
+    qwen2           biases on Q, K and V
+    qwen3           RMSNorm of each query and key head; the head size is not H / N
+    llama, mistral  in a GGUF: adjacent elements turn together, frequencies are divided by ``rope_freqs.weight``
 
 Letters in shapes: T positions, H hidden size, N query heads, K key-value heads, D head size, V vocabulary.
 """
@@ -20,13 +24,19 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """Float64 weights under GGUF names, and the dimensions that shapes do not tell."""
+    """Float64 weights under GGUF names, and what shapes do not tell.
+
+    Attributes:
+        frequencies: radians per position of each pair of a head, ``[D / 2]``.
+        interleaved: whether a pair is elements ``(2i, 2i + 1)`` of a head, not ``(i, i + D / 2)``.
+    """
 
     weights: Mapping[str, Array]
     num_heads: int
     num_kv_heads: int
     rms_eps: float
-    rope_base: float
+    frequencies: Array
+    interleaved: bool
 
     @property
     def num_layers(self) -> int:
@@ -35,23 +45,29 @@ class ReferenceModel:
 
 
 def read_gguf(path: Path) -> ReferenceModel:
-    """Read a qwen2 GGUF, every tensor decoded by the gguf package."""
+    """Read a qwen2, qwen3 or llama GGUF, every tensor decoded by the gguf package."""
     reader = gguf.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture not in ("qwen2", "qwen3", "llama"):
+        raise ValueError(f"no reference for architecture {architecture}")
 
-    def value(key: str) -> Any:
-        field = reader.fields[f"qwen2.{key}"]
-        return field.contents()
+    def value(key: str, default: Any = None) -> Any:
+        field = reader.fields.get(f"{architecture}.{key}")
+        return default if field is None else field.contents()
 
     weights = {}
     for tensor in reader.tensors:
         decoded = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
         weights[tensor.name] = decoded.reshape(tuple(reversed(tensor.shape.tolist()))).astype(np.float64)
+    heads = int(value("attention.head_count"))
+    frequencies = _frequencies(float(value("rope.freq_base", 10000.0)), len(weights["blk.0.attn_q.weight"]) // heads)
     return ReferenceModel(
         weights=weights,
-        num_heads=int(value("attention.head_count")),
-        num_kv_heads=int(value("attention.head_count_kv")),
+        num_heads=heads,
+        num_kv_heads=int(value("attention.head_count_kv", heads)),
         rms_eps=float(value("attention.layer_norm_rms_epsilon")),
-        rope_base=float(value("rope.freq_base")),
+        frequencies=frequencies / weights.pop("rope_freqs.weight", np.ones_like(frequencies)),
+        interleaved=architecture == "llama",
     )
 
 
@@ -60,6 +76,8 @@ _HF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -69,7 +87,7 @@ _HF_NAMES = {
 
 
 def from_hugging_face(tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any]) -> ReferenceModel:
-    """Rename a Hugging Face qwen2 state dict; ``config`` is its config.json."""
+    """Rename the state dict of a qwen2, qwen3, llama or mistral causal LM; ``config`` is its config.json."""
     weights = {}
     for name, tensor in tensors.items():
         if name.startswith("model.layers."):
@@ -84,24 +102,55 @@ def from_hugging_face(tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
             }[name]
         weights[new] = tensor.astype(np.float64)
     rope: Mapping[str, Any] = config.get("rope_parameters") or config
+    heads = int(config["num_attention_heads"])
+    frequencies = _frequencies(float(rope["rope_theta"]), len(weights["blk.0.attn_q.weight"]) // heads)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        frequencies = _llama3_frequencies(frequencies, rope)
+    elif kind != "default":
+        raise ValueError(f"no reference for rope type {kind}")
     return ReferenceModel(
         weights=weights,
-        num_heads=int(config["num_attention_heads"]),
+        num_heads=heads,
         num_kv_heads=int(config["num_key_value_heads"]),
         rms_eps=float(config["rms_norm_eps"]),
-        rope_base=float(rope["rope_theta"]),
+        frequencies=frequencies,
+        interleaved=False,
     )
 
 
-def _norm(x_TH: Array, weight: Array, eps: float) -> Array:
-    return np.asarray(x_TH / np.sqrt(np.mean(x_TH**2, axis=-1, keepdims=True) + eps) * weight)
+def _frequencies(base: float, head_dim: int) -> Array:
+    half = head_dim // 2
+    return np.asarray(base ** (-np.arange(half) / half))
 
 
-def _rope(x_NTD: Array, base: float) -> Array:
-    half = x_NTD.shape[-1] // 2
-    angle = np.arange(x_NTD.shape[1])[:, None] * base ** (-np.arange(half) / half)
-    turn = np.exp(1j * angle)
-    turned = (x_NTD[..., :half] + 1j * x_NTD[..., half:]) * turn
+def _llama3_frequencies(frequencies: Array, rope: Mapping[str, Any]) -> Array:
+    """Stretch long wavelengths as Llama 3.1 does (``apply_scaling`` in meta-llama/llama-models, model.py)."""
+    scaled = []
+    for frequency in frequencies:
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * np.pi)
+        if turns > rope["high_freq_factor"]:
+            scaled.append(frequency)
+        elif turns < rope["low_freq_factor"]:
+            scaled.append(frequency / rope["factor"])
+        else:
+            smooth = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            scaled.append((1 - smooth) * frequency / rope["factor"] + smooth * frequency)
+    return np.array(scaled)
+
+
+def _norm(x: Array, weight: Array, eps: float) -> Array:
+    return np.asarray(x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight)
+
+
+def _rope(model: ReferenceModel, x_NTD: Array) -> Array:
+    """Turn each pair, read as a complex number, by position times frequency."""
+    turn = np.exp(1j * np.arange(x_NTD.shape[1])[:, None] * model.frequencies)
+    if model.interleaved:
+        turned = (x_NTD[..., 0::2] + 1j * x_NTD[..., 1::2]) * turn
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(x_NTD.shape)
+    first, second = np.split(x_NTD, 2, axis=-1)
+    turned = (first + 1j * second) * turn
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
@@ -117,8 +166,11 @@ def _attention(model: ReferenceModel, prefix: str, x_TH: Array) -> Array:
         out = out if bias is None else out + bias
         return np.asarray(out.reshape(len(x_TH), count, -1).transpose(1, 0, 2))
 
-    q_NTD = _rope(heads("attn_q", model.num_heads), model.rope_base)
-    k_KTD = _rope(heads("attn_k", model.num_kv_heads), model.rope_base)
+    def turned(name: str, count: int) -> Array:
+        out_NTD, weight = heads(name, count), model.weights.get(f"{prefix}{name}_norm.weight")
+        return _rope(model, out_NTD if weight is None else _norm(out_NTD, weight, model.rms_eps))
+
+    q_NTD, k_KTD = turned("attn_q", model.num_heads), turned("attn_k", model.num_kv_heads)
     v_KTD = heads("attn_v", model.num_kv_heads)
     groups = model.num_heads // model.num_kv_heads
     mask = np.triu(np.full((len(x_TH), len(x_TH)), -np.inf), 1)

@@ -3,23 +3,21 @@
 A bundle comes from someone else. Nothing here follows a link, leaves its root or unpacks to disk.
 """
 
-import gzip
 import io
 import os
 import stat
-import struct
-import tarfile
-import zlib
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
+from q4kd.harness.tar_archive import REMEDY, read_members, safe_name, too_large
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 
 MAX_FILE = 64 << 20
 MAX_TOTAL = 512 << 20
 MAX_FILES = 20_000
-REMEDY = "ask for the bundle again; this one cannot be trusted"
+MAX_DEPTH = 64
 
 
 class Store(Protocol):
@@ -38,25 +36,8 @@ class Store(Protocol):
         ...
 
 
-def safe_name(name: str, origin: str) -> str:
-    """Return ``name`` when it stays inside its root.
-
-    Raises:
-        InputError: absolute, ``..``, empty parts, backslashes, control characters, or longer than 400 characters.
-    """
-    parts = name.split("/")
-    bad = not name.isprintable() or "\\" in name or len(name) > 400
-    if bad or any(part in ("", ".", "..") for part in parts) or PurePosixPath(name).is_absolute():
-        raise InputError(origin, expected="names inside the bundle", got=repr(name)[:120], remedy=REMEDY)
-    return name
-
-
 def _missing(origin: str, name: str) -> InputError:
     return InputError(origin, expected=f"the file {name}", got="none", remedy="the evidence is incomplete")
-
-
-def _too_large(origin: str, name: str, max_bytes: int) -> InputError:
-    return InputError(f"{origin}: {name}", expected=f"at most {max_bytes} bytes", got="more", remedy=REMEDY)
 
 
 class DirectoryStore:
@@ -110,94 +91,70 @@ class DirectoryStore:
                 raise _missing(str(self.root), name)
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise _too_large(str(self.root), name, max_bytes)
+            raise too_large(str(self.root), name, max_bytes)
         return data
 
 
-class TarStore:
+class MemoryStore:
+    """Files held in memory: the same bytes whenever they are read, whatever happens to where they came from."""
+
+    def __init__(self, files: Mapping[str, bytes], origin: str) -> None:
+        """Take ``files`` by name; ``origin`` names them in errors."""
+        self.files, self.origin = dict(sorted(files.items())), origin
+
+    def names(self) -> list[str]:
+        """Return the names of all files, sorted (see ``Store``)."""
+        return list(self.files)
+
+    def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
+        """Return the bytes of one file (see ``Store``)."""
+        data = self.files.get(name)
+        if data is None:
+            raise _missing(self.origin, name)
+        if len(data) > max_bytes:
+            raise too_large(self.origin, name, max_bytes)
+        return data
+
+
+class TarStore(MemoryStore):
     """The files of a ``.tar`` or ``.tar.gz``, read once into memory and never unpacked.
 
     Links, devices, repeated names, names outside the archive and anything beyond the bounds refuse the whole archive.
     A single folder that holds everything is taken as the root, so ``tar czf b.tar.gz bundle/`` works.
+
+    Attributes:
+        unpacked: bytes of the archive when decompressed.
     """
 
     def __init__(self, source: Path | bytes, origin: str | None = None, max_total: int = MAX_TOTAL) -> None:
         """Read an archive of at most ``max_total`` bytes unpacked (InputError when it is refused)."""
-        self.origin = origin or (str(source) if isinstance(source, Path) else "archive")
+        origin = origin or (str(source) if isinstance(source, Path) else "archive")
         try:
             with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-                members = self._read_all(file, max_total)
-        except (
-            OSError,
-            EOFError,
-            tarfile.TarError,
-            zlib.error,
-            struct.error,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:
-            raise InputError(self.origin, expected="a .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
-        self._files = _strip_root(members)
-
-    def _read_all(self, file: IO[bytes], max_total: int) -> dict[str, bytes]:
-        compressed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        # The bound sits on the decompressed stream, so headers and padding count as well as contents.
-        stream = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, max_total, self.origin)
-        members: dict[str, bytes] = {}
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            for count, member in enumerate(archive):
-                if count > MAX_FILES:
-                    raise InputError(self.origin, expected=f"at most {MAX_FILES} members", got="more", remedy=REMEDY)
-                name = member.name.removeprefix("./").rstrip("/")
-                if member.isdir():
-                    if name not in ("", "."):
-                        safe_name(name, self.origin)
-                    continue
-                safe_name(name, self.origin)
-                if not member.isreg() or member.issparse():
-                    raise InputError(self.origin, expected="plain files", got=f"{name!r}, not one", remedy=REMEDY)
-                if name in members:
-                    raise InputError(self.origin, expected="each name once", got=f"{name!r} twice", remedy=REMEDY)
-                if member.size > MAX_FILE:
-                    raise _too_large(self.origin, name, MAX_FILE)
-                content = archive.extractfile(member)
-                data = content.read() if content is not None else b""
-                if len(data) != member.size:
-                    raise InputError(self.origin, expected="a whole archive", got="a cut one", remedy=REMEDY)
-                members[name] = data
-        return members
-
-    def names(self) -> list[str]:
-        """Return the names of all files, sorted (see ``Store``)."""
-        return sorted(self._files)
-
-    def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
-        """Return the bytes of one file (see ``Store``)."""
-        if name not in self._files:
-            raise _missing(self.origin, name)
-        if len(self._files[name]) > max_bytes:
-            raise _too_large(self.origin, name, max_bytes)
-        return self._files[name]
+                members, self.unpacked = read_members(
+                    file, origin, max_file=MAX_FILE, max_total=max_total, max_files=MAX_FILES
+                )
+        except OSError as error:
+            raise InputError(origin, expected="a .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
+        super().__init__(_strip_root(members), origin)
 
 
-class _Bounded(io.RawIOBase):
-    """A stream that ends with an error, not with memory, after ``limit`` bytes."""
+def snapshot(store: Store, origin: str) -> MemoryStore:
+    """Return all files of a store as they are now.
 
-    def __init__(self, source: IO[bytes] | gzip.GzipFile, limit: int, origin: str) -> None:
-        self.source, self.left, self.origin = source, limit, origin
+    What is checked is then what was hashed, even when somebody writes to the folder meanwhile.
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        wanted = self.left + 1 if size < 0 else min(size, self.left + 1)
-        data = self.source.read(wanted)
-        self.left -= len(data)
-        if self.left < 0:
-            raise InputError(self.origin, expected="a bounded archive", got="more bytes than that", remedy=REMEDY)
-        return data
+    Raises:
+        InputError: when they exceed 512 MB together, or cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    left = MAX_TOTAL
+    for name in store.names():
+        files[name] = store.read(name)
+        left -= len(files[name])
+        if left < 0:
+            raise InputError(origin, expected=f"at most {MAX_TOTAL} bytes", got="more", remedy=REMEDY)
+    return MemoryStore(files, origin)
 
 
 def _strip_root(members: dict[str, bytes]) -> dict[str, bytes]:
@@ -225,9 +182,28 @@ class PrefixStore:
         return self.store.read(self.prefix + name, max_bytes)
 
 
+def parse_shallow(data: bytes, origin: str, max_bytes: int = MAX_FILE) -> Any:
+    """Parse strict JSON (see ``parse_json``) of at most 64 levels, which nothing that walks it can overflow on."""
+    value = parse_json(data, origin, max_bytes)
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise InputError(origin, expected=f"at most {MAX_DEPTH} levels", got="deeper nesting", remedy=REMEDY)
+    return value
+
+
+def depth(value: Any) -> int:
+    """Return how deep a JSON value is nested, without recursion."""
+    deepest, pending = 0, [(value, 1)]
+    while pending:
+        item, level = pending.pop()
+        deepest = max(deepest, level)
+        if isinstance(item, (dict, list)):
+            pending += [(below, level + 1) for below in (item.values() if isinstance(item, dict) else item)]
+    return deepest
+
+
 def read_object(store: Store, name: str) -> dict[str, Any]:
     """Return a JSON file whose top is an object (InputError when it is anything else)."""
-    value = parse_json(store.read(name), name)
+    value = parse_shallow(store.read(name), name)
     if not isinstance(value, dict):
         raise InputError(name, expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
     return value

@@ -4,27 +4,44 @@ A bundle that was made up from scratch, raw files included, is out of its reach;
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from q4kd.harness.bundle import MANIFEST, manifest_of, parse_manifest
-from q4kd.harness.contract import Claim, Contract, contract_files, parse_contract
-from q4kd.harness.findings import PROSE, exit_code, headline, inconclusive, parse_findings, summary
-from q4kd.harness.interchange import ctrf, digest_of, intoto_statement, junit
+from q4kd.harness.bundle import MANIFEST, seal_problems
+from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.dsse import (
+    ENVELOPE,
+    Envelope,
+    encode_payload,
+    fingerprint,
+    load_public_key,
+    read_envelope,
+    unsigned_by,
+)
+from q4kd.harness.findings import NOT_RUN, PROSE, exit_code, headline, inconclusive, parse_findings, summary
+from q4kd.harness.interchange import signed_statement, statement_of
 from q4kd.harness.plan import Plan, make_plan, plan_differences
-from q4kd.harness.profile import profile_bytes, read_profile
+from q4kd.harness.profile import read_profile
 from q4kd.harness.raw import RawRun, Store, open_store, read_runs, runs_of
-from q4kd.harness.recheck import as_json, difference, recheck_sabotage
-from q4kd.harness.store import read_object
-from q4kd.harness.yaml_lines import MAX_BYTES, printable
+from q4kd.harness.recheck import (
+    KillReplay,
+    arms_of,
+    as_json,
+    bundle_contracts,
+    contract_differences,
+    difference,
+    interchange_differences,
+    read_plan,
+)
+from q4kd.harness.store import read_object, snapshot
+from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_bounded
 
 Status = Literal["consistent", "mismatch", "unverifiable"]
-Rejudge = Callable[[Claim, str, Store, list[Mapping[str, Any]]], list[dict[str, Any]]]
 _EXIT_CODES: Mapping[Status, int] = {"consistent": 0, "mismatch": 1, "unverifiable": 2}
+_NOT_JUDGED = (NOT_RUN, "harness error")
 _FABRICATED = "raw files invented together with their verdicts are beyond what re-judging can detect"
 _UNSIGNED = (
     "consistent; authenticity not established: without --contracts or a signature, a bundle that was edited and sealed "
@@ -43,6 +60,7 @@ class VerifyResult:
         caveats: what a consistent bundle still does not show.
         recomputed: how many verdicts were drawn again from raw files.
         headline: what the bundle says of its run; "consistent" is about the record, not about the claims.
+        signed_by: fingerprints of the keys asked for whose signatures are valid.
         exit_code: 0 consistent, 1 mismatch, 2 unverifiable.
     """
 
@@ -51,6 +69,7 @@ class VerifyResult:
     caveats: tuple[str, ...]
     recomputed: int
     headline: str | None = None
+    signed_by: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -65,6 +84,7 @@ class _Notes:
     caveats: list[str] = field(default_factory=list)
     recomputed: int = 0
     headline: str | None = None
+    signed_by: tuple[str, ...] = ()
 
     def result(self) -> VerifyResult:
         status: Status = "mismatch" if self.mismatches else "unverifiable" if self.unknowns else "consistent"
@@ -75,54 +95,69 @@ class _Notes:
             caveats=tuple(self.caveats),
             recomputed=self.recomputed,
             headline=self.headline,
+            signed_by=self.signed_by if status == "consistent" else (),
         )
 
 
-def verify_bundle(
-    path: Path, contracts: Path | None = None, public_key: Path | None = None, *, rejudge: Rejudge | None = None
-) -> VerifyResult:
+def verify_bundle(path: Path, contracts: Path | None = None, public_keys: Sequence[Path] = ()) -> VerifyResult:
     """Verify a bundle folder or ``.tar.gz``.
 
     Args:
         path: the bundle.
         contracts: folder of the contracts it should have been judged by; their digests are compared.
-        public_key: key its statement should be signed with. Bundles are not signed yet, so this fails.
-        rejudge: replaces the re-judging of kill records (see ``recheck_sabotage``).
+        public_keys: keys that must each have signed it.
 
     Raises:
-        InputError: when it is not a bundle at all: unreadable, unsafe, or without a manifest.
+        InputError: when it is not a bundle at all: unreadable, unsafe, or without any of a bundle's files; or when a
+            key is not one.
     """
-    store = open_store(path)
-    recorded = parse_manifest(store.read(MANIFEST, MAX_BYTES), MANIFEST)
+    return verify_store(snapshot(open_store(path), str(path)), contracts, public_keys)
+
+
+def verify_store(store: Store, contracts: Path | None = None, public_keys: Sequence[Path] = ()) -> VerifyResult:
+    """Verify the files of a bundle, which must not change meanwhile (see ``verify_bundle``)."""
     notes = _Notes()
-    actual = manifest_of(store)
-    notes.mismatches += [f"missing file: {name}" for name in recorded if name not in actual]
-    notes.mismatches += [f"added file: {name}" for name in actual if name not in recorded]
-    notes.mismatches += [
-        f"changed file: {name}" for name in recorded if name in actual and actual[name] != recorded[name]
-    ]
-    _check_signature(store, public_key, notes)
+    notes.mismatches += seal_problems(store)
+    envelope = _check_signature(store, public_keys, notes)
     try:
-        _check_contents(store, contracts, rejudge or recheck_sabotage, notes)
+        _check_contents(store, contracts, envelope, notes)
     except InputError as error:
         # A file that the manifest lists and that cannot be used was damaged; anything else is not ours to judge.
         (notes.mismatches if notes.mismatches else notes.unknowns).append(str(error))
-    if contracts is None:
+    except Exception as error:  # a bundle is hostile input: whatever it breaks here is a result, not a crash
+        notes.unknowns.append(f"cannot be judged: {type(error).__name__}: {error}")
+    if contracts is None and not public_keys:
         notes.caveats.append(_UNSIGNED)
+    if envelope is not None and not public_keys:
+        names = ", ".join(envelope.signatures)
+        notes.caveats.append(printable(f"signed by {names}; not checked, for want of --public-key", 300))
     notes.caveats += [_FABRICATED, _REPORT]
     return notes.result()
 
 
-def _check_signature(store: Store, public_key: Path | None, notes: _Notes) -> None:
-    if public_key is None:
-        return
-    if "statement.dsse.json" in store.names():
-        notes.unknowns.append("statement.dsse.json: this version cannot check signatures")
-    else:
-        notes.mismatches.append("not signed: a public key was given and the bundle has no statement.dsse.json")
+def _check_signature(store: Store, public_keys: Sequence[Path], notes: _Notes) -> Envelope | None:
+    """Check the envelope's signatures, and that it is about this manifest; return it, None without one to read."""
+    if ENVELOPE not in store.names():
+        if public_keys:
+            notes.mismatches.append(f"not signed: a public key was given and the bundle has no {ENVELOPE}")
+        return None
+    keys = [load_public_key(path) for path in public_keys]
+    try:
+        envelope = read_envelope(store.read(ENVELOPE))
+    except InputError as error:
+        notes.mismatches.append(str(error))
+        return None
+    bad = unsigned_by(envelope, keys)
+    notes.mismatches += bad
+    notes.signed_by = () if bad else tuple(fingerprint(key) for key in keys)
+    # The whole statement is compared once the findings are read; this holds even for a judge that is unknown here.
+    digest = hashlib.sha256(store.read(MANIFEST)).hexdigest() if MANIFEST in store.names() else "none"
+    if f'"{digest}"'.encode() not in envelope.payload:
+        notes.mismatches.append(f"{ENVELOPE}: signed for another bundle, or for this one before it was changed")
+    return envelope
 
 
-def _check_contents(store: Store, contracts_folder: Path | None, rejudge: Rejudge, notes: _Notes) -> None:
+def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envelope | None, notes: _Notes) -> None:
     from q4kd.harness.judge import JUDGE_VERSION  # the judge and its checks are only needed from here on
 
     version = read_object(store, "findings.json").get("judge_version")
@@ -133,29 +168,28 @@ def _check_contents(store: Store, contracts_folder: Path | None, rejudge: Rejudg
     notes.headline = printable(headline(findings), 300)
     contracts = bundle_contracts(store)
     profile = read_profile(findings["profile"], store)
-    recorded = Plan.from_json(read_object(store, "plan.json"))
+    recorded, written = read_plan(store)
     plan = make_plan(contracts, profile, recorded.select)
-    notes.mismatches += plan_differences(recorded, plan)
+    differences = plan_differences(recorded, plan)
+    if not differences and (where := difference(written, plan.to_json())) is not None:
+        differences = [f"plan{where}"]
+    notes.mismatches += differences
     if findings["scope"] != plan.scope:
         notes.mismatches.append(f"scope recorded as {findings['scope']}, expected {plan.scope}")
-    _check_findings(store, findings, contracts, plan, rejudge, notes)
+    if read_object(store, "environment.json").get("profile") != findings["profile"]:
+        notes.mismatches.append("environment.json: made on another profile than the findings")
+    _check_findings(store, findings, contracts, plan, notes)
     if contracts_folder is not None:
-        notes.mismatches += _contract_differences(store, contracts_folder, findings["profile"])
-    _check_interchange(store, findings, notes)
-
-
-def bundle_contracts(store: Store) -> list[Contract]:
-    """Load the contracts kept in a bundle, as run."""
-    names = [
-        name
-        for name in store.names()
-        if name.startswith("contracts/") and name.count("/") == 1 and name.endswith((".yaml", ".yml"))
-    ]
-    return [parse_contract(name.split("/")[1].rsplit(".", 1)[0], store.read(name, MAX_BYTES), name) for name in names]
+        notes.mismatches += contract_differences(store, contracts_folder, findings["profile"])
+    notes.mismatches += interchange_differences(store, findings)
+    if envelope is not None:
+        expected = signed_statement(statement_of(store), store.read(MANIFEST))
+        if envelope.payload != encode_payload(expected):
+            notes.mismatches.append(f"{ENVELOPE}: the signed statement is not the one that the findings give")
 
 
 def _check_findings(
-    store: Store, findings: Mapping[str, Any], contracts: list[Contract], plan: Plan, rejudge: Rejudge, notes: _Notes
+    store: Store, findings: Mapping[str, Any], contracts: list[Contract], plan: Plan, notes: _Notes
 ) -> None:
     claims = {claim.key: claim for contract in contracts for claim in contract.claims}
     wanted = {entry.key: entry for entry in plan.entries if entry.scope != "out_of_scope"}
@@ -165,17 +199,13 @@ def _check_findings(
     if len(keys) != len(set(keys)):
         notes.mismatches.append("findings: a claim is listed twice")
     runs = read_runs(store)
-    for name, run in runs.items():
-        try:
-            if run.harness_error is None and run.fault is not None:
-                notes.mismatches.append(f"runs/{name}: made with the fault {run.fault}, among clean runs")
-        except InputError as error:
-            notes.mismatches.append(f"runs/{name}: {error}")
+    _check_runs(runs, claims, notes)
+    kills = KillReplay(store)
     for row in findings["findings"]:
         if row["key"] in wanted:
             if row["scope"] != wanted[row["key"]].scope:
                 notes.mismatches.append(f"{row['key']}: scope recorded as {row['scope']}")
-            _check_finding(store, row, claims[row["key"]], runs, findings["profile"], rejudge, notes)
+            _check_finding(row, claims[row["key"]], runs, findings["profile"], kills, notes)
     code = exit_code(findings["findings"], findings["scope"])
     if findings["exit_code"] != code:
         notes.mismatches.append(f"exit code recorded as {findings['exit_code']}, recomputed {code}")
@@ -184,32 +214,53 @@ def _check_findings(
         notes.mismatches.append(f"summary recorded as {findings['summary']}, recomputed {counts}")
 
 
+def _check_runs(runs: Mapping[str, RawRun], claims: Mapping[str, Claim], notes: _Notes) -> None:
+    """Every run must be of an experiment that some claim names, and without a planted fault."""
+    used = {claim.falsifier.experiment for claim in claims.values() if claim.falsifier}
+    for name, run in runs.items():
+        if name not in used and not any(name.startswith(f"{experiment}.") for experiment in used):
+            notes.mismatches.append(f"runs/{name}: of no experiment that a claim names")
+        try:
+            if run.harness_error is None and run.fault is not None:
+                notes.mismatches.append(f"runs/{name}: made with the fault {run.fault}, among clean runs")
+        except InputError as error:
+            notes.mismatches.append(f"runs/{name}: {error}")
+
+
 def _check_finding(
-    store: Store,
     row: Mapping[str, Any],
     claim: Claim,
     runs: Mapping[str, RawRun],
     profile: str,
-    rejudge: Rejudge,
+    kills: KillReplay,
     notes: _Notes,
 ) -> None:
     for name in ("contract", "id", "rule", "prediction", "if_fails"):
         if row[name] != getattr(claim, name):
             notes.mismatches.append(f"{claim.key}: {name} differs from the contract")
-    mine = runs_of(claim.falsifier.experiment, runs) if claim.falsifier else {}
-    if sorted(row["runs"]) != sorted(mine) and (row["runs"] or row["verdict"] != "inconclusive"):
-        notes.mismatches.append(f"{claim.key}: judged on {row['runs']}, the bundle holds {sorted(mine)}")
+    experiment = claim.falsifier.experiment if claim.falsifier else None
+    if row["experiment"] != experiment:
+        notes.mismatches.append(f"{claim.key}: experiment differs from the contract")
+    mine = runs_of(experiment, runs) if experiment else {}
+    not_judged = row["verdict"] == "inconclusive" and row["reason"] in _NOT_JUDGED and not row["runs"]
+    if not not_judged:
+        if sorted(row["runs"]) != sorted(mine):
+            notes.mismatches.append(f"{claim.key}: judged on {row['runs']}, the bundle holds {sorted(mine)}")
+        if absent := arms_of(experiment) - set(mine):
+            notes.mismatches.append(f"{claim.key}: judged without the runs {sorted(absent)} of its experiment")
+    elif row["checks"] or row["sabotage"]:
+        notes.mismatches.append(f"{claim.key}: recorded as {row['reason']}, with checks or faults all the same")
     try:
-        result = as_json(_recompute(store, row, claim, mine, profile, rejudge))
+        result = as_json(_recompute(row, claim, mine, profile, kills))
     except Exception as error:  # a check met raw files it was never meant to: that is a finding, not a crash
         notes.mismatches.append(f"{claim.key}: cannot be judged again: {type(error).__name__}: {error}")
         return
     if result is None:
-        if row["verdict"] != "inconclusive":
+        if not not_judged:
             notes.mismatches.append(f"{claim.key}: recorded as {row['verdict']}, but it was never run to the end")
         return
-    if not row["runs"] and mine and row["verdict"] == result["verdict"] == "inconclusive":
-        return  # interrupted before it was judged; what was recorded of it supports no verdict either
+    if not_judged and result["verdict"] != "falsified":
+        return  # stopped before it was judged: less is claimed than the raw files show, and no refutation is hidden
     notes.recomputed += 1
     for name in ("verdict", "reason", "checks", "sabotage"):
         where = difference(row[name], result.get(name))
@@ -218,7 +269,7 @@ def _check_finding(
 
 
 def _recompute(
-    store: Store, row: Mapping[str, Any], claim: Claim, runs: Mapping[str, RawRun], profile: str, rejudge: Rejudge
+    row: Mapping[str, Any], claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: KillReplay
 ) -> dict[str, Any] | None:
     """Judge a claim again; None when its experiment was not run to the end and there is nothing to judge."""
     if claim.falsifier is None:
@@ -229,34 +280,6 @@ def _recompute(
     from q4kd.harness.kills import apply_kill_rule
 
     result = dict(judge_claim(claim, runs, profile))
-    kills = rejudge(claim, profile, store, list(row["sabotage"]))
-    return apply_kill_rule(result, kills)
-
-
-def _contract_differences(store: Store, folder: Path, profile: str) -> list[str]:
-    """Compare the digests of the contracts as run with those of ``folder``."""
-    given = {f"contracts/{path.name}": read_bounded(path, MAX_BYTES) for path in contract_files(folder)}
-    given[f"contracts/profiles/{profile}.yaml"] = profile_bytes(profile, folder)
-    expected = {name: hashlib.sha256(data).hexdigest() for name, data in given.items()}
-    held = {name: digest_of(store, name) for name in store.names() if name.startswith("contracts/")}
-    lines = [f"{name}: not in the bundle" for name in expected if name not in held]
-    lines += [f"{name}: not among the contracts given" for name in held if name not in expected]
-    lines += [f"{name}: differs from the one given" for name in held if expected.get(name, held[name]) != held[name]]
-    return lines
-
-
-def _check_interchange(store: Store, findings: Mapping[str, Any], notes: _Notes) -> None:
-    """Derive the other formats again: they are what other tools believe."""
-    environment, inputs = read_object(store, "environment.json"), read_object(store, "inputs.json")
-    names = store.names()
-    if "junit.xml" in names and store.read("junit.xml") != junit(findings):
-        notes.mismatches.append("junit.xml: differs from the findings")
-    try:
-        statement = intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
-        expected = {"ctrf.json": ctrf(findings, environment), "statement.intoto.json": statement}
-    except (AttributeError, TypeError) as error:
-        notes.mismatches.append(f"environment.json or inputs.json: not what a bundle holds: {error}")
-        return
-    for name, value in expected.items():
-        if name in names and read_object(store, name) != value:
-            notes.mismatches.append(f"{name}: differs from the findings")
+    if not row["runs"]:
+        return result
+    return apply_kill_rule(result, kills.judge_again(claim, profile, row["sabotage"]))

@@ -21,6 +21,7 @@ MAX_ALIAS_NODES = 10_000
 
 Path_ = tuple[str | int, ...]
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those that a YAML reader counts
 _INT = re.compile(r"[-+]?[0-9]{1,40}")
 _RADIX = re.compile(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
@@ -93,7 +94,7 @@ def parse_yaml(data: bytes, origin: str) -> Document:
         raise InputError(
             f"{origin}:{line}", expected="UTF-8 text", got=f"byte {data[error.start]:#04x}", remedy="save it as UTF-8"
         ) from error
-    text = tuple(source.split("\n"))
+    text = tuple(_LINE_BREAK.split(source))
     builder = _Builder(origin, text)
     try:
         for event in _events(source):

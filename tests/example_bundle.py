@@ -1,5 +1,6 @@
 """A small bundle with a check of its own, for the tests of everything that reads bundles."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,12 +11,16 @@ import pytest
 
 from q4kd.harness import bundle
 from q4kd.harness.checks import Judgement
-from q4kd.harness.contract import load_contracts
+from q4kd.harness.contract import Claim, load_contracts
+from q4kd.harness.experiment import Arm, Experiment
 from q4kd.harness.findings import assemble
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
+from q4kd.harness.kills import apply_kill_rule
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, read_runs, runs_of
+from q4kd.harness.recheck import KillReplay
+from q4kd.harness.sabotage.registry import Fault
 
 CONTRACT = """\
 metadata:
@@ -48,12 +53,38 @@ PROSE = """\
     rule: prose only
     prediction: nobody checks this
 """
-CAUGHT = {"fault": "ballast", "caught": True, "verdict": "falsified", "record": "r1", "detail": "caught: 900"}
+PAIR = """\
+  - id: DEMO-004
+    rule: the peak stays low in both arms
+    prediction: peak <= limit
+    if_fails: look at the arms
+    falsifier:
+      check: peak
+      experiment: pair
+      params: {limit: 100.5}
+      min_observations: 3
+      sabotage: [ballast]
+  - id: DEMO-005
+    rule: the peak stays very low
+    prediction: peak <= limit
+    if_fails: it does not
+    falsifier:
+      check: peak
+      experiment: pair
+      params: {limit: 50}
+      sabotage: [ballast]
+"""
+CAUGHT = {"fault": "ballast", "caught": True, "verdict": "falsified", "record": "r1", "detail": "caught: 300.0 is over"}
+EXPERIMENTS = {
+    name: Experiment(name=name, title=name, needs=(), arms=tuple(Arm(arm, lambda _: []) for arm in arms))
+    for name, arms in {"demo": (None,), "demo-gpu": (None,), "pair": ("a", "b")}.items()
+}
+BALLAST = Fault("ballast", "holds memory", "memory", (), lambda: None)
 
 
 def _extract(runs: Any, params: Any, minimum: int) -> dict[str, Any]:
-    run = next(iter(runs.values()))
-    return {"peak": max(row["rss"] for row in run.memory) / 3, "samples": len(run.memory)}
+    rows = [row["rss"] for run in runs.values() for row in run.memory]
+    return {"peak": max(rows) / 3, "samples": len(rows)}
 
 
 def _judge(observation: Any, params: Any, minimum: int) -> Judgement:
@@ -79,10 +110,12 @@ PEAK = SimpleNamespace(
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the check ``peak`` beside two names of real ones, where the loader and the judge look."""
+    """Put the check ``peak`` beside two names of real ones, and the experiments and the fault where they are sought."""
     checks = {"peak": PEAK, "log_absent": PEAK, "log_present": PEAK}
     monkeypatch.setattr("q4kd.harness.checks.CHECKS", checks)
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", checks)
+    monkeypatch.setattr("q4kd.harness.experiment.EXPERIMENTS", EXPERIMENTS)
+    monkeypatch.setattr("q4kd.harness.sabotage.registry.get_fault", {"ballast": BALLAST}.__getitem__)
 
 
 def write_run(folder: Path, *, peak: int = 300, fault: str | None = None, samples: int = 40) -> None:
@@ -100,12 +133,26 @@ def write_run(folder: Path, *, peak: int = 300, fault: str | None = None, sample
     (folder / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def rejudge(claim: Any, profile: str, store: Any, recorded: Any) -> list[dict[str, Any]]:
-    """Stand in for the kill records: the one fault was caught."""
-    return [dict(CAUGHT)]
+def write_kills(folder: Path, claims: list[Claim], samples: int) -> dict[str, str]:
+    """Write a kill record and its archive for every claim into ``folder``; return claim key → record key."""
+    records: dict[str, Any] = {}
+    for number, claim in enumerate(claims, 1):
+        assert claim.falsifier is not None
+        experiment = EXPERIMENTS[claim.falsifier.experiment]
+        faulted = folder.parent.parent / f"faulted-{experiment.name}"
+        raw = f"ballast--{experiment.name}.tar.gz"
+        if not faulted.exists():
+            for arm in experiment.arms:
+                write_run(faulted / "runs" / experiment.run_name(arm), peak=900, fault="ballast", samples=samples)
+            (folder / raw).write_bytes(bundle.pack_bytes(faulted))
+        record = {"contract": claim.contract, "id": claim.id, "fault": "ballast", "experiment": experiment.name}
+        record |= {"raw": raw, "raw_sha256": hashlib.sha256((folder / raw).read_bytes()).hexdigest()}
+        records[f"r{number}"] = record
+    (folder / "kills.json").write_text(json.dumps({"format": "q4kd-kills/1", "records": records}))
+    return {f"{record['contract']}::{record['id']}": key for key, record in records.items()}
 
 
-def build(root: Path, *, text: str = CONTRACT, peak: int = 300, select: str | None = None) -> Path:
+def build(root: Path, *, text: str = CONTRACT, peak: int = 300, select: str | None = None, samples: int = 40) -> Path:
     """Write contracts to ``root/contracts`` and a sealed bundle to ``root/bundle``; return the bundle."""
     contracts = root / "contracts"
     contracts.mkdir(parents=True)
@@ -114,13 +161,24 @@ def build(root: Path, *, text: str = CONTRACT, peak: int = 300, select: str | No
     plan = make_plan(loaded, load_profile("cpu", contracts), select)
     folder = root / "bundle"
     bundle.open_bundle(folder, contracts, "cpu", plan, {"teacher.gguf": {"sha256": "ab" * 32, "bytes": 5}})
-    write_run(folder / "runs" / "demo", peak=peak)
-    runs = read_runs(DirectoryStore(folder))
+    judged = [
+        claim
+        for claim in loaded[0].claims
+        if claim.falsifier and (entry := plan.entry(claim.key)) is not None and entry.scope == "required"
+    ]
+    for experiment in dict.fromkeys(claim.falsifier.experiment for claim in judged if claim.falsifier):
+        for arm in EXPERIMENTS[experiment].arms:
+            write_run(folder / "runs" / EXPERIMENTS[experiment].run_name(arm), peak=peak, samples=samples)
+    keys = write_kills(folder / "sabotage", judged, samples)
+    store = DirectoryStore(folder)
+    runs, replay = read_runs(store), KillReplay(store)
     results = {}
-    for claim in loaded[0].claims:
-        if claim.falsifier is not None and (mine := runs_of(claim.falsifier.experiment, runs)):
-            judged = judge_claim(claim, mine, "cpu")
-            results[claim.key] = {**judged, "runs": list(mine), "sabotage": [CAUGHT], "seconds": 1.25}
+    for claim in judged:
+        assert claim.falsifier is not None
+        mine = runs_of(claim.falsifier.experiment, runs)
+        kills = replay.judge_again(claim, "cpu", [{"fault": "ballast", "record": keys[claim.key]}])
+        result = apply_kill_rule(judge_claim(claim, mine, "cpu"), kills)
+        results[claim.key] = {**result, "runs": list(mine), "seconds": 1.25}
     created = "2026-11-23T12:00:00+00:00"
     bundle.write_findings(folder, assemble(plan, loaded, results, judge_version=JUDGE_VERSION, created=created))
     bundle.close(folder)

@@ -40,3 +40,42 @@ def write_model(path: Path, change: Callable[[gguf.GGUFWriter], None] | None = N
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Path:
+    """Copy a GGUF, storing each F32 tensor as ``types(name)`` where that is a type and not None.
+
+    Q5_K, which the gguf package cannot quantise to, gets random blocks of about the tensor's standard deviation.
+    """
+    reader = gguf.GGUFReader(source)
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        data, name = np.asarray(tensor.data), types(tensor.name)
+        if name is None:
+            writer.add_tensor(tensor.name, data)
+            continue
+        kind = gguf.GGMLQuantizationType[name]
+        packed = random_q5_k(rng, data) if name == "Q5_K" else gguf.quants.quantize(data, kind)
+        writer.add_tensor(tensor.name, packed.view(np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def random_q5_k(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
+    """Return random Q5_K rows, uint8, for a float32 ``[rows, cols]``: the same shape and standard deviation."""
+    blocks = rng.integers(0, 256, (like.size // 256, 176), dtype=np.uint8)
+    for scale in (1.0, None):
+        if scale is None:
+            scale = float(like.std() / gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q5_K).std())
+        # Scales and mins share one random range; q has mean 15.5: this min centres the weights.
+        blocks[:, 0:2] = np.array([scale], np.float16).view(np.uint8)
+        blocks[:, 2:4] = np.array([15.5 * scale], np.float16).view(np.uint8)
+    return blocks.reshape(len(like), -1)

@@ -6,12 +6,10 @@ import pytest
 from example_bundle import CONTRACT, PROSE, register
 from hypothesis import given
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
-from q4kd.harness.contract import default_contracts_folder, load_contract, load_contracts, merge, parse_contract
+from q4kd.harness.contract import load_contract, load_contracts, merge, parse_contract
 from q4kd.harness.yaml_lines import parse_yaml, plain_scalar
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +45,8 @@ def test_a_contract_is_read_with_its_lines_and_identity() -> None:
         ("sabotage: [ballast]", "sabotage: []", 9, "falsifier:", "at least one fault"),
         ("    falsifier:", "    falsifer:", 9, "falsifer:", "'falsifier'"),
         ("    rule: the peak stays low\n", "", 5, "- id: DEMO-001", "'rule' is a required property"),
-        ("DEMO-002", "DEMO-001", 15, "- id: DEMO-001", "each claim id once"),
+        ("DEMO-002", "DEMO-001", 15, "- id: DEMO-001", "again (first on line 5)"),
+        ("min_observations: 3", "work: {flops: 1}", 13, "work: {flops: 1}", "only beside a check that bounds a time"),
         ("needs: [cuda]", "needs: [gpu]", 23, "needs: [gpu]", "'gpu' is not one of"),
         ("min_observations: 3", "profiles: {gb01: {}}", 13, "profiles: {gb01: {}}", "gb10"),
         ("min_observations: 3", "profiles: {gb10: {params: {limit: a}}}", 13, "gb10", "'a' is not of type"),
@@ -112,9 +111,10 @@ def test_upstream_files_load_unchanged_with_unknown_keys_kept() -> None:
     assert any("status" in warning for warning in contract.warnings)
 
 
-def test_a_misspelt_top_level_key_is_warned_about() -> None:
-    contract = parse_contract("a", UPSTREAM.replace("falsification_tests", "falsification_test").encode(), "a.yaml")
-    assert contract.claims == () and "falsification_tests" in " ".join(contract.warnings)
+@pytest.mark.parametrize("key", ["falsification", "falsifcation_tests", "falsification-tests"])
+def test_a_misspelt_top_level_key_is_warned_about(key: str) -> None:
+    contract = parse_contract("a", UPSTREAM.replace("falsification_tests", key).encode(), "a.yaml")
+    assert contract.claims == () and "did you mean 'falsification_tests'" in " ".join(contract.warnings)
 
 
 @pytest.mark.parametrize(
@@ -184,24 +184,6 @@ def test_a_thousand_files_load_quickly(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(load_contracts(tmp_path)) == 1000
     assert time.process_time() - start < 5
-
-
-def test_the_schema_describes_every_field() -> None:
-    schema = read_json(default_contracts_folder() / "contract.schema.json")
-    Draft202012Validator.check_schema(schema)
-
-    def undescribed(node: object, path: str) -> list[str]:
-        found = []
-        if isinstance(node, dict):
-            for name, field in node.get("properties", {}).items():
-                described = "description" in field or "$ref" in field
-                if not described and not path.endswith("/then"):
-                    found.append(f"{path}/{name}")
-            for key, value in node.items():
-                found += undescribed(value, f"{path}/{key}")
-        return found
-
-    assert undescribed(schema, "") == []
 
 
 def test_the_file_stem_is_the_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing a qwen2 GGUF, read back with the gguf package's own reader."""
+"""Writing GGUF files, read back with the gguf package's own reader."""
 
 import gguf
 import numpy as np
@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.files import write_json  # noqa: E402
 from q4kd.trainer.gguf_write import (  # noqa: E402
+    LLAMA3_SPLIT,
     QWEN2_SPLIT,
     pre_tokenizer_name,
     tensor_type,
@@ -17,6 +18,7 @@ from q4kd.trainer.gguf_write import (  # noqa: E402
     write_gguf,
     write_gguf_from_folder,
 )
+from q4kd.trainer.huggingface_config import rope_factors  # noqa: E402
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 QWEN2 = {
@@ -199,14 +201,14 @@ def test_the_28_layer_recipe_is_llama_cpps():
         assert set(kinds) == {"Q4_K", "Q6_K"}
 
 
-def test_columns_without_superblocks_fall_back_to_f16(tmp_path):
-    model = make_model(hidden=128)
-    for recipe in ("q4_k_m", "q6_k"):
+def test_columns_without_superblocks_fall_back(tmp_path):
+    model = make_model(hidden=96, intermediate_size=520)
+    for recipe in ("q4_k_m", "q6_k", "q8_0"):
         _fields, tensors = write(tmp_path / "m.gguf", model, recipe=recipe)
-        assert tensors["blk.0.attn_q.weight"].tensor_type.name == "F16"
-        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "Q6_K"  # 512 columns
-        expected = model.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy().astype(np.float16)
-        np.testing.assert_array_equal(tensors["blk.0.attn_q.weight"].data, expected)
+        assert tensors["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"  # 96 columns: three blocks of 32
+        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F16"  # 520 columns: no blocks at all
+        expected = model.state_dict()["model.layers.1.mlp.down_proj.weight"].numpy().astype(np.float16)
+        np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"].data, expected)
 
 
 def test_a_folder_writes_the_same_file(tmp_path):
@@ -229,18 +231,13 @@ def test_rope_base_of_an_older_config(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_sliding_window": True}, "sliding"),
-        ({"head_dim": 128}, "head_dim"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope"),
-        ({"rope_parameters": None, "rope_theta": None}, "rope_theta"),
+        ({"model_type": "gemma"}, "model_type"),
+        ({"model_type": "llama"}, "k_proj.bias"),
+        ({"head_dim": 128}, "q_proj"),
         ({"intermediate_size": 256}, "mlp.gate_proj"),
         ({"num_hidden_layers": 1}, "unknown"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"vocab_size": 20}, "embed_tokens"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"hidden_size": None}, "hidden_size"),
     ],
 )
 def test_configs_that_do_not_describe_the_weights_are_refused(tmp_path, change, message):
@@ -248,6 +245,49 @@ def test_configs_that_do_not_describe_the_weights_are_refused(tmp_path, change, 
     with pytest.raises(InputError, match=message):
         write(tmp_path / "m.gguf", model, config=model.config.to_dict() | change)
     assert list(tmp_path.iterdir()) == []
+
+
+def make_llama(model_type="llama", **changes):
+    config = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[model_type]
+    model = {"llama": transformers.LlamaForCausalLM, "mistral": transformers.MistralForCausalLM}[model_type]
+    settings = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return model(config(**(settings | changes)))
+
+
+def test_llama_rows_are_permuted_as_llama_cpp_does(tmp_path):
+    model = make_llama()
+    fields, tensors = write(tmp_path / "m.gguf", model)
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.rope.dimension_count"] == 16
+    assert "rope_freqs.weight" not in tensors
+    state = model.state_dict()
+    for name, heads in (("q", 4), ("k", 2)):
+        rows = state[f"model.layers.0.self_attn.{name}_proj.weight"].numpy()
+        # LlamaModel.permute of convert_hf_to_gguf.py
+        expected = rows.reshape(heads, 2, len(rows) // heads // 2, 64).swapaxes(1, 2).reshape(rows.shape)
+        np.testing.assert_array_equal(tensors[f"blk.0.attn_{name}.weight"].data, expected)
+    value = state["model.layers.0.self_attn.v_proj.weight"].numpy()
+    np.testing.assert_array_equal(tensors["blk.0.attn_v.weight"].data, value)
+
+
+def test_llama3_factors_are_a_tensor_and_mistral_is_written_as_llama(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 64
+    _fields, tensors = write(tmp_path / "m.gguf", make_llama(rope_parameters=rope))
+    assert tensors["rope_freqs.weight"].tensor_type.name == "F32"
+    np.testing.assert_array_equal(
+        tensors["rope_freqs.weight"].data, rope_factors(make_llama(rope_parameters=rope).config.to_dict())
+    )
+    fields, tensors = write(tmp_path / "m.gguf", make_llama("mistral", sliding_window=None))
+    assert fields["general.architecture"] == "llama"
+    assert "rope_freqs.weight" not in tensors
+
+
+def test_a_head_size_of_its_own_is_written(tmp_path):
+    fields, tensors = write(tmp_path / "m.gguf", make_llama("mistral", head_dim=32, sliding_window=None))
+    assert (fields["llama.attention.key_length"], fields["llama.attention.value_length"]) == (32, 32)
+    assert tensors["blk.0.attn_q.weight"].shape.tolist() == [64, 128]
 
 
 def test_an_untied_head_cannot_be_dropped_silently(tmp_path):
@@ -279,9 +319,24 @@ def test_pre_tokenizer_names():
     qwen2 = make_tokenizer() | {"pre_tokenizer": QWEN2}
     assert pre_tokenizer_name(qwen2) == "qwen2"
     assert pre_tokenizer_name(qwen2 | {"normalizer": {"type": "NFC"}}) == "qwen2"
+    model = make_tokenizer()["model"] | {"ignore_merges": True}
+    split = QWEN2["pretokenizers"][0] | {"pattern": {"Regex": LLAMA3_SPLIT}}
+    llama3 = make_tokenizer() | {"pre_tokenizer": QWEN2 | {"pretokenizers": [split, QWEN2["pretokenizers"][1]]}}
+    assert pre_tokenizer_name(llama3 | {"model": model}) == "llama-bpe"
+    for wrong in (llama3, llama3 | {"model": model, "normalizer": {"type": "NFC"}}, qwen2 | {"model": model}):
+        with pytest.raises(InputError):
+            pre_tokenizer_name(wrong)
     other = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "."}}, GPT2]}
     with pytest.raises(InputError):
         pre_tokenizer_name(make_tokenizer() | {"pre_tokenizer": other})
+
+
+@pytest.mark.parametrize(("first", "expected"), [("SpecialToken", True), ("Sequence", False)])
+def test_a_tokenizer_that_begins_every_text_says_so(tmp_path, first, expected):
+    template = {"type": "TemplateProcessing", "single": [{first: {"id": "A", "type_id": 0}}]}
+    post = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    fields, _tensors = write(tmp_path / "m.gguf", make_llama(), tokenizer=make_tokenizer() | {"post_processor": post})
+    assert fields["tokenizer.ggml.add_bos_token"] is expected
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):

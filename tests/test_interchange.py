@@ -54,7 +54,8 @@ def test_the_statement_passes_only_with_exit_code_zero(findings: dict[str, Any])
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert statement["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
     assert statement["predicate"]["result"] == "FAILED"  # one claim is prose
-    assert statement["predicate"]["warnedTests"] == ["demo-v1::DEMO-003"]
+    assert statement["predicate"]["warnedTests"] == []  # some policies accept a warned test
+    assert "demo-v1::DEMO-003" in statement["predicate"]["failedTests"]
     assert {subject["name"] for subject in statement["subject"]} >= {"findings.json", "teacher.gguf"}
     good = {**findings, "exit_code": 0}
     clean = {"commit": "c" * 40, "dirty": False}

@@ -50,6 +50,10 @@ def test_a_deep_selection_is_refused_not_overflowed() -> None:
 def test_json_round_trip(contract: Contract) -> None:
     plan = make_plan([contract], load_profile("cpu"), "demo")
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    earlier = plan.to_json()
+    for entry in earlier["entries"]:
+        del entry["infeasible"]  # plans made before feasibility was recorded
+    assert Plan.from_json(earlier) == plan
     for bad in ([], {}, {**plan.to_json(), "scope": "half"}, {**plan.to_json(), "entries": [{"key": "x"}]}):
         with pytest.raises(InputError):
             Plan.from_json(bad)
@@ -66,3 +70,7 @@ def test_differences_name_what_was_dropped_added_or_rescoped(contract: Contract)
     assert plan_differences(rescoped, plan) == [f"plan: {first.key} is recorded as out_of_scope, expected required"]
     assert plan_differences(replace(plan, entries=(first, *plan.entries)), plan) == ["plan: a claim is listed twice"]
     assert "recorded as partial" in plan_differences(replace(plan, scope="partial"), plan)[0]
+    excused = replace(plan, entries=(replace(first, infeasible="1 TFLOP / 1 FLOP/s"), second, third))
+    assert plan_differences(excused, plan) == [
+        f"plan: {first.key} has its infeasible recorded as 1 TFLOP / 1 FLOP/s, expected None"
+    ]

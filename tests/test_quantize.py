@@ -1,4 +1,4 @@
-"""Q4_K and Q6_K quantisation, judged by the gguf package's own decoder and against a quantiser without a search."""
+"""Q4_K, Q5_K and Q6_K quantisation, judged by the gguf package's own decoder and against a quantiser without a search."""
 
 import gguf
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 
 from q4kd.trainer import quantize as quantize_module
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.quantize import quantize, quantize_q4_k, quantize_q6_k, round_trip_error
+from q4kd.trainer.quantize import quantize, round_trip_error
 
-BYTES = {"Q4_K": 144, "Q6_K": 210}
+BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 
 
 def dequantize(stored, quant_type):
@@ -23,18 +23,22 @@ def relative(weights, decoded):
     return float(np.linalg.norm(weights.astype(np.float64) - decoded) / np.linalg.norm(weights.astype(np.float64)))
 
 
-def naive_q4_k(weights):
+def naive_q4_k(weights, top=15):
     """Min/max fit, scales rounded to nearest, no search: what a first attempt at Q4_K decodes to."""
     x = weights.reshape(-1, 8, 32)
     m = -np.minimum(x.min(-1), 0)
-    s = (x.max(-1) + m) / 15
+    s = (x.max(-1) + m) / top
     d = (s.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
     dmin = (m.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
     step = (d * np.clip(np.rint(s / d), 0, 63))[..., None]
     floor = (dmin * np.clip(np.rint(m / dmin), 0, 63))[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        q = np.where(step > 0, np.clip(np.rint((x + floor) / step), 0, 15), 0)
+        q = np.where(step > 0, np.clip(np.rint((x + floor) / step), 0, top), 0)
     return (step * q - floor).reshape(weights.shape)
+
+
+def naive_q5_k(weights):
+    return naive_q4_k(weights, top=31)
 
 
 def naive_q6_k(weights):

@@ -17,7 +17,7 @@ from q4kd.trainer.teacher import Teacher, load_teacher
 
 
 def load(path: Path, backend: str | None = None) -> Teacher:
-    return load_teacher(path, backend=backend, events=EventLog(None), announce=lambda _line: None)
+    return load_teacher(path, backend=backend, dtype="float32", events=EventLog(None), announce=lambda _line: None)
 
 
 def ids_of(path: Path) -> np.ndarray:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_bundle import CAUGHT, CONTRACT, PROSE, build, register, rejudge, write_run
+from example_bundle import CAUGHT, CONTRACT, PAIR, PROSE, build, register, write_run
 
 from q4kd.harness import bundle as bundle_module
 from q4kd.harness.bundle import pack, pack_bytes, seal
 from q4kd.harness.recheck import difference
-from q4kd.harness.verify import VerifyResult, verify_bundle
+from q4kd.harness.verify import verify_bundle
 from q4kd.trainer.errors import InputError
 
 
@@ -27,10 +27,6 @@ def bundle(tmp_path: Path) -> Path:
     return build(tmp_path)
 
 
-def verify(path: Path, **options: Any) -> VerifyResult:
-    return verify_bundle(path, rejudge=rejudge, **options)
-
-
 def edit(path: Path, change: Callable[[Any], None]) -> None:
     value = json.loads(path.read_text())
     change(value)
@@ -38,7 +34,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_a_bundle_is_consistent_and_says_what_that_leaves_open(bundle: Path) -> None:
-    result = verify(bundle)
+    result = verify_bundle(bundle)
     assert (result.status, result.exit_code, result.problems, result.recomputed) == ("consistent", 0, (), 1)
     assert "authenticity not established" in result.caveats[0]
     assert result.headline == "1 claim corroborated on profile cpu; 1 out of scope"
@@ -47,25 +43,25 @@ def test_a_bundle_is_consistent_and_says_what_that_leaves_open(bundle: Path) -> 
 def test_an_archive_is_verified_without_unpacking(bundle: Path, tmp_path: Path) -> None:
     archive = pack(bundle)
     before = sorted(tmp_path.rglob("*"))
-    assert verify(archive).status == "consistent"
+    assert verify_bundle(archive).status == "consistent"
     assert sorted(tmp_path.rglob("*")) == before
     tar = tmp_path / "wrapped.tar.gz"
     subprocess.run(["tar", "czf", str(tar), "-C", str(tmp_path), "bundle"], check=True)
-    assert verify(tar).status == "consistent"
+    assert verify_bundle(tar).status == "consistent"
 
 
 @pytest.mark.parametrize("name", ["runs/demo/memory.jsonl", "findings.json", "report.html", "contracts/demo-v1.yaml"])
 def test_a_changed_file_is_found(bundle: Path, name: str) -> None:
     path = bundle / name
     path.write_bytes(path.read_bytes() + b"\n")
-    result = verify(bundle)
+    result = verify_bundle(bundle)
     assert result.exit_code == 1 and f"changed file: {name}" in result.problems
 
 
 def test_missing_and_added_files_are_found(bundle: Path) -> None:
     (bundle / "runs" / "demo" / "facts.json").unlink()
     (bundle / "runs" / "demo" / "note.txt").write_text("x")
-    problems = verify(bundle).problems
+    problems = verify_bundle(bundle).problems
     assert "missing file: runs/demo/facts.json" in problems and "added file: runs/demo/note.txt" in problems
 
 
@@ -173,7 +169,7 @@ def extra_run(bundle: Path) -> None:
 def test_tampering_is_found_even_after_sealing_again(bundle: Path, tamper: Callable[[Path], None], said: str) -> None:
     tamper(bundle)
     seal(bundle)
-    result = verify(bundle)
+    result = verify_bundle(bundle)
     assert result.status == "mismatch" and any(said in problem for problem in result.problems), result.problems
 
 
@@ -181,35 +177,35 @@ def test_an_impossible_findings_file_is_not_judged(bundle: Path) -> None:
     flip(bundle)
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(reason="x"))
     seal(bundle)
-    assert verify(bundle).exit_code == 2
+    assert verify_bundle(bundle).exit_code == 2
 
 
 def test_a_resealed_loosened_bound_is_caught_by_the_contracts_only(tmp_path: Path) -> None:
     loose = build(tmp_path / "loose", text=CONTRACT.replace("100.5", "500.5"))
     build(tmp_path / "strict")
     strict = tmp_path / "strict" / "contracts"
-    assert verify(loose).status == "consistent"
-    result = verify(loose, contracts=strict)
+    assert verify_bundle(loose).status == "consistent"
+    result = verify_bundle(loose, contracts=strict)
     assert result.exit_code == 1 and "contracts/demo-v1.yaml: differs from the one given" in result.problems
-    right = verify(loose, contracts=tmp_path / "loose" / "contracts")
+    right = verify_bundle(loose, contracts=tmp_path / "loose" / "contracts")
     assert right.status == "consistent" and not any("authenticity" in caveat for caveat in right.caveats)
 
 
 def test_contracts_that_were_left_out_are_named(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "contracts" / "more-v1.yaml").write_text(CONTRACT)
-    problems = verify(bundle, contracts=tmp_path / "contracts").problems
+    problems = verify_bundle(bundle, contracts=tmp_path / "contracts").problems
     assert problems == ("contracts/more-v1.yaml: not in the bundle",)
 
 
 def test_a_public_key_on_an_unsigned_bundle_fails(bundle: Path, tmp_path: Path) -> None:
-    result = verify(bundle, public_key=tmp_path / "key.pub")
+    result = verify_bundle(bundle, public_keys=[tmp_path / "key.pub"])
     assert result.exit_code == 1 and "not signed" in result.problems[0]
 
 
 def test_an_unknown_judge_version_is_unverifiable(bundle: Path) -> None:
     edit(bundle / "findings.json", lambda d: d.update(judge_version=99))
     seal(bundle)
-    result = verify(bundle)
+    result = verify_bundle(bundle)
     assert result.status == "unverifiable" and result.exit_code == 2 and "99" in result.problems[0]
 
 
@@ -220,39 +216,25 @@ def test_what_is_not_a_bundle_is_bad_input(tmp_path: Path) -> None:
             verify_bundle(path)
 
 
-def test_an_uncaught_fault_cannot_support_a_recorded_corroboration(bundle: Path) -> None:
-    def missed(*_: Any) -> list[dict[str, Any]]:
-        return [{**CAUGHT, "caught": False, "verdict": "corroborated", "detail": "missed: 1"}]
-
-    result = verify_bundle(bundle, rejudge=missed)
-    assert result.exit_code == 1
-    assert any('recomputed "inconclusive"' in problem for problem in result.problems)
-
-
-def test_the_real_recheck_wants_the_kill_record_itself(bundle: Path) -> None:
-    result = verify_bundle(bundle)
-    assert result.exit_code == 1 and any("kills.json" in problem for problem in result.problems)
-
-
 def test_a_partial_bundle_and_a_prose_claim_verify_as_what_they_are(tmp_path: Path) -> None:
-    partial = verify(build(tmp_path / "a", select="DEMO-001"))
-    prose = verify(build(tmp_path / "b", text=CONTRACT + PROSE))
+    partial = verify_bundle(build(tmp_path / "a", select="DEMO-001"))
+    prose = verify_bundle(build(tmp_path / "b", text=CONTRACT + PROSE))
     assert (partial.status, prose.status) == ("consistent", "consistent")
     edit(tmp_path / "a" / "bundle" / "plan.json", lambda d: d.update(select=None, scope="full"))
     seal(tmp_path / "a" / "bundle")
-    assert verify(tmp_path / "a" / "bundle").exit_code == 1
+    assert verify_bundle(tmp_path / "a" / "bundle").exit_code == 1
 
 
 def test_a_falsified_bundle_is_consistent_too(tmp_path: Path) -> None:
     folder = build(tmp_path, peak=900)
     assert json.loads((folder / "findings.json").read_text())["exit_code"] == 1
-    assert verify(folder).status == "consistent"
+    assert verify_bundle(folder).status == "consistent"
 
 
 def test_a_run_that_the_harness_broke_supports_no_verdict(bundle: Path) -> None:
     (bundle / "runs" / "demo" / "harness_error.json").write_text('{"stage": "collect", "error": "e"}')
     seal(bundle)
-    assert any("never run to the end" in problem for problem in verify(bundle).problems)
+    assert any("never run to the end" in problem for problem in verify_bundle(bundle).problems)
 
 
 def test_an_interrupted_claim_stays_inconclusive_and_consistent(bundle: Path) -> None:
@@ -263,13 +245,13 @@ def test_an_interrupted_claim_stays_inconclusive_and_consistent(bundle: Path) ->
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
     edit(bundle / "findings.json", lambda d: d.update(exit_code=2, summary=counts))
     bundle_module.close(bundle)
-    assert verify(bundle).problems == ()
+    assert verify_bundle(bundle).problems == ()
 
 
 def test_control_characters_of_a_bundle_never_reach_the_terminal(bundle: Path) -> None:
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(key="demo\x1b[31m\n"))
     seal(bundle)
-    assert all(problem.isprintable() for problem in verify(bundle).problems)
+    assert all(problem.isprintable() for problem in verify_bundle(bundle).problems)
 
 
 def test_numbers_may_differ_by_rounding_only() -> None:
@@ -292,7 +274,7 @@ def test_a_bundle_can_be_read_only(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, copy)
     for path in [copy, *copy.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    assert verify(copy).status == "consistent"
+    assert verify_bundle(copy).status == "consistent"
 
 
 @pytest.mark.parametrize("name", ["environment.json", "inputs.json", "plan.json", "findings.json", "ctrf.json"])
@@ -300,41 +282,78 @@ def test_a_bundle_can_be_read_only(bundle: Path, tmp_path: Path) -> None:
 def test_hostile_json_is_a_result_and_never_a_crash(bundle: Path, name: str, text: str) -> None:
     (bundle / name).write_text(text)
     seal(bundle)
-    assert verify(bundle).exit_code in (1, 2)
+    assert verify_bundle(bundle).exit_code in (1, 2)
 
 
-def kill_record(bundle: Path, monkeypatch: pytest.MonkeyPatch, verdict: str) -> None:
-    """Put a kill record and its archive into a bundle; judging it gives ``verdict``."""
-    faulted = bundle.parent / "faulted"
-    write_run(faulted / "runs" / "demo", peak=900, fault="ballast")
+def edit_record(bundle: Path, **fields: str) -> None:
+    edit(bundle / "sabotage" / "kills.json", lambda d: d["records"]["r1"].update(fields))
+    seal(bundle)
+
+
+def replace_archive(bundle: Path, **run: Any) -> None:
+    faulted = bundle.parent / "other"
+    write_run(faulted / "runs" / "demo", **run)
     raw = pack_bytes(faulted)
     (bundle / "sabotage" / "ballast--demo.tar.gz").write_bytes(raw)
-    record = {"contract": "demo-v1", "id": "DEMO-001", "fault": "ballast", "experiment": "demo"}
-    record |= {"raw": "ballast--demo.tar.gz", "raw_sha256": hashlib.sha256(raw).hexdigest()}
-    (bundle / "sabotage" / "kills.json").write_text(json.dumps({"format": "q4kd-kills/1", "records": {"r1": record}}))
-
-    def judged(claim: Any, fault: Any, profile: str, runs: Any) -> dict[str, Any]:
-        assert fault == "ballast" and runs["demo"].fault == "ballast"
-        return {"caught": verdict == "falsified", "verdict": verdict, "detail": CAUGHT["detail"]}
-
-    monkeypatch.setattr("q4kd.harness.kills.judge_faulted", judged)
-    monkeypatch.setattr("q4kd.harness.sabotage.registry.get_fault", lambda name: name)
-    seal(bundle)
+    edit_record(bundle, raw_sha256=hashlib.sha256(raw).hexdigest())
 
 
-def test_a_kill_record_is_judged_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_record(bundle, monkeypatch, "falsified")
-    assert verify_bundle(bundle).status == "consistent"
-    kill_record_path = bundle / "sabotage" / "kills.json"
-    edit(kill_record_path, lambda d: d["records"]["r1"].update(id="DEMO-002"))
-    seal(bundle)
-    assert verify_bundle(bundle).exit_code == 1  # a record of another claim
-    edit(kill_record_path, lambda d: d["records"]["r1"].update(id="DEMO-001", raw_sha256="0" * 64))
-    seal(bundle)
-    assert any("archive" in problem for problem in verify_bundle(bundle).problems)
+def test_a_kill_record_is_judged_again(bundle: Path) -> None:
+    edit_record(bundle, id="DEMO-002")
+    assert any("expected a record of" in problem for problem in verify_bundle(bundle).problems)
+    edit_record(bundle, id="DEMO-001", raw_sha256="0" * 64)
+    assert any("the archive recorded" in problem for problem in verify_bundle(bundle).problems)
 
 
-def test_a_fault_that_is_not_caught_on_rejudging_is_a_mismatch(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_record(bundle, monkeypatch, "corroborated")
+def test_a_fault_that_is_not_caught_on_rejudging_is_a_mismatch(bundle: Path) -> None:
+    replace_archive(bundle, peak=300, fault="ballast")
     problems = verify_bundle(bundle).problems
+    assert any('verdict: recorded "corroborated", recomputed "inconclusive"' in problem for problem in problems)
     assert any("sabotage[0].caught: recorded true, recomputed false" in problem for problem in problems)
+
+
+def test_a_clean_run_does_not_pass_for_a_sabotaged_one(bundle: Path) -> None:
+    replace_archive(bundle, peak=900)
+    assert any("sabotage[0].caught" in problem for problem in verify_bundle(bundle).problems)
+
+
+def test_archives_of_sabotaged_runs_are_bounded_together(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("q4kd.harness.recheck.MAX_UNPACKED", 4096)
+    assert any("bounded archive" in problem for problem in verify_bundle(bundle).problems)
+
+
+def drop_record(bundle: Path) -> None:
+    (bundle / "sabotage" / "kills.json").unlink()
+    seal(bundle)
+
+
+def test_a_catch_without_its_record_is_a_mismatch(bundle: Path) -> None:
+    drop_record(bundle)
+    assert any("kills.json" in problem for problem in verify_bundle(bundle).problems)
+
+
+def test_a_verdict_on_fewer_arms_than_the_experiment_has_is_a_mismatch(tmp_path: Path) -> None:
+    folder = build(tmp_path, text=CONTRACT + PAIR)
+    shutil.rmtree(folder / "runs" / "pair.b")
+    edit(folder / "findings.json", lambda d: [row.update(runs=["pair.a"]) for row in d["findings"][1:]])
+    seal(folder)
+    assert any("without the runs ['pair.b']" in problem for problem in verify_bundle(folder).problems)
+
+
+def test_a_run_of_no_experiment_is_a_mismatch(bundle: Path) -> None:
+    write_run(bundle / "runs" / "other")
+    seal(bundle)
+    assert any("runs/other: of no experiment" in problem for problem in verify_bundle(bundle).problems)
+
+
+def test_a_claim_that_was_not_judged_may_rest_on_good_runs(bundle: Path) -> None:
+    """Two claims share an experiment and the session was stopped between them."""
+    row = {"verdict": "inconclusive", "reason": "not run", "checks": [], "runs": [], "sabotage": []}
+    counts = {"corroborated": 0, "falsified": 0, "inconclusive": 1, "out_of_scope": 1, "not_gating": 0}
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
+    edit(bundle / "findings.json", lambda d: d.update(exit_code=2, summary=counts))
+    bundle_module.close(bundle)
+    assert verify_bundle(bundle).problems == ()
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(sabotage=[CAUGHT]))
+    bundle_module.close(bundle)
+    assert any("all the same" in problem for problem in verify_bundle(bundle).problems)

@@ -122,6 +122,17 @@ def read_dimensions(
         value = values.get(key)
         return check_number(f"{path}: {architecture}.{key}", default if value is None else value, low, high)
 
+    def integer(key: str, high: int, default: int | None = None) -> int:
+        value = number(key, 1, high, default)
+        if value != int(value):
+            raise InputError(
+                f"{path}: {architecture}.{key}",
+                expected="a whole number",
+                got=str(value),
+                remedy="convert the model again",
+            )
+        return int(value)
+
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise InputError(
@@ -130,11 +141,11 @@ def read_dimensions(
             got="none" if embedding is None else f"shape {embedding.shape}",
             remedy="convert the model again",
         )
-    hidden = int(number("embedding_length", 1, _MAX_DIMENSION))
-    heads = int(number("attention.head_count", 1, 4096))
-    head_dim = int(number("attention.key_length", 1, 4096, max(1, hidden // heads)))
+    hidden = integer("embedding_length", _MAX_DIMENSION)
+    heads = integer("attention.head_count", 4096)
+    head_dim = integer("attention.key_length", 4096, max(1, hidden // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if number(key, 1, 4096, head_dim) != head_dim:
+        if integer(key, 4096, head_dim) != head_dim:
             raise InputError(
                 f"{path}: {architecture}.{key}",
                 expected=f"the head size {head_dim}",
@@ -143,17 +154,17 @@ def read_dimensions(
             )
     return TeacherConfig(
         architecture=architecture,
-        num_layers=int(number("block_count", 1, 1024)),
+        num_layers=integer("block_count", 1024),
         hidden_size=hidden,
-        ffn_size=int(number("feed_forward_length", 1, _MAX_DIMENSION)),
+        ffn_size=integer("feed_forward_length", _MAX_DIMENSION),
         num_heads=heads,
-        num_kv_heads=int(number("attention.head_count_kv", 1, heads, heads)),
+        num_kv_heads=integer("attention.head_count_kv", heads, heads),
         head_dim=head_dim,
         rms_eps=float(number("attention.layer_norm_rms_epsilon", 1e-12, 1e-1)),
         rope_base=float(number("rope.freq_base", 1.0, 1e12, 10_000.0)),
         rope_layout=ROPE_LAYOUTS[architecture],
         qk_norm=architecture == "qwen3",
-        context_length=int(number("context_length", 1, 1 << 24)),
+        context_length=integer("context_length", 1 << 24),
         vocab_size=int(embedding.shape[0]),
         tied_head="output.weight" not in tensors,
     )
@@ -229,8 +240,12 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
             raise InputError(
                 f"{path}: tensor {name}", expected="an F32, F16 or BF16 vector", got=tensor.type, remedy="convert again"
             )
+    # Biases are all there or none is: a file that lost one would be silently wrong.
+    biased = any(name.endswith(".bias") for name in tensors)
     missing = sorted(
-        name for name in shapes if name not in tensors and not name.endswith(".bias") and name != ROPE_FACTORS
+        name
+        for name in shapes
+        if name not in tensors and name != ROPE_FACTORS and (biased or not name.endswith(".bias"))
     )
     if missing:
         raise InputError(

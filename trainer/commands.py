@@ -28,9 +28,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     logits.add_argument("model", type=Path, metavar="MODEL.gguf")
     logits.add_argument("--ids", type=Path, required=True, help="integer .npy, [T] or [B,T]")
     logits.add_argument("--out", type=Path, required=True, help="float32 .npy to write, [T,V] or [B,T,V]")
-    logits.add_argument("--device", default="cpu", help="cpu")
+    logits.add_argument("--device", default="cpu", help="cpu or cuda")
     logits.add_argument("--backend", choices=("auto", "q4k", "dense"))
-    logits.add_argument("--dtype", choices=("float32",), default="float32")
+    logits.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     logits.add_argument("--events", type=Path, help="append events as JSON lines to this file")
     logits.set_defaults(run=_logits)
 
@@ -52,7 +52,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     distill.add_argument("--seq-len", type=int, metavar="T", help="positions per sequence")
     distill.add_argument("--seed", type=int, help="of the data order and of a fresh student")
     distill.add_argument("--backend", choices=("auto", "q4k", "dense"), help="teacher backend")
-    distill.add_argument("--device", help="cpu")
+    distill.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of the teacher's matrix products")
+    distill.add_argument("--device", help="cpu or cuda")
     distill.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     distill.add_argument(
         "--allow-degenerate-kd", action="store_const", const=True, help="train although teacher equals student"
@@ -123,9 +124,9 @@ def _logits(args: argparse.Namespace) -> int:
     events = EventLog(args.events)
     events.start()
     events.emit("imports_done")
-    teacher = load_teacher(args.model, backend=args.backend, device=args.device, events=events)
+    teacher = load_teacher(args.model, backend=args.backend, device=args.device, dtype=args.dtype, events=events)
     started = time.monotonic()
-    logits = teacher.logits(torch.from_numpy(np.atleast_2d(ids))).numpy()
+    logits = teacher.logits(torch.from_numpy(np.atleast_2d(ids))).float().cpu().numpy()
     events.emit("forward_done", tokens=int(ids.size), seconds=time.monotonic() - started)
     buffer = io.BytesIO()
     np.save(buffer, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
@@ -154,6 +155,7 @@ def _distill(args: argparse.Namespace) -> int:
         "seed",
         "backend",
         "device",
+        "dtype",
         "allow_degenerate_kd",
     )
     values |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}

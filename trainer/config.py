@@ -50,7 +50,8 @@ class DistillConfig:
         data_glob: which files of a data folder are read.
         data_max_bytes: stop reading data after this many bytes; 0 reads all.
         backend: teacher backend: auto, q4k or dense; null follows Q4KD_TEACHER_BACKEND.
-        device: cpu.
+        device: cpu or cuda.
+        dtype: of the teacher's matrix products: auto, float32 or bfloat16.
         threads: CPU threads of torch; 0 leaves torch's choice.
         allow_degenerate_kd: train although teacher and student are the same function.
     """
@@ -84,6 +85,7 @@ class DistillConfig:
     data_max_bytes: int = 0
     backend: str | None = None
     device: str = "cpu"
+    dtype: str = "auto"
     threads: int = 0
     allow_degenerate_kd: bool = False
 

@@ -81,8 +81,15 @@ def _assemble(config: DistillConfig, events: EventLog, is_main: bool) -> _Run:
     from accelerate import Accelerator
 
     announce = functools.partial(print, flush=True) if is_main else _say_nothing
+    # First, because it chooses this process's GPU among several.
+    accelerator = Accelerator(cpu=config.device == "cpu")
     teacher = load_teacher(
-        config.teacher, backend=config.backend, device=config.device, events=events, announce=announce
+        config.teacher,
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        events=events,
+        announce=announce,
     )
     tokenizer = load_tokenizer(config.student)
     student = load_student(config.student, config.seed)
@@ -99,7 +106,6 @@ def _assemble(config: DistillConfig, events: EventLog, is_main: bool) -> _Run:
         encode=encoder(tokenizer),
         end_of_text=tokenizer.eos_token_id,
     )
-    accelerator = Accelerator(cpu=config.device == "cpu")
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
     order = BatchOrder(
         corpus.train, seq_len=config.seq_len, sequences_per_step=sequences, seed=config.seed, path=config.data
@@ -185,7 +191,8 @@ def _checkpoint(run: _Run) -> None:
 def _windows(run: _Run, step: int) -> torch.Tensor:
     """Return this process's share of a step's windows."""
     everything = torch.from_numpy(run.order.batch(step))
-    return everything[run.accelerator.process_index :: run.accelerator.num_processes]
+    share = everything[run.accelerator.process_index :: run.accelerator.num_processes]
+    return share.to(run.accelerator.device)
 
 
 def _train(run: _Run, reporter: Reporter) -> None:

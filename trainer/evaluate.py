@@ -37,16 +37,16 @@ def evaluate(
     windows = min(tokens.num_windows(seq_len), max_tokens // seq_len)
     if windows == 0:
         return None
-    was_training = model.training
+    was_training, device = model.training, model.head_weight.device
     model.eval()
     loss = kl = agree = 0.0
     for start in range(0, windows, batch_size):
         chosen = range(start, min(start + batch_size, windows))
-        batch = torch.stack([torch.from_numpy(tokens.window(index, seq_len)).long() for index in chosen])
+        batch = torch.stack([torch.from_numpy(tokens.window(index, seq_len)).long() for index in chosen]).to(device)
         ids_BT, labels_M = batch[:, :-1], batch[:, 1:].flatten()
         student_MH = model.hidden(ids_BT).flatten(0, 1)
         teacher_MH = teacher.hidden(ids_BT).flatten(0, 1)
-        for rows in torch.split(torch.arange(len(labels_M)), model.config.chunk_tokens):
+        for rows in torch.split(torch.arange(len(labels_M), device=device), model.config.chunk_tokens):
             log_q = torch.log_softmax(student_MH[rows] @ model.head_weight.T, -1)
             log_p = torch.log_softmax(teacher.head_logits(teacher_MH[rows])[:, : log_q.shape[1]], -1)
             loss -= float(log_q.gather(1, labels_M[rows].unsqueeze(1)).sum(dtype=torch.float64))

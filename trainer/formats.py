@@ -18,13 +18,16 @@ class BlockFormat:
         name: GGML type name.
         block_size: weights per block.
         block_bytes: bytes per block.
-        is_k_quant: whether decoding it to a dense tensor would enlarge it (what the harness forbids).
     """
 
     name: str
     block_size: int
     block_bytes: int
-    is_k_quant: bool
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether decoding it to a dense tensor would enlarge it (what the harness forbids): every type with blocks."""
+        return self.block_size > 1
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of a row of ``cols`` weights.
@@ -45,10 +48,15 @@ class BlockFormat:
 FORMATS = {
     form.name: form
     for form in (
-        BlockFormat("Q4_K", SUPERBLOCK, 144, is_k_quant=True),
-        BlockFormat("Q6_K", SUPERBLOCK, 210, is_k_quant=True),
-        BlockFormat("F16", 1, 2, is_k_quant=False),
-        BlockFormat("F32", 1, 4, is_k_quant=False),
+        BlockFormat("Q4_K", SUPERBLOCK, 144),
+        BlockFormat("Q5_K", SUPERBLOCK, 176),
+        BlockFormat("Q6_K", SUPERBLOCK, 210),
+        BlockFormat("Q8_0", 32, 34),
+        BlockFormat("Q5_0", 32, 22),
+        BlockFormat("Q4_0", 32, 18),
+        BlockFormat("BF16", 1, 2),
+        BlockFormat("F16", 1, 2),
+        BlockFormat("F32", 1, 4),
     )
 }
 

@@ -68,9 +68,11 @@ class CpuForward:
     Args:
         model: an opened file; its tensors stay views of the memory map.
         backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix at load.
+        dtype: of the matrix products, float32 or bfloat16.
     """
 
-    def __init__(self, model: ModelFile, backend: str) -> None:
+    def __init__(self, model: ModelFile, backend: str, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self._model, self._backend = model, backend
         self.config: TeacherConfig = model.config
         self.device = torch.device("cpu")

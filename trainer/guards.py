@@ -60,8 +60,8 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
     embedding = model.student.get_input_embeddings().weight.detach()
     if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
         return False
-    rows = torch.linspace(0, len(embedding) - 1, _PROBE_ROWS).long()
-    teacher_rows = teacher.embed(rows)
+    rows = torch.linspace(0, len(embedding) - 1, _PROBE_ROWS, device=embedding.device).long()
+    teacher_rows = teacher.embed(rows).to(embedding.device)
     error = (embedding[rows].float() - teacher_rows).norm() / teacher_rows.norm()
     return bool(error < SAME_WEIGHTS_ERROR)
 

@@ -1,5 +1,6 @@
 """A teacher file on disk, whatever its container: dimensions, tokens and packed tensors, memory-mapped and checked."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class ModelFile:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without header and padding."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def bytes_by_type(self) -> dict[str, int]:
         """Tensor bytes per GGML type."""

@@ -62,7 +62,7 @@ def train_step(
         model: prepared ``DistillationModel``.
         teacher: None for a cross-entropy-only step.
         optimizer: prepared AdamW.
-        windows: token windows.
+        windows: token windows, on the accelerator's device.
         config: run settings.
         lr: learning rate of this step.
 
@@ -73,7 +73,7 @@ def train_step(
     labels = make_labels(windows)
     num_targets = int(accelerator.reduce((labels != IGNORE).sum(), reduction="sum"))
     teacher_s = 0.0
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=windows.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
     size = config.batch_size
@@ -119,5 +119,5 @@ def save_batch(folder: Path, step: int, windows: Tensor) -> Path:
     """Keep the batch of an aborted step for inspection, int64 ``windows``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}-batch.npz"
-    np.savez_compressed(path, windows=windows.numpy())
+    np.savez_compressed(path, windows=windows.cpu().numpy())
     return path

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.backend import BackendChoice, backend_override, check_device, choose_backend
+from q4kd.trainer.device import Allocation
+from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import CpuForward
+from q4kd.trainer.memory_report import measure
 from q4kd.trainer.model_file import ModelFile, open_model
+from q4kd.trainer.placement import check_fits, find_place
+from q4kd.trainer.scales import check_scales
 from q4kd.trainer.weights import Matrix, Scratch
 
 
@@ -60,19 +65,50 @@ class Residency:
     tensor_bytes: int
 
 
-def build_forward(model: ModelFile, backend: str, device: str) -> Forward:
-    """Load a model's weights for a backend and a device."""
-    return CpuForward(model, backend)
+def build_forward(
+    model: ModelFile, backend: str, device: str, dtype: str, allocation: Allocation = "device"
+) -> Forward:
+    """Load a model's weights for a backend, a device and a compute dtype."""
+    if device == "cuda":
+        from q4kd.trainer.cuda.load import load_forward
+
+        return load_forward(model, backend, dtype=getattr(torch, dtype), allocation=allocation)
+    check_weights(model)
+    return CpuForward(model, backend, getattr(torch, dtype))
+
+
+def check_weights(model: ModelFile) -> None:
+    """Refuse weights that are NaN or infinite: one such scale makes every logit NaN.
+
+    Raises:
+        InputError: naming the first tensor that has one.
+    """
+    for tensor in model.tensors.values():
+        count = check_scales(tensor.type, tensor.data)
+        if count:
+            raise InputError(
+                f"{model.path}: tensor {tensor.name}",
+                expected="finite scales",
+                got=f"{count} {tensor.type} blocks with NaN or infinity",
+                remedy="download or quantise the model again",
+            )
 
 
 class Teacher:
     """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused."""
 
-    def __init__(self, model: ModelFile, choice: BackendChoice, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: ModelFile,
+        choice: BackendChoice,
+        device: str = "cpu",
+        dtype: str = "float32",
+        allocation: Allocation = "device",
+    ) -> None:
         self.model = model
         self.config = model.config
         self.choice = choice
-        self._forward: Forward = build_forward(model, choice.backend, device)
+        self._forward: Forward = build_forward(model, choice.backend, device, dtype, allocation)
 
     @property
     def vocab_size(self) -> int:
@@ -84,8 +120,8 @@ class Teacher:
         held = Counter(self._forward.vector_bytes)
         dense = 0
         for matrix in self._forward.matrices.values():
-            held["F32" if matrix.is_dense else matrix.source_type] += matrix.resident_bytes
-            if matrix.is_dense and FORMATS[matrix.source_type].is_k_quant:
+            held[matrix.held_as] += matrix.resident_bytes
+            if matrix.is_dense and FORMATS[matrix.source_type].is_quantized:
                 dense += matrix.resident_bytes
         return Residency(dict(held), dense, self._forward.scratch.num_bytes, self.model.tensor_bytes)
 
@@ -97,13 +133,13 @@ class Teacher:
             ids_BT: int64 token ids ``[B, T]``, each in ``[0, V)``.
 
         Returns:
-            float32 ``[B, T, H]``, detached.
+            ``[B, T, H]`` on the teacher's device, in its compute dtype, detached.
 
         Raises:
             InputError: for ids out of range, another rank, or more positions than the context length.
         """
         self._check_ids(ids_BT)
-        return self._forward.hidden(ids_BT)
+        return self._forward.hidden(ids_BT.to(self._forward.device))
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -119,7 +155,7 @@ class Teacher:
     @torch.no_grad()
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
-        return self._forward.embed(row_ids)
+        return self._forward.embed(row_ids.to(self._forward.device))
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Return float32 logits ``[B, T, V]`` of int64 ids ``[B, T]``."""
@@ -166,6 +202,7 @@ def load_teacher(
     *,
     backend: str | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
     events: EventLog,
     announce: Callable[[str], None] = print,
 ) -> Teacher:
@@ -174,24 +211,46 @@ def load_teacher(
     Args:
         path: GGUF file.
         backend: ``auto``, ``q4k`` or ``dense``; ``None`` means the environment variable or ``auto``.
-        device: ``cpu``.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the matrix products: ``auto``, ``float32`` or ``bfloat16``.
         events: receives ``teacher_loading``, ``backend_selected`` and ``teacher_ready``.
         announce: receives the log lines.
 
     Raises:
-        InputError: when the file or an option cannot be used.
+        InputError: when the file or an option cannot be used, or the weights cannot fit.
     """
     check_device(device)
+    compute = choose_dtype(dtype, device)
     model = open_model(path)
-    choice = choose_backend(backend_override(backend), model.bytes_by_type())
+    place = find_place(device)
+    choice = choose_backend(
+        backend_override(backend),
+        model.bytes_by_type(),
+        place.device_class,
+        dense_fits=model.num_weights * place.dense_weight_bytes <= place.budget,
+    )
+    check_fits(model, choice, place)
     announce(f"teacher backend: {choice.backend} ({choice.reason})")
-    events.emit("backend_selected", backend=choice.backend, device=device, reason=choice.reason)
+    announce(f"teacher dtype: {compute.name} ({compute.reason})")
+    if device == "cuda":
+        policy = place.policy
+        announce(f"device: {place.name}, {place.device_class}; weights in {policy.allocation} memory ({policy.reason})")
+    events.emit(
+        "backend_selected",
+        backend=choice.backend,
+        device=device,
+        reason=choice.reason,
+        dtype=compute.name,
+        dtype_reason=compute.reason,
+        device_class=place.device_class,
+        allocation=place.policy.allocation,
+    )
     events.emit("teacher_loading", file=path.name, file_bytes=model.file_bytes)
-    quantised = sum(FORMATS[tensor.type].is_k_quant for tensor in model.tensors.values())
+    quantised = sum(FORMATS[tensor.type].is_quantized for tensor in model.tensors.values())
     if choice.backend == "dense" and quantised:
         announce(f"dequantizing {model.config.num_layers} layers to F32 ({quantised} K-quant tensors)")
     started = time.monotonic()
-    teacher = Teacher(model, choice)
+    teacher = Teacher(model, choice, device, compute.name, place.policy.allocation)
     held = teacher.residency()
     events.emit("teacher_ready", seconds=time.monotonic() - started, **vars(held))
     announce(
@@ -199,4 +258,7 @@ def load_teacher(
         f"{held.tensor_bytes} in the file, {held.dense_bytes_of_quantised} of them dequantised, "
         f"scratch {held.scratch_bytes} bytes"
     )
+    memory = measure(held, cuda=device == "cuda")
+    events.emit("memory", **memory.to_json())
+    announce(f"memory: {memory.sentence()}")
     return teacher

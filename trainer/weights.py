@@ -41,9 +41,10 @@ class Scratch:
 
 
 class Matrix(Protocol):
-    """A frozen weight matrix ``[R, K]``."""
+    """A frozen weight matrix ``[R, K]``: ``source_type`` is its GGML type in the file, ``held_as`` that in memory."""
 
     source_type: str
+    held_as: str
     rows: int
     cols: int
 
@@ -68,7 +69,7 @@ class PackedMatrix:
     is_dense = False
 
     def __init__(self, tensor: PackedTensor, scratch: Scratch) -> None:
-        self.source_type = tensor.type
+        self.source_type = self.held_as = tensor.type
         self.rows, self.cols = tensor.shape
         self._packed = torch.from_numpy(tensor.data)
         self._scratch = scratch
@@ -99,6 +100,7 @@ class DenseMatrix:
     """A matrix decoded to float32 once, at load. Several times the file's size: only by explicit choice of backend."""
 
     is_dense = True
+    held_as = "F32"
 
     def __init__(self, tensor: PackedTensor) -> None:
         self.source_type = tensor.type

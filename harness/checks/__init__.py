@@ -13,7 +13,19 @@ from q4kd.harness.raw import RawRun
 
 __all__ = ["CHECKS", "REASONS", "Check", "Judgement"]
 
-_NAMES = ("improves", "log_absent", "memory_ceiling", "parity", "rejects", "residency", "survives", "table")
+_NAMES = (
+    "gpu_utilization",
+    "improves",
+    "log_absent",
+    "log_present",
+    "memory_ceiling",
+    "parity",
+    "ratio",
+    "rejects",
+    "residency",
+    "survives",
+    "table",
+)
 
 
 class Check(Protocol):

@@ -25,6 +25,8 @@ REASONS = {
     "reference not finite": "the reference itself holds NaN or infinity",
     "accounting incomplete": "the teacher accounts for fewer bytes than the file holds",
     "unequal budget": "the arms differ in more than the treatment",
+    "arms not interleaved": "the pairs were not measured in turn, so drift of the machine may be the difference",
+    "utilisation not reported": "NVML names no process, so a busy device proves nothing about this program",
     "twin refused": "the valid twin was refused as well",
     "machine restarted": "the machine restarted during the run",
     "faulted run": "a planted fault can never support a clean verdict",

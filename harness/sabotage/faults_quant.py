@@ -10,7 +10,7 @@ _QUANT = "q4kd.trainer.quant"
 _Decoder = Callable[[Any, Any], None]
 
 
-def _replace_decoder(type_name: str, function: str, make: Callable[[_Decoder], _Decoder]) -> None:
+def replace_decoder(type_name: str, function: str, make: Callable[[_Decoder], _Decoder]) -> None:
     """Replace a decoder where it is defined and in the table that dispatches to it."""
     planted: list[_Decoder] = []
 
@@ -54,7 +54,7 @@ def _swapped_nibbles() -> None:
 
         return decode
 
-    _replace_decoder("Q4_K", "decode_q4_k", make)
+    replace_decoder("Q4_K", "decode_q4_k", make)
 
 
 def _q6_k_offset() -> None:
@@ -68,7 +68,7 @@ def _q6_k_offset() -> None:
 
         return decode
 
-    _replace_decoder("Q6_K", "decode_q6_k", make)
+    replace_decoder("Q6_K", "decode_q6_k", make)
 
 
 def _half_precision(type_name: str, function: str) -> None:
@@ -79,7 +79,7 @@ def _half_precision(type_name: str, function: str) -> None:
 
         return decode
 
-    _replace_decoder(type_name, function, make)
+    replace_decoder(type_name, function, make)
 
 
 def _one_row_bytes() -> None:

@@ -1,0 +1,95 @@
+"""The ratio of two times (or other costs), measured in pairs that alternate within one session.
+
+``arrays/<array>.npz`` holds ``numerator``, ``denominator`` (costs, float ``[n]``) and ``numerator_start``,
+``denominator_start`` (CLOCK_MONOTONIC seconds, ``[n]``). The median of the pairwise ratios is judged: a machine that
+slows down hits both sides of a pair.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "ratio"
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["array"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
+        "max": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median ratio allowed."},
+        "min": {"type": "number", "exclusiveMinimum": 0, "description": "Smallest median ratio allowed."},
+    },
+    "oneOf": [{"required": ["max"]}, {"required": ["min"]}],
+}
+DIRECTIONS = {"max": "upper", "min": "lower"}
+_KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Reduce the pairs to their ratios and their order in time."""
+    run = pick_run(runs, params.get("arm"))
+    observation: dict[str, Any] = {
+        "cause": run.exit.get("cause"),
+        "returncode": run.exit.get("returncode"),
+        "same_boot": run.exit.get("boot_id") == run.exit.get("boot_id_end"),
+        "pairs": 0,
+    }
+    if f"arrays/{params['array']}.npz" not in run.store.names():
+        return observation
+    arrays = run.array(params["array"])
+    if set(_KEYS) - set(arrays):
+        return observation
+    above, below, start_above, start_below = (arrays[key].astype(np.float64).ravel() for key in _KEYS)
+    if not len(above) == len(below) == len(start_above) == len(start_below) or not len(above):
+        return observation
+    if not (np.isfinite(above).all() and np.isfinite(below).all() and (below > 0).all()):
+        return observation | {"not_positive": True}
+    ratios = above / below
+    first, last = np.minimum(start_above, start_below), np.maximum(start_above, start_below)
+    return observation | {
+        "pairs": len(ratios),
+        "median": float(np.median(ratios)),
+        "low": float(ratios.min()),
+        "high": float(ratios.max()),
+        # Every pair is over before the next begins, and neither side always comes out of the same clock reading.
+        "interleaved": bool((first[1:] > last[:-1]).all() and (first < last).all()),
+        "distinct": int(min(np.unique(above).size, np.unique(below).size)),
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by a median on the wrong side of the bound; inconclusive for pairs that were not interleaved."""
+    upper = "max" in params
+    limit = float(params["max"] if upper else params["min"])
+    bound = f"median ratio {'≤' if upper else '≥'} {limit:g}"
+    if not observation["same_boot"]:
+        return inconclusive("machine restarted", "another boot", bound)
+    if observation.get("not_positive"):
+        return inconclusive("evidence unreadable", "a cost that is not a positive number", bound)
+    if not observation["pairs"]:
+        ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
+        return inconclusive("run incomplete", ended, bound)
+    median = float(observation["median"])
+    spread = f"{observation['low']:.3g} to {observation['high']:.3g}"
+    measured = f"median {median:.4g} ({spread}) over {observation['pairs']} pairs"
+    if not observation["interleaved"]:
+        return inconclusive("arms not interleaved", measured, bound)
+    if observation["pairs"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    if observation["distinct"] < 2:
+        return inconclusive("constant", measured, bound)
+    margin = median / limit if upper else limit / median if median > 0 else None
+    if (median > limit) if upper else (median < limit):
+        return Judgement(
+            verdict="falsified",
+            measured=measured,
+            bound=bound,
+            counterexample=f"median ratio {median:.4g}, {'over' if upper else 'under'} {limit:g}",
+            margin=margin,
+        )
+    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)

@@ -1,0 +1,99 @@
+"""The entries of a contract as people write them: mappings or bare sentences, with or without an id, in older words."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from q4kd.harness.yaml_lines import Document, Path_, printable
+
+KEYS = ("falsification_tests", "falsification_test")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/#+-]{0,119}")
+_RULE = ("rule", "description", "name")
+_PREDICTION = ("prediction", "expected", "assertion")
+_IF_FAILS = ("if_fails", "fails_if", "if_test_fails")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of ``falsification_tests``: where it stands, what it says, and the mapping as read.
+
+    A bare sentence is read as a mapping with that ``rule``.
+    """
+
+    path: Path_
+    id: str
+    rule: str
+    prediction: str
+    if_fails: str
+    value: Mapping[str, Any]
+
+
+def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
+    """Return the entries of a document that obeys the schema, in order.
+
+    An entry that no falsifier can be attached to any more keeps its place among the claims: without a usable id it is
+    named after what it says, so that moving it does not rename it.
+
+    Raises:
+        InputError: the entries stand under both of their names, or an id is given twice.
+    """
+    present = [key for key in KEYS if document.value.get(key) is not None]
+    if len(present) == 2:
+        raise document.error(
+            (KEYS[1],),
+            expected=f"the entries under {KEYS[0]}",
+            got=f"entries under {KEYS[1]} as well",
+            remedy="put all of them under falsification_tests",
+        )
+    lines: dict[str, int] = {}
+    entries: list[Entry] = []
+    for key in present:
+        for index, item in enumerate(document.value[key]):
+            path: Path_ = (key, index)
+            if item is None:
+                warnings.append(f"line {document.line(path)}: an empty entry claims nothing")
+                continue
+            entry = _entry(document, path, {"rule": item} if isinstance(item, str) else item, lines, warnings)
+            lines[entry.id] = document.line(path)
+            entries.append(entry)
+    return entries
+
+
+def _entry(
+    document: Document, path: Path_, value: Mapping[str, Any], lines: Mapping[str, int], warnings: list[str]
+) -> Entry:
+    rule, prediction, if_fails = (_first(value, names) for names in (_RULE, _PREDICTION, _IF_FAILS))
+    given = value.get("id")
+    usable = isinstance(given, (str, int)) and not isinstance(given, bool) and _ID.fullmatch(str(given)) is not None
+    if not usable and given is not None:
+        warnings.append(f"line {document.line((*path, 'id'))}: the id {printable(str(given), 80)!r} cannot be used")
+    name = str(given) if usable else _made_up_id(value, rule, prediction, lines)
+    if name in lines:
+        raise document.error(
+            (*path, "id"),
+            expected="each claim id once in a contract",
+            got=f"{name} again (first on line {lines[name]})",
+            remedy="give each claim its own id",
+        )
+    return Entry(path=path, id=name, rule=rule, prediction=prediction, if_fails=if_fails, value=value)
+
+
+def _made_up_id(value: Mapping[str, Any], rule: str, prediction: str, taken: Mapping[str, int]) -> str:
+    said = f"{rule}\n{prediction}" if rule or prediction else repr(value)
+    name = f"prose-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+    repeats = (f"{name}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(repeat for repeat in repeats if repeat not in taken)
+
+
+def _first(value: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    return next((text(value[name]) for name in names if value.get(name) is not None), "")
+
+
+def text(value: object) -> str:
+    """Return what a free-form field says: a list's items joined, nothing for null."""
+    if isinstance(value, list):
+        return "; ".join(text(item) for item in value)
+    return "" if value is None else str(value).strip()

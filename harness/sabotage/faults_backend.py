@@ -1,0 +1,89 @@
+"""Faults in the choice of backend, device class and allocation."""
+
+from collections.abc import Callable
+from typing import Any
+
+from q4kd.harness.sabotage.registry import Fault, register, replace
+
+
+def _override_ignored() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda override, *rest, **options: original("auto", *rest, **options)
+
+    replace("q4kd.trainer.backend:choose_backend", make)
+
+
+def _environment_first() -> None:
+    def make(_original: Callable[..., Any]) -> Callable[..., Any]:
+        import os
+
+        def override(option: str | None, environment: Any = os.environ) -> str:
+            return environment.get("Q4KD_TEACHER_BACKEND") or option or "auto"
+
+        return override
+
+    replace("q4kd.trainer.backend:backend_override", make)
+
+
+def _hopper_is_unified() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        # As a rule of thumb "9.0 and later share memory" would have it.
+        return lambda capability, integrated: "unified" if capability >= (9, 0) else original(capability, integrated)
+
+    replace("q4kd.trainer.device:classify", make)
+
+
+def _allocation_override_ignored() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_class, _override: original(device_class, None)
+
+    replace("q4kd.trainer.device:allocation_policy", make)
+
+
+def _noisy_dense() -> None:
+    """The dense backend drops the lowest bits of every weight, as a half-precision cache would."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def product(self: Any, x: Any) -> Any:
+            weight = self._weight_RK
+            rounded = (weight / weight.abs().max() * 7).round() * weight.abs().max() / 7
+            return x @ rounded.T
+
+        return product
+
+    replace("q4kd.trainer.weights:DenseMatrix.product", make)
+
+
+for _name, _title, _target, _apply in (
+    (
+        "override-ignored",
+        "--backend and its variable change nothing",
+        "q4kd.trainer.backend:choose_backend",
+        _override_ignored,
+    ),
+    (
+        "environment-first",
+        "the variable beats the option",
+        "q4kd.trainer.backend:backend_override",
+        _environment_first,
+    ),
+    (
+        "hopper-is-unified",
+        "every device from 9.0 on is taken for one that shares the host's memory",
+        "q4kd.trainer.device:classify",
+        _hopper_is_unified,
+    ),
+    (
+        "allocation-override-ignored",
+        "the allocation override changes nothing",
+        "q4kd.trainer.device:allocation_policy",
+        _allocation_override_ignored,
+    ),
+    (
+        "coarse-dense",
+        "the dense backend keeps weights in four bits of their largest value",
+        "q4kd.trainer.weights:DenseMatrix.product",
+        _noisy_dense,
+    ),
+):
+    register(Fault(name=_name, title=_title, family="dispatch", targets=(_target,), apply=_apply))

@@ -1,0 +1,41 @@
+"""llama.cpp through its Python binding: quantise a file, and logits of every position. Needs ``llama_cpp``."""
+
+import ctypes
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+FILE_TYPES = {
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "Q4_K_S": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    "Q5_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+}
+
+
+@llama_cpp.llama_log_callback
+def _discard(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
+    """Drop a log line."""
+
+
+llama_cpp.llama_log_set(_discard, ctypes.c_void_p(0))
+
+
+def quantise(source: Path, target: Path, file_type: str) -> Path:
+    """Let llama.cpp quantise an F16 or F32 GGUF, with its defaults and no importance matrix."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = FILE_TYPES[file_type], 2
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    assert code == 0, f"llama.cpp could not quantise {source.name} to {file_type}"
+    return target
+
+
+def their_logits(path: Path, ids: np.ndarray) -> np.ndarray:
+    """Return llama.cpp's logits, float32 ``[T, V]``, of integer ids ``[T]``."""
+    engine = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, verbose=False)
+    engine.eval([int(token) for token in ids])
+    logits = np.array(engine.scores[: len(ids)], np.float32)
+    engine.close()
+    return logits

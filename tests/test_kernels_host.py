@@ -1,0 +1,176 @@
+"""The CUDA kernels' own source against gguf and float64, run by the host compiler's build: no GPU needed.
+
+Memory accesses are checked for alignment and bounds on the way. ``Q4KD_REQUIRE_HOST_COMPILER=1`` turns the skip without
+a compiler into a failure.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from q4kd.trainer.cuda.kernels import Kernels
+from q4kd.trainer.errors import InputError
+import kernel_checks as checks
+from host_kernels import KERNELS, HostLauncher, build, host_compiler
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
+    if host_compiler() is None:
+        assert not os.environ.get("Q4KD_REQUIRE_HOST_COMPILER"), "no C++ compiler; install g++ or clang++"
+        pytest.skip("no C++ compiler")
+    return HostLauncher(build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def kernels(launcher: HostLauncher) -> Kernels:
+    return Kernels("cpu", launcher)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("name", checks.TYPES)
+def test_decode_equals_gguf(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    checks.decode_rows_match(kernels, name, 7, 768, dtype, seed=1)
+    if name not in ("Q4_K", "Q5_K", "Q6_K"):
+        checks.decode_rows_match(kernels, name, 5, 96, dtype, seed=2)
+    if name in checks.ELEMENT_TYPES:
+        checks.decode_rows_match(kernels, name, 5, 13, dtype, seed=3)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_repacked_q6_k_equals_gguf(kernels: Kernels, dtype: torch.dtype) -> None:
+    checks.decode_repacked_matches(kernels, 5, 768, dtype, seed=4)
+    checks.decode_repacked_matches(kernels, 1, 256, dtype, seed=5)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("name", checks.TYPES)
+def test_gather_takes_rows_and_refuses_others(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    checks.gather_matches(kernels, name, 5, 512, dtype, seed=6)
+    if name in checks.ELEMENT_TYPES:
+        checks.gather_matches(kernels, name, 5, 13, dtype, seed=7)
+
+
+def test_rounding_to_bfloat16(kernels: Kernels) -> None:
+    checks.rounding_matches(kernels, step=0x3FFFF)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(1, 16, 256), (3, 21, 768), (8, 5, 2560), (9, 37, 512), (16, 32, 256)])
+def test_matvec(kernels: Kernels, name: str, tokens: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    checks.matvec_matches(kernels, name, tokens, rows, cols, dtype, seed=8)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("tokens", [2, 11])
+def test_matvec_of_many_rows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int) -> None:
+    monkeypatch.setattr("q4kd.trainer.cuda.kernels._MANY_ROWS", 64)
+    checks.matvec_matches(kernels, name, tokens, 83, 768, F32, seed=9)
+
+
+@pytest.mark.parametrize("out_type", checks.DTYPES)
+@pytest.mark.parametrize("delta_type", checks.DTYPES)
+@pytest.mark.parametrize("x_type", checks.DTYPES)
+@pytest.mark.parametrize("hidden", [16, 2056, 2050, 300])
+def test_norms(
+    kernels: Kernels, hidden: int, x_type: torch.dtype, delta_type: torch.dtype, out_type: torch.dtype
+) -> None:
+    checks.norms_match(kernels, 2, hidden, x_type, delta_type, out_type)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("head_dim", [16, 128, 512, 80, 6])
+@pytest.mark.parametrize("layout", ["split", "interleaved"])
+def test_rope(kernels: Kernels, layout: str, head_dim: int, bias: bool, norm: bool, dtype: torch.dtype) -> None:
+    checks.rope_matches(kernels, layout, head_dim, dtype, bias=bias, norm=norm)
+
+
+def test_rope_of_unaligned_rows(kernels: Kernels, launcher: HostLauncher) -> None:
+    launcher.launched.clear()
+    checks.rope_matches(kernels, "split", 64, BF16, bias=True, norm=True, pad=3)
+    assert launcher.launched == {"rope_split_bf16_v1"}
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_swiglu_and_bias(kernels: Kernels, dtype: torch.dtype) -> None:
+    for ffn in (8, 520, 37):
+        checks.swiglu_matches(kernels, 3, ffn, dtype)
+    for columns, offset in ((8, 8), (512, 16), (37, 5), (512, 3)):
+        checks.bias_matches(kernels, 3, columns, offset, dtype)
+
+
+def test_tensors_that_do_not_fit_are_refused_before_any_launch(kernels: Kernels, launcher: HostLauncher) -> None:
+    packed, out = torch.zeros(4, 144, dtype=torch.uint8), torch.zeros(4, 256)
+    x, vector = torch.zeros(2, 256, dtype=BF16), torch.zeros(256)
+    launcher.launched.clear()
+    refused = [
+        lambda: kernels.decode("Q4_K", packed, 0, 5, 256, torch.zeros(5, 256)),
+        lambda: kernels.decode("Q4_K", packed, -1, 3, 256, out),
+        lambda: kernels.decode("Q4_K", packed, 0, 4, 512, torch.zeros(4, 512)),
+        lambda: kernels.decode("Q4_K", packed, 0, 4, 256, torch.zeros(4, 512)[:, ::2]),
+        lambda: kernels.decode("Q4_K", packed, 0, 4, 256, out.half()),
+        lambda: kernels.decode("Q4_K", packed[:, ::2], 0, 4, 256, out),
+        lambda: kernels.decode("Q4_K", packed.view(-1)[1:145].view(1, 144), 0, 1, 256, torch.zeros(1, 256)),
+        lambda: kernels.gather("Q4_K", packed, 256, torch.zeros(4, dtype=torch.int32), out),
+        lambda: kernels.repack_q6_k(torch.zeros(211, dtype=torch.uint8)),
+        lambda: kernels.repack_q6_k(torch.zeros(210, dtype=torch.uint8), torch.zeros(420, dtype=torch.uint8), 2),
+        lambda: kernels.matvec("Q4_K", packed, torch.zeros(17, 256, dtype=BF16), 4, torch.zeros(17, 4)),
+        lambda: kernels.matvec("Q8_0", packed, x, 4, torch.zeros(2, 4)),
+        lambda: kernels.matvec("Q4_K", packed, x, 5, torch.zeros(2, 5)),
+        lambda: kernels.matvec("Q4_K", packed, x.float(), 4, torch.zeros(2, 4)),
+        lambda: kernels.matvec("Q4_K", packed, x, 4, torch.zeros(4, 2).T),
+        lambda: kernels.rms_norm(x, vector[:255], 1e-6, x),
+        lambda: kernels.rms_norm(x, vector.double(), 1e-6, x),
+        lambda: kernels.add_rms_norm(x, x[:1], vector, 1e-6, x),
+        lambda: kernels.rope(x.view(2, 2, 128), x.view(2, 2, 128), torch.zeros(3, 64), torch.zeros(3, 64), "split"),
+        lambda: kernels.rope(x.view(2, 2, 128), x.view(2, 2, 128), torch.zeros(2, 64), torch.zeros(2, 64), "neox"),
+        lambda: kernels.swiglu(x, torch.zeros(2, 256, dtype=BF16)),
+        lambda: kernels.add_bias(x, vector[:8]),
+        lambda: Kernels("meta", launcher).add_bias(x, vector),
+    ]
+    for index, call in enumerate(refused):
+        with pytest.raises(ValueError, match=r"expected|rows|superblocks"):
+            call()
+            pytest.fail(f"call {index} was accepted")
+    with pytest.raises(InputError, match="multiple of 256"):
+        kernels.decode("Q4_K", packed, 0, 4, 300, torch.zeros(4, 300))
+    with pytest.raises(InputError, match="Q2_K"):
+        kernels.decode("Q2_K", packed, 0, 4, 256, out)
+    assert not launcher.launched
+
+
+def test_nothing_to_do_launches_nothing(kernels: Kernels, launcher: HostLauncher) -> None:
+    launcher.launched.clear()
+    packed = torch.zeros(4, 144, dtype=torch.uint8)
+    kernels.decode("Q4_K", packed, 2, 2, 256, torch.zeros(0, 256))
+    kernels.gather("Q4_K", packed, 256, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 256))
+    kernels.rms_norm(torch.zeros(0, 8), torch.zeros(8), 1e-6, torch.zeros(0, 8))
+    assert not launcher.launched
+
+
+FAULTS = [
+    ("blocks.cuh", "out.second = out.first + 32;", "out.second = out.first + 24;", "Q4_K"),
+    ("blocks.cuh", "int chunk = task >> 2", "int chunk = task >> 1", "Q4_K"),
+    ("blocks.cuh", "(header.y >> 2) & 0x30303030u", "(header.y >> 2) & 0x10303030u", "Q4_K"),
+    ("bits.cuh", "bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits + 0x8000u", "Q4_0"),
+    ("decode.cu", "if (block >= count) return;", "", "Q4_K"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "fault", "name"), FAULTS)
+def test_a_planted_fault_is_seen(
+    launcher: HostLauncher, tmp_path: Path, file: str, text: str, fault: str, name: str
+) -> None:
+    for source in KERNELS.glob("*.cu*"):
+        content = source.read_text()
+        assert source.name != file or text in content
+        (tmp_path / source.name).write_text(content.replace(text, fault) if source.name == file else content)
+    broken = Kernels("cpu", HostLauncher(build(tmp_path, tmp_path)))
+    with pytest.raises(AssertionError):
+        checks.decode_rows_match(broken, name, 7, 768, BF16, seed=1)

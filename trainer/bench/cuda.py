@@ -1,0 +1,276 @@
+"""The CUDA teacher against dense models of the same weights, in one process and one run.
+
+    python -m q4kd.trainer.bench.cuda --out DIR [--layers 28] [--rounds 15] [--skip load]
+
+makes Qwen2.5-7B's shapes on the device (``cuda/synthetic.py``) and measures, in this order: the device's ceilings;
+rounding error of each arm against float32; speed, arms interleaved; utilisation and copies to the host; load and
+memory in processes of their own (``bench/load.py``). Numbers go to ``DIR/cuda.json``; a table is printed last.
+
+Arms: ``q4k`` decodes ahead on a side stream, ``q4k-inline`` in line; ``dense-q4kd`` is this forward pass over weights
+decoded once; ``dense-transformers`` is Qwen2ForCausalLM in bfloat16 with SDPA, holding the same weights; ``bnb-nf4`` is
+that model with 4-bit linear layers, where bitsandbytes is installed.
+"""
+
+import argparse
+import gc
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.bench.cuda_table import speed_line, speed_row, table
+from q4kd.trainer.bench.dense_twin import build_twin, to_nf4
+from q4kd.trainer.bench.device_probes import copy_bandwidth, gemm_rate, host_copies, seconds_of, utilisation
+from q4kd.trainer.bench.interleave import Ids, Ratio, Shape, compare, interleave, make_ids
+from q4kd.trainer.cuda.forward import CudaForward
+from q4kd.trainer.cuda.kernels import Kernels
+from q4kd.trainer.cuda.synthetic import make_tensors, qwen2_5_7b, tensor_types
+from q4kd.trainer.files import write_json
+from q4kd.trainer.formats import block_format
+
+SHAPES = (Shape(1, 256), Shape(4, 256), Shape(32, 256))
+HEAD_TOKENS = 1024
+CORRECTNESS_SHAPE = Shape(1, 256)
+
+
+class CudaArm:
+    """One engine on the device; ``interleave.Arm``.
+
+    Args:
+        name: for the table.
+        hidden: int64 ids ``[B, T]`` on the device to final hidden states ``[B, T, H]``.
+        head: hidden states ``[m, H]`` to logits ``[m, V]``.
+        with_head: whether ``run`` makes the logits of every position, ``HEAD_TOKENS`` at a time.
+    """
+
+    def __init__(
+        self, name: str, hidden: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], *, with_head: bool = True
+    ) -> None:
+        self.name, self.hidden, self.head, self.with_head = name, hidden, head, with_head
+
+    def prepare(self) -> dict[str, Any]:
+        """The engines are loaded before; say what was made of them."""
+        return {"name": self.name, "with_head": self.with_head}
+
+    def forward(self, ids_BT: Tensor) -> None:
+        """Run one pass; logits are dropped chunk by chunk, as a loss would."""
+        hidden_MH = self.hidden(ids_BT).flatten(0, 1)
+        if self.with_head:
+            for chunk_MH in torch.split(hidden_MH, HEAD_TOKENS):
+                self.head(chunk_MH)
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Return float32 logits ``[B * T, V]``."""
+        parts = torch.split(self.hidden(ids_BT).flatten(0, 1), HEAD_TOKENS)
+        return torch.cat([self.head(part).float() for part in parts])
+
+    def run(self, ids_BT: Ids, save: Path | None = None) -> float:
+        """Return the seconds of one pass between CUDA events; the ids are on the device before the clock starts."""
+        ids = torch.from_numpy(ids_BT).cuda()
+        with torch.no_grad():
+            taken = seconds_of(lambda: self.forward(ids))
+            if save is not None:
+                import numpy as np
+
+                np.save(save, self.logits(ids).view(*ids.shape, -1).cpu().numpy(), allow_pickle=False)
+        return taken
+
+    def without_head(self) -> "CudaArm":
+        """Return the same engine, timed without its head."""
+        return CudaArm(self.name, self.hidden, self.head, with_head=False)
+
+    def close(self) -> None:
+        """Drop the engine."""
+        del self.hidden, self.head
+
+
+def packed_arm(name: str, config: TeacherConfig, backend: str, *, overlap: bool) -> CudaArm:
+    """Return this project's teacher over freshly made, always equal weights."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    forward = CudaForward(config, make_tensors(config, device), backend, Kernels(device), overlap=overlap)
+    return CudaArm(name, forward.hidden, forward.head_logits)
+
+
+def twin_arm(name: str, model: Any) -> CudaArm:
+    """Return a transformers model as an arm."""
+    return CudaArm(name, lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, model.lm_head)
+
+
+def reference_logits(config: TeacherConfig, ids_BT: Tensor) -> Tensor:
+    """Return float32 logits ``[B * T, V]`` of the dense float32 model, TF32 off, plain attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build_twin(config, make_tensors(config, ids_BT.device), torch.float32)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+        logits_MV = logits_BTV.flatten(0, 1)
+    return logits_MV
+
+
+def row_errors(found_MV: Tensor, exact_MV: Tensor) -> Tensor:
+    """Return each position's relative error, float64 ``[M]``."""
+    exact = exact_MV.double()
+    return (found_MV.double() - exact).norm(dim=1) / exact.norm(dim=1)
+
+
+def measure_errors(arms: Sequence[CudaArm], ids_BT: Tensor, exact_MV: Tensor, against: str) -> dict[str, Any]:
+    """Compare every arm's logits with the reference, and its error with that of the arm named ``against``."""
+    with torch.no_grad():
+        errors = {arm.name: row_errors(arm.logits(ids_BT), exact_MV) for arm in arms}
+    theirs = errors[against]
+    return {
+        name: {
+            "median": float(error.median()),
+            "max": float(error.max()),
+            "worst_ratio": float((error / theirs).max()),
+            "median_ratio": float((error / theirs).median()),
+        }
+        for name, error in errors.items()
+    }
+
+
+def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate: float, bandwidth: float) -> float:
+    """Return the least time of one packed pass: its operations at ``rate``, or its packed bytes at ``bandwidth``."""
+    weights, packed_bytes, types = 0, 0, tensor_types(config)
+    for name, dims in expected_shapes(config).items():
+        if len(dims) == 2 and name != "token_embd.weight" and (with_head or name != "output.weight"):
+            weights += dims[0] * dims[1]
+            packed_bytes += dims[0] * block_format(types[name]).row_bytes(dims[1])
+    attention = 2 * config.num_layers * config.q_size * shape.batch * shape.length**2  # causal: half of 4 T^2 N D
+    return max((2 * weights * shape.tokens + attention) / rate, packed_bytes / bandwidth)
+
+
+def collect_garbage() -> None:
+    """Give freed device memory back before the next thing is built."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(config: TeacherConfig, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure everything that needs only this process; see the module's docstring."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    found: dict[str, Any] = {"environment": environment(), "config": asdict(config)}
+    ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flop_per_s": gemm_rate()}
+    found["ceilings"] = ceilings
+    copied, multiplied = (value / 1e12 for value in ceilings.values())
+    say(f"ceilings: copy {copied:.2f} TB/s, bf16 {multiplied:.0f} TFLOP/s")
+    collect_garbage()
+    probe = torch.from_numpy(make_ids(CORRECTNESS_SHAPE, config.vocab_size)).to(device)
+    exact_MV = reference_logits(config, probe)
+    collect_garbage()
+    say("reference: float32 logits made")
+    arms = [
+        packed_arm("q4k", config, "q4k", overlap=True),
+        packed_arm("q4k-inline", config, "q4k", overlap=False),
+        packed_arm("dense-q4kd", config, "dense", overlap=False),
+        twin_arm("dense-transformers", build_twin(config, make_tensors(config, device), torch.bfloat16)),
+    ]
+    collect_garbage()
+    found["errors"] = measure_errors(arms, probe, exact_MV, "dense-transformers")
+    del exact_MV
+    found["bnb-nf4"] = add_nf4(arms, config, device)
+    say(f"errors: {found['errors']}")
+    found["speed"] = [
+        row
+        for shape in SHAPES
+        for with_head in (False, True)
+        for row in measure_speed(arms, config, shape, rounds, ceilings, with_head=with_head, say=say)
+    ]
+    busiest = torch.from_numpy(make_ids(SHAPES[-1], config.vocab_size)).to(device)
+    with torch.no_grad():
+        found["utilisation"] = utilisation(lambda: arms[0].forward(busiest))
+        found["host_copies"] = host_copies(lambda: arms[0].forward(busiest))
+    for arm in arms:
+        arm.close()
+    arms.clear()
+    collect_garbage()
+    return found
+
+
+def add_nf4(arms: list[CudaArm], config: TeacherConfig, device: torch.device) -> str:
+    """Add the bitsandbytes arm where it runs; return what was done."""
+    try:
+        model = build_twin(config, make_tensors(config, device), torch.bfloat16)
+        to_nf4(model)
+        collect_garbage()
+        arms.append(twin_arm("bnb-nf4", model))
+    except ImportError as error:
+        collect_garbage()
+        return f"not run: {error}"
+    return "run"
+
+
+def measure_speed(
+    arms: Sequence[CudaArm],
+    config: TeacherConfig,
+    shape: Shape,
+    rounds: int,
+    ceilings: dict[str, float],
+    *,
+    with_head: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Time every arm on one shape, turn by turn; a row per arm, ratios against the first."""
+    timed = [arm if with_head else arm.without_head() for arm in arms]
+    ids_BT = make_ids(shape, config.vocab_size)
+    for arm in timed:
+        arm.run(ids_BT)
+    series = interleave(timed, ids_BT, rounds)
+    floor = floor_seconds(
+        config,
+        shape,
+        with_head=with_head,
+        rate=ceilings["bf16_flop_per_s"],
+        bandwidth=ceilings["copy_bytes_per_s"],
+    )
+    ratios: list[Ratio | None] = [None, *compare(series)]
+    rows = [speed_row(one, ratio, floor, with_head) for one, ratio in zip(series, ratios, strict=True)]
+    for row in rows:
+        say(speed_line(row))
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """Return the versions and the device that the numbers belong to."""
+    import transformers
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run everything and write ``cuda.json``."""
+    parser = argparse.ArgumentParser(prog="python -m q4kd.trainer.bench.cuda", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for cuda.json and load.json")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--skip", choices=("load",), help="leave out the processes of bench/load.py")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = qwen2_5_7b(options.layers)
+    found = measure(config, options.rounds, lambda line: print(line, flush=True))
+    write_json(options.out / "cuda.json", found)
+    lines = table(found)
+    if options.skip != "load":
+        from q4kd.trainer.bench.load import measure_load
+
+        lines += measure_load(config, options.out, lambda line: print(line, flush=True))
+    print("\n".join(["", *lines]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""Time several engines on the same work, turn by turn, and say how much faster one is with its dispersion.
+
+A machine's speed drifts while it is measured (clocks, heat, neighbours), so a ratio is taken only between runs that lie
+next to each other: in every round each arm runs once, in an order that rotates, and the ratio belongs to the round.
+
+What an arm is (``Arm``): an engine with a model loaded. It may run in this process (CUDA arms do: they share the
+device and one allocator) or in a worker process of its own (``worker.WorkerArm``: CPU arms do, because two thread
+pools in one process fight for the cores). Either way:
+
+    prepare()             load the model, warm up; returns facts for the log (version, dtype, threads, bytes)
+    run(ids_BT, save)     one timed forward pass over int64 ids [B, T] with logits at every position, synchronised
+                          before and after; returns seconds. ``save``: also write the logits to this .npy file, float32
+                          [B, T, V], after the clock has stopped
+    close()               give back memory and processes; called once, also after a failure
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+
+
+class Arm(Protocol):
+    """One engine under test; see the module's docstring."""
+
+    @property
+    def name(self) -> str:
+        """Short name for the table, such as ``q4k`` or ``llama.cpp``."""
+
+    def prepare(self) -> dict[str, Any]:
+        """Load and warm up; return JSON-able facts."""
+
+    def run(self, ids_BT: Ids, save: Path | None = None) -> float:
+        """Return the seconds of one forward pass with all logits."""
+
+    def close(self) -> None:
+        """Give back what ``prepare`` took."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of ``batch`` sequences of ``length`` positions."""
+
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions in all."""
+        return self.batch * self.length
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Seconds of one arm on one shape, a value per round."""
+
+    arm: str
+    shape: Shape
+    seconds: tuple[float, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At the median round."""
+        return self.shape.tokens / statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster the subject is than another arm: that arm's seconds over the subject's, per round.
+
+    Attributes:
+        against: the other arm.
+        median: of the rounds' ratios.
+        low, high: first and third quartile.
+        least, greatest: extremes.
+        rounds: how many there were.
+    """
+
+    against: str
+    shape: Shape
+    median: float
+    low: float
+    high: float
+    least: float
+    greatest: float
+    rounds: int
+
+
+def make_ids(shape: Shape, vocab_size: int, seed: int = 0) -> Ids:
+    """Return random token ids int64 ``[B, T]`` in ``[0, vocab_size)``."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (shape.batch, shape.length), dtype=np.int64)
+
+
+def interleave(
+    arms: Sequence[Arm], ids_BT: Ids, rounds: int, progress: Callable[[str], None] = lambda _line: None
+) -> list[Series]:
+    """Run every arm once per round, in rotating order, after one round that is not counted.
+
+    Args:
+        arms: prepared arms; the first is the subject.
+        ids_BT: the work, the same for all.
+        rounds: counted rounds, at least 1.
+        progress: receives a line per round.
+
+    Returns:
+        One series per arm, in the order of ``arms``.
+    """
+    shape = Shape(*ids_BT.shape)
+    seconds: list[list[float]] = [[] for _ in arms]
+    for turn in range(-1, rounds):
+        for place in range(len(arms)):
+            index = (turn + place) % len(arms)
+            taken = arms[index].run(ids_BT)
+            if turn >= 0:
+                seconds[index].append(taken)
+        if turn >= 0:
+            progress(
+                f"{shape} round {turn + 1}/{rounds}: "
+                + ", ".join(f"{arm.name} {series[-1]:.3f} s" for arm, series in zip(arms, seconds, strict=True))
+            )
+    return [Series(arm.name, shape, tuple(values)) for arm, values in zip(arms, seconds, strict=True)]
+
+
+def compare(series: Sequence[Series]) -> list[Ratio]:
+    """Return the first series' speed as a multiple of every other's, round by round."""
+    subject = series[0]
+    return [_ratio(subject, other) for other in series[1:]]
+
+
+def _ratio(subject: Series, other: Series) -> Ratio:
+    values = [theirs / ours for ours, theirs in zip(subject.seconds, other.seconds, strict=True)]
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Ratio(
+        against=other.arm,
+        shape=subject.shape,
+        median=statistics.median(values),
+        low=quartiles[0],
+        high=quartiles[2],
+        least=min(values),
+        greatest=max(values),
+        rounds=len(values),
+    )
+
+
+def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
+    """Return the least cosine between two arms' logits over all positions, in float64; ``[..., V]`` each."""
+    worst = 1.0
+    for a, b in zip(ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]), strict=True):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+        worst = min(worst, float(x @ y) / scale if scale > 0 and np.isfinite(scale) else -1.0)
+    return worst

@@ -1,0 +1,302 @@
+"""The forward pass on a CUDA device: packed weights decoded into a bounded scratch, cuBLAS, fused kernels, torch SDPA.
+
+Arithmetic in the default dtype: weights are decoded in float32 and rounded once to bfloat16; products take bfloat16 and
+accumulate in float32; norms, rotary embedding and SwiGLU compute in float32; the residual stream and the logits are
+float32. In float32 (for comparisons) everything is float32 and TF32 is off. Nothing but token ids comes from the host.
+
+Bytes for M tokens, bfloat16, with S = ``MLP_TOKENS`` (the feed-forward part runs S tokens at a time)::
+
+    residual 4 M H | normed, delta 2 M H each | Q, K, V 2 M (N + 2 K) D | attention 2 M N D
+    gate and up 4 min(M, S) F | gated 2 M F
+
+Qwen2.5-7B (H 3584, F 18944, (N + 2 K) D 4608) at M = 8,192: 117 + 59 + 59 + 76 + 59 + 310 + 310 MB = 0.99 GB, beside
+the weights (4.36 GB) and two scratch buffers (0.54 GB). The head (1.09 GB decoded) is held between the first
+``head_logits`` and the next ``hidden``, when the activations are gone.
+
+Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, N heads, K key-value
+heads, D head size, V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.cuda.numerics import attention, multiply, pinned_numerics
+from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
+from q4kd.trainer.cuda.weights import FUSED_MAX_TOKENS, CudaMatrix, DeviceTensor, Group
+from q4kd.trainer.forward import rope_tables
+
+if TYPE_CHECKING:
+    from q4kd.trainer.cuda.kernels import Kernels
+
+MLP_TOKENS = 4096
+# Heads larger than this, decoded, go through the scratch buffers slab by slab at every call instead of being held.
+DEFAULT_HEAD_BYTES = 1_300_000_000
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attn_norm: Tensor
+    qkv: Group
+    attn_output: Group
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    ffn_norm: Tensor
+    gate_up: Group
+    ffn_down: Group
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Buffers of one pass, reused by every layer; all but the residual stream are in the compute dtype."""
+
+    residual: Tensor  # float32 [M, H]
+    normed: Tensor  # [M, H]
+    delta: Tensor  # [M, H]
+    qkv: Tensor  # [M, (N + 2 K) D]
+    gate_up: Tensor  # [min(M, S), 2 F]
+    gated: Tensor  # [M, F]
+
+
+class ScratchBytes:
+    """What the forward pass holds beside the weights: scratch buffers, and the decoded head while it is held."""
+
+    def __init__(self, stream: WeightStream) -> None:
+        self._stream = stream
+        self.head: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
+        return self._stream.num_bytes + head
+
+
+class CudaForward:
+    """Weights of a model as held on a CUDA device, and the forward pass over them.
+
+    Args:
+        config: the model's dimensions.
+        tensors: every tensor of the file, on the device; Q6_K ones are repacked in place, so they serve only once.
+        backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix now and drops them.
+        kernels: of the tensors' device.
+        dtype: bfloat16, or float32 for comparisons.
+        overlap: whether the next weight is decoded beside the current product (two scratch buffers instead of one).
+        scratch_bytes: bound of one scratch buffer.
+        head_bytes: largest decoded head that is held for a pass.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        tensors: Mapping[str, DeviceTensor],
+        backend: str,
+        kernels: "Kernels",
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        overlap: bool = True,
+        scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+        head_bytes: int = DEFAULT_HEAD_BYTES,
+    ) -> None:
+        self.config, self._kernels, self._dtype, self._backend = config, kernels, dtype, backend
+        self.device = next(iter(tensors.values())).packed.device
+        self._tensors = tensors
+        self.matrices: dict[str, CudaMatrix] = {}
+        self.vector_bytes: Counter[str] = Counter()
+        self._embedding = self._group("token_embd.weight")
+        self._layers = [self._load_layer(index) for index in range(config.num_layers)]
+        self._output_norm = self._vector("output_norm.weight")
+        self._head = self._embedding if config.tied_head else self._group("output.weight")
+        self._rope_factors = self._optional(ROPE_FACTORS)
+        del self._tensors
+        streamed = [group for layer in self._layers for group in self._groups(layer)]
+        self._holds_head = self._head.rows * self._head.cols * dtype.itemsize <= head_bytes
+        if not self._holds_head:
+            streamed.append(self._head)
+        timeline: Timeline | None = SideStream(self.device, 2) if overlap and backend == "q4k" else None
+        self._stream = WeightStream(
+            streamed, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
+        )
+        self.scratch = ScratchBytes(self._stream)
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def _groups(layer: _Layer) -> tuple[Group, ...]:
+        return layer.qkv, layer.attn_output, layer.gate_up, layer.ffn_down
+
+    def _group(self, *names: str) -> Group:
+        matrices = {name: CudaMatrix(self._tensors[name], self._kernels) for name in names}
+        self.matrices |= matrices
+        group = Group(list(matrices.values()))
+        if self._backend == "dense":
+            group.densify(self._dtype, self.device)
+        return group
+
+    def _vector(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        vector = torch.empty(1, tensor.shape[0], dtype=torch.float32, device=self.device)
+        self._kernels.decode(tensor.type, tensor.packed, 0, 1, tensor.shape[0], vector)
+        self.vector_bytes["F32"] += vector.numel() * 4
+        return vector[0]
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self._vector(name) if name in self._tensors else None
+
+    def _load_layer(self, index: int) -> _Layer:
+        prefix = f"blk.{index}."
+        return _Layer(
+            attn_norm=self._vector(prefix + "attn_norm.weight"),
+            qkv=self._group(*(f"{prefix}attn_{name}.weight" for name in "qkv")),
+            attn_output=self._group(prefix + "attn_output.weight"),
+            q_bias=self._optional(prefix + "attn_q.bias"),
+            k_bias=self._optional(prefix + "attn_k.bias"),
+            v_bias=self._optional(prefix + "attn_v.bias"),
+            q_norm=self._optional(prefix + "attn_q_norm.weight"),
+            k_norm=self._optional(prefix + "attn_k_norm.weight"),
+            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
+            gate_up=self._group(prefix + "ffn_gate.weight", prefix + "ffn_up.weight"),
+            ffn_down=self._group(prefix + "ffn_down.weight"),
+        )
+
+    def embed(self, row_ids: Tensor) -> Tensor:
+        """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``, on the device."""
+        out = torch.empty(len(row_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
+        self._embedding.matrices[0].gather(row_ids.to(self.device), out)
+        return out
+
+    @torch.no_grad()
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Return the final, normalised hidden states of checked int64 ids ``[B, T]``.
+
+        Returns:
+            compute dtype ``[B, T, H]``, on the device.
+        """
+        batch, length = ids_BT.shape
+        config, kernels = self.config, self._kernels
+        self.scratch.head = None
+        cos_TD, sin_TD = self._rope(length)
+        with pinned_numerics():
+            buffers = self._activations(self.embed(ids_BT.reshape(-1)))
+            residual, normed = buffers.residual, buffers.normed
+            kernels.rms_norm(residual, self._layers[0].attn_norm, config.rms_eps, normed)
+            following = [layer.attn_norm for layer in self._layers[1:]] + [self._output_norm]
+            for layer, next_norm in zip(self._layers, following, strict=True):
+                self._attend(layer, buffers, batch, cos_TD, sin_TD)
+                kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
+                self._feed_forward(layer, buffers)
+                kernels.add_rms_norm(residual, buffers.delta, next_norm, config.rms_eps, normed)
+        return normed.view(batch, length, -1)
+
+    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
+        if self._tables is None or len(self._tables[0]) < length:
+            config = self.config
+            cos_TD, sin_TD = rope_tables(length, config.head_dim, config.rope_base, self._rope_factors)
+            self._tables = cos_TD.to(self.device), sin_TD.to(self.device)
+        return self._tables[0][:length], self._tables[1][:length]
+
+    def _activations(self, residual_MH: Tensor) -> _Activations:
+        tokens, hidden = residual_MH.shape
+        config = self.config
+
+        def buffer(rows: int, cols: int) -> Tensor:
+            return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
+
+        # A group cut into slabs is finished for every token before SwiGLU can start.
+        whole = not all(self._stream.is_whole(layer.gate_up) for layer in self._layers)
+        return _Activations(
+            residual=residual_MH,
+            normed=buffer(tokens, hidden),
+            delta=buffer(tokens, hidden),
+            qkv=buffer(tokens, config.q_size + 2 * config.kv_size),
+            gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * config.ffn_size),
+            gated=buffer(tokens, config.ffn_size),
+        )
+
+    def _is_few(self, group: Group, tokens: int) -> bool:
+        return tokens <= FUSED_MAX_TOKENS and self._dtype == torch.bfloat16 and group.is_fusable
+
+    def _product(self, group: Group, x_MK: Tensor, out_MR: Tensor) -> None:
+        if self._is_few(group, len(x_MK)):
+            group.multiply_few(x_MK, out_MR)
+            return
+        for rows, weight_RK in self._stream.decoded(group, look_ahead=len(x_MK) > FUSED_MAX_TOKENS):
+            multiply(x_MK, weight_RK, out_MR[:, rows])
+
+    def _attend(self, layer: _Layer, buffers: _Activations, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
+        config = self.config
+        self._product(layer.qkv, buffers.normed, buffers.qkv)
+        q_end, k_end = config.q_size, config.q_size + config.kv_size
+        q_MND = buffers.qkv[:, :q_end].view(-1, config.num_heads, config.head_dim)
+        k_MKD = buffers.qkv[:, q_end:k_end].view(-1, config.num_kv_heads, config.head_dim)
+        v_flat = buffers.qkv[:, k_end:]
+        self._kernels.rope(
+            q_MND,
+            k_MKD,
+            cos_TD,
+            sin_TD,
+            config.rope_layout,
+            q_bias=layer.q_bias,
+            k_bias=layer.k_bias,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.rms_eps,
+        )
+        if layer.v_bias is not None:
+            self._kernels.add_bias(v_flat, layer.v_bias)
+        v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
+        mixed_MH = attention(*(part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)))
+        self._product(layer.attn_output, mixed_MH, buffers.delta)
+
+    def _feed_forward(self, layer: _Layer, buffers: _Activations) -> None:
+        x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
+        tokens, step = len(x_MH), len(gate_up)
+        if step == tokens:
+            self._product(layer.gate_up, x_MH, gate_up)
+            self._kernels.swiglu(gate_up, gated_MF)
+        else:
+            for _, weight_RK in self._stream.decoded(layer.gate_up):
+                for start in range(0, tokens, step):
+                    stop = min(start + step, tokens)
+                    part = gate_up[: stop - start]
+                    multiply(x_MH[start:stop], weight_RK, part)
+                    self._kernels.swiglu(part, gated_MF[start:stop])
+        self._product(layer.ffn_down, gated_MF, buffers.delta)
+
+    @torch.no_grad()
+    def head_logits(self, hidden_MH: Tensor) -> Tensor:
+        """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``, on the device.
+
+        The head is decoded at the first call after ``hidden`` and held until the next pass or ``release_head``, so
+        that a caller may take its tokens in chunks.
+        """
+        x_MH = hidden_MH.to(self.device, self._dtype)
+        out_MV = torch.empty(len(x_MH), self._head.rows, dtype=torch.float32, device=self.device)
+        with pinned_numerics():
+            if self._is_few(self._head, len(x_MH)):
+                self._head.multiply_few(x_MH, out_MV)
+            elif self._holds_head:
+                multiply(x_MH, self._decoded_head(), out_MV)
+            else:
+                for rows, weight_RK in self._stream.decoded(self._head):
+                    multiply(x_MH, weight_RK, out_MV[:, rows])
+        return out_MV
+
+    def _decoded_head(self) -> Tensor:
+        if self._head.resident is not None:
+            return self._head.resident
+        if self.scratch.head is None:
+            self.scratch.head = torch.empty(self._head.rows, self._head.cols, dtype=self._dtype, device=self.device)
+            self._head.matrices[0].decode(0, self._head.rows, self.scratch.head)
+        return self.scratch.head
+
+    def release_head(self) -> None:
+        """Free the decoded head, if one is held."""
+        self.scratch.head = None

@@ -1,0 +1,202 @@
+"""The stream of decoded weights: each group is decoded into a bounded scratch just before it is multiplied.
+
+A *slab* is a run of a group's rows that fits one scratch buffer; most groups are one slab. Within a pass the slabs are
+always used in the same order, so the next one can be decoded while the current one is multiplied::
+
+    side stream   decode 0 | decode 1   | decode 2        | decode 3
+    main stream            | GEMM 0     | GEMM 1          | GEMM 2
+    buffer          0      |   1        |   0 (after GEMM 0)  1 (after GEMM 1)
+
+Letters in shapes: M tokens, R rows (outputs), K columns (inputs).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.cuda.weights import CudaMatrix, Group
+
+# Gate and up of a 7B model, 2 * 18944 rows of 3584 in bfloat16, are 271.6 MB: one slab.
+DEFAULT_SCRATCH_BYTES = 300_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of one matrix of a group, at row ``offset`` of their slab."""
+
+    matrix: CudaMatrix
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows ``start`` to ``stop`` of a group, decoded together; ``buffer`` is the scratch they are decoded into."""
+
+    index: int
+    buffer: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[Piece, ...]]]:
+    """Cut a group into runs of at most ``max_rows`` rows: ``(start, stop, pieces)`` each."""
+    count = -(-group.rows // max_rows)
+    height = -(-group.rows // count)
+    slabs = []
+    for start in range(0, group.rows, height):
+        stop = min(start + height, group.rows)
+        pieces, first = [], 0
+        for matrix in group.matrices:
+            low, high = max(start, first), min(stop, first + matrix.rows)
+            if low < high:
+                pieces.append(Piece(matrix, low - first, high - first, low - start))
+            first += matrix.rows
+        slabs.append((start, stop, tuple(pieces)))
+    return slabs
+
+
+class Timeline(Protocol):
+    """When a scratch buffer may be written and read, for the stream that decodes and the stream that multiplies."""
+
+    def writing(self, buffer: int) -> AbstractContextManager[None]:
+        """Inside, work is decoding into ``buffer``: it waits for the buffer's last reader, and readers wait for it."""
+
+    def reading(self, buffer: int) -> None:
+        """Make the current stream wait for what was last written to ``buffer``."""
+
+    def release(self, buffer: int) -> None:
+        """Mark the end of the current stream's reads of ``buffer``."""
+
+
+class InOrder:
+    """One stream does everything in order: nothing to wait for."""
+
+    def writing(self, buffer: int) -> AbstractContextManager[None]:
+        """Nothing to wait for."""
+        return nullcontext()
+
+    def reading(self, buffer: int) -> None:
+        """Nothing to wait for."""
+
+    def release(self, buffer: int) -> None:
+        """Nothing to mark."""
+
+
+class SideStream:
+    """Decoding on a stream of its own, ordered with the current one by two events per buffer.
+
+    Write after read: a decode waits for ``free``, recorded after the GEMM that last read the buffer. Read after write:
+    a GEMM waits for ``ready``, recorded after the decode. An event never recorded is not waited for (first use).
+    """
+
+    def __init__(self, device: torch.device, buffers: int) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._ready = [torch.cuda.Event() for _ in range(buffers)]  # type: ignore[no-untyped-call]
+        self._free = [torch.cuda.Event() for _ in range(buffers)]  # type: ignore[no-untyped-call]
+        # The buffers were allocated, and the weights copied and repacked, on the current stream.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def writing(self, buffer: int) -> Iterator[None]:
+        """Switch to the side stream, after the buffer's last reader."""
+        self._stream.wait_event(self._free[buffer])
+        with torch.cuda.stream(self._stream):
+            yield
+        self._ready[buffer].record(self._stream)
+
+    def reading(self, buffer: int) -> None:
+        """Wait for the last decode into the buffer."""
+        torch.cuda.current_stream().wait_event(self._ready[buffer])
+
+    def release(self, buffer: int) -> None:
+        """Record that everything launched so far on the current stream has read the buffer."""
+        self._free[buffer].record(torch.cuda.current_stream())
+
+
+class WeightStream:
+    """Decodes a model's groups slab by slab into one scratch buffer, or two when decoding overlaps the products.
+
+    Args:
+        groups: in the order in which a pass uses them. Resident ones need no scratch.
+        dtype: of the decoded weights, bfloat16 or float32.
+        device: where the scratch is.
+        scratch_bytes: bound of one buffer; a single row that needs more gets it.
+        timeline: orders decoding ahead into two buffers; ``None`` decodes in line, into one.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._timeline: Timeline = timeline or InOrder()
+        self._looks_ahead = timeline is not None
+        count = 2 if self._looks_ahead else 1
+        self._order: list[Slab] = []
+        self._slabs: dict[Group, tuple[Slab, ...]] = {}
+        for group in groups:
+            if group.resident is None:
+                cut = cut_slabs(group, max(1, scratch_bytes // (group.cols * dtype.itemsize)))
+                first = len(self._order)
+                slabs = [Slab(first + place, (first + place) % count, *slab) for place, slab in enumerate(cut)]
+                self._slabs[group] = tuple(slabs)
+                self._order += slabs
+        largest = max((_weights(slab) for slab in self._order), default=0)
+        self._buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(count)]
+        self._ahead: Slab | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the scratch buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
+    def is_whole(self, group: Group) -> bool:
+        """Whether a group comes in one piece."""
+        return group.resident is not None or len(self._slabs[group]) == 1
+
+    def decoded(self, group: Group, *, look_ahead: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a group's rows as ``(rows of the group, weights [r, K])``; each is valid until the next is asked for.
+
+        Args:
+            group: one of those given at construction.
+            look_ahead: whether the pass goes on with the next slab in order, so that it may be decoded now.
+        """
+        if group.resident is not None:
+            yield slice(0, group.rows), group.resident
+            return
+        for slab in self._slabs[group]:
+            if self._ahead is not slab:
+                self._decode(slab)
+            self._timeline.reading(slab.buffer)
+            following = slab.index + 1
+            self._ahead = None
+            if self._looks_ahead and look_ahead and following < len(self._order):
+                self._ahead = self._order[following]
+                self._decode(self._ahead)
+            yield slice(slab.start, slab.stop), self._tile(slab)
+            self._timeline.release(slab.buffer)
+
+    def _tile(self, slab: Slab) -> Tensor:
+        return self._buffers[slab.buffer][: _weights(slab)].view(slab.stop - slab.start, -1)
+
+    def _decode(self, slab: Slab) -> None:
+        tile = self._tile(slab)
+        with self._timeline.writing(slab.buffer):
+            for piece in slab.pieces:
+                rows = piece.stop - piece.start
+                piece.matrix.decode(piece.start, piece.stop, tile[piece.offset : piece.offset + rows])
+
+
+def _weights(slab: Slab) -> int:
+    return (slab.stop - slab.start) * slab.pieces[0].matrix.cols

@@ -1,0 +1,123 @@
+// Packed rows to dense bf16 or float32: a range of rows (decode_*), rows by id (gather_*), and the Q6_K repacking.
+//
+// Sixteen threads a superblock, sixteen weights a thread: one 8-byte load of quants (coalesced across the warp), the
+// block's header as a broadcast, two 16-byte stores of bf16. Every element of the output range is written.
+#include "blocks.cuh"
+
+template <class Format, class Out>
+Q4KD_DEVICE void decode_task(Blocks blocks, i64 block, int task, Out* out_of_block) {
+    Octets octets = Format::decode(blocks, block, task);
+    write_floats<8>(out_of_block + octets.first, octets.values);
+    write_floats<8>(out_of_block + octets.second, octets.values + 8);
+}
+
+template <class Format, class Out>
+Q4KD_DEVICE void decode_blocks(Blocks blocks, i64 first_block, i64 count, Out* out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    i64 block = item / Format::tasks;
+    if (block >= count) return;
+    decode_task<Format>(blocks, first_block + block, (int)(item % Format::tasks), out + block * Format::weights);
+}
+
+// Quiet NaN for rows that do not exist: an id out of range must be seen, not read out of bounds.
+Q4KD_INLINE float missing() { return as_float(0x7FC00000u); }
+
+template <class Format, class Out>
+Q4KD_DEVICE void gather_blocks(Blocks blocks, i64 blocks_per_row, const i64* ids, i64 count, Out* out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    i64 target = item / Format::tasks;
+    i64 slot = target / blocks_per_row;
+    if (slot >= count) return;
+    int task = (int)(item % Format::tasks);
+    i64 id = load<i64>(ids + slot);
+    Out* out_of_block = out + target * Format::weights;
+    if (id < 0 || id >= blocks.count / blocks_per_row) {
+        constexpr int share = Format::weights / Format::tasks;
+        for (int i = 0; i < share; i++) {
+            float value = missing();
+            write_floats<1>(out_of_block + task * share + i, &value);
+        }
+        return;
+    }
+    decode_task<Format>(blocks, id * blocks_per_row + target % blocks_per_row, task, out_of_block);
+}
+
+// One element a thread, for rows of unquantised types that are not whole 16-byte words. `ids` null: a range of elements.
+template <class Element, class Out>
+Q4KD_DEVICE void decode_elements(const u8* packed, i64 first, i64 count, Out* out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= count) return;
+    float value = Element::element(packed + (first + item) * Element::element_bytes);
+    write_floats<1>(out + item, &value);
+}
+
+template <class Element, class Out>
+Q4KD_DEVICE void gather_elements(const u8* packed, i64 rows, i64 cols, const i64* ids, i64 count, Out* out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= count * cols) return;
+    i64 id = load<i64>(ids + item / cols);
+    float value = missing();
+    if (id >= 0 && id < rows) value = Element::element(packed + (id * cols + item % cols) * Element::element_bytes);
+    write_floats<1>(out + item, &value);
+}
+
+#define KERNEL extern "C" __global__ void __launch_bounds__(256)
+
+#define BLOCK_KERNELS(name, Format, suffix, Out)                                                                     \
+    KERNEL decode_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 first_block, i64 count,           \
+                                    Out* __restrict__ out) {                                                         \
+        decode_blocks<Format>(Blocks{packed, blocks}, first_block, count, out);                                      \
+    }                                                                                                                \
+    KERNEL gather_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 blocks_per_row,                   \
+                                    const i64* __restrict__ ids, i64 count, Out* __restrict__ out) {                 \
+        gather_blocks<Format>(Blocks{packed, blocks}, blocks_per_row, ids, count, out);                              \
+    }
+
+#define ELEMENT_KERNELS(name, Element, suffix, Out)                                                                  \
+    BLOCK_KERNELS(name, Element, suffix, Out)                                                                        \
+    KERNEL decode_##name##_elements_##suffix(const u8* __restrict__ packed, i64 first, i64 count,                    \
+                                             Out* __restrict__ out) {                                                \
+        decode_elements<Element>(packed, first, count, out);                                                         \
+    }                                                                                                                \
+    KERNEL gather_##name##_elements_##suffix(const u8* __restrict__ packed, i64 rows, i64 cols,                      \
+                                             const i64* __restrict__ ids, i64 count, Out* __restrict__ out) {        \
+        gather_elements<Element>(packed, rows, cols, ids, count, out);                                               \
+    }
+
+#define BOTH(MACRO, name, Format) MACRO(name, Format, bf16, bf16) MACRO(name, Format, f32, float)
+
+BOTH(BLOCK_KERNELS, q4_k, Q4_K)
+BOTH(BLOCK_KERNELS, q5_k, Q5_K)
+BOTH(BLOCK_KERNELS, q6_k, Q6_K)
+BOTH(BLOCK_KERNELS, q6_k_soa, Q6_K_SOA)
+BOTH(BLOCK_KERNELS, q8_0, Q8_0)
+BOTH(BLOCK_KERNELS, q4_0, Q4_0)
+BOTH(BLOCK_KERNELS, q5_0, Q5_0)
+BOTH(ELEMENT_KERNELS, f16, F16)
+BOTH(ELEMENT_KERNELS, bf16, BF16)
+BOTH(ELEMENT_KERNELS, f32, F32)
+
+// Byte pairs of superblocks between the file's layout and the structure of arrays; 105 pairs a superblock, one a thread.
+Q4KD_INLINE i64 soa_offset(i64 total, i64 block, int byte) {
+    if (byte < 128) return 128 * block + byte;
+    if (byte < 192) return 128 * total + 64 * block + (byte - 128);
+    if (byte < 208) return 192 * total + 16 * block + (byte - 192);
+    return 208 * total + 2 * block + (byte - 208);
+}
+
+// `count` superblocks in the file's layout become superblocks first_block.. of an array of `total`.
+KERNEL repack_q6_k(const u8* __restrict__ packed, i64 count, i64 total, i64 first_block, u8* __restrict__ out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    i64 block = item / 105;
+    if (block >= count) return;
+    int byte = 2 * (int)(item % 105);
+    write(out + soa_offset(total, first_block + block, byte), load<u16>(packed + 210 * block + byte));
+}
+
+KERNEL unpack_q6_k(const u8* __restrict__ soa, i64 total, u8* __restrict__ out) {
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    i64 block = item / 105;
+    if (block >= total) return;
+    int byte = 2 * (int)(item % 105);
+    write(out + 210 * block + byte, load<u16>(soa + soa_offset(total, block, byte)));
+}

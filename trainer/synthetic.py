@@ -1,0 +1,110 @@
+"""A large teacher made in a second: random, valid K-quant blocks in the shapes of a real model.
+
+Memory and speed need a file much larger than the demo's; its weights need not be good, only finite and alive through
+every layer, so that a wrong or skipped computation shows.
+"""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+_TYPES = {"Q4_K": gguf.GGMLQuantizationType.Q4_K, "Q6_K": gguf.GGMLQuantizationType.Q6_K}
+HEAD_DIM = 64
+
+
+def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float) -> NDArray[np.uint8]:
+    """Return random packed rows whose decoded weights have mean about 0 and standard deviation about ``sigma``.
+
+    Args:
+        rng: source of randomness.
+        type_name: Q4_K or Q6_K.
+        rows: number of rows.
+        cols: weights per row, a multiple of 256.
+        sigma: wanted standard deviation.
+
+    Returns:
+        uint8 ``[rows, row_bytes]``.
+    """
+    count = rows * cols // 256
+    if type_name == "Q4_K":
+        blocks = rng.integers(0, 256, (count, 144), dtype=np.uint8)
+        # sc and m share one random 6-bit range of mean 31.5; q has mean 7.5, so dmin = 7.5 d centres the weights.
+        d = np.full(count, sigma / 190, np.float16)
+        blocks[:, 0:2] = d.view(np.uint8).reshape(-1, 2)
+        blocks[:, 2:4] = (d * np.float16(7.5)).view(np.uint8).reshape(-1, 2)
+    else:
+        blocks = rng.integers(0, 256, (count, 210), dtype=np.uint8)
+        d = np.full(count, sigma / 1365, np.float16)
+        blocks[:, 208:210] = d.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def write_large_teacher(
+    path: Path,
+    *,
+    layers: int = 10,
+    hidden: int = 1024,
+    ffn: int = 4096,
+    vocab: int = 4096,
+    kv_heads: int = 4,
+    tied: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write a qwen2 GGUF with random K-quant weights (about 94 MB with the defaults: 155 M weights).
+
+    Types are those of a Q4_K_M file: Q4_K, but Q6_K for the output head and, in half of the layers, for the value and
+    down projections. Heads have 64 elements.
+
+    Args:
+        path: the file to write.
+        layers: transformer layers.
+        hidden: hidden size, a multiple of 256.
+        ffn: feed-forward size, a multiple of 256.
+        vocab: rows of the embedding.
+        kv_heads: key and value heads, a divisor of ``hidden / 64``.
+        tied: whether the embedding is the head too.
+        seed: of every weight.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(4096)
+    writer.add_vocab_size(vocab)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(hidden // HEAD_DIM)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    # llama.cpp loads a model without a vocabulary only when told that there is none.
+    writer.add_tokenizer_model("none")
+
+    def packed(name: str, type_name: str, rows: int, cols: int) -> None:
+        data = random_blocks(rng, type_name, rows, cols, 0.7 / np.sqrt(cols))
+        writer.add_tensor(name, data, raw_dtype=_TYPES[type_name])
+
+    def constant(name: str, value: float, size: int) -> None:
+        writer.add_tensor(name, np.full(size, value, np.float32))
+
+    packed("token_embd.weight", "Q6_K" if tied else "Q4_K", vocab, hidden)
+    constant("output_norm.weight", 1, hidden)
+    if not tied:
+        packed("output.weight", "Q6_K", vocab, hidden)
+    for layer in range(layers):
+        prefix = f"blk.{layer}."
+        constant(f"{prefix}attn_norm.weight", 1, hidden)
+        constant(f"{prefix}ffn_norm.weight", 1, hidden)
+        for part, rows in (("q", hidden), ("k", kv_heads * HEAD_DIM), ("v", kv_heads * HEAD_DIM)):
+            packed(f"{prefix}attn_{part}.weight", "Q6_K" if part == "v" and layer % 2 else "Q4_K", rows, hidden)
+            constant(f"{prefix}attn_{part}.bias", 0, rows)
+        packed(f"{prefix}attn_output.weight", "Q4_K", hidden, hidden)
+        packed(f"{prefix}ffn_gate.weight", "Q4_K", ffn, hidden)
+        packed(f"{prefix}ffn_up.weight", "Q4_K", ffn, hidden)
+        packed(f"{prefix}ffn_down.weight", "Q6_K" if layer % 2 else "Q4_K", hidden, ffn)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
