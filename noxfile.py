@@ -1,4 +1,4 @@
-"""Sessions: falsify (the gate), tests, lint, types, sabotage, parity. All share one environment.
+"""Sessions: falsify (the gate), tests, lint, types, kernels, sabotage, parity, fuzz, bench. One environment for all.
 
 The environment is keyed by pyproject.toml, the constraints and the interpreter, so it is made once and reused by every
 session until one of them changes. The package is installed in place: edits take effect without installing again.
@@ -17,6 +17,8 @@ nox.options.sessions = ["falsify", "tests", "lint", "types"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
+# CuPy for its NVRTC binding, and NVRTC itself: both install and compile without a GPU.
+KERNEL_WHEELS = ("cupy-cuda13x>=14", "nvidia-cuda-nvrtc>=13,<14")
 PACKAGES = ("harness", "trainer", "contracts", "evidence")
 
 
@@ -82,6 +84,33 @@ def parity(session: nox.Session) -> None:
     folder = environment(session)
     session.run(str(folder / "pip"), "install", "--quiet", "llama-cpp-python", external=True)
     session.run(str(folder / "python"), "-m", "pytest", "tests/test_llamacpp.py", "-s", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def kernels(session: nox.Session) -> None:
+    """Every CUDA kernel compiled for every architecture, and the decoders run on the host. Needs no GPU."""
+    folder = environment(session)
+    session.run(str(folder / "pip"), "install", "--quiet", *KERNEL_WHEELS, external=True)
+    # Without this variable a missing compiler skips the tests; here it fails them.
+    files = [f"tests/test_kernels_{name}.py" for name in ("compile", "host")]
+    session.run(
+        *(str(folder / "python"), "-m", "pytest", *files, *session.posargs),
+        env={"Q4KD_REQUIRE_KERNELS": "1"},
+        external=True,
+    )
+
+
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """100,000 mutated model files against the readers: about ten minutes. Options after ``--`` replace the count."""
+    options = session.posargs or ["--cases", "100000"]
+    session.run(str(environment(session) / "python"), "tests/fuzz_models.py", *options, external=True)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """``q4kd bench`` with the options after ``--``, such as ``teacher --against llama.cpp``."""
+    q4kd(session, "bench", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.exceptions import ValidationError
 
 from q4kd.harness.contract_entries import KEYS, Entry
+from q4kd.harness.schema_match import Schema
 from q4kd.harness.yaml_lines import Document, Path_, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
@@ -51,11 +51,11 @@ def read_schema() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _validator() -> Draft202012Validator:
+def _structure() -> Schema:
     schema = read_schema()
     # Names and parameters are checked below against the registries themselves, which say what was meant instead.
     schema["$defs"]["registered"] = True
-    return Draft202012Validator(schema)
+    return Schema(schema)
 
 
 def validate(document: Document) -> None:
@@ -67,7 +67,7 @@ def validate(document: Document) -> None:
             got=type(document.value).__name__,
             remedy="start with `metadata:` and `falsification_tests:`",
         )
-    error = best_match(_validator().iter_errors(document.value))
+    error = _structure().error(document.value)
     if error is not None:
         raise _schema_error(document, (), error, "see contracts/contract.schema.json")
 
@@ -88,8 +88,6 @@ def _schema_error(document: Document, prefix: Path_, error: ValidationError, rem
                 got=f"the unknown key {unknown[0]!r}",
                 remedy=f"did you mean {close[0]!r}?" if close else "remove it",
             )
-    if error.schema is False:
-        return document.error(path, expected=f"no {path[-1]!r} here", got=f"{error.instance!r}", remedy=remedy)
     rule = f"{error.validator} {error.validator_value!r}" if error.validator != "if" else "the schema"
     return document.error(
         path, expected=f"{printable(rule)}{f' ({expected})' if expected else ''}", got=error.message, remedy=remedy
@@ -116,19 +114,36 @@ def read_status(document: Document, metadata: Mapping[str, Any], executable: boo
 def near_misses(document: Document, raw: Mapping[str, Any], entries: Sequence[Entry], warnings: list[str]) -> None:
     """A misspelt key would make claims vanish: refuse it in an entry, warn about it at the top level."""
     for key in raw:
-        close = difflib.get_close_matches(str(key), ["falsification_tests"], 1, 0.7)
-        if close and key not in KEYS:
+        if key not in KEYS and _resembles(str(key), KEYS[0], 0.7):
             line = document.line((key,))
-            warnings.append(f"line {line}: {printable(str(key))!r} is not read; did you mean {close[0]!r}?")
+            warnings.append(f"line {line}: {printable(str(key))!r} is not read; did you mean {KEYS[0]!r}?")
     for entry in entries:
         for key in entry.value:
-            if key != "falsifier" and difflib.get_close_matches(str(key), ["falsifier"], 1, 0.8):
+            if key != "falsifier" and _resembles(str(key), "falsifier", 0.8):
                 raise document.error(
                     (*entry.path, key),
                     expected="the key 'falsifier'",
                     got=repr(key),
                     remedy="correct the spelling; as it stands the claim would be prose",
                 )
+
+
+@lru_cache(maxsize=4096)
+def _resembles(key: str, name: str, ratio: float) -> bool:
+    """Return whether ``key`` may be a misspelt ``name``; lengths that exclude it cost nothing."""
+    if 2 * min(len(key), len(name)) < ratio * (len(key) + len(name)):
+        return False
+    return difflib.SequenceMatcher(None, key, name).ratio() >= ratio
+
+
+_PARAMS: dict[str, tuple[Mapping[str, Any], Schema]] = {}
+
+
+def _params_schema(check: str, params: Mapping[str, Any]) -> Schema:
+    """Return the compiled schema of a check's parameters, made once for each check."""
+    if check not in _PARAMS or _PARAMS[check][0] is not params:
+        _PARAMS[check] = params, Schema(params)
+    return _PARAMS[check][1]
 
 
 def _check_params(document: Document, path: Path_, falsifier: "Falsifier") -> None:
@@ -144,7 +159,7 @@ def _check_params(document: Document, path: Path_, falsifier: "Falsifier") -> No
         uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
     for check_path, params_path, use in uses:
         _require_name(document, check_path, "checks", use.check, CHECKS)
-        error = best_match(Draft202012Validator(CHECKS[use.check].PARAMS).iter_errors(use.params))
+        error = _params_schema(use.check, CHECKS[use.check].PARAMS).error(use.params)
         if error is not None:
             raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
 
@@ -189,6 +204,11 @@ def check_falsifier(
             got="none",
             remedy="name a fault that this falsifier must catch; a check never seen to fail proves nothing",
         )
+    for key, items in (("needs", falsifier.needs), ("sabotage", falsifier.sabotage)):
+        if len(set(items)) < len(items):
+            raise document.error(
+                (*path, key), expected="each name once", got=", ".join(items), remedy="keep one of the two"
+            )
     for name in falsifier.profiles:
         if profiles is not None and name not in profiles:
             raise document.error(

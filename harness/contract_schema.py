@@ -38,7 +38,8 @@ def _registered() -> dict[str, Any]:
         "properties": {
             "check": check,
             "experiment": {"description": "An experiment.", "enum": sorted(names.experiments)},
-            "sabotage": {"description": "Faults.", "items": {"enum": sorted(names.faults)}},
+            "sabotage": {"description": "Faults.", "uniqueItems": True, "items": {"enum": sorted(names.faults)}},
+            "needs": {"description": "Capabilities.", "uniqueItems": True},
             "also": {"description": "Further checks.", "items": use},
         },
         "allOf": [_when(name, {"params": whole[name], "profiles": overrides[name]}) for name in whole],

@@ -184,6 +184,8 @@ def read_envelope(data: bytes) -> Envelope:
 
 def unsigned_by(envelope: Envelope, keys: Sequence["Ed25519PublicKey"]) -> list[str]:
     """Return a line for each key without a valid signature over the envelope's payload."""
+    if not keys:
+        return []
     from cryptography.exceptions import InvalidSignature
 
     covered = pae(PAYLOAD_TYPE, envelope.payload)

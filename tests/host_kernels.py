@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from q4kd.trainer.cuda.kernels import Argument
+from q4kd.trainer.cuda.launch import Argument
 
 TESTS = Path(__file__).resolve().parent
 KERNELS = TESTS.parent / "trainer" / "kernels"
 # As NVRTC's -fmad=false: a fused multiply-add would round once where the reference rounds twice.
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
 
 
 def host_compiler() -> str | None:

@@ -22,7 +22,7 @@ EXTREME_SCALES = (0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF
 
 
 def random_blocks(name: str, rows: int, cols: int, seed: int, *, extreme: bool = True) -> np.ndarray:
-    """Random bytes ``[rows, row_bytes]``; with ``extreme``, a third of the scales are zeros, subnormals, infinities, NaN.
+    """Random bytes ``[rows, row_bytes]``; with ``extreme``, a third of the scales are 0, tiny, infinite or NaN.
 
     Without it, scales are ordinary numbers near 2^-6 so that sums stay finite.
     """
@@ -176,7 +176,8 @@ def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-# Rounding to bfloat16's 8 significant bits is at most 2^-8 relative; float32 sums of a few thousand terms stay near 1e-6.
+# Rounding to bfloat16's 8 significant bits is at most 2^-8 relative;
+# float32 sums of a few thousand terms stay near 1e-6.
 BOUNDS = {torch.bfloat16: 2.0**-8, torch.float32: 3e-6}
 
 
@@ -259,7 +260,10 @@ def rope_matches(
     tables = cos.to(kernels.device), sin.to(kernels.device)
     kernels.rope(q, k, *tables, layout, q_bias=q_bias, k_bias=k_bias, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
-    for got, start, count, added, weight in ((q, 0, q_heads, chosen[0], chosen[2]), (k, ends[0], k_heads, chosen[1], chosen[3])):
+    for got, start, count, added, weight in (
+        (q, 0, q_heads, chosen[0], chosen[2]),
+        (k, ends[0], k_heads, chosen[1], chosen[3]),
+    ):
         want = fused[:, start : start + count * head_dim].double()
         if added is not None:
             want = want + added.double()

@@ -13,6 +13,8 @@ from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import rotate
 from q4kd.trainer.quant import decode_rows
 
+_LAYOUTS: dict[str, RopeLayout] = {"split": "split_halves", "interleaved": "interleaved"}
+
 
 class ReferenceKernels:
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class ReferenceKernels:
         k: Tensor,
         cos: Tensor,
         sin: Tensor,
-        layout: RopeLayout,
+        layout: str,
         *,
         q_bias: Tensor | None = None,
         k_bias: Tensor | None = None,
@@ -80,7 +82,7 @@ class ReferenceKernels:
             if norm is not None:
                 wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm
             wide_BNTD = wide.unflatten(0, (-1, len(cos))).transpose(1, 2)
-            x_MND.copy_(rotate(wide_BNTD, cos, sin, layout).transpose(1, 2).flatten(0, 1))
+            x_MND.copy_(rotate(wide_BNTD, cos, sin, _LAYOUTS[layout]).transpose(1, 2).flatten(0, 1))
 
     def add_bias(self, x: Tensor, bias: Tensor) -> None:
         assert x.shape[1:] == bias.shape and x.stride(1) == 1

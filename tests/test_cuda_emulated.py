@@ -2,19 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from architecture_models import CASES, make_model, make_tokenizer
+from host_kernels import HostLauncher, host_compiler
+from host_kernels import build as build_kernels
 from reference_kernels import ReferenceKernels
 
 import q4kd.trainer.cuda.forward as forward_module
 from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.cuda.forward import CudaForward
+from q4kd.trainer.cuda.kernels import Kernels
 from q4kd.trainer.cuda.stream import WeightStream, cut_slabs
 from q4kd.trainer.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.forward import CpuForward
+from q4kd.trainer.gguf_write import write_gguf
 from q4kd.trainer.model_file import ModelFile, open_model
 
 
@@ -63,14 +69,20 @@ def device_tensors(model: ModelFile) -> dict[str, DeviceTensor]:
     }
 
 
-def build(backend: str = "q4k", recorder: Recorder | None = None, **options) -> CudaForward:
-    model = open_model(GOLDEN_TEACHER)
+def build(
+    backend: str = "q4k",
+    recorder: Recorder | None = None,
+    path: Path = GOLDEN_TEACHER,
+    kernels: Kernels | None = None,
+    **options,
+) -> CudaForward:
+    model = open_model(path)
     if recorder is not None:
         options["overlap"] = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_module, "SideStream", lambda _device, _buffers: recorder)
         return CudaForward(
-            model.config, device_tensors(model), backend, ReferenceKernels(), **{"overlap": False} | options
+            model.config, device_tensors(model), backend, kernels or ReferenceKernels(), **{"overlap": False} | options
         )
 
 
@@ -101,6 +113,27 @@ def test_float32_is_within_1e_5_of_float64_at_every_position(backend: str, overl
     if recorder is not None and backend == "q4k":
         assert recorder.ahead > 0
         assert not recorder.in_use
+
+
+@pytest.mark.parametrize("case", ["qwen2-tied", "qwen3", "llama3-tied"])
+def test_other_architectures_are_within_1e_5_of_float64(tmp_path: Path, case: str) -> None:
+    model, path = make_model(CASES[case], intermediate_size=256), tmp_path / "model.gguf"
+    write_gguf(
+        path, config=model.config, state=model.state_dict(), tokenizer=make_tokenizer(), recipe="q4_k_m", name=case
+    )
+    ids = torch.arange(24).view(2, 12) * 7
+    found = logits_of(build(path=path, recorder=Recorder(), dtype=torch.float32), ids)
+    reference = read_gguf(path)
+    for row in range(2):
+        assert row_errors(found[row], reference_logits(reference, ids[row].numpy())).max() <= 1e-5
+
+
+@pytest.mark.skipif(host_compiler() is None, reason="no C++ compiler")
+def test_the_kernels_own_source_run_on_the_cpu_gives_the_golden_logits(tmp_path: Path, exact: np.ndarray) -> None:
+    kernels = Kernels("cpu", HostLauncher(build_kernels(tmp_path)))
+    for dtype, tokens, bound in ((torch.float32, 20, 1e-5), (torch.bfloat16, 20, 2e-2), (torch.bfloat16, 3, 2e-2)):
+        forward = build(kernels=kernels, recorder=Recorder(), dtype=dtype)
+        assert row_errors(logits_of(forward, golden_ids()[None, :tokens])[0], exact[:tokens]).max() <= bound
 
 
 @pytest.mark.parametrize("scratch_bytes", [1, 30_000, 300_000])

@@ -1,12 +1,18 @@
+import copy
 import json
 import xml.etree.ElementTree as ElementTree
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xmlschema
 from example_bundle import CONTRACT, PROSE, build, register
+from jsonschema import Draft202012Validator, FormatChecker
 
 from q4kd.harness.interchange import ctrf, intoto_statement, junit, message_of
+
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 @pytest.fixture(params=[300, 900], ids=["held", "falsified"])
@@ -42,11 +48,70 @@ def test_ctrf_says_other_with_the_raw_status(findings: dict[str, Any]) -> None:
     summary, tests = report["results"]["summary"], report["results"]["tests"]
     assert summary["tests"] == len(tests) == summary["passed"] + summary["failed"] + summary["other"]
     assert tests[1]["status"] == "other" and tests[1]["rawStatus"] == "inconclusive(prose)"
-    # What the schema of CTRF 1.0.0 allows in a test and in a summary.
-    for test in tests:
-        assert set(test) <= {"name", "status", "duration", "suite", "message", "rawStatus", "extra"}
-        assert isinstance(test["duration"], int) and test["suite"] and isinstance(test["message"], str)
-    assert all(isinstance(value, int) for key, value in summary.items() if key != "extra")
+
+
+def ctrf_schema() -> Draft202012Validator:
+    schema = json.loads((SCHEMAS / "ctrf.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    formats = FormatChecker()
+    formats.checks("date-time", ValueError)(lambda text: datetime.fromisoformat(text).tzinfo is not None)
+    return Draft202012Validator(schema, format_checker=formats)
+
+
+def test_both_formats_fit_their_schemas(findings: dict[str, Any]) -> None:
+    junit_schema = xmlschema.XMLSchema(str(SCHEMAS / "junit.xsd"))
+    junit_schema.validate(str(findings["folder"] / "junit.xml"))
+    report = json.loads((findings["folder"] / "ctrf.json").read_text())
+    ctrf_schema().validate(report)
+    for name in ("DEMO-003", 'a "b" <c>&', "é\u2028"):
+        findings["findings"][1]["id"] = name
+        junit_schema.validate(junit(findings).decode())
+
+
+def test_an_inconclusive_claim_is_neither_passed_nor_skipped_in_any_format(findings: dict[str, Any]) -> None:
+    for row in findings["findings"]:
+        row.update(verdict="inconclusive", reason="not run")
+    document = junit(findings).decode()
+    assert document.count("<error ") == len(findings["findings"]) and "<skipped" not in document
+    report = ctrf(findings, {})["results"]
+    assert {test["status"] for test in report["tests"]} == {"other"}
+    assert report["summary"]["skipped"] == report["summary"]["passed"] == report["summary"]["pending"] == 0
+    predicate = intoto_statement(findings, {}, {}, "f" * 64)["predicate"]
+    assert predicate["passedTests"] == predicate["warnedTests"] == []
+    assert len(predicate["failedTests"]) == len(findings["findings"])
+
+
+def test_the_schemas_can_refuse(findings: dict[str, Any]) -> None:
+    junit_schema = xmlschema.XMLSchema(str(SCHEMAS / "junit.xsd"))
+    good = junit(findings).decode()
+    for old, new in (
+        ('tests="2"', 'tests="many"'),
+        ('name="DEMO-003"', 'title="DEMO-003"'),
+        ("<error ", '<error colour="red" '),
+        ('time="', 'time="-'),
+        ("testcase", "testcast"),
+        ("+00:00", " o'clock"),
+    ):
+        assert old in good
+        assert not junit_schema.is_valid(good.replace(old, new)), new
+    report = ctrf(findings, {})
+    for path, value in (
+        (("reportFormat",), "JUnit"),
+        (("specVersion",), "1"),
+        (("timestamp",), "yesterday"),
+        (("results", "tests", 0, "status"), "inconclusive"),
+        (("results", "tests", 0, "duration"), 1.5),
+        (("results", "tests", 0, "suite"), []),
+        (("results", "summary", "passed"), "1"),
+        (("results", "summary", "unknown"), 1),
+        (("results", "environment", "profile"), "cpu"),
+    ):
+        changed: Any = copy.deepcopy(report)
+        place = changed
+        for part in path[:-1]:
+            place = place[part]
+        place[path[-1]] = value
+        assert not ctrf_schema().is_valid(changed), path
 
 
 def test_the_statement_passes_only_with_exit_code_zero(findings: dict[str, Any]) -> None:

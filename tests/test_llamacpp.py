@@ -14,11 +14,7 @@ from q4kd.trainer.teacher import load_teacher
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
-
-def their_logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    engine = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, verbose=False)
-    engine.eval([int(token) for token in ids])
-    return np.array(engine.scores[: len(ids)], np.float64)
+from llamacpp_engine import their_logits  # noqa: E402
 
 
 def our_logits(path: Path, ids: np.ndarray) -> np.ndarray:

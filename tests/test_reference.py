@@ -14,12 +14,13 @@ from architecture_models import CASES, make_model, make_tokenizer, row_errors, s
 from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
 from q4kd.trainer.gguf_write import write_gguf  # noqa: E402
 
+SMALL = {"hidden_size": 64, "intermediate_size": 96}
 IDS = np.random.default_rng(1).integers(0, 320, 24)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_agrees_with_transformers(case: str) -> None:
-    model = make_model(CASES[case], intermediate_size=256)
+    model = make_model(CASES[case], **SMALL)
     exact = reference_logits(from_hugging_face(state_arrays(model), model.config.to_dict()), IDS)
     with torch.no_grad():
         theirs = model.double()(torch.from_numpy(IDS)[None]).logits[0].numpy()
@@ -29,7 +30,7 @@ def test_it_agrees_with_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_means_the_same_as_the_state_dict_it_was_written_from(tmp_path: Path, case: str) -> None:
-    model = make_model(CASES[case], intermediate_size=256, num_hidden_layers=1)
+    model = make_model(CASES[case], num_hidden_layers=1, **SMALL)
     exact = reference_logits(from_hugging_face(state_arrays(model), model.config.to_dict()), IDS)
     path = tmp_path / "m.gguf"
     write_gguf(path, config=model.config, state=model.state_dict(), tokenizer=make_tokenizer(), recipe="f32", name=case)
@@ -50,7 +51,7 @@ def test_a_file_means_the_same_as_the_state_dict_it_was_written_from(tmp_path: P
 
 
 def test_what_it_does_not_implement_is_an_error(tmp_path: Path) -> None:
-    model = make_model(CASES["llama"], intermediate_size=256, num_hidden_layers=1)
+    model = make_model(CASES["llama"], num_hidden_layers=1, **SMALL)
     config = model.config.to_dict() | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}
     with pytest.raises(ValueError, match="yarn"):
         from_hugging_face(state_arrays(model), config)

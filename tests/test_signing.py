@@ -3,6 +3,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    KeySerializationEncryption,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
@@ -200,23 +200,16 @@ def test_signatures_are_bounded() -> None:
 def test_a_malformed_envelope_is_a_mismatch(bundle: Path, data: bytes) -> None:
     (bundle / ENVELOPE).write_bytes(data)
     result = verify_bundle(bundle)
-    assert (
-        result.status == "mismatch" and "a DSSE envelope" in result.problems[0]
-    ) or "strict JSON" in result.problems[0]
+    assert result.status == "mismatch"
+    assert "a DSSE envelope" in result.problems[0] or "strict JSON" in result.problems[0]
 
 
 def test_a_damaged_bundle_is_not_signed(bundle: Path, tmp_path: Path) -> None:
     private, _ = write_pair(tmp_path, "a")
     (bundle / "plan.json").write_text("{}")
-    with pytest.raises(InputError, match="mismatch: changed file: plan.json"):
+    with pytest.raises(InputError, match="mismatch: changed file: plan"):
         sign_bundle(bundle, private)
     assert not (bundle / ENVELOPE).exists()
-
-
-def locked(key: Any, kind: str) -> bytes:
-    encryption: KeySerializationEncryption = BestAvailableEncryption(b"secret")
-    form = PrivateFormat.PKCS8 if kind == "pem" else PrivateFormat.OpenSSH
-    return bytes(key.private_bytes(Encoding.PEM, form, encryption))
 
 
 @pytest.mark.parametrize("kind", ["pem", "ssh"])
@@ -231,16 +224,17 @@ def test_keys_that_cannot_sign_are_named_for_what_they_are(tmp_path: Path, kind:
         load_private_key(public)
     with pytest.raises(InputError, match="a private key, which should stay with its owner"):
         load_public_key(private)
-    private.write_bytes(locked(ed25519.Ed25519PrivateKey.generate(), kind))
-    private.chmod(0o600)
-    if kind == "pem":  # OpenSSH's own encryption needs a package that is not a dependency; the error is the same
-        with pytest.raises(InputError, match="protected by a passphrase"):
-            load_private_key(private)
     for path, data in ((private, b"nonsense"), (private, b""), (private, b"x" * 100_000)):
         path.write_bytes(data)
         for load in (load_private_key, load_public_key):
             with pytest.raises(InputError):
                 load(path)
+
+
+def test_a_locked_pem_key_is_refused(tmp_path: Path) -> None:
+    private, _ = write_pair(tmp_path, "a", secret=BestAvailableEncryption(b"secret"))
+    with pytest.raises(InputError, match=r"protected by a passphrase; .*openssl pkey"):
+        load_private_key(private)
 
 
 def test_a_file_of_two_public_keys_is_refused(tmp_path: Path) -> None:
@@ -312,7 +306,8 @@ def test_without_the_library_only_signatures_are_out_of_reach(
 ) -> None:
     private, public = write_pair(tmp_path, "a")
     sign_bundle(bundle, private)
-    monkeypatch.setitem(__import__("sys").modules, "cryptography", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match="pip install cryptography"):
         verify_bundle(bundle, public_keys=[public])
     assert verify_bundle(bundle).status == "consistent"

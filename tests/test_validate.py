@@ -131,7 +131,7 @@ def test_two_folders_may_each_have_a_file_of_one_name(tmp_path: Path) -> None:
         ("min: 0.99,", "min: high,", 11, "'high' is not of type 'number'"),
         ("min_observations: 64", "check: parity", 12, "again (first on line 8)"),
         ("description: d", "description: *x", 1, "known anchor"),
-        ("rule: r", "rule: ]", 5, "well-formed"),
+        ("rule: r", "rule: ]", 4, "well-formed"),
     ],
 )
 def test_what_is_wrong_is_refused_with_file_line_and_text(
@@ -152,7 +152,12 @@ def test_every_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "c.yaml").write_bytes(b"x" * ((4 << 20) + 1))
     assert main(["contracts", "validate", str(tmp_path)]) == 2
     shown = capsys.readouterr()
-    assert [part in shown.err for part in ("a.yaml", "b.yaml:8", "c.yaml", "4194304 bytes")] == [False, True, True, True]
+    assert [part in shown.err for part in ("a.yaml", "b.yaml:8", "c.yaml", "4194304 bytes")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert "1 contract" in shown.out and "2 failed to load" in shown.out
 
 
@@ -167,7 +172,9 @@ def test_an_empty_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_names_are_looked_up_without_torch(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(GOOD.replace("[wrong-subblock-scale]", "[wrong-superblock-scale]"))
-    code = "import sys; sys.modules['torch'] = None; from q4kd.harness.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys; sys.modules['torch'] = None; from q4kd.harness.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "contracts", "validate", str(tmp_path)],
         capture_output=True, text=True, timeout=60,

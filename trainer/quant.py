@@ -48,9 +48,9 @@ from torch import Tensor
 
 from q4kd.trainer.formats import SUPERBLOCK, block_format
 
-# Weights decoded at once, 2 MiB of float32: small enough for the passes over them to stay in cache and for temporaries
-# to stay small, large enough to spread the cost of starting some twenty tensor operations.
-_WEIGHTS_AT_ONCE = 2048 * SUPERBLOCK
+# Weights decoded at once, 4 MiB of float32: bounds the temporaries (about 1 MiB each), and is enough work to spread the
+# cost of starting some twenty tensor operations.
+_WEIGHTS_AT_ONCE = 4096 * SUPERBLOCK
 
 
 def unpack_q4_k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,14 +74,14 @@ def _steps_and_offsets(packed: Tensor) -> tuple[Tensor, Tensor]:
     return (factors[:, 0:1] * scales).unsqueeze(2), (factors[:, 1:2] * mins).unsqueeze(2)
 
 
-# In what follows, bytes are first copied to contiguous memory: torch's byte operations are vectorised over 64 lanes
-# or more, which runs of 32 inside a block are too short for.
+# torch's byte operations are vectorised over runs of 128: where a block's run is shorter, it is copied first to contiguous
+# memory, and the operation then runs over all blocks at once.
 
 
 def decode_q4_k(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_K superblocks: uint8 ``[n, 144]`` to float32 ``[n, 256]``, written to ``out``."""
     steps, offsets = _steps_and_offsets(packed)
-    quants = packed[:, 16:144].contiguous().view(-1, 4, 32)
+    quants = packed[:, 16:144].view(-1, 4, 32)
     halves = out.view(-1, 4, 2, 32)
     halves[:, :, 0].copy_(quants & 0x0F)
     halves[:, :, 1].copy_(quants >> 4)
@@ -112,7 +112,7 @@ def decode_q6_k(packed: Tensor, out: Tensor) -> None:
 
 def _spread_nibbles(packed: Tensor, run: int) -> Tensor:
     """Split bytes into nibbles: uint8 ``[n, b]`` to ``[n, 2b]``, each run's low nibbles before its high ones."""
-    source = packed.contiguous().view(len(packed), -1, run)
+    source = packed.view(len(packed), -1, run)
     return torch.cat([source & 0x0F, source >> 4], dim=2).view(len(packed), -1)
 
 
@@ -124,12 +124,14 @@ def decode_q8_0(packed: Tensor, out: Tensor) -> None:
 def decode_q5_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q5_0 blocks: uint8 ``[n, 22]`` to float32 ``[n, 32]``, written to ``out``."""
     fifth = _FIFTH_BITS.to(packed.device).index_select(0, packed[:, 2:6].int().view(-1)).view(torch.uint8).view(-1, 32)
-    _scale_quants(_spread_nibbles(packed[:, 6:22], 16).bitwise_or_(fifth).view(torch.int8).sub_(16), packed, out)
+    _scale_quants(
+        _spread_nibbles(packed[:, 6:22].contiguous(), 16).bitwise_or_(fifth).view(torch.int8).sub_(16), packed, out
+    )
 
 
 def decode_q4_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_0 blocks: uint8 ``[n, 18]`` to float32 ``[n, 32]``, written to ``out``."""
-    _scale_quants(_spread_nibbles(packed[:, 2:18], 16).view(torch.int8).sub_(8), packed, out)
+    _scale_quants(_spread_nibbles(packed[:, 2:18].contiguous(), 16).view(torch.int8).sub_(8), packed, out)
 
 
 def _scale_quants(quants: Tensor, packed: Tensor, out: Tensor) -> None:

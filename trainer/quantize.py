@@ -8,7 +8,7 @@ A superblock is 256 consecutive weights of one row, and decodes as (ggml ``block
 
 with ``d`` and ``dmin`` in float16; ``quantize_search`` says how they are fitted.
 
-@MEASURED@
+Measured relative round-trip error on 4096 x 256 weights from N(0, 1), seed 0: Q4_K 0.0700, Q5_K 0.0345, Q6_K 0.0170.
 """
 
 import gguf

@@ -131,7 +131,7 @@ def fit_q5_k(blocks: Floats) -> Bytes:
     """
     d, dmin, sc, mn, q = _fit_with_mins(blocks, top=31)
     fifth = np.packbits(q >> 4, axis=1, bitorder="little")[:, 0]
-    return np.concatenate([_pack_scales(d, dmin, sc, mn), fifth, _pack_nibbles(q & 15)], axis=-1)
+    return np.concatenate([_pack_scales(d, dmin, sc, mn), fifth, _pack_nibbles(q & np.uint8(15))], axis=-1)
 
 
 def _fit_with_mins(blocks: Floats, top: int) -> tuple[Floats, Floats, Bytes, Bytes, Bytes]:
@@ -220,7 +220,7 @@ def _pack_scales(d: Floats, dmin: Floats, sc: Bytes, mn: Bytes) -> Bytes:
 
 def _pack_nibbles(q: Bytes) -> Bytes:
     """Pack q ``[n, 8, 32]``, below 16: 32 bytes hold sub-block 2i in the low nibbles and 2i + 1 in the high ones."""
-    return (q[:, 0::2] | q[:, 1::2] << 4).reshape(len(q), 128)
+    return (q[:, 0::2] | q[:, 1::2] << np.uint8(4)).reshape(len(q), 128)
 
 
 def _search_scale(x: Floats, w: Floats) -> Floats:

@@ -13,8 +13,8 @@ _HELD: list[Any] = []
 
 def _dequantize_at_load() -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(_override: str, types: Any) -> Any:
-            return original("dense", types)
+        def choose(_override: str, types: Any, *rest: Any, **options: Any) -> Any:
+            return original("dense", types, *rest, **options)
 
         return choose
 

@@ -109,14 +109,14 @@ def reference_logits(config: TeacherConfig, ids_BT: Tensor) -> Tensor:
     model = build_twin(config, make_tensors(config, ids_BT.device), torch.float32)
     with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
         logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-        logits_MV = logits_BTV.flatten(0, 1)
-    return logits_MV
+        return logits_BTV.flatten(0, 1)
 
 
 def row_errors(found_MV: Tensor, exact_MV: Tensor) -> Tensor:
     """Return each position's relative error, float64 ``[M]``."""
     exact = exact_MV.double()
-    return (found_MV.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    norm = torch.linalg.vector_norm
+    return norm(found_MV.double() - exact, dim=1) / norm(exact, dim=1)
 
 
 def measure_errors(arms: Sequence[CudaArm], ids_BT: Tensor, exact_MV: Tensor, against: str) -> dict[str, Any]:

@@ -155,8 +155,8 @@ def load_transformers(model: Path) -> dict[str, Any]:
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     started = time.monotonic()
-    loaded = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.bfloat16)
-    loaded = loaded.to("cuda")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.bfloat16)
+    loaded.to("cuda")
     torch.cuda.synchronize()
     seconds = time.monotonic() - started
     return {

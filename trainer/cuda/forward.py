@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MLP_TOKENS = 4096
 # Heads larger than this, decoded, go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
+_KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class CudaForward:
             k_MKD,
             cos_TD,
             sin_TD,
-            config.rope_layout,
+            _KERNEL_LAYOUTS[config.rope_layout],
             q_bias=layer.q_bias,
             k_bias=layer.k_bias,
             q_norm=layer.q_norm,

@@ -6,17 +6,16 @@ Nothing is allocated but the outputs torch is asked for. Letters in shapes: M to
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from q4kd.trainer.cuda.launch import THREADS, Argument, CudaLauncher, Launcher
 from q4kd.trainer.formats import SUPERBLOCK, block_format
 
 Q6_K_SOA = "Q6_K_SOA"  # Q6_K repacked by ``repack_q6_k``: the same bytes, every part aligned
 MAX_MATVEC_TOKENS = 16
 
-_THREADS = 256
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Types without blocks go sixteen elements at a time where rows allow it: weights of one such step, threads it takes.
 _STEPS = {"F16": (16, 1), "BF16": (16, 1), "F32": (16, 1), "Q8_0": (32, 2), "Q4_0": (32, 2), "Q5_0": (32, 2)}
@@ -24,98 +23,6 @@ _SUPERBLOCK_STEP = (SUPERBLOCK, 16)
 _ALIGNED_TYPES = ("Q4_K", "Q5_K", Q6_K_SOA)
 # From this many rows, blocks of four row tiles fill an H200's 132 multiprocessors and share what they read of x.
 _MANY_ROWS = 8192
-
-Argument = Tensor | int | float | None
-
-
-class Launcher(Protocol):
-    """Runs a kernel by name on the current stream of the tensors' device."""
-
-    def __call__(self, kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[Tensor]) -> None:
-        """Launch ``grid`` blocks of 256 threads. Tensors are passed by address, integers as 64 bits, ``None`` as null.
-
-        Args:
-            kernel: its name.
-            grid: blocks.
-            arguments: in the kernel's order.
-            writes: those of ``arguments`` that the kernel writes.
-        """
-
-
-class _StreamHandle:
-    """A ``cudaStream_t`` under the protocol by which CuPy adopts other libraries' streams."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
-
-
-class CudaLauncher:
-    """Loads the cubins for a device, compiling them on first use, and launches on torch's current stream.
-
-    Args:
-        device: a CUDA device.
-
-    Raises:
-        InputError: when CuPy is missing or the device is too old.
-        CompileError: when the compiler refuses a kernel.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        import cupy
-        import numpy
-
-        from q4kd.trainer.cuda.compile import MODULES, architecture, load_cubin
-
-        self._index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.init()
-        arch = architecture(torch.cuda.get_device_capability(self._index))
-        self._modules = []
-        with torch.cuda.device(self._index):
-            torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
-            for name in MODULES:
-                module = cupy.cuda.function.Module()
-                module.load(load_cubin(name, arch))
-                self._modules.append(module)
-        self._driver_error = cupy.cuda.driver.CUDADriverError
-        # CuPy 14 deprecates the one, CuPy 13 lacks the other.
-        from_external = getattr(cupy.cuda.Stream, "from_external", None)
-        self._adopt = (lambda handle: from_external(_StreamHandle(handle))) if from_external else cupy.cuda.ExternalStream
-        self._float32 = numpy.float32
-        self._functions: dict[str, object] = {}
-        self._streams: dict[int, object] = {}
-
-    def __call__(self, kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[Tensor]) -> None:
-        """Launch; see ``Launcher``."""
-        values = tuple(
-            argument.data_ptr()
-            if isinstance(argument, Tensor)
-            else self._float32(argument)
-            if isinstance(argument, float)
-            else argument or 0
-            for argument in arguments
-        )
-        handle = torch.cuda.current_stream(self._index).cuda_stream
-        if handle not in self._streams:
-            self._streams[handle] = self._adopt(handle)
-        function = self._functions.get(kernel) or self._find(kernel)
-        if torch.cuda.current_device() == self._index:
-            function((grid,), (_THREADS,), values, stream=self._streams[handle])  # type: ignore[operator]
-        else:
-            with torch.cuda.device(self._index):
-                function((grid,), (_THREADS,), values, stream=self._streams[handle])  # type: ignore[operator]
-
-    def _find(self, kernel: str) -> object:
-        for module in self._modules:
-            try:
-                function = module.get_function(kernel)
-            except self._driver_error:
-                continue
-            self._functions[kernel] = function
-            return function
-        raise KeyError(f"no kernel {kernel}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -144,9 +51,7 @@ class Kernels:
     """
 
     def __init__(self, device: torch.device | str, launcher: Launcher | None = None) -> None:
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = torch.empty(0, device=device).device  # with its index
         self._launch: Launcher = CudaLauncher(self.device) if launcher is None else launcher
 
     def _check(self, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> None:
@@ -165,7 +70,7 @@ class Kernels:
         _require(tensor.is_contiguous(), f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
     def _check_rows(self, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], *shape: int | None) -> None:
-        """Require rows that are contiguous in themselves; the stride between them is free, but they must not overlap."""
+        """Require rows that are contiguous in themselves and do not overlap; the stride between them is free."""
         self._check(name, tensor, dtypes, shape)
         inner = math.prod(tensor.shape[1:])
         whole = tensor.numel() == 0 or tensor[0].is_contiguous()
@@ -187,9 +92,7 @@ class Kernels:
             _require(packed.data_ptr() % 16 == 0, "packed: expected an address that is a multiple of 16")
         return packed.numel() // row_bytes
 
-    def decode(
-        self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor
-    ) -> None:
+    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> None:
         """Decode rows ``row_start`` to ``row_stop``, in float32, rounded once if ``out`` is bfloat16.
 
         Args:
@@ -249,9 +152,7 @@ class Kernels:
         steps = cols // weights
         self._run(f"{name}_{suffix}", count * steps * tasks, [packed, rows * steps, steps, ids, count, out], [out])
 
-    def repack_q6_k(
-        self, packed: Tensor, out: Tensor | None = None, first_block: int = 0
-    ) -> Tensor:
+    def repack_q6_k(self, packed: Tensor, out: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Move Q6_K superblocks from the file's layout into the aligned one (drawn in ``kernels/blocks.cuh``).
 
         Args:
@@ -314,7 +215,7 @@ class Kernels:
         row_tiles = 4 if rows >= _MANY_ROWS else 1
         name = f"matvec_{type_name.lower()}_r{row_tiles}_t{1 if tokens <= 8 else 2}_{_DTYPES[out_MR.dtype]}"
         steps = cols // SUPERBLOCK
-        arguments = [packed, rows * steps, steps, x_MK, tokens, rows, out_MR.stride(0), out_MR]
+        arguments: list[Argument] = [packed, rows * steps, steps, x_MK, tokens, rows, out_MR.stride(0), out_MR]
         self._launch(name, -(-rows // (16 * row_tiles)), arguments, [out_MR])
 
     def rms_norm(self, x_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor) -> None:
@@ -338,9 +239,7 @@ class Kernels:
         if x_MH.numel():
             self._launch(name, tokens, [x_MH, weight_H, hidden, float(eps), out_MH], [out_MH])
 
-    def add_rms_norm(
-        self, residual_MH: Tensor, delta_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor
-    ) -> None:
+    def add_rms_norm(self, residual_MH: Tensor, delta_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor) -> None:
         """Add ``delta`` to ``residual`` in place, rounded to its type, and write the norm of the result.
 
         Args:
@@ -360,7 +259,7 @@ class Kernels:
         self._check_contiguous("out", out_MH, list(_DTYPES), tokens, hidden)
         width = 8 if hidden % 8 == 0 and _is_wide(residual_MH, delta_MH, weight_H, out_MH) else 1
         types = "_".join(_DTYPES[tensor.dtype] for tensor in (residual_MH, delta_MH, out_MH))
-        arguments = [residual_MH, delta_MH, weight_H, hidden, float(eps), out_MH]
+        arguments: list[Argument] = [residual_MH, delta_MH, weight_H, hidden, float(eps), out_MH]
         if residual_MH.numel():
             self._launch(f"add_rms_norm_{types}_v{width}", tokens, arguments, [residual_MH, out_MH])
 
@@ -458,4 +357,4 @@ class Kernels:
             self._run(name, tokens * columns // width, [x_MC, x_MC.stride(0), bias_C, tokens, columns], [x_MC])
 
     def _run(self, kernel: str, threads: int, arguments: Sequence[Argument], writes: Sequence[Tensor]) -> None:
-        self._launch(kernel, -(-threads // _THREADS), arguments, writes)
+        self._launch(kernel, -(-threads // THREADS), arguments, writes)

@@ -5,6 +5,7 @@ bytes and at most 255 more per tensor. Reading goes through ``preadv`` rather th
 every few KiB would cost more than the copy. Host memory: two pinned buffers of ``PIECE_BYTES`` per reading thread.
 """
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,7 @@ def file_offset(tensor: PackedTensor) -> int:
     root: object = tensor.data
     while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
         root = root.base
-    if not isinstance(root, np.memmap) or not tensor.data.flags.c_contiguous:
+    if not (isinstance(root, np.memmap) and isinstance(root.base, mmap.mmap) and tensor.data.flags.c_contiguous):
         raise InputError(
             f"tensor {tensor.name}", expected="a view of the file's memory map", got="a copy", remedy="use --device cpu"
         )

@@ -1,1 +1,1 @@
-"""CUDA C++ sources, compiled at run time by ``q4kd.trainer.cuda.compile``. No Python here: a package so they install."""
+"""CUDA C++ sources, compiled at run time by ``q4kd.trainer.cuda.compile``; a package, so that they are installed."""

@@ -1,0 +1,59 @@
+"""The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved where ``--parity-out`` says."""
+
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_COLUMNS = ("file", "types", "cosine", "error", "their_error", "top1", "kl")
+_LEGEND = """cosine: worst position, ours and llama.cpp's logits; error, their_error: worst relative Frobenius error of a
+position against float64 of the same file, ours and llama.cpp's; top1: positions of equal arg max; kl: mean KL(llama.cpp
+|| ours) in nats"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-out", type=Path, metavar="FILE.json", help="save the table of the parity tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = []
+
+
+@pytest.fixture
+def record_parity(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Add a row to the table."""
+    return request.config.stash[_ROWS].append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    terminalreporter.section("parity with llama.cpp")
+    terminalreporter.write_line(_LEGEND + "\n")
+    terminalreporter.write_line("{:<20} {:<24} {:>9} {:>9} {:>11} {:>6} {:>9}".format(*_COLUMNS))
+    for row in rows:
+        terminalreporter.write_line(
+            "{file:<20} {types:<24} {cosine:>9.6f} {error:>9.1e} {their_error:>11.1e} {top1:>6.3f} {kl:>9.1e}".format(
+                **row
+            )
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    rows, out = session.config.stash[_ROWS], session.config.getoption("--parity-out")
+    if rows and out:
+        record = {
+            "schema": "q4kd-parity/1",
+            "legend": " ".join(_LEGEND.split()),
+            "exit_status": int(exitstatus),
+            "machine": platform.machine(),
+            "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "numpy", "gguf")},
+            "rows": rows,
+        }
+        out.write_text(json.dumps(record, indent=1) + "\n")

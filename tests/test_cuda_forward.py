@@ -1,0 +1,145 @@
+"""The CUDA teacher on a GPU: the golden file and every way of running it against float64. Run there with ``-m gpu``."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER  # noqa: E402
+from q4kd.harness.reference import read_gguf, reference_logits  # noqa: E402
+from q4kd.trainer.cuda.forward import CudaForward  # noqa: E402
+from q4kd.trainer.cuda.load import load_forward  # noqa: E402
+from q4kd.trainer.cuda.numerics import attention  # noqa: E402
+from q4kd.trainer.cuda.synthetic import make_tensors, qwen2_5_7b  # noqa: E402
+from q4kd.trainer.model_file import open_model  # noqa: E402
+
+SMALL = dataclasses.replace(
+    qwen2_5_7b(3), hidden_size=512, ffn_size=1280, num_heads=4, num_kv_heads=2, vocab_size=1003, context_length=4096
+)
+
+
+def golden_ids() -> torch.Tensor:
+    with np.load(GOLDEN_LOGITS, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["ids"]).long()
+
+
+def load(path: Path = GOLDEN_TEACHER, backend: str = "q4k", **options) -> CudaForward:
+    return load_forward(open_model(path), backend, **options)
+
+
+def logits_of(forward: CudaForward, ids_BT: torch.Tensor) -> np.ndarray:
+    hidden = forward.hidden(ids_BT.cuda())
+    assert hidden.is_cuda
+    return forward.head_logits(hidden.flatten(0, 1)).view(*ids_BT.shape, -1).cpu().numpy()
+
+
+def row_errors(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+
+
+@pytest.fixture(scope="module")
+def exact() -> np.ndarray:
+    return reference_logits(read_gguf(GOLDEN_TEACHER), golden_ids().numpy())
+
+
+@pytest.mark.parametrize("backend", ["q4k", "dense"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_float32_is_within_1e_5_of_float64(backend: str, overlap: bool, exact: np.ndarray) -> None:
+    forward = load(backend=backend, dtype=torch.float32, overlap=overlap)
+    assert row_errors(logits_of(forward, golden_ids()[None])[0], exact).max() <= 1e-5
+
+
+def dense_bfloat16_errors(exact: np.ndarray) -> np.ndarray:
+    """Errors of transformers' dense bfloat16 forward over the golden file's weights."""
+    from q4kd.trainer.bench.dense_twin import build_twin
+    from q4kd.trainer.cuda.weights import DeviceTensor
+
+    model = open_model(GOLDEN_TEACHER)
+    tensors = {
+        name: DeviceTensor(
+            name,
+            tensor.type,
+            tensor.shape,
+            torch.from_numpy(tensor.data.copy()).cuda().view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1),
+        )
+        for name, tensor in model.tensors.items()
+    }
+    twin = build_twin(model.config, tensors, torch.bfloat16)
+    with torch.no_grad():
+        logits = twin(input_ids=golden_ids()[None].cuda(), use_cache=False).logits[0]
+    return row_errors(logits.float().cpu().numpy(), exact)
+
+
+def test_bfloat16_error_is_at_most_1_2_times_that_of_a_dense_model_at_every_position(exact: np.ndarray) -> None:
+    ours = row_errors(logits_of(load(), golden_ids()[None])[0], exact)
+    theirs = dense_bfloat16_errors(exact)
+    assert ours.max() <= 2e-2
+    assert (ours / theirs).max() <= 1.2, f"worst {(ours / theirs).max():.3f}, median {np.median(ours / theirs):.3f}"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17])
+def test_small_batches_are_as_close(tokens: int, exact: np.ndarray) -> None:
+    assert row_errors(logits_of(load(), golden_ids()[None, :tokens])[0], exact[:tokens]).max() <= 2e-2
+
+
+def synthetic(**options) -> CudaForward:
+    from q4kd.trainer.cuda.kernels import Kernels
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return CudaForward(SMALL, make_tensors(SMALL, device), "q4k", Kernels(device), **options)
+
+
+def test_overlapped_decoding_gives_the_same_bits_as_decoding_in_line() -> None:
+    ids = torch.randint(0, SMALL.vocab_size, (4, 640), device="cuda")
+    wanted = synthetic(overlap=False).hidden(ids)
+    # Slabs far smaller than a group, and many passes: a buffer overwritten too early would show in some of them.
+    for scratch_bytes in (50_000, 300_000, 300_000_000):
+        forward = synthetic(overlap=True, scratch_bytes=scratch_bytes)
+        for _ in range(10):
+            found = forward.hidden(ids)
+            assert (found.float() - wanted.float()).norm() / wanted.float().norm() <= 2e-2
+        if scratch_bytes == 300_000_000:
+            assert torch.equal(found, wanted)
+
+
+def test_the_head_in_chunks_in_slabs_and_whole_is_the_same() -> None:
+    ids = torch.randint(0, SMALL.vocab_size, (2, 300), device="cuda")
+    forward, slabbed = synthetic(), synthetic(head_bytes=0, scratch_bytes=100_000)
+    hidden = forward.hidden(ids).flatten(0, 1)
+    whole = forward.head_logits(hidden)
+    assert whole.dtype == torch.float32
+    assert whole.shape == (600, 1003)
+    for found in (torch.cat([forward.head_logits(part) for part in hidden.split(100)]), slabbed.head_logits(hidden)):
+        assert torch.isfinite(found).all()
+        assert (found - whole).norm() / whole.norm() <= 1e-5
+
+
+def test_pinned_attention_agrees_with_the_plain_one() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from q4kd.trainer.cuda.numerics import pinned_numerics
+
+    q = torch.randn(2, 28, 300, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 4, 300, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with pinned_numerics():
+        pinned = attention(q, k, v).float()
+    with sdpa_kernel([SDPBackend.MATH]):
+        plain = attention(q.float(), k.float(), v.float())
+    assert (pinned - plain).norm() / plain.norm() <= 5e-3
+
+
+def test_outputs_do_not_depend_on_what_the_allocator_left_behind() -> None:
+    ids = torch.randint(0, SMALL.vocab_size, (3, 257), device="cuda")
+    forward = synthetic()
+    wanted = forward.hidden(ids)
+    for poison in (float("nan"), 1e30):
+        junk = [torch.full((1 << 22,), poison, device="cuda") for _ in range(40)]
+        del junk
+        assert torch.equal(forward.hidden(ids), wanted)
