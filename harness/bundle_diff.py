@@ -91,7 +91,7 @@ def compare_bundles(old: Store, new: Store) -> BundleDiff:
         headlines=(headline(documents[0]), headline(documents[1])),
         flips=tuple(flips),
         moved=tuple(moved),
-        bounds=tuple(contract_changes(bundle_contracts(old), bundle_contracts(new))),
+        bounds=(*contract_changes(bundle_contracts(old), bundle_contracts(new)), *_profile_changes(old, new)),
         environment=tuple(_environment(*environments)),
     )
 
@@ -139,6 +139,14 @@ def _change(old: float, new: float) -> str:
     if old == 0:
         return f"0 → {new:g}"
     return f"{(new - old) / abs(old):+.2%}"
+
+
+def _profile_changes(old: Store, new: Store) -> Iterator[Change]:
+    """Yield the profiles that both hold and that differ: what a machine provides decides which claims are required."""
+    shared = set(old.names()) & set(new.names())
+    for name in sorted(name for name in shared if name.startswith("contracts/profiles/")):
+        if old.read(name) != new.read(name):
+            yield Change(key=name.removeprefix("contracts/"), kind="changed", text="the profile's file differs")
 
 
 def _environment(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

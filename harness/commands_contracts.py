@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from q4kd.harness.profile import Profile
 
 _STYLE = {"loosened": "bold red", "tightened": "green", "changed": "yellow", "added": "cyan"}
+_LONG = 4000
+_MAX_WARNINGS = 20
 
 
 def add_commands(subparsers: Any) -> None:
@@ -86,8 +88,10 @@ def _validate(args: argparse.Namespace) -> int:
         check_identities(loaded)  # by folder: that is what is judged together
         profiles = load_profiles(folder)
         for contract in loaded:
-            for warning in contract.warnings:
+            for warning in contract.warnings[:_MAX_WARNINGS]:
                 out.print(f"warning: {contract.path}: {warning}", style="yellow")
+            if len(contract.warnings) > _MAX_WARNINGS:
+                out.print(f"warning: {contract.path}: {len(contract.warnings) - _MAX_WARNINGS} more", style="yellow")
             infeasible += _audit(out, contract, profiles)
     shown = [contract for loaded in contracts.values() for contract in loaded]
     claims = [claim for contract in shown for claim in contract.claims]
@@ -148,6 +152,7 @@ def _counts(contracts: "list[Contract]", claims: "list[Claim]", failed: int, inf
 def _show(args: argparse.Namespace) -> int:
     from q4kd.harness.contract import default_contracts_folder, load_contracts
     from q4kd.harness.profile import load_profiles
+    from q4kd.harness.yaml_lines import printable
 
     contracts = load_contracts(args.contracts or default_contracts_folder())
     name, _, claim_id = args.name.partition("::")
@@ -160,9 +165,10 @@ def _show(args: argparse.Namespace) -> int:
         )
     out = console()
     superseded = f", superseded by {contract.superseded_by}" if contract.superseded_by else ""
-    out.print(f"{contract.name} ({contract.status}{superseded})", style="bold")
+    # What a file says may hold control characters, which must not reach a terminal.
+    out.print(f"{contract.name} ({contract.status}{printable(superseded)})", style="bold")
     if contract.description:
-        out.print(contract.description)
+        out.print(printable(contract.description, _LONG))
     profiles = load_profiles(args.contracts)
     for claim in claims:
         _show_claim(out, contract.path, claim, profiles)
@@ -173,11 +179,12 @@ def _show_claim(out: "Console", path: str, claim: "Claim", profiles: "list[Profi
     import json
 
     from q4kd.harness.feasibility import assess
+    from q4kd.harness.yaml_lines import printable
 
     out.print()
-    out.print(f"{claim.id}  {claim.rule}", style="bold")
-    out.print(f"  prediction: {claim.prediction}")
-    out.print(f"  if it fails: {claim.if_fails}")
+    out.print(f"{claim.id}  {printable(claim.rule, _LONG)}", style="bold")
+    out.print(f"  prediction: {printable(claim.prediction, _LONG)}")
+    out.print(f"  if it fails: {printable(claim.if_fails, _LONG)}")
     if claim.falsifier is None:
         out.print("  no falsifier: judged inconclusive(prose)")
     else:

@@ -1,8 +1,8 @@
 """The entries of a contract as people write them: mappings or bare sentences, with or without an id, in older words."""
 
 import hashlib
-import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +34,8 @@ class Entry:
 def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
     """Return the entries of a document that obeys the schema, in order.
 
-    An entry that no falsifier can be attached to any more keeps its place among the claims: without a usable id it is
-    named after what it says, so that moving it does not rename it.
+    An entry without a usable id, which the schema allows in prose only, is named after what it says: moving it does not
+    rename it.
 
     Raises:
         InputError: the entries stand under both of their names, or an id is given twice.
@@ -49,6 +49,7 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
             remedy="put all of them under falsification_tests",
         )
     lines: dict[str, int] = {}
+    repeats: Counter[str] = Counter()
     entries: list[Entry] = []
     for key in present:
         for index, item in enumerate(document.value[key]):
@@ -56,36 +57,34 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
             if item is None:
                 warnings.append(f"line {document.line(path)}: an empty entry claims nothing")
                 continue
-            entry = _entry(document, path, {"rule": item} if isinstance(item, str) else item, lines, warnings)
+            entry = _entry(document, path, {"rule": item} if isinstance(item, str) else item, repeats, warnings)
+            if entry.id in lines:
+                raise document.error(
+                    (*path, "id"),
+                    expected="each claim id once in a contract",
+                    got=f"{entry.id} again (first on line {lines[entry.id]})",
+                    remedy="give each claim its own id",
+                )
             lines[entry.id] = document.line(path)
             entries.append(entry)
     return entries
 
 
 def _entry(
-    document: Document, path: Path_, value: Mapping[str, Any], lines: Mapping[str, int], warnings: list[str]
+    document: Document, path: Path_, value: Mapping[str, Any], repeats: Counter[str], warnings: list[str]
 ) -> Entry:
     rule, prediction, if_fails = (_first(value, names) for names in (_RULE, _PREDICTION, _IF_FAILS))
     given = value.get("id")
     usable = isinstance(given, (str, int)) and not isinstance(given, bool) and _ID.fullmatch(str(given)) is not None
     if not usable and given is not None:
         warnings.append(f"line {document.line((*path, 'id'))}: the id {printable(str(given), 80)!r} cannot be used")
-    name = str(given) if usable else _made_up_id(value, rule, prediction, lines)
-    if name in lines:
-        raise document.error(
-            (*path, "id"),
-            expected="each claim id once in a contract",
-            got=f"{name} again (first on line {lines[name]})",
-            remedy="give each claim its own id",
-        )
+    name = str(given)
+    if not usable:
+        said = f"{rule}\n{prediction}" if rule or prediction else repr(value)
+        name = f"prose-{hashlib.sha256(said.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+        repeats[name] += 1
+        name += f"-{repeats[name]}" if repeats[name] > 1 else ""
     return Entry(path=path, id=name, rule=rule, prediction=prediction, if_fails=if_fails, value=value)
-
-
-def _made_up_id(value: Mapping[str, Any], rule: str, prediction: str, taken: Mapping[str, int]) -> str:
-    said = f"{rule}\n{prediction}" if rule or prediction else repr(value)
-    name = f"prose-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
-    repeats = (f"{name}-{number}" for number in itertools.count(2))
-    return name if name not in taken else next(repeat for repeat in repeats if repeat not in taken)
 
 
 def _first(value: Mapping[str, Any], names: tuple[str, ...]) -> str:

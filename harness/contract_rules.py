@@ -128,12 +128,14 @@ def near_misses(document: Document, raw: Mapping[str, Any], entries: Sequence[En
                 )
 
 
-@lru_cache(maxsize=4096)
 def _resembles(key: str, name: str, ratio: float) -> bool:
     """Return whether ``key`` may be a misspelt ``name``; lengths that exclude it cost nothing."""
-    if 2 * min(len(key), len(name)) < ratio * (len(key) + len(name)):
-        return False
-    return difflib.SequenceMatcher(None, key, name).ratio() >= ratio
+    return 2 * min(len(key), len(name)) >= ratio * (len(key) + len(name)) and _ratio(key, name) >= ratio
+
+
+@lru_cache(maxsize=4096)
+def _ratio(key: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, key, name).ratio()
 
 
 _PARAMS: dict[str, tuple[Mapping[str, Any], Schema]] = {}

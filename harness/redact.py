@@ -11,7 +11,8 @@ from typing import Any
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]{0,64}[ -/]{0,16}[@-~]|\][^\x07\x1b]{0,512}(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _HOME = re.compile(r"/(home|Users)/[^/\s:\"'<>|,;)\]}]{1,64}")
-_TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{16,200}")
+_TOKEN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|nvapi-|AKIA)[A-Za-z0-9_-]{16,200}")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]{1,64}:[^/\s@]{1,200}@")
 
 
 def places() -> dict[str, str]:
@@ -38,7 +39,7 @@ def redact(text: str, extra: Mapping[str, str] | None = None) -> str:
     user = _user()
     if user is not None:
         text = re.sub(rf"(?<=/){re.escape(user)}(?=/|$)", "{user}", text)
-    return _TOKEN.sub("{token}", text)
+    return _CREDENTIALS.sub("{token}@", _TOKEN.sub("{token}", text))
 
 
 def redact_json(value: Any, extra: Mapping[str, str] | None = None) -> Any:

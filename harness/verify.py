@@ -42,7 +42,10 @@ from q4kd.trainer.errors import InputError
 Status = Literal["consistent", "mismatch", "unverifiable"]
 _EXIT_CODES: Mapping[Status, int] = {"consistent": 0, "mismatch": 1, "unverifiable": 2}
 _NOT_JUDGED = (NOT_RUN, "harness error")
-_FABRICATED = "raw files invented together with their verdicts are beyond what re-judging can detect"
+_FABRICATED = (
+    "raw files invented together with their verdicts, or taken out with the claim recorded as not run, are beyond what "
+    "re-judging can detect"
+)
 _UNSIGNED = (
     "consistent; authenticity not established: without --contracts or a signature, a bundle that was edited and sealed "
     "again with looser bounds looks the same"
@@ -170,10 +173,8 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envel
     profile = read_profile(findings["profile"], store)
     recorded, written = read_plan(store)
     plan = make_plan(contracts, profile, recorded.select)
-    differences = plan_differences(recorded, plan)
-    if not differences and (where := difference(written, plan.to_json())) is not None:
-        differences = [f"plan{where}"]
-    notes.mismatches += differences
+    notes.mismatches += plan_differences(recorded, plan)
+    notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
     if findings["scope"] != plan.scope:
         notes.mismatches.append(f"scope recorded as {findings['scope']}, expected {plan.scope}")
     if read_object(store, "environment.json").get("profile") != findings["profile"]:

@@ -48,7 +48,7 @@ class AprImage:
     def build(self) -> bytes:
         entries = sorted(self.entries, key=lambda entry: entry.name) if self.sort else self.entries
         text = self.metadata if isinstance(self.metadata, bytes) else json.dumps(self.metadata).encode()
-        index, data = b"", b""
+        index, data = bytearray(), bytearray()
         for entry in entries:
             offset = len(data) if entry.offset is None else entry.offset
             size = len(entry.data) if entry.size is None else entry.size
@@ -56,7 +56,7 @@ class AprImage:
             index += struct.pack("<BB", entry.dtype, len(entry.shape))
             index += struct.pack(f"<{len(entry.shape)}QQQ", *entry.shape, offset, size)
             data += _pad(entry.data)
-        text_room, index_room = _pad(text), _pad(index)
+        text_room, index_room = _pad(text), _pad(bytes(index))
         fields = {
             "tensor_count": len(entries),
             "metadata_offset": 64,

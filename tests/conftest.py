@@ -11,9 +11,9 @@ import pytest
 
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
 _COLUMNS = ("file", "types", "cosine", "error", "their_error", "top1", "kl")
-_LEGEND = """cosine: worst position, ours and llama.cpp's logits; error, their_error: worst relative Frobenius error of a
-position against float64 of the same file, ours and llama.cpp's; top1: positions of equal arg max; kl: mean KL(llama.cpp
-|| ours) in nats"""
+_LEGEND = """cosine: worst position, ours and llama.cpp's logits
+error, their_error: worst relative Frobenius error of a position against float64 of the same file, ours and llama.cpp's
+top1: positions of equal arg max; kl: mean KL(llama.cpp || ours), nats"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,10 +36,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("parity with llama.cpp")
     terminalreporter.write_line(_LEGEND + "\n")
-    terminalreporter.write_line("{:<20} {:<24} {:>9} {:>9} {:>11} {:>6} {:>9}".format(*_COLUMNS))
+    terminalreporter.write_line("{:<24} {:<24} {:>9} {:>9} {:>11} {:>6} {:>9}".format(*_COLUMNS))
     for row in rows:
         terminalreporter.write_line(
-            "{file:<20} {types:<24} {cosine:>9.6f} {error:>9.1e} {their_error:>11.1e} {top1:>6.3f} {kl:>9.1e}".format(
+            "{file:<24} {types:<24} {cosine:>9.6f} {error:>9.1e} {their_error:>11.1e} {top1:>6.3f} {kl:>9.1e}".format(
                 **row
             )
         )
@@ -50,7 +50,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if rows and out:
         record = {
             "schema": "q4kd-parity/1",
-            "legend": " ".join(_LEGEND.split()),
+            "legend": _LEGEND.splitlines(),
             "exit_status": int(exitstatus),
             "machine": platform.machine(),
             "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "numpy", "gguf")},

@@ -114,6 +114,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = {"peak": PEAK, "log_absent": PEAK, "log_present": PEAK}
     monkeypatch.setattr("q4kd.harness.checks.CHECKS", checks)
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", checks)
+    monkeypatch.setattr("os.fsync", lambda _: None)  # these bundles need not outlive a power cut
     monkeypatch.setattr("q4kd.harness.experiment.EXPERIMENTS", EXPERIMENTS)
     monkeypatch.setattr("q4kd.harness.sabotage.registry.get_fault", {"ballast": BALLAST}.__getitem__)
 

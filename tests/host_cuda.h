@@ -1,7 +1,7 @@
 // A CUDA block on the host, for tests: the kernels' own source runs unchanged, one fiber a thread, in one OS thread.
 //
 // Barriers, shuffles and the matrix instruction switch fibers. Every global access is checked for alignment and against
-// the tensors a launch was given, so that an access out of bounds is reported here as compute-sanitizer would report it.
+// the tensors a launch was given, so that one out of bounds is reported here as compute-sanitizer would report it.
 #pragma once
 #include <math.h>
 #include <ucontext.h>
@@ -27,7 +27,12 @@ inline Index blockIdx, blockDim, threadIdx, gridDim;
 
 struct Host {
     struct Range { uintptr_t start, stop; bool writable; };
-    struct Fiber { ucontext_t context; std::vector<char> stack; bool done; long blocks, warps; };  // barriers reached of each kind
+    struct Fiber {
+        ucontext_t context;
+        std::vector<char> stack;
+        bool done;
+        long blocks, warps;  // barriers reached of each kind
+    };
 
     std::vector<Range> ranges;
     std::string error;
@@ -142,7 +147,7 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
     return other;
 }
 
-// mma.m16n8k16 with bf16 operands, fragments as PTX lays them out; products summed in double, so nothing hides behind order.
+// mma.m16n8k16 with bf16 operands, fragments as PTX lays them out; products summed in double.
 inline void host_mma(float* acc, const uint32_t* a, uint32_t b0, uint32_t b1) {
     unsigned self = host.current, warp = self / 32 * 32, lane = self % 32;
     for (int i = 0; i < 4; i++) host.words[self][i] = a[i];
@@ -161,7 +166,8 @@ inline void host_mma(float* acc, const uint32_t* a, uint32_t b0, uint32_t b1) {
         double sum = acc[i];
         for (unsigned k = 0; k < 16; k++) {
             unsigned pair = (k % 8) / 2, upper = k / 8;
-            sum += element(row % 8 * 4 + pair, (int)(row / 8 + 2 * upper), k % 2) * element(column * 4 + pair, (int)(4 + upper), k % 2);
+            sum += element(row % 8 * 4 + pair, (int)(row / 8 + 2 * upper), k % 2) *
+                   element(column * 4 + pair, (int)(4 + upper), k % 2);
         }
         acc[i] = (float)sum;
     }

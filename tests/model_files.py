@@ -1,4 +1,4 @@
-"""A minimal qwen2 GGUF for tests that need a valid file, or one with a single thing wrong."""
+"""A minimal GGUF for tests that need a valid file, or one with a single thing wrong."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,16 @@ import gguf
 import numpy as np
 
 
-def write_model(path: Path, change: Callable[[gguf.GGUFWriter], None] | None = None, **keys: int) -> Path:
-    """Write a one-layer qwen2 with F32 tensors of zeros; ``change`` may add to it, ``keys`` change its dimensions."""
+def write_model(
+    path: Path,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+    *,
+    architecture: str = "qwen2",
+    **keys: int,
+) -> Path:
+    """Write a one-layer model with F32 tensors of zeros; ``change`` may add to it, ``keys`` change its dimensions."""
     sizes = {"hidden": 64, "ffn": 96, "heads": 4, "kv": 2, "vocab": 40, "layers": 1} | keys
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(sizes["hidden"])
     writer.add_block_count(sizes["layers"])
     writer.add_feed_forward_length(sizes["ffn"])

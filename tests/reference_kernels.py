@@ -9,11 +9,32 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.architecture import RopeLayout
+from q4kd.trainer.cuda.weights import DeviceTensor
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import rotate
+from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.quant import decode_rows
 
 _LAYOUTS: dict[str, RopeLayout] = {"split": "split_halves", "interleaved": "interleaved"}
+
+
+def widening_multiply(x_MK: Tensor, weight_RK: Tensor, out_MR: Tensor) -> None:
+    """Stand in for the CUDA product, whose ``out_dtype`` torch's CPU product lacks; it also adds in float32 inside."""
+    assert x_MK.dtype == weight_RK.dtype
+    out_MR.copy_(x_MK.float() @ weight_RK.float().T)
+
+
+def device_tensors(model: ModelFile) -> dict[str, DeviceTensor]:
+    """Copy a file's tensors, as loading to a device does."""
+    return {
+        name: DeviceTensor(
+            name,
+            tensor.type,
+            tensor.shape,
+            torch.from_numpy(tensor.data.copy()).view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1),
+        )
+        for name, tensor in model.tensors.items()
+    }
 
 
 class ReferenceKernels:

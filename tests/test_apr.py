@@ -242,6 +242,12 @@ def unsorted(image: AprImage) -> None:
     image.entries.sort(key=lambda each: each.name, reverse=True)
 
 
+def cut_index(image: AprImage) -> None:
+    """Let the data start inside the index, where the tensor count still seems to fit."""
+    index_offset = struct.unpack_from("<Q", image.build(), 24)[0]
+    image.forged["data_offset"] = index_offset + 512
+
+
 def text(raw: bytes) -> Change:
     return attribute("metadata", raw)
 
@@ -303,7 +309,7 @@ REFUSED: list[tuple[str, Change, tuple[str, ...]]] = [
     ("layers without tensors", stated(num_layers=2), ("blk.1.",)),
     ("another size than the tensors'", stated(intermediate_size=4), ("ffn_",)),
     ("unknown tensor", added(Entry(b"extra", 0, (1,), bytes(4))), ("extra",)),
-    ("name twice", added(Entry(b"a", 0, (1,), bytes(4)), Entry(b"a", 0, (1,), bytes(4))), ("tensor a", "once")),
+    ("name twice", added(Entry(b"a", 0, (1,), bytes(4)), Entry(b"a", 0, (1,), bytes(4))), ("tensor a", "each name once")),
     ("both names of one tensor", added(Entry(b"output_norm.weight", 0, (256,), bytes(1024))), ("output_norm", "twice")),
     ("unsorted", unsorted, ("sorted by name",)),
     ("name of 257 bytes", added(Entry(b"x" * 257, 0, (1,), bytes(4))), ("256 bytes", "257")),
@@ -320,6 +326,8 @@ REFUSED: list[tuple[str, Change, tuple[str, ...]]] = [
     ("size of one more", entry(EMBEDDING, "size", 433), ("432 bytes", "433")),
     ("offset overflow", entry(EMBEDDING, "offset", (1 << 64) - 64), ("2**64", "18446744073709551552")),
     ("size overflow", entry(EMBEDDING, "size", (1 << 64) - 1), ("end",)),
+    ("size into the footer", entry("model.norm.weight", "size", 1028), ("an end at byte",)),
+    ("index cut short", cut_index, ("left in the tensor index",)),
     ("offset past the end", entry(EMBEDDING, "offset", 1 << 20), ("an end at byte",)),
     ("misaligned", entry(EMBEDDING, "offset", 4), ("multiple of 64",)),
     ("overlapping tensors", entry(EMBEDDING, "offset", 64), ("of its own",)),

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from example_bundle import build, register
 
-from q4kd.harness.bundle import MANIFEST, manifest_of, open_bundle, pack, pack_bytes, parse_manifest, seal
+from q4kd.harness.bundle import (
+    MANIFEST,
+    manifest_of,
+    open_bundle,
+    pack,
+    pack_bytes,
+    parse_manifest,
+    seal,
+    seal_problems,
+)
 from q4kd.harness.contract import load_contracts
 from q4kd.harness.environment import environment, git_state
 from q4kd.harness.plan import make_plan
@@ -27,6 +36,23 @@ def test_the_seal_covers_every_file_and_sha256sum_agrees(tmp_path: Path, monkeyp
     )
     assert subprocess.run(["sha256sum", "-c", "--quiet", MANIFEST], cwd=folder, check=False).returncode == 0
     assert seal(folder) == hashlib.sha256(text).hexdigest()
+
+
+@pytest.mark.parametrize("change", ["end", "order", "return", "blank"])
+def test_a_manifest_has_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    register(monkeypatch)
+    folder = build(tmp_path)
+    data = (folder / MANIFEST).read_bytes()
+    assert seal_problems(DirectoryStore(folder)) == []
+    lines = data.splitlines(keepends=True)
+    changed = {
+        "end": data[:-1],
+        "order": b"".join(reversed(lines)),
+        "return": data.replace(b"\n", b"\r\n", 1),
+        "blank": data + b"\n",
+    }[change]
+    (folder / MANIFEST).write_bytes(changed)
+    assert any("changed file: MANIFEST.sha256" in line for line in seal_problems(DirectoryStore(folder)))
 
 
 @pytest.mark.parametrize("line", ["nonsense", f"{'a' * 64}  ../x", f"{'a' * 64}  x\n{'b' * 64}  x", f"{'A' * 64}  x"])
@@ -107,6 +133,9 @@ def test_the_commit_and_whether_it_is_dirty(tmp_path: Path) -> None:
         ("\x1b]0;title\x07after", "after"),
         ("a\u202eb\x9bc\ud800", "abc"),
         ("token hf_abcdefghijklmnopqrstuvwx.", "token {token}."),
+        ("nvapi-abcdefghijklmnopqrstuvwx AKIAABCDEFGHIJKLMNOP", "{token} {token}"),
+        ("get https://ada:s3cret@example.org/x", "get https://{token}@example.org/x"),
+        ("see https://example.org:8080/a@b", "see https://example.org:8080/a@b"),
         ("/data/models/q.gguf", "{inputs}/q.gguf"),
         ("plain text\n", "plain text\n"),
     ],

@@ -108,6 +108,15 @@ def test_a_bound_that_moved_gates_only_when_looser(tmp_path: Path, limit: str, k
     assert diff.flips == ()
 
 
+def test_a_profile_that_differs_is_named(tmp_path: Path) -> None:
+    old, new = build(tmp_path / "a"), build(tmp_path / "b")
+    profile = new / "contracts" / "profiles" / "cpu.yaml"
+    profile.write_text(profile.read_text() + "# edited\n")
+    diff = compare(old, new)
+    assert [(change.kind, change.key) for change in diff.bounds] == [("changed", "profiles/cpu.yaml")]
+    assert not diff.worse
+
+
 def set_measured(folder: Path, measured: str, margin: float | None) -> None:
     edit(folder / "findings.json", lambda d: d["findings"][0]["checks"][0].update(measured=measured, margin=margin))
 

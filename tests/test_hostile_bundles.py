@@ -260,3 +260,11 @@ def test_control_characters_never_reach_the_terminal(
     assert "inconclusive" in said.out
     bad = [char for char in said.out + said.err if not char.isprintable() and char != "\n"]
     assert not bad, bad
+
+
+def test_thousands_of_problems_are_not_all_printed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(300):
+        (bundle / f"extra-{number}").write_text("")
+    assert main(["evidence", "verify", str(bundle)]) == 1
+    said = capsys.readouterr().out
+    assert "250 more problems" in said and len(said.splitlines()) < 60

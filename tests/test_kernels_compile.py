@@ -23,7 +23,7 @@ from q4kd.trainer.cuda.compile import (
 from q4kd.trainer.errors import InputError
 
 # Every architecture takes half a minute on two cores; the kernels session sets this.
-EVERY = bool(os.environ.get("Q4KD_EVERY_ARCHITECTURE"))
+EVERY = bool(os.environ.get("Q4KD_REQUIRE_KERNELS"))
 TINY = Source(
     "tiny", '#include "one.cuh"\nextern "C" __global__ void fill(int* x) { *x = ONE; }', (("one.cuh", "#define ONE 1"),)
 )

@@ -1,6 +1,6 @@
 """The CUDA kernels' own source against gguf and float64, run by the host compiler's build: no GPU needed.
 
-Memory accesses are checked for alignment and bounds on the way. ``Q4KD_REQUIRE_HOST_COMPILER=1`` turns the skip without
+Memory accesses are checked for alignment and bounds on the way. ``Q4KD_REQUIRE_KERNELS=1`` turns the skip without
 a compiler into a failure.
 """
 
@@ -21,7 +21,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
     if host_compiler() is None:
-        assert not os.environ.get("Q4KD_REQUIRE_HOST_COMPILER"), "no C++ compiler; install g++ or clang++"
+        assert not os.environ.get("Q4KD_REQUIRE_KERNELS"), "no C++ compiler; install g++ or clang++"
         pytest.skip("no C++ compiler")
     return HostLauncher(build(tmp_path_factory.mktemp("kernels")))
 

@@ -18,7 +18,7 @@ from llamacpp_engine import their_logits  # noqa: E402
 
 
 def our_logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    teacher = load_teacher(path, events=EventLog(None), announce=lambda _line: None)
+    teacher = load_teacher(path, dtype="float32", events=EventLog(None), announce=lambda _line: None)
     return teacher.logits(torch.from_numpy(ids).long()[None])[0].double().numpy()
 
 

@@ -111,6 +111,19 @@ def test_validate_counts_and_accepts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "1 contract (1 active), 1 claim: 1 executable, 0 prose" in capsys.readouterr().out
 
 
+def test_control_characters_of_a_file_reach_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = GOOD.replace("description: d", r'description: "\e[31mred"').replace("rule: r", r'rule: "\e[2J"')
+    (tmp_path / "a.yaml").write_text(hostile)
+    (tmp_path / "b.yaml").write_text(r'falsification_tests: [{id: "\e[1m", rule: odd id}]')
+    assert main(["contracts", "show", "a", "--contracts", str(tmp_path)]) == 0
+    assert main(["contracts", "validate", str(tmp_path)]) == 0
+    (tmp_path / "c.yaml").write_text(GOOD.replace("check: parity", r'check: "\e[1m"'))
+    assert main(["contracts", "validate", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "red" in shown.out and "cannot be used" in shown.out and "c.yaml:8" in shown.err
+    assert "\x1b" not in shown.out + shown.err
+
+
 def test_two_folders_may_each_have_a_file_of_one_name(tmp_path: Path) -> None:
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
@@ -144,6 +157,18 @@ def test_what_is_wrong_is_refused_with_file_line_and_text(
     err = capsys.readouterr().err
     assert err.startswith(f"q4kd: {path}:{line}: `{path.read_text().splitlines()[line - 1].strip()}`"), err
     assert said in err and err.count("\n") == 1
+
+
+def test_a_file_that_would_take_long_takes_no_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("falsification_tests:\n" + "- the same\n" * 10_000)
+    (tmp_path / "b.yaml").write_text("".join(f"falsification_tezts{i}: 1\n" for i in range(20_000)))
+    needs = ", ".join(f"n{i}" for i in range(20_000))
+    (tmp_path / "c.yaml").write_text(GOOD.replace("min_observations: 64", f"needs: [{needs}]"))
+    start = time.process_time()
+    assert main(["contracts", "validate", str(tmp_path)]) == 2
+    assert time.process_time() - start < 5
+    shown = capsys.readouterr()
+    assert "10000 claims" in shown.out and "b.yaml: 19981 more" in shown.out and "c.yaml:12" in shown.err
 
 
 def test_every_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

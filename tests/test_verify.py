@@ -136,6 +136,18 @@ def edit_statement(bundle: Path) -> None:
     edit(bundle / "statement.intoto.json", lambda d: d["predicate"].update(result="FAILED"))
 
 
+def another_machine(bundle: Path) -> None:
+    edit(bundle / "environment.json", lambda d: d.update(profile="gb10"))
+
+
+def another_experiment(bundle: Path) -> None:
+    edit(bundle / "findings.json", lambda d: d["findings"][0].update(experiment="other"))
+
+
+def plan_with_a_note(bundle: Path) -> None:
+    edit(bundle / "plan.json", lambda d: d.update(note="approved"))
+
+
 def damage_run(bundle: Path) -> None:
     (bundle / "runs" / "demo" / "memory.jsonl").write_text("{\n")
 
@@ -162,6 +174,9 @@ def extra_run(bundle: Path) -> None:
         (faulted_run, "made with the fault ballast"),
         (edit_junit, "junit.xml: differs"),
         (edit_statement, "statement.intoto.json: differs"),
+        (another_machine, "made on another profile"),
+        (another_experiment, "experiment differs from the contract"),
+        (plan_with_a_note, "plan: unknown field note"),
         (damage_run, "evidence unreadable"),
         (extra_run, "the bundle holds"),
     ],

@@ -1,7 +1,10 @@
-"""The forward pass on the CPU: packed weights decoded a tile at a time, one bounded scratch, torch's GEMM.
+"""The forward pass on the CPU: packed weights decoded a tile at a time into one bounded scratch.
+
+Products are float32 or bfloat16 (accumulated in float32); embedding, norms, rotary embedding, attention, the residual
+stream and the logits are float32 in either case.
 
 Equations: RMSNorm (https://arxiv.org/abs/1910.07467), rotary embedding (https://arxiv.org/abs/2104.09864) in both
-layouts, grouped-query attention (https://arxiv.org/abs/2305.13245), SwiGLU (https://arxiv.org/abs/2002.05202).
+layouts, grouped-query attention (``attention.py``), SwiGLU (https://arxiv.org/abs/2002.05202).
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
 """
@@ -14,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.architecture import ROPE_FACTORS, RopeLayout, TeacherConfig
+from q4kd.trainer.attention import causal_attention
 from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.weights import Matrix, Scratch, build_matrix, decode_vector
 
@@ -36,9 +40,9 @@ class _Layer:
     ffn_down: Matrix
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, float32."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, computed in float32, returned as ``dtype``."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
 
 
 def rope_tables(positions: int, head_dim: int, base: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,12 +58,20 @@ def rope_tables(positions: int, head_dim: int, base: float, factors: Tensor | No
 
 
 def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, layout: RopeLayout) -> Tensor:
-    """Apply rotary embedding, pairing elements ``(i, i + D/2)`` or ``(2i, 2i + 1)``; returns a new tensor."""
+    """Apply rotary embedding, pairing elements ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
+
+    Returns:
+        float32 ``[B, N, T, D]``, new and contiguous whatever the strides of ``x_BNTD``.
+    """
+    out_BNTD = torch.empty(x_BNTD.shape, dtype=torch.float32)
     if layout == "split_halves":
-        first, second = x_BNTD.chunk(2, dim=-1)
-        return torch.cat([first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD], dim=-1)
-    even, odd = x_BNTD[..., 0::2], x_BNTD[..., 1::2]
-    return torch.stack([even * cos_TD - odd * sin_TD, odd * cos_TD + even * sin_TD], dim=-1).flatten(-2)
+        (first, second), (out_first, out_second) = x_BNTD.chunk(2, dim=-1), out_BNTD.chunk(2, dim=-1)
+    else:
+        first, second = x_BNTD[..., 0::2], x_BNTD[..., 1::2]
+        out_first, out_second = out_BNTD[..., 0::2], out_BNTD[..., 1::2]
+    torch.mul(first, cos_TD, out=out_first).addcmul_(second, sin_TD, value=-1)
+    torch.mul(second, cos_TD, out=out_second).addcmul_(first, sin_TD)
+    return out_BNTD
 
 
 class CpuForward:
@@ -86,7 +98,7 @@ class CpuForward:
         self._rope_factors = self._optional(ROPE_FACTORS)
 
     def _matrix(self, name: str) -> Matrix:
-        self.matrices[name] = build_matrix(self._backend, self._model.tensors[name], self.scratch)
+        self.matrices[name] = build_matrix(self._backend, self._model.tensors[name], self.scratch, self.dtype)
         return self.matrices[name]
 
     def _vector(self, name: str) -> Tensor:
@@ -126,18 +138,19 @@ class CpuForward:
         cos_TD, sin_TD = rope_tables(length, self.config.head_dim, self.config.rope_base, self._rope_factors)
         x_MH = self.embed(ids_BT.reshape(-1))
         for layer in self._layers:
-            normed = rms_norm(x_MH, layer.attn_norm, self.config.rms_eps)
-            x_MH = x_MH + self._attend(layer, normed, batch, cos_TD, sin_TD)
-            normed = rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps)
-            gated = F.silu(layer.ffn_gate.product(normed)).mul_(layer.ffn_up.product(normed))
-            x_MH = x_MH + layer.ffn_down.product(gated)
+            normed_MH = rms_norm(x_MH, layer.attn_norm, self.config.rms_eps, self.dtype)
+            x_MH += self._attend(layer, normed_MH, batch, cos_TD, sin_TD)
+            normed_MH = rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps, self.dtype)
+            gated_MF = F.silu(layer.ffn_gate.product(normed_MH), inplace=True)
+            gated_MF *= layer.ffn_up.product(normed_MH)
+            x_MH += layer.ffn_down.product(gated_MF)
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
 
     def _attend(self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         config = self.config
 
         def heads(matrix: Matrix, bias: Tensor | None, norm: Tensor | None, count: int) -> Tensor:
-            out = matrix.product(x_MH)
+            out = matrix.product(x_MH).float()
             if bias is not None:
                 out += bias
             out_BNTD = out.view(batch, -1, count, config.head_dim).transpose(1, 2)
@@ -145,15 +158,12 @@ class CpuForward:
 
         q_BNTD = heads(layer.attn_q, layer.q_bias, layer.q_norm, config.num_heads)
         k_BKTD = heads(layer.attn_k, layer.k_bias, layer.k_norm, config.num_kv_heads)
-        v_BKTD = heads(layer.attn_v, layer.v_bias, None, config.num_kv_heads)
+        v_BKTD = heads(layer.attn_v, layer.v_bias, None, config.num_kv_heads).contiguous()
         q_BNTD = rotate(q_BNTD, cos_TD, sin_TD, config.rope_layout)
         k_BKTD = rotate(k_BKTD, cos_TD, sin_TD, config.rope_layout)
-        groups = config.num_heads // config.num_kv_heads
-        mixed_BNTD = F.scaled_dot_product_attention(
-            q_BNTD, k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1), is_causal=True
-        )
-        return layer.attn_output.product(mixed_BNTD.transpose(1, 2).reshape(x_MH.shape[0], -1))
+        mixed_MA = causal_attention(q_BNTD, k_BKTD, v_BKTD).view(x_MH.shape[0], -1)
+        return layer.attn_output.product(mixed_MA.to(self.dtype))
 
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
         """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``."""
-        return self._head.product(hidden_MH)
+        return self._head.project(hidden_MH.to(self.dtype))

@@ -74,8 +74,8 @@ def _steps_and_offsets(packed: Tensor) -> tuple[Tensor, Tensor]:
     return (factors[:, 0:1] * scales).unsqueeze(2), (factors[:, 1:2] * mins).unsqueeze(2)
 
 
-# torch's byte operations are vectorised over runs of 128: where a block's run is shorter, it is copied first to contiguous
-# memory, and the operation then runs over all blocks at once.
+# torch's byte operations are vectorised over runs of 128: where a block's run is shorter, it is copied first to
+# contiguous memory, and the operation then runs over all blocks at once.
 
 
 def decode_q4_k(packed: Tensor, out: Tensor) -> None:

@@ -82,8 +82,8 @@ def write_large_teacher(
     # llama.cpp loads a model without a vocabulary only when told that there is none.
     writer.add_tokenizer_model("none")
 
-    def packed(name: str, type_name: str, rows: int, cols: int) -> None:
-        data = random_blocks(rng, type_name, rows, cols, 0.7 / np.sqrt(cols))
+    def packed(name: str, type_name: str, rows: int, cols: int, gain: float = 1.0) -> None:
+        data = random_blocks(rng, type_name, rows, cols, 0.7 * gain / np.sqrt(cols))
         writer.add_tensor(name, data, raw_dtype=_TYPES[type_name])
 
     def constant(name: str, value: float, size: int) -> None:
@@ -93,6 +93,8 @@ def write_large_teacher(
     constant("output_norm.weight", 1, hidden)
     if not tied:
         packed("output.weight", "Q6_K", vocab, hidden)
+    # As models are initialised: what 2 * layers additions to the residual stream sum up to does not grow with depth.
+    residual = 1 / np.sqrt(2 * layers)
     for layer in range(layers):
         prefix = f"blk.{layer}."
         constant(f"{prefix}attn_norm.weight", 1, hidden)
@@ -100,10 +102,10 @@ def write_large_teacher(
         for part, rows in (("q", hidden), ("k", kv_heads * HEAD_DIM), ("v", kv_heads * HEAD_DIM)):
             packed(f"{prefix}attn_{part}.weight", "Q6_K" if part == "v" and layer % 2 else "Q4_K", rows, hidden)
             constant(f"{prefix}attn_{part}.bias", 0, rows)
-        packed(f"{prefix}attn_output.weight", "Q4_K", hidden, hidden)
+        packed(f"{prefix}attn_output.weight", "Q4_K", hidden, hidden, residual)
         packed(f"{prefix}ffn_gate.weight", "Q4_K", ffn, hidden)
         packed(f"{prefix}ffn_up.weight", "Q4_K", ffn, hidden)
-        packed(f"{prefix}ffn_down.weight", "Q6_K" if layer % 2 else "Q4_K", hidden, ffn)
+        packed(f"{prefix}ffn_down.weight", "Q6_K" if layer % 2 else "Q4_K", hidden, ffn, residual)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

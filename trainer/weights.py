@@ -8,14 +8,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from q4kd.trainer.gemm import empty_huge, multiply
 from q4kd.trainer.model_file import PackedTensor
 from q4kd.trainer.quant import decode_rows
 
-DEFAULT_SCRATCH_BYTES = 8 << 20
+# Holds the largest matrix of a model of hidden size 768 whole, so that its product needs no second copy.
+DEFAULT_SCRATCH_BYTES = 16 << 20
+# A bfloat16 tile is decoded in float32 pieces of this many weights (2 MiB, within cache), then rounded once.
+_PIECE_WEIGHTS = 1 << 19
+# Rows multiplied at once where a product is made in parts: each part is copied into the result from cache.
+_TILE_ROWS = 1024
 
 
 class Scratch:
-    """The only dense float32 storage for packed weights: one buffer, allocated once, reused by every product.
+    """The only dense storage for packed weights: one buffer, allocated once, reused by every product.
 
     Args:
         num_bytes: its size; a single row that needs more enlarges it once, which ``num_bytes`` then reports.
@@ -30,14 +36,28 @@ class Scratch:
         return self._buffer.numel() * 4
 
     def rows(self, cols: int) -> int:
-        """Return how many rows of ``cols`` weights fit (at least one)."""
+        """Return how many rows of ``cols`` weights fit (at least one), in float32 or bfloat16 alike."""
         return max(1, self._buffer.numel() // cols)
 
     def tile(self, rows: int, cols: int) -> Tensor:
         """Return float32 ``[rows, cols]`` of uninitialised scratch; the previous tile is overwritten."""
-        if rows * cols > self._buffer.numel():
-            self._buffer = torch.empty(rows * cols, dtype=torch.float32)
-        return self._buffer[: rows * cols].view(rows, cols)
+        return self._floats(rows * cols).view(rows, cols)
+
+    def halves(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+        """Return bfloat16 ``[rows, cols]`` and, behind it, a float32 piece ``[n, cols]`` of at least one row.
+
+        The two do not overlap; the previous tile is overwritten.
+        """
+        half = (rows * cols + 1) // 2
+        spare = self._floats(half + min(rows * cols, max(cols, self._buffer.numel() - half)))[half:]
+        piece_rows = min(max(1, _PIECE_WEIGHTS // cols), spare.numel() // cols)
+        tile = self._buffer[:half].view(torch.bfloat16)[: rows * cols].view(rows, cols)
+        return tile, spare[: piece_rows * cols].view(piece_rows, cols)
+
+    def _floats(self, count: int) -> Tensor:
+        if count > self._buffer.numel():
+            self._buffer = torch.empty(count, dtype=torch.float32)
+        return self._buffer[:count]
 
 
 class Matrix(Protocol):
@@ -57,7 +77,10 @@ class Matrix(Protocol):
         """Whether the weights are held decoded."""
 
     def product(self, x_MK: Tensor) -> Tensor:
-        """Return float32 ``x @ W.T``, ``[M, R]``."""
+        """Return ``x @ W.T``, ``[M, R]``, computed and returned in the dtype of ``x``: float32 or bfloat16."""
+
+    def project(self, x_MK: Tensor) -> Tensor:
+        """Return the same product as float32 ``[M, R]``, whatever the dtype it is computed in: for large results."""
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[len(row_ids), K]``."""
@@ -80,15 +103,31 @@ class PackedMatrix:
         return self._packed.numel()
 
     def product(self, x_MK: Tensor) -> Tensor:
-        """Return float32 ``x @ W.T`` ``[M, R]``, a tile of rows at a time."""
-        out_MR = torch.empty(x_MK.shape[0], self.rows, dtype=torch.float32)
-        step = self._scratch.rows(self.cols)
+        """Return ``x @ W.T`` ``[M, R]`` in the dtype of ``x``, float32 or bfloat16, a tile of rows at a time."""
+        if self._scratch.rows(self.cols) >= self.rows:
+            return multiply(x_MK, self._decode(0, self.rows, x_MK.dtype))
+        return self._tiled(x_MK, x_MK.new_empty(x_MK.shape[0], self.rows))
+
+    def project(self, x_MK: Tensor) -> Tensor:
+        """Return the product as float32 ``[M, R]``."""
+        return self._tiled(x_MK, empty_huge(x_MK.shape[0], self.rows))
+
+    def _tiled(self, x_MK: Tensor, out_MR: Tensor) -> Tensor:
+        step = min(self._scratch.rows(self.cols), _TILE_ROWS)
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            tile_RK = self._scratch.tile(stop - start, self.cols)
-            decode_rows(self.source_type, self._packed[start:stop], tile_RK)
-            torch.mm(x_MK, tile_RK.T, out=out_MR[:, start:stop])
+            out_MR[:, start:stop] = multiply(x_MK, self._decode(start, stop, x_MK.dtype))
         return out_MR
+
+    def _decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows ``start`` to ``stop`` in the scratch; bfloat16 is rounded once from the float32 values."""
+        packed = self._packed[start:stop]
+        if dtype == torch.float32:
+            return decode_rows(self.source_type, packed, self._scratch.tile(stop - start, self.cols))
+        tile_RK, piece = self._scratch.halves(stop - start, self.cols)
+        for part, target in zip(packed.split(len(piece)), tile_RK.split(len(piece)), strict=True):
+            target.copy_(decode_rows(self.source_type, part, piece[: len(part)]))
+        return tile_RK
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Decode only the rows asked for: int64 ``[n]`` to float32 ``[n, K]``."""
@@ -97,33 +136,50 @@ class PackedMatrix:
 
 
 class DenseMatrix:
-    """A matrix decoded to float32 once, at load. Several times the file's size: only by explicit choice of backend."""
+    """A matrix decoded once, at load. Several times the file's size: only by explicit choice of backend.
+
+    Args:
+        tensor: as it lies in the file.
+        dtype: that it is held in, float32 or bfloat16 (one rounding).
+    """
 
     is_dense = True
-    held_as = "F32"
 
-    def __init__(self, tensor: PackedTensor) -> None:
+    def __init__(self, tensor: PackedTensor, dtype: torch.dtype = torch.float32) -> None:
         self.source_type = tensor.type
+        self.held_as = "F32" if dtype == torch.float32 else "BF16"
         self.rows, self.cols = tensor.shape
-        self._weight_RK = decode_rows(tensor.type, torch.from_numpy(tensor.data), torch.empty(tensor.shape))
+        self._weight_RK = torch.empty(tensor.shape, dtype=dtype)
+        packed = torch.from_numpy(tensor.data)
+        step = max(1, _PIECE_WEIGHTS // self.cols)
+        for part, target in zip(packed.split(step), self._weight_RK.split(step), strict=True):
+            target.copy_(decode_rows(tensor.type, part, torch.empty(target.shape)))
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the decoded matrix."""
-        return self._weight_RK.numel() * 4
+        return self._weight_RK.nbytes
 
     def product(self, x_MK: Tensor) -> Tensor:
-        """Return float32 ``x @ W.T`` ``[M, R]``."""
-        return x_MK @ self._weight_RK.T
+        """Return ``x @ W.T`` ``[M, R]`` in the dtype that the matrix is held in."""
+        return multiply(x_MK.to(self._weight_RK.dtype), self._weight_RK)
+
+    def project(self, x_MK: Tensor) -> Tensor:
+        """Return the product as float32 ``[M, R]``."""
+        out_MR = empty_huge(x_MK.shape[0], self.rows)
+        for start in range(0, self.rows, _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            out_MR[:, rows] = multiply(x_MK.to(self._weight_RK.dtype), self._weight_RK[rows])
+        return out_MR
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[n, K]``."""
-        return self._weight_RK[row_ids]
+        return self._weight_RK[row_ids].float()
 
 
-def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch) -> Matrix:
+def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: torch.dtype = torch.float32) -> Matrix:
     """Make the weight matrix of one tensor for a backend: ``q4k`` keeps the blocks, ``dense`` decodes them now."""
-    return PackedMatrix(tensor, scratch) if backend == "q4k" else DenseMatrix(tensor)
+    return PackedMatrix(tensor, scratch) if backend == "q4k" else DenseMatrix(tensor, dtype)
 
 
 def decode_vector(tensor: PackedTensor) -> Tensor:

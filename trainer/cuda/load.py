@@ -59,10 +59,11 @@ def file_offset(tensor: PackedTensor) -> int:
     Raises:
         InputError: when its data is no contiguous view of a memory-mapped file.
     """
-    root: object = tensor.data
-    while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
+    root: Any = tensor.data
+    while isinstance(root.base, np.ndarray):
         root = root.base
-    if not (isinstance(root, np.memmap) and isinstance(root.base, mmap.mmap) and tensor.data.flags.c_contiguous):
+    owner: Any = root.base
+    if not (isinstance(root, np.memmap) and isinstance(owner, mmap.mmap) and tensor.data.flags.c_contiguous):
         raise InputError(
             f"tensor {tensor.name}", expected="a view of the file's memory map", got="a copy", remedy="use --device cpu"
         )

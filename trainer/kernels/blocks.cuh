@@ -27,7 +27,9 @@ Q4KD_INLINE uint2 load_eight(const u8* address) {
     }
 }
 
-Q4KD_INLINE u32 byte_of(uint2 words, int index) { return ((index < 4 ? words.x : words.y) >> (8 * (index & 3))) & 0xFFu; }
+Q4KD_INLINE u32 byte_of(uint2 words, int index) {
+    return ((index < 4 ? words.x : words.y) >> (8 * (index & 3))) & 0xFFu;
+}
 
 // scale * (q - offset), the form without a minimum. `low` and `high` hold one quant a byte.
 Q4KD_INLINE void scale_quants(Octets& out, uint2 low, uint2 high, float low_scale, float high_scale, int offset) {
@@ -62,9 +64,13 @@ Q4KD_INLINE ScalePair unpack_scales(uint4 header, int chunk) {
     int shift = 16 * (chunk & 1);
     scales >>= shift;
     minimums >>= shift;
-    return ScalePair{{multiply(d, small_to_float(scales & 0xFFu, 0)), multiply(d, small_to_float((scales >> 8) & 0xFFu, 0))},
-                     {multiply(dmin, small_to_float(minimums & 0xFFu, 0)),
-                      multiply(dmin, small_to_float((minimums >> 8) & 0xFFu, 0))}};
+    ScalePair pair;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        pair.scale[i] = multiply(d, small_to_float((scales >> (8 * i)) & 0xFFu, 0));
+        pair.minimum[i] = multiply(dmin, small_to_float((minimums >> (8 * i)) & 0xFFu, 0));
+    }
+    return pair;
 }
 
 Q4KD_INLINE void scale_and_shift(Octets& out, uint2 low, uint2 high, const ScalePair& pair) {
@@ -137,8 +143,8 @@ Q4KD_INLINE u32 six_bits(u32 low, u32 high, int quarter) {
 Q4KD_INLINE float signed_to_float(u32 byte) { return small_to_float(byte ^ 0x80u, 128); }
 
 // Q6_K, 256 weights in 16 sub-blocks of 16: weight = (d * scale[position / 16]) * (q - 32), scales signed.
-// ql: 128 bytes, qh: 64 bytes, each in two halves p. For l = 0..31, quarter = 0..3 (c = quarter & 1, nibble = quarter >> 1):
-//   q at position 128p + 32 quarter + l  =  (ql[64p + 32c + l] >> 4 nibble) & 15  |  ((qh[32p + l] >> 2 quarter) & 3) << 4
+// ql: 128 bytes, qh: 64 bytes, each in two halves p. For l = 0..31, quarter r = 0..3, column c = r & 1, n = r >> 1:
+//   q at position 128p + 32r + l  =  (ql[64p + 32c + l] >> 4n) & 15  |  ((qh[32p + l] >> 2r) & 3) << 4
 template <int alignment>
 Q4KD_INLINE Octets decode_q6_parts(Q6Parts parts, int task) {
     int half = task >> 3, column = (task >> 2) & 1, lane = task & 3;
@@ -179,8 +185,8 @@ struct Q6_K_SOA {
 
     static Q4KD_INLINE Q6Parts parts(Blocks blocks, i64 block) {
         const u8* base = blocks.packed;
-        return Q6Parts{base + 128 * block, base + 128 * blocks.count + 64 * block, base + 192 * blocks.count + 16 * block,
-                       base + 208 * blocks.count + 2 * block};
+        return Q6Parts{base + 128 * block, base + 128 * blocks.count + 64 * block,
+                       base + 192 * blocks.count + 16 * block, base + 208 * blocks.count + 2 * block};
     }
     static Q4KD_INLINE Octets decode(Blocks blocks, i64 block, int task) {
         return decode_q6_parts<8>(parts(blocks, block), task);
@@ -242,7 +248,8 @@ struct Q5_0 {
         out.first = 8 * task;
         out.second = out.first + 16;
         u32 low_bits = fifth >> (8 * task), high_bits = fifth >> (16 + 8 * task);
-        uint2 low = {(quants.x & 0x0F0F0F0Fu) | fifth_bits(low_bits), (quants.y & 0x0F0F0F0Fu) | fifth_bits(low_bits >> 4)};
+        uint2 low = {(quants.x & 0x0F0F0F0Fu) | fifth_bits(low_bits),
+                     (quants.y & 0x0F0F0F0Fu) | fifth_bits(low_bits >> 4)};
         uint2 high = {((quants.x >> 4) & 0x0F0F0F0Fu) | fifth_bits(high_bits),
                       ((quants.y >> 4) & 0x0F0F0F0Fu) | fifth_bits(high_bits >> 4)};
         scale_quants(out, low, high, d, d, 16);

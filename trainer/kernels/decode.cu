@@ -26,12 +26,12 @@ template <class Format, class Out>
 Q4KD_DEVICE void gather_blocks(Blocks blocks, i64 blocks_per_row, const i64* ids, i64 count, Out* out) {
     i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     i64 target = item / Format::tasks;
-    i64 slot = target / blocks_per_row;
+    i64 slot = quotient(target, blocks_per_row);
     if (slot >= count) return;
     int task = (int)(item % Format::tasks);
     i64 id = load<i64>(ids + slot);
     Out* out_of_block = out + target * Format::weights;
-    if (id < 0 || id >= blocks.count / blocks_per_row) {
+    if (id < 0 || id >= quotient(blocks.count, blocks_per_row)) {
         constexpr int share = Format::weights / Format::tasks;
         for (int i = 0; i < share; i++) {
             float value = missing();
@@ -39,10 +39,10 @@ Q4KD_DEVICE void gather_blocks(Blocks blocks, i64 blocks_per_row, const i64* ids
         }
         return;
     }
-    decode_task<Format>(blocks, id * blocks_per_row + target % blocks_per_row, task, out_of_block);
+    decode_task<Format>(blocks, id * blocks_per_row + (target - slot * blocks_per_row), task, out_of_block);
 }
 
-// One element a thread, for rows of unquantised types that are not whole 16-byte words. `ids` null: a range of elements.
+// One element a thread, for rows of unquantised types that are not whole 16-byte words.
 template <class Element, class Out>
 Q4KD_DEVICE void decode_elements(const u8* packed, i64 first, i64 count, Out* out) {
     i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -55,9 +55,11 @@ template <class Element, class Out>
 Q4KD_DEVICE void gather_elements(const u8* packed, i64 rows, i64 cols, const i64* ids, i64 count, Out* out) {
     i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= count * cols) return;
-    i64 id = load<i64>(ids + item / cols);
+    i64 slot = quotient(item, cols);
+    i64 id = load<i64>(ids + slot);
     float value = missing();
-    if (id >= 0 && id < rows) value = Element::element(packed + (id * cols + item % cols) * Element::element_bytes);
+    i64 column = item - slot * cols;
+    if (id >= 0 && id < rows) value = Element::element(packed + (id * cols + column) * Element::element_bytes);
     write_floats<1>(out + item, &value);
 }
 
@@ -97,7 +99,7 @@ BOTH(ELEMENT_KERNELS, f16, F16)
 BOTH(ELEMENT_KERNELS, bf16, BF16)
 BOTH(ELEMENT_KERNELS, f32, F32)
 
-// Byte pairs of superblocks between the file's layout and the structure of arrays; 105 pairs a superblock, one a thread.
+// Superblocks between the file's layout and the structure of arrays: a thread moves one of 105 byte pairs.
 Q4KD_INLINE i64 soa_offset(i64 total, i64 block, int byte) {
     if (byte < 128) return 128 * block + byte;
     if (byte < 192) return 128 * total + 64 * block + (byte - 128);

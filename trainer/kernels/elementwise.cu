@@ -84,7 +84,7 @@ NORMS(8, f32, float)
 NORMS(1, bf16, bf16)
 NORMS(1, f32, float)
 
-// q and k inside a fused product: rows `stride` elements apart, heads side by side. cos and sin: float32 [positions, D/2];
+// q and k inside a fused product: rows `stride` elements apart, heads side by side. cos and sin: [positions, D/2];
 // row m is position m % positions. Bias [heads * D] and norm weights [D] may be null. Order: bias, norm, rotation.
 template <class T>
 struct Projection {
@@ -109,8 +109,8 @@ Q4KD_INLINE i64 pair_place(i64 pair, int member, i64 half) {
 template <bool interleaved, class T>
 Q4KD_DEVICE void rotate_wide(Projection<T> q, Projection<T> k, Rotary rotary, i64 M) {
     i64 D = rotary.head_dim, item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    int lanes = (int)(D / 16), lane = (int)(item % lanes);
-    i64 heads = q.heads + k.heads, row = item / lanes / heads, head = item / lanes % heads;
+    i64 lanes = D / 16, slot = quotient(item, lanes), lane = item - slot * lanes;
+    i64 heads = q.heads + k.heads, row = quotient(slot, heads), head = slot - row * heads;
     bool active = row < M;  // the others stay for the sum over lanes
     bool is_q = head < q.heads;
     Projection<T> side = is_q ? q : k;
@@ -133,7 +133,7 @@ Q4KD_DEVICE void rotate_wide(Projection<T> q, Projection<T> k, Rotary rotary, i6
 #pragma unroll
         for (int i = 0; i < 16; i++) squares += x[i] * x[i];
     }
-    squares = sum_lanes(squares, lanes);
+    squares = sum_lanes(squares, (int)lanes);
     if (!active) return;
     if (side.norm) {
         float scale = 1.0f / sqrtf(squares / (float)D + rotary.eps);
@@ -144,7 +144,7 @@ Q4KD_DEVICE void rotate_wide(Projection<T> q, Projection<T> k, Rotary rotary, i6
         for (int i = 0; i < 16; i++) x[i] = x[i] * scale * weights[i];
     }
     float cosines[8], sines[8];
-    i64 angles = row % rotary.positions * (D / 2) + 8 * lane;
+    i64 position = row - quotient(row, rotary.positions) * rotary.positions, angles = position * (D / 2) + 8 * lane;
     read_floats<8>(rotary.cos + angles, cosines);
     read_floats<8>(rotary.sin + angles, sines);
 #pragma unroll
@@ -162,13 +162,14 @@ Q4KD_DEVICE void rotate_wide(Projection<T> q, Projection<T> k, Rotary rotary, i6
 template <bool interleaved, class T>
 Q4KD_DEVICE void rotate_narrow(Projection<T> q, Projection<T> k, Rotary rotary, i64 M) {
     i64 D = rotary.head_dim, half = D / 2, item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    int lane = (int)(item % 32);
-    i64 heads = q.heads + k.heads, row = item / 32 / heads, head = item / 32 % heads;
+    i64 slot = item / 32, lane = item % 32;
+    i64 heads = q.heads + k.heads, row = quotient(slot, heads), head = slot - row * heads;
     if (row >= M) return;  // a whole warp at a time
     bool is_q = head < q.heads;
     Projection<T> side = is_q ? q : k;
     if (!is_q) head -= q.heads;
     T* values = side.values + row * side.stride + head * D;
+    i64 position = row - quotient(row, rotary.positions) * rotary.positions;
 
     float scale = 1.0f;
     if (side.norm) {
@@ -192,7 +193,7 @@ Q4KD_DEVICE void rotate_narrow(Projection<T> q, Projection<T> k, Rotary rotary, 
             if (side.bias) x[member] += load<float>(side.bias + head * D + place);
             if (side.norm) x[member] = x[member] * scale * load<float>(side.norm + place);
         }
-        i64 angle = row % rotary.positions * half + pair;
+        i64 angle = position * half + pair;
         float cosine = load<float>(rotary.cos + angle), sine = load<float>(rotary.sin + angle);
         float rotated[2] = {x[0] * cosine - x[1] * sine, x[1] * cosine + x[0] * sine};
         for (int member = 0; member < 2; member++)
@@ -216,17 +217,26 @@ ROPE(split, false, f32, float)
 ROPE(interleaved, true, bf16, bf16)
 ROPE(interleaved, true, f32, float)
 
+// x / (1 + exp(-x)). For bf16 by the device's approximate exponential and division, good to 2^-20 and half the work.
+template <class T>
+Q4KD_INLINE float silu(float x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 2) return __fdividef(x, 1.0f + __expf(-x));
+#endif
+    return x / (1.0f + expf(-x));
+}
+
 // out = silu(gate) * up, from rows [gate | up] of 2F.
 template <int width, class T>
 Q4KD_DEVICE void gate_rows(const T* gate_up, i64 M, i64 F, T* out) {
     i64 item = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * width;
     if (item >= M * F) return;
-    i64 row = item / F, column = item % F;
+    i64 row = quotient(item, F), column = item - row * F;
     float gates[width], ups[width];
     read_floats<width>(gate_up + row * 2 * F + column, gates);
     read_floats<width>(gate_up + row * 2 * F + F + column, ups);
 #pragma unroll
-    for (int i = 0; i < width; i++) gates[i] = gates[i] / (1.0f + expf(-gates[i])) * ups[i];
+    for (int i = 0; i < width; i++) gates[i] = silu<T>(gates[i]) * ups[i];
     write_floats<width>(out + item, gates);
 }
 
@@ -235,8 +245,8 @@ template <int width, class T>
 Q4KD_DEVICE void add_to_columns(T* x, i64 stride, const float* bias, i64 M, i64 columns) {
     i64 item = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * width;
     if (item >= M * columns) return;
-    i64 column = item % columns;
-    T* place = x + item / columns * stride + column;
+    i64 row = quotient(item, columns), column = item - row * columns;
+    T* place = x + row * stride + column;
     float values[width], biases[width];
     read_floats<width>(place, values);
     read_floats<width>(bias + column, biases);

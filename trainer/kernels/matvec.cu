@@ -31,8 +31,8 @@ Q4KD_DEVICE void multiply_fragments(float* acc, Fragment a, u32 b0, u32 b1) {
 #endif
 }
 
-// Two integers 0..127 in the halves of a word to two bf16 minus 128 - `pair_offset`'s meaning: 0x4300 is 128, whose last
-// mantissa bit is worth 1, so OR-ing an integer in adds it; the subtraction is exact.
+// Two integers 0..127 in the halves of a word to bf16, less an offset: 0x4300 is 128, whose last mantissa bit is worth
+// 1, so OR-ing an integer in adds it. `negated_offset` holds -(128 + offset) as bf16, twice; the sum is exact.
 Q4KD_DEVICE u32 integers_to_bf16(u32 pair, u32 negated_offset) {
     u32 biased = pair | 0x43004300u;
 #ifdef __CUDA_ARCH__
@@ -45,8 +45,21 @@ Q4KD_DEVICE u32 integers_to_bf16(u32 pair, u32 negated_offset) {
 #endif
 }
 
-Q4KD_DEVICE u32 low_halves(u32 a, u32 b) { return (a & 0xFFFFu) | (b << 16); }
-Q4KD_DEVICE u32 high_halves(u32 a, u32 b) { return (a >> 16) | (b & 0xFFFF0000u); }
+// The low, or the high, halves of two words.
+Q4KD_DEVICE u32 low_halves(u32 a, u32 b) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(a, b, 0x5410);
+#else
+    return (a & 0xFFFFu) | (b << 16);
+#endif
+}
+Q4KD_DEVICE u32 high_halves(u32 a, u32 b) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(a, b, 0x7632);
+#else
+    return (a >> 16) | (b & 0xFFFF0000u);
+#endif
+}
 
 // What a lane of a warp works on: rows g and g + 8 of its tile, tokens g and g + 8.
 struct Tile {
@@ -93,7 +106,8 @@ struct Q4_K_Product {
                     uint4 x = {0, 0, 0, 0};
                     if (tile.tokens[n])
                         x = load<uint4>(tile.tokens[n] + 256 * superblock + 32 * (2 * chunk + nibble) + 8 * tile.lane4);
-                    u32 b[4] = {low_halves(x.x, x.y), high_halves(x.x, x.y), low_halves(x.z, x.w), high_halves(x.z, x.w)};
+                    u32 b[4] = {low_halves(x.x, x.y), high_halves(x.x, x.y), low_halves(x.z, x.w),
+                                high_halves(x.z, x.w)};
                     float products[4] = {0, 0, 0, 0}, sums[4] = {0, 0, 0, 0};
                     Fragment ones = {{ONES, ONES, ONES, ONES}};
                     multiply_fragments(products, a[0], b[0], b[1]);
@@ -145,7 +159,8 @@ struct Q6_K_Product {
                     u32 quants = six_bits(low[r], high[r], quarter);
                     a.pairs[r] = integers_to_bf16(quants & 0x00FF00FFu, 0xC320C320u);
                     a.pairs[2 + r] = integers_to_bf16((quants >> 8) & 0x00FF00FFu, 0xC320C320u);
-                    scales[r] = multiply(d[r], signed_to_float((scale_words[r][group >> 2] >> (8 * (group & 3))) & 0xFFu));
+                    u32 scale = (scale_words[r][group >> 2] >> (8 * (group & 3))) & 0xFFu;
+                    scales[r] = multiply(d[r], signed_to_float(scale));
                 }
 #pragma unroll
                 for (int n = 0; n < tiles; n++) {
@@ -165,7 +180,8 @@ struct Q6_K_Product {
 // A block of eight warps: `row_tiles` tiles of 16 rows, each by 8 / row_tiles warps that split K. `tiles`: tokens / 8.
 // Rows beyond R are computed on row R - 1 and not written; tokens beyond M are zeros and not written.
 template <class Product, int row_tiles, int tiles, class Out>
-Q4KD_DEVICE void multiply_rows(Blocks blocks, i64 blocks_per_row, const bf16* x, i64 M, i64 R, i64 out_stride, Out* out) {
+Q4KD_DEVICE void multiply_rows(Blocks blocks, i64 blocks_per_row, const bf16* x, i64 M, i64 R, i64 out_stride,
+                               Out* out) {
     constexpr int splits = 8 / row_tiles, columns = 8 * tiles;
     __shared__ float partial[8][16][columns];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;

@@ -1,0 +1,68 @@
+"""The command ``q4kd bench``: speed against other engines, every arm timed in the same run."""
+
+import argparse
+from pathlib import Path
+
+from q4kd.trainer.errors import InputError
+
+_CPU_ENGINES = ("dense", "transformers", "llama.cpp")
+_DTYPES = ("auto", "float32", "bfloat16")
+_MAX_ROUNDS = 1000
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``bench`` and its sub-commands."""
+    bench = subparsers.add_parser("bench", help="speed against other engines, arms interleaved in one run")
+    commands = bench.add_subparsers(dest="bench_command", required=True, metavar="WHAT")
+    teacher = commands.add_parser("teacher", help="prefill with logits at every position")
+    teacher.add_argument("--model", type=Path, metavar="FILE", help="GGUF (default: a synthetic one, 129 M weights)")
+    teacher.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    teacher.add_argument("--tokens", default="1024", metavar="N,…", help="positions of a sequence, a comparison each")
+    teacher.add_argument("--pairs", type=int, default=9, metavar="N", help="counted rounds")
+    teacher.add_argument("--threads", type=int, default=2, metavar="N", help="of every CPU engine")
+    teacher.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the CPU engines that have a choice")
+    teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
+    teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
+    teacher.set_defaults(run=_teacher)
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        from q4kd.trainer.bench.cuda import main
+
+        # That comparison makes a 7B-shaped model on the device and has engines and shapes of its own.
+        out = args.out or Path("bench-cuda")
+        return main(["--out", str(out), "--rounds", str(args.pairs)])
+    lengths = [_count("--tokens", text, 1 << 20) for text in args.tokens.split(",")]
+    engines = [name for name in args.against.split(",") if name]
+    for name in engines:
+        if name not in _CPU_ENGINES:
+            raise InputError("--against", expected=", ".join(_CPU_ENGINES), got=repr(name)[:40], remedy="name these")
+    rounds = _count("--pairs", str(args.pairs), _MAX_ROUNDS)
+    threads = _count("--threads", str(args.threads), 1024)
+
+    from q4kd.trainer.bench.comparison import compare_on_cpu, table
+    from q4kd.trainer.dtypes import choose_dtype
+    from q4kd.trainer.files import write_json
+
+    dtype = choose_dtype(args.dtype, "cpu")
+    print(f"dtype: {dtype.name} ({dtype.reason})")
+    found = compare_on_cpu(
+        args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
+    )
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / "bench.json", found)
+        except OSError as error:
+            raise InputError(
+                f"--out {args.out}", expected="a writable folder", got=str(error.strerror), remedy="choose another"
+            ) from error
+    print("\n".join(table(found)))
+    return 0 if found["shapes"] else 1
+
+
+def _count(option: str, text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 8 and 1 <= int(text) <= most):
+        raise InputError(option, expected=f"a whole number from 1 to {most}", got=repr(text)[:40], remedy="correct it")
+    return int(text)
