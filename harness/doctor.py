@@ -12,6 +12,8 @@ from typing import Any, Literal
 import psutil
 
 from q4kd.harness.cause import memory_cgroup
+from q4kd.trainer.device import ALLOCATION_VARIABLE, allocation_override, allocation_policy, check_allocation, classify
+from q4kd.trainer.errors import InputError
 
 State = Literal["ok", "missing", "note"]
 # One row: the distribution, what needs it, the extra that brings it.
@@ -118,7 +120,25 @@ def gpu_lines(devices: list[dict[str, Any]]) -> list[Line]:
         else:
             memory = f"{device['memory'] / 2**30:.0f} GiB of device memory"
         lines.append(Line(f"GPU {index}", "ok", f"{device['name']}, compute capability {major}.{minor}, {memory}"))
+        lines.append(placement_line(index, (major, minor)))
     return lines
+
+
+def placement_line(index: int, capability: tuple[int, int]) -> Line:
+    """Describe where teacher weights would lie on a device, and what bounds them.
+
+    NVML does not tell whether a chip is integrated; a run asks CUDA as well, and says what it found.
+    """
+    device_class = classify(capability, None)
+    override = allocation_override()
+    try:
+        policy = allocation_policy(device_class, override)
+        check_allocation(policy, device_class)
+    except InputError as error:
+        return Line(f"GPU {index} memory", "missing", f"{device_class} device; {error}", f"unset {ALLOCATION_VARIABLE}")
+    bound = "the host's MemAvailable, watched" if device_class == "unified" else "the device's own free memory"
+    found = f"{device_class} device; weights in {policy.allocation} memory ({policy.reason}); bounded by {bound}"
+    return Line(f"GPU {index} memory", "ok", found)
 
 
 def memory_lines() -> list[Line]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-F32, F16, Q4_K, Q6_K = 0, 1, 12, 14
+F32, F16, Q4_K, Q6_K, BF16 = 0, 1, 12, 14, 30
 HIDDEN, FFN, VOCAB, HEAD = 256, 2, 3, 2
 ROW_MAJOR = 1024
 
@@ -100,13 +100,13 @@ def tiny_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def tiny_model(names: Mapping[str, str] | None = None, **changes: Any) -> AprImage:
-    """A whole model in 10 kB: one layer with Q4_K, Q6_K, F16 and F32 tensors, under Hugging Face's names."""
+    """A whole model in 10 kB: one layer with tensors of all five types, under Hugging Face's names."""
     layer = "model.layers.0."
     tensors: dict[str, tuple[int, tuple[int, ...]]] = {
         "model.embed_tokens.weight": (Q4_K, (VOCAB, HIDDEN)),
         "model.norm.weight": (F32, (HIDDEN,)),
         layer + "input_layernorm.weight": (F16, (HIDDEN,)),
-        layer + "post_attention_layernorm.weight": (F32, (HIDDEN,)),
+        layer + "post_attention_layernorm.weight": (BF16, (HIDDEN,)),
         layer + "self_attn.q_proj.weight": (Q6_K, (HEAD, HIDDEN)),
         layer + "self_attn.q_proj.bias": (F32, (HEAD,)),
         layer + "self_attn.k_proj.bias": (F32, (HEAD,)),
@@ -126,7 +126,7 @@ def tiny_model(names: Mapping[str, str] | None = None, **changes: Any) -> AprIma
 
 
 def _bytes(dtype: int, shape: tuple[int, ...]) -> int:
-    block, size = {F32: (1, 4), F16: (1, 2), Q4_K: (256, 144), Q6_K: (256, 210)}[dtype]
+    block, size = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_K: (256, 144), Q6_K: (256, 210)}[dtype]
     count = 1
     for dimension in shape:
         count *= dimension

@@ -104,6 +104,54 @@ def test_the_same_model_as_gguf_and_as_apr_gives_the_same_bits(
     assert torch.equal(as_apr.logits(ids), expected)
 
 
+def write_small_gguf(path: Path, architecture: str) -> Path:
+    """A GGUF of one random F32 layer: qwen3 with its head norms, or llama with RoPE divisors."""
+    rng = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5e5)
+    writer.add_context_length(64)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (40, 64), "output_norm.weight": (64,)}
+    layer = {"attn_q": (128, 64), "attn_k": (64, 64), "attn_v": (64, 64), "attn_output": (64, 128)}
+    layer |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    norms = {"attn_norm": (64,), "ffn_norm": (64,)}
+    norms |= {"attn_q_norm": (32,), "attn_k_norm": (32,)} if architecture == "qwen3" else {}
+    shapes |= {f"blk.0.{name}.weight": shape for name, shape in (layer | norms).items()}
+    if architecture == "llama":
+        shapes["rope_freqs.weight"] = (16,)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, (rng.random(shape, np.float32) + 0.5 if len(shape) == 1 else
+                                 rng.standard_normal(shape, np.float32) / 8))  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("names", ["huggingface", "gguf"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_the_other_architectures_keep_their_bits_too(tmp_path: Path, architecture: str, names: Names) -> None:
+    torch = pytest.importorskip("torch")
+    from q4kd.trainer.events import EventLog
+    from q4kd.trainer.teacher import load_teacher
+
+    source = write_small_gguf(tmp_path / "model.gguf", architecture)
+    convert_gguf(source, tmp_path / "model.apr", names=names)
+    paths = (source, tmp_path / "model.apr")
+    as_gguf, as_apr = (load_teacher(path, events=EventLog(None), announce=lambda _line: None) for path in paths)
+    assert as_apr.config == as_gguf.config
+    assert as_apr.config.rope_layout == ("interleaved" if architecture == "llama" else "split_halves")
+    ids = torch.arange(32).remainder(40).view(1, 32)
+    assert torch.equal(as_apr.logits(ids), as_gguf.logits(ids))
+
+
 def test_huggingface_names_are_translated_as_the_gguf_package_does() -> None:
     layers = 3
     reference = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, layers)
@@ -296,10 +344,11 @@ REFUSED: list[tuple[str, Change, tuple[str, ...]]] = [
     ("fractional size", stated(num_layers=1.5), ("num_layers", "1.5")),
     ("true as a size", stated(num_layers=True), ("num_layers", "True")),
     ("text as a size", stated(hidden_size="256\n"), ("hidden_size", "an integer")),
-    ("nested size", stated(hidden_size=[[256]]), ("hidden_size", "a list")),
+    ("nested size", stated(hidden_size=[[256]]), ("hidden_size", "list value")),
     ("infinite base", text(json.dumps(tiny_metadata()).replace("1000000.0", "1e999").encode()), ("freq_base", "inf")),
     ("rope_type", stated(rope_type=1), ("rope_type", "1")),
-    ("rope_type of another kind", stated(rope_type=[0]), ("rope_type", "a list")),
+    ("rope_type of another kind", stated(rope_type=[0]), ("rope_type", "list value")),
+    ("rope_type of 4,000 digits", stated(rope_type=10**4000), ("rope_type", "int value")),
     ("rope_scaling", stated(rope_scaling={"rope_type": "yarn"}), ("rope_scaling", "yarn")),
     ("experts", stated(num_experts=8), ("num_experts", "8")),
     ("activation", stated(hidden_act="gelu"), ("hidden_act", "gelu")),
@@ -309,7 +358,7 @@ REFUSED: list[tuple[str, Change, tuple[str, ...]]] = [
     ("layers without tensors", stated(num_layers=2), ("blk.1.",)),
     ("another size than the tensors'", stated(intermediate_size=4), ("ffn_",)),
     ("unknown tensor", added(Entry(b"extra", 0, (1,), bytes(4))), ("extra",)),
-    ("name twice", added(Entry(b"a", 0, (1,), bytes(4)), Entry(b"a", 0, (1,), bytes(4))), ("tensor a", "each name once")),
+    ("name twice", added(Entry(b"a", 0, (1,), bytes(4)), Entry(b"a", 0, (1,), bytes(4))), ("each name once",)),
     ("both names of one tensor", added(Entry(b"output_norm.weight", 0, (256,), bytes(1024))), ("output_norm", "twice")),
     ("unsorted", unsorted, ("sorted by name",)),
     ("name of 257 bytes", added(Entry(b"x" * 257, 0, (1,), bytes(4))), ("256 bytes", "257")),

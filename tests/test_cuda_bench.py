@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from reference_kernels import ReferenceKernels
+from reference_kernels import ReferenceKernels, widening_multiply
 
 import q4kd.trainer.cuda.forward as forward_module
 from q4kd.trainer.bench.cuda import CudaArm, floor_seconds, measure_errors, row_errors
@@ -26,13 +26,13 @@ IDS = torch.arange(2 * 12).view(2, 12) * 11
 
 
 @pytest.fixture(autouse=True)
-def widening_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_module, "multiply", lambda x, w, out: out.copy_(x.float() @ w.float().T))
+def product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_module, "multiply", widening_multiply)
 
 
 def packed(dtype: torch.dtype) -> CudaArm:
     tensors = make_tensors(TINY, torch.device("cpu"))
-    forward = CudaForward(TINY, tensors, "q4k", ReferenceKernels(), dtype=dtype, overlap=False)
+    forward = CudaForward(TINY, tensors, "q4k", ReferenceKernels(), dtype=dtype, overlap=False, graphs=False)
     return CudaArm("q4k", forward.hidden, forward.head_logits)
 
 

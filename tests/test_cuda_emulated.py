@@ -30,6 +30,10 @@ class Recorder:
         self.written: set[int] = set()
         self.ahead = 0
 
+    def begin(self) -> None:
+        assert not self.in_use
+        self.written.clear()
+
     @contextmanager
     def writing(self, buffer: int) -> Iterator[None]:
         assert buffer not in self.in_use
@@ -48,6 +52,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_module, "multiply", widening_multiply)
+    monkeypatch.setattr(forward_module, "OVERLAP_MIN_TOKENS", 0)
 
 
 def build(
@@ -63,7 +68,11 @@ def build(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_module, "SideStream", lambda _device, _buffers: recorder)
         return CudaForward(
-            model.config, device_tensors(model), backend, kernels or ReferenceKernels(), **{"overlap": False} | options
+            model.config,
+            device_tensors(model),
+            backend,
+            kernels or ReferenceKernels(),
+            **{"overlap": False, "graphs": False} | options,
         )
 
 
@@ -142,10 +151,26 @@ def test_a_group_in_slabs_is_finished_for_every_token_before_swiglu(
     assert row_errors(logits_of(forward, golden_ids()[None])[0], exact).max() <= 1e-5
 
 
-def test_a_slab_decoded_ahead_and_never_used_is_not_taken_for_another(exact: np.ndarray) -> None:
-    forward = build(recorder=Recorder(), dtype=torch.float32, head_bytes=0, scratch_bytes=300_000)
-    forward.hidden(golden_ids()[None])  # ends with the head's first slab decoded ahead
+def test_an_aborted_pass_leaves_nothing_behind(exact: np.ndarray) -> None:
+    recorder = Recorder()
+    forward = build(recorder=recorder, dtype=torch.float32, scratch_bytes=300_000)
+    kernels, whole = forward._kernels, forward._kernels.swiglu
+    kernels.swiglu = None  # the pass stops in the first layer, with a slab decoded ahead
+    with pytest.raises(TypeError):
+        forward.hidden(golden_ids()[None])
+    kernels.swiglu = whole
+    recorder.in_use.clear()
     assert row_errors(logits_of(forward, golden_ids()[None])[0], exact).max() <= 1e-5
+
+
+def test_short_passes_decode_in_line(monkeypatch: pytest.MonkeyPatch, exact: np.ndarray) -> None:
+    monkeypatch.setattr(forward_module, "OVERLAP_MIN_TOKENS", 97)
+    recorder = Recorder()
+    forward = build(recorder=recorder, dtype=torch.float32)
+    assert row_errors(logits_of(forward, golden_ids()[None])[0], exact).max() <= 1e-5
+    assert not recorder.written
+    forward.hidden(torch.cat([golden_ids(), golden_ids()])[None])
+    assert recorder.written
 
 
 def test_a_small_batch_takes_the_fused_products_and_agrees(exact: np.ndarray) -> None:
@@ -213,8 +238,9 @@ def test_slabs_cover_every_row_of_every_matrix_once() -> None:
     for height in range(1, 20):
         assert all(stop - start <= height for start, stop, _ in cut_slabs(group, height))
         stream = WeightStream(
-            [group], dtype=torch.float32, device=torch.device("cpu"), scratch_bytes=16 * height, timeline=Recorder()
+            [[group]], dtype=torch.float32, device=torch.device("cpu"), scratch_bytes=16 * height, timeline=Recorder()
         )
+        stream.begin(look_ahead=True)
         found = torch.full((17, 4), float("nan"))
         for rows, weights in stream.decoded(group):
             found[rows] = weights

@@ -24,7 +24,9 @@ def test_the_golden_logits_come_from_the_kernels_own_source(tmp_path: Path, monk
     exact = reference_logits(read_gguf(GOLDEN_TEACHER), ids)
     kernels, model = Kernels("cpu", HostLauncher(build(tmp_path))), open_model(GOLDEN_TEACHER)
     for dtype, tokens, bound in ((torch.float32, 20, 1e-5), (torch.bfloat16, 20, 2e-2), (torch.bfloat16, 3, 2e-2)):
-        forward = CudaForward(model.config, device_tensors(model), "q4k", kernels, dtype=dtype, overlap=False)
+        forward = CudaForward(
+            model.config, device_tensors(model), "q4k", kernels, dtype=dtype, overlap=False, graphs=False
+        )
         hidden = forward.hidden(torch.from_numpy(ids[None, :tokens]))
         found = forward.head_logits(hidden[0]).numpy()
         errors = np.linalg.norm(found - exact[:tokens], axis=1) / np.linalg.norm(exact[:tokens], axis=1)

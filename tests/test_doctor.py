@@ -45,7 +45,9 @@ def test_a_device_without_its_own_memory_is_unified():
         {"name": "NVIDIA GB10", "capability": (12, 1), "memory": None},
         {"name": "NVIDIA H200", "capability": (9, 0), "memory": 141 << 30},
     ]
-    unified, classic = gpu_lines(devices)
+    unified, shared, classic, own = gpu_lines(devices)
+    assert "managed memory" in shared.found and "MemAvailable" in shared.found
+    assert "device memory" in own.found and "own free memory" in own.found
     assert "12.1" in unified.found
     assert "unified memory" in unified.found
     assert "141 GiB of device memory" in classic.found
@@ -76,3 +78,11 @@ def test_this_machine_is_described_and_the_exit_code_follows(capsys):
     out = capsys.readouterr().out
     assert "-> do z" in out
     assert "MISSING  a  x" in out
+
+
+def test_an_override_that_cannot_be_followed_is_named(monkeypatch):
+    monkeypatch.setenv("Q4KD_UNIFIED_MEMORY", "1")
+    line = doctor.placement_line(0, (9, 0))
+    assert line.state == "missing"
+    assert "Q4KD_UNIFIED_MEMORY" in line.remedy
+    assert doctor.placement_line(0, (12, 1)).state == "ok"

@@ -26,7 +26,11 @@ LATENCY = SimpleNamespace(
     PARAMS={
         "type": "object",
         "additionalProperties": False,
-        "properties": {"max_s": NUMBER, "rate": {"type": "object", "properties": {"min_per_s": NUMBER}}},
+        "properties": {
+            "array": {"type": "string"},
+            "max_s": NUMBER,
+            "rate": {"type": "object", "properties": {"min_per_s": NUMBER}},
+        },
     },
     DIRECTIONS={"max_s": "upper", "rate.min_per_s": "lower"},
     TIME_BOUNDS={"max_s": "seconds", "rate.min_per_s": "per_second"},
@@ -108,7 +112,7 @@ def test_a_rate_is_the_time_of_one_item() -> None:
     work = "work: {flops: 1.0e+12}"
     text = SEED.read_text().replace("work: {formula: forward, weights: 7.07e+9, tokens: 8192, bytes: 4.37e+9}", work)
     for rate, outcome in (("91", "feasible"), ("93", "infeasible"), ("0", None)):
-        rated = claim(text.replace("{max_s: 0.5}", f"{{rate: {{min_per_s: {rate}}}}}"))
+        rated = claim(text.replace("{array: forward, max_s: 0.5}", f"{{rate: {{min_per_s: {rate}}}}}"))
         assert [found.outcome for found in assess(rated, machine())] == ([outcome] if outcome else [])
 
 

@@ -18,7 +18,7 @@ from example_bundle import CONTRACT, PAIR, PROSE, build, register
 from q4kd.harness import bundle as bundles
 from q4kd.harness.__main__ import main
 from q4kd.harness.bundle import MANIFEST, manifest_of, manifest_text, seal
-from q4kd.harness.store import MemoryStore, TarStore, open_store, snapshot
+from q4kd.harness.store import MemoryStore, TarStore, open_store, parse_shallow, snapshot
 from q4kd.harness.verify import verify_bundle, verify_store
 from q4kd.trainer.errors import InputError
 
@@ -73,7 +73,7 @@ GOOD = header("good", 1) + padded(b"x")
         pax(b"GNU.sparse.map=0,1") + GOOD + END,
         pax(b"size=999999999999") + GOOD + END,
         pax(b"path=a", b"path=\xff\xfe") + GOOD + END,
-        header("pax", 13, b"g") + padded(b"13 path=/etc\n") + GOOD + END,
+        header("pax", 13, b"g") + padded(b"13 path=safe\n") + GOOD + END,
         header("x", 9, b"S") + padded(b"x" * 9) + END,
         header("x", 0, b"1", linkname="good") + END,
         header("x", 0, b"2", linkname="/etc/passwd") + END,
@@ -164,6 +164,14 @@ def test_an_archive_within_the_bundle_is_no_safer(bundle: Path, monkeypatch: pyt
     assert "evidence is incomplete" in _with_raw(bundle, "../findings.json")
 
 
+def test_archives_within_the_bundle_share_one_bound(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [TarStore(path).unpacked for path in (bundle / "sabotage").glob("*.tar.gz")]
+    monkeypatch.setattr("q4kd.harness.recheck.MAX_UNPACKED", sum(sizes))
+    assert len(sizes) == 2 and verify_bundle(bundle).status == "consistent"
+    monkeypatch.setattr("q4kd.harness.recheck.MAX_UNPACKED", sum(sizes) - 1)
+    assert any("bounded archive" in problem for problem in verify_bundle(bundle).problems)
+
+
 def _with_raw(bundle: Path, raw: str) -> str:
     kills = json.loads((bundle / "sabotage" / "kills.json").read_text())
     kills["records"]["r1"]["raw"] = raw
@@ -179,6 +187,26 @@ def test_the_profile_cannot_name_a_path(bundle: Path) -> None:
         (bundle / "findings.json").write_text(json.dumps(findings))
         seal(bundle)
         assert verify_bundle(bundle).status == "unverifiable"
+
+
+@pytest.mark.parametrize("field", ["key", "contract", "id", "scope", "reason", "experiment", "select", "profile"])
+@pytest.mark.parametrize("value", [3, ["a"], {"a": 1}, True])
+def test_a_plan_is_text(bundle: Path, field: str, value: Any) -> None:
+    plan = json.loads((bundle / "plan.json").read_text())
+    (plan if field in ("select", "profile") else plan["entries"][0])[field] = value
+    (bundle / "plan.json").write_text(json.dumps(plan))
+    seal(bundle)
+    result = verify_bundle(bundle)
+    assert result.status == "unverifiable" and "text in every field" in result.problems[0]
+
+
+def test_json_is_bounded_in_depth_by_its_nesting_only() -> None:
+    deep = b"[" * 64 + b"]" * 64
+    assert parse_shallow(deep, "a.json") is not None
+    with pytest.raises(InputError, match="at most 64 levels"):
+        parse_shallow(b"[" + deep + b"]", "a.json")
+    assert parse_shallow(b'["' + b"[{" * 500 + b'"]', "a.json")
+    assert parse_shallow(b"[" + b"[]," * 500 + b"1]", "a.json")
 
 
 VALUES: list[Any] = [
@@ -243,7 +271,6 @@ def test_control_characters_never_reach_the_terminal(
     row = findings["findings"][0]
     row.update(verdict="inconclusive", reason=NASTY, key=f"demo-v1::{NASTY}", runs=[NASTY])
     row["checks"][0].update(measured=NASTY, bound=NASTY)
-    findings["profile"] = "cpu"
     (new / "findings.json").write_text(json.dumps(findings))
     environment = json.loads((new / "environment.json").read_text())
     environment["packages"][NASTY] = NASTY
@@ -251,7 +278,11 @@ def test_control_characters_never_reach_the_terminal(
     bundles.write_interchange(new, open_store(new))
     seal(new)
     monkeypatch.setenv("FORCE_COLOR", "")
-    for words in (["verify", new], ["diff", old, new], ["diff", new, old], ["report", new]):
+    odd = build(tmp_path / "c", samples=4)
+    findings = json.loads((odd / "findings.json").read_text())
+    (odd / "findings.json").write_text(json.dumps({**findings, "profile": NASTY}))
+    seal(odd)
+    for words in (["verify", new], ["diff", old, new], ["diff", new, odd], ["verify", odd], ["report", new]):
         main(["evidence", *map(str, words)])
     (new / f"x{NASTY}".replace("\r", "")).write_text("")
     main(["evidence", "verify", str(new)])

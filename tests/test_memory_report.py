@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from q4kd.trainer import memory_report, watchdog
+from q4kd.trainer.device import DeviceFacts
 from q4kd.trainer.memory_report import DeviceMemory, MemoryReport, measure, nvml_process_bytes
 from q4kd.trainer.teacher import Residency
 
@@ -113,6 +114,16 @@ def test_the_watchdog_ends_the_process_with_one_line() -> None:
     assert done.returncode == watchdog.EXIT_CODE
     assert done.stderr.count("\n") == 1
     assert "MemAvailable" in done.stderr
+
+
+@pytest.mark.parametrize(("capability", "integrated", "watched"), [((12, 1), True, True), ((9, 0), False, False)])
+def test_only_a_unified_device_is_watched(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], integrated: bool, watched: bool
+) -> None:
+    facts = DeviceFacts("made up", capability, integrated, managed=True, total_bytes=128 << 30)
+    monkeypatch.setattr(watchdog, "cuda_facts", lambda _index: facts)
+    assert isinstance(watchdog.guarded("cuda"), watchdog.MemoryWatchdog) == watched
+    assert not isinstance(watchdog.guarded("cpu"), watchdog.MemoryWatchdog)
 
 
 def test_the_floor_is_at_least_a_gibibyte() -> None:

@@ -39,13 +39,15 @@ def broken(draw: st.DrawFn, whole: Any) -> Any:
             continue
         action = draw(st.sampled_from(["replace", "remove", "add"]))
         if action == "replace":
-            parent[key] = draw(ODD)
+            parent[key] = copy.deepcopy(draw(ODD))
         elif action == "remove":
             del parent[key]
         elif isinstance(parent, dict):
-            parent[draw(st.sampled_from(["extra", "work", "flops", "formula", "needs", "timeout_s"]))] = draw(ODD)
+            parent[draw(st.sampled_from(["extra", "work", "flops", "formula", "needs", "timeout_s"]))] = copy.deepcopy(
+                draw(ODD)
+            )
         else:
-            parent.append(draw(ODD))
+            parent.append(copy.deepcopy(draw(ODD)))
     return value
 
 

@@ -168,6 +168,7 @@ def test_a_file_that_would_take_long_takes_no_longer(tmp_path: Path, capsys: pyt
     assert main(["contracts", "validate", str(tmp_path)]) == 2
     assert time.process_time() - start < 5
     shown = capsys.readouterr()
+    assert shown.out.count("b.yaml") == 21
     assert "10000 claims" in shown.out and "b.yaml: 19981 more" in shown.out and "c.yaml:12" in shown.err
 
 

@@ -168,4 +168,4 @@ def _describe(value: object) -> str:
         return repr(value[:60])
     if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
         return str(value)
-    return f"a {type(value).__name__}"
+    return f"{type(value).__name__} value"

@@ -34,6 +34,7 @@ from q4kd.trainer.run_folder import check_run_folder, locked
 from q4kd.trainer.step import learning_rate, save_batch, train_step
 from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer
 from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.watchdog import guarded
 
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
 _RESUMABLE = frozenset({"out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep"})
@@ -272,7 +273,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
     check_device(config.device)
     # Under torchrun every process comes here; the main one keeps the folder, the events and the log.
     is_main = bool(PartialState(cpu=config.device == "cpu").is_main_process)
-    with locked(config.out, is_main):
+    with locked(config.out, is_main), guarded(config.device):
         check_run_folder(config.out, resume)
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()

@@ -89,7 +89,8 @@ def write_large_teacher(
     def constant(name: str, value: float, size: int) -> None:
         writer.add_tensor(name, np.full(size, value, np.float32))
 
-    packed("token_embd.weight", "Q6_K" if tied else "Q4_K", vocab, hidden)
+    # The stream starts as large as what a layer adds to it, so that the embedding is not drowned by layer noise.
+    packed("token_embd.weight", "Q6_K" if tied else "Q4_K", vocab, hidden, np.sqrt(hidden))
     constant("output_norm.weight", 1, hidden)
     if not tied:
         packed("output.weight", "Q6_K", vocab, hidden)

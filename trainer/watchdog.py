@@ -5,12 +5,13 @@ the kernel kills whichever process it likes. The watchdog ends this process firs
 written atomically, so the newest one survives.
 """
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Callable
 
-from q4kd.trainer.device import mem_available
+from q4kd.trainer.device import classify, cuda_facts, mem_available
 from q4kd.trainer.memory_report import gigabytes
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when less else is in memory
@@ -61,6 +62,18 @@ class MemoryWatchdog:
                     f"Stopped before the machine would hang; --resume continues from the last checkpoint."
                 )
                 return
+
+
+def guarded(device: str) -> contextlib.AbstractContextManager[object]:
+    """Return a watchdog for a run on a device that shares the host's memory, and nothing to do for any other."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    import torch
+
+    facts = cuda_facts(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if classify(facts.capability, facts.integrated) != "unified":
+        return contextlib.nullcontext()
+    return MemoryWatchdog(default_floor(facts.total_bytes))
 
 
 def default_floor(total_bytes: int) -> int:

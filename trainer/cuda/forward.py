@@ -7,10 +7,10 @@ float32. In float32 (for comparisons) everything is float32 and TF32 is off. Not
 Bytes for M tokens, bfloat16, with S = ``MLP_TOKENS`` (the feed-forward part runs S tokens at a time)::
 
     residual 4 M H | normed, delta 2 M H each | Q, K, V 2 M (N + 2 K) D | attention 2 M N D
-    gate and up 4 min(M, S) F | gated 2 M F
+    gate and up 4 M F (4 S F where both fit one slab) | gated 2 M F
 
-Qwen2.5-7B (H 3584, F 18944, (N + 2 K) D 4608) at M = 8,192: 117 + 59 + 59 + 76 + 59 + 310 + 310 MB = 0.99 GB, beside
-the weights (4.36 GB) and two scratch buffers (0.54 GB). The head (1.09 GB decoded) is held between the first
+Qwen2.5-7B (H 3584, F 18944, (N + 2 K) D 4608) at M = 8,192: 117 + 59 + 59 + 76 + 59 + 621 + 310 MB = 1.30 GB, beside
+the weights (4.68 GB) and two scratch buffers (0.27 GB). The head (1.09 GB decoded) is held between the first
 ``head_logits`` and the next ``hidden``, when the activations are gone.
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, N heads, K key-value
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.cuda.graphs import PassGraphs
 from q4kd.trainer.cuda.numerics import attention, multiply, pinned_numerics
 from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.cuda.weights import FUSED_MAX_TOKENS, CudaMatrix, DeviceTensor, Group
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from q4kd.trainer.cuda.kernels import Kernels
 
 MLP_TOKENS = 4096
+# Below, a pass is bound by the host, and what orders two streams costs more than it hides (measured on an H200).
+OVERLAP_MIN_TOKENS = 512
+# Up to here a pass is replayed as a CUDA graph; each graph keeps the activations of its pass (165 MB for 7B at 1,024).
+GRAPH_MAX_TOKENS = 1024
 # Heads larger than this, decoded, go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
 _KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
@@ -91,6 +96,7 @@ class CudaForward:
         kernels: of the tensors' device.
         dtype: bfloat16, or float32 for comparisons.
         overlap: whether the next weight is decoded beside the current product (two scratch buffers instead of one).
+        graphs: whether short passes are replayed as CUDA graphs.
         scratch_bytes: bound of one scratch buffer.
         head_bytes: largest decoded head that is held for a pass.
     """
@@ -104,6 +110,7 @@ class CudaForward:
         *,
         dtype: torch.dtype = torch.bfloat16,
         overlap: bool = True,
+        graphs: bool = True,
         scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
         head_bytes: int = DEFAULT_HEAD_BYTES,
     ) -> None:
@@ -118,16 +125,21 @@ class CudaForward:
         self._head = self._embedding if config.tied_head else self._group("output.weight")
         self._rope_factors = self._optional(ROPE_FACTORS)
         del self._tensors
-        streamed = [group for layer in self._layers for group in self._groups(layer)]
+        layers = [group for layer in self._layers for group in self._groups(layer)]
         self._holds_head = self._head.rows * self._head.cols * dtype.itemsize <= head_bytes
-        if not self._holds_head:
-            streamed.append(self._head)
+        # What repacking freed goes back to the driver: scratch carved out of it would pin the rest.
+        torch.cuda.empty_cache()
         timeline: Timeline | None = SideStream(self.device, 2) if overlap and backend == "q4k" else None
         self._stream = WeightStream(
-            streamed, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
+            [layers] if self._holds_head else [layers, [self._head]],
+            dtype=dtype,
+            device=self.device,
+            scratch_bytes=scratch_bytes,
+            timeline=timeline,
         )
         self.scratch = ScratchBytes(self._stream)
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs = PassGraphs(self._run) if graphs else None
 
     @staticmethod
     def _groups(layer: _Layer) -> tuple[Group, ...]:
@@ -180,10 +192,17 @@ class CudaForward:
         Returns:
             compute dtype ``[B, T, H]``, on the device.
         """
+        self.scratch.head = None
+        ids_BT = ids_BT.to(self.device)
+        if self._graphs is not None and ids_BT.numel() <= GRAPH_MAX_TOKENS:
+            return self._graphs(ids_BT)
+        return self._run(ids_BT)
+
+    def _run(self, ids_BT: Tensor) -> Tensor:
         batch, length = ids_BT.shape
         config, kernels = self.config, self._kernels
-        self.scratch.head = None
         cos_TD, sin_TD = self._rope(length)
+        self._stream.begin(look_ahead=batch * length >= max(OVERLAP_MIN_TOKENS, FUSED_MAX_TOKENS + 1))
         with pinned_numerics():
             buffers = self._activations(self.embed(ids_BT.reshape(-1)))
             residual, normed = buffers.residual, buffers.normed
@@ -197,11 +216,14 @@ class CudaForward:
         return normed.view(batch, length, -1)
 
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        if self._tables is None or len(self._tables[0]) < length:
+        # One table for each power of two, never dropped: captured passes go on reading them.
+        positions = 1 << (length - 1).bit_length()
+        if positions not in self._tables:
             config = self.config
-            cos_TD, sin_TD = rope_tables(length, config.head_dim, config.rope_base, self._rope_factors)
-            self._tables = cos_TD.to(self.device), sin_TD.to(self.device)
-        return self._tables[0][:length], self._tables[1][:length]
+            cos_TD, sin_TD = rope_tables(positions, config.head_dim, config.rope_base, self._rope_factors)
+            self._tables[positions] = cos_TD.to(self.device), sin_TD.to(self.device)
+        cos_TD, sin_TD = self._tables[positions]
+        return cos_TD[:length], sin_TD[:length]
 
     def _activations(self, residual_MH: Tensor) -> _Activations:
         tokens, hidden = residual_MH.shape
@@ -228,7 +250,7 @@ class CudaForward:
         if self._is_few(group, len(x_MK)):
             group.multiply_few(x_MK, out_MR)
             return
-        for rows, weight_RK in self._stream.decoded(group, look_ahead=len(x_MK) > FUSED_MAX_TOKENS):
+        for rows, weight_RK in self._stream.decoded(group):
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
     def _attend(self, layer: _Layer, buffers: _Activations, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
@@ -286,6 +308,7 @@ class CudaForward:
             elif self._holds_head:
                 multiply(x_MH, self._decoded_head(), out_MV)
             else:
+                self._stream.begin(look_ahead=True)
                 for rows, weight_RK in self._stream.decoded(self._head):
                     multiply(x_MH, weight_RK, out_MV[:, rows])
         return out_MV

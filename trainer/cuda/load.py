@@ -239,6 +239,7 @@ def load_forward(
     dtype: torch.dtype = torch.bfloat16,
     allocation: Allocation = "device",
     overlap: bool = True,
+    graphs: bool = True,
 ) -> CudaForward:
     """Load a model file onto the current CUDA device.
 
@@ -249,7 +250,7 @@ def load_forward(
     _, num_bytes = arena_layout(model.tensors)
     arena = allocate_bytes(num_bytes, allocation)
     tensors = load_tensors(model, arena, lambda: PinnedCopier(device))
-    forward = CudaForward(model.config, tensors, backend, Kernels(device), dtype=dtype, overlap=overlap)
+    forward = CudaForward(model.config, tensors, backend, Kernels(device), dtype=dtype, overlap=overlap, graphs=graphs)
     del tensors, arena
     # What repacking and a dense backend freed goes back to the driver before the first pass.
     torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ Letters in shapes: M tokens, R rows (outputs), K columns (inputs).
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from q4kd.trainer.cuda.weights import CudaMatrix, Group
 
-# Gate and up of a 7B model, 2 * 18944 rows of 3584 in bfloat16, are 271.6 MB: one slab.
-DEFAULT_SCRATCH_BYTES = 300_000_000
+# The largest matrices of a 7B model, 18944 rows of 3584 in bfloat16, are 135.8 MB: one slab each.
+DEFAULT_SCRATCH_BYTES = 136_000_000
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,10 @@ class Piece:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slab:
     """Rows ``start`` to ``stop`` of a group, decoded together; ``buffer`` is the scratch they are decoded into."""
 
-    index: int
     buffer: int
     start: int
     stop: int
@@ -65,6 +65,9 @@ def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[Piece, 
 class Timeline(Protocol):
     """When a scratch buffer may be written and read, for the stream that decodes and the stream that multiplies."""
 
+    def begin(self) -> None:
+        """Start a pass: what the current stream did before comes before any decoding."""
+
     def writing(self, buffer: int) -> AbstractContextManager[None]:
         """Inside, work is decoding into ``buffer``: it waits for the buffer's last reader, and readers wait for it."""
 
@@ -77,6 +80,9 @@ class Timeline(Protocol):
 
 class InOrder:
     """One stream does everything in order: nothing to wait for."""
+
+    def begin(self) -> None:
+        """Nothing to wait for."""
 
     def writing(self, buffer: int) -> AbstractContextManager[None]:
         """Nothing to wait for."""
@@ -93,20 +99,26 @@ class SideStream:
     """Decoding on a stream of its own, ordered with the current one by two events per buffer.
 
     Write after read: a decode waits for ``free``, recorded after the GEMM that last read the buffer. Read after write:
-    a GEMM waits for ``ready``, recorded after the decode. An event never recorded is not waited for (first use).
+    a GEMM waits for ``ready``, recorded after the decode. A pass begins by waiting for the current stream, so ``free``
+    events of earlier passes say nothing new and, while a graph is captured, must not be waited for: they lie outside.
     """
 
     def __init__(self, device: torch.device, buffers: int) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._ready = [torch.cuda.Event() for _ in range(buffers)]  # type: ignore[no-untyped-call]
         self._free = [torch.cuda.Event() for _ in range(buffers)]  # type: ignore[no-untyped-call]
-        # The buffers were allocated, and the weights copied and repacked, on the current stream.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._released: set[int] = set()
+
+    def begin(self) -> None:
+        """Make the side stream wait for the current one: for its last pass, and for whatever allocated the buffers."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._released.clear()
 
     @contextmanager
     def writing(self, buffer: int) -> Iterator[None]:
         """Switch to the side stream, after the buffer's last reader."""
-        self._stream.wait_event(self._free[buffer])
+        if buffer in self._released:
+            self._stream.wait_event(self._free[buffer])
         with torch.cuda.stream(self._stream):
             yield
         self._ready[buffer].record(self._stream)
@@ -118,13 +130,14 @@ class SideStream:
     def release(self, buffer: int) -> None:
         """Record that everything launched so far on the current stream has read the buffer."""
         self._free[buffer].record(torch.cuda.current_stream())
+        self._released.add(buffer)
 
 
 class WeightStream:
     """Decodes a model's groups slab by slab into one scratch buffer, or two when decoding overlaps the products.
 
     Args:
-        groups: in the order in which a pass uses them. Resident ones need no scratch.
+        passes: for each kind of pass, its groups in the order in which it uses them. Resident ones need no scratch.
         dtype: of the decoded weights, bfloat16 or float32.
         device: where the scratch is.
         scratch_bytes: bound of one buffer; a single row that needs more gets it.
@@ -133,27 +146,30 @@ class WeightStream:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        passes: Sequence[Sequence[Group]],
         *,
         dtype: torch.dtype,
         device: torch.device,
         scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
         timeline: Timeline | None = None,
     ) -> None:
-        self._timeline: Timeline = timeline or InOrder()
-        self._looks_ahead = timeline is not None
-        count = 2 if self._looks_ahead else 1
-        self._order: list[Slab] = []
+        self._ahead_timeline = timeline
+        self._timeline: Timeline = InOrder()
+        count = 1 if timeline is None else 2
         self._slabs: dict[Group, tuple[Slab, ...]] = {}
-        for group in groups:
-            if group.resident is None:
-                cut = cut_slabs(group, max(1, scratch_bytes // (group.cols * dtype.itemsize)))
-                first = len(self._order)
-                slabs = [Slab(first + place, (first + place) % count, *slab) for place, slab in enumerate(cut)]
-                self._slabs[group] = tuple(slabs)
-                self._order += slabs
-        largest = max((_weights(slab) for slab in self._order), default=0)
+        self._following: dict[Slab, Slab] = {}
+        for groups in passes:
+            order: list[Slab] = []
+            for group in groups:
+                if group.resident is None:
+                    cut = cut_slabs(group, max(1, scratch_bytes // (group.cols * dtype.itemsize)))
+                    slabs = [Slab((len(order) + place) % count, *slab) for place, slab in enumerate(cut)]
+                    self._slabs[group] = tuple(slabs)
+                    order += slabs
+            self._following |= dict(pairwise(order))
+        largest = max((_weights(slab) for slabs in self._slabs.values() for slab in slabs), default=0)
         self._buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(count)]
+        self._looks_ahead = False
         self._ahead: Slab | None = None
 
     @property
@@ -161,17 +177,24 @@ class WeightStream:
         """Bytes of the scratch buffers."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
 
+    def begin(self, *, look_ahead: bool) -> None:
+        """Start a pass on the current stream; every pass must come after the last one there.
+
+        Args:
+            look_ahead: whether the pass takes its groups in the given order, without leaving any out, and is long
+                enough for decoding ahead to pay.
+        """
+        self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else InOrder()
+        self._looks_ahead = self._timeline is self._ahead_timeline
+        self._timeline.begin()
+        self._ahead = None
+
     def is_whole(self, group: Group) -> bool:
         """Whether a group comes in one piece."""
         return group.resident is not None or len(self._slabs[group]) == 1
 
-    def decoded(self, group: Group, *, look_ahead: bool = True) -> Iterator[tuple[slice, Tensor]]:
-        """Yield a group's rows as ``(rows of the group, weights [r, K])``; each is valid until the next is asked for.
-
-        Args:
-            group: one of those given at construction.
-            look_ahead: whether the pass goes on with the next slab in order, so that it may be decoded now.
-        """
+    def decoded(self, group: Group) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a group's rows as ``(rows of the group, weights [r, K])``; each is valid until the next is asked for."""
         if group.resident is not None:
             yield slice(0, group.rows), group.resident
             return
@@ -179,10 +202,8 @@ class WeightStream:
             if self._ahead is not slab:
                 self._decode(slab)
             self._timeline.reading(slab.buffer)
-            following = slab.index + 1
-            self._ahead = None
-            if self._looks_ahead and look_ahead and following < len(self._order):
-                self._ahead = self._order[following]
+            self._ahead = self._following.get(slab) if self._looks_ahead else None
+            if self._ahead is not None:
                 self._decode(self._ahead)
             yield slice(slab.start, slab.stop), self._tile(slab)
             self._timeline.release(slab.buffer)
