@@ -46,10 +46,10 @@ def make_model(case: Case, *, seed: int = 0, **changes: Any) -> Any:
     """Return a float32 model of hidden size 256, 4 query and 2 key-value heads, 2 layers, unless changed.
 
     Scales are those of a trained model's residual stream, so that rounding an activation costs what it costs there:
-    embeddings of standard deviation 1, matrices ``1/sqrt(columns)``, those that write to the stream ``1/sqrt(2
-    layers)`` of that (as GPT-2 begins), norm weights around 1, biases 0.3. With white noise in every place llama.cpp's 8-bit
-    activations alone cost 5 % of the logits. A tied head gets a final norm of random signs, ``1/sqrt(columns)`` large:
-    otherwise each token would be its own successor.
+    embeddings of standard deviation 1, matrices ``1/sqrt(columns)``, those that write to the stream a further
+    ``1/sqrt(2 layers)`` (as GPT-2 begins), norm weights around 1, biases 0.3. With white noise in every place,
+    llama.cpp's 8-bit activations alone cost 5 % of the logits. A tied head gets a final norm of random signs,
+    ``1/sqrt(columns)`` large: otherwise each token would be its own successor.
     """
     settings = {
         "vocab_size": 320,

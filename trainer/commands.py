@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ Every setting with its default: see the attributes of q4kd.trainer.config.Distil
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the trainer's sub-commands; each sets ``run`` to a function from parsed arguments to an exit code."""
     inspect = subparsers.add_parser(
-        "inspect", help="architecture, sizes and types of a GGUF, and the backend it would get"
+        "inspect", help="architecture, sizes and types of a model file, and the backend it would get"
     )
-    inspect.add_argument("model", type=Path, metavar="MODEL.gguf")
+    inspect.add_argument("model", type=Path, metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--backend", choices=("auto", "q4k", "dense"), help="override the choice")
     inspect.set_defaults(run=_inspect)
 
     logits = subparsers.add_parser("logits", help="logits of a teacher for given token ids")
-    logits.add_argument("model", type=Path, metavar="MODEL.gguf")
+    logits.add_argument("model", type=Path, metavar="MODEL")
     logits.add_argument("--ids", type=Path, required=True, help="integer .npy, [T] or [B,T]")
     logits.add_argument("--out", type=Path, required=True, help="float32 .npy to write, [T,V] or [B,T,V]")
     logits.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -36,13 +37,13 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
     distill = subparsers.add_parser(
         "distill",
-        help="train a student from a frozen GGUF teacher",
+        help="train a student from a frozen quantised teacher",
         epilog=_DISTILL_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     distill.add_argument("run_file", nargs="?", type=Path, metavar="RUN.yaml", help="settings as a flat YAML mapping")
     for name, text in (
-        ("teacher", "GGUF file"),
+        ("teacher", "GGUF or .apr file"),
         ("student", "Hugging Face causal LM folder; without weights it starts from --seed"),
         ("data", "text file, JSONL file or folder"),
         ("out", "folder of the run"),
@@ -65,20 +66,25 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _inspect(args: argparse.Namespace) -> int:
     from q4kd.trainer.backend import backend_override, choose_backend
+    from q4kd.trainer.device import mem_available
     from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.placement import DENSE_CPU_BYTES
 
     model = open_model(args.model)
-    choice = choose_backend(backend_override(args.backend), model.bytes_by_type())
-    counts: dict[str, int] = {}
+    dense_fits = model.num_weights * DENSE_CPU_BYTES <= mem_available()
+    choice = choose_backend(backend_override(args.backend), model.bytes_by_type(), dense_fits=dense_fits)
+    histogram: dict[str, dict[str, int]] = {}
     for tensor in model.tensors.values():
-        counts[tensor.type] = counts.get(tensor.type, 0) + 1
-    sizes = model.bytes_by_type()
+        entry = histogram.setdefault(tensor.type, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += math.prod(tensor.shape)
+        entry["bytes"] += tensor.num_bytes
     facts: dict[str, Any] = {
         "file": str(args.model),
         "file_bytes": model.file_bytes,
         "tensor_bytes": model.tensor_bytes,
         "config": vars(model.config),
-        "types": {name: {"tensors": counts[name], "bytes": sizes[name]} for name in sorted(sizes)},
+        "types": dict(sorted(histogram.items())),
         "backend": {"name": choice.backend, "reason": choice.reason},
     }
     if args.json:
@@ -87,8 +93,10 @@ def _inspect(args: argparse.Namespace) -> int:
     print(f"{args.model}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
     for key, value in facts["config"].items():
         print(f"  {key:<16} {value}")
-    for name, entry in facts["types"].items():
-        print(f"  {name:<16} {entry['tensors']} tensors, {entry['bytes']:,} bytes")
+    for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):
+        share = entry["bytes"] / max(1, model.tensor_bytes)
+        sizes = f"{entry['tensors']:>4} tensors  {entry['weights']:>15,} weights  {entry['bytes']:>15,} bytes"
+        print(f"  {name:<16} {sizes}  {share:>6.1%} {'#' * round(20 * share)}")
     print(f"  {'backend':<16} {choice.backend}: {choice.reason}")
     return 0
 

@@ -22,7 +22,7 @@ class DistillConfig:
     """What a run does. Field names are the keys of RUN.yaml and of ``--set key=value``.
 
     Attributes:
-        teacher: GGUF file.
+        teacher: GGUF or .apr file.
         student: Hugging Face causal LM folder; without weights it is initialised from ``seed``.
         data: text file, JSONL file (objects with ``text``) or folder of text files.
         out: folder of the run.

@@ -17,6 +17,7 @@ MAX_TENSORS = 65_536
 MAX_ARRAY_ENTRIES = 4_000_000
 MAX_HEADER_BYTES = 256 << 20
 MAX_DIMENSIONS = 4
+MAX_KEY_CHARACTERS, MAX_NAME_CHARACTERS = 1024, 256
 
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -77,6 +78,8 @@ def _walk_metadata(cursor: _Cursor, count: int) -> None:
     seen: set[str] = set()
     for _ in range(count):
         key = cursor.string("a metadata key")
+        if len(key) > MAX_KEY_CHARACTERS or not key.isprintable():
+            raise cursor.refuse(f"a printable key of at most {MAX_KEY_CHARACTERS} characters", repr(key[:40]))
         if key in seen:
             raise cursor.refuse("each metadata key once", f"{key!r} twice")
         seen.add(key)
@@ -91,6 +94,8 @@ def _walk_tensors(cursor: _Cursor, count: int) -> None:
     seen: set[str] = set()
     for _ in range(count):
         name = cursor.string("a tensor name")
+        if len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
+            raise cursor.refuse(f"a printable name of at most {MAX_NAME_CHARACTERS} characters", repr(name[:40]))
         if name in seen:
             raise cursor.refuse("each tensor once", f"{name!r} twice")
         seen.add(name)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from q4kd.trainer.apr_names import gguf_name
+from q4kd.trainer.tensor_names import gguf_name
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder

@@ -19,6 +19,9 @@ from q4kd.trainer.memory_report import gigabytes
 from q4kd.trainer.model_file import ModelFile
 
 
+DENSE_CPU_BYTES, DENSE_CUDA_BYTES = 4, 2
+
+
 @dataclass(frozen=True)
 class Place:
     """A device, its allocation policy and its budget.
@@ -46,7 +49,7 @@ def find_place(device: str) -> Place:
     """
     if device == "cpu":
         policy = AllocationPolicy("device", "a memory map of the file")
-        return Place("CPU", "cpu", policy, mem_available(), 4)
+        return Place("CPU", "cpu", policy, mem_available(), DENSE_CPU_BYTES)
     import torch
 
     facts = cuda_facts(torch.cuda.current_device() if torch.cuda.is_available() else 0)
@@ -54,7 +57,9 @@ def find_place(device: str) -> Place:
     policy = allocation_policy(device_class, allocation_override())
     check_allocation(policy, device_class)
     free, _total = torch.cuda.mem_get_info()
-    return Place(facts.name, device_class, policy, memory_budget(device_class, int(free), mem_available()), 2)
+    return Place(
+        facts.name, device_class, policy, memory_budget(device_class, int(free), mem_available()), DENSE_CUDA_BYTES
+    )
 
 
 def check_fits(model: ModelFile, choice: BackendChoice, place: Place) -> None:

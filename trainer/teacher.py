@@ -209,7 +209,7 @@ def load_teacher(
     """Open a teacher file and load it for a backend, saying which and why.
 
     Args:
-        path: GGUF file.
+        path: GGUF or .apr file.
         backend: ``auto``, ``q4k`` or ``dense``; ``None`` means the environment variable or ``auto``.
         device: ``cpu`` or ``cuda``.
         dtype: of the matrix products: ``auto``, ``float32`` or ``bfloat16``.

@@ -51,7 +51,7 @@ def _apr_gate_up_swapped() -> None:
 
         return rename
 
-    replace("q4kd.trainer.apr_names:gguf_name", make)
+    replace("q4kd.trainer.tensor_names:gguf_name", make)
 
 
 def _unchecked(target: str, answer: Any = None) -> None:
@@ -86,7 +86,7 @@ _fault(
 _fault(
     "apr-gate-up-swapped",
     "gate and up projections of .apr files are exchanged",
-    ("q4kd.trainer.apr_names:gguf_name",),
+    ("q4kd.trainer.tensor_names:gguf_name",),
     _apr_gate_up_swapped,
 )
 for _name, _title, _target in (

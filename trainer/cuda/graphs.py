@@ -19,8 +19,8 @@ _MAX_SEEN = 64
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    ids_BT: Tensor
-    out: Tensor
+    ids: Tensor  # int64 [B, T], read by the replay
+    out: Tensor  # written by it
 
 
 class PassGraphs:
@@ -53,7 +53,7 @@ class PassGraphs:
             return self._run(ids_BT)
         self._graphs.move_to_end(shape)
         captured = self._graphs[shape]
-        captured.ids_BT.copy_(ids_BT)
+        captured.ids.copy_(ids_BT)
         captured.graph.replay()
         return captured.out.clone()
 

@@ -194,7 +194,7 @@ class WeightStream:
         return group.resident is not None or len(self._slabs[group]) == 1
 
     def decoded(self, group: Group) -> Iterator[tuple[slice, Tensor]]:
-        """Yield a group's rows as ``(rows of the group, weights [r, K])``; each is valid until the next is asked for."""
+        """Yield a group's rows as ``(rows of the group, weights [r, K])``, each valid until the next is asked for."""
         if group.resident is not None:
             yield slice(0, group.rows), group.resident
             return
