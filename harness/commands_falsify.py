@@ -17,6 +17,9 @@ def add_commands(subparsers: Any) -> None:
         "--out", type=Path, metavar="DIR", help="folder of the bundle (default: a new one in bundles/)"
     )
     falsify.add_argument("--workers", type=_count, default=0, metavar="N", help="parallel processes (default: one)")
+    falsify.add_argument(
+        "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key (see evidence sign)"
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -60,7 +63,7 @@ def _count(text: str) -> int:
 def _falsify(args: argparse.Namespace) -> int:
     from q4kd.harness.falsify import falsify
 
-    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills)
+    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign)
 
 
 def _sabotage(args: argparse.Namespace) -> int:

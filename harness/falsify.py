@@ -50,6 +50,7 @@ def falsify(
     out: Path | None,
     workers: int,
     kills: Path | None = None,
+    sign: Path | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -60,12 +61,13 @@ def falsify(
         out: folder of the bundle; None means a new one under ``bundles/``.
         workers: pytest-xdist processes; 0 runs in one.
         kills: folder of kill records; None means the installed ones of the profile.
+        sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
 
     Raises:
-        InputError: for contracts, a profile or a bundle folder that cannot be used.
+        InputError: for contracts, a profile, a key or a bundle folder that cannot be used.
     """
     from q4kd.harness.contract import default_contracts_folder, load_contracts
     from q4kd.harness.profile import detect_profile, load_profile
@@ -75,11 +77,19 @@ def falsify(
     name = profile or detect_profile()
     load_profile(name, folder)
     bundle = refuse_used(out or new_bundle_path(name)).resolve()
+    if sign is not None:
+        from q4kd.harness.dsse import load_private_key
+
+        load_private_key(sign)  # refused now, not after everything has run
     with tempfile.TemporaryDirectory(prefix="q4kd-pytest-", ignore_cleanup_errors=True) as root:
         config = Path(root) / "pytest.ini"
         config.write_text("[pytest]\n", encoding="utf-8")
         status = _run(pytest_command(folder, name, keyword, bundle, workers, kills, config))
     code = exit_code(bundle, status)
+    if sign is not None and (bundle / "MANIFEST.sha256").is_file():
+        from q4kd.harness.signing import sign_bundle
+
+        print(f"\nsigned by {sign_bundle(bundle, sign)}")
     shown = os.path.relpath(bundle) if bundle.is_relative_to(Path.cwd()) else str(bundle)
     if (bundle / "findings.json").is_file():
         print(f"\nevidence: {shown}\nverify it with: q4kd evidence verify {shown}", flush=True)

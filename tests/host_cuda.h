@@ -137,6 +137,8 @@ void host_store(void* address, T value) {
 
 inline void __syncthreads() { host.barrier(&Host::Fiber::blocks, 0, (unsigned)host.fibers.size()); }
 
+inline void __syncwarp() { host.warp_barrier(); }
+
 inline float __shfl_xor_sync(unsigned, float value, int offset) {
     unsigned self = host.current;
     std::memcpy(&host.words[self][0], &value, 4);

@@ -56,8 +56,8 @@ def test_float32_is_within_1e_5_of_float64(backend: str, overlap: bool, exact: n
     assert row_errors(logits_of(forward, golden_ids()[None])[0], exact).max() <= 1e-5
 
 
-def dense_bfloat16_errors(exact: np.ndarray) -> np.ndarray:
-    """Errors of transformers' dense bfloat16 forward over the golden file's weights."""
+def dense_bfloat16_logits(ids_ST: torch.Tensor) -> np.ndarray:
+    """Logits of transformers' dense bfloat16 forward over the golden file's weights."""
     from q4kd.trainer.bench.dense_twin import build_twin
     from q4kd.trainer.cuda.weights import DeviceTensor
 
@@ -73,15 +73,42 @@ def dense_bfloat16_errors(exact: np.ndarray) -> np.ndarray:
     }
     twin = build_twin(model.config, tensors, torch.bfloat16)
     with torch.no_grad():
-        logits = twin(input_ids=golden_ids()[None].cuda(), use_cache=False).logits[0]
-    return row_errors(logits.float().cpu().numpy(), exact)
+        return twin(input_ids=ids_ST.cuda(), use_cache=False).logits.float().cpu().numpy()
 
 
-def test_bfloat16_error_is_at_most_1_2_times_that_of_a_dense_model_at_every_position(exact: np.ndarray) -> None:
-    ours = row_errors(logits_of(load(), golden_ids()[None])[0], exact)
-    theirs = dense_bfloat16_errors(exact)
+def test_bfloat16_error_is_at_most_1_2_times_that_of_a_dense_model_at_every_position() -> None:
+    # One sample of a position's error is a lottery; the root mean square over 256 sequences is not.
+    ids_ST = torch.randint(0, 512, (256, 24), generator=torch.Generator().manual_seed(4))
+    reference = read_gguf(GOLDEN_TEACHER)
+    exact = np.stack([reference_logits(reference, ids.numpy()) for ids in ids_ST])
+    ours, theirs = (
+        np.sqrt(np.mean(row_errors(found, exact) ** 2, axis=0))
+        for found in (logits_of(load(), ids_ST), dense_bfloat16_logits(ids_ST))
+    )
     assert ours.max() <= 2e-2
     assert (ours / theirs).max() <= 1.2, f"worst {(ours / theirs).max():.3f}, median {np.median(ours / theirs):.3f}"
+
+
+@pytest.mark.parametrize("backend", ["q4k", "dense"])
+@pytest.mark.parametrize("tokens", [1, 16, 96, 640, 1024])
+def test_a_replayed_pass_gives_the_bits_of_the_same_pass_launched(backend: str, tokens: int) -> None:
+    forward, eager = synthetic(backend=backend), synthetic(backend=backend, graphs=False)
+    for _ in range(4):
+        ids = torch.randint(0, SMALL.vocab_size, (1, tokens), device="cuda")
+        first = forward.hidden(ids)
+        kept = first.clone()
+        assert torch.equal(first, eager.hidden(ids))
+        forward.hidden(torch.randint(0, SMALL.vocab_size, (1, tokens), device="cuda"))
+        assert torch.equal(first, kept)  # a later replay does not write into an earlier output
+    assert forward._graphs.shapes == [(1, tokens)]
+
+
+def test_only_the_shapes_used_last_keep_a_graph() -> None:
+    forward, eager = synthetic(), synthetic(graphs=False)
+    for tokens in (8, 40, 500, 8, 2000, 40, 500, 8, 8, 500):
+        ids = torch.randint(0, SMALL.vocab_size, (2, tokens), device="cuda")
+        assert torch.equal(forward.hidden(ids), eager.hidden(ids))
+    assert forward._graphs.shapes == [(2, 8), (2, 500)]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17])
@@ -89,11 +116,11 @@ def test_small_batches_are_as_close(tokens: int, exact: np.ndarray) -> None:
     assert row_errors(logits_of(load(), golden_ids()[None, :tokens])[0], exact[:tokens]).max() <= 2e-2
 
 
-def synthetic(**options) -> CudaForward:
+def synthetic(backend: str = "q4k", **options) -> CudaForward:
     from q4kd.trainer.cuda.kernels import Kernels
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return CudaForward(SMALL, make_tensors(SMALL, device), "q4k", Kernels(device), **options)
+    return CudaForward(SMALL, make_tensors(SMALL, device), backend, Kernels(device), **options)
 
 
 def test_overlapped_decoding_gives_the_same_bits_as_decoding_in_line() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from q4kd.harness import falsify as module
 from q4kd.harness.falsify import exit_code, falsify, new_bundle_path, pytest_command, refuse_used
@@ -202,3 +204,16 @@ def test_an_unusable_contract_stops_before_pytest(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text("falsification_tests: [")
     with pytest.raises(InputError):
         falsify(tmp_path, "cpu", None, tmp_path / "out", 0)
+
+
+def test_a_bundle_can_be_signed_as_it_is_made(q4kd, tmp_path):
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pub").write_bytes(public)
+    assert q4kd("sabotage", *COMMON)[0] == 0
+    code, out, _ = q4kd("falsify", *COMMON, "--out", "b", "--sign", "key.pem")
+    assert code == 0 and "signed by SHA256:" in out
+    assert (tmp_path / "b" / "statement.dsse.json").is_file()
+    code, _, err = q4kd("falsify", *COMMON, "--out", "c", "--sign", "key.pub")
+    assert code == 2 and "name the private one" in err and not (tmp_path / "c").exists()

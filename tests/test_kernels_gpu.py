@@ -149,6 +149,8 @@ def test_sanitizer_decode(kernels: Kernels) -> None:
         for dtype in checks.DTYPES:
             checks.decode_rows_match(kernels, name, 7, 768, dtype, seed=11)
             checks.gather_matches(kernels, name, 7, 768, dtype, seed=12)
+    for rows, cols in ((11, 2816), (6, 896), (3, 32)):  # Q8_0 in runs, in both ways, block by block
+        checks.decode_rows_match(kernels, "Q8_0", rows, cols, BF16, seed=17)
     for name in checks.ELEMENT_TYPES:
         checks.decode_rows_match(kernels, name, 7, 13, BF16, seed=13)
         checks.gather_matches(kernels, name, 7, 13, BF16, seed=14)

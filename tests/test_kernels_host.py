@@ -42,6 +42,37 @@ def test_decode_equals_gguf(kernels: Kernels, name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "kernels_used"),
+    [
+        (1, 256, {"run"}),  # 8 blocks: a quarter of a warp's run
+        (9, 1024, {"run"}),  # 288 blocks: into a second block of threads
+        (11, 2816, {"run"}),  # 968 blocks: the last run is short
+        (6, 896, {"run", "blocks"}),  # whole rows only from every second one: 28 blocks each
+        (3, 32, {"blocks"}),
+    ],
+)
+def test_q8_0_is_read_in_runs_where_they_are_aligned(
+    kernels: Kernels, launcher: HostLauncher, rows: int, cols: int, kernels_used: set[str], dtype: torch.dtype
+) -> None:
+    launcher.launched.clear()
+    checks.decode_rows_match(kernels, "Q8_0", rows, cols, dtype, seed=17)
+    assert {"run" if "_run_" in name else "blocks" for name in launcher.launched} == kernels_used
+
+
+def test_q8_0_at_an_odd_address_is_read_block_by_block(kernels: Kernels, launcher: HostLauncher) -> None:
+    packed = checks.random_blocks("Q8_0", 4, 256, seed=18)
+    shifted = torch.zeros(packed.size + 16, dtype=torch.uint8)[2 : 2 + packed.size].view(packed.shape)
+    shifted.copy_(torch.from_numpy(packed))
+    out, buffer = checks.poisoned((4, 256), BF16, kernels.device)
+    launcher.launched.clear()
+    kernels.decode("Q8_0", shifted, 0, 4, 256, out)
+    checks.assert_same_bits(out, checks.expected("Q8_0", packed))
+    checks.assert_guarded(buffer)
+    assert launcher.launched == {"decode_q8_0_bf16"}
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_repacked_q6_k_equals_gguf(kernels: Kernels, dtype: torch.dtype) -> None:
     checks.decode_repacked_matches(kernels, 5, 768, dtype, seed=4)
     checks.decode_repacked_matches(kernels, 1, 256, dtype, seed=5)
@@ -160,6 +191,9 @@ FAULTS = [
     ("blocks.cuh", "int chunk = task >> 2", "int chunk = task >> 1", "Q4_K"),
     ("bits.cuh", "bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits + 0x8000u", "Q4_0"),
     ("decode.cu", "if (block >= count) return;", "", "Q4_K"),
+    ("decode.cu", "16 * odd), join", "0), join", "Q8_0"),
+    ("decode.cu", "word < blocks * Q8_0::bytes / 16", "word < words", "Q8_0"),
+    ("decode.cu", "__syncwarp();", "", "Q8_0"),
 ]
 
 

@@ -147,7 +147,10 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "falsified" in said and "limit: 100.5 → 500.5" in said and "loosened" in said
     assert main(["evidence", "diff", str(good), str(good)]) == 0
-    assert main(["evidence", "verify", str(good)]) == 1  # its kill record is invented
+    assert main(["evidence", "verify", str(good)]) == 0
+    capsys.readouterr()
+    (good / "sabotage" / "kills.json").unlink()
+    assert main(["evidence", "verify", str(good)]) == 1
     assert main(["evidence", "verify", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "kills.json" in said.out and "Traceback" not in said.err and said.err.count("\n") == 1

@@ -40,9 +40,9 @@ class _Layer:
     ffn_down: Matrix
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, computed in float32, returned as ``dtype``."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, float32."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def rope_tables(positions: int, head_dim: int, base: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -138,13 +138,17 @@ class CpuForward:
         cos_TD, sin_TD = rope_tables(length, self.config.head_dim, self.config.rope_base, self._rope_factors)
         x_MH = self.embed(ids_BT.reshape(-1))
         for layer in self._layers:
-            normed_MH = rms_norm(x_MH, layer.attn_norm, self.config.rms_eps, self.dtype)
-            x_MH += self._attend(layer, normed_MH, batch, cos_TD, sin_TD)
-            normed_MH = rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps, self.dtype)
-            gated_MF = F.silu(layer.ffn_gate.product(normed_MH), inplace=True)
-            gated_MF *= layer.ffn_up.product(normed_MH)
-            x_MH += layer.ffn_down.product(gated_MF)
+            x_MH += self._attend(layer, self._norm(x_MH, layer.attn_norm), batch, cos_TD, sin_TD)
+            x_MH += self._feed_forward(layer, self._norm(x_MH, layer.ffn_norm))
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
+
+    def _norm(self, x_MH: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x_MH, weight, self.config.rms_eps).to(self.dtype)
+
+    def _feed_forward(self, layer: _Layer, x_MH: Tensor) -> Tensor:
+        gated_MF = F.silu(layer.ffn_gate.product(x_MH), inplace=True)
+        gated_MF *= layer.ffn_up.product(x_MH)
+        return layer.ffn_down.product(gated_MF)
 
     def _attend(self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         config = self.config

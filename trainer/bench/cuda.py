@@ -6,9 +6,10 @@ makes Qwen2.5-7B's shapes on the device (``cuda/synthetic.py``) and measures, in
 rounding error of each arm against float32; speed, arms interleaved; utilisation and copies to the host; load and
 memory in processes of their own (``bench/load.py``). Numbers go to ``DIR/cuda.json``; a table is printed last.
 
-Arms: ``q4k`` decodes ahead on a side stream, ``q4k-inline`` in line; ``dense-q4kd`` is this forward pass over weights
-decoded once; ``dense-transformers`` is Qwen2ForCausalLM in bfloat16 with SDPA, holding the same weights; ``bnb-nf4`` is
-that model with 4-bit linear layers, where bitsandbytes is installed.
+Arms: ``q4k`` as it is by default (graphs for short passes, decoding ahead for long ones), ``q4k-eager`` without graphs,
+``q4k-inline`` never decoding ahead, ``q4k-l2`` with slabs that stay in a 60 MB cache; ``dense-q4kd`` is this forward
+pass, graphs included, over weights decoded once; ``dense-transformers`` is Qwen2ForCausalLM in bfloat16 with SDPA,
+holding the same weights; ``bnb-nf4`` is that model with 4-bit linear layers, where bitsandbytes is installed.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.architecture import TeacherConfig, expected_shapes
-from q4kd.trainer.bench.cuda_table import speed_line, speed_row, table
+from q4kd.trainer.bench.cuda_errors import compare_errors, make_probe, plain_float32, probe_errors, probe_logits
+from q4kd.trainer.bench.cuda_table import error_lines, speed_line, speed_row, table
 from q4kd.trainer.bench.dense_twin import build_twin, to_nf4
 from q4kd.trainer.bench.device_probes import copy_bandwidth, gemm_rate, host_copies, seconds_of, utilisation
 from q4kd.trainer.bench.interleave import Ids, Ratio, Shape, compare, interleave, make_ids
@@ -35,7 +37,8 @@ from q4kd.trainer.formats import block_format
 
 SHAPES = (Shape(1, 256), Shape(4, 256), Shape(32, 256))
 HEAD_TOKENS = 1024
-CORRECTNESS_SHAPE = Shape(1, 256)
+L2_SLAB_BYTES = 24_000_000
+ERROR_ARMS = ("q4k", "q4k-l2", "dense-q4kd", "dense-transformers")
 
 
 class CudaArm:
@@ -89,49 +92,16 @@ class CudaArm:
         del self.hidden, self.head
 
 
-def packed_arm(name: str, config: TeacherConfig, backend: str, *, overlap: bool) -> CudaArm:
-    """Return this project's teacher over freshly made, always equal weights."""
+def packed_arm(name: str, config: TeacherConfig, backend: str, **options: Any) -> CudaArm:
+    """Return this project's teacher over freshly made, always equal weights; ``options`` are ``CudaForward``'s."""
     device = torch.device("cuda", torch.cuda.current_device())
-    forward = CudaForward(config, make_tensors(config, device), backend, Kernels(device), overlap=overlap)
+    forward = CudaForward(config, make_tensors(config, device), backend, Kernels(device), **options)
     return CudaArm(name, forward.hidden, forward.head_logits)
 
 
 def twin_arm(name: str, model: Any) -> CudaArm:
     """Return a transformers model as an arm."""
     return CudaArm(name, lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, model.lm_head)
-
-
-def reference_logits(config: TeacherConfig, ids_BT: Tensor) -> Tensor:
-    """Return float32 logits ``[B * T, V]`` of the dense float32 model, TF32 off, plain attention."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model = build_twin(config, make_tensors(config, ids_BT.device), torch.float32)
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
-        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV.flatten(0, 1)
-
-
-def row_errors(found_MV: Tensor, exact_MV: Tensor) -> Tensor:
-    """Return each position's relative error, float64 ``[M]``."""
-    exact = exact_MV.double()
-    return (found_MV.double() - exact).square().sum(1).sqrt() / exact.square().sum(1).sqrt()
-
-
-def measure_errors(arms: Sequence[CudaArm], ids_BT: Tensor, exact_MV: Tensor, against: str) -> dict[str, Any]:
-    """Compare every arm's logits with the reference, and its error with that of the arm named ``against``."""
-    with torch.no_grad():
-        errors = {arm.name: row_errors(arm.logits(ids_BT), exact_MV) for arm in arms}
-    theirs = errors[against]
-    return {
-        name: {
-            "median": float(error.median()),
-            "max": float(error.max()),
-            "worst_ratio": float((error / theirs).max()),
-            "median_ratio": float((error / theirs).median()),
-        }
-        for name, error in errors.items()
-    }
 
 
 def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate: float, bandwidth: float) -> float:
@@ -160,21 +130,28 @@ def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Call
     copied, multiplied = (value / 1e12 for value in ceilings.values())
     say(f"ceilings: copy {copied:.2f} TB/s, bf16 {multiplied:.0f} TFLOP/s")
     collect_garbage()
-    probe = torch.from_numpy(make_ids(CORRECTNESS_SHAPE, config.vocab_size)).to(device)
-    exact_MV = reference_logits(config, probe)
+    ids_ST, columns = make_probe(config, device)
+    reference = twin_arm("float32", build_twin(config, make_tensors(config, device), torch.float32))
+    with plain_float32():
+        exact = [part.cpu() for part in probe_logits(reference, ids_ST, columns)]
+    reference.close()
     collect_garbage()
     say("reference: float32 logits made")
     arms = [
-        packed_arm("q4k", config, "q4k", overlap=True),
+        packed_arm("q4k", config, "q4k"),
+        packed_arm("q4k-eager", config, "q4k", graphs=False),
         packed_arm("q4k-inline", config, "q4k", overlap=False),
-        packed_arm("dense-q4kd", config, "dense", overlap=False),
+        packed_arm("q4k-l2", config, "q4k", scratch_bytes=L2_SLAB_BYTES),
+        packed_arm("dense-q4kd", config, "dense"),
         twin_arm("dense-transformers", build_twin(config, make_tensors(config, device), torch.bfloat16)),
     ]
     collect_garbage()
-    found["errors"] = measure_errors(arms, probe, exact_MV, "dense-transformers")
-    del exact_MV
+    errors = {arm.name: probe_errors(arm, ids_ST, columns, exact) for arm in arms if arm.name in ERROR_ARMS}
+    del exact
+    found["errors"] = compare_errors(errors, "dense-transformers")
+    for line in error_lines(found):
+        say(line)
     found["bnb-nf4"] = add_nf4(arms, config, device)
-    say(f"errors: {found['errors']}")
     found["speed"] = []
     for shape in SHAPES:
         for with_head in (False, True):
@@ -195,7 +172,7 @@ def add_nf4(arms: list[CudaArm], config: TeacherConfig, device: torch.device) ->
         model = build_twin(config, make_tensors(config, device), torch.bfloat16)
         to_nf4(model)
         arm = twin_arm("bnb-nf4", model)
-        arm.run(make_ids(CORRECTNESS_SHAPE, config.vocab_size))
+        arm.run(make_ids(SHAPES[0], config.vocab_size))
     except Exception as error:  # another project's engine: whatever stops it is a result, not our failure
         return f"not run: {type(error).__name__}: {str(error)[:300]}"
     finally:
@@ -217,8 +194,9 @@ def measure_speed(
     """Time every arm on one shape, turn by turn; a row per arm, ratios against the first."""
     timed = [arm if with_head else arm.without_head() for arm in arms]
     ids_BT = make_ids(shape, config.vocab_size)
-    for arm in timed:
-        arm.run(ids_BT)
+    for _ in range(3):  # a shape's first pass allocates, its second captures, its third replays
+        for arm in timed:
+            arm.run(ids_BT)
     series = interleave(timed, ids_BT, rounds)
     floor = floor_seconds(
         config,

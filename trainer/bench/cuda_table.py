@@ -41,11 +41,7 @@ def table(found: dict[str, Any]) -> list[str]:
     """Return the short table of a finished run."""
     lines = [f"{found['environment']['device']}, torch {found['environment']['torch']}"]
     lines += [speed_line(row) for row in found["speed"]]
-    lines += [
-        f"error of {name:<18} median {error['median']:.2e} max {error['max']:.2e}, "
-        f"ratio to dense-transformers median {error['median_ratio']:.3f} worst {error['worst_ratio']:.3f}"
-        for name, error in found["errors"].items()
-    ]
+    lines += error_lines(found)
     busy = found["utilisation"]
     lines.append(f"utilisation: this process {busy['sm_percent']}, device {busy['device_percent']}")
     copies = found["host_copies"]
@@ -53,3 +49,13 @@ def table(found: dict[str, Any]) -> list[str]:
     lines.append(f"copies in a forward pass: {len(to_host)} to the host ({sum(to_host)} bytes), {len(copies)} in all")
     lines.append(f"bnb-nf4: {found['bnb-nf4']}")
     return lines
+
+
+def error_lines(found: dict[str, Any]) -> list[str]:
+    """Return a line per engine: its error, and its ratio to the dense model's at the worst and the median position."""
+    return [
+        f"error of {name:<18} rms {error['rms']:.2e}, by position over dense-transformers': median "
+        f"{error['median_ratio']:.3f} worst {error['worst_ratio']:.3f} (worst single sample "
+        f"{error['worst_single_ratio']:.2f})"
+        for name, error in found["errors"].items()
+    ]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q4kd.trainer.tensor_names import gguf_name
 from q4kd.trainer.architecture import TeacherConfig
 from q4kd.trainer.cuda.weights import DeviceTensor
 from q4kd.trainer.quant import decode_rows
+from q4kd.trainer.tensor_names import gguf_name
 
 _TILE_WEIGHTS = 1 << 24
 

@@ -8,6 +8,7 @@ a dense model, gets a time limit. With ``--arm`` this module is that process: it
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,11 +51,17 @@ def measure_load(
         found: dict[str, Any] = {"file_bytes": model.stat().st_size, "q4k": []}
         for _ in range(repeats):
             found["q4k"].append(run_arm(model, "q4k", 60.0))
-            say(f"q4k: {found['q4k'][-1]}")
         found["transformers"] = run_arm(model, "transformers", limit_s)
-        say(f"transformers: {found['transformers']}")
     write_json(out / "load.json", found)
     return load_table(found)
+
+
+def run_load(out: Path) -> list[str]:
+    """Measure loads of a synthetic Qwen2.5-7B on the current device; write ``load.json`` and return table lines."""
+    from q4kd.trainer.cuda.synthetic import qwen2_5_7b
+
+    out.mkdir(parents=True, exist_ok=True)
+    return measure_load(qwen2_5_7b(), out, print)
 
 
 def run_arm(model: Path, arm: str, limit_s: float) -> dict[str, Any]:
@@ -72,15 +79,45 @@ def run_arm(model: Path, arm: str, limit_s: float) -> dict[str, Any]:
 
 
 def load_table(found: dict[str, Any]) -> list[str]:
-    """Return the table's lines."""
-    lines = [f"load of {found['file_bytes']:,} bytes:"]
-    for answer in [*found["q4k"], found["transformers"]]:
-        if "failed" in answer:
-            lines.append(f"  failed: {answer['failed']}")
-            continue
-        lines.append(f"  {answer['arm']:<13} ready after {answer['seconds']:.2f} s")
-        lines += [f"    {name:<28} {value}" for name, value in answer.items() if name not in ("arm", "seconds")]
+    """Return the table's lines: a line per fact, medians over the loads."""
+    lines = [f"load of a file of {found['file_bytes']:,} bytes, in the page cache, to a teacher that can run:"]
+    lines += [f"  q4k           failed: {answer['failed']}" for answer in found["q4k"] if "failed" in answer]
+    ready = [answer for answer in found["q4k"] if "failed" not in answer]
+    if ready:
+        lines += _packed_lines(ready)
+    other = found["transformers"]
+    if "failed" in other:
+        lines.append(f"  transformers  failed: {other['failed']}")
+    else:
+        held = _megabytes(other["loaded_bytes"]["nvml_process"])
+        lines.append(f"  transformers  {other['seconds']:.2f} s, then {held} by NVML")
     return lines
+
+
+def _packed_lines(ready: Sequence[dict[str, Any]]) -> list[str]:
+    seconds, last = [answer["seconds"] for answer in ready], ready[-1]
+    lines = [
+        f"  q4k           {statistics.median(seconds):.2f} s (median of {', '.join(f'{one:.2f}' for one in seconds)})",
+        f"    weights {_megabytes(last['resident_weight_bytes'])}, {last['resident_ratio']:.4f} of the file's tensors",
+        f"    scratch {_megabytes(last['scratch_bytes'])}; the decoded head, while it is held, "
+        f"{_megabytes(last['head_scratch_bytes'])}",
+    ]
+    for what, stage in (
+        ("CUDA context alone", "context_bytes"),
+        ("after load", "loaded_bytes"),
+        (f"after {last['tokens']:,} tokens", "after_hidden_bytes"),
+        ("after head logits", "after_head_bytes"),
+    ):
+        lines.append(f"    process {what:<20} {_megabytes(last[stage]['nvml_process']):>10} by NVML")
+    lines.append(
+        f"    torch's peak {_megabytes(last['torch_peak_in_hidden'])} in the pass, "
+        f"{_megabytes(last['torch_peak_in_head'])} in the head"
+    )
+    return lines
+
+
+def _megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:,.0f} MB"
 
 
 def load_packed(model: Path, tokens: int) -> dict[str, Any]:

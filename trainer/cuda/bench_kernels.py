@@ -16,7 +16,7 @@ from q4kd.trainer.formats import block_format
 
 # Gate and up of a 7B model: 272 MB of bfloat16, several times any L2.
 ROWS, COLS = 37888, 3584
-BENCH_TYPES = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16")
+BENCH_TYPES = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,9 @@ class Kernels:
             return
         steps = cols // weights
         first, count = row_start * steps, (row_stop - row_start) * steps
+        if type_name == "Q8_0" and first % 8 == 0 and count % 8 == 0 and packed.data_ptr() % 16 == 0:
+            self._run(f"{name}_run_{suffix}", count, [packed, first, count, out], [out])
+            return
         self._run(f"{name}_{suffix}", count * tasks, [packed, rows * steps, first, count, out], [out])
 
     def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> None:

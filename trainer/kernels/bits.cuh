@@ -95,6 +95,11 @@ Q4KD_INLINE u32 round_to_bf16x2(float low, float high) {
 #endif
 }
 
+// The word that begins `shift` bits (0..31) into two neighbouring ones.
+Q4KD_INLINE u32 join_words(u32 low, u32 high, int shift) {
+    return (u32)((((unsigned long long)high << 32) | low) >> shift);
+}
+
 // a / b for a >= 0, b > 0. A 64-bit division is a call of about a hundred instructions; sizes rarely need it.
 Q4KD_INLINE i64 quotient(i64 a, i64 b) {
     if (((a | b) >> 32) == 0) return (i64)((u32)a / (u32)b);

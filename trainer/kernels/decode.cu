@@ -42,6 +42,47 @@ Q4KD_DEVICE void gather_blocks(Blocks blocks, i64 blocks_per_row, const i64* ids
     decode_task<Format>(blocks, id * blocks_per_row + (target - slot * blocks_per_row), task, out_of_block);
 }
 
+// Q8_0 blocks are 34 bytes: alone, they can only be read two bytes at a time. A warp instead copies a run of 32 blocks,
+// which is 68 words of 16 bytes, to shared memory, all its loads in flight at once, and decodes it from there, eight
+// weights a lane a step. Runs must start on 16 bytes and hold whole words: `first_block` and `count` multiples of 8.
+template <class Out>
+Q4KD_DEVICE void decode_q8_0_run(const u8* packed, i64 first_block, i64 count, Out* out) {
+    constexpr int run = 32, words = run * Q8_0::bytes / 16, loads = (words + 31) / 32;
+    __shared__ uint4 staged[8][words];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    i64 start = ((i64)blockIdx.x * 8 + warp) * run;
+    if (start >= count) return;
+    int blocks = count - start < run ? (int)(count - start) : run;
+    const u8* source = packed + (first_block + start) * Q8_0::bytes;
+    uint4 loaded[loads] = {};
+#pragma unroll
+    for (int i = 0; i < loads; i++) {
+        int word = lane + 32 * i;
+        if (word < blocks * Q8_0::bytes / 16) loaded[i] = load<uint4>(source + 16 * word);
+    }
+#pragma unroll
+    for (int i = 0; i < loads; i++) {
+        if (lane + 32 * i < words) staged[warp][lane + 32 * i] = loaded[i];
+    }
+    __syncwarp();
+    const u32* bytes = reinterpret_cast<const u32*>(staged[warp]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int octet = 32 * i + lane, block = octet / 4;
+        if (block >= blocks) return;
+        int base = block * Q8_0::bytes, first = base + 2 + 8 * (octet % 4);
+        // Every other block begins in the middle of a word; where none is split, the third word is not needed.
+        int odd = (first >> 1) & 1, word = first >> 2;
+        u32 low = bytes[word], middle = bytes[word + 1], high = bytes[word + 1 + odd];
+        u32 quants[2] = {join_words(low, middle, 16 * odd), join_words(middle, high, 16 * odd)};
+        float d = f16_to_float((bytes[base >> 2] >> (8 * (base & 2))) & 0xFFFFu);
+        float values[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) values[j] = multiply(d, signed_to_float((quants[j / 4] >> (8 * (j % 4))) & 0xFFu));
+        write_floats<8>(out + start * Q8_0::weights + 8 * octet, values);
+    }
+}
+
 // One element a thread, for rows of unquantised types that are not whole 16-byte words.
 template <class Element, class Out>
 Q4KD_DEVICE void decode_elements(const u8* packed, i64 first, i64 count, Out* out) {
@@ -86,6 +127,12 @@ Q4KD_DEVICE void gather_elements(const u8* packed, i64 rows, i64 cols, const i64
         gather_elements<Element>(packed, rows, cols, ids, count, out);                                               \
     }
 
+#define RUN_KERNEL(name, Format, suffix, Out)                                                                        \
+    KERNEL decode_##name##_run_##suffix(const u8* __restrict__ packed, i64 first_block, i64 count,                   \
+                                        Out* __restrict__ out) {                                                     \
+        decode_##name##_run(packed, first_block, count, out);                                                        \
+    }
+
 #define BOTH(MACRO, name, Format) MACRO(name, Format, bf16, bf16) MACRO(name, Format, f32, float)
 
 BOTH(BLOCK_KERNELS, q4_k, Q4_K)
@@ -93,6 +140,7 @@ BOTH(BLOCK_KERNELS, q5_k, Q5_K)
 BOTH(BLOCK_KERNELS, q6_k, Q6_K)
 BOTH(BLOCK_KERNELS, q6_k_soa, Q6_K_SOA)
 BOTH(BLOCK_KERNELS, q8_0, Q8_0)
+BOTH(RUN_KERNEL, q8_0, Q8_0)
 BOTH(BLOCK_KERNELS, q4_0, Q4_0)
 BOTH(BLOCK_KERNELS, q5_0, Q5_0)
 BOTH(ELEMENT_KERNELS, f16, F16)

@@ -1,0 +1,129 @@
+"""Teachers and students that differ in one stated way: padded or exchanged vocabularies, and students that are teachers.
+
+All are made from the demo teacher and the demo student, so that what a run does with them is known beforehand.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from q4kd.trainer.files import read_json
+
+TOKENS_KEY = "tokenizer.ggml.tokens"
+_TOKEN_KEYS = {TOKENS_KEY: "[PAD {}]", "tokenizer.ggml.token_type": 5, "tokenizer.ggml.scores": 0.0}
+_HF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Which axis of a weight runs over the hidden units.
+_HIDDEN_IS_ROW = ("attn_output", "ffn_down", "attn_norm", "ffn_norm", "output_norm")
+Twin = Literal["exact", "permuted", "noisy"]
+# Of a weight's own spread: within what K-quants lose, so that the two are the same model to any user.
+NOISE = 0.1
+
+
+def write_padded_teacher(path: Path, source: Path, rows: int, exchanged: tuple[int, int] | None = None) -> None:
+    """Write a GGUF with the same weights and ``rows`` rows of embedding and tied head; the new ones repeat the old.
+
+    A repeated row has the logit of a real token, so a softmax that takes padding in is visibly another.
+
+    Args:
+        path: file to write.
+        source: GGUF with a tied head and at most ``rows`` tokens.
+        rows: tokens and rows of the new file.
+        exchanged: two ids whose token strings change places.
+    """
+    reader = gguf.GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value: Any = field.contents()
+        if name in _TOKEN_KEYS:
+            filler = _TOKEN_KEYS[name]
+            missing = range(len(value), rows)
+            value = [*value, *(filler.format(index) if isinstance(filler, str) else filler for index in missing)]
+        if name == TOKENS_KEY and exchanged is not None:
+            first, second = exchanged
+            value[first], value[second] = value[second], value[first]
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        data = tensor.data
+        if tensor.name == "token_embd.weight":
+            data = data[np.arange(rows) % len(data)]
+        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_student(folder: Path, source: Path, **changes: object) -> None:
+    """Copy a student's tokenizer and config, without weights, with other values in the config."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    config = read_json(source / "config.json") | changes
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: Twin) -> None:
+    """Write the teacher's decoded weights as a Hugging Face student.
+
+    Args:
+        folder: to write.
+        teacher: qwen2 GGUF with a tied head.
+        student: where tokenizer and the rest of the config come from.
+        twin: ``exact``; ``permuted``, the same function with its hidden units in another order, so that no weight is
+            where it was; or ``noisy``, the same weights with noise of ``NOISE`` times their spread.
+    """
+    from safetensors.numpy import save_file
+
+    reader = gguf.GGUFReader(teacher)
+
+    def size(name: str) -> int:
+        return int(reader.fields[f"qwen2.{name}"].contents())
+
+    rng = np.random.default_rng(8)
+    order = rng.permutation(size("embedding_length"))
+    tensors: dict[str, NDArray[Any]] = {}
+    for tensor in reader.tensors:
+        weight = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        part = tensor.name.split(".")[-2]
+        is_bias = tensor.name.endswith(".bias")
+        if twin == "permuted" and not is_bias:
+            weight = weight[order] if part in _HIDDEN_IS_ROW else weight[:, order]
+        elif twin == "noisy" and weight.ndim == 2:
+            weight += rng.normal(0, NOISE * weight.std(), weight.shape).astype(np.float32)
+        tensors[_hugging_face_name(tensor.name)] = np.ascontiguousarray(weight)
+    write_student(
+        folder,
+        student,
+        hidden_size=size("embedding_length"),
+        intermediate_size=size("feed_forward_length"),
+        num_hidden_layers=size("block_count"),
+        num_attention_heads=size("attention.head_count"),
+        num_key_value_heads=size("attention.head_count_kv"),
+        layer_types=["full_attention"] * size("block_count"),
+    )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _hugging_face_name(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{_HF_LAYER[parts[2]]}.{parts[3]}"
+    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
