@@ -20,6 +20,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_teacher",
     "q4kd.harness.experiments_models",
     "q4kd.harness.experiments_backend",
+    "q4kd.harness.experiments_cuda",
     "q4kd.harness.experiments_loss",
     "q4kd.harness.experiments_training",
 )

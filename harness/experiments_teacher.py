@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from q4kd.harness import block_spec
 from q4kd.harness.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.reference import read_gguf, reference_logits
-from q4kd.harness.synthetic import write_large_teacher
+from q4kd.trainer.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path, teacher_path
 from q4kd.trainer.files import read_json
 
@@ -84,34 +84,7 @@ register(
         arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"}),),
         prepare=_prepare_load,
         collect=lambda _run_dir, inputs: gguf_facts(_large_teacher(inputs)),
-        sources=("q4kd.harness.synthetic",),
-    )
-)
-
-
-# --- load-teacher-7b: the same at the shapes of Qwen2.5-7B, on the device ---
-
-
-def _teacher_7b(inputs: Inputs) -> Path:
-    make = functools.partial(write_large_teacher, layers=28, hidden=3584, ffn=18944, vocab=152064)
-    return inputs.file("teacher-7b.gguf", make)
-
-
-def _load_7b_argv(inputs: Inputs) -> list[str]:
-    model, ids = str(_teacher_7b(inputs)), str(_large_ids(inputs))
-    return ["logits", model, "--ids", ids, "--out", "logits.npy", "--device", "cuda", "--events", "events.jsonl"]
-
-
-register(
-    Experiment(
-        name="load-teacher-7b",
-        title="q4kd logits on a 7B-shaped Q4_K_M file on the GPU, device memory by process",
-        needs=("cuda",),
-        arms=(Arm(None, _load_7b_argv, timeout_s=900, stall_s=300),),
-        prepare=lambda inputs: _teacher_7b(inputs) and None,
-        collect=lambda _run_dir, inputs: gguf_facts(_teacher_7b(inputs)),
-        sources=("q4kd.harness.synthetic",),
-        exclusive=True,
+        sources=("q4kd.trainer.synthetic",),
     )
 )
 

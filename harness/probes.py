@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from q4kd.harness.probes_backend import decision_tables
+from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.trainer.files import write_atomic, write_json
 
@@ -179,6 +180,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "frozen-teacher": frozen_teacher,
     "superblock": superblock,
     "kd-loss": kd_loss_cases,
+    "cuda-busy": cuda_busy,
+    "cuda-decode": cuda_decode,
+    "cuda-hold": cuda_hold,
     "decision-tables": decision_tables,
     "model-logits": model_logits,
     "open-models": open_models,

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.synthetic import random_blocks
+from q4kd.trainer.synthetic import random_blocks
 
 LAYERS, HIDDEN, FFN, VOCAB, CONTEXT = 3, 256, 512, 512, 128
 

@@ -30,7 +30,7 @@ torch.nn.functional.linear(torch.ones(4, 4), torch.ones(4, 4))
 baseline = status("VmRSS")
 teacher = load_teacher(Path(sys.argv[1]), dtype=sys.argv[2], events=EventLog(None), announce=lambda line: None)
 logits = teacher.logits(torch.arange(int(sys.argv[3]))[None])
-assert torch.isfinite(logits).all()
+assert torch.isfinite(logits[0, -1]).all()
 print(json.dumps({"taken": status("VmHWM") - baseline, "file": teacher.model.file_bytes}))
 """
 

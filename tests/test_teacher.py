@@ -9,7 +9,7 @@ from model_files import write_model
 
 from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
-from q4kd.harness.synthetic import write_large_teacher
+from q4kd.trainer.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path, teacher_path
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog

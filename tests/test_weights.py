@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.harness.synthetic import random_blocks
+from q4kd.trainer.synthetic import random_blocks
 from q4kd.trainer.model_file import PackedTensor
 from q4kd.trainer.weights import DenseMatrix, PackedMatrix, Scratch, decode_vector
 

@@ -17,7 +17,7 @@ SCRATCH_BYTES = 16 << 20
 TILE_ROWS = 1024
 SCORE_BLOCK = 128
 SCORE_FLOATS = 4 << 20
-DECODED_AT_ONCE = 2048 * 256
+DECODED_AT_ONCE = 4096 * 256
 # Temporaries of a decoder, per weight that it decodes at once: nibbles copied, split, joined, and one float32 buffer.
 _DECODER_BYTES = 8
 # oneDNN blocks a copy of the weights that it multiplies by.

@@ -4,6 +4,7 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_quant",
     "q4kd.harness.sabotage.faults_models",
     "q4kd.harness.sabotage.faults_backend",
+    "q4kd.harness.sabotage.faults_cuda",
     "q4kd.harness.sabotage.faults_memory",
     "q4kd.harness.sabotage.faults_training",
 )

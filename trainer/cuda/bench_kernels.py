@@ -1,7 +1,8 @@
-"""How close each decoder comes to the bandwidth of a copy, on the device at hand.
+"""How close the decoders and the small-batch products come to memory bandwidth, on the device at hand.
 
 Bytes are those that must move: packed ones read, decoded ones written. Every call works on another set of buffers, so
-that no read is served by the cache; times are medians of CUDA events.
+that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds, less than
+launching one from Python, so they are timed as CUDA graphs of one call a buffer set.
 """
 
 import statistics
@@ -10,13 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from q4kd.trainer.cuda.kernels import Q6_K_SOA, Kernels
+from q4kd.trainer.cuda.kernels import MAX_MATVEC_TOKENS, Q6_K_SOA, Kernels
+from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
 from q4kd.trainer.formats import block_format
 
 # Gate and up of a 7B model: 272 MB of bfloat16, several times any L2.
 ROWS, COLS = 37888, 3584
 BENCH_TYPES = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16", "F32")
+
+# The two shapes of that model's feed-forward part, and their small-batch products.
+MATVEC_SHAPES = ((18944, 3584), (3584, 18944))
+MATVEC_TYPES = ("Q4_K", Q6_K_SOA)
+MATVEC_TOKENS = (1, 2, 4, 8, MAX_MATVEC_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,35 @@ class Bandwidth:
     name: str
     gigabytes_per_second: float
     fraction_of_copy: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """One measured small-batch product, bfloat16 in and out.
+
+    Attributes:
+        name: the matrix's type.
+        rows: R.
+        cols: K.
+        tokens: M.
+        microseconds: of the fused product.
+        gigabytes_per_second: packed bytes over that time, in 1e9.
+        fraction_of_read: the same over the bandwidth of a sum over 1 GB of float32.
+        decoded_microseconds: of decoding the matrix to bfloat16 and multiplying by cuBLAS, in turn.
+        relative_time: fused over decoded; below 1, the fused product is faster.
+        spread: (slowest quarter - fastest quarter) / median of the fused times.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    tokens: int
+    microseconds: float
+    gigabytes_per_second: float
+    fraction_of_read: float
+    decoded_microseconds: float
+    relative_time: float
     spread: float
 
 
@@ -87,6 +124,106 @@ def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets:
         moved = (ROWS * row_bytes + 2 * weights) / seconds
         rows.append(Bandwidth(name, moved / 1e9, moved / copied, spread))
     return rows
+
+
+def _time_in_graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
+    """Return what ``_time`` does, for the mean call of a graph of all ``calls``, each run once."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up at their first call, which must not be captured
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    seconds, spread = _time([graph.replay], repeats)
+    return seconds / len(calls), spread
+
+
+def read_bandwidth(device: torch.device, *, repeats: int = 60) -> float:
+    """Return the bytes a second at which torch sums 1 GB of float32, taking turns between two of them."""
+    sources = [torch.ones(250_000_000, device=device) for _ in range(2)]
+    out = torch.empty((), device=device)
+    seconds, _ = _time([partial(torch.sum, source, 0, out=out) for source in sources], repeats)
+    return 1e9 / seconds
+
+
+def _measure_product(
+    kernels: Kernels,
+    name: str,
+    matrices: Sequence[Tensor],
+    dense_RK: Tensor,
+    tokens: int,
+    readable: float,
+    repeats: int,
+) -> Product:
+    rows, cols = dense_RK.shape
+    x = torch.randn(tokens, cols, device=dense_RK.device).bfloat16()
+    out = torch.empty(tokens, rows, dtype=torch.bfloat16, device=dense_RK.device)
+
+    def decode_and_multiply(packed: Tensor) -> None:
+        kernels.decode(name, packed, 0, rows, cols, dense_RK)
+        multiply(x, dense_RK, out)
+
+    fused, spread = _time_in_graph(
+        [partial(kernels.matvec, name, packed, x, rows, out) for packed in matrices], repeats
+    )
+    decoded, _ = _time_in_graph([partial(decode_and_multiply, packed) for packed in matrices], repeats)
+    speed = matrices[0].numel() / fused
+    return Product(
+        name=name,
+        rows=rows,
+        cols=cols,
+        tokens=tokens,
+        microseconds=fused * 1e6,
+        gigabytes_per_second=speed / 1e9,
+        fraction_of_read=speed / readable,
+        decoded_microseconds=decoded * 1e6,
+        relative_time=fused / decoded,
+        spread=spread,
+    )
+
+
+def matvec_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets: int = 8) -> list[Product]:
+    """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS; every matrix is at least 38 MB.
+
+    Args:
+        kernels: those of a CUDA device; made for the current one when absent.
+        repeats: timed graphs of each.
+        sets: matrices taken in turn.
+
+    Returns:
+        A row for every type, shape and number of tokens.
+    """
+    kernels = Kernels("cuda") if kernels is None else kernels
+    device = kernels.device
+    readable = read_bandwidth(device, repeats=repeats)
+    products = []
+    for name in MATVEC_TYPES:
+        for rows, cols in MATVEC_SHAPES:
+            row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(cols)
+            matrices = [torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
+            dense = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
+            with pinned_numerics():
+                products += [
+                    _measure_product(kernels, name, matrices, dense, tokens, readable, repeats)
+                    for tokens in MATVEC_TOKENS
+                ]
+    return products
+
+
+def product_table(products: Sequence[Product]) -> str:
+    """Return the products as aligned text."""
+    lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
+    lines += [
+        f"{row.name:<9} {f'{row.rows} x {row.cols}':>13} {row.tokens:3d} {row.microseconds:7.1f} "
+        f"{row.gigabytes_per_second:6.0f} {row.fraction_of_read:8.3f} {row.decoded_microseconds:11.1f} "
+        f"{row.relative_time:6.3f}"
+        for row in products
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: list[Bandwidth]) -> str:

@@ -17,7 +17,6 @@ Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F 
 heads, D head size, V vocabulary.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,11 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.architecture import TeacherConfig
 from q4kd.trainer.cuda.graphs import PassGraphs
+from q4kd.trainer.cuda.layers import Layer, ModelWeights
 from q4kd.trainer.cuda.numerics import attention, multiply, pinned_numerics
 from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
-from q4kd.trainer.cuda.weights import FUSED_MAX_TOKENS, CudaMatrix, DeviceTensor, Group
+from q4kd.trainer.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
 from q4kd.trainer.forward import rope_tables
 
 if TYPE_CHECKING:
@@ -43,21 +43,6 @@ GRAPH_MAX_TOKENS = 1024
 # Heads larger than this, decoded, go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
 _KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
-
-
-@dataclass(frozen=True)
-class _Layer:
-    attn_norm: Tensor
-    qkv: Group
-    attn_output: Group
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    ffn_norm: Tensor
-    gate_up: Group
-    ffn_down: Group
 
 
 @dataclass(frozen=True)
@@ -114,18 +99,12 @@ class CudaForward:
         scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
         head_bytes: int = DEFAULT_HEAD_BYTES,
     ) -> None:
-        self.config, self._kernels, self._dtype, self._backend = config, kernels, dtype, backend
+        self.config, self._kernels, self._dtype = config, kernels, dtype
         self.device = next(iter(tensors.values())).packed.device
-        self._tensors = tensors
-        self.matrices: dict[str, CudaMatrix] = {}
-        self.vector_bytes: Counter[str] = Counter()
-        self._embedding = self._group("token_embd.weight")
-        self._layers = [self._load_layer(index) for index in range(config.num_layers)]
-        self._output_norm = self._vector("output_norm.weight")
-        self._head = self._embedding if config.tied_head else self._group("output.weight")
-        self._rope_factors = self._optional(ROPE_FACTORS)
-        del self._tensors
-        layers = [group for layer in self._layers for group in self._groups(layer)]
+        self._weights = ModelWeights(config, tensors, backend, kernels, dtype)
+        self.matrices, self.vector_bytes = self._weights.matrices, self._weights.vector_bytes
+        self._head = self._weights.head
+        layers = [group for layer in self._weights.layers for group in layer.groups]
         self._holds_head = self._head.rows * self._head.cols * dtype.itemsize <= head_bytes
         # What repacking freed goes back to the driver: scratch carved out of it would pin the rest.
         torch.cuda.empty_cache()
@@ -141,48 +120,10 @@ class CudaForward:
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs = PassGraphs(self._run) if graphs else None
 
-    @staticmethod
-    def _groups(layer: _Layer) -> tuple[Group, ...]:
-        return layer.qkv, layer.attn_output, layer.gate_up, layer.ffn_down
-
-    def _group(self, *names: str) -> Group:
-        matrices = {name: CudaMatrix(self._tensors[name], self._kernels) for name in names}
-        self.matrices |= matrices
-        group = Group(list(matrices.values()))
-        if self._backend == "dense":
-            group.densify(self._dtype, self.device)
-        return group
-
-    def _vector(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        vector = torch.empty(1, tensor.shape[0], dtype=torch.float32, device=self.device)
-        self._kernels.decode(tensor.type, tensor.packed, 0, 1, tensor.shape[0], vector)
-        self.vector_bytes["F32"] += vector.numel() * 4
-        return vector[0]
-
-    def _optional(self, name: str) -> Tensor | None:
-        return self._vector(name) if name in self._tensors else None
-
-    def _load_layer(self, index: int) -> _Layer:
-        prefix = f"blk.{index}."
-        return _Layer(
-            attn_norm=self._vector(prefix + "attn_norm.weight"),
-            qkv=self._group(*(f"{prefix}attn_{name}.weight" for name in "qkv")),
-            attn_output=self._group(prefix + "attn_output.weight"),
-            q_bias=self._optional(prefix + "attn_q.bias"),
-            k_bias=self._optional(prefix + "attn_k.bias"),
-            v_bias=self._optional(prefix + "attn_v.bias"),
-            q_norm=self._optional(prefix + "attn_q_norm.weight"),
-            k_norm=self._optional(prefix + "attn_k_norm.weight"),
-            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            gate_up=self._group(prefix + "ffn_gate.weight", prefix + "ffn_up.weight"),
-            ffn_down=self._group(prefix + "ffn_down.weight"),
-        )
-
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``, on the device."""
         out = torch.empty(len(row_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
-        self._embedding.matrices[0].gather(row_ids.to(self.device), out)
+        self._weights.embedding.matrices[0].gather(row_ids.to(self.device), out)
         return out
 
     @torch.no_grad()
@@ -206,9 +147,9 @@ class CudaForward:
         with pinned_numerics():
             buffers = self._activations(self.embed(ids_BT.reshape(-1)))
             residual, normed = buffers.residual, buffers.normed
-            kernels.rms_norm(residual, self._layers[0].attn_norm, config.rms_eps, normed)
-            following = [layer.attn_norm for layer in self._layers[1:]] + [self._output_norm]
-            for layer, next_norm in zip(self._layers, following, strict=True):
+            kernels.rms_norm(residual, self._weights.layers[0].attn_norm, config.rms_eps, normed)
+            following = [layer.attn_norm for layer in self._weights.layers[1:]] + [self._weights.output_norm]
+            for layer, next_norm in zip(self._weights.layers, following, strict=True):
                 self._attend(layer, buffers, batch, cos_TD, sin_TD)
                 kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
                 self._feed_forward(layer, buffers)
@@ -220,7 +161,7 @@ class CudaForward:
         positions = 1 << (length - 1).bit_length()
         if positions not in self._tables:
             config = self.config
-            cos_TD, sin_TD = rope_tables(positions, config.head_dim, config.rope_base, self._rope_factors)
+            cos_TD, sin_TD = rope_tables(positions, config.head_dim, config.rope_base, self._weights.rope_factors)
             self._tables[positions] = cos_TD.to(self.device), sin_TD.to(self.device)
         cos_TD, sin_TD = self._tables[positions]
         return cos_TD[:length], sin_TD[:length]
@@ -233,7 +174,7 @@ class CudaForward:
             return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
 
         # A group cut into slabs is finished for every token before SwiGLU can start.
-        whole = not all(self._stream.is_whole(layer.gate_up) for layer in self._layers)
+        whole = not all(self._stream.is_whole(layer.gate_up) for layer in self._weights.layers)
         return _Activations(
             residual=residual_MH,
             normed=buffer(tokens, hidden),
@@ -253,7 +194,7 @@ class CudaForward:
         for rows, weight_RK in self._stream.decoded(group):
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
-    def _attend(self, layer: _Layer, buffers: _Activations, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
+    def _attend(self, layer: Layer, buffers: _Activations, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
         config = self.config
         self._product(layer.qkv, buffers.normed, buffers.qkv)
         q_end, k_end = config.q_size, config.q_size + config.kv_size
@@ -278,7 +219,7 @@ class CudaForward:
         mixed_MH = attention(*(part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)))
         self._product(layer.attn_output, mixed_MH, buffers.delta)
 
-    def _feed_forward(self, layer: _Layer, buffers: _Activations) -> None:
+    def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
         x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
         tokens, step = len(x_MH), len(gate_up)
         if step == tokens:

@@ -1,11 +1,13 @@
 """CUDA graphs of whole passes, one per shape: a short pass is bound by the host's launches, a replay launches once.
 
-A graph is captured the second time a shape is seen, so a shape that comes once costs nothing. A replay reads weights,
-scratch and tables where they were at capture: all of them live as long as the forward pass object.
+A graph is captured the second time a shape is seen, so a shape that comes once costs nothing; once all places are
+taken, a shape must have come more than twice as often as the one it replaces, so that many shapes in turn are not
+captured again and again. A replay reads weights, scratch and tables where they were at capture: all of them live as
+long as the forward pass object.
 """
 
 import warnings
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor
 
 MAX_GRAPHS = 2
-_MAX_SEEN = 64
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,36 @@ class PassGraphs:
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self._run = run
-        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._graphs: OrderedDict[tuple[int, ...], _Captured] = OrderedDict()
+        self._uses: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
         self._works = True
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes that have a graph, the last used one at the end."""
+        """Shapes that have a graph, in the order of their capture."""
         return list(self._graphs)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
         """Return the pass's output: a tensor of its own, whatever is replayed later."""
         shape = tuple(ids_BT.shape)
-        if shape not in self._graphs and not (self._works and shape in self._seen and self._capture(ids_BT)):
-            self._seen[shape] = None
-            self._seen.move_to_end(shape)
-            if len(self._seen) > _MAX_SEEN:
-                self._seen.popitem(last=False)
+        self._uses[shape] += 1
+        if shape not in self._graphs and not (self._is_worth(shape) and self._capture(ids_BT)):
             return self._run(ids_BT)
-        self._graphs.move_to_end(shape)
         captured = self._graphs[shape]
         captured.ids.copy_(ids_BT)
         captured.graph.replay()
         return captured.out.clone()
 
+    def _is_worth(self, shape: tuple[int, ...]) -> bool:
+        if not self._works or self._uses[shape] < 2:
+            return False
+        if len(self._graphs) < MAX_GRAPHS:
+            return True
+        return self._uses[shape] > 2 * min(self._uses[held] for held in self._graphs)
+
     def _capture(self, ids_BT: Tensor) -> bool:
         if len(self._graphs) >= MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+            del self._graphs[min(self._graphs, key=self._uses.__getitem__)]
         static, graph = ids_BT.clone(), torch.cuda.CUDAGraph()
         try:
             # Other threads (a data loader's pinning one) may go on calling CUDA meanwhile.

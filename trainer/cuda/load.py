@@ -28,7 +28,7 @@ from q4kd.trainer.formats import block_format
 from q4kd.trainer.model_file import ModelFile, PackedTensor
 
 ALIGNMENT = 256
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 MAX_THREADS = 8
 # Where the float16 scales of a block lie, in bytes.
 _SCALE_BYTES = {"Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210), "Q8_0": (0, 2), "Q5_0": (0, 2), "Q4_0": (0, 2)}
