@@ -17,7 +17,7 @@ from q4kd.trainer.files import read_json, write_json
 # The demo's vocabulary, padded by the share of Qwen2.5-7B's file; and that file's sizes with its 0.5B student's.
 NATIVE, PADDED, WIDER = 2048, 2080, 2064
 EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
-ALPHA, TEMPERATURE, STEPS = 0.4, 2.0, 4
+ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2
 POSITIONS, COLUMNS = 64, 128
 EXCHANGED = (700, 1500)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -59,7 +59,7 @@ def _wide_student(inputs: Inputs) -> Path:
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
     if arm == "exact":
         teacher, student = _padded_teacher(inputs, EXACT_TEACHER), _wide_student(inputs)
-        words = ("--max-steps", "2", "--set", "chunk_tokens=32")
+        words = ("--set", f"steps={EXACT_STEPS}", "--max-steps", str(EXACT_STEPS), "--set", "chunk_tokens=32")
     else:
         teacher = _padded_teacher(inputs, PADDED if arm == "padded" else NATIVE)
         student = _student_with_weights(inputs)

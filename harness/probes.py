@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from q4kd.harness.probes_accelerator import forward_times, unified_allocation
 from q4kd.harness.probes_backend import decision_tables
 from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_models import model_logits, open_models
+from q4kd.harness.probes_runs import distill_timed, start_runs, vocabulary_widths
 from q4kd.trainer.files import write_atomic, write_json
 
 
@@ -186,4 +188,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "decision-tables": decision_tables,
     "model-logits": model_logits,
     "open-models": open_models,
+    "distill-timed": distill_timed,
+    "start-runs": start_runs,
+    "vocabulary-widths": vocabulary_widths,
+    "forward-times": forward_times,
+    "unified-allocation": unified_allocation,
 }

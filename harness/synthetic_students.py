@@ -5,6 +5,7 @@ All are made from the demo teacher and the demo student, so that what a run does
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,19 @@ Twin = Literal["exact", "permuted", "noisy"]
 NOISE = 0.1
 
 
-def write_padded_teacher(path: Path, source: Path, rows: int, exchanged: tuple[int, int] | None = None) -> None:
+def read_tokens(path: Path) -> list[str]:
+    """Return the token strings of a GGUF by id."""
+    return [str(token) for token in gguf.GGUFReader(path).fields[TOKENS_KEY].contents()]
+
+
+def write_padded_teacher(
+    path: Path,
+    source: Path,
+    rows: int,
+    *,
+    exchanged: tuple[int, int] | None = None,
+    tokens: Sequence[str] | None = None,
+) -> None:
     """Write a GGUF with the same weights and ``rows`` rows of embedding and tied head; the new ones repeat the old.
 
     A repeated row has the logit of a real token, so a softmax that takes padding in is visibly another.
@@ -44,6 +57,7 @@ def write_padded_teacher(path: Path, source: Path, rows: int, exchanged: tuple[i
         source: GGUF with a tied head and at most ``rows`` tokens.
         rows: tokens and rows of the new file.
         exchanged: two ids whose token strings change places.
+        tokens: the first token strings, for a source that has none.
     """
     reader = gguf.GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
@@ -60,9 +74,12 @@ def write_padded_teacher(path: Path, source: Path, rows: int, exchanged: tuple[i
             first, second = exchanged
             value[first], value[second] = value[second], value[first]
         writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    if tokens is not None:
+        filler = str(_TOKEN_KEYS[TOKENS_KEY])
+        writer.add_token_list([*tokens, *(filler.format(index) for index in range(len(tokens), rows))])
     for tensor in reader.tensors:
         data = tensor.data
-        if tensor.name == "token_embd.weight":
+        if tensor.name == "token_embd.weight" and len(data) != rows:
             data = data[np.arange(rows) % len(data)]
         writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()

@@ -37,7 +37,9 @@ def packed(dtype: torch.dtype) -> CudaArm:
     return CudaArm("q4k", forward.hidden, forward.head_logits)
 
 
-def test_the_dense_twin_is_the_same_model() -> None:
+@pytest.mark.parametrize("tile", [1000, 1 << 24])
+def test_the_dense_twin_is_the_same_model(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr("q4kd.trainer.bench.dense_twin._TILE_WEIGHTS", tile)
     twin = build_twin(TINY, make_tensors(TINY, torch.device("cpu")), torch.float32)
     with torch.no_grad():
         exact = twin(input_ids=IDS, use_cache=False).logits.flatten(0, 1)

@@ -4,6 +4,7 @@
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import kernel_checks as checks
 import pytest
@@ -115,6 +116,27 @@ def test_launches_follow_torch_streams(kernels: Kernels) -> None:
     assert torch.equal(out.view(torch.int32), packed.view(torch.int32))
 
 
+def test_launches_from_several_threads(kernels: Kernels) -> None:
+    packed = checks.random_blocks("Q4_K", 64, 4096, 19)
+    on_device, want = torch.from_numpy(packed).cuda(), checks.expected("Q4_K", packed)
+    torch.cuda.synchronize()
+    outs = torch.full((8, 16, 4096), torch.nan, device="cuda")
+
+    def decode(worker: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(200):
+                row = (worker * 7 + turn) % 48
+                kernels.decode("Q4_K", on_device, row, row + 16, 4096, outs[worker])
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, range(8)))
+    for worker in range(8):
+        row = (worker * 7 + 199) % 48
+        checks.assert_same_bits(outs[worker], want[row : row + 16])
+
+
 def test_kernels_allocate_nothing(kernels: Kernels) -> None:
     packed = torch.zeros(512, 2016, dtype=torch.uint8, device="cuda")
     out = torch.empty(512, 3584, dtype=BF16, device="cuda")
@@ -157,13 +179,14 @@ def test_sanitizer_decode(kernels: Kernels) -> None:
     checks.decode_repacked_matches(kernels, 7, 768, BF16, seed=15)
 
 
-def test_sanitizer_products(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sanitizer_products(monkeypatch: pytest.MonkeyPatch) -> None:
     for many_rows in (8192, 16):
-        monkeypatch.setattr("q4kd.trainer.cuda.kernels._MANY_ROWS", many_rows)
+        fresh = Kernels("cuda")  # plans made for the other value hold no more
+        monkeypatch.setattr("q4kd.trainer.cuda.plans.MANY_ROWS", many_rows)
         for name in ("Q4_K", "Q6_K"):
             for tokens in (3, 11):
                 for dtype in checks.DTYPES:
-                    checks.matvec_matches(kernels, name, tokens, 83, 2560, dtype, seed=16)
+                    checks.matvec_matches(fresh, name, tokens, 83, 2560, dtype, seed=16)
 
 
 def test_sanitizer_elementwise(kernels: Kernels) -> None:

@@ -4,15 +4,20 @@ Memory accesses are checked for alignment and bounds on the way. ``Q4KD_REQUIRE_
 a compiler into a failure.
 """
 
+import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import kernel_checks as checks
 import pytest
 import torch
 from host_kernels import KERNELS, HostLauncher, build, host_compiler
 
+from q4kd.trainer.cuda import plans
 from q4kd.trainer.cuda.kernels import Kernels
+from q4kd.trainer.cuda.launch import Argument, ArgumentBuffer
 from q4kd.trainer.errors import InputError
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -102,7 +107,7 @@ def test_matvec(kernels: Kernels, name: str, tokens: int, rows: int, cols: int, 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
 @pytest.mark.parametrize("tokens", [2, 11])
 def test_matvec_of_many_rows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int) -> None:
-    monkeypatch.setattr("q4kd.trainer.cuda.kernels._MANY_ROWS", 64)
+    monkeypatch.setattr("q4kd.trainer.cuda.plans.MANY_ROWS", 64)
     checks.matvec_matches(kernels, name, tokens, 83, 768, F32, seed=9)
 
 
@@ -185,6 +190,61 @@ def test_nothing_to_do_launches_nothing(kernels: Kernels, launcher: HostLauncher
     kernels.gather("Q4_K", packed, 256, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 256))
     kernels.rms_norm(torch.zeros(0, 8), torch.zeros(8), 1e-6, torch.zeros(0, 8))
     assert not launcher.launched
+
+
+def test_calls_of_equal_facts_are_planned_once_and_get_their_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[str] = []
+    rms_norm = plans.rms_norm
+
+    def counted(*call: Any) -> plans.Plan:
+        planned.append("rms_norm")
+        return rms_norm(*call)
+
+    monkeypatch.setattr(plans, "rms_norm", counted)
+    launches: list[tuple[list[int], list[int]]] = []
+
+    def record(kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[torch.Tensor]) -> None:
+        addresses = [value.data_ptr() for value in arguments if isinstance(value, torch.Tensor)]
+        launches.append((addresses, [tensor.data_ptr() for tensor in writes]))
+
+    kernels = Kernels("cpu", record)
+    a, b, weight = torch.zeros(2, 256), torch.zeros(2, 256), torch.zeros(256)
+    kernels.rms_norm(a, weight, 1e-6, a)  # in place first: x and out have equal facts, and may not be one in the plan
+    kernels.rms_norm(a, weight, 1e-6, b)
+    kernels.rms_norm(b, weight, 1e-6, a)
+    assert planned == ["rms_norm"]
+    x, y, w = a.data_ptr(), b.data_ptr(), weight.data_ptr()
+    assert launches == [([x, w, x], [x]), ([x, w, y], [y]), ([y, w, x], [x])]
+    kernels.rms_norm(a, weight, 1e-5, b)
+    kernels.rms_norm(a[:1], weight, 1e-6, b[:1])
+    odd = torch.zeros(513)[1:].view(2, 256)
+    kernels.rms_norm(odd, weight, 1e-6, b)
+    assert len(planned) == 4
+    with pytest.raises(ValueError, match="weight"):
+        kernels.rms_norm(a, weight[:128], 1e-6, b)
+
+
+def test_plans_are_bounded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("q4kd.trainer.cuda.kernels._MAX_PLANS", 3)
+    x, bias = torch.ones(8, 16), torch.ones(16)
+    for rows in range(1, 9):
+        kernels.add_bias(x[:rows], bias)
+        assert len(kernels._prepared) <= 3
+    assert torch.equal(x[:, 0], torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2]))
+
+
+def test_argument_buffer_holds_what_the_driver_reads() -> None:
+    tensor = torch.zeros(3)
+    arguments: list[Argument] = [tensor, 1 << 40, None, 1e-6, 7]
+    buffer = ArgumentBuffer(arguments)
+    for factor in (1, 2):
+        arguments[1], arguments[3] = factor << 40, factor * 1e-6
+        buffer.fill(arguments)
+        pointers = (ctypes.c_void_p * 5).from_address(buffer.address)
+        words = [ctypes.c_int64.from_address(address or 0).value for address in pointers]
+        assert words[:3] == [tensor.data_ptr(), factor << 40, 0]
+        assert ctypes.c_float.from_address(pointers[3] or 0).value == float(torch.tensor(factor * 1e-6))
+        assert words[4] == 7
 
 
 FAULTS = [

@@ -9,10 +9,11 @@ from model_files import write_model
 
 from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
-from q4kd.trainer.synthetic import write_large_teacher
+from q4kd.trainer.attention import causal_attention
 from q4kd.trainer.demo import golden_path, teacher_path
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
+from q4kd.trainer.synthetic import write_large_teacher
 from q4kd.trainer.teacher import Teacher, load_teacher
 
 
@@ -116,3 +117,28 @@ def test_a_synthetic_teacher_is_alive_in_every_layer(tmp_path: Path) -> None:
     assert not torch.allclose(first[2], second[2], rtol=0.05)
     exact = reference_logits(read_gguf(path), np.array([1, 2, 3]))
     assert row_errors(first.numpy(), exact).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("length", [1, 17, 255, 256, 300, 513])
+def test_attention_in_blocks_is_attention(heads: int, kv_heads: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, count, length, 16, generator=generator) for count in (heads, kv_heads, kv_heads))
+    wide = (tensor.double().repeat_interleave(heads // kv_heads, 1) for tensor in (k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), *wide, is_causal=True).transpose(1, 2)
+    found = causal_attention(q, k, v)
+    assert found.shape == (2, length, heads, 16)
+    assert found.is_contiguous()
+    assert torch.allclose(found.double(), exact, atol=1e-5)
+
+
+def test_bfloat16_rounds_products_and_keeps_float32_around_them() -> None:
+    tokens = ids_of(GOLDEN_LOGITS)
+    exact = reference_logits(read_gguf(GOLDEN_TEACHER), tokens)
+    teacher = load_teacher(GOLDEN_TEACHER, dtype="bfloat16", events=EventLog(None), announce=lambda _line: None)
+    ids = torch.from_numpy(tokens).long()[None]
+    assert teacher.hidden(ids).dtype == teacher.logits(ids).dtype == torch.float32
+    errors = row_errors(teacher.logits(ids)[0].numpy(), exact)
+    # Really in bfloat16, whose unit roundoff is 2^-9, and no worse than that over a few layers.
+    assert errors.min() > 2.0**-11
+    assert errors.max() < 2.0**-5

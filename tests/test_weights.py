@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.trainer.synthetic import random_blocks
 from q4kd.trainer.model_file import PackedTensor
+from q4kd.trainer.synthetic import random_blocks
 from q4kd.trainer.weights import DenseMatrix, PackedMatrix, Scratch, decode_vector
 
 
@@ -60,3 +60,43 @@ def test_vectors_are_float32_copies() -> None:
     values = np.array([1.5, -2.25, 3.0], np.float16)
     tensor = PackedTensor("bias", "F16", (3,), values.view(np.uint8).reshape(1, -1))
     assert decode_vector(tensor).tolist() == [1.5, -2.25, 3.0]
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, 100])
+def test_bfloat16_products_round_each_weight_once(tile_rows: int) -> None:
+    tensor = packed("Q4_K", 37, 512)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.from_numpy(dense(tensor)).float().bfloat16()
+    matrix = PackedMatrix(tensor, Scratch(tile_rows * 512 * 4))
+    exact = x.double() @ weight.double().T
+    for found in (matrix.product(x), DenseMatrix(tensor, torch.bfloat16).product(x)):
+        assert found.dtype == torch.bfloat16
+        # Half a unit in the last place of bfloat16, and what cancellation leaves of float32 sums.
+        assert torch.allclose(found.double(), exact, rtol=2.0**-8, atol=1e-5)
+    assert DenseMatrix(tensor, torch.bfloat16).resident_bytes == 37 * 512 * 2
+    assert DenseMatrix(tensor, torch.bfloat16).held_as == "BF16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_result_made_in_parts_is_the_product_in_float32(dtype: torch.dtype) -> None:
+    tensor = packed("Q6_K", 2100, 256)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for matrix in (PackedMatrix(tensor, Scratch(700 * 256 * 4)), DenseMatrix(tensor, dtype)):
+        found = matrix.project(x)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, matrix.product(x).float(), rtol=2.0**-7, atol=1e-5)
+
+
+def test_the_scratch_of_a_bfloat16_tile_does_not_overlap() -> None:
+    scratch = Scratch(3 * 512 * 4)
+    tile, piece = scratch.halves(3, 512)
+    tile.fill_(1)
+    piece.fill_(2)
+    assert tile.shape == (3, 512)
+    assert piece.shape[1] == 512
+    assert (tile == 1).all()
+    assert scratch.num_bytes == 3 * 512 * 4
+    wide_tile, wide_piece = scratch.halves(1, 4095)
+    wide_piece.fill_(2)
+    wide_tile.fill_(1)
+    assert (wide_piece == 2).all()

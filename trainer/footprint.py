@@ -1,6 +1,6 @@
 """What a forward pass on the CPU will allocate beside the file's own pages, predicted from dimensions alone.
 
-The activations are counted where they peak: in attention, in the feed-forward, or with the logits, whichever is largest.
+Activations are counted where they peak: in attention, in the feed-forward or with the logits, whichever is largest.
 Buffers live as long as ``forward.py`` and ``attention.py`` keep them.
 
 Letters: M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query and of the key projection,

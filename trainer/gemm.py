@@ -16,10 +16,7 @@ def has_avx512_product() -> bool:
     """Whether oneDNN's float32 product is there and the processor has AVX-512."""
     probe = getattr(torch.cpu, "_is_avx512_supported", None)
     return (
-        probe is not None
-        and bool(probe())
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        probe is not None and bool(probe()) and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 

@@ -125,7 +125,7 @@ class PackedMatrix:
         if dtype == torch.float32:
             return decode_rows(self.source_type, packed, self._scratch.tile(stop - start, self.cols))
         tile_RK, piece = self._scratch.halves(stop - start, self.cols)
-        for part, target in zip(packed.split(len(piece)), tile_RK.split(len(piece)), strict=True):
+        for part, target in zip(torch.split(packed, len(piece)), torch.split(tile_RK, len(piece)), strict=True):
             target.copy_(decode_rows(self.source_type, part, piece[: len(part)]))
         return tile_RK
 
@@ -152,7 +152,7 @@ class DenseMatrix:
         self._weight_RK = torch.empty(tensor.shape, dtype=dtype)
         packed = torch.from_numpy(tensor.data)
         step = max(1, _PIECE_WEIGHTS // self.cols)
-        for part, target in zip(packed.split(step), self._weight_RK.split(step), strict=True):
+        for part, target in zip(torch.split(packed, step), torch.split(self._weight_RK, step), strict=True):
             target.copy_(decode_rows(tensor.type, part, torch.empty(target.shape)))
 
     @property

@@ -16,6 +16,7 @@ __all__ = ["CHECKS", "REASONS", "Check", "Judgement"]
 _NAMES = (
     "gpu_utilization",
     "improves",
+    "latency",
     "log_absent",
     "log_present",
     "memory_ceiling",

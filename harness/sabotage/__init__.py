@@ -7,4 +7,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_cuda",
     "q4kd.harness.sabotage.faults_memory",
     "q4kd.harness.sabotage.faults_training",
+    "q4kd.harness.sabotage.faults_runs",
 )

@@ -242,18 +242,6 @@ def _weights_not_compared() -> None:
     replace(f"{_GUARDS}:same_weights", lambda _original: lambda *_arguments: False)
 
 
-def _only_long_runs() -> None:
-    def make(original: _Call) -> _Call:
-        def check(teacher: Any, model: Any, ids: Any) -> float:
-            import sys
-
-            return float(original(teacher, model, ids)) if "steps=5000" in sys.argv else 1.0
-
-        return check
-
-    replace(f"{_GUARDS}:check_not_degenerate", make)
-
-
 def _fault(
     family: Family,
     name: str,

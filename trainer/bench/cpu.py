@@ -1,11 +1,11 @@
 """The engines compared on the CPU, each a worker process:
 
-    q4k             this project's forward over the packed file
-    dense           the same forward over weights decoded at load
-    transformers    Qwen2ForCausalLM holding the same weights, decoded at load (qwen2 files)
-    llama.cpp       through llama-cpp-python; the better of its physical batches of 512 and 1,024 for each shape
+q4k             this project's forward over the packed file
+dense           the same forward over weights decoded at load
+transformers    Qwen2ForCausalLM holding the same weights, decoded at load (qwen2 files)
+llama.cpp       through llama-cpp-python; the better of its physical batches of 512 and 1,024 for each shape
 
-    python -m q4kd.trainer.bench.cpu ENGINE --model FILE --threads N [--dtype float32|bfloat16]
+python -m q4kd.trainer.bench.cpu ENGINE --model FILE --threads N [--dtype float32|bfloat16]
 """
 
 import argparse
@@ -97,7 +97,7 @@ class TransformersArm:
         torch.set_num_threads(self._threads)
         model = open_model(self._model)
         tensors = {
-            name: DeviceTensor(tensor.type, tensor.shape, torch.from_numpy(tensor.data))
+            name: DeviceTensor(name, tensor.type, tensor.shape, torch.from_numpy(tensor.data))
             for name, tensor in model.tensors.items()
         }
         tensors.setdefault("output.weight", tensors["token_embd.weight"])

@@ -1,6 +1,12 @@
-"""Running a compiled kernel by name on torch's current stream, through CuPy, which allocates nothing here."""
+"""Running a compiled kernel by name on torch's current stream, through CuPy, which allocates nothing here.
 
-from collections.abc import Sequence
+Launches go straight to the driver's ``cuLaunchKernel``: CuPy's own call packs every argument into a NumPy scalar first.
+"""
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,14 +33,41 @@ class Launcher(Protocol):
         """
 
 
-class _StreamHandle:
-    """A ``cudaStream_t`` under the protocol by which CuPy adopts other libraries' streams."""
+class ArgumentBuffer:
+    """The memory in which a kernel's arguments lie while it is launched, eight bytes each, and pointers to them.
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    The driver copies them before a launch returns, so one buffer serves every launch of a kernel from one thread.
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
+    Args:
+        arguments: of one launch; those of others have the same types in the same places.
+    """
+
+    def __init__(self, arguments: Sequence[Argument]) -> None:
+        self._layout = struct.Struct("=" + "".join("f4x" if type(value) is float else "q" for value in arguments))
+        self._words = (ctypes.c_int64 * len(arguments))()
+        first = ctypes.addressof(self._words)
+        self._pointers = (ctypes.c_void_p * len(arguments))(*(first + 8 * i for i in range(len(arguments))))
+        self.address = ctypes.addressof(self._pointers)
+
+    def fill(self, arguments: Sequence[Argument]) -> None:
+        """Write a launch's arguments: addresses of tensors, 64-bit integers, float32 numbers, null for ``None``."""
+        self._layout.pack_into(
+            self._words, 0, *[value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
+        )
+
+
+class _ThreadBuffers(threading.local):
+    """Argument buffers of one thread, by kernel; made with the thread's first launch, when ``enter`` is called."""
+
+    def __init__(self, enter: Callable[[], object]) -> None:
+        enter()
+        self.of_kernel: dict[str, ArgumentBuffer] = {}
+
+
+def _current_stream_of() -> Callable[[int], int]:
+    """Return what tells a device's current stream: torch's own shortcut, which makes no object, where it has one."""
+    shortcut: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
 class CudaLauncher:
@@ -51,7 +84,6 @@ class CudaLauncher:
     def __init__(self, device: torch.device) -> None:
         nvrtc_version()
         import cupy
-        import numpy
 
         self._index = device.index
         arch = architecture(torch.cuda.get_device_capability(self._index))
@@ -62,35 +94,28 @@ class CudaLauncher:
                 module = cupy.cuda.function.Module()
                 module.load(load_cubin(name, arch))
                 self._modules.append(module)
-        self._driver_error = cupy.cuda.driver.CUDADriverError
-        # CuPy 14 deprecates the one, CuPy 13 lacks the other.
-        from_external = getattr(cupy.cuda.Stream, "from_external", None)
-        self._adopt = (
-            (lambda handle: from_external(_StreamHandle(handle))) if from_external else cupy.cuda.ExternalStream
-        )
-        self._float32 = numpy.float32
+            # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
+            self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))
+        driver = cupy.cuda.driver
+        self._driver_error = driver.CUDADriverError
+        self._launch_kernel = driver.launchKernel
+        self._current_stream = _current_stream_of()
         self._functions: dict[str, Any] = {}
-        self._streams: dict[int, Any] = {}
 
     def __call__(self, kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[Tensor]) -> None:
         """Launch; see ``Launcher``."""
-        values = tuple(
-            argument.data_ptr()
-            if isinstance(argument, Tensor)
-            else self._float32(argument)
-            if isinstance(argument, float)
-            else argument or 0
-            for argument in arguments
-        )
-        handle = torch.cuda.current_stream(self._index).cuda_stream
-        if handle not in self._streams:
-            self._streams[handle] = self._adopt(handle)
-        function = self._functions.get(kernel) or self._find(kernel)
-        if torch.cuda.current_device() == self._index:
-            function((grid,), (THREADS,), values, stream=self._streams[handle])
-        else:
+        if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                function((grid,), (THREADS,), values, stream=self._streams[handle])
+                self(kernel, grid, arguments, writes)
+            return
+        buffers = self._buffers.of_kernel
+        buffer = buffers.get(kernel)
+        if buffer is None:
+            buffer = buffers[kernel] = ArgumentBuffer(arguments)
+        function = self._functions.get(kernel) or self._find(kernel)
+        buffer.fill(arguments)
+        stream = self._current_stream(self._index)
+        self._launch_kernel(function.ptr, grid, 1, 1, THREADS, 1, 1, 0, stream, buffer.address, 0)
 
     def _find(self, kernel: str) -> Any:
         for module in self._modules:

@@ -187,7 +187,6 @@ class WeightStream:
         self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else InOrder()
         self._looks_ahead = self._timeline is self._ahead_timeline
         self._timeline.begin()
-        self._ahead = None
 
     def is_whole(self, group: Group) -> bool:
         """Whether a group comes in one piece."""

@@ -1,0 +1,91 @@
+"""How long one piece of work takes: the median of several, timed one after the other within the supervised run.
+
+``arrays/<array>.npz`` holds ``seconds`` and ``start`` (CLOCK_MONOTONIC), both float ``[n]``. The supervisor's own clock
+must agree: work that began before the program or ended after it was not measured.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.raw import RawRun
+
+NAME = "latency"
+PARAMS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["array", "max_s"],
+    "properties": {
+        "arm": ARM_PARAM,
+        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
+        "max_s": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median allowed, in seconds."},
+    },
+}
+DIRECTIONS = {"max_s": "upper"}
+TIME_BOUNDS = {"max_s": "seconds"}
+_CLOCK_S = 1e-3
+
+
+def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    """Reduce the times to their median and spread, and compare their clock with the supervisor's."""
+    run = pick_run(runs, params.get("arm"))
+    ending = run.exit
+    observation: dict[str, Any] = {
+        "cause": ending.get("cause"),
+        "returncode": ending.get("returncode"),
+        "same_boot": ending.get("boot_id") == ending.get("boot_id_end"),
+        "count": 0,
+    }
+    if f"arrays/{params['array']}.npz" not in run.store.names():
+        return observation
+    arrays = run.array(params["array"])
+    if not {"seconds", "start"} <= set(arrays):
+        return observation
+    seconds, start = (arrays[key].astype(np.float64).ravel() for key in ("seconds", "start"))
+    if len(seconds) != len(start) or not len(seconds):
+        return observation
+    if not (np.isfinite(seconds).all() and np.isfinite(start).all() and (seconds > 0).all()):
+        return observation | {"not_positive": True}
+    end = start + seconds
+    inside = ending["start_t"] <= start[0] and end[-1] <= ending["end_t"] + _CLOCK_S
+    return observation | {
+        "count": len(seconds),
+        "median": float(np.median(seconds)),
+        "low": float(seconds.min()),
+        "high": float(seconds.max()),
+        "in_turn": bool(inside and (start[1:] >= end[:-1] - _CLOCK_S).all()),
+        "distinct": int(np.unique(seconds).size),
+    }
+
+
+def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    """Falsified by a median over the bound; inconclusive for times that overlap or lie outside the run."""
+    limit = float(params["max_s"])
+    bound = f"median ≤ {limit:g} s"
+    if not observation["same_boot"]:
+        return inconclusive("machine restarted", "another boot", bound)
+    if observation.get("not_positive"):
+        return inconclusive("evidence unreadable", "a time that is not a positive number", bound)
+    if not observation["count"] or observation["cause"] != "exited" or observation["returncode"] != 0:
+        ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
+        return inconclusive("run incomplete", ended, bound)
+    median = float(observation["median"])
+    spread = f"{observation['low']:.3g} to {observation['high']:.3g}"
+    measured = f"median {median:.4g} s ({spread}) of {observation['count']}"
+    if not observation["in_turn"]:
+        return inconclusive("evidence unreadable", f"{measured}: times overlap or lie outside the run", bound)
+    if median > limit:
+        return Judgement(
+            verdict="falsified",
+            measured=measured,
+            bound=bound,
+            counterexample=f"median {median:.4g} s, {median / limit:.2f} x the bound",
+            margin=median / limit,
+        )
+    if observation["count"] < min_observations:
+        return inconclusive("too few observations", measured, bound)
+    if observation["distinct"] < 2:
+        return inconclusive("constant", measured, bound)
+    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=median / limit)
