@@ -19,6 +19,7 @@ DEFECT_EXIT = 3
 INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
+    "q4kd.trainer.commands_bench",
     "q4kd.harness.commands_falsify",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",

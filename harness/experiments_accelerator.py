@@ -12,36 +12,38 @@ from typing import Any
 import numpy as np
 
 from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment, register
+from q4kd.harness.experiments_cuda import teacher_7b
 from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import read_events
 from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, gguf_facts
-from q4kd.harness.synthetic import write_large_teacher
 from q4kd.harness.synthetic_students import read_tokens, write_padded_teacher, write_student
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
-SEQUENCES, SEQ_LEN = 32, 256
+SEQUENCES, SEQ_LEN, ACCUMULATION = 32, 256, 4
 SHORT_STEPS, LONG_STEPS = 31, 500
 WARM_UP, PASSES = 3, 9
 MANAGED_BYTES = 40_000_000_000
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.synthetic", "q4kd.harness.synthetic_students")
+_SOURCES = ("q4kd.harness.experiments_cuda", "q4kd.harness.synthetic_students", "q4kd.trainer.synthetic")
 
 
 def _teacher(inputs: Inputs) -> Path:
-    """Return a 7B-shaped Q4_K_M file whose tokens begin with the demo's."""
-
-    def make(path: Path) -> None:
-        bare = path.with_suffix(".bare.gguf")
-        write_large_teacher(bare, layers=28, hidden=3584, ffn=18_944, vocab=TEACHER_VOCAB)
-        write_padded_teacher(path, bare, TEACHER_VOCAB, tokens=read_tokens(demo_teacher(inputs)))
-        bare.unlink()
-
+    """Return the 7B-shaped file with a vocabulary that begins with the demo's tokens."""
+    source, tokens = teacher_7b(inputs), read_tokens(demo_teacher(inputs))
+    make = functools.partial(write_padded_teacher, source=source, rows=TEACHER_VOCAB, tokens=tokens)
     return inputs.file("teacher-7b-tokens.gguf", make)
 
 
 def _student(inputs: Inputs) -> Path:
-    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": STUDENT_VOCAB}
-    make = functools.partial(write_student, source=demo_student(inputs), layer_types=["full_attention"] * 24, **sizes)
+    changes = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "layer_types": ["full_attention"] * 24,
+        "vocab_size": STUDENT_VOCAB,
+    }
+    make = functools.partial(write_student, source=demo_student(inputs), changes=changes)
     return inputs.file("student-0.5b", make)
 
 
@@ -51,7 +53,14 @@ def _text(inputs: Inputs) -> Path:
 
 
 def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
-    settings = {"steps": steps, "batch_size": SEQUENCES, "log_every": 10, "checkpoint_every": 0}
+    # Four micro-batches: the student's activations of 8,192 tokens at once would take more than its weights.
+    settings = {
+        "steps": steps,
+        "batch_size": SEQUENCES // ACCUMULATION,
+        "accumulation": ACCUMULATION,
+        "log_every": 10,
+        "checkpoint_every": 0,
+    }
     return [
         *("distill", "--teacher", str(_teacher(inputs)), "--student", str(_student(inputs))),
         *("--data", str(_text(inputs)), "--out", "run", "--device", "cuda", "--events", "events.jsonl"),
@@ -79,13 +88,13 @@ for _name, _steps, _needs in (
     register(
         Experiment(
             name=_name,
-            title=f"{_steps} steps of {SEQUENCES} x {SEQ_LEN} tokens, a 7B Q4_K_M teacher and a 0.5B student on the GPU",
+            title=f"{_steps} steps of {SEQUENCES} x {SEQ_LEN} tokens, 7B Q4_K_M teacher and 0.5B student on the GPU",
             needs=_needs,
             arms=(Arm(None, functools.partial(_distill_argv, _steps), timeout_s=3600, stall_s=600),),
             prepare=_prepare_distill,
             collect=_collect_distill,
             exclusive=True,
-            sources=(*_SOURCES, "q4kd.harness.experiments_training"),
+            sources=(*_SOURCES, "q4kd.harness.experiments_runs", "q4kd.harness.experiments_training"),
         )
     )
 
@@ -136,7 +145,7 @@ register(
 register(
     Experiment(
         name="unified-allocation",
-        title=f"{MANAGED_BYTES // 10**9} GB as the policy of a unified device allocates them, written and read on the GPU",
+        title=f"{MANAGED_BYTES // 10**9} GB allocated as a unified device's policy says, written and read on the GPU",
         needs=("cuda", "unified"),
         arms=(
             Arm(

@@ -1,6 +1,7 @@
-"""Experiments on what is checked before the first step: vocabularies, degenerate pairs, and settings that mean nothing."""
+"""Experiments on what is checked before the first step: vocabularies, degenerate pairs, settings without meaning."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None
     return inputs.file(name, make)
 
 
-def _student(inputs: Inputs, name: str, **changes: object) -> Path:
-    return inputs.file(name, functools.partial(write_student, source=demo_student(inputs), **changes))
+def _student(inputs: Inputs, name: str, changes: Mapping[str, object]) -> Path:
+    return inputs.file(name, functools.partial(write_student, source=demo_student(inputs), changes=changes))
 
 
 def _student_with_weights(inputs: Inputs) -> Path:
@@ -51,9 +52,16 @@ def _student_with_weights(inputs: Inputs) -> Path:
 
 
 def _wide_student(inputs: Inputs) -> Path:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    return _student(inputs, "student-151936", vocab_size=EXACT_STUDENT, **sizes, **heads)
+    changes = {
+        "vocab_size": EXACT_STUDENT,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    return _student(inputs, "student-151936", changes)
 
 
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
@@ -191,7 +199,7 @@ def _cases(inputs: Inputs) -> Path:
         records.append({"case": case, "argv": words[0], "twin": twin, "twin_argv": words[1]})
 
     add("0 steps", "1 step", (teacher, fresh, "--max-steps 0"), (teacher, fresh, "--max-steps 1"))
-    wider = _student(inputs, "student-wider", vocab_size=WIDER)
+    wider = _student(inputs, "student-wider", {"vocab_size": WIDER})
     add("student wider than teacher", "padded teacher", (teacher, wider, ""), (padded, wider, ""))
     exchanged = _padded_teacher(inputs, PADDED, EXCHANGED)
     add("two tokens exchanged", "the same in order", (exchanged, fresh, ""), (padded, fresh, ""))

@@ -1,4 +1,4 @@
-"""Experiments on what a person sees of a run: its progress lines and their cost, and the smoke run beside the full one."""
+"""Experiments on what a person sees of a run: progress lines and their cost, and a smoke run beside the full one."""
 
 import argparse
 import functools

@@ -60,8 +60,8 @@ def unified_allocation(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
 
-    from q4kd.trainer.cuda.allocation import allocate_bytes
     from q4kd.trainer import device
+    from q4kd.trainer.cuda.allocation import allocate_bytes
 
     facts = device.cuda_facts()
     device_class = device.classify(facts.capability, facts.integrated)

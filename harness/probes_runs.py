@@ -1,8 +1,9 @@
-"""Measurements on whole runs: the cost of reporting, whether a run would start, and how wide the compared logits are."""
+"""Measurements on whole runs: the cost of reporting, whether a run would start, how wide the compared logits are."""
 
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import time
 from collections.abc import Callable
@@ -28,7 +29,6 @@ def distill_timed(arguments: list[str]) -> int:
     args = parser.parse_args(arguments[:cut])
 
     from q4kd.harness.__main__ import main
-    from q4kd.trainer import distill
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.progress import Reporter
 
@@ -49,6 +49,7 @@ def distill_timed(arguments: list[str]) -> int:
 
         return call
 
+    distill: Any = importlib.import_module("q4kd.trainer.distill")
     distill.train_step = clocked(distill.train_step, steps)
     EventLog.emit = clocked(EventLog.emit, events, "step")  # type: ignore[method-assign]
     Reporter.step = clocked(Reporter.step, lines)  # type: ignore[method-assign]
@@ -72,8 +73,8 @@ class _TrainingBegan(BaseException):
 def start_runs(arguments: list[str]) -> int:
     """Start runs that must be refused, and the valid twin of each, up to the first step; record how each ended.
 
-    ``--cases`` is a JSON file: ``[{"case", "argv", "twin", "twin_argv"}, …]``. An error is recorded as its exit code and
-    the subject that its one line names; a run that reaches its first step has none.
+    ``--cases`` is a JSON file: ``{"cases": [{"case", "argv", "twin", "twin_argv"}, …]}``. An error is recorded as its
+    exit code and the subject that its one line names; a run that reaches its first step has none.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=Path, required=True)
@@ -81,11 +82,11 @@ def start_runs(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
 
     from q4kd.harness.__main__ import main
-    from q4kd.trainer import distill
 
     def begin(*_arguments: Any, **_options: Any) -> Any:
         raise _TrainingBegan
 
+    distill: Any = importlib.import_module("q4kd.trainer.distill")
     distill.train_step = begin
 
     def outcome(argv: list[str]) -> tuple[str | None, str]:
@@ -125,11 +126,12 @@ def vocabulary_widths(arguments: list[str]) -> int:
 
     import torch
 
-    from q4kd.trainer import kd_loss, student
+    from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher import load_teacher
 
     widths: set[tuple[int, int]] = set()
+    kd_loss: Any = importlib.import_module("q4kd.trainer.kd_loss")
     terms = kd_loss._chunk_terms
 
     def measured(student_CV: Any, teacher_CV: Any, *rest: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Teachers and students that differ in one stated way: padded or exchanged vocabularies, and students that are teachers.
+"""Teachers and students that differ in one stated way: padded or exchanged vocabularies, students that are teachers.
 
 All are made from the demo teacher and the demo student, so that what a run does with them is known beforehand.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,12 +88,12 @@ def write_padded_teacher(
     writer.close()
 
 
-def write_student(folder: Path, source: Path, **changes: object) -> None:
+def write_student(folder: Path, source: Path, changes: Mapping[str, object]) -> None:
     """Copy a student's tokenizer and config, without weights, with other values in the config."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
-    config = read_json(source / "config.json") | changes
+    config = read_json(source / "config.json") | dict(changes)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
@@ -126,16 +126,15 @@ def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: T
         elif twin == "noisy" and weight.ndim == 2:
             weight += rng.normal(0, NOISE * weight.std(), weight.shape).astype(np.float32)
         tensors[_hugging_face_name(tensor.name)] = np.ascontiguousarray(weight)
-    write_student(
-        folder,
-        student,
-        hidden_size=size("embedding_length"),
-        intermediate_size=size("feed_forward_length"),
-        num_hidden_layers=size("block_count"),
-        num_attention_heads=size("attention.head_count"),
-        num_key_value_heads=size("attention.head_count_kv"),
-        layer_types=["full_attention"] * size("block_count"),
-    )
+    changes = {
+        "hidden_size": size("embedding_length"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": size("attention.head_count"),
+        "num_key_value_heads": size("attention.head_count_kv"),
+        "layer_types": ["full_attention"] * size("block_count"),
+    }
+    write_student(folder, student, changes)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -24,15 +24,31 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
     teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
     teacher.set_defaults(run=_teacher)
+    load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
+    load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
+    load.set_defaults(run=_load)
+
+
+def _load(args: argparse.Namespace) -> int:
+    from q4kd.trainer.device import cuda_facts
+
+    cuda_facts()
+    from q4kd.trainer.bench.load import run_load
+
+    print("\n".join(run_load(args.out)))
+    return 0
 
 
 def _teacher(args: argparse.Namespace) -> int:
     if args.device == "cuda":
+        from q4kd.trainer.device import cuda_facts
+
+        cuda_facts()
         from q4kd.trainer.bench.cuda import main
 
         # That comparison makes a 7B-shaped model on the device and has engines and shapes of its own.
         out = args.out or Path("bench-cuda")
-        return main(["--out", str(out), "--rounds", str(args.pairs)])
+        return main(["--out", str(out), "--rounds", str(args.pairs), "--skip", "load"])
     lengths = [_count("--tokens", text, 1 << 20) for text in args.tokens.split(",")]
     engines = [name for name in args.against.split(",") if name]
     for name in engines:

@@ -8,4 +8,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_memory",
     "q4kd.harness.sabotage.faults_training",
     "q4kd.harness.sabotage.faults_runs",
+    "q4kd.harness.sabotage.faults_guards",
 )

@@ -1,5 +1,6 @@
 """Faults in the choice of backend, device class and allocation."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,27 @@ def _noisy_dense() -> None:
     replace("q4kd.trainer.weights:DenseMatrix.product", make)
 
 
+def _idle_steps() -> None:
+    """Wait before each step, as a run does whose teacher computes on the host."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            time.sleep(5)
+            return original(*arguments)
+
+        return step
+
+    replace("q4kd.trainer.step:train_step", make)
+
+
+def _short_allocation() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        # About what cudaMalloc reaches on a GB10 before its window ends.
+        return lambda num_bytes, allocation: original(min(num_bytes, 30_000_000_000), allocation)
+
+    replace("q4kd.trainer.cuda.allocation:allocate_bytes", make)
+
+
 for _name, _title, _target, _apply in (
     (
         "override-ignored",
@@ -84,6 +106,18 @@ for _name, _title, _target, _apply in (
         "the dense backend keeps weights in four bits of their largest value",
         "q4kd.trainer.weights:DenseMatrix.product",
         _noisy_dense,
+    ),
+    (
+        "idle-steps",
+        "the device waits five seconds before each step",
+        "q4kd.trainer.step:train_step",
+        _idle_steps,
+    ),
+    (
+        "short-allocation",
+        "allocations end at 30 GB in silence",
+        "q4kd.trainer.cuda.allocation:allocate_bytes",
+        _short_allocation,
     ),
 ):
     register(Fault(name=_name, title=_title, family="dispatch", targets=(_target,), apply=_apply))

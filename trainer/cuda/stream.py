@@ -21,8 +21,9 @@ from torch import Tensor
 
 from q4kd.trainer.cuda.weights import CudaMatrix, Group
 
-# The largest matrices of a 7B model, 18944 rows of 3584 in bfloat16, are 135.8 MB: one slab each.
-DEFAULT_SCRATCH_BYTES = 136_000_000
+# Gate and up of a 7B model, 2 x 18944 rows of 3584 in bfloat16, are 271.6 MB: one slab, one product. Buffers alternate,
+# so the other one holds at most the down projection, 135.8 MB.
+DEFAULT_SCRATCH_BYTES = 272_000_000
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class WeightStream:
         passes: for each kind of pass, its groups in the order in which it uses them. Resident ones need no scratch.
         dtype: of the decoded weights, bfloat16 or float32.
         device: where the scratch is.
-        scratch_bytes: bound of one buffer; a single row that needs more gets it.
+        scratch_bytes: bound of one buffer, each as large as its largest slab; a single row that needs more gets it.
         timeline: orders decoding ahead into two buffers; ``None`` decodes in line, into one.
     """
 
@@ -167,8 +168,9 @@ class WeightStream:
                     self._slabs[group] = tuple(slabs)
                     order += slabs
             self._following |= dict(pairwise(order))
-        largest = max((_weights(slab) for slabs in self._slabs.values() for slab in slabs), default=0)
-        self._buffers = [torch.empty(largest, dtype=dtype, device=device) for _ in range(count)]
+        every = [slab for slabs in self._slabs.values() for slab in slabs]
+        sizes = [max((_weights(slab) for slab in every if slab.buffer == buffer), default=0) for buffer in range(count)]
+        self._buffers = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
         self._looks_ahead = False
         self._ahead: Slab | None = None
 
