@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.experiments_runs import read_events
 from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, collect_probe, golden_teacher, save_pairs
 
 # --- decision-tables: every input of every table ---
@@ -45,8 +46,18 @@ def _argv(backend: tuple[str, ...], inputs: Inputs) -> list[str]:
     return ["logits", model, "--ids", ids, *backend, *common]
 
 
+def _announced(run_dir: Path) -> dict[str, Any]:
+    """Lay the event of the choice beside the line of the log."""
+    event = next(iter(read_events(run_dir, "backend_selected")), {})
+    line = f"teacher backend: {event.get('backend')} ({event.get('reason')})"
+    stated = (run_dir / "stdout.log").read_text(encoding="utf-8").splitlines()
+    return {"backend of the event": str(event.get("backend")), "reason of the event is the log's": line in stated}
+
+
 def _collect(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
-    """Compare the dense arm's logits with those of the default arm, which ran before it."""
+    """Read what the default arm announced, and compare the dense arm's logits with its, which ran before."""
+    if run_dir.name.endswith(".default"):
+        return {"tables": {"announced": _announced(run_dir)}}
     other = run_dir.parent / "teacher-backends.default" / "logits.npy"
     mine = run_dir / "logits.npy"
     if run_dir.name.partition(".")[2] != "flag-dense" or not (other.is_file() and mine.is_file()):

@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment, register
 from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import BATCH, SEQ_LEN, distill_words, read_events, training_text
 from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
 from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits, reference_loss
-from q4kd.harness.synthetic_students import Twin, write_padded_teacher, write_student, write_teacher_as_student
+from q4kd.harness.synthetic_students import (
+    Twin,
+    read_tokens,
+    write_padded_teacher,
+    write_student,
+    write_teacher_as_student,
+)
 from q4kd.trainer.files import read_json, write_json
 
 # The demo's vocabulary, padded by the share of Qwen2.5-7B's file; and that file's sizes with its 0.5B student's.
@@ -76,10 +82,23 @@ def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
     return distill_words(teacher, student, training_text(inputs, 1), *words)
 
 
+def _collect_exact(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    """Read the checkpoint of the exact sizes, and count the rows of the teacher's file and of the trained student."""
+    from safetensors.numpy import load_file
+
+    facts = get_experiment("distill-run").collect(run_dir, inputs)
+    rows = {"teacher's file": len(read_tokens(_padded_teacher(inputs, EXACT_TEACHER)))}
+    for path in run_dir.glob("run/checkpoints/step-*/model.safetensors"):
+        rows["student after training"] = len(load_file(path)["model.embed_tokens.weight"])
+    return facts | {"tables": {"rows": rows}}
+
+
 def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     """Compare the padded arm with the one before it, and its first step with float64 over the sliced logits."""
-    steps = read_events(run_dir, "step")
-    if run_dir.name.partition(".")[2] != "padded" or not steps:
+    arm, steps = run_dir.name.partition(".")[2], read_events(run_dir, "step")
+    if arm == "exact":
+        return _collect_exact(run_dir, inputs)
+    if arm == "native" or not steps:
         return {"comparators": {}}
     native = read_events(run_dir.parent / "vocabulary-run.native", "step")
 
@@ -130,7 +149,7 @@ register(
         ),
         prepare=lambda inputs: [_vocabulary_argv(name, inputs) for name in ("native", "padded", "exact")],
         collect=_collect_vocabulary,
-        sources=(*_SOURCES, "q4kd.harness.reference"),
+        sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.experiments_training"),
     )
 )
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from q4kd.harness import block_spec
 from q4kd.harness.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.reference import read_gguf, reference_logits
-from q4kd.trainer.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path, teacher_path
 from q4kd.trainer.files import read_json
+from q4kd.trainer.synthetic import write_large_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_TEACHER = GOLDEN / "qwen2-q4_k_m.gguf"

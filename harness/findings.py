@@ -93,6 +93,7 @@ def _finding(claim: Claim, scope: str, result: Mapping[str, Any]) -> dict[str, A
         "checks": [dict(check) for check in result.get("checks", [])],
         "experiment": claim.falsifier.experiment if claim.falsifier else None,
         "runs": sorted(result.get("runs", [])),
+        "mutations": result.get("mutations"),
         "sabotage": [dict(record) for record in result.get("sabotage", [])],
         "if_fails": claim.if_fails,
         "seconds": result.get("seconds"),
@@ -118,6 +119,20 @@ def headline(document: Mapping[str, Any]) -> str:
     if counts["not_gating"]:
         line += f"; {counts['not_gating']} not gating"
     return line + ("; partial selection, cannot pass" if document["scope"] == "partial" else "")
+
+
+def sabotage_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return, one line each, how many mutations turned their claim and how many planted faults were caught."""
+    rows = document["findings"]
+    tried = [row["mutations"] for row in rows if row["mutations"] is not None]
+    faults = [record for row in rows for record in row["sabotage"]]
+    lines = []
+    if tried:
+        turned, count = sum(mutations["caught"] for mutations in tried), sum(m["tried"] for m in tried)
+        lines.append(f"L1: {turned} of {count} mutations turned")
+    if faults:
+        lines.append(f"L2: {sum(record['caught'] for record in faults)} of {len(faults)} planted faults caught")
+    return lines
 
 
 @lru_cache(maxsize=1)

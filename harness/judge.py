@@ -9,7 +9,7 @@ from q4kd.harness.checks.judgement import inconclusive
 from q4kd.harness.contract import CheckUse, Claim
 from q4kd.harness.raw import RawRun
 
-JUDGE_VERSION = 1
+JUDGE_VERSION = 2
 # A claim is worth its worst check: one refutation refutes it, one unknown leaves it unknown.
 _ORDER = ("falsified", "inconclusive", "corroborated")
 
@@ -24,7 +24,8 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[
 
     Returns:
         ``{"verdict", "reason", "checks": [{"check", "params", "observation", "verdict", "reason", "measured",
-        "bound", "counterexample", "margin"}]}``. A planted fault never supports ``corroborated``.
+        "bound", "counterexample", "margin"}]}``. Whatever the checks say, evidence of another process or of two boots
+        supports no verdict, and neither a planted fault nor a killed run ever supports ``corroborated``.
     """
     if claim.falsifier is None:
         return {"verdict": "inconclusive", "reason": "prose", "checks": []}
@@ -36,9 +37,43 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[
     checks = [judge_check(use, runs, falsifier.min_observations) for use in falsifier.checks]
     worst = min(checks, key=lambda check: _ORDER.index(check["verdict"]))
     verdict, reason = worst["verdict"], worst["reason"]
-    if verdict == "corroborated" and any(run.fault is not None for run in runs.values()):
-        verdict, reason = "inconclusive", "faulted run"
+    if verdict != "inconclusive":
+        found = next((why for run in runs.values() if (why := foreign(run)) is not None), None)
+        if found is None and verdict == "corroborated":
+            found = next((why for run in runs.values() if (why := unsupporting(run)) is not None), None)
+        if found is not None:
+            verdict, reason = "inconclusive", found
     return {"verdict": verdict, "reason": reason, "checks": checks}
+
+
+def foreign(run: RawRun) -> str | None:
+    """Return why a run's records are not of one process within one boot, or None when they are."""
+    try:
+        ending = run.exit
+        pid, boot = ending.get("pid"), ending.get("boot_id")
+        if pid is None or boot is None:
+            return "evidence unreadable"
+        if ending.get("boot_id_end") != boot:
+            return "machine restarted"
+        starts = run.events_named("process_start")
+        if any(record.get("pid") != pid for record in (*run.memory, *starts)):
+            return "another process"
+    except Exception:  # malformed evidence: unknown whose it is
+        return "evidence unreadable"
+    return None
+
+
+def unsupporting(run: RawRun) -> str | None:
+    """Return why a run can refute a claim but never support it, or None when it can do both."""
+    try:
+        before_program, _, _ = " ".join(map(str, run.argv["argv"])).partition(" -- ")
+        if run.fault is not None or "--fault" in before_program.split():
+            return "faulted run"
+        if run.exit.get("cause") != "exited":
+            return "run incomplete"
+    except Exception:  # malformed evidence: unknown how it was made
+        return "evidence unreadable"
+    return None
 
 
 def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int) -> dict[str, Any]:
@@ -53,16 +88,16 @@ def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int
         judgement = inconclusive("evidence unreadable", message, "evidence that can be read")
     return {
         "check": use.check,
-        "params": _plain(use.params),
+        "params": plain(use.params),
         "observation": observation,
         **dataclasses.asdict(judgement),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return mappings and sequences as the plain ones that JSON knows."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -20,6 +20,7 @@ from q4kd.harness.child import VOID_EXIT
 from q4kd.harness.contract import Claim
 from q4kd.harness.experiment import EXPERIMENTS, get_experiment
 from q4kd.harness.judge import judge_claim
+from q4kd.harness.mutations import NOT_SHOWN
 from q4kd.harness.raw import RawRun, TarStore
 from q4kd.harness.raw import run_names as stored_runs
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, apply_source, get_fault
@@ -28,7 +29,6 @@ from q4kd.trainer.files import parse_json, read_bounded, write_atomic, write_jso
 
 RECORDS_FORMAT = "q4kd-kills/1"
 STALE = "kill record stale"
-NOT_SHOWN = "not shown to fail"
 MAX_RAW = 2 << 20
 _MAX_RECORDS = 8 << 20
 

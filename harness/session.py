@@ -14,9 +14,10 @@ from q4kd.harness import bundle as bundles
 from q4kd.harness.contract import Claim, Contract, contract_files, load_contracts
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
-from q4kd.harness.findings import PROSE, assemble, headline, inconclusive
+from q4kd.harness.findings import PROSE, assemble, headline, inconclusive, sabotage_lines
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
+from q4kd.harness.mutations import apply_mutation_rule
 from q4kd.harness.plan import Plan, make_plan
 from q4kd.harness.profile import detect_profile, load_profile
 from q4kd.harness.runner import ExperimentRunner, HarnessError
@@ -131,7 +132,8 @@ class Session:
         assert self.runner is not None
         name = claim.falsifier.experiment
         runs = self.runner.run(name, timeout_s=self._timeout(name))
-        result = {**judge_claim(claim, runs, self.profile), "runs": sorted(runs)}
+        judged = apply_mutation_rule(claim, runs, self.profile, judge_claim(claim, runs, self.profile))
+        result = {**judged, "runs": sorted(runs)}
         return apply_kill_rule(result, rejudge(claim, self.profile, self.kills))
 
     def _timeout(self, experiment: str) -> float | None:
@@ -153,6 +155,8 @@ class Session:
                 lines.append(f"    counterexample: {check['counterexample']}")
             if check.get("reason"):
                 lines.append(f"    reason: {check['reason']}")
+        for name in (result.get("mutations") or {}).get("missed", []):
+            lines.append(f"  mutation not noticed: {name}")
         for kill in result.get("sabotage", []):
             if not kill["caught"]:
                 lines.append(f"  fault {kill['fault']}: {kill['detail']}")
@@ -203,7 +207,9 @@ class Session:
         for entry in self.plan.entries:
             if entry.scope == "out_of_scope":
                 lines.append((printable(f"{'out of scope':<13} {entry.key}  {entry.reason}"), None))
-        lines += [("", None), (headline(self.findings), None), (f"bundle: {self.bundle}", None)]
+        lines += [("", None), (headline(self.findings), None)]
+        lines += [(line, None) for line in sabotage_lines(self.findings)]
+        lines.append((f"bundle: {self.bundle}", None))
         if self.trouble:
             lines.append((printable(self.trouble), "red"))
         return lines

@@ -263,7 +263,7 @@ def _check_finding(
     if not_judged and result["verdict"] != "falsified":
         return  # stopped before it was judged: less is claimed than the raw files show, and no refutation is hidden
     notes.recomputed += 1
-    for name in ("verdict", "reason", "checks", "sabotage"):
+    for name in ("verdict", "reason", "checks", "mutations", "sabotage"):
         where = difference(row[name], result.get(name))
         if where is not None:
             notes.mismatches.append(f"{claim.key}: {name}{where}")
@@ -274,13 +274,15 @@ def _recompute(
 ) -> dict[str, Any] | None:
     """Judge a claim again; None when its experiment was not run to the end and there is nothing to judge."""
     if claim.falsifier is None:
-        return {**inconclusive(PROSE), "sabotage": []}
+        return {**inconclusive(PROSE), "mutations": None, "sabotage": []}
     if not runs or any(run.harness_error is not None for run in runs.values()):
         return None
     from q4kd.harness.judge import judge_claim
     from q4kd.harness.kills import apply_kill_rule
+    from q4kd.harness.mutations import apply_mutation_rule
 
-    result = dict(judge_claim(claim, runs, profile))
+    result = judge_claim(claim, runs, profile)
     if not row["runs"]:
         return result
+    result = apply_mutation_rule(claim, runs, profile, result)
     return apply_kill_rule(result, kills.judge_again(claim, profile, row["sabotage"]))

@@ -16,6 +16,7 @@ from q4kd.harness.experiment import Arm, Experiment
 from q4kd.harness.findings import assemble
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import apply_kill_rule
+from q4kd.harness.mutations import apply_mutation_rule
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, read_runs, runs_of
@@ -84,11 +85,14 @@ BALLAST = Fault("ballast", "holds memory", "memory", (), lambda: None)
 
 def _extract(runs: Any, params: Any, minimum: int) -> dict[str, Any]:
     rows = [row["rss"] for run in runs.values() for row in run.memory]
-    return {"peak": max(rows) / 3, "samples": len(rows)}
+    taken = sum(run.facts.get("samples", 10**6) for run in runs.values())
+    return {"peak": max(rows, default=0) / 3, "samples": len(rows), "taken": taken}
 
 
 def _judge(observation: Any, params: Any, minimum: int) -> Judgement:
     measured, bound = f"{observation['peak']:.1f}", f"<= {params['limit']}"
+    if observation["samples"] < max(minimum, observation["taken"]):
+        return Judgement(verdict="inconclusive", reason="too few observations", measured=measured, bound=bound)
     if observation["peak"] > params["limit"]:
         over = f"{measured} is over"
         return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=over)
@@ -105,7 +109,12 @@ PEAK = SimpleNamespace(
     },
     DIRECTIONS={"limit": "upper", "floor": "lower"},
     extract=_extract,
+    READS=("memory", "facts"),
     judge=_judge,
+    mutate=lambda observation, params, minimum: [
+        ("peak just over the limit", {**observation, "peak": math.nextafter(params["limit"], math.inf)}),
+        ("too few samples", {**observation, "samples": minimum - 1}),
+    ],
 )
 
 
@@ -114,6 +123,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = {"peak": PEAK, "log_absent": PEAK, "log_present": PEAK}
     monkeypatch.setattr("q4kd.harness.checks.CHECKS", checks)
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", checks)
+    monkeypatch.setattr("q4kd.harness.mutations.CHECKS", checks)
     monkeypatch.setattr("os.fsync", lambda _: None)  # these bundles need not outlive a power cut
     monkeypatch.setattr("q4kd.harness.experiment.EXPERIMENTS", EXPERIMENTS)
     monkeypatch.setattr("q4kd.harness.sabotage.registry.get_fault", {"ballast": BALLAST}.__getitem__)
@@ -122,15 +132,19 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_run(folder: Path, *, peak: int = 300, fault: str | None = None, samples: int = 40) -> None:
     """Write the raw files of one run whose check measures ``peak / 3``."""
     (folder / "arrays").mkdir(parents=True)
-    files = {"argv.json": {"argv": ["q4kd", "inspect"], "fault": fault, "cwd": "run"}, "facts.json": {}}
-    files["exit.json"] = {"returncode": 0, "cause": "exited", "pid": 7}
+    files = {"argv.json": {"argv": ["q4kd", "inspect"], "fault": fault, "cwd": "run"}}
+    files["facts.json"] = {"samples": samples}
+    files["exit.json"] = {"returncode": 0, "cause": "exited", "pid": 7, "boot_id": "b", "boot_id_end": "b"}
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "stdout.log").write_text("done\n")
     (folder / "stderr.log").write_text("")
     events = [{"v": 1, "event": "imports_done", "t": 100.4}, {"v": 1, "event": "done", "t": 102.0}]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    rows = [{"t": 100 + i / 20, "rss": round(peak * math.sin((i + 1) / samples * math.pi / 2))} for i in range(samples)]
+    rows = [
+        {"t": 100 + i / 20, "pid": 7, "rss": round(peak * math.sin((i + 1) / samples * math.pi / 2))}
+        for i in range(samples)
+    ]
     (folder / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -178,7 +192,8 @@ def build(root: Path, *, text: str = CONTRACT, peak: int = 300, select: str | No
         assert claim.falsifier is not None
         mine = runs_of(claim.falsifier.experiment, runs)
         kills = replay.judge_again(claim, "cpu", [{"fault": "ballast", "record": keys[claim.key]}])
-        result = apply_kill_rule(judge_claim(claim, mine, "cpu"), kills)
+        judged = apply_mutation_rule(claim, mine, "cpu", judge_claim(claim, mine, "cpu"))
+        result = apply_kill_rule(judged, kills)
         results[claim.key] = {**result, "runs": list(mine), "seconds": 1.25}
     created = "2026-11-23T12:00:00+00:00"
     bundle.write_findings(folder, assemble(plan, loaded, results, judge_version=JUDGE_VERSION, created=created))

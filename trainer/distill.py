@@ -293,7 +293,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         if resume:
             _restore(run)
         elif config.alpha < 1 and not config.allow_degenerate_kd:
-            check_not_degenerate(run.teacher, run.unwrapped, torch.from_numpy(run.order.batch(0))[:, :-1])
+            first_batch = torch.from_numpy(run.order.batch(0))[:, :-1].to(run.accelerator.device)
+            check_not_degenerate(run.teacher, run.unwrapped, first_batch)
         if is_main:
             shutil.rmtree(config.out / "model", ignore_errors=True)
         reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)

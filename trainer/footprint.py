@@ -66,7 +66,7 @@ def predict_footprint(
     scores = _FLOAT * length * (groups * block + config.head_dim)
     attention = stream + normed + 3 * queries + 2 * keys + scores
     feed_forward = stream + normed + 2 * size * tokens * config.ffn_size + part
-    head = stream + normed + _FLOAT * tokens * config.vocab_size * 3 + part if logits else 0
+    head = stream + normed + _FLOAT * tokens * config.vocab_size + part if logits else 0
     tables = 3 * _FLOAT * length * config.head_dim
     scratch = _scratch(config)
     return Footprint(max(attention, feed_forward, head) + tables, scratch)

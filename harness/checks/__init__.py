@@ -1,17 +1,20 @@
 """The closed registry of checks. Each is a pure module: raw runs to a small observation, observation to a judgement.
 
 A check module exports ``NAME``, ``PARAMS`` (JSON Schema of its parameters), ``DIRECTIONS`` (which parameters are upper
-or lower bounds), ``extract(runs, params, min_observations)`` and ``judge(observation, params, min_observations)``.
+or lower bounds; for a list or a boolean, ``lower`` says that more, or true, is stricter), ``READS`` (what of a run its
+``extract`` may look at), ``extract``, ``judge`` and ``mutate``, which spoils an observation in every way that ``judge``
+must notice. A check that bounds a time may also export ``TIME_BOUNDS``: the path of each such parameter to its kind,
+``{"max_s": "seconds"}`` or ``{"min_per_s": "per_second"}``; a claim by it must state its work.
 """
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol
 
-from q4kd.harness.checks.judgement import REASONS, Judgement
+from q4kd.harness.checks.judgement import REASONS, Judgement, Mutation
 from q4kd.harness.raw import RawRun
 
-__all__ = ["CHECKS", "REASONS", "Check", "Judgement"]
+__all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation"]
 
 _NAMES = (
     "gpu_utilization",
@@ -35,6 +38,7 @@ class Check(Protocol):
     NAME: str
     PARAMS: dict[str, Any]
     DIRECTIONS: dict[str, str]
+    READS: tuple[str, ...]
 
     @staticmethod
     def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -43,6 +47,10 @@ class Check(Protocol):
     @staticmethod
     def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
         """Decide, from the observation alone."""
+
+    @staticmethod
+    def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+        """Spoil a corroborated observation in every way that ``judge`` must notice, each with its name."""
 
 
 class _Checks(Mapping[str, Check]):

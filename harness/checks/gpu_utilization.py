@@ -5,20 +5,26 @@ span a stated number of steps.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
     Judgement,
+    Mutation,
     completion,
     describe_exit,
     inconclusive,
+    just_over,
+    just_under,
     pick_run,
 )
 from q4kd.harness.raw import RawRun
 
 NAME = "gpu_utilization"
+# NVML averages over up to a second, and has nothing to say of a process between two averages.
+MAX_GAP_S = 2.0
 PARAMS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -35,6 +41,7 @@ PARAMS: dict[str, Any] = {
     },
 }
 DIRECTIONS = {"min_percent": "lower", "min_events": "lower"}
+READS = ("events", "memory", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -45,13 +52,16 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     if len(marks) < 2:
         return observation
     inside = [sample for sample in run.memory if marks[0] <= sample["t"] <= marks[-1]]
-    busy = [float(sample["gpu_sm"]) for sample in inside if sample.get("gpu_sm") is not None]
+    told = [sample for sample in inside if sample.get("gpu_sm") is not None]
+    busy = [float(sample["gpu_sm"]) for sample in told]
+    times = [marks[0], *(float(sample["t"]) for sample in told), marks[-1]]
     return observation | {
         "samples": len(busy),
         "silent": len(inside) - len(busy),
         "median_percent": median(busy) if busy else None,
         "other_bytes": max((int(sample.get("gpu_others") or 0) for sample in inside), default=0),
         "span_s": marks[-1] - marks[0],
+        "largest_gap_s": max(b - a for a, b in pairwise(times)),
     }
 
 
@@ -77,5 +87,21 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         )
     if not observation["completed"]:
         return inconclusive("run incomplete", describe_exit(observation), bound)
+    if observation["largest_gap_s"] > MAX_GAP_S:
+        return inconclusive("phase not covered", measured, bound)
     margin = params["min_percent"] / float(observation["median_percent"])
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Lower the median just under the bound; do less work; leave too few samples, a gap or none; do not end."""
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("median just under the bound", {"median_percent": just_under(params["min_percent"])}),
+        ("no work", {"events": 0}),
+        ("one event too few", {"events": params["min_events"] - 1}),
+        ("no figure for this process", {"samples": 0, "median_percent": None}),
+        ("one sample too few", {"samples": min_observations - 1}),
+        ("a gap between samples", {"largest_gap_s": just_over(MAX_GAP_S)}),
+        ("not completed", {"completed": False}),
+    ]
+    return [(name, {**observation, **changed}) for name, changed in mutations]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import Judgement, completion, inconclusive
+from q4kd.harness.checks.judgement import Judgement, Mutation, completion, inconclusive
 from q4kd.harness.raw import RawRun
 
 NAME = "improves"
@@ -26,11 +26,17 @@ PARAMS: dict[str, Any] = {
         "treatment": {"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "The arm the claim is about."},
         "control": {"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "Another arm, or start."},
         "min_seeds": {"type": "integer", "minimum": 3},
-        "margin_se": {"type": "number", "minimum": 0, "description": "Standard errors the mean margin must exceed."},
-        "min_steps": {"type": "integer", "minimum": 1, "description": "Steps every run must have taken."},
+        "margin_se": {
+            "type": "number",
+            "minimum": 0,
+            "default": 2.0,
+            "description": "Standard errors the mean margin must exceed.",
+        },
+        "min_steps": {"type": "integer", "minimum": 1, "default": 1, "description": "Steps every run must have taken."},
     },
 }
 DIRECTIONS = {"min_seeds": "lower", "margin_se": "lower", "min_steps": "lower"}
+READS = ("events", "exit", "argv")
 
 # What two arms may differ in: the treatment itself and where each writes.
 _TREATMENT_KEYS = ("alpha", "out", "events")
@@ -133,3 +139,37 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         counterexample = bad[0] if bad else f"mean margin {mean:.5f} is within {needed:g} x {error:.5f}"
         return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=counterexample)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Let each pair in turn not improve, not complete or differ in budget; drop pairs; let one seed carry it all."""
+    pairs = [dict(pair) for pair in observation["pairs"]]
+    sign = 1.0 if params["better"] == "higher" else -1.0
+    mutations: list[Mutation] = [
+        ("no seeds", {**observation, "pairs": []}),
+        ("one seed too few", {**observation, "pairs": pairs[: params["min_seeds"] - 1]}),
+    ]
+    for at, pair in enumerate(pairs):
+        first, last = pair["treatment"]
+        changes: dict[str, dict[str, Any]] = {
+            "no better than its control": {"control": last},
+            "no better than its start": {"treatment": [first, first]},
+            "worse than its start": {"treatment": [first, first - sign]},
+            "not completed": {"completed": False},
+            "without a control": {"control": None},
+            "of zero steps": {"steps": 0},
+            "one step too short": {"steps": params.get("min_steps", 1) - 1},
+        }
+        if params["control"] != "start":
+            changes["with another budget"] = {"same_budget": False}
+        for name, changed in changes.items():
+            changed_pairs = [*pairs[:at], {**pair, **changed}, *pairs[at + 1 :]]
+            mutations.append((f"seed {pair['seed']} {name}", {**observation, "pairs": changed_pairs}))
+    if params.get("margin_se", 2.0) > 1:
+        # One outlier of n equals n times the mean and gives a mean of about one standard error.
+        carried = [
+            {**pair, "treatment": [0.0, sign], "control": sign * (1.0 - (1e6 if at == 0 else 1e-3))}
+            for at, pair in enumerate(pairs)
+        ]
+        mutations.append(("one seed carries the margin", {**observation, "pairs": carried}))
+    return mutations

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, nextafter
 from typing import Any, Literal
 
 from q4kd.harness.raw import RawRun
 from q4kd.trainer.errors import InputError
 
 Verdict = Literal["corroborated", "falsified", "inconclusive"]
+# A changed observation and what was changed: the judgement of it must not be "corroborated".
+Mutation = tuple[str, dict[str, Any]]
+
+ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}
 
 # The closed list of reasons for `inconclusive`.
 REASONS = {
@@ -29,9 +34,10 @@ REASONS = {
     "utilisation not reported": "NVML names no process, so a busy device proves nothing about this program",
     "twin refused": "the valid twin was refused as well",
     "machine restarted": "the machine restarted during the run",
+    "another process": "the samples or events are of another process than the run",
     "faulted run": "a planted fault can never support a clean verdict",
     "kill record stale": "the record of a caught fault does not belong to this code",
-    "not shown to fail": "no planted fault was caught by this falsifier",
+    "not shown to fail": "a planted fault, or a change to what was recorded, went unnoticed by this falsifier",
 }
 
 
@@ -113,4 +119,11 @@ def baseline_rss(run: RawRun) -> float | None:
     return before[-1] if before else None
 
 
-ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}
+def just_over(limit: float) -> float:
+    """Return the next number above ``limit``."""
+    return nextafter(limit, inf)
+
+
+def just_under(limit: float) -> float:
+    """Return the next number below ``limit``."""
+    return nextafter(limit, -inf)

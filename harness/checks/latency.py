@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "latency"
@@ -24,6 +24,7 @@ PARAMS: dict[str, Any] = {
     },
 }
 DIRECTIONS = {"max_s": "upper"}
+READS = ("arrays", "exit")
 TIME_BOUNDS = {"max_s": "seconds"}
 _CLOCK_S = 1e-3
 
@@ -89,3 +90,18 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if observation["distinct"] < 2:
         return inconclusive("constant", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=median / limit)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Move the median just over its bound; repeat one value; overlap the times; leave too few or none."""
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("median just over the bound", {"median": just_over(params["max_s"])}),
+        ("no times", {"count": 0}),
+        ("one time too few", {"count": min_observations - 1}),
+        ("times that overlap or lie outside the run", {"in_turn": False}),
+        ("the same time every time", {"distinct": 1}),
+        ("a time of zero", {"not_positive": True}),
+        ("exit code 1", {"returncode": 1}),
+        ("another boot", {"same_boot": False}),
+    ]
+    return [(name, {**observation, **changed}) for name, changed in mutations]

@@ -1,12 +1,13 @@
 """A line that must not appear in a log, provided that the log is complete and the right program wrote it.
 
-A pattern is a list of fragments that must all occur in one line, in any case: no regular expression, linear time.
+A pattern is a list of fragments that must all occur in one line, in any case. No check takes a
+regular expression: matching fragments is linear in the log, whatever a contract asks for.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "log_absent"
@@ -22,7 +23,8 @@ PARAMS: dict[str, Any] = {
         "known_positive": _FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
     },
 }
-DIRECTIONS: dict[str, str] = {}
+DIRECTIONS = {"absent": "lower"}
+READS = ("stdout", "stderr")
 
 
 def _find(lines: list[str], fragments: list[str]) -> list[tuple[int, str]]:
@@ -59,3 +61,15 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if observation["lines"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Let the line occur, and take away either marker or all lines."""
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("the line occurs", {"hits": 1, "first_hit": "line 1: " + " ".join(params["absent"][0])}),
+        ("no completion marker", {"completion_lines": 0}),
+        ("no known positive", {"known_positive_lines": 0}),
+        ("an empty log", {"lines": 0, "completion_lines": 0, "known_positive_lines": 0}),
+        ("one line too few", {"lines": min_observations - 1}),
+    ]
+    return [(name, {**observation, **changed}) for name, changed in mutations]

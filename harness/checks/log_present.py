@@ -1,7 +1,8 @@
 """Lines that a log must hold, each a stated number of times: no more, no fewer.
 
-A pattern is a list of fragments that must all occur in one line, in their order and case: no regular expression,
-linear time. Numbers that a line states may be compared with the events, which the harness reads apart from the log.
+A pattern is a list of fragments that must all occur in one line, in their order and case. No check takes a regular
+expression: matching fragments is linear in the log, whatever a contract asks for. Numbers that a line states may be
+compared with the events, which the harness reads apart from the log.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
     Judgement,
+    Mutation,
     completion,
     describe_exit,
     inconclusive,
@@ -45,6 +47,7 @@ PARAMS: dict[str, Any] = {
     },
 }
 DIRECTIONS: dict[str, str] = {}
+READS = ("stdout", "events", "exit")
 
 
 def _matches(line: str, fragments: list[str]) -> bool:
@@ -117,3 +120,21 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if observation["lines"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Add and remove a line of each pattern, take away the end, and let a stated loss differ."""
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("not completed", {"completed": False}),
+        ("no completion marker", {"completion_lines": 0}),
+        ("one line too few", {"lines": min_observations - 1}),
+    ]
+    counts = observation["counts"]
+    for at, wanted in enumerate(params["lines"]):
+        for change, word in ((1, "more"), (-1, "fewer")):
+            changed = [*counts[:at], counts[at] + change, *counts[at + 1 :]]
+            mutations.append((f"one line {word} like {'…'.join(wanted['fragments'])}", {"counts": changed}))
+    if params.get("losses"):
+        mutations.append(("a loss that is not the event's", {"wrong_losses": ["step 1: the log says 0, the event 1"]}))
+        mutations.append(("no loss is stated", {"losses_stated": 0}))
+    return [(name, {**observation, **changed}) for name, changed in mutations]

@@ -7,10 +7,12 @@ from typing import Any
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
     Judgement,
+    Mutation,
     baseline_rss,
     completion,
     describe_exit,
     inconclusive,
+    just_over,
     pick_run,
 )
 from q4kd.harness.raw import RawRun
@@ -43,13 +45,14 @@ PARAMS: dict[str, Any] = {
                 "bytes": {"type": "number", "exclusiveMinimum": 0},
                 "times": {"type": "number", "exclusiveMinimum": 0},
                 "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
-                "plus_bytes": {"type": "number", "minimum": 0},
+                "plus_bytes": {"type": "number", "minimum": 0, "default": 0},
             },
             "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
         },
     },
 }
 DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_bytes": "upper"}
+READS = ("events", "memory", "facts", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -116,3 +119,21 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if edges > MAX_EDGE_S or observation["largest_gap_s"] > MAX_GAP_S:
         return inconclusive("phase not covered", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=peak / limit)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Raise the peak just over the ceiling; uncover the phase; leave too few samples or none; let the run not end."""
+    limit = _ceiling(observation, params["ceiling"])
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("peak just over the ceiling", {"peak": just_over(limit if limit is not None else 0.0)}),
+        ("no samples", {"samples": 0}),
+        ("one sample too few", {"samples": min_observations - 1}),
+        ("samples begin late", {"late_start_s": just_over(MAX_EDGE_S)}),
+        ("samples end early", {"early_end_s": just_over(MAX_EDGE_S)}),
+        ("a gap between samples", {"largest_gap_s": just_over(MAX_GAP_S)}),
+        ("not completed", {"completed": False}),
+    ]
+    if "of" in params["ceiling"]:
+        mutations.append(("the ceiling's fact was not measured", {"of_bytes": None}))
+    changed: list[Mutation] = [(name, {**observation, **values}) for name, values in mutations]
+    return [*changed, ("no phase", {key: value for key, value in observation.items() if key != "peak"})]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "parity"
@@ -34,6 +34,7 @@ PARAMS: dict[str, Any] = {
     ],
 }
 DIRECTIONS = {"max": "upper", "min": "lower"}
+READS = ("facts", "arrays", "exit")
 
 
 def _row_values(metric: str, subject: Any, reference: Any) -> Any:
@@ -135,3 +136,26 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if metric in ("relative_frobenius", "cosine") and observation["same_bytes"]:
         return inconclusive("self comparison", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Move the worst row just out of bounds; compare with itself, a constant, another shape, too few rows or none."""
+    worst: dict[str, dict[str, Any]] = {
+        "cosine": {"worst": just_under(params["min"])} if "min" in params else {},
+        "bit_equal": {"worst": 1.0, "rows_differing": 1},
+    }
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("one row just out of bounds", worst.get(params["metric"]) or {"worst": just_over(params["max"])}),
+        ("compared with itself", {"reference_source": observation["subject_source"]}),
+        ("no source named", {"subject_source": None}),
+        ("another shape", {"subject_shape": [*observation["reference_shape"], 1]}),
+        ("no rows", {"rows": 0}),
+        ("one row too few", {"rows": min_observations - 1}),
+        ("reference not finite", {"reference_finite": False}),
+        ("a row that is not finite", {"first_bad_row": 0}),
+    ]
+    if params["metric"] != "max_abs":
+        mutations.append(("a constant reference", {"reference_distinct_values": 1}))
+    if params["metric"] in ("relative_frobenius", "cosine"):
+        mutations.append(("the reference's own bytes", {"same_bytes": True}))
+    return [(name, {**observation, **changed}) for name, changed in mutations]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "ratio"
@@ -27,6 +27,7 @@ PARAMS: dict[str, Any] = {
     "oneOf": [{"required": ["max"]}, {"required": ["min"]}],
 }
 DIRECTIONS = {"max": "upper", "min": "lower"}
+READS = ("arrays", "exit")
 _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
 
 
@@ -93,3 +94,18 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
             margin=margin,
         )
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Move the median just over its bound; repeat one value; overlap the pairs; leave too few or none."""
+    over = just_over(params["max"]) if "max" in params else just_under(params["min"])
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("median just out of bounds", {"median": over}),
+        ("no pairs", {"pairs": 0}),
+        ("one pair too few", {"pairs": min_observations - 1}),
+        ("pairs not interleaved", {"interleaved": False}),
+        ("the same time every time", {"distinct": 1}),
+        ("a cost of zero", {"not_positive": True}),
+        ("another boot", {"same_boot": False}),
+    ]
+    return [(name, {**observation, **changed}) for name, changed in mutations]

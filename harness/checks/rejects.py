@@ -6,7 +6,7 @@ The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "rejects"
@@ -25,7 +25,8 @@ PARAMS: dict[str, Any] = {
         },
     },
 }
-DIRECTIONS: dict[str, str] = {}
+DIRECTIONS = {"cases": "lower"}
+READS = ("facts", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -60,3 +61,21 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if len(cases) < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Let each case pass, raise another error, lack its record, and have its twin refused."""
+    cases = [dict(case) for case in observation["cases"]]
+    mutations: list[Mutation] = [("no cases", {**observation, "cases": []})]
+    for at, case in enumerate(cases):
+        before, after = cases[:at], cases[at + 1 :]
+
+        def put(**changed: Any) -> dict[str, Any]:
+            return {**observation, "cases": [*before, {**case, **changed}, *after]}  # noqa: B023 - called at once
+
+        mutations.append((f"twin of {case['case']} refused", put(twin_error=params["error"])))
+        if case["case"] in params["cases"]:
+            mutations.append((f"{case['case']} accepted", put(error=None)))
+            mutations.append((f"{case['case']} raised another error", put(error="AnotherError")))
+            mutations.append((f"{case['case']} not tried", {**observation, "cases": [*before, *after]}))
+    return mutations

@@ -9,15 +9,18 @@ from typing import Any
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
     Judgement,
+    Mutation,
     baseline_rss,
     completion,
     describe_exit,
     inconclusive,
+    just_over,
     pick_run,
 )
 from q4kd.harness.raw import RawRun
 
 NAME = "residency"
+MAX_EDGE_S = 0.5
 PARAMS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -52,20 +55,26 @@ DIRECTIONS = {
     "outside.times": "upper",
     "outside.plus_bytes": "upper",
 }
+READS = ("events", "memory", "facts", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
     """Put the teacher's account, the harness's reading of the file and the outside samples side by side."""
     run = pick_run(runs, params.get("arm"))
     ready, baseline = run.event("teacher_ready"), baseline_rss(run)
-    after = [float(sample["rss"]) for sample in run.memory if ready and sample["t"] >= ready["t"]]
+    after = [sample for sample in run.memory if ready and sample["t"] >= ready["t"]]
+    done = run.event("done")
     return completion(run) | {
         "resident_bytes": dict(ready["resident_bytes"]) if ready else None,
         "dense_bytes": ready["dense_bytes_of_quantised"] if ready else None,
         "scratch_bytes": ready["scratch_bytes"] if ready else None,
         "file_bytes_by_type": run.facts.get("gguf_bytes_by_type"),
         "tensor_bytes": run.facts.get("gguf_tensor_bytes"),
-        "outside_growth": max(after) - baseline if after and baseline is not None else None,
+        "outside_growth": max(float(sample["rss"]) for sample in after) - baseline
+        if after and baseline is not None
+        else None,
+        "late_start_s": float(after[0]["t"]) - float(ready["t"]) if after and ready else None,
+        "early_end_s": float(done["t"]) - float(after[-1]["t"]) if after and done else None,
         "samples": len(after),
     }
 
@@ -113,4 +122,31 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("run incomplete", describe_exit(observation), bound)
     if growth is None or observation["samples"] < min_observations:
         return inconclusive("too few observations", measured, bound)
+    if max(observation["late_start_s"], observation["early_end_s"]) > MAX_EDGE_S:
+        return inconclusive("phase not covered", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=growth / limit)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Hold one byte too many or too few of each kind; grow just over the limit; uncover the phase; do not end."""
+    tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
+    over = int(params["max_ratio"] * tensor_bytes) + 1 - sum(held.values())
+    limit = params["outside"]["times"] * tensor_bytes + params["outside"]["plus_bytes"]
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("one dense byte over the bound", {"dense_bytes": params["max_dense_bytes"] + 1}),
+        ("one resident byte over the bound", {"resident_bytes": {**held, "F32": held.get("F32", 0) + over}}),
+        ("growth just over the limit", {"outside_growth": just_over(limit)}),
+        ("nothing held", {"resident_bytes": {}}),
+        ("no account", {"resident_bytes": None}),
+        ("the file was not measured", {"tensor_bytes": None}),
+        ("no sample from outside", {"outside_growth": None, "samples": 0}),
+        ("one sample too few", {"samples": min_observations - 1}),
+        ("samples begin late", {"late_start_s": just_over(MAX_EDGE_S)}),
+        ("samples end early", {"early_end_s": just_over(MAX_EDGE_S)}),
+        ("not completed", {"completed": False}),
+    ]
+    for name in observation["file_bytes_by_type"] or {}:
+        if name.endswith("_K"):
+            fewer = {**held, name: held.get(name, 0) - 1}
+            mutations.append((f"one byte of {name} less", {"resident_bytes": fewer}))
+    return [(name, {**observation, **changed}) for name, changed in mutations]

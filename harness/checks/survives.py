@@ -6,7 +6,7 @@ The step counter is the program's word; the harness's own reading of the last ch
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "survives"
@@ -20,7 +20,8 @@ PARAMS: dict[str, Any] = {
         "checkpoint": {"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
     },
 }
-DIRECTIONS = {"steps": "lower"}
+DIRECTIONS = {"steps": "lower", "checkpoint": "lower"}
+READS = ("events", "exit", "facts")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
         "same_boot": ending.get("boot_id") == ending.get("boot_id_end"),
         "wall_s": ending.get("wall_s"),
         "done": run.event("done") is not None,
-        "checkpoint": run.facts.get("checkpoint"),
+        "checkpoint": run.facts.get("checkpoint") if params["checkpoint"] else None,
     }
 
 
@@ -69,3 +70,26 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if observation["steps"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Take fewer steps, or none; end otherwise; leave another checkpoint."""
+    mutations: list[tuple[str, dict[str, Any]]] = [
+        ("zero steps", {"steps": 0}),
+        ("one step too few", {"steps": params["steps"] - 1}),
+        ("a step counted twice", {"contiguous": False}),
+        ("killed", {"cause": "killed_cause_unknown", "returncode": None}),
+        ("stalled", {"cause": "stalled", "returncode": None}),
+        ("exit code 137", {"returncode": 137}),
+        ("exit code 1", {"returncode": 1}),
+        ("no done event", {"done": False}),
+        ("another boot", {"same_boot": False}),
+    ]
+    if params["checkpoint"]:
+        found = dict(observation["checkpoint"])
+        mutations.append(("no checkpoint", {"checkpoint": None}))
+        for field in ("step", "optimizer_step_min", "optimizer_step_max"):
+            mutations.append((f"checkpoint with another {field}", {"checkpoint": {**found, field: found[field] - 1}}))
+        for field in ("finite", "digests_match"):
+            mutations.append((f"checkpoint not {field}", {"checkpoint": {**found, field: False}}))
+    return [(name, {**observation, **changed}) for name, changed in mutations]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, inconclusive, pick_run
+from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
 from q4kd.harness.raw import RawRun
 
 NAME = "table"
@@ -23,6 +23,7 @@ PARAMS: dict[str, Any] = {
     },
 }
 DIRECTIONS: dict[str, str] = {}
+READS = ("facts", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
@@ -54,3 +55,16 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if len(table) < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
+
+
+def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    """Change, remove and add an entry, each in turn."""
+    table = dict(observation["table"])
+    changed = {key: not value if isinstance(value, bool) else f"not {value}" for key, value in table.items()}
+    mutations = [(f"{key} changed", {**table, key: changed[key]}) for key in table]
+    mutations += [(f"{key} missing", {k: v for k, v in table.items() if k != key}) for key in table]
+    mutations += [("an entry too many", {**table, "one too many": 0}), ("an empty table", {})]
+    return [
+        *((name, {**observation, "table": value}) for name, value in mutations),
+        ("no table", {**observation, "table": None}),
+    ]

@@ -76,6 +76,16 @@ def _short_allocation() -> None:
     replace("q4kd.trainer.cuda.allocation:allocate_bytes", make)
 
 
+def _backend_misreported() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def emit(self: Any, event: str, **fields: Any) -> None:
+            original(self, event, **(fields | {"backend": "dense"} if event == "backend_selected" else fields))
+
+        return emit
+
+    replace("q4kd.trainer.events:EventLog.emit", make)
+
+
 for _name, _title, _target, _apply in (
     (
         "override-ignored",
@@ -106,6 +116,12 @@ for _name, _title, _target, _apply in (
         "the dense backend keeps weights in four bits of their largest value",
         "q4kd.trainer.weights:DenseMatrix.product",
         _noisy_dense,
+    ),
+    (
+        "backend-misreported",
+        "the event of the choice always says dense",
+        "q4kd.trainer.events:EventLog.emit",
+        _backend_misreported,
     ),
     (
         "idle-steps",

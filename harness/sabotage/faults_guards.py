@@ -153,6 +153,7 @@ _fault(
     "the student's head is resized to the teacher's padded rows",
     functools.partial(_student_resized, 2080),
     _LOAD_STUDENT,
+    arms=(None, "exact"),
 )
 _fault(
     "vocabulary",

@@ -105,6 +105,20 @@ def _smoke_writes_model() -> None:
     replace(f"{_DISTILL}:_finish", make)
 
 
+def _smoke_own_schedule() -> None:
+    """Let the learning rate of a smoke run fall to zero at its own end."""
+
+    def make(original: _Call) -> _Call:
+        def train(run: Any, *rest: Any) -> None:
+            kept, run.total_steps = run.total_steps, run.last_step
+            original(run, *rest)
+            run.total_steps = kept
+
+        return train
+
+    replace(f"{_DISTILL}:_train", make)
+
+
 def _projects_itself() -> None:
     def make(original: _Call) -> _Call:
         def finish(run: Any, *rest: Any) -> None:
@@ -159,6 +173,14 @@ _fault(
 )
 _fault("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, f"{_DISTILL}:_assemble")
 _fault("loop", "smoke-leaks", "every run stops after 10 steps", _smoke_leaks, "q4kd.trainer.config:make_config")
+_fault(
+    "loop",
+    "smoke-own-schedule",
+    "the learning rate of a smoke run ends with it",
+    _smoke_own_schedule,
+    f"{_DISTILL}:_train",
+    arms=("smoke",),
+)
 _fault(
     "checkpoint",
     "smoke-writes-model",

@@ -9,6 +9,7 @@ PARAMS = {
     "additionalProperties": False,
 }
 DIRECTIONS = {"ceiling": "upper"}
+READS = ("facts",)
 
 
 def extract(runs, params, min_observations):
@@ -27,3 +28,8 @@ def judge(observation, params, min_observations):
         bound=f"at most {params['ceiling']}",
         counterexample=f"{worst} measured {values[worst]}" if bad else None,
     )
+
+
+def mutate(observation, params, min_observations):
+    values = observation["values"]
+    return [(f"{name} over", {"values": {**values, name: params["ceiling"] + 1}}) for name in values]
