@@ -89,7 +89,10 @@ def _collect_exact(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     facts = get_experiment("distill-run").collect(run_dir, inputs)
     rows = {"teacher's file": len(read_tokens(_padded_teacher(inputs, EXACT_TEACHER)))}
     for path in run_dir.glob("run/checkpoints/step-*/model.safetensors"):
-        rows["student after training"] = len(load_file(path)["model.embed_tokens.weight"])
+        tensors = load_file(path)
+        # Embedding and head are one tensor, stored under one of its two names.
+        tied = [tensors[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in tensors]
+        rows["student after training"] = len(tied[0])
     return facts | {"tables": {"rows": rows}}
 
 

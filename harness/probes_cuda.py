@@ -4,6 +4,7 @@ import argparse
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def cuda_decode(arguments: list[str]) -> int:
     from q4kd.trainer.formats import FORMATS
 
     kernels = Kernels("cuda")
-    results = {}
+    results: dict[str, Any] = {}
     with np.load(args.rows, allow_pickle=False) as arrays:
         for name in arrays.files:
             packed = torch.from_numpy(arrays[name]).cuda()

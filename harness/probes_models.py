@@ -3,6 +3,7 @@
 import argparse
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def model_logits(arguments: list[str]) -> int:
     from q4kd.trainer.teacher import load_teacher
 
     ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for path in args.models:
         teacher = load_teacher(path, dtype="float32", events=EventLog(None))
         arrays[path.stem] = teacher.logits(ids)[0].numpy()

@@ -12,6 +12,7 @@ from q4kd.harness.findings import assemble, exit_code
 from q4kd.harness.interchange import ctrf, junit, statement_of
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import apply_kill_rule
+from q4kd.harness.mutations import apply_mutation_rule
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import read_profile
 from q4kd.harness.raw import read_runs, runs_of
@@ -321,7 +322,8 @@ def judge_again(files: Files) -> None:
             continue
         mine = runs_of(claim.falsifier.experiment, runs)
         kills = replay.judge_again(claim, "cpu", recorded[claim.key]["sabotage"])
-        results[claim.key] = {**apply_kill_rule(judge_claim(claim, mine, "cpu"), kills), "runs": list(mine)}
+        judged = apply_mutation_rule(claim, mine, "cpu", judge_claim(claim, mine, "cpu"))
+        results[claim.key] = {**apply_kill_rule(judged, kills), "runs": list(mine)}
     files["plan.json"] = dumps(plan.to_json())
     created = "2026-11-23T12:00:00+00:00"
     files["findings.json"] = dumps(assemble(plan, [contract], results, judge_version=JUDGE_VERSION, created=created))

@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from q4kd.trainer.apr_header import AprEntry, check_footer, check_magic, read_header
 from q4kd.trainer.apr_metadata import read_architecture, read_rope_layout, read_tokens, read_values
-from q4kd.trainer.tensor_names import gguf_name
 from q4kd.trainer.architecture import TeacherConfig, check_tensors, read_dimensions
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.model_file import ModelFile, PackedTensor
+from q4kd.trainer.tensor_names import gguf_name
 
 _DTYPES = {
     0: "F32",

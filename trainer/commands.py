@@ -67,11 +67,12 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def _inspect(args: argparse.Namespace) -> int:
     from q4kd.trainer.backend import backend_override, choose_backend
     from q4kd.trainer.device import mem_available
+    from q4kd.trainer.dtypes import choose_dtype
     from q4kd.trainer.model_file import open_model
-    from q4kd.trainer.placement import DENSE_CPU_BYTES
+    from q4kd.trainer.placement import DENSE_BYTES
 
     model = open_model(args.model)
-    dense_fits = model.num_weights * DENSE_CPU_BYTES <= mem_available()
+    dense_fits = model.num_weights * DENSE_BYTES[choose_dtype("auto", "cpu").name] <= mem_available()
     choice = choose_backend(backend_override(args.backend), model.bytes_by_type(), dense_fits=dense_fits)
     histogram: dict[str, dict[str, int]] = {}
     for tensor in model.tensors.values():

@@ -27,6 +27,19 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
     load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
     load.set_defaults(run=_load)
+    kernels = commands.add_parser("kernels", help="bandwidth of the CUDA decoders, time of the small-batch products")
+    kernels.set_defaults(run=_kernels)
+
+
+def _kernels(_args: argparse.Namespace) -> int:
+    from q4kd.trainer.device import cuda_facts
+
+    print(cuda_facts().name)
+    from q4kd.trainer.cuda.bench_kernels import decode_bandwidth, matvec_bandwidth, product_table, table
+
+    print(table(decode_bandwidth()))
+    print(product_table(matvec_bandwidth()))
+    return 0
 
 
 def _load(args: argparse.Namespace) -> int:

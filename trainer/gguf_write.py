@@ -21,13 +21,13 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from q4kd.trainer.tensor_names import gguf_name
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder
 from q4kd.trainer.formats import SUPERBLOCK
 from q4kd.trainer.huggingface_config import read_huggingface_config, rope_factors
 from q4kd.trainer.quantize import BLOCK, quantize
+from q4kd.trainer.tensor_names import gguf_name
 
 RECIPES = {
     "f32": gguf.LlamaFileType.ALL_F32,

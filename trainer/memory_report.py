@@ -5,6 +5,7 @@ workspaces. torch's counters explain most of it; the rest is named ``other``. On
 report, so the host's MemAvailable stands beside torch's counters instead.
 """
 
+import importlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,19 +135,18 @@ def _device_memory() -> DeviceMemory:
     )
 
 
-def nvml_process_bytes(pid: int, index: int, nvml: Any = None) -> tuple[int | None, str | None]:
+def nvml_process_bytes(pid: int, index: int, library: Any = None) -> tuple[int | None, str | None]:
     """Return a process's device bytes by NVML, or None and the reason.
 
     Args:
         pid: process id, as NVML sees it; another PID namespace hides it.
         index: CUDA's device index; CUDA_VISIBLE_DEVICES is followed where it lists plain indices.
-        nvml: the pynvml module, or a stand-in for tests.
+        library: the pynvml module, or a stand-in for tests.
     """
-    if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError:
-            return None, "nvidia-ml-py is not installed"
+    try:
+        nvml = importlib.import_module("pynvml") if library is None else library
+    except ImportError:
+        return None, "nvidia-ml-py is not installed"
     visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if index < len(visible) and visible[index].isdigit():
         index = int(visible[index])

@@ -18,8 +18,8 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.memory_report import gigabytes
 from q4kd.trainer.model_file import ModelFile
 
-
-DENSE_CPU_BYTES, DENSE_CUDA_BYTES = 4, 2
+# Bytes of a decoded weight in each compute dtype.
+DENSE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Place:
         device_class: of the device.
         policy: how weights are allocated there, and why.
         budget: bytes that may be taken.
-        dense_weight_bytes: bytes of a decoded weight there: float32 on the CPU, bfloat16 on CUDA.
+        dense_weight_bytes: bytes of a decoded weight in the compute dtype.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Place:
     dense_weight_bytes: int
 
 
-def find_place(device: str) -> Place:
-    """Look at a device that a teacher shall be loaded to: ``cpu`` or ``cuda``.
+def find_place(device: str, dtype: str = "float32") -> Place:
+    """Look at a device, ``cpu`` or ``cuda``, that a teacher shall be loaded to and compute on in ``dtype``.
 
     Raises:
         InputError: when CUDA cannot be used, or the allocation override cannot be followed.
     """
     if device == "cpu":
         policy = AllocationPolicy("device", "a memory map of the file")
-        return Place("CPU", "cpu", policy, mem_available(), DENSE_CPU_BYTES)
+        return Place("CPU", "cpu", policy, mem_available(), DENSE_BYTES[dtype])
     import torch
 
     facts = cuda_facts(torch.cuda.current_device() if torch.cuda.is_available() else 0)
@@ -58,7 +58,7 @@ def find_place(device: str) -> Place:
     check_allocation(policy, device_class)
     free, _total = torch.cuda.mem_get_info()
     return Place(
-        facts.name, device_class, policy, memory_budget(device_class, int(free), mem_available()), DENSE_CUDA_BYTES
+        facts.name, device_class, policy, memory_budget(device_class, int(free), mem_available()), DENSE_BYTES[dtype]
     )
 
 

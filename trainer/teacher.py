@@ -24,18 +24,43 @@ from q4kd.trainer.memory_report import measure
 from q4kd.trainer.model_file import ModelFile, open_model
 from q4kd.trainer.placement import check_fits, find_place
 from q4kd.trainer.scales import check_scales
-from q4kd.trainer.weights import Matrix, Scratch
+
+
+class HeldMatrix(Protocol):
+    """What residency asks of a weight matrix: its GGML type in the file, the one in memory, and its bytes there."""
+
+    source_type: str
+    held_as: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weights are held decoded."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes held."""
+
+
+class HeldScratch(Protocol):
+    """What residency asks of a scratch."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
 
 
 class Forward(Protocol):
     """A model's weights on one device and the forward pass over them; see ``CpuForward``."""
 
     device: torch.device
-    scratch: Scratch
     vector_bytes: Counter[str]
 
     @property
-    def matrices(self) -> Mapping[str, Matrix]:
+    def scratch(self) -> HeldScratch:
+        """The only dense storage for packed weights."""
+
+    @property
+    def matrices(self) -> Mapping[str, HeldMatrix]:
         """Every weight matrix by tensor name."""
 
     def embed(self, row_ids: Tensor) -> Tensor:
@@ -222,7 +247,7 @@ def load_teacher(
     check_device(device)
     compute = choose_dtype(dtype, device)
     model = open_model(path)
-    place = find_place(device)
+    place = find_place(device, compute.name)
     choice = choose_backend(
         backend_override(backend),
         model.bytes_by_type(),

@@ -149,15 +149,8 @@ def _zero_steps_means_all() -> None:
     replace("q4kd.trainer.config:make_config", make)
 
 
-def _fault(
-    family: Family,
-    name: str,
-    title: str,
-    apply: Callable[[], None],
-    *targets: str,
-    arms: tuple[str | None, ...] | None = None,
-) -> None:
-    register(Fault(name=name, title=title, family=family, targets=targets, apply=apply, arms=arms))
+def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
+    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
 
 
 _fault("logging", "progress-reworded", "progress lines say 'loss=' instead of ': loss: '", _reworded, _REPORT)
@@ -179,7 +172,6 @@ _fault(
     "the learning rate of a smoke run ends with it",
     _smoke_own_schedule,
     f"{_DISTILL}:_train",
-    arms=("smoke",),
 )
 _fault(
     "checkpoint",
@@ -187,7 +179,6 @@ _fault(
     "a smoke run leaves a final model",
     _smoke_writes_model,
     f"{_DISTILL}:_finish",
-    arms=("smoke",),
 )
 _fault(
     "logging",
@@ -195,7 +186,6 @@ _fault(
     "the smoke run's own time is given as that of the full run",
     _projects_itself,
     f"{_DISTILL}:_finish",
-    arms=("smoke",),
 )
 _fault(
     "logging",
@@ -203,7 +193,6 @@ _fault(
     "the summary lacks the projection",
     _projection_missing,
     "q4kd.trainer.files:write_json",
-    arms=("smoke",),
 )
 _fault(
     "loop", "zero-steps-means-all", "--max-steps 0 runs all steps", _zero_steps_means_all,

@@ -70,6 +70,10 @@ def _current_stream_of() -> Callable[[int], int]:
     return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
+# Which module a kernel is in, by the first word of its name; all others are elementwise.
+_MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
+
+
 class CudaLauncher:
     """Loads the cubins for a device, compiling them on first use, and launches on torch's current stream.
 
@@ -87,17 +91,16 @@ class CudaLauncher:
 
         self._index = device.index
         arch = architecture(torch.cuda.get_device_capability(self._index))
-        self._modules = []
+        self._modules = {}
         with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
             for name in MODULES:
                 module = cupy.cuda.function.Module()
                 module.load(load_cubin(name, arch))
-                self._modules.append(module)
+                self._modules[name] = module
             # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
             self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))
         driver = cupy.cuda.driver
-        self._driver_error = driver.CUDADriverError
         self._launch_kernel = driver.launchKernel
         self._current_stream = _current_stream_of()
         self._functions: dict[str, Any] = {}
@@ -118,11 +121,6 @@ class CudaLauncher:
         self._launch_kernel(function.ptr, grid, 1, 1, THREADS, 1, 1, 0, stream, buffer.address, 0)
 
     def _find(self, kernel: str) -> Any:
-        for module in self._modules:
-            try:
-                function = module.get_function(kernel)
-            except self._driver_error:
-                continue
-            self._functions[kernel] = function
-            return function
-        raise KeyError(f"no kernel {kernel}")
+        module = self._modules[_MODULE_OF.get(kernel.partition("_")[0], "elementwise")]
+        self._functions[kernel] = module.get_function(kernel)
+        return self._functions[kernel]
