@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["falsify", "tests", "lint", "types"]
+nox.options.sessions = ["falsify", "tests", "lint", "types", "kernels"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
     ),
     "log_absent": (
         {"absent": [["PMAT-333", "Dequantizing"]], "completion": ["logits:"], "known_positive": ["teacher ready"]},
-        3,
+        2,
         {"stdout": LOG},
         {"stdout": LOG + "PMAT-333: Dequantizing\n"},
     ),
