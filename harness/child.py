@@ -1,11 +1,13 @@
 """The one launcher of every recorded run: ``python -m q4kd.harness.child [--fault NAME] -- ARGUMENTS…``.
 
 Clean and sabotaged runs differ by this option alone. ARGUMENTS are those of ``q4kd``, or ``probe NAME …`` for a
-measurement that is not a user command. No environment variable and no file can plant a fault.
+measurement that is not a user command, or ``module NAME …`` to run another project's program as ``python -m NAME …``
+does. No environment variable and no file can plant a fault.
 """
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
 from typing import NoReturn
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
             return code
     if command[0] == "probe":
         return _probe(command[1:])
+    if command[0] == "module":
+        return _module(command[1:])
     from q4kd.harness.__main__ import main as q4kd
 
     return q4kd(command)
@@ -68,6 +72,15 @@ def _probe(command: list[str]) -> int:
         print(f"q4kd: probe: expected one of: {known}", file=sys.stderr)
         return USAGE_EXIT
     return PROBES[command[0]](command[1:])
+
+
+def _module(command: list[str]) -> int:
+    if not command:
+        print("q4kd: module: expected the name of a module", file=sys.stderr)
+        return USAGE_EXIT
+    sys.argv = command
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    return 0
 
 
 def _die_with_parent() -> None:

@@ -1,9 +1,11 @@
 """Experiments: supervised runs of the real program, each with a name, typed inputs and one or more arms.
 
-The registry is closed. A contract names an experiment; it cannot pass arguments, nor name a path.
+The registry is closed to contracts: one names an experiment; it cannot pass arguments, nor name a path. Another project
+adds experiments by an entry point in ``q4kd.experiments``: a module that calls ``register``, or one or more objects.
 """
 
 import importlib
+import inspect
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from q4kd.harness.extensions import Extension, load_extensions
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 
@@ -176,7 +179,19 @@ class _Registry(Mapping[str, Experiment]):
             before = set(self._known)
             importlib.import_module(module)
             self._modules.update(dict.fromkeys(set(self._known) - before, module))
+        for extension in load_extensions("q4kd.experiments"):
+            with extension.blamed():
+                self._extend(extension)
         self._loaded = True
+
+    def _extend(self, extension: Extension) -> None:
+        value = extension.value
+        if inspect.ismodule(value):
+            return  # it registered its experiments when it was loaded
+        for experiment in (value,) if isinstance(value, Experiment) else tuple(value):
+            if not isinstance(experiment, Experiment):
+                raise TypeError(f"expected an Experiment, got {type(experiment).__name__}")
+            self.add(experiment, extension.module)
 
     def __getitem__(self, name: str) -> Experiment:
         self._load()

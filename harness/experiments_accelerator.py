@@ -15,7 +15,7 @@ from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment, reg
 from q4kd.harness.experiments_cuda import teacher_7b
 from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import read_events
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, gguf_facts
+from q4kd.harness.experiments_teacher import collect_probe, demo_teacher
 from q4kd.harness.synthetic_students import read_tokens, write_padded_teacher, write_student
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
@@ -74,7 +74,7 @@ def _collect_distill(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     ends = np.array([event["t"] for event in read_events(run_dir, "step")])
     if len(ends) > 1:
         np.savez_compressed(run_dir / "arrays" / "steps.npz", start=ends[:-1], seconds=np.diff(ends))
-    return gguf_facts(_teacher(inputs)) | get_experiment("distill-run").collect(run_dir, inputs)
+    return get_experiment("distill-run").collect(run_dir, inputs)
 
 
 def _prepare_distill(inputs: Inputs) -> None:

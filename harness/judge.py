@@ -8,6 +8,7 @@ from q4kd.harness.checks import CHECKS, Judgement
 from q4kd.harness.checks.judgement import inconclusive
 from q4kd.harness.contract import CheckUse, Claim
 from q4kd.harness.raw import RawRun
+from q4kd.trainer.errors import InputError
 
 JUDGE_VERSION = 2
 # A claim is worth its worst check: one refutation refutes it, one unknown leaves it unknown.
@@ -83,9 +84,11 @@ def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int
     try:
         observation = check.extract(runs, use.params, min_observations)
         judgement: Judgement = check.judge(observation, use.params, min_observations)
-    except Exception as error:  # malformed evidence says nothing about the claim: unknown, with the error on record
+    except InputError as error:  # a record is missing or malformed
+        judgement = inconclusive("evidence unreadable", str(error)[:300], "evidence that can be read")
+    except Exception as error:  # the check itself failed: nothing was learnt about the claim
         message = f"{type(error).__name__}: {error}"[:300]
-        judgement = inconclusive("evidence unreadable", message, "evidence that can be read")
+        judgement = inconclusive("harness error", message, "a check that can judge this record")
     return {
         "check": use.check,
         "params": plain(use.params),

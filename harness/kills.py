@@ -23,7 +23,7 @@ from q4kd.harness.judge import judge_claim
 from q4kd.harness.mutations import NOT_SHOWN
 from q4kd.harness.raw import RawRun, TarStore
 from q4kd.harness.raw import run_names as stored_runs
-from q4kd.harness.sabotage.registry import Fault, MissingTarget, apply_source, get_fault
+from q4kd.harness.sabotage.registry import Fault, MissingTarget, apply_source, get_fault, tested_packages
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json, read_bounded, write_atomic, write_json
 
@@ -100,13 +100,13 @@ def _module_text(module: str) -> str:
 def target_source(target: str) -> str:
     """Return the source text that defines ``module:Qual.name``, found without importing the module.
 
-    A target outside q4kd stands for itself by name: its source changes with every release of that package.
+    A target in a package that is not under test stands for itself by name: its source changes with every release.
 
     Raises:
         MissingTarget: when the module or the definition is not there.
     """
     module, _, qualname = target.partition(":")
-    if not module.startswith("q4kd."):
+    if module.partition(".")[0] not in tested_packages():
         return target
     try:
         text = _module_text(module)

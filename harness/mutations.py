@@ -1,8 +1,8 @@
 """Sabotage level 1, on every run: spoil what was recorded, judge again, and see every corroborated claim turn.
 
 Raw records are spoilt through views, so nothing is copied: an empty log, half the events or samples, arrays cut short,
-no facts, another process, another boot, a planted fault, a killed run. Which of them apply to a claim is what its checks
-were seen to read. Each check adds its own (``mutate``): just over each bound, constant, compared with itself, none.
+no facts, another process, another boot, a planted fault, a killed run. Which of them apply to a claim is what its
+checks were seen to read. Each check adds its own (``mutate``): just over each bound, constant, compared with itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from q4kd.harness.checks import CHECKS
+from q4kd.harness.checks.judgement import READABLE
 from q4kd.harness.contract import Claim
 from q4kd.harness.judge import judge_claim, plain
 from q4kd.harness.raw import RawRun
 
 NOT_SHOWN = "not shown to fail"
-# What a check may declare in READS: properties of RawRun, and its arrays.
-KINDS = ("argv", "stdout", "stderr", "events", "memory", "exit", "facts", "arrays")
 _MAX_MISSED = 20
 
 
@@ -31,7 +30,7 @@ class WatchedRun(RawRun):
 
     def __getattribute__(self, name: str) -> Any:
         """Note the property that is being read."""
-        if name in KINDS or name == "array":
+        if name in READABLE or name == "array":
             object.__getattribute__(self, "seen").add("arrays" if name == "array" else name)
         return object.__getattribute__(self, name)
 

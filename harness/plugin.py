@@ -61,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     except InputError as error:
         raise pytest.UsageError(f"q4kd: {error}") from error
+    config.addinivalue_line("markers", "claim: a claim of a contract")
+    for name in sorted(
+        {name for claim in session.claims.values() if claim.falsifier for name in claim.falsifier.needs}
+    ):
+        config.addinivalue_line("markers", f"needs_{name}: a claim that needs {name}")
     config.stash[_SESSION] = session
     config.pluginmanager.register(_Running(session, config.args), "q4kd-running")
 
@@ -145,6 +150,9 @@ class ContractFile(pytest.File):
         for claim in self.contract.claims:
             item: ClaimItem = ClaimItem.from_parent(self, name=claim.id)
             item.claim, item.running = claim, self.running
+            item.add_marker("claim")
+            for name in claim.falsifier.needs if claim.falsifier else ():
+                item.add_marker(f"needs_{name}")
             yield item
 
 

@@ -53,7 +53,7 @@ def test_the_teacher_is_told_by_type() -> None:
     report = measure(Residency({"Q4_K": 3_000_000_000, "F32": 5_000_000}, 0, 8_000_000, 3_005_000_000))
     assert report.teacher == {"Q4_K": 3_000_000_000, "F32": 5_000_000}
     assert "Q4_K 3.00 GB" in report.sentence()
-    assert "scratch 0.01 GB" in report.sentence()
+    assert "scratch 8.0 MB" in report.sentence()
     assert report.to_json()["scratch"] == 8_000_000
 
 
@@ -129,4 +129,6 @@ def test_only_a_unified_device_is_watched(
 def test_the_floor_is_at_least_a_gibibyte() -> None:
     assert watchdog.default_floor(8 << 30) == 1 << 30
     assert watchdog.default_floor(128 << 30) == (128 << 30) * 3 // 100
-    assert memory_report.gigabytes(1_500_000_000) == "1.50 GB"
+    assert memory_report.sized(1_500_000_000) == "1.50 GB"
+    assert memory_report.sized(1_500_000) == "1.5 MB"
+    assert memory_report.sized(0) == "0 kB"

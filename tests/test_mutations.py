@@ -10,12 +10,12 @@ import pytest
 from good_runs import CASES, claim_of, good_runs
 
 from q4kd.harness.checks import CHECKS
-from q4kd.harness.checks.judgement import Judgement, inconclusive
+from q4kd.harness.checks.judgement import READABLE, Judgement, inconclusive
 from q4kd.harness.judge import judge_claim
-from q4kd.harness.mutations import KINDS, NOT_SHOWN, apply_mutation_rule, reads, spoil
+from q4kd.harness.mutations import NOT_SHOWN, apply_mutation_rule, reads, spoil
 from q4kd.harness.raw import RawRun
 
-EVERYTHING = set(KINDS)
+EVERYTHING = set(READABLE)
 
 
 def level_one(check: str, runs: Mapping[str, RawRun]) -> dict[str, Any]:

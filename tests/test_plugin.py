@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def kills(tmp_path_factory):
         for name, text in CONTRACTS.items():
             (folder / f"{name}.yaml").write_text(text)
             loaded = load_contract(folder / f"{name}.yaml")
-            usable = [c for c in loaded.claims if c.falsifier and c.falsifier.experiment in ("measure", "compare")]
+            usable = [
+                c for c in loaded.claims if c.falsifier and c.falsifier.experiment in ("measure", "compare", "slow")
+            ]
             kill_matrix(usable, "cpu", store, runner, changed=True)
     finally:
         patch.undo()
@@ -67,6 +70,11 @@ CONTRACTS = {
     "needy": contract(entry("FT-N-001", extra="    needs: [cuda]\n")),
     "prosaic": contract("\n- {id: FT-P-001, rule: r, prediction: p, if_fails: f}\n"),
     "broken": contract(entry("FT-H-001", experiment="unprepared"), entry("FT-H-002", experiment="unmeasured")),
+    "alone": contract(entry("FT-E-001", experiment="slow"), entry("FT-E-002", experiment="slow", ceiling=60)),
+    "crashing": contract(
+        entry("FT-X-001").replace("{ceiling: 50}", "{ceiling: 50, crash: true}"),
+        entry("FT-X-002", experiment="unstarted"),
+    ),
 }
 
 
@@ -85,7 +93,9 @@ def world(pytester, monkeypatch, kills):
 
         def run(self, *names, args=(), use=kills):
             self.write(*names)
-            base = ["-p", "fakeworld.plugin", "-p", "no:cacheprovider", "--contracts", str(self.folder)]
+            base = ["-p", "fakeworld.plugin", "--contracts", str(self.folder)]
+            if "cacheprovider" not in args:
+                base += ["-p", "no:cacheprovider"]
             base += ["--profile", "cpu", "--bundle", str(self.bundle), "--kills", str(use)]
             return pytester.runpytest_subprocess(*base, *args)
 
@@ -183,6 +193,14 @@ def test_a_failure_of_the_harness_is_inconclusive(world):
     assert "collect: RuntimeError: cannot measure" in result.stdout.str()
 
 
+def test_a_check_that_fails_and_a_program_that_does_not_start_are_no_verdict(world):
+    result = world.run("crashing")
+    assert result.ret == 2
+    assert set(world.verdicts().values()) == {("inconclusive", "harness error")}
+    assert "measured RuntimeError: the check itself is broken" in result.stdout.str()
+    assert "start: ValueError: embedded null byte" in result.stdout.str()
+
+
 def test_claims_out_of_scope_are_shown_and_never_count(world):
     result = world.run("good", "needy")
     assert result.ret == 0
@@ -232,6 +250,46 @@ def test_collect_only_lists_and_writes_nothing(world):
     assert result.ret == 0
     result.stdout.fnmatch_lines(["good::FT-A-001", "good::FT-A-002"])
     assert not world.bundle.exists()
+
+
+@pytest.mark.parametrize(
+    ("expression", "ran", "code"),
+    [("claim", 2, 0), ("not needs_cuda", 2, 0), ("needs_cuda", 0, 2), ("not claim", 0, 2)],
+)
+def test_markers_select_claims_and_what_is_left_out_is_not_run(world, expression, ran, code):
+    result = world.run("good", "needy", args=["-m", expression, "--strict-markers"])
+    assert result.ret == code
+    assert len([v for v in world.verdicts().values() if v[0] == "corroborated"]) == ran
+    assert len([v for v in world.verdicts().values() if v == ("inconclusive", "not run")]) == 2 - ran
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_last_failed_runs_only_those_and_is_not_a_pass(world, workers):
+    world.write("good", "bad")
+    cache = ["-p", "cacheprovider", "--rootdir", str(world.folder.parent), *workers]
+    assert world.run(args=cache).ret == 1
+    world.bundle = world.bundle.with_name("again")
+    again = world.run(args=[*cache, "--lf"])
+    again.assert_outcomes(failed=1)
+    assert world.verdicts()["bad::FT-B-001"] == ("falsified", None)
+    assert {v for k, v in world.verdicts().items() if k != "bad::FT-B-001"} == {("inconclusive", "not run")}
+
+
+def test_exclusive_experiments_of_two_sessions_never_overlap(world, pytester, kills):
+    world.write("alone", "good")
+    base = [sys.executable, "-m", "pytest", "-p", "fakeworld.plugin", "--contracts", str(world.folder), "-n", "auto"]
+    base += ["--profile", "cpu", "--kills", str(kills)]
+    env = {**os.environ, "PYTEST_XDIST_AUTO_NUM_WORKERS": "2"}
+    bundles = [pytester.path / "b0", pytester.path / "b1"]
+    running = [subprocess.Popen([*base, "--bundle", str(b)], env=env, stdout=subprocess.PIPE) for b in bundles]
+    assert [process.communicate(timeout=60)[0] and process.returncode for process in running] == [0, 0]
+    spans = []
+    for bundle in bundles:
+        ending = json.loads((bundle / "runs" / "slow" / "exit.json").read_text())
+        spans.append((ending["start_t"], ending["end_t"]))
+        assert ending["wall_s"] > 0.8
+    (_, first_end), (second_start, _) = sorted(spans)
+    assert first_end <= second_start
 
 
 def test_workers_share_one_run_and_one_bundle(world):

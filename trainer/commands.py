@@ -126,7 +126,9 @@ def _logits(args: argparse.Namespace) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
-    from q4kd.trainer.files import write_atomic
+    from q4kd.trainer.files import replacing
+    from q4kd.trainer.footprint import predict_footprint
+    from q4kd.trainer.memory_report import sized
     from q4kd.trainer.teacher import load_teacher
 
     ids = _read_ids(args.ids)
@@ -134,13 +136,17 @@ def _logits(args: argparse.Namespace) -> int:
     events.start()
     events.emit("imports_done")
     teacher = load_teacher(args.model, backend=args.backend, device=args.device, dtype=args.dtype, events=events)
+    shape = np.atleast_2d(ids).shape
+    if args.device == "cpu":
+        plan = predict_footprint(teacher.config, *shape, dtype=teacher.dtype)
+        events.emit("footprint", **vars(plan))
+        print(f"memory plan: activations {sized(plan.activations)}, scratch {sized(plan.scratch)}, file pages")
     started = time.monotonic()
     logits = teacher.logits(torch.from_numpy(np.atleast_2d(ids))).float().cpu().numpy()
     events.emit("forward_done", tokens=int(ids.size), seconds=time.monotonic() - started)
-    buffer = io.BytesIO()
-    np.save(buffer, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
     try:
-        write_atomic(args.out, buffer.getvalue())
+        with replacing(args.out) as file:
+            np.lib.format.write_array(file, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
     except OSError as error:
         raise InputError(
             f"--out {args.out}", expected="a writable path", got=str(error.strerror), remedy="choose another folder"

@@ -1,12 +1,13 @@
 """Files read within bounds and written whole: nobody sees half a file, a hostile one gets no unbounded memory."""
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from q4kd.trainer.errors import InputError
 
@@ -19,10 +20,21 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: when the folder cannot be written; the old file is then untouched.
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; it takes the place of ``path`` when the body ends without an error, whole and synced.
+
+    Raises:
+        OSError: as ``write_atomic``.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

@@ -69,16 +69,16 @@ class MemoryReport:
 
     def sentence(self) -> str:
         """Return one line for people: who holds what."""
-        parts = [f"host {gigabytes(self.rss)} resident ({gigabytes(self.anonymous)} without mapped files)"]
+        parts = [f"host {sized(self.rss)} resident ({sized(self.anonymous)} without mapped files)"]
         if self.device is not None:
             whole = self.device.process
-            told = gigabytes(whole) if whole is not None else f"unknown ({self.device.why_unknown})"
+            told = sized(whole) if whole is not None else f"unknown ({self.device.why_unknown})"
             parts.append(
-                f"device {told} by NVML, {gigabytes(self.device.allocated)} in tensors, "
-                f"peak {gigabytes(self.device.peak_allocated)}"
+                f"device {told} by NVML, {sized(self.device.allocated)} in tensors, "
+                f"peak {sized(self.device.peak_allocated)}"
             )
-        held = ", ".join(f"{name} {gigabytes(size)}" for name, size in sorted(self.teacher.items()))
-        parts.append(f"teacher {held or 'none'}; scratch {gigabytes(self.scratch)}")
+        held = ", ".join(f"{name} {sized(size)}" for name, size in sorted(self.teacher.items()))
+        parts.append(f"teacher {held or 'none'}; scratch {sized(self.scratch)}")
         return "; ".join(parts)
 
 
@@ -104,9 +104,11 @@ def measure(residency: "Residency | None" = None, *, cuda: bool = False) -> Memo
     )
 
 
-def gigabytes(size: int) -> str:
-    """Return bytes as ``1.23 GB`` (10**9)."""
-    return f"{size / 1e9:.2f} GB"
+def sized(size: int) -> str:
+    """Return bytes as ``1.23 GB``, ``4.5 MB`` or ``6 kB`` (powers of 1,000)."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

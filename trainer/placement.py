@@ -15,7 +15,7 @@ from q4kd.trainer.device import (
     memory_budget,
 )
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.memory_report import gigabytes
+from q4kd.trainer.memory_report import sized
 from q4kd.trainer.model_file import ModelFile
 
 # Bytes of a decoded weight in each compute dtype.
@@ -78,7 +78,7 @@ def check_fits(model: ModelFile, choice: BackendChoice, place: Place) -> None:
     if needed > place.budget:
         raise InputError(
             f"{model.path}: the {choice.backend} backend on {place.name}",
-            expected=f"{gigabytes(needed)} free ({sum_up})",
-            got=gigabytes(place.budget),
+            expected=f"{sized(needed)} free ({sum_up})",
+            got=sized(place.budget),
             remedy="use --backend q4k" if choice.backend == "dense" else "free memory, or use a smaller teacher",
         )

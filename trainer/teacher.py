@@ -133,6 +133,7 @@ class Teacher:
         self.model = model
         self.config = model.config
         self.choice = choice
+        self.dtype = dtype
         self._forward: Forward = build_forward(model, choice.backend, device, dtype, allocation)
 
     @property

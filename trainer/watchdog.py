@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from q4kd.trainer.device import classify, cuda_facts, mem_available
-from q4kd.trainer.memory_report import gigabytes
+from q4kd.trainer.memory_report import sized
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when less else is in memory
 _INTERVAL_S = 0.1
@@ -57,7 +57,7 @@ class MemoryWatchdog:
             low = low + 1 if available < self._floor else 0
             if low == _IN_A_ROW:
                 self._stop(
-                    f"memory: expected at least {gigabytes(self._floor)} left to the host, got {gigabytes(available)} "
+                    f"memory: expected at least {sized(self._floor)} left to the host, got {sized(available)} "
                     f"(MemAvailable); lower batch_size or seq_len, or close other programs. "
                     f"Stopped before the machine would hang; --resume continues from the last checkpoint."
                 )

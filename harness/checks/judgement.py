@@ -14,11 +14,14 @@ Mutation = tuple[str, dict[str, Any]]
 
 ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}
 
+# What a check may declare in READS: properties of RawRun, and its arrays.
+READABLE = ("argv", "stdout", "stderr", "events", "memory", "exit", "facts", "arrays")
+
 # The closed list of reasons for `inconclusive`.
 REASONS = {
     "prose": "the claim has no executable falsifier",
     "not run": "no run of its experiment is in the evidence",
-    "harness error": "the harness failed around the run",
+    "harness error": "the harness failed around the run, or a check failed on its records",
     "evidence unreadable": "a raw file is missing or malformed",
     "run incomplete": "the program did not reach its end, so there is nothing to compare",
     "too few observations": "fewer observations than the claim asks for",

@@ -82,7 +82,7 @@ register(
 register(
     Fault(
         name="device-ballast",
-        title="six gigabytes more are held on the device",
+        title="six sized more are held on the device",
         family="memory",
         targets=("q4kd.trainer.teacher:load_teacher",),
         apply=_device_ballast,

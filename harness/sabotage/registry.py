@@ -1,4 +1,8 @@
-"""The closed registry of faults, and the one way to plant one: replace a named object in the child process."""
+"""The registry of faults, and the one way to plant one: replace a named object in the child process.
+
+It is closed to contracts. Another project adds faults by an entry point in ``q4kd.faults``: a module that calls
+``register``, a ``Fault``, or several.
+"""
 
 import functools
 import importlib
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from q4kd.harness import sabotage
+from q4kd.harness.extensions import load_extensions
 from q4kd.trainer.errors import InputError
 
 Family = Literal[
@@ -81,7 +86,18 @@ def all_faults() -> Mapping[str, Fault]:
     """Import the fault modules and return every fault by name."""
     for module in sabotage.FAULT_MODULES:
         importlib.import_module(module)
+    for extension in load_extensions("q4kd.faults"):
+        with extension.blamed():
+            value = extension.value
+            faults = () if inspect.ismodule(value) else (value,) if isinstance(value, Fault) else tuple(value)
+            for fault in faults:
+                register(fault)
     return dict(sorted(_FAULTS.items()))
+
+
+def tested_packages() -> frozenset[str]:
+    """Return the top-level packages whose programs are under test here: ours, and those that bring faults."""
+    return frozenset({"q4kd", *(extension.package for extension in load_extensions("q4kd.faults"))})
 
 
 def get_fault(name: str) -> Fault:
@@ -122,7 +138,7 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 
 def replace(target: str, make: Callable[[Any], Any]) -> None:
-    """Put ``make(original)`` in the place of ``target``, also where a q4kd module imported it by name.
+    """Put ``make(original)`` in the place of ``target``, also where a module under test imported it by name.
 
     A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards.
 
@@ -139,9 +155,11 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
         new = make(raw)
     setattr(holder, name, new)
     if inspect.ismodule(holder):
+        packages = tested_packages()
         for module_name, module in list(sys.modules.items()):
             # This package keeps its own originals: a fault is for the program under test, not for what records it.
-            if module_name.startswith("q4kd.") and not module_name.startswith("q4kd.harness.sabotage"):
+            tested = module_name.partition(".")[0] in packages
+            if tested and not module_name.startswith("q4kd.harness.sabotage"):
                 for copy in [key for key, value in vars(module).items() if value is raw]:
                     setattr(module, copy, new)
     _PLANTED.append(target)

@@ -32,4 +32,6 @@ register(Experiment("compare", "two arms", ("cpu",), (Arm("a", command(), 30), A
 register(Experiment("hang", "never ends", ("cpu",), (Arm(None, command("hang"), 30, stall_s=0.5),), collect=facts))
 register(Experiment("unprepared", "no inputs", ("cpu",), (Arm(None, command()),), prepare=broken_prepare))
 register(Experiment("unmeasured", "no facts", ("cpu",), (Arm(None, command()),), collect=broken_collect))
+register(Experiment("unstarted", "no process", ("cpu",), (Arm(None, command("\0")),)))
+register(Experiment("slow", "exclusive", ("cpu",), (Arm(None, command("pause"), 30),), collect=facts, exclusive=True))
 register(Experiment("alone", "exclusive", ("cpu",), (Arm(None, command(), 30),), collect=facts, exclusive=True))

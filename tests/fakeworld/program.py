@@ -16,6 +16,8 @@ def ending():
 def main(args):
     with Path("events.jsonl").open("a") as events:
         events.write(json.dumps({"v": 1, "event": "done", "t": time.monotonic(), "args": args}) + "\n")
+    if "pause" in args:
+        time.sleep(0.8)
     if "hang" in args:
         time.sleep(60)
     Path("out.json").write_text(json.dumps({"value": measured()}))

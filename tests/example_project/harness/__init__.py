@@ -1,0 +1,1 @@
+"""A merge sort, and what falsifies it."""
