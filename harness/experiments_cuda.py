@@ -116,7 +116,7 @@ register(
 
 def teacher_7b(inputs: Inputs) -> Path:
     """Return a 7B-shaped Q4_K_M file with random weights, 4.4 GB."""
-    make = functools.partial(write_large_teacher, layers=28, hidden=3584, ffn=18944, vocab=152064)
+    make = functools.partial(write_large_teacher, layers=28, hidden=3584, ffn=18944, vocab=152064, kv_heads=8)
     return inputs.file("teacher-7b.gguf", make)
 
 

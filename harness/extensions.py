@@ -52,7 +52,7 @@ def _blaming(origin: str) -> Iterator[None]:
         raise InputError(
             origin,
             expected="an extension that can be loaded",
-            got=f"{type(error).__name__}: {error}"[:300],
+            got=" ".join(f"{type(error).__name__}: {error}".split())[:300],
             remedy="repair or uninstall that distribution",
         ) from error
 

@@ -52,6 +52,9 @@ def message_of(finding: Mapping[str, Any]) -> str:
         if check["verdict"] == finding["verdict"]:
             said = check["counterexample"] or f"measured {check['measured']}, bound {check['bound']}"
             return f"{finding['reason']}: {said}" if finding["reason"] else str(said)
+    missed = (finding["mutations"] or {}).get("missed")
+    if missed:
+        return f"{finding['reason']}: not noticed: {missed[0]}"
     return str(finding["reason"] or finding["verdict"])
 
 

@@ -201,6 +201,9 @@ class Session:
             if finding["verdict"] != "inconclusive":
                 at = next((c for c in finding["checks"] if c["verdict"] == finding["verdict"]), None)
                 why = (at and (at["counterexample"] or at["measured"])) or why
+            missed = (finding["mutations"] or {}).get("missed")
+            if missed:
+                why = f"{why}: not noticed: {missed[0]}"
             mark = "" if finding["scope"] == "required" else " [not gating]"
             text = f"{finding['verdict']:<13} {finding['key']}{mark}  {why}"
             lines.append((printable(text), _COLOURS[finding["verdict"]]))

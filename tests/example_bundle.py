@@ -105,7 +105,11 @@ PEAK = SimpleNamespace(
         "type": "object",
         "additionalProperties": False,
         "required": ["limit"],
-        "properties": {"limit": {"type": "number"}, "floor": {"type": "number"}, "unit": {"type": "string"}},
+        "properties": {
+            "limit": {"type": "number"},
+            "floor": {"type": "number", "default": 0},
+            "unit": {"type": "string"},
+        },
     },
     DIRECTIONS={"limit": "upper", "floor": "lower"},
     extract=_extract,

@@ -1,5 +1,6 @@
 """Every check corroborates the good evidence, falsifies the bad, and never passes on nothing."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,8 @@ def test_survives(tmp_path: Path, events, ending, checkpoint, expected) -> None:
 def test_a_kill_without_proof_is_not_called_oom(tmp_path: Path) -> None:
     run = write_run(tmp_path, events=STEPS[:2], ending=KILLED)
     assert "killed cause unknown" in str(evaluate("survives", run, SURVIVES).counterexample)
+    proven = write_run(tmp_path, "proven", events=STEPS[:2], ending=KILLED | {"cause": "oom_killed"})
+    assert "oom killed" in str(evaluate("survives", proven, SURVIVES).counterexample)
 
 
 # --- improves ---
@@ -322,6 +325,27 @@ def test_table(tmp_path: Path, found: dict[str, Any] | None, expected: str) -> N
     params = {"table": "t", "expected": {"x": 1, "y": True}}
     run = write_run(tmp_path, facts={"tables": {"t": found}} if found is not None else {})
     assert outcome(evaluate("table", run, params)) == expected
+
+
+# --- time ---
+
+
+def test_no_check_matches_a_contracts_text_as_a_regular_expression() -> None:
+    for name, check in CHECKS.items():
+        source = Path(str(check.__file__)).read_text()  # type: ignore[attr-defined]
+        # improves matches run names, which are short and ours, against a pattern of its own.
+        assert ("import re\n" in source) == (name == "improves"), name
+
+
+@pytest.mark.parametrize("line", ["ab" * (1 << 20), "a" * (2 << 20), ("a" * 1000 + "\n") * 2000])
+def test_matching_fragments_takes_linear_time(tmp_path: Path, line: str) -> None:
+    fragments = ["a" * 60 + "b"] * 8
+    run = write_run(tmp_path, stdout=line, events=DONE)
+    wanted = {"lines": [{"fragments": fragments, "times": 0}] * 8, "completion": fragments}
+    started = time.process_time()
+    evaluate("log_present", run, wanted)
+    evaluate("log_absent", run, {"absent": [fragments] * 8, "completion": fragments, "known_positive": fragments})
+    assert time.process_time() - started < 5
 
 
 # --- the registry ---

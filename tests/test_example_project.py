@@ -1,4 +1,4 @@
-"""Another project, with a package named ``harness`` of its own, uses the wheel to falsify a program that is not ours."""
+"""Another project, with a package of its own named ``harness``, uses the wheel to falsify a program not ours."""
 
 import json
 import os
@@ -48,6 +48,18 @@ def q4kd(installed: Path, tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120, check=False)
 
     return run
+
+
+def test_nothing_comes_from_this_checkout(installed: Path) -> None:
+    paths = [str(installed / "site"), sysconfig.get_path("purelib")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    code = (
+        "import harness, q4kd.harness, q4kd.trainer, q4kd.evidence as e; print(harness, q4kd.harness, q4kd.trainer, e)"
+    )
+    command = [str(installed / "venv/bin/python"), "-c", code]
+    done = subprocess.run(command, cwd=installed, env=env, text=True, capture_output=True, timeout=60, check=True)
+    assert done.stdout.count(str(installed / "site")) == 4, done.stdout
+    assert str(ROOT) not in done.stdout
 
 
 COMMON = ("--contracts", "contracts", "--profile", "cpu", "--kills", "kills")

@@ -1,4 +1,4 @@
-"""The experiments at the size of 7B, as far as they can be seen without a GPU: their arguments and what they collect."""
+"""The experiments at the size of 7B, as far as they can be seen without a GPU: arguments, and what they collect."""
 
 import json
 from pathlib import Path

@@ -16,6 +16,7 @@ from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import Judgement
 from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import EXPERIMENTS, Arm, Experiment
+from q4kd.harness.interchange import message_of
 from q4kd.harness.kills import KillStore, judge_faulted, record_key, record_parts
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
@@ -120,6 +121,7 @@ def test_a_check_that_always_passes_turns_the_suite_red(
     assert (rows[check]["verdict"], rows[check]["reason"]) == ("inconclusive", "not shown to fail")
     if level != "level 2":
         assert any(name.startswith(f"{check}: ") for name in rows[check]["mutations"]["missed"])
+        assert f"not shown to fail: not noticed: {rows[check]['mutations']['missed'][0]}" == message_of(rows[check])
     if level != "level 1":
         assert rows[check]["sabotage"][0]["detail"].startswith("missed: ")
 

@@ -94,12 +94,9 @@ def _assemble(config: DistillConfig, events: EventLog, is_main: bool) -> _Run:
     )
     tokenizer = load_tokenizer(config.student)
     student = load_student(config.student, config.seed)
-    check_vocabulary(
-        teacher.model.tokens,
-        teacher.vocab_size,
-        tokenizer.get_vocab(),
-        student.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
-    )
+    rows: int = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
     corpus = load_corpus(
         config.data,
         pattern=config.data_glob,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from q4kd.trainer.architecture import ROPE_FACTORS, RopeLayout, TeacherConfig
 from q4kd.trainer.attention import causal_attention
+from q4kd.trainer.gemm import keep_freed_memory
 from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.weights import Matrix, Scratch, build_matrix, decode_vector
 
@@ -84,6 +85,7 @@ class CpuForward:
     """
 
     def __init__(self, model: ModelFile, backend: str, dtype: torch.dtype = torch.float32) -> None:
+        keep_freed_memory()
         self.dtype = dtype
         self._model, self._backend = model, backend
         self.config: TeacherConfig = model.config
@@ -168,6 +170,6 @@ class CpuForward:
         mixed_MA = causal_attention(q_BNTD, k_BKTD, v_BKTD).view(x_MH.shape[0], -1)
         return layer.attn_output.product(mixed_MA.to(self.dtype))
 
-    def head_logits(self, hidden_MH: Tensor) -> Tensor:
-        """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``."""
-        return self._head.project(hidden_MH.to(self.dtype))
+    def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:
+        """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``: in ``out_MV`` if given, else new."""
+        return self._head.project(hidden_MH.to(self.dtype), out_MV)

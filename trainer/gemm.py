@@ -21,6 +21,8 @@ def has_avx512_product() -> bool:
 
 
 _AVX512_PRODUCT = has_avx512_product()
+# Just below the largest block that raises glibc's thresholds, its header and alignment included.
+_LARGEST_KEPT = 31 << 20
 
 
 def multiply(x_MK: Tensor, weight_RK: Tensor) -> Tensor:
@@ -33,6 +35,18 @@ def multiply(x_MK: Tensor, weight_RK: Tensor) -> Tensor:
         out_MR: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_RK, None, "none", [], "")
         return out_MR
     return F.linear(x_MK, weight_RK)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed between products, up to 62 MiB, instead of giving it back to the kernel.
+
+    oneDNN's product allocates its result. Given back and asked for again, the pages of a 1,024 x 3,072 result fault
+    anew at every product, which took a fifth of a feed-forward's time. glibc raises its own thresholds when a large
+    block is freed: to that block's size for mapping apart, at most 32 MiB, and to twice that for giving back
+    (mallopt(3), M_MMAP_THRESHOLD). The block freed here is never touched, so it takes no memory; other allocators
+    ignore it.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def empty_huge(rows: int, cols: int) -> Tensor:

@@ -79,8 +79,11 @@ class Matrix(Protocol):
     def product(self, x_MK: Tensor) -> Tensor:
         """Return ``x @ W.T``, ``[M, R]``, computed and returned in the dtype of ``x``: float32 or bfloat16."""
 
-    def project(self, x_MK: Tensor) -> Tensor:
-        """Return the same product as float32 ``[M, R]``, whatever the dtype it is computed in: for large results."""
+    def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
+        """Return the same product as float32 ``[M, R]``, whatever the dtype it is computed in: for large results.
+
+        It is written to ``out_MR`` if given, and is new otherwise.
+        """
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[len(row_ids), K]``."""
@@ -108,9 +111,9 @@ class PackedMatrix:
             return multiply(x_MK, self._decode(0, self.rows, x_MK.dtype))
         return self._tiled(x_MK, x_MK.new_empty(x_MK.shape[0], self.rows))
 
-    def project(self, x_MK: Tensor) -> Tensor:
-        """Return the product as float32 ``[M, R]``."""
-        return self._tiled(x_MK, empty_huge(x_MK.shape[0], self.rows))
+    def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
+        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given."""
+        return self._tiled(x_MK, empty_huge(x_MK.shape[0], self.rows) if out_MR is None else out_MR)
 
     def _tiled(self, x_MK: Tensor, out_MR: Tensor) -> Tensor:
         step = min(self._scratch.rows(self.cols), _TILE_ROWS)
@@ -164,9 +167,9 @@ class DenseMatrix:
         """Return ``x @ W.T`` ``[M, R]`` in the dtype that the matrix is held in."""
         return multiply(x_MK.to(self._weight_RK.dtype), self._weight_RK)
 
-    def project(self, x_MK: Tensor) -> Tensor:
-        """Return the product as float32 ``[M, R]``."""
-        out_MR = empty_huge(x_MK.shape[0], self.rows)
+    def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
+        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given."""
+        out_MR = empty_huge(x_MK.shape[0], self.rows) if out_MR is None else out_MR
         for start in range(0, self.rows, _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
             out_MR[:, rows] = multiply(x_MK.to(self._weight_RK.dtype), self._weight_RK[rows])

@@ -1,4 +1,4 @@
-"""The registry of checks, closed to contracts. Each is a pure module: raw runs to a small observation, observation to a judgement.
+"""The registry of checks, closed to contracts. Each is pure: raw runs to a small observation, and that to a judgement.
 
 A check module exports ``NAME``, ``PARAMS`` (JSON Schema of its parameters), ``DIRECTIONS`` (which parameters are upper
 or lower bounds; for a list or a boolean, ``lower`` says that more, or true, is stricter), ``READS`` (what of a run its

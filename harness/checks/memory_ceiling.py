@@ -27,8 +27,11 @@ PARAMS: dict[str, Any] = {
     "properties": {
         "arm": ARM_PARAM,
         "series": {
-            "enum": ["rss_above_baseline", "rss", "gpu_bytes"],
-            "description": "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU.",
+            "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
+            "description": (
+                "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or taken from "
+                "the whole machine's MemAvailable since the imports, the only truth where CPU and GPU share memory."
+            ),
         },
         "phase": {
             "type": "array",
@@ -59,8 +62,13 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     """Take the samples of the phase."""
     run = pick_run(runs, params.get("arm"))
     first, last = (run.event(name) for name in params["phase"])
-    field = "gpu_bytes" if params["series"] == "gpu_bytes" else "rss"
-    baseline = baseline_rss(run) if params["series"] == "rss_above_baseline" else 0.0
+    series = params["series"]
+    field = {"gpu_bytes": "gpu_bytes", "mem_available_drop": "mem_available"}.get(series, "rss")
+    baseline: float | None = 0.0
+    if series == "rss_above_baseline":
+        baseline = baseline_rss(run)
+    elif series == "mem_available_drop":
+        baseline = _available_before(run)
     observation: dict[str, Any] = completion(run) | {"baseline": baseline, "samples": 0}
     fact = params["ceiling"].get("of")
     observation["of_bytes"] = run.facts.get(fact) if fact else None
@@ -77,11 +85,26 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     times = [float(sample["t"]) for sample in inside]
     return observation | {
         "samples": len([time for time in times if start <= time <= end]),
-        "peak": max(float(sample[field]) for sample in inside) - baseline,
+        "peak": _peak([float(sample[field]) for sample in inside], baseline, field),
         "late_start_s": times[0] - start,
         "early_end_s": end - times[-1],
         "largest_gap_s": max((b - a for a, b in pairwise(times)), default=0.0),
     }
+
+
+def _available_before(run: RawRun) -> float | None:
+    """Return the machine's MemAvailable last sampled before the imports were done."""
+    marker = run.event("imports_done")
+    before = [
+        float(sample["mem_available"])
+        for sample in run.memory
+        if marker is not None and sample["t"] <= marker["t"] and sample.get("mem_available") is not None
+    ]
+    return before[-1] if before else None
+
+
+def _peak(values: list[float], baseline: float, field: str) -> float:
+    return baseline - min(values) if field == "mem_available" else max(values) - baseline
 
 
 def _ceiling(observation: Mapping[str, Any], ceiling: Mapping[str, Any]) -> float | None:

@@ -13,12 +13,15 @@ import ctypes
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from q4kd.trainer.bench.interleave import Arm, Ids
 from q4kd.trainer.bench.worker import WorkerArm, serve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENGINES = ("q4k", "dense", "transformers", "llama.cpp")
 _UBATCHES = (512, 1024)
@@ -37,6 +40,7 @@ class TeacherArm:
     def __init__(self, backend: str, model: Path, threads: int, dtype: str) -> None:
         self.name = backend
         self._model, self._threads, self._dtype = model, threads, dtype
+        self._logits: "Tensor | None" = None
 
     def prepare(self) -> dict[str, Any]:
         """Load the file."""
@@ -62,15 +66,18 @@ class TeacherArm:
         }
 
     def run(self, ids_BT: Ids, save: Path | None = None) -> float:
-        """Return the seconds of one pass with logits at every position."""
+        """Return the seconds of one pass with logits at every position, in a buffer kept as llama.cpp keeps its own."""
         import torch
 
         ids = torch.from_numpy(ids_BT)
+        shape = (*ids.shape, self._teacher.vocab_size)
+        if self._logits is None or self._logits.shape != shape:
+            self._logits = torch.from_numpy(np.empty(shape, np.float32))
         started = time.perf_counter()
-        logits = self._teacher.logits(ids)
+        self._teacher.logits(ids, out=self._logits)
         seconds = time.perf_counter() - started
         if save is not None:
-            np.save(save, logits.numpy(), allow_pickle=False)
+            np.save(save, self._logits.numpy(), allow_pickle=False)
         return seconds
 
     def close(self) -> None:
