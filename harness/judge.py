@@ -26,7 +26,7 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[
     Returns:
         ``{"verdict", "reason", "checks": [{"check", "params", "observation", "verdict", "reason", "measured",
         "bound", "counterexample", "margin"}]}``. Whatever the checks say, evidence of another process or of two boots
-        supports no verdict, and neither a planted fault nor a killed run ever supports ``corroborated``.
+        supports no verdict, and neither a planted fault nor a run that was killed or failed supports ``corroborated``.
     """
     if claim.falsifier is None:
         return {"verdict": "inconclusive", "reason": "prose", "checks": []}
@@ -70,7 +70,7 @@ def unsupporting(run: RawRun) -> str | None:
         before_program, _, _ = " ".join(map(str, run.argv["argv"])).partition(" -- ")
         if run.fault is not None or "--fault" in before_program.split():
             return "faulted run"
-        if run.exit.get("cause") != "exited":
+        if run.exit.get("cause") != "exited" or run.exit.get("returncode") not in (0, *run.argv.get("exits", ())):
             return "run incomplete"
     except Exception:  # malformed evidence: unknown how it was made
         return "evidence unreadable"

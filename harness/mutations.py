@@ -124,6 +124,7 @@ def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRu
     yield "ended in another boot", SpoiltRun(run, {"exit": {**ending, "boot_id_end": "another"}})
     killed = {"returncode": None, "signal": 9, "cause": "killed_cause_unknown"}
     yield "killed", SpoiltRun(run, {"exit": {**ending, **killed}})
+    yield "exit code 1", SpoiltRun(run, {"exit": {**ending, "returncode": 1}})
     if run.memory or run.event("process_start"):
         yield "the exit of another process", SpoiltRun(run, {"exit": {**ending, "pid": -1}})
     if run.memory:

@@ -138,7 +138,13 @@ class ExperimentRunner:
             recorded = [redact(word, places) for word in command]
             write_json(
                 folder / "argv.json",
-                {"argv": recorded, "fault": fault, "cwd": "run", "env": dict(sorted(arm.env.items()))},
+                {
+                    "argv": recorded,
+                    "fault": fault,
+                    "cwd": "run",
+                    "env": dict(sorted(arm.env.items())),
+                    **({"exits": list(arm.exits)} if arm.exits else {}),
+                },
             )
             with ExitStack() as stack:
                 if experiment.exclusive:

@@ -11,7 +11,7 @@ from good_runs import CASES, claim_of, good_runs
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE, Judgement, inconclusive
-from q4kd.harness.judge import judge_claim
+from q4kd.harness.judge import judge_claim, unsupporting
 from q4kd.harness.mutations import NOT_SHOWN, apply_mutation_rule, reads, spoil
 from q4kd.harness.raw import RawRun
 
@@ -174,6 +174,7 @@ GUARDED = [
     ({"ending": {"boot_id": None}}, "evidence unreadable"),
     ({"events": [{"event": "process_start", "t": 0.0, "pid": 8}]}, "another process"),
     ({"ending": {"cause": "killed_cause_unknown", "returncode": None}}, "run incomplete"),
+    ({"ending": {"returncode": 1}}, "run incomplete"),
     ({"fault": "ballast"}, "faulted run"),
     ({"argv": ["python", "-m", "q4kd.harness.child", "--fault", "x", "--", "distill"]}, "faulted run"),
 ]
@@ -201,6 +202,13 @@ def test_a_foreign_run_refutes_nothing_and_a_faulted_one_may(
     result = judge_claim(claim_of("table"), good_runs(tmp_path, "table", **options), "cpu")
     may = reason in ("faulted run", "run incomplete")
     assert (result["verdict"], result["reason"]) == (("falsified", None) if may else ("inconclusive", reason))
+
+
+def test_an_exit_code_that_the_arm_declares_is_normal(tmp_path: Path) -> None:
+    (run,) = good_runs(tmp_path, "table", ending={"returncode": 2}).values()
+    assert unsupporting(run) == "run incomplete"
+    run.argv["exits"] = [2]
+    assert unsupporting(run) is None
 
 
 def test_an_unknown_stays_the_unknown_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ PARAMS: dict[str, Any] = {
         "series": {
             "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
             "description": (
-                "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or taken from "
-                "the whole machine's MemAvailable since the imports, the only truth where CPU and GPU share memory."
+                "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or taken "
+                "from the machine's MemAvailable since the imports, the only truth where CPU and GPU share memory."
             ),
         },
         "phase": {

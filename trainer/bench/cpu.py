@@ -40,7 +40,7 @@ class TeacherArm:
     def __init__(self, backend: str, model: Path, threads: int, dtype: str) -> None:
         self.name = backend
         self._model, self._threads, self._dtype = model, threads, dtype
-        self._logits: "Tensor | None" = None
+        self._logits: Tensor | None = None
 
     def prepare(self) -> dict[str, Any]:
         """Load the file."""
