@@ -115,7 +115,7 @@ def superblock(arguments: list[str]) -> int:
         "q4_k-offset": multiply("Q4_K", blocks["q4_k-offset"]),
     }
     _save_arrays(args.out, results)
-    k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized}
+    k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized and name.lower() in blocks}
     tables: dict[str, dict[str, object]] = {
         # What a matrix really holds, not what the format says.
         "superblock_bytes": {

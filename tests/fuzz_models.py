@@ -29,7 +29,7 @@ from q4kd.trainer.teacher import load_teacher
 
 MAX_SECONDS = 5.0
 MAX_GROWTH = 500_000_000
-_EXTREMES = (0, 1, 3, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**48, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 64)
+_EXTREMES = (0, 1, 3, 255, *(2**power - 1 for power in (16, 31, 32, 63, 64)), 2**31, 2**40, 2**48, 2**63, 2**64 - 64)
 _Mutation = Callable[[bytearray, random.Random, int], bytearray]
 
 

@@ -21,10 +21,10 @@ from q4kd.harness.__main__ import main
 from q4kd.harness.apr_write import Names, convert_gguf, huggingface_name
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
 from q4kd.trainer import apr_header
-from q4kd.trainer.tensor_names import gguf_name
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.model_file import ModelFile, open_model
+from q4kd.trainer.tensor_names import gguf_name
 
 LAYER = "model.layers.0."
 EMBEDDING = "model.embed_tokens.weight"

@@ -186,7 +186,7 @@ def test_the_contract_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("limit: 100.5", "limit: 200", "loosened", 1),
         ("limit: 100.5", "limit: 50", "tightened", 0),
         ("limit: 100.5", "limit: 100.5, floor: 1", "tightened", 0),
-        ("limit: 100.5", "limit: 100.5, unit: kg", "changed", 0),
+        ("limit: 100.5", "limit: 100.5, unit: kg", "loosened", 1),
         ("min_observations: 3", "min_observations: 2", "loosened", 1),
         ("sabotage: [ballast]", "sabotage: [other]", "loosened", 1),
         ("min_observations: 3", "needs: [cuda]", "loosened", 1),
