@@ -10,6 +10,8 @@ import numpy as np
 
 from q4kd.trainer.files import write_atomic
 
+_APART_S = 1.0
+
 
 def cuda_decode(arguments: list[str]) -> int:
     """Decode packed rows of every type on the device to float32; outputs are poisoned with NaN first."""
@@ -56,8 +58,12 @@ def cuda_hold(arguments: list[str]) -> int:
     events.start()
     events.emit("imports_done")
     teacher = load_teacher(args.model, device="cuda", events=events)
+    # Samples up to half a second outside a phase belong to it: keep the load and the pass further away than that.
+    time.sleep(_APART_S)
+    events.emit("hold_started")
     time.sleep(args.seconds)
     events.emit("held")
+    time.sleep(_APART_S)
     ids = torch.from_numpy(np.atleast_2d(np.load(args.ids, allow_pickle=False))).long()
     logits = teacher.logits(ids)
     finite = bool(torch.isfinite(logits).all())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from q4kd.trainer import attention, footprint, quant, weights
+from q4kd.trainer import attention, footprint, gemm, quant, weights
 from q4kd.trainer.footprint import predict_footprint
 from q4kd.trainer.model_file import open_model
 from q4kd.trainer.synthetic import write_large_teacher
@@ -60,6 +60,7 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert footprint.SCRATCH_BYTES == weights.DEFAULT_SCRATCH_BYTES
     assert footprint.TILE_ROWS == weights._TILE_ROWS
     assert (footprint.SCORE_BLOCK, footprint.SCORE_FLOATS) == (attention._BLOCK, attention._SCORES)
+    assert footprint.LARGEST_KEPT == gemm._LARGEST_KEPT
     assert footprint.DECODED_AT_ONCE == quant._WEIGHTS_AT_ONCE
 
 

@@ -1,7 +1,7 @@
 """What a forward pass on the CPU will allocate beside the file's own pages, predicted from dimensions alone.
 
 Activations are counted where they peak: in attention, in the feed-forward or with the logits, whichever is largest.
-Buffers live as long as ``forward.py`` and ``attention.py`` keep them.
+Buffers live as long as ``forward.py`` and ``attention.py`` keep them; ``gemm.py`` says what the allocator keeps.
 
 Letters: M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query and of the key projection,
 V vocabulary.
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from q4kd.trainer.architecture import TeacherConfig
 
 _FLOAT = 4
-# Of ``weights.py``, ``attention.py`` and ``quant.py``, whose own constants need torch; a test holds them equal.
+# Of ``weights.py``, ``attention.py``, ``gemm.py`` and ``quant.py``, whose own constants need torch; a test holds them
+# equal.
 SCRATCH_BYTES = 16 << 20
 TILE_ROWS = 1024
 SCORE_BLOCK = 128
 SCORE_FLOATS = 4 << 20
 DECODED_AT_ONCE = 4096 * 256
+LARGEST_KEPT = 31 << 20
 # Temporaries of a decoder, per weight that it decodes at once: nibbles copied, split, joined, and one float32 buffer.
 _DECODER_BYTES = 8
 # oneDNN blocks a copy of the weights that it multiplies by.
@@ -66,7 +68,10 @@ def predict_footprint(
     scores = _FLOAT * length * (groups * block + config.head_dim)
     attention = stream + normed + 3 * queries + 2 * keys + scores
     feed_forward = stream + normed + 2 * size * tokens * config.ffn_size + part
-    head = stream + normed + _FLOAT * tokens * config.vocab_size + part if logits else 0
+    # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
+    # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
+    kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
+    head = stream + normed + _FLOAT * tokens * config.vocab_size + max(part, kept) if logits else 0
     tables = 3 * _FLOAT * length * config.head_dim
     scratch = _scratch(config)
     return Footprint(max(attention, feed_forward, head) + tables, scratch)
