@@ -5,6 +5,7 @@ something that a reader could take for a pass or a skip.
 """
 
 import hashlib
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def junit(findings: Mapping[str, Any]) -> bytes:
                 "failures": str(sum(row["verdict"] == "falsified" for row in cases)),
                 "errors": str(sum(row["verdict"] == "inconclusive" for row in cases)),
                 "skipped": "0",
-                "time": f"{sum(row['seconds'] or 0.0 for row in cases):.3f}",
+                "time": f"{math.fsum(row['seconds'] or 0.0 for row in cases):.3f}",
                 "timestamp": findings["created"],
             },
         )
@@ -101,7 +102,7 @@ def ctrf(findings: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[st
     """Return a CTRF 1.0.0 report. Our own data is in ``extra`` only."""
     rows = findings["findings"]
     stop = int(datetime.fromisoformat(findings["created"]).timestamp() * 1000)
-    took = int(sum(row["seconds"] or 0.0 for row in rows) * 1000)
+    took = int(math.fsum(row["seconds"] or 0.0 for row in rows) * 1000)  # sum() of floats differs between Pythons
     counts = {status: sum(_STATUS[row["verdict"]] == status for row in rows) for status in _STATUS.values()}
     return {
         "reportFormat": "CTRF",
