@@ -83,7 +83,7 @@ def tests(session: nox.Session) -> None:
 def parity(session: nox.Session) -> None:
     """Beside llama.cpp, file by file: build it once (about 11 minutes on two cores; the wheel is kept), run both.
 
-    Options after ``--`` go to pytest, such as ``--parity-out evidence/parity/x86_64.json``.
+    Options after ``--`` go to pytest, such as ``--parity-out evidence/logs/parity/x86_64.json``.
     """
     folder = environment(session)
     pip, wheels = str(folder / "pip"), Path(session.cache_dir) / "wheels"

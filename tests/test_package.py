@@ -29,7 +29,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
             relative = path.relative_to(ROOT)
             shipped = path.suffix in {".py", ".yaml", ".json", ".gguf", ".npz", ".j2", ".gz"} or path.name == "py.typed"
             # Bundles and logs are for readers of the repository; an install needs the kill records only.
-            apart = {"__pycache__", "bundles", "fuzz", "h200", "parity"} & set(relative.parts)
+            apart = {"__pycache__", "bundles", "logs"} & set(relative.parts)
             if path.is_file() and shipped and not apart:
                 assert f"q4kd/{relative.as_posix()}" in names
     tops = {name.split("/")[0] for name in names}
