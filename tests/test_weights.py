@@ -1,5 +1,6 @@
 """Products of packed matrices: right over any tiling, within one bounded scratch."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def test_a_buffer_that_wants_a_gradient_is_refused() -> None:
         teacher.logits(torch.tensor([[1]]), out=torch.zeros(1, 1, teacher.vocab_size, requires_grad=True))
 
 
-# Three results of 1,024 x 3,072 are alive at once in a feed-forward; the faults of the third such round are counted.
+# Three results of 1,024 x 3,072 are alive at once in a feed-forward. The heap grows until it has room for them wherever
+# they fall, which takes a few rounds; the faults of the tenth are counted.
 _FAULTS = """
 import resource, sys, torch
 from q4kd.trainer.gemm import keep_freed_memory
@@ -170,7 +172,7 @@ before = faults()
 if sys.argv[1] == "keep":
     keep_freed_memory()
 taken = faults() - before
-for _ in range(3):
+for _ in range(10):
     before = faults()
     for part in [torch.empty(12 << 20, dtype=torch.uint8) for _ in range(3)]:
         part.zero_()
@@ -181,9 +183,9 @@ print(taken, faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 def test_freed_results_are_kept_for_the_next_product() -> None:
-    def count(mode: str) -> tuple[int, int]:
+    def count(mode: str, **environment: str) -> tuple[int, int]:
         command = [sys.executable, "-c", _FAULTS, mode]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
         taken, faults = map(int, done.stdout.split())
         return taken, faults
 
@@ -191,4 +193,5 @@ def test_freed_results_are_kept_for_the_next_product() -> None:
     taken, kept = count("keep")
     assert taken < 100
     assert kept < 500
-    assert count("plain")[1] > 5000
+    # Left alone, glibc raises the threshold by itself in some runs; held at its default it never does.
+    assert count("plain", MALLOC_MMAP_THRESHOLD_="131072")[1] > 5000
