@@ -44,7 +44,7 @@ def environment(session: nox.Session) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         options = ["--system-site-packages"] if inherit else []
         session.run(sys.executable, "-m", "venv", *options, str(folder), external=True)
-        extras = "train,dev,cuda13" if cuda and not inherit else "train,dev"
+        extras = "train,dev,docs,cuda13" if cuda and not inherit else "train,dev,docs"
         limits = [] if inherit else ["-c", str(constraints)]
         pip = str(bin_folder / "pip")
         session.run(pip, "install", "--quiet", *limits, "-e", f"{ROOT}[{extras}]", external=True)
