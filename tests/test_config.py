@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from q4kd.trainer.config import make_config, parse_assignment, read_run_file
+from q4kd.trainer.config import make_config
+from q4kd.trainer.config_file import parse_assignment, read_run_file
 from q4kd.trainer.errors import InputError
 
 BASE: dict[str, object] = {"teacher": "t.gguf", "student": "s", "data": "d", "out": "o"}
@@ -22,6 +23,7 @@ def test_defaults_and_conversions() -> None:
     ("values", "words"),
     [
         ({"learning_rate": 1}, "learning_rate"),
+        ({"warmup_step": 1}, "did you mean warmup_steps?"),
         ({"teacher": None}, "--teacher"),
         ({"batch_size": 0}, "from 1"),
         ({"batch_size": 2.5}, "int"),

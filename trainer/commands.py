@@ -157,7 +157,8 @@ def _logits(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from q4kd.trainer.config import make_config, parse_assignment, read_run_file
+    from q4kd.trainer.config import make_config
+    from q4kd.trainer.config_file import parse_assignment, read_run_file
 
     values: dict[str, object] = read_run_file(args.run_file) if args.run_file else {}
     options = (

@@ -1,93 +1,204 @@
-"""The settings of a distillation run: one frozen dataclass, read from YAML, options and ``--set``, checked once."""
+"""The settings of a distillation run: one frozen dataclass whose fields say what they mean, in what unit, within what.
+
+Each field's metadata is the one source of ``q4kd distill --help``, of the JSON Schema of RUN.yaml, of the reference in
+the documentation and of the checks in ``make_config``.
+"""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_bounded
 from q4kd.trainer.kd_loss import DIVERGENCES, Divergence, KDLossConfig
 
-MAX_CONFIG_BYTES = 1 << 20
+LARGE = 1 << 40
+DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
+Packing = Literal["documents", "stream", "none"]
+StudentDtype = Literal["auto", "float32", "bfloat16"]
+StudentKernels = Literal["torch", "liger"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+Schedule = Literal["cosine", "linear", "constant"]
+LossMode = Literal["fast", "low"]
+BestMetric = Literal["kl", "loss", "agreement"]
+
+
+def _setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a field: its default, the heading it is listed under, what it means and what is accepted."""
+    metadata = {"group": group, "help": text, "unit": unit, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """What a run does. Field names are the keys of RUN.yaml and of ``--set key=value``.
+    """What a run does. Field names are the keys of RUN.yaml and of ``--set key=value``."""
 
-    Attributes:
-        teacher: GGUF or .apr file.
-        student: Hugging Face causal LM folder; without weights it is initialised from ``seed``.
-        data: text file, JSONL file (objects with ``text``) or folder of text files.
-        out: folder of the run.
-        seq_len: positions per sequence.
-        batch_size: sequences per step and micro-batch.
-        accumulation: micro-batches per optimiser step.
-        epochs: passes over the training data, when ``steps`` is not given.
-        steps: optimiser steps of the full run.
-        max_steps: smoke run: stop after exactly this many steps and write no final model.
-        lr: peak learning rate of AdamW.
-        warmup_steps: steps of linear warm-up, before cosine decay to zero.
-        weight_decay: decoupled weight decay of AdamW.
-        clip: largest gradient norm; larger gradients are scaled to it.
-        alpha: weight of the cross-entropy (see kd_loss).
-        temperature: divides both logits (see kd_loss).
-        divergence: forward_kl, reverse_kl or jsd.
-        beta: mixture weight of jsd.
-        chunk_tokens: tokens whose logits exist at one time.
-        seed: of the data order and of a fresh student.
-        log_every: steps between "Step N/M" lines; 0 prints epoch lines only.
-        eval_every: steps between held-out evaluations; 0 evaluates only before the first and after the last step.
-        eval_tokens: held-out tokens evaluated.
-        checkpoint_every: steps between checkpoints; 0 writes one after the last step only.
-        keep: checkpoints kept.
-        data_glob: which files of a data folder are read.
-        data_max_bytes: stop reading data after this many bytes; 0 reads all.
-        backend: teacher backend: auto, q4k or dense; null follows Q4KD_TEACHER_BACKEND.
-        device: cpu or cuda.
-        dtype: of the teacher's matrix products: auto, float32 or bfloat16.
-        threads: CPU threads of torch; 0 leaves torch's choice.
-        allow_degenerate_kd: train although teacher and student are the same function.
-    """
+    teacher: Path | None = _setting(None, "files", "GGUF or .apr file; not needed with teacher_cache")
+    student: Path = _setting(
+        dataclasses.MISSING, "files", "Hugging Face causal LM folder; without weights it starts from seed"
+    )
+    data: Path = _setting(dataclasses.MISSING, "files", "training data: a file or a folder")
+    out: Path = _setting(dataclasses.MISSING, "files", "folder of the run")
+    teacher_cache: Path | None = _setting(None, "files", "folder written by q4kd cache; trains without a teacher")
 
-    teacher: Path
-    student: Path
-    data: Path
-    out: Path
-    seq_len: int = 256
-    batch_size: int = 8
-    accumulation: int = 1
-    epochs: float = 1.0
-    steps: int | None = None
-    max_steps: int | None = None
-    lr: float = 2e-5
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    alpha: float = 0.1
-    temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    chunk_tokens: int = 256
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_tokens: int = 16_384
-    checkpoint_every: int = 500
-    keep: int = 2
-    data_glob: str = "**/*"
-    data_max_bytes: int = 0
-    backend: str | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    threads: int = 0
-    allow_degenerate_kd: bool = False
+    data_format: DataFormat = _setting(
+        "auto", "data", "what the files hold; auto goes by their names", choices=typing.get_args(DataFormat)
+    )
+    data_glob: str = _setting("**/*", "data", "which files of a data folder are read")
+    data_max_bytes: int = _setting(
+        0, "data", "stop reading after this much text; 0 reads all", unit="bytes", low=0, high=1 << 60
+    )
+    text_field: str = _setting("text", "data", "field of a record that holds its text")
+    messages_field: str = _setting("messages", "data", "field of a chat record that holds its messages")
+    completion_only: bool = _setting(False, "data", "of chats, only what the assistant says has a label")
+    held_out: Path | None = _setting(None, "data", "evaluation data; without it a hash of each document's name decides")
+    packing: Packing = _setting(
+        "documents", "data",
+        "documents: windows are filled with several, none of which attends to another; stream: they do; "
+        "none: one document a window, padded",
+        choices=typing.get_args(Packing),
+    )  # fmt: skip
+    streaming: bool = _setting(
+        False, "data", "read as training goes, with a bounded shuffle buffer, instead of at the start"
+    )
+    shuffle_buffer: int = _setting(
+        10_000, "data", "documents among which a streaming run draws", unit="documents", low=1, high=LARGE
+    )
+
+    seq_len: int = _setting(256, "batch", "positions of a sequence", unit="tokens", low=2, high=1 << 20)
+    batch_size: int = _setting(
+        8, "batch", "sequences of a micro-batch, for each process", unit="sequences", low=1, high=1 << 16
+    )
+    accumulation: int = _setting(1, "batch", "micro-batches of a step", low=1, high=1 << 16)
+
+    epochs: float = _setting(
+        1.0, "schedule", "passes over the training data, when steps is not given", low=1e-6, high=1e6
+    )
+    steps: int | None = _setting(None, "schedule", "optimiser steps of the full run", low=1, high=LARGE)
+    max_steps: int | None = _setting(
+        None, "schedule", "smoke run: exactly this many steps, no final model", low=1, high=LARGE
+    )
+    lr: float = _setting(2e-5, "schedule", "peak learning rate", low=0.0, high=10.0)
+    schedule: Schedule = _setting(
+        "cosine", "schedule", "of the learning rate after warm-up", choices=typing.get_args(Schedule)
+    )
+    warmup_steps: int = _setting(20, "schedule", "steps of linear warm-up", unit="steps", low=0, high=LARGE)
+
+    alpha: float = _setting(
+        0.1, "loss", "weight of the cross-entropy; 1 - alpha is that of the distillation term", low=0.0, high=1.0
+    )
+    temperature: float = _setting(1.0, "loss", "divides both logits", low=1e-3, high=1e3)
+    divergence: Divergence = _setting("forward_kl", "loss", "distance from the teacher", choices=DIVERGENCES)
+    beta: float = _setting(0.5, "loss", "mixture weight of jsd", low=1e-3, high=1 - 1e-3)
+    loss_mode: LossMode = _setting(
+        "fast",
+        "loss",
+        "fast holds the teacher's head decoded; low tiles the vocabulary too",
+        choices=typing.get_args(LossMode),
+    )
+    chunk_tokens: int = _setting(
+        0, "loss", "tokens whose logits exist at one time; 0 chooses", unit="tokens", low=0, high=1 << 20
+    )
+
+    student_dtype: StudentDtype = _setting(
+        "auto", "student",
+        "of weights and products; bfloat16 keeps float32 master weights in the optimiser; auto is float32 on the CPU, "
+        "bfloat16 on CUDA",
+        choices=typing.get_args(StudentDtype),
+    )  # fmt: skip
+    student_kernels: StudentKernels = _setting(
+        "torch",
+        "student",
+        "liger: Triton kernels that store fewer activations (CUDA)",
+        choices=typing.get_args(StudentKernels),
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "student", "compute activations again in the backward pass to save memory"
+    )
+    compile: bool = _setting(False, "student", "pass the student through torch.compile")
+    lora_rank: int = _setting(0, "student", "rank of LoRA adapters; 0 trains every weight", low=0, high=4096)
+    lora_alpha: float = _setting(
+        32.0, "student", "LoRA scaling: the update is multiplied by lora_alpha / lora_rank", low=0.0, high=1e6
+    )
+    lora_dropout: float = _setting(0.0, "student", "dropout before the adapters", low=0.0, high=0.99)
+    lora_targets: str = _setting(
+        "all-linear", "student", "modules with adapters: all-linear, or names separated by commas"
+    )
+
+    optimizer: OptimizerName = _setting(
+        "adamw",
+        "optimizer",
+        "adamw_8bit and the paged ones need bitsandbytes and CUDA",
+        choices=typing.get_args(OptimizerName),
+    )
+    beta1: float = _setting(0.9, "optimizer", "decay of the first moment", low=0.0, high=0.99999)
+    beta2: float = _setting(0.999, "optimizer", "decay of the second moment", low=0.0, high=0.99999)
+    eps: float = _setting(1e-8, "optimizer", "added to the root of the second moment", low=1e-30, high=1.0)
+    weight_decay: float = _setting(0.0, "optimizer", "decoupled weight decay", low=0.0, high=10.0)
+    clip: float = _setting(
+        1.0, "optimizer", "largest gradient norm; larger gradients are scaled to it", low=1e-9, high=1e9
+    )
+
+    backend: str | None = _setting(
+        None, "teacher", "auto, q4k or dense; null follows Q4KD_TEACHER_BACKEND", choices=("auto", "q4k", "dense")
+    )
+    device: str = _setting("cpu", "teacher", "cpu or cuda", choices=("cpu", "cuda"))
+    dtype: str = _setting(
+        "auto", "teacher", "of the teacher's matrix products", choices=("auto", "float32", "bfloat16")
+    )
+    threads: int = _setting(0, "teacher", "CPU threads of torch; 0 leaves torch's choice", low=0, high=4096)
+
+    log_every: int = _setting(
+        10, "reporting", "steps between Step N/M lines; 0 prints epoch lines only", unit="steps", low=0, high=LARGE
+    )
+    trackers: str = _setting(
+        "", "reporting", "tensorboard, wandb or trackio, separated by commas; each must be installed"
+    )
+    eval_every: int = _setting(
+        0, "reporting", "steps between held-out evaluations; 0 evaluates before the first and after the last step only",
+        unit="steps", low=0, high=LARGE,
+    )  # fmt: skip
+    eval_tokens: int = _setting(16_384, "reporting", "held-out tokens evaluated", unit="tokens", low=0, high=LARGE)
+
+    checkpoint_every: int = _setting(
+        500,
+        "checkpoints",
+        "steps between checkpoints; 0 writes one after the last step only",
+        unit="steps",
+        low=0,
+        high=LARGE,
+    )
+    keep: int = _setting(2, "checkpoints", "newest checkpoints kept, beside the best one", low=1, high=1 << 20)
+    best_metric: BestMetric = _setting(
+        "kl",
+        "checkpoints",
+        "held-out figure by which the best checkpoint is chosen",
+        choices=typing.get_args(BestMetric),
+    )
+
+    seed: int = _setting(0, "guards", "of the data order, of a fresh student and of dropout", low=0, high=(1 << 32) - 1)
+    allow_degenerate_kd: bool = _setting(False, "guards", "train although teacher and student are the same function")
+    hang_s: float = _setting(
+        900.0,
+        "guards",
+        "a step that takes longer has its stacks written and the run ended; 0 never",
+        unit="s",
+        low=0.0,
+        high=1e7,
+    )
 
     @property
     def loss(self) -> KDLossConfig:
@@ -97,7 +208,7 @@ class DistillConfig:
             temperature=self.temperature,
             divergence=self.divergence,
             beta=self.beta,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens or 256,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -107,42 +218,20 @@ class DistillConfig:
         }
 
 
-# (low, high) inclusive; what lies outside is refused, whatever its type would admit.
-_RANGES: dict[str, tuple[float, float]] = {
-    "seq_len": (2, 1 << 20),
-    "batch_size": (1, 1 << 16),
-    "accumulation": (1, 1 << 16),
-    "epochs": (1e-6, 1e6),
-    "steps": (1, 1 << 40),
-    "max_steps": (1, 1 << 40),
-    "lr": (0.0, 10.0),
-    "warmup_steps": (0, 1 << 40),
-    "weight_decay": (0.0, 10.0),
-    "clip": (1e-9, 1e9),
-    "alpha": (0.0, 1.0),
-    "temperature": (1e-3, 1e3),
-    "beta": (1e-3, 1 - 1e-3),
-    "chunk_tokens": (1, 1 << 20),
-    "seed": (0, (1 << 32) - 1),
-    "log_every": (0, 1 << 40),
-    "eval_every": (0, 1 << 40),
-    "eval_tokens": (0, 1 << 40),
-    "checkpoint_every": (0, 1 << 40),
-    "keep": (1, 1 << 20),
-    "data_max_bytes": (0, 1 << 60),
-    "threads": (0, 4096),
-}
-
-
-def _convert(key: str, value: object, kind: Any) -> Any:
-    """Return ``value`` as the annotated type, or refuse it."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
+def kind_of(annotation: Any) -> tuple[type, bool]:
+    """Return the plain type of a field's annotation (str for literals), and whether None is accepted."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     target = next(option for option in options if option is not type(None))
-    if key == "divergence":
-        accepted = value in DIVERGENCES
-    elif target is Path:
+    return (str if typing.get_origin(target) is Literal else target), type(None) in options
+
+
+def _convert(setting: "dataclasses.Field[Any]", value: object, annotation: Any) -> Any:
+    """Return ``value`` as the annotated type, or refuse it."""
+    target, is_optional = kind_of(annotation)
+    if value is None and is_optional:
+        return None
+    low, high, choices = (setting.metadata[name] for name in ("low", "high", "choices"))
+    if target is Path:
         accepted, value = isinstance(value, str | Path), Path(str(value))
     elif target is float:
         # YAML 1.1 reads "1e-3" as text, and people write it.
@@ -150,15 +239,15 @@ def _convert(key: str, value: object, kind: Any) -> Any:
         accepted = isinstance(value, int | float) and not isinstance(value, bool)
     else:
         accepted = isinstance(value, target) and (target is bool or not isinstance(value, bool))
-    low, high = _RANGES.get(key, (float("-inf"), float("inf")))
-    if accepted and key in _RANGES:
+    if accepted and choices:
+        accepted = value in choices
+    if accepted and low is not None:
         accepted = low <= typing.cast(float, value) <= high
     if not accepted:
-        wanted = " or ".join(DIVERGENCES) if key == "divergence" else getattr(target, "__name__", str(target))
-        limits = f" from {low:g} to {high:g}" if key in _RANGES else ""
+        limits = f" from {low:g} to {high:g}" if low is not None else ""
         raise InputError(
-            f"setting {key}",
-            expected=f"{wanted}{limits}",
+            f"setting {setting.name}",
+            expected=" or ".join(choices) if choices else f"{target.__name__}{limits}",
             got=repr(value)[:80],
             remedy="correct it; see q4kd distill --help",
         )
@@ -180,16 +269,18 @@ def make_config(values: Mapping[str, object]) -> DistillConfig:
     Raises:
         InputError: for an unknown, missing or unacceptable setting.
     """
-    kinds = typing.get_type_hints(DistillConfig)
-    unknown = sorted(set(values) - set(kinds))
+    settings = {setting.name: setting for setting in dataclasses.fields(DistillConfig)}
+    unknown = sorted(set(values) - set(settings))
     if unknown:
+        close = difflib.get_close_matches(unknown[0], settings, n=1)
         raise InputError(
-            f"setting {unknown[0]}",
+            f"setting {unknown[0][:60]}",
             expected="a known setting",
             got="an unknown one",
-            remedy=f"use one of {', '.join(kinds)}",
+            remedy=f"did you mean {close[0]}?" if close else f"use one of {', '.join(settings)}",
         )
-    missing = [key for key in ("teacher", "student", "data", "out") if values.get(key) is None]
+    needed = ["student", "data", "out"] if values.get("teacher_cache") else ["teacher", "student", "data", "out"]
+    missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise InputError(
             f"setting {missing[0]}",
@@ -197,36 +288,5 @@ def make_config(values: Mapping[str, object]) -> DistillConfig:
             got="nothing",
             remedy=f"pass --{missing[0]} or set it in RUN.yaml",
         )
-    return DistillConfig(**{key: _convert(key, value, kinds[key]) for key, value in values.items()})
-
-
-def read_run_file(path: Path) -> dict[str, object]:
-    """Read RUN.yaml: a flat mapping of settings.
-
-    Raises:
-        InputError: when it is not such a mapping.
-    """
-    try:
-        content = yaml.safe_load(read_bounded(path, MAX_CONFIG_BYTES))
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-        raise InputError(
-            str(path), expected="YAML", got=str(error).replace("\n", " ")[:160], remedy="correct the file"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(str(path), expected="a mapping of settings", got=type(content).__name__, remedy="see the docs")
-    return content
-
-
-def parse_assignment(text: str) -> tuple[str, object]:
-    """Parse ``key=value`` of ``--set``; the value is YAML, or plain text where it is not YAML (``**/*.py``).
-
-    Raises:
-        InputError: when there is no ``=``.
-    """
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {text}", expected="key=value", got=text, remedy="for example --set lr=1e-4")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        return key.strip(), value
+    kinds = typing.get_type_hints(DistillConfig)
+    return DistillConfig(**{key: _convert(settings[key], value, kinds[key]) for key, value in values.items()})

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import TrainingAborted
-from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.teacher import Teacher
 
 
@@ -41,28 +40,23 @@ def learning_rate(step: int, config: DistillConfig, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_labels(windows: Tensor) -> Tensor:
-    """Return next-token labels ``[B, T]`` of windows ``[B, T + 1]``."""
-    return windows[:, 1:]
-
-
 def train_step(
     accelerator: Any,
     model: Any,
     teacher: Teacher | None,
     optimizer: Any,
-    windows: Tensor,
+    batch: Batch,
     config: DistillConfig,
     lr: float,
 ) -> StepResult:
-    """Take one step on ``windows``, int64 ``[accumulation * batch_size, T + 1]`` (this process's share).
+    """Take one step on ``batch``, this process's share of ``accumulation * batch_size`` sequences.
 
     Args:
         accelerator: ``accelerate.Accelerator``.
         model: prepared ``DistillationModel``.
         teacher: None for a cross-entropy-only step.
         optimizer: prepared AdamW.
-        windows: token windows, on the accelerator's device.
+        batch: on the accelerator's device.
         config: run settings.
         lr: learning rate of this step.
 
@@ -70,23 +64,20 @@ def train_step(
         TrainingAborted: when loss or gradient norm is not finite; the update is not made.
     """
     started = time.monotonic()
-    labels = make_labels(windows)
-    num_targets = int(accelerator.reduce((labels != IGNORE).sum(), reduction="sum"))
+    num_targets = int(accelerator.reduce(batch.count_targets(), reduction="sum"))
     teacher_s = 0.0
-    sums = torch.zeros(3, dtype=torch.float64, device=windows.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    size = config.batch_size
-    micro_batches = list(zip(torch.split(windows, size), torch.split(labels, size), strict=True))
-    for index, (window, label) in enumerate(micro_batches):
-        ids_BT = window[:, :-1]
+    micro_batches = list(batch.split(config.batch_size))
+    for index, part in enumerate(micro_batches):
         before_teacher = time.monotonic()
-        teacher_hidden = teacher.hidden(ids_BT) if teacher is not None else None
+        teacher_hidden = teacher.hidden(part.ids_BT) if teacher is not None else None
         teacher_s += time.monotonic() - before_teacher
         head = teacher.head_logits if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            terms = model(ids_BT, label, teacher_hidden, head, num_targets)
+            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             accelerator.backward(terms.loss * accelerator.num_processes)
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
@@ -115,9 +106,9 @@ def train_step(
     )
 
 
-def save_batch(folder: Path, step: int, windows: Tensor) -> Path:
-    """Keep the batch of an aborted step for inspection, int64 ``windows``."""
+def save_batch(folder: Path, step: int, batch: Batch) -> Path:
+    """Keep the batch of an aborted step for inspection, as ``.npz`` arrays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}-batch.npz"
-    np.savez_compressed(path, windows=windows.cpu().numpy())
+    np.savez_compressed(path, **batch.arrays())
     return path

@@ -84,7 +84,7 @@ def _one_step_more() -> None:
 
         return assemble
 
-    replace(f"{_DISTILL}:_assemble", make)
+    replace("q4kd.trainer.run:assemble", make)
 
 
 def _smoke_leaks() -> None:
@@ -164,7 +164,7 @@ _fault(
     _zero_means_default,
     "q4kd.trainer.progress:Reporter.__init__",
 )
-_fault("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, f"{_DISTILL}:_assemble")
+_fault("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, "q4kd.trainer.run:assemble")
 _fault("loop", "smoke-leaks", "every run stops after 10 steps", _smoke_leaks, "q4kd.trainer.config:make_config")
 _fault(
     "loop",

@@ -82,7 +82,7 @@ def _labels_shuffled() -> None:
 
         return labels
 
-    replace(f"{_STEP}:make_labels", make)
+    replace("q4kd.trainer.batch:make_labels", make)
 
 
 def _learning_rate_zero() -> None:
@@ -199,7 +199,7 @@ register(
         name="labels-shuffled",
         title="labels are rolled by 17 positions against their inputs",
         family="loop",
-        targets=(f"{_STEP}:make_labels",),
+        targets=("q4kd.trainer.batch:make_labels",),
         apply=_labels_shuffled,
         arms=KD_ARMS,
     )

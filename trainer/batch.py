@@ -1,0 +1,62 @@
+"""What one micro-batch holds: token ids and the labels that are learnt from them.
+
+Letters in shapes: B sequences, T positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from q4kd.trainer.kd_loss import IGNORE
+
+
+def make_labels(windows: Tensor) -> Tensor:
+    """Return next-token labels ``[B, T]`` of windows ``[B, T + 1]``."""
+    return windows[:, 1:]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and labels of some sequences.
+
+    Attributes:
+        ids_BT: int64 token ids.
+        labels_BT: int64 next-token ids; ``IGNORE`` masks a position.
+    """
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+
+    @classmethod
+    def from_windows(cls, windows: npt.NDArray[np.int64]) -> "Batch":
+        """Make a batch of int64 windows ``[B, T + 1]``: inputs are all but the last token, labels all but the first."""
+        tensor = torch.from_numpy(windows)
+        return cls(tensor[:, :-1], make_labels(tensor))
+
+    def __len__(self) -> int:
+        return len(self.ids_BT)
+
+    def __getitem__(self, sequences: slice) -> "Batch":
+        """Return some of the sequences."""
+        return Batch(self.ids_BT[sequences], self.labels_BT[sequences])
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(self.ids_BT.to(device), self.labels_BT.to(device))
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Yield micro-batches of at most ``size`` sequences."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def count_targets(self) -> Tensor:
+        """Return how many positions have a label, int64 scalar."""
+        return (self.labels_BT != IGNORE).sum()
+
+    def arrays(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Return the batch as arrays on the host, for keeping it."""
+        return {"ids": self.ids_BT.cpu().numpy(), "labels": self.labels_BT.cpu().numpy()}

@@ -1,0 +1,173 @@
+"""Everything a run needs, assembled before its first step."""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from q4kd.trainer.batch import Batch
+from q4kd.trainer.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
+from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.data import BatchOrder, Corpus, load_corpus
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.events import EventLog
+from q4kd.trainer.files import sha256_file, write_json
+from q4kd.trainer.guards import check_vocabulary
+from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer
+from q4kd.trainer.teacher import Teacher, load_teacher
+
+RUN_FILE_VERSION = 1
+# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
+RESUMABLE = frozenset(
+    {"out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "trackers", "hang_s"}
+)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    config: DistillConfig
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    tokenizer: Any
+    teacher: Teacher
+    corpus: Corpus
+    order: BatchOrder
+    events: EventLog
+    total_steps: int
+    last_step: int
+    done: int = 0
+    training_seconds: float = 0.0
+
+    @property
+    def unwrapped(self) -> DistillationModel:
+        """The student with its loss, without data-parallel wrappers."""
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and the log."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one optimiser step, over all processes."""
+        return self.config.seq_len * self.order.sequences_per_step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must repeat: the config, and the number of processes that share a batch."""
+        return {**self.config.to_json(), "processes": self.accelerator.num_processes}
+
+    def batch(self, step: int) -> Batch:
+        """Return this process's share of a step's batch, on its device."""
+        everything = Batch.from_windows(self.order.batch(step))
+        share = everything[slice(self.accelerator.process_index, None, self.accelerator.num_processes)]
+        return share.to(self.accelerator.device)
+
+
+def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
+    """Load teacher, student and data, and prepare the student for this process.
+
+    Raises:
+        InputError: for whatever cannot be used, or does not fit together.
+    """
+    from accelerate import Accelerator
+
+    announce = functools.partial(print, flush=True) if is_main else _say_nothing
+    # First, because it chooses this process's GPU among several.
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    assert config.teacher is not None
+    teacher = load_teacher(
+        config.teacher,
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        events=events,
+        announce=announce,
+    )
+    tokenizer = load_tokenizer(config.student)
+    student = load_student(config.student, config.seed)
+    rows: int = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
+    corpus = load_corpus(
+        config.data,
+        pattern=config.data_glob,
+        max_bytes=config.data_max_bytes,
+        encode=encoder(tokenizer),
+        end_of_text=tokenizer.eos_token_id,
+    )
+    sequences = config.batch_size * config.accumulation * accelerator.num_processes
+    order = BatchOrder(
+        corpus.train, seq_len=config.seq_len, sequences_per_step=sequences, seed=config.seed, path=config.data
+    )
+    total = config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
+    model = DistillationModel(student, config.loss)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        corpus=corpus,
+        order=order,
+        events=events,
+        total_steps=total,
+        last_step=min(total, config.max_steps or total),
+    )
+
+
+def _say_nothing(_line: str) -> None:
+    """Leave the log to the main process."""
+
+
+def write_run_file(run: Run) -> None:
+    """Write ``run.json``: what this run is made of, for whoever exports or reads it later."""
+    config = run.config
+    document: dict[str, Any] = {
+        "version": RUN_FILE_VERSION,
+        "config": config.to_json(),
+        "processes": run.accelerator.num_processes,
+        "steps": run.total_steps,
+        "data_sha256": run.corpus.train.sha256,
+        "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
+    }
+    if config.teacher is not None:
+        document["teacher"] = {
+            "file": config.teacher.name,
+            "bytes": config.teacher.stat().st_size,
+            "sha256": sha256_file(config.teacher),
+        }
+    write_json(config.out / "run.json", document)
+
+
+def restore(run: Run) -> Path:
+    """Continue from the newest checkpoint of a run with the same settings and data; return its folder.
+
+    Raises:
+        InputError: when settings or data differ, or the checkpoint is damaged.
+    """
+    path = list_checkpoints(run.config.out)[-1]
+    state = read_state(path)
+    difference = explain_difference(state.config, run.settings, RESUMABLE)
+    if difference or state.data_sha256 != run.corpus.train.sha256:
+        raise InputError(
+            f"--resume from {path}",
+            expected="the settings and data of that run",
+            got=difference or "other training data",
+            remedy="repeat its settings, or start a new run in another folder",
+        )
+    restore_checkpoint(path, run.unwrapped.student, getattr(run.optimizer, "optimizer", run.optimizer))
+    run.done = state.step
+    run.events.emit("resumed", step=run.done, checkpoint=path.name)
+    return path
