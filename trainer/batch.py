@@ -5,6 +5,7 @@ Letters in shapes: B sequences, T positions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,6 @@ class Batch:
         """Return how many positions have a label, int64 scalar."""
         return (self.labels_BT != IGNORE).sum()
 
-    def arrays(self) -> dict[str, npt.NDArray[np.int64]]:
+    def arrays(self) -> dict[str, Any]:
         """Return the batch as arrays on the host, for keeping it."""
         return {"ids": self.ids_BT.cpu().numpy(), "labels": self.labels_BT.cpu().numpy()}
