@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.errors import InputError
-
-_DISTILL_HELP = """Settings come from RUN.yaml, then from the options, then from --set (the last one wins).
-Every setting with its default: see the attributes of q4kd.trainer.config.DistillConfig, for example
-  --set steps=500 --set lr=1e-4 --set divergence=reverse_kl --set alpha=0.5 --set temperature=2
-"""
+from q4kd.trainer.run_arguments import add_run_arguments, read_run_arguments
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,32 +31,12 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     logits.add_argument("--events", type=Path, help="append events as JSON lines to this file")
     logits.set_defaults(run=_logits)
 
-    distill = subparsers.add_parser(
-        "distill",
-        help="train a student from a frozen quantised teacher",
-        epilog=_DISTILL_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    distill.add_argument("run_file", nargs="?", type=Path, metavar="RUN.yaml", help="settings as a flat YAML mapping")
-    for name, text in (
-        ("teacher", "GGUF or .apr file"),
-        ("student", "Hugging Face causal LM folder; without weights it starts from --seed"),
-        ("data", "text file, JSONL file or folder"),
-        ("out", "folder of the run"),
-    ):
-        distill.add_argument(f"--{name}", type=Path, help=text)
-    distill.add_argument("--max-steps", type=int, metavar="N", help="smoke run: exactly N steps, no final model")
-    distill.add_argument("--seq-len", type=int, metavar="T", help="positions per sequence")
-    distill.add_argument("--seed", type=int, help="of the data order and of a fresh student")
-    distill.add_argument("--backend", choices=("auto", "q4k", "dense"), help="teacher backend")
-    distill.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of the teacher's matrix products")
-    distill.add_argument("--device", help="cpu or cuda")
+    distill = subparsers.add_parser("distill", help="train a student from a frozen quantised teacher")
+    add_run_arguments(distill)
     distill.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    distill.add_argument(
-        "--allow-degenerate-kd", action="store_const", const=True, help="train although teacher equals student"
-    )
-    distill.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     distill.add_argument("--events", type=Path, help="append events to this file instead of OUT/events.jsonl")
+    distill.add_argument("--print-config", action="store_true", help="print the settings as RUN.yaml and stop")
+    distill.add_argument("--print-schema", action="store_true", help="print the JSON Schema of RUN.yaml and stop")
     distill.set_defaults(run=_distill)
 
 
@@ -157,26 +133,15 @@ def _logits(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from q4kd.trainer.config import make_config
-    from q4kd.trainer.config_file import parse_assignment, read_run_file
+    from q4kd.trainer.config_file import format_config, run_schema
 
-    values: dict[str, object] = read_run_file(args.run_file) if args.run_file else {}
-    options = (
-        "teacher",
-        "student",
-        "data",
-        "out",
-        "max_steps",
-        "seq_len",
-        "seed",
-        "backend",
-        "device",
-        "dtype",
-        "allow_degenerate_kd",
-    )
-    values |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    values |= dict(parse_assignment(text) for text in args.set)
-    config = make_config(values)
+    if args.print_schema:
+        print(run_schema(), end="")
+        return 0
+    config = read_run_arguments(args)
+    if args.print_config:
+        print(format_config(config), end="")
+        return 0
 
     from q4kd.trainer.distill import distill
 

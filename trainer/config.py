@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.kd_loss import DIVERGENCES, Divergence, KDLossConfig
+
+if typing.TYPE_CHECKING:
+    from q4kd.trainer.kd_loss import KDLossConfig
 
 LARGE = 1 << 40
+# As in kd_loss, which imports torch: the command line lists its options without it.
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
 Packing = Literal["documents", "stream", "none"]
 StudentDtype = Literal["auto", "float32", "bfloat16"]
@@ -101,7 +105,7 @@ class DistillConfig:
         0.1, "loss", "weight of the cross-entropy; 1 - alpha is that of the distillation term", low=0.0, high=1.0
     )
     temperature: float = _setting(1.0, "loss", "divides both logits", low=1e-3, high=1e3)
-    divergence: Divergence = _setting("forward_kl", "loss", "distance from the teacher", choices=DIVERGENCES)
+    divergence: Divergence = _setting("forward_kl", "loss", "distance from the teacher", choices=typing.get_args(Divergence))
     beta: float = _setting(0.5, "loss", "mixture weight of jsd", low=1e-3, high=1 - 1e-3)
     loss_mode: LossMode = _setting(
         "fast",
@@ -201,8 +205,10 @@ class DistillConfig:
     )
 
     @property
-    def loss(self) -> KDLossConfig:
+    def loss(self) -> "KDLossConfig":
         """The loss's part of the settings."""
+        from q4kd.trainer.kd_loss import KDLossConfig
+
         return KDLossConfig(
             alpha=self.alpha,
             temperature=self.temperature,
