@@ -13,7 +13,7 @@ from q4kd.harness.probes_precision import FUSED_TOKENS
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.harness.synthetic_models import random_matrix
 
-SEQUENCES, LENGTH, EVERY, COLUMNS = 64, 64, 4, 64
+SEQUENCES, LENGTH, EVERY, COLUMNS = 64, 64, 4, 32
 _SOURCES = ("q4kd.harness.probes_precision", "q4kd.harness.reference")
 
 # --- bfloat16-errors, cuda-bfloat16-errors: logits of the demo teacher in bfloat16, packed and dense ---
@@ -92,7 +92,7 @@ for _name, _device, _needs in (("bfloat16-errors", "cpu", ()), ("cuda-bfloat16-e
 
 # --- cuda-products: every way in which a forward pass multiplies, on random blocks ---
 
-TOKENS = 64
+TOKENS = 16 + 64
 # Rows and columns: one row tile a block, and four of them (plans.MANY_ROWS).
 SHAPES = ((517, 3584), (8209, 512))
 PRODUCT_COLUMNS = 256
@@ -114,7 +114,8 @@ def make_operands() -> dict[str, Any]:
         for name in ("Q4_K", "Q6_K"):
             operands[f"{name.lower()}-{rows}"] = random_matrix(rng, name, rows, cols, 0.02)
         x = rng.standard_normal((TOKENS, cols)).astype(np.float32)
-        x[:, 0] = 30.0  # a sum far from zero: minimums and offsets must cancel exactly
+        # A sum far from zero: minimums and offsets must cancel exactly. Through bfloat16 they cannot.
+        x[: FUSED_TOKENS[-1], 0] = 30.0
         operands[f"x-{cols}"] = (x.view(np.uint32) >> 16).astype(np.uint16)
     return operands
 
@@ -128,7 +129,7 @@ def exact_products(operands: dict[str, Any]) -> dict[str, Any]:
         x = (operands[f"x-{weight.shape[1]}"].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         product = x @ weight.T
         exact[f"{name}-fused"] = np.concatenate([product[:tokens] for tokens in FUSED_TOKENS])
-        exact[f"{name}-decoded"] = product
+        exact[f"{name}-decoded"] = product[FUSED_TOKENS[-1] :]
     return exact
 
 

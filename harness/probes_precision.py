@@ -62,11 +62,12 @@ def build_dense(path: Path) -> Any:
         tie_word_embeddings="output.weight" not in weights,
     )
     config.rope_theta = float(value("rope.freq_base"))  # where transformers 4 looks for it
-    model: Any = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(torch.bfloat16)
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.from_numpy(weights[gguf_name(name)]).view(weight.shape))
+            weight.copy_(torch.from_numpy(weights[gguf_name(name)].copy()).view(weight.shape))
     return model.eval()
 
 
@@ -75,7 +76,7 @@ def cuda_products(arguments: list[str]) -> int:
 
     Every array ``<type>-<rows>`` of the input, uint8 ``[R, row_bytes]``, is multiplied by ``x-<cols>``, bfloat16 as
     uint16 ``[M, K]``: ``fused`` takes the first 1, 5 and 16 tokens from the packed blocks, stacked to ``[22, R]``;
-    ``decoded`` takes all from a bfloat16 scratch.
+    ``decoded`` takes the tokens after the 16th from a bfloat16 scratch.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--operands", type=Path, required=True)
@@ -99,7 +100,7 @@ def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
     """Return ``<name>-fused`` and ``<name>-decoded``, float32, for every packed array (see ``cuda_products``)."""
     import torch
 
-    from q4kd.trainer.cuda.numerics import multiply
+    from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
     from q4kd.trainer.cuda.plans import Q6_K_SOA
     from q4kd.trainer.formats import FORMATS
 
@@ -125,7 +126,9 @@ def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
         results[f"{name}-fused"] = torch.cat(fused).numpy()
         weight_RK = torch.full((rows, cols), torch.nan, dtype=torch.bfloat16, device=kernels.device)
         kernels.decode(layout, packed, 0, rows, cols, weight_RK)
-        out = poisoned(len(x_MK))
-        multiply(x_MK, weight_RK, out)
+        many = x_MK[FUSED_TOKENS[-1] :]
+        out = poisoned(len(many))
+        with pinned_numerics():
+            multiply(many, weight_RK, out)
         results[f"{name}-decoded"] = out.cpu().numpy()
     return results
