@@ -24,6 +24,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_models",
     "q4kd.harness.experiments_backend",
     "q4kd.harness.experiments_cuda",
+    "q4kd.harness.experiments_precision",
     "q4kd.harness.experiments_loss",
     "q4kd.harness.experiments_training",
     "q4kd.harness.experiments_runs",

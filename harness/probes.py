@@ -17,6 +17,7 @@ from q4kd.harness.probes_accelerator import forward_times, unified_allocation
 from q4kd.harness.probes_backend import decision_tables
 from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_models import model_logits, open_models
+from q4kd.harness.probes_precision import cuda_products, dense_logits
 from q4kd.harness.probes_runs import distill_timed, start_runs, vocabulary_widths
 from q4kd.trainer.files import write_atomic, write_json
 
@@ -185,7 +186,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "cuda-busy": cuda_busy,
     "cuda-decode": cuda_decode,
     "cuda-hold": cuda_hold,
+    "cuda-products": cuda_products,
     "decision-tables": decision_tables,
+    "dense-logits": dense_logits,
     "model-logits": model_logits,
     "open-models": open_models,
     "distill-timed": distill_timed,

@@ -18,6 +18,7 @@ MAX_BYTES = 4 << 20
 MAX_DEPTH = 64
 MAX_NODES = 200_000
 MAX_ALIAS_NODES = 10_000
+_TOO_DEEP = {"expected": f"at most {MAX_DEPTH} levels", "got": "deeper nesting", "remedy": "flatten the document"}
 
 Path_ = tuple[str | int, ...]
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -103,6 +104,8 @@ def parse_yaml(data: bytes, origin: str) -> Document:
         mark = getattr(error, "problem_mark", None)
         line = min(mark.line + 1, len(text)) if mark is not None else 1
         problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+        if "nesting depth" in problem:  # a libyaml with a limit of its own reads ahead of our count
+            raise line_error(origin, line, text, **_TOO_DEEP) from error
         raise line_error(
             origin, line, text, expected="well-formed YAML", got=problem, remedy="fix the syntax of that line"
         ) from error
@@ -173,9 +176,7 @@ class _Builder:
         if event.tag not in (None, "!", "tag:yaml.org,2002:map" if mapping else "tag:yaml.org,2002:seq"):
             raise self.refuse(line, expected="plain YAML", got=f"the tag {event.tag}", remedy="remove the tag")
         if len(self.stack) >= MAX_DEPTH:
-            raise self.refuse(
-                line, expected=f"at most {MAX_DEPTH} levels", got="deeper nesting", remedy="flatten the document"
-            )
+            raise self.refuse(line, **_TOO_DEEP)
         path: Path_ = ()
         if self.stack:
             parent = self.stack[-1]

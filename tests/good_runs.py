@@ -27,10 +27,18 @@ PAIRS = {
     "numerator": 1.0 + TURNS / 100, "denominator": 2.0 + TURNS / 100,
     "numerator_start": 10 * TURNS, "denominator_start": 10 * TURNS + 4,
 }  # fmt: skip
+EXACT = np.random.default_rng(1).normal(size=(6, 5, 40)).astype(np.float32)
+ROUNDING = np.random.default_rng(2).normal(size=(2, *EXACT.shape)).astype(np.float32)
 LOG = "teacher ready: 3 tensors\nStep 1/5: loss: 3.0000 x\nlogits: 4 positions\n"
 
 # check → its parameters, the least observations, a good run, and what of it a fault changes.
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
+    "error_ratio": (
+        {"subject": "packed", "peer": "dense", "array": "x", "max": 1.2, "peer_max": 0.02, "min_sequences": 6},
+        5,
+        {},
+        {},
+    ),
     "gpu_utilization": (
         {"min_percent": 50, "event": "step", "min_events": 3},
         10,
@@ -137,6 +145,8 @@ def good_runs(root: Path, check: str, experiment: str = "exp", **options: Any) -
     good = CASES[check][2]
     if check == "improves":
         return _arms(root, experiment, lambda seed: 1.0 + seed / 20, **options)
+    if check == "error_ratio":
+        return rounding_arms(root, experiment, 0.003, **options)
     parts = {"memory": STEADY[:4], **good, **options}
     parts["ending"] = {**good.get("ending", {}), **options.get("ending", {})}
     return {experiment: write_run(root, experiment, **parts)}
@@ -147,7 +157,26 @@ def bad_runs(root: Path, check: str, experiment: str = "exp", **options: Any) ->
     named = {"fault": "planted", **options}
     if check == "improves":
         return _arms(root, experiment, lambda seed: 2.5 + seed / 20, **named)
+    if check == "error_ratio":
+        return rounding_arms(root, experiment, 0.006, **named)
     return good_runs(root, check, experiment, **{**CASES[check][3], **named})
+
+
+def rounding_arms(root: Path, experiment: str, error: float, **options: Any) -> dict[str, RawRun]:
+    """Write two arms: ``packed`` with a relative error of ``error``, ``dense`` with one of 0.004."""
+    runs = {}
+    for arm, source, size, noise in (
+        ("packed", "program", error, ROUNDING[0]),
+        ("dense", "peer", 0.004, ROUNDING[1]),
+    ):
+        name = f"{experiment}.{arm}"
+        parts = {
+            "arrays": {"x": {"subject": EXACT * (1 + size * noise), "reference": EXACT}},
+            "facts": {"comparators": {"x": {"subject": source, "reference": "float64"}}},
+            "memory": STEADY[:4],
+        }
+        runs[name] = write_run(root, name, **{**parts, **options})
+    return runs
 
 
 def _arms(root: Path, experiment: str, end: Callable[[int], float], **options: Any) -> dict[str, RawRun]:

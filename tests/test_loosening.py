@@ -301,6 +301,10 @@ BOUNDS: dict[str, tuple[dict[str, Any], dict[tuple[str, ...], int]]] = {
         {("ceiling", "times"): +1, ("ceiling", "plus_bytes"): +1},
     ),
     "parity": ({"array": "x", "metric": "cosine", "min": 0.5}, {("min",): -1}),
+    "error_ratio": (
+        {"subject": "a", "peer": "b", "array": "x", "max": 1.5, "peer_max": 0.5, "min_sequences": 9},
+        {("max",): +1, ("peer_max",): +1, ("min_sequences",): -1},
+    ),
     "residency": (
         {"max_dense_bytes": 8, "max_ratio": 1.5, "outside": {"times": 1.5, "plus_bytes": 10.0}},
         {("max_dense_bytes",): +1, ("max_ratio",): +1, ("outside", "times"): +1, ("outside", "plus_bytes"): +1},

@@ -22,6 +22,7 @@ from q4kd.harness.raw import RawRun
 __all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation"]
 
 _NAMES = (
+    "error_ratio",
     "gpu_utilization",
     "improves",
     "latency",

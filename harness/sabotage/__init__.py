@@ -5,6 +5,7 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_models",
     "q4kd.harness.sabotage.faults_backend",
     "q4kd.harness.sabotage.faults_cuda",
+    "q4kd.harness.sabotage.faults_precision",
     "q4kd.harness.sabotage.faults_memory",
     "q4kd.harness.sabotage.faults_training",
     "q4kd.harness.sabotage.faults_runs",
