@@ -15,6 +15,7 @@ from q4kd.harness.contract import Claim, Contract, contract_files, load_contract
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.findings import PROSE, assemble, headline, inconclusive, sabotage_lines
+from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
 from q4kd.harness.mutations import apply_mutation_rule
@@ -74,6 +75,7 @@ class Session:
         kills: str | None,
         worker: Mapping[str, Any] | None,
         dry: bool,
+        given: GivenFiles | None = None,
     ) -> "Session":
         """Start or, in a worker, join a session.
 
@@ -86,14 +88,15 @@ class Session:
         else:
             name = profile or detect_profile()
             target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
-        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None)
+        given = given or GivenFiles()
+        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None, given=given.names())
         store = KillStore(Path(kills) if kills else default_kills(name))
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
         if worker is None:
             bundles.open_bundle(target, folder, name, plan, {})
             inputs = Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
-        runner = ExperimentRunner(target, Inputs(inputs, name), name)
+        runner = ExperimentRunner(target, Inputs(inputs, name, given), name)
         return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None)
 
     def for_worker(self) -> dict[str, str]:
