@@ -21,6 +21,7 @@ COMMAND_MODULES = (
     "q4kd.trainer.commands",
     "q4kd.trainer.commands_bench",
     "q4kd.harness.commands_falsify",
+    "q4kd.harness.commands_nightly",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",
 )

@@ -20,6 +20,9 @@ def add_commands(subparsers: Any) -> None:
     falsify.add_argument(
         "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key (see evidence sign)"
     )
+    falsify.add_argument(
+        "--inputs", type=Path, metavar="DIR", help="make inputs here and leave them (default: a folder removed later)"
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -74,7 +77,11 @@ def _falsify(args: argparse.Namespace) -> int:
     from q4kd.harness.given import resolve_given
 
     given = resolve_given(args.teacher, args.student, args.data)
-    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign, given)
+    return falsify(
+        *(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign),
+        given=given,
+        inputs=args.inputs,
+    )
 
 
 def _sabotage(args: argparse.Namespace) -> int:

@@ -193,12 +193,19 @@ def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> li
     return lines
 
 
-def show(lines: list[Line]) -> int:
-    """Print the findings; returns 0, or 1 when something that is needed here is missing."""
+def doctor_lines(lines: list[Line]) -> list[str]:
+    """Return the findings as text: a mark, the subject and what was found; below it what to do."""
     width = max(len(line.subject) for line in lines)
+    text = []
     for line in lines:
         mark = {"ok": "ok     ", "missing": "MISSING", "note": "note   "}[line.state]
-        print(f"{mark}  {line.subject:<{width}}  {line.found}")
+        text.append(f"{mark}  {line.subject:<{width}}  {line.found}")
         if line.remedy:
-            print(f"{'':9}{'':<{width}}  -> {line.remedy}")
+            text.append(f"{'':9}{'':<{width}}  -> {line.remedy}")
+    return text
+
+
+def show(lines: list[Line]) -> int:
+    """Print the findings; returns 0, or 1 when something that is needed here is missing."""
+    print("\n".join(doctor_lines(lines)))
     return 1 if any(line.state == "missing" for line in lines) else 0

@@ -53,6 +53,7 @@ def falsify(
     kills: Path | None = None,
     sign: Path | None = None,
     given: GivenFiles | None = None,
+    inputs: Path | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -65,6 +66,7 @@ def falsify(
         kills: folder of kill records; None means the installed ones of the profile.
         sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
         given: files to use in the place of made inputs.
+        inputs: folder for made inputs, kept; None means one that is removed.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
@@ -89,6 +91,7 @@ def falsify(
         config.write_text("[pytest]\n", encoding="utf-8")
         command = pytest_command(folder, name, keyword, bundle, workers, kills, config)
         command += [word for role, path in (given or GivenFiles()).paths() for word in (f"--given-{role}", str(path))]
+        command += ["--inputs", str(inputs.resolve())] if inputs is not None else []
         status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.feasibility import assess
+from q4kd.harness.given import ROLES
 from q4kd.harness.profile import Profile
 from q4kd.trainer.errors import InputError
 
@@ -67,7 +68,9 @@ class Plan:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
                 raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
             entries = tuple(PlanEntry(**entry) for entry in value["entries"])
-            given = {str(role): str(name) for role, name in value.get("given", {}).items()}
+            given = {role: str(name) for role, name in value.get("given", {}).items()}
+            if not given.keys() <= set(ROLES):
+                raise ValueError(f"given roles {sorted(map(str, given))}")
             return Plan(
                 profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries, given=given
             )

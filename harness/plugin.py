@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kills", metavar="DIR", help="folder of kill records (default: the installed ones of the profile)"
     )
+    group.addoption("--inputs", metavar="DIR", help="make inputs here and leave them (default: a folder removed later)")
     for role in ("teacher", "student", "data"):
         group.addoption(f"--given-{role}", metavar="PATH", help=f"{role} to use in the place of the made 7B inputs")
 
@@ -61,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
             kills=config.getoption("kills", None),
             worker=worker,
             dry=bool(config.getoption("collectonly", False)),
+            inputs=config.getoption("inputs", None),
             given=resolve_given(*(config.getoption(f"given_{role}", None) for role in ("teacher", "student", "data"))),
         )
     except InputError as error:

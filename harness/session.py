@@ -76,6 +76,7 @@ class Session:
         worker: Mapping[str, Any] | None,
         dry: bool,
         given: GivenFiles | None = None,
+        inputs: str | None = None,
     ) -> "Session":
         """Start or, in a worker, join a session.
 
@@ -84,7 +85,7 @@ class Session:
         """
         contracts = load_contracts(folder)
         if worker is not None:
-            name, target, inputs = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
+            name, target, made = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
         else:
             name = profile or detect_profile()
             target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
@@ -95,9 +96,9 @@ class Session:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
         if worker is None:
             bundles.open_bundle(target, folder, name, plan, {})
-            inputs = Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
-        runner = ExperimentRunner(target, Inputs(inputs, name, given), name)
-        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None)
+            made = Path(inputs).resolve() if inputs else Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
+        runner = ExperimentRunner(target, Inputs(made, name, given), name)
+        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None and not inputs)
 
     def for_worker(self) -> dict[str, str]:
         """Return what an xdist worker needs to join."""
