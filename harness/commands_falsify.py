@@ -27,7 +27,7 @@ def add_commands(subparsers: Any) -> None:
 
     sabotage = subparsers.add_parser(
         "sabotage",
-        help="plant every fault and see which falsifiers catch it",
+        help="plant every fault; which falsifiers catch it",
         description="The kill matrix: falsifier x planted fault. Exit 1 when a fault was missed, VOID or a misfire.",
     )
     _shared(sabotage)
@@ -39,7 +39,7 @@ def add_commands(subparsers: Any) -> None:
 
     doctor = subparsers.add_parser(
         "doctor",
-        help="what this machine has, what is missing, the command to get it",
+        help="what this machine has and lacks, and the remedy",
         description="Exit 1 when something that is needed on this machine is missing.",
     )
     doctor.set_defaults(run=_doctor)

@@ -12,7 +12,7 @@ def add_commands(subparsers: Any) -> None:
     """Add ``nightly`` to the command line."""
     nightly = subparsers.add_parser(
         "nightly",
-        help="preflight, every fault, every claim, bundle, index; resumable",
+        help="all of it in one resumable run, for a timer",
         description="Preflight, sabotage, falsify, bundle, verify, index, each a process of its own. A night that a "
         "crash or a reboot cut off goes on where it stopped. The exit code is that of falsify; 2 when the preflight "
         "finds something missing, or another night is running.",
