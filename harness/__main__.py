@@ -12,6 +12,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+from q4kd.harness.command_help import format_commands
+from q4kd.harness.commands_completion import complete
 from q4kd.trainer.errors import InputError, TrainingAborted
 
 USAGE_EXIT = 2
@@ -21,8 +23,10 @@ COMMAND_MODULES = (
     "q4kd.trainer.commands",
     "q4kd.trainer.commands_bench",
     "q4kd.harness.commands_falsify",
+    "q4kd.harness.commands_nightly",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",
+    "q4kd.harness.commands_completion",
 )
 # Packages that an extra brings: their absence is the user's to mend, not a defect.
 _EXTRAS = {
@@ -32,12 +36,23 @@ _EXTRAS = {
     "safetensors": "train",
     "tokenizers": "train",
     "datasets": "train",
+    "peft": "train",
+    "huggingface_hub": "train",
     "cupy": "cuda13",
+    "liger_kernel": "liger",
+    "bitsandbytes": "bnb",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad arguments as one line."""
+    """Reports bad arguments as one line, and lists the commands on one screen."""
+
+    def format_help(self) -> str:
+        actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        if self.prog != "q4kd" or not actions:
+            return super().format_help()
+        summaries = {choice.dest: choice.help or "" for choice in actions[0]._choices_actions}
+        return format_commands(self.description or "", summaries)
 
     def error(self, message: str) -> NoReturn:
         print(f"q4kd: {message}; see `{self.prog} --help`", file=sys.stderr)
@@ -67,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [word for word in arguments[:cut] if word != "--debug"] + arguments[cut:]
     try:
         parser = build_parser()
+        complete(parser)
         args = parser.parse_args(arguments)
         if not hasattr(args, "run"):
             parser.print_help()

@@ -20,11 +20,14 @@ def add_commands(subparsers: Any) -> None:
     falsify.add_argument(
         "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key (see evidence sign)"
     )
+    falsify.add_argument(
+        "--inputs", type=Path, metavar="DIR", help="make inputs here and leave them (default: a folder removed later)"
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
         "sabotage",
-        help="plant every fault and see which falsifiers catch it",
+        help="plant every fault; which falsifiers catch it",
         description="The kill matrix: falsifier x planted fault. Exit 1 when a fault was missed, VOID or a misfire.",
     )
     _shared(sabotage)
@@ -36,7 +39,7 @@ def add_commands(subparsers: Any) -> None:
 
     doctor = subparsers.add_parser(
         "doctor",
-        help="what this machine has, what is missing, the command to get it",
+        help="what this machine has and lacks, and the remedy",
         description="Exit 1 when something that is needed on this machine is missing.",
     )
     doctor.set_defaults(run=_doctor)
@@ -51,6 +54,15 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kills", type=Path, metavar="DIR", help="folder of kill records (default: the installed ones)"
     )
+    add_given(parser)
+
+
+def add_given(parser: argparse.ArgumentParser) -> None:
+    """Add ``--teacher``, ``--student`` and ``--data``: real files in the place of the made 7B inputs."""
+    group = parser.add_argument_group("real files", "in the place of the random 7B teacher and 0.5B student")
+    group.add_argument("--teacher", metavar="FILE", help="GGUF file, or org/name[:file] on the Hugging Face hub")
+    group.add_argument("--student", metavar="DIR", help="Hugging Face causal LM folder, or org/name")
+    group.add_argument("--data", metavar="PATH", help="text file, JSONL file or folder")
 
 
 def _count(text: str) -> int:
@@ -62,14 +74,24 @@ def _count(text: str) -> int:
 
 def _falsify(args: argparse.Namespace) -> int:
     from q4kd.harness.falsify import falsify
+    from q4kd.harness.given import resolve_given
 
-    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign)
+    given = resolve_given(args.teacher, args.student, args.data)
+    return falsify(
+        *(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign),
+        given=given,
+        inputs=args.inputs,
+    )
 
 
 def _sabotage(args: argparse.Namespace) -> int:
+    from q4kd.harness.given import resolve_given
     from q4kd.harness.matrix import sabotage
 
-    return sabotage(args.contracts, args.profile, args.keyword, args.kills, args.work, changed=args.changed)
+    given = resolve_given(args.teacher, args.student, args.data)
+    return sabotage(
+        args.contracts, args.profile, args.keyword, args.kills, args.work, changed=args.changed, given=given
+    )
 
 
 def _doctor(_args: argparse.Namespace) -> int:

@@ -23,6 +23,8 @@ _WHEELS = (
     ("accelerate", "train"),
     ("safetensors", "train"),
     ("tokenizers", "train"),
+    ("datasets", "train"),
+    ("peft", "train"),
     ("gguf", None),
     ("numpy", None),
     ("psutil", None),
@@ -32,7 +34,16 @@ _WHEELS = (
     ("filelock", None),
     ("jinja2", None),
     ("jsonschema", None),
+    ("cryptography", None),
+    ("matplotlib", None),
     ("rich", None),
+    ("argcomplete", None),
+)
+# What a run may do without: the distribution, its extra, what it is for, and whether only a GPU has a use for it.
+_OPTIONAL = (
+    ("liger-kernel", "liger", "for student_kernels=liger", True),
+    ("bitsandbytes", "bnb", "for 8-bit and paged optimisers", True),
+    ("mkdocs-material", "docs", "for building the documentation", False),
 )
 
 
@@ -175,6 +186,12 @@ def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> li
         version = version_of(name)
         remedy = f"pip install 'q4kd[{extra}]'" if extra else "pip install --upgrade q4kd"
         lines.append(Line(name, "ok", version) if version else Line(name, "missing", "not installed", remedy))
+    for name, extra, purpose, gpu_only in _OPTIONAL:
+        version = version_of(name)
+        if version:
+            lines.append(Line(name, "ok", version))
+        elif cuda is not None or not gpu_only:
+            lines.append(Line(name, "note", f"not installed; {purpose}", f"pip install 'q4kd[{extra}]'"))
     cupy = {wheel: version_of(wheel) for wheel in ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
     have = {wheel: version for wheel, version in cupy.items() if version}
     if len(have) > 1:
@@ -193,12 +210,19 @@ def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> li
     return lines
 
 
-def show(lines: list[Line]) -> int:
-    """Print the findings; returns 0, or 1 when something that is needed here is missing."""
+def doctor_lines(lines: list[Line]) -> list[str]:
+    """Return the findings as text: a mark, the subject and what was found; below it what to do."""
     width = max(len(line.subject) for line in lines)
+    text = []
     for line in lines:
         mark = {"ok": "ok     ", "missing": "MISSING", "note": "note   "}[line.state]
-        print(f"{mark}  {line.subject:<{width}}  {line.found}")
+        text.append(f"{mark}  {line.subject:<{width}}  {line.found}")
         if line.remedy:
-            print(f"{'':9}{'':<{width}}  -> {line.remedy}")
+            text.append(f"{'':9}{'':<{width}}  -> {line.remedy}")
+    return text
+
+
+def show(lines: list[Line]) -> int:
+    """Print the findings; returns 0, or 1 when something that is needed here is missing."""
+    print("\n".join(doctor_lines(lines)))
     return 1 if any(line.state == "missing" for line in lines) else 0

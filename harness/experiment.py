@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from q4kd.harness.extensions import Extension, load_extensions
+from q4kd.harness.given import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 
@@ -40,15 +41,17 @@ class Inputs:
     Args:
         folder: where they lie; created when missing. It is not part of the bundle: only their digests are.
         profile: name of the machine profile, since sizes may depend on it.
+        given: files that stand in for made ones, by the name of the input.
     """
 
-    def __init__(self, folder: Path, profile: str) -> None:
-        self.folder, self.profile = folder, profile
+    def __init__(self, folder: Path, profile: str, given: GivenFiles | None = None) -> None:
+        self.folder, self.profile, self.given = folder, profile, given or GivenFiles()
         (folder / ".locks").mkdir(parents=True, exist_ok=True)
 
     def file(self, name: str, make: Callable[[Path], object]) -> Path:
         """Return ``folder/name``, calling ``make(path)`` to write it (a file or a folder) if it is not there yet.
 
+        A file that the run was given under that name is returned as it lies, and nothing is made.
         ``make`` writes to another name; the result is renamed when complete, so a reader never sees half of it.
 
         Raises:
@@ -58,6 +61,9 @@ class Inputs:
         parts = Path(name).parts
         if not parts or any(part.startswith(".") or "/" in part for part in parts):
             raise ValueError(f"input name {name!r} must be relative, without hidden parts")
+        given = self.given.path(name)
+        if given is not None:
+            return given
         target = self.folder / name
         if target.exists():
             return target
@@ -74,8 +80,8 @@ class Inputs:
         return target
 
     def digests(self) -> dict[str, dict[str, str | int]]:
-        """Return ``{relative name: {"sha256", "bytes"}}`` of every finished input file."""
-        found: dict[str, dict[str, str | int]] = {}
+        """Return ``{relative name: {"sha256", "bytes"}}`` of every finished input file, given ones included."""
+        found = self.given.digests()
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             if path.is_file() and not any(part.startswith(".") for part in relative.parts):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from q4kd.harness.given import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 
@@ -51,6 +52,8 @@ def falsify(
     workers: int,
     kills: Path | None = None,
     sign: Path | None = None,
+    given: GivenFiles | None = None,
+    inputs: Path | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -62,6 +65,8 @@ def falsify(
         workers: pytest-xdist processes; 0 runs in one.
         kills: folder of kill records; None means the installed ones of the profile.
         sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
+        given: files to use in the place of made inputs.
+        inputs: folder for made inputs, kept; None means one that is removed.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
@@ -84,7 +89,10 @@ def falsify(
     with tempfile.TemporaryDirectory(prefix="q4kd-pytest-", ignore_cleanup_errors=True) as root:
         config = Path(root) / "pytest.ini"
         config.write_text("[pytest]\n", encoding="utf-8")
-        status = _run(pytest_command(folder, name, keyword, bundle, workers, kills, config))
+        command = pytest_command(folder, name, keyword, bundle, workers, kills, config)
+        command += [word for role, path in (given or GivenFiles()).paths() for word in (f"--given-{role}", str(path))]
+        command += ["--inputs", str(inputs.resolve())] if inputs is not None else []
+        status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():
         from q4kd.harness.signing import sign_bundle

@@ -13,6 +13,7 @@ from q4kd.harness.bundle import pack_bytes
 from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
 from q4kd.harness.environment import PACKAGES
 from q4kd.harness.experiment import Inputs
+from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION
 from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
 from q4kd.harness.plan import make_plan
@@ -47,6 +48,7 @@ def sabotage(
     work: Path | None,
     *,
     changed: bool,
+    given: GivenFiles | None = None,
 ) -> int:
     """Run the kill matrix, print it and write the kill records. Returns 1 unless every fault was caught; 2 for none.
 
@@ -57,6 +59,7 @@ def sabotage(
         kills: folder to write the records to; None means the installed ones of the profile.
         work: folder for the runs, kept; None means one that is removed.
         changed: run only faults that have no valid record, or whose record does not show a catch.
+        given: files to use in the place of made inputs.
 
     Raises:
         InputError: for contracts, a profile, a selection or a fault name that cannot be used.
@@ -76,7 +79,7 @@ def sabotage(
     root = work or Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        runner = ExperimentRunner(root.resolve(), Inputs(root.resolve() / "inputs", name), name)
+        runner = ExperimentRunner(root.resolve(), Inputs(root.resolve() / "inputs", name, given), name)
         cells = kill_matrix(claims, name, store, runner, changed=changed)
     finally:
         if work is None:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.feasibility import assess
+from q4kd.harness.given import ROLES
 from q4kd.harness.profile import Profile
 from q4kd.trainer.errors import InputError
 
@@ -34,12 +35,16 @@ class PlanEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The claims in order of contract and position. ``scope`` is partial when a selection left some out."""
+    """The claims in order of contract and position. ``scope`` is partial when a selection left some out.
+
+    ``given`` names, by role, the files that the run was given in the place of made ones (see ``given.py``).
+    """
 
     profile: str
     scope: Literal["full", "partial"]
     select: str | None
     entries: tuple[PlanEntry, ...]
+    given: Mapping[str, str] = field(default_factory=dict)
 
     def entry(self, key: str) -> PlanEntry | None:
         """Return the entry of a claim, or None when the plan leaves it out."""
@@ -53,6 +58,7 @@ class Plan:
             "scope": self.scope,
             "select": self.select,
             "entries": [dict(vars(entry)) for entry in self.entries],
+            **({"given": dict(self.given)} if self.given else {}),
         }
 
     @staticmethod
@@ -62,14 +68,21 @@ class Plan:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
                 raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
             entries = tuple(PlanEntry(**entry) for entry in value["entries"])
-            return Plan(profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries)
-        except (KeyError, TypeError, ValueError) as error:
+            given = {role: str(name) for role, name in value.get("given", {}).items()}
+            if not given.keys() <= set(ROLES):
+                raise ValueError(f"given roles {sorted(map(str, given))}")
+            return Plan(
+                profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries, given=given
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "plan.json", expected=f"a {SCHEMA} document", got=str(error)[:200], remedy="run falsify again"
             ) from error
 
 
-def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | None = None) -> Plan:
+def make_plan(
+    contracts: Sequence[Contract], profile: Profile, select: str | None = None, given: Mapping[str, str] | None = None
+) -> Plan:
     """Decide the scope of every claim.
 
     Args:
@@ -77,6 +90,7 @@ def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | Non
         profile: the machine class to judge on.
         select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
             any case (``-k``). With a selection the plan is partial and cannot pass the gate.
+        given: names of given files by role.
 
     Raises:
         InputError: a malformed selection.
@@ -89,7 +103,11 @@ def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | Non
         if chosen is None or chosen(claim.key)
     )
     return Plan(
-        profile=profile.name, scope="full" if chosen is None else "partial", select=select or None, entries=entries
+        profile=profile.name,
+        scope="full" if chosen is None else "partial",
+        select=select or None,
+        entries=entries,
+        given=given or {},
     )
 
 

@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kills", metavar="DIR", help="folder of kill records (default: the installed ones of the profile)"
     )
+    group.addoption("--inputs", metavar="DIR", help="make inputs here and leave them (default: a folder removed later)")
+    for role in ("teacher", "student", "data"):
+        group.addoption(f"--given-{role}", metavar="PATH", help=f"{role} to use in the place of the made 7B inputs")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the contracts, make the plan and, in the controlling process, open the bundle."""
     if not config.getoption("contracts", None):
         return
+    from q4kd.harness.given import resolve_given
     from q4kd.harness.session import Session
     from q4kd.trainer.errors import InputError
 
@@ -58,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
             kills=config.getoption("kills", None),
             worker=worker,
             dry=bool(config.getoption("collectonly", False)),
+            inputs=config.getoption("inputs", None),
+            given=resolve_given(*(config.getoption(f"given_{role}", None) for role in ("teacher", "student", "data"))),
         )
     except InputError as error:
         raise pytest.UsageError(f"q4kd: {error}") from error

@@ -119,6 +119,14 @@ def read_plan(store: Store) -> tuple[Plan, dict[str, Any]]:
     return plan, value
 
 
+def given_differences(plan: Plan, inputs: Mapping[str, Any]) -> list[str]:
+    """Return, one line each, where the files given by name in the plan are not those digested in ``inputs.json``."""
+    named = {f"given/{role}/{name}" for role, name in plan.given.items()}
+    digested = {"/".join(name.split("/")[:3]) for name in inputs if name.startswith("given/")}
+    lines = [f"inputs.json: no digest of {printable(name)}" for name in sorted(named - digested)]
+    return lines + [f"plan: {printable(name)} is not named as given" for name in sorted(digested - named)]
+
+
 def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:
     """Return, one line each, how the contracts and the profile as run differ from those of ``folder``."""
     given = {f"contracts/{path.name}": read_bounded(path, MAX_BYTES) for path in contract_files(folder)}

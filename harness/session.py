@@ -15,6 +15,7 @@ from q4kd.harness.contract import Claim, Contract, contract_files, load_contract
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.findings import PROSE, assemble, headline, inconclusive, sabotage_lines
+from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
 from q4kd.harness.mutations import apply_mutation_rule
@@ -74,6 +75,8 @@ class Session:
         kills: str | None,
         worker: Mapping[str, Any] | None,
         dry: bool,
+        given: GivenFiles | None = None,
+        inputs: str | None = None,
     ) -> "Session":
         """Start or, in a worker, join a session.
 
@@ -82,19 +85,20 @@ class Session:
         """
         contracts = load_contracts(folder)
         if worker is not None:
-            name, target, inputs = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
+            name, target, made = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
         else:
             name = profile or detect_profile()
             target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
-        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None)
+        given = given or GivenFiles()
+        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None, given=given.names())
         store = KillStore(Path(kills) if kills else default_kills(name))
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
         if worker is None:
             bundles.open_bundle(target, folder, name, plan, {})
-            inputs = Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
-        runner = ExperimentRunner(target, Inputs(inputs, name), name)
-        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None)
+            made = Path(inputs).resolve() if inputs else Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
+        runner = ExperimentRunner(target, Inputs(made, name, given), name)
+        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None and not inputs)
 
     def for_worker(self) -> dict[str, str]:
         """Return what an xdist worker needs to join."""

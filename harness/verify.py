@@ -32,6 +32,7 @@ from q4kd.harness.recheck import (
     bundle_contracts,
     contract_differences,
     difference,
+    given_differences,
     interchange_differences,
     read_plan,
 )
@@ -172,9 +173,10 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envel
     contracts = bundle_contracts(store)
     profile = read_profile(findings["profile"], store)
     recorded, written = read_plan(store)
-    plan = make_plan(contracts, profile, recorded.select)
+    plan = make_plan(contracts, profile, recorded.select, recorded.given)
     notes.mismatches += plan_differences(recorded, plan)
     notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
+    notes.mismatches += given_differences(recorded, read_object(store, "inputs.json"))
     if findings["scope"] != plan.scope:
         notes.mismatches.append(f"scope recorded as {findings['scope']}, expected {plan.scope}")
     if read_object(store, "environment.json").get("profile") != findings["profile"]:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from q4kd.harness import doctor
@@ -31,6 +33,37 @@ def test_a_missing_package_names_the_extra_that_brings_it():
 def test_cupy_is_needed_only_with_a_gpu_and_for_its_driver(cuda, state, remedy):
     line = wheel_lines(everything, cuda)[-1]
     assert (line.subject, line.state, line.remedy) == ("cupy", state, remedy)
+
+
+@pytest.mark.parametrize(("cuda", "noted"), [(None, {"mkdocs-material"}), (13, {"mkdocs-material", "liger-kernel"})])
+def test_what_a_run_may_do_without_is_noted_where_it_has_a_use(cuda, noted):
+    absent = ("liger-kernel", "mkdocs-material")
+    lines = {
+        line.subject: line for line in wheel_lines(lambda name: None if name in absent else everything(name), cuda)
+    }
+    assert {name for name, line in lines.items() if line.state == "note"} - {"cupy"} == noted
+    assert lines["mkdocs-material"].remedy == "pip install 'q4kd[docs]'"
+    assert lines["bitsandbytes"].state == "ok"
+
+
+@pytest.mark.parametrize("name", ["datasets", "peft"])
+def test_training_packages_are_needed(name):
+    lines = {line.subject: line for line in wheel_lines(lambda n: None if n == name else everything(n), None)}
+    assert (lines[name].state, lines[name].remedy) == ("missing", "pip install 'q4kd[train]'")
+
+
+def test_every_extra_is_looked_for_and_every_dependency_that_is_looked_for_is_declared():
+    import re
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    name = re.compile(r"[A-Za-z0-9-]+")
+    declared = {None: project["dependencies"], **project["optional-dependencies"]}
+    names = {extra: {name.match(entry)[0] for entry in entries} for extra, entries in declared.items()}
+    for package, extra, *_ in (*doctor._WHEELS, *doctor._OPTIONAL):
+        assert package in names[extra], f"{package} is not in {extra}"
+    looked_for = {extra for _, extra, *_ in (*doctor._WHEELS, *doctor._OPTIONAL)}
+    assert set(names) - looked_for == {"cuda13", "cuda12", "dev"}
 
 
 def test_two_cupy_wheels_overwrite_each_other():

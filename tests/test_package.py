@@ -1,9 +1,15 @@
-"""What a user installs: a wheel that brings everything `q4kd falsify` needs, and a base install without torch."""
+"""What a user installs: an sdist, a wheel with everything `q4kd falsify` needs, a base install without torch."""
 
+import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,15 +17,104 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+CONTRACT = """
+falsification_tests:
+  - id: SIZE
+    rule: a Q4_K superblock takes 144 bytes
+    prediction: the loader holds 144 bytes for each of them
+    if_fails: something is padded
+    falsifier:
+      check: table
+      experiment: superblock
+      params: {table: superblock_bytes, expected: {Q4_K: 144, Q6_K: 210}}
+      sabotage: [scale-cache]
+"""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: a build leaves files beside its sources, and an earlier one's must not get into this wheel.
-    source, out = tmp_path_factory.mktemp("source") / "q4kd", tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: a build leaves files beside its sources, and an earlier one's must not get into this one.
+    source, out = tmp_path_factory.mktemp("source") / "q4kd", tmp_path_factory.mktemp("sdist")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "runs", "tests")
     shutil.copytree(ROOT, source, ignore=unwanted)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, check=True, timeout=300, capture_output=True)
+    return next(out.glob("q4kd-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheel that is made from the sdist: what the sdist lacks, the wheel lacks."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
-    subprocess.run([*command, str(source)], check=True, timeout=300)
+    subprocess.run([*command, str(sdist)], check=True, timeout=300)
     return next(out.glob("q4kd-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def q4kd(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the installed command in an empty folder, with this environment's packages and none of this checkout."""
+    work = tmp_path_factory.mktemp("installed")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-compile",
+    ]
+    subprocess.run([*pip, "--no-index", "--target", str(work / "site"), str(wheel)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(work / "venv")], check=True, timeout=120)
+    (work / "empty").mkdir()
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        paths = [str(work / "site"), *[path for path in sys.path if path.endswith("site-packages")]]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, sysconfig.get_path("purelib")])}
+        command = [str(work / "venv/bin/python"), str(work / "site/bin/q4kd"), *arguments]
+        return subprocess.run(command, cwd=work / "empty", env=env, text=True, capture_output=True, timeout=120)
+
+    return run
+
+
+def test_the_sdist_holds_its_licence_and_nothing_of_ours_alone(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "harness/py.typed", "trainer/kernels/decode.cu"} <= names
+    assert not [name for name in names if name.startswith(("evidence/bundles", "evidence/logs", ".", "runs"))]
+
+
+def test_the_version_is_written_in_one_place(
+    wheel: Path, q4kd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert wheel.name.split("-")[1] == version == importlib.metadata.version("q4kd")
+    assert q4kd("--version").stdout == f"q4kd {version}\n"
+    sources = [path for package in ("harness", "trainer") for path in (ROOT / package).rglob("*.py")]
+    assert not [
+        path for path in sources if f'"{version}"' in path.read_text() and "version" in path.read_text().lower()
+    ]
+
+
+def test_every_package_is_typed(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"q4kd/{package}/py.typed" for package in ("harness", "trainer", "contracts", "evidence")} <= names
+
+
+def test_doctor_falsify_and_verify_run_from_the_wheel(
+    q4kd: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = q4kd("doctor")
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "size.yaml").write_text(CONTRACT)
+    shared = ("--contracts", str(tmp_path), "--profile", "cpu", "--kills", str(tmp_path / "kills"))
+    assert q4kd("sabotage", *shared).returncode == 0
+    done = q4kd("falsify", *shared, "--out", str(tmp_path / "bundle"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = q4kd("evidence", "verify", str(tmp_path / "bundle"))
+    assert done.returncode == 0 and "1 verdicts recomputed" in done.stdout, done.stdout
+    assert str(ROOT) not in (tmp_path / "bundle" / "runs" / "superblock" / "argv.json").read_text()
 
 
 def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
@@ -27,10 +122,21 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
     for package in ("harness", "trainer", "contracts", "evidence"):
         for path in (ROOT / package).rglob("*"):
             relative = path.relative_to(ROOT)
-            shipped = path.suffix in {".py", ".yaml", ".json", ".gguf", ".npz", ".j2", ".gz"} or path.name == "py.typed"
+            shipped = path.suffix in {
+                ".py",
+                ".yaml",
+                ".json",
+                ".gguf",
+                ".npz",
+                ".j2",
+                ".css",
+                ".gz",
+                ".service",
+                ".timer",
+            }
             # Bundles and logs are for readers of the repository; an install needs the kill records only.
             apart = {"__pycache__", "bundles", "logs"} & set(relative.parts)
-            if path.is_file() and shipped and not apart:
+            if path.is_file() and (shipped or path.name == "py.typed") and not apart:
                 assert f"q4kd/{relative.as_posix()}" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"q4kd"}

@@ -13,9 +13,7 @@ from q4kd.trainer.run_arguments import add_run_arguments, read_run_arguments
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the trainer's sub-commands; each sets ``run`` to a function from parsed arguments to an exit code."""
-    inspect = subparsers.add_parser(
-        "inspect", help="architecture, sizes and types of a model file, and the backend it would get"
-    )
+    inspect = subparsers.add_parser("inspect", help="a model file: architecture, types, sizes, backend")
     inspect.add_argument("model", type=Path, metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--backend", choices=("auto", "q4k", "dense"), help="override the choice")

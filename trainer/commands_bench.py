@@ -12,7 +12,7 @@ _MAX_ROUNDS = 1000
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``bench`` and its sub-commands."""
-    bench = subparsers.add_parser("bench", help="speed against other engines, arms interleaved in one run")
+    bench = subparsers.add_parser("bench", help="speed against other engines, in turn in one run")
     commands = bench.add_subparsers(dest="bench_command", required=True, metavar="WHAT")
     teacher = commands.add_parser("teacher", help="prefill with logits at every position")
     teacher.add_argument("--model", type=Path, metavar="FILE", help="GGUF (default: a synthetic one, 129 M weights)")

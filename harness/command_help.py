@@ -1,0 +1,45 @@
+"""The first screen of ``q4kd --help``: every command in one line, by what people come for."""
+
+import shutil
+import textwrap
+from collections.abc import Mapping
+
+# What is not named here is listed last, so that no command is hidden.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "student": ("distill", "plan", "cache", "export"),
+    "teacher": ("inspect", "logits", "fidelity", "bench"),
+    "claims": ("falsify", "sabotage", "contracts", "nightly"),
+    "evidence": ("evidence",),
+    "machine": ("doctor", "completion"),
+}
+_OTHER = "more"
+_USAGE = "usage: q4kd [--help] [--version] [--debug] COMMAND ..."
+_FOOT = "q4kd COMMAND --help: options. Exit: 0 yes, 1 no, 2 bad input or no verdict"
+_LEAST_WIDTH = 40
+
+
+def format_commands(description: str, summaries: Mapping[str, str], width: int | None = None) -> str:
+    """Return the help text.
+
+    Args:
+        description: the sentence under the usage line.
+        summaries: one line by command, as given to ``add_parser``.
+        width: columns; None means those of the terminal, 80 where there is none.
+    """
+    columns = max(_LEAST_WIDTH, width or shutil.get_terminal_size().columns)
+    named = {command for commands in GROUPS.values() for command in commands}
+    groups = {**GROUPS, _OTHER: tuple(command for command in summaries if command not in named)}
+    left = max(len(group) for group in groups) + 2
+    middle = max((len(command) for command in summaries), default=0) + 2
+    lines = [_USAGE, "", *textwrap.wrap(description, columns), ""]
+    for group, commands in groups.items():
+        present = [command for command in commands if command in summaries]
+        for number, command in enumerate(present):
+            start = f"{group if number == 0 else '':<{left}}{command:<{middle}}"
+            lines.append(start + shorten(summaries[command], columns - len(start)))
+    return "\n".join([*lines, "", *textwrap.wrap(_FOOT, columns)]) + "\n"
+
+
+def shorten(text: str, width: int) -> str:
+    """Return ``text`` cut at a word to at most ``width`` columns."""
+    return textwrap.shorten(text, max(width, 8), placeholder=" …")
