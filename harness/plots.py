@@ -13,13 +13,14 @@ MIN_SAMPLES = 20
 _MAX_POINTS = 800
 _MB = 1e6
 LARGEST = 1e12  # seconds, or MB: beyond it no plot means anything
-_PHASES = ("imports_done", "teacher_loading", "teacher_ready", "hold_started", "forward_done", "step", "done")
+_PHASES = ("imports_done", "teacher_loading", "teacher_ready", "hold_started", "held", "forward_done", "step", "done")
 # Event that begins a phase → what the phase is, on the plot.
 _PHASE_NAMES = {
     "imports_done": "imports done",
     "teacher_loading": "load",
     "teacher_ready": "ready",
     "hold_started": "hold",
+    "held": "held",
     "forward_done": "1st forward done",
     "step": "1st step done",
     "done": "done",
@@ -32,6 +33,8 @@ _SERIES = {
     "mem_available_drop": ("mem_available", "MB taken from the machine"),
 }
 Points = Sequence[tuple[float, float]]
+Phase = tuple[str, str | None]
+_EDGE_S = 0.5  # a memory check takes samples this far outside its phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +54,31 @@ def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: 
 
     Runs that are missing, malformed or short of 20 samples draw nothing; at most ``most`` plots are made.
     """
-    ceilings: dict[tuple[str, str], float | None] = {}
+    ceilings: dict[tuple[str, str], dict[Phase, float | None]] = {}
     for row in findings["findings"]:
         for check in row["checks"]:
             if check["check"] not in ("memory_ceiling", "residency"):
                 continue
-            series = "rss_above_baseline" if check["check"] == "residency" else check["params"].get("series")
+            series, phase = _series_and_phase(check)
             for name in _runs_judged(row, check):
                 if series in _SERIES:
-                    stated = [v for v in (ceiling_bytes(check), ceilings.get((name, series))) if v is not None]
-                    ceilings[name, series] = min(stated, default=None)
+                    found = ceilings.setdefault((name, series), {})
+                    stated = [v for v in (ceiling_bytes(check), found.get(phase)) if v is not None]
+                    found[phase] = min(stated, default=None)
     plots: list[Plot] = []
-    for (name, series), ceiling in sorted(ceilings.items()):
+    for (name, series), bounds in sorted(ceilings.items()):
         if name in runs and len(plots) < most:
-            plot = _drawn(lambda n=name, s=series, c=ceiling: _memory_plot(n, runs[n], s, c))  # type: ignore[misc]
+            plot = _drawn(lambda n=name, s=series, b=bounds: _memory_plot(n, runs[n], s, b))  # type: ignore[misc]
             plots += [plot] if plot else []
     return plots
+
+
+def _series_and_phase(check: Mapping[str, Any]) -> tuple[str, Phase]:
+    """Return the series that a memory check judges and the events its ceiling holds between (None: to the end)."""
+    if check["check"] == "residency":
+        return "rss_above_baseline", ("teacher_ready", None)
+    first, last = check["params"].get("phase") or (None, None)
+    return str(check["params"].get("series")), (str(first), str(last))
 
 
 def _runs_judged(row: Mapping[str, Any], check: Mapping[str, Any]) -> list[str]:
@@ -95,7 +107,7 @@ def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _memory_plot(name: str, run: RawRun, series: str, ceiling: float | None) -> Plot | None:
+def _memory_plot(name: str, run: RawRun, series: str, ceilings: Mapping[Phase, float | None]) -> Plot | None:
     from q4kd.harness.report_svg import LIMIT, SERIES, new_figure, to_svg
 
     points, marks = memory_series(run, series)
@@ -104,25 +116,37 @@ def _memory_plot(name: str, run: RawRun, series: str, ceiling: float | None) -> 
     figure, axes = new_figure("seconds after the imports", _SERIES[series][1])
     axes.plot(*zip(*thin(points), strict=True), color=SERIES[0], linewidth=1.6)
     axes.fill_between(*zip(*thin(points), strict=True), color=SERIES[0], alpha=0.12, linewidth=0)
-    peak = max(y for _, y in points)
-    top = max(peak, ceiling / _MB if ceiling is not None else 0.0, 1.0)
+    top = max([1.0, *(y for _, y in points), *(limit / _MB for limit in ceilings.values() if limit is not None)])
     lowest = min(0.0, *(y for _, y in points))
     axes.set_ylim(lowest - (top - lowest) / 40, lowest + (top - lowest) * 1.34)
     axes.margins(x=0.02)
     _mark_phases(axes, marks, points)
-    bound = ""
-    if ceiling is not None:
-        bound = f", ceiling {ceiling / _MB:.1f} MB"
-        axes.axhline(ceiling / _MB, color=LIMIT, linewidth=1.3, linestyle=(0, (5, 3)))
+    said: list[str] = []
+    labelled: set[float] = set()
+    for (first, last), limit in ceilings.items():
+        begin = marks.get(first, points[0][0])
+        end = marks.get(last, points[-1][0]) if last is not None else points[-1][0]
+        inside = [y for t, y in points if begin - _EDGE_S <= t <= end + _EDGE_S]
+        until = f"from {_phase_name(first)} to {_phase_name(last) if last else 'the end'}"
+        said += [f"peak {max(inside):.1f} MB {until}"] if inside else []
+        if limit is None:
+            continue
+        said[-1:] = [f"{said[-1]}, ceiling {limit / _MB:.1f} MB"] if inside else []
+        axes.plot([begin, end], [limit / _MB] * 2, color=LIMIT, linewidth=1.5, linestyle=(0, (5, 3)))
+        if limit in labelled:
+            continue
+        labelled.add(limit)
+        right = begin > (points[0][0] + points[-1][0]) / 2
         axes.annotate(
-            f"ceiling {ceiling / _MB:.1f} MB", (0.0, ceiling / _MB), xycoords=("axes fraction", "data"),
-            xytext=(3, 3), textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color=LIMIT,
+            f"ceiling {limit / _MB:.1f} MB", (end if right else begin, limit / _MB), xytext=(-2 if right else 2, 3),
+            textcoords="offset points", ha="right" if right else "left", va="bottom", fontsize=8.5, color=LIMIT,
         )  # fmt: skip
-    what = {"rss_above_baseline": "above its post-import baseline", "gpu_bytes": "on the GPU"}.get(series, "in all")
-    if series == "mem_available_drop":
-        what = "taken from the machine's available memory"
-    caption = f"{name}: memory of the process, peak {peak:.1f} MB {what}{bound}"
+    caption = f"{name}, {_SERIES[series][1]}: {'; '.join(dict.fromkeys(said)) or 'no sample in the phase'}"
     return Plot(name=f"memory-{name}-{series}", title=name, caption=caption, svg=to_svg(figure, f"m-{name}", caption))
+
+
+def _phase_name(event: str) -> str:
+    return _PHASE_NAMES.get(event, event.replace("_", " "))
 
 
 def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
@@ -130,18 +154,19 @@ def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
     from q4kd.harness.report_svg import INK, SOFT
 
     start, end = points[0][0], points[-1][0]
-    free = [-math.inf] * 3  # up to where each level is taken, as a fraction of the width
+    levels: list[list[tuple[float, float]]] = [[], [], []]  # taken stretches of each, as fractions of the width
     for kind, x in sorted(marks.items(), key=lambda mark: mark[1]):
         axes.axvline(x, color=INK, linewidth=0.6, alpha=0.3)
-        at, label = (x - start) / max(end - start, 1e-9), _PHASE_NAMES[kind]
-        width = 0.021 * len(label) + 0.02
-        level = next((i for i, taken in enumerate(free) if taken <= at), None)
+        at, name = (x - start) / max(end - start, 1e-9), _PHASE_NAMES[kind]
+        width = 0.021 * len(name) + 0.02
+        right = at + width > 1.0
+        begin, stop = (at - width, at) if right else (at, at + width)
+        level = next((i for i, taken in enumerate(levels) if all(stop <= a or b <= begin for a, b in taken)), None)
         if level is None:
             continue
-        free[level] = at + width
-        right = at + width > 1.0
+        levels[level].append((begin, stop))
         axes.annotate(
-            label, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(-2 if right else 2, -3 - 10 * level),
+            name, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(-2 if right else 2, -3 - 10 * level),
             textcoords="offset points", ha="right" if right else "left", va="top", fontsize=7.5, color=SOFT,
         )  # fmt: skip
 

@@ -66,9 +66,7 @@ def render(store: Store, raw: str | None = "") -> str:
     return page
 
 
-def _summary(
-    findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any], limits: Limits
-) -> dict[str, Any]:
+def _summary(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     counts = findings["summary"]
     tiles = [(verdict, MARKS[verdict], PLAIN[verdict], counts[verdict]) for verdict in MARKS]
     return {

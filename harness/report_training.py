@@ -69,7 +69,16 @@ def _loss_plot(experiment: str, what: str, curves: Mapping[str, list[Curve]]) ->
         for points in seeds if len(seeds) > 1 else ():
             axes.plot(*zip(*thin(points, 200), strict=True), color=colour, linewidth=0.5, alpha=0.35)
         mean = thin(_mean(seeds), 400)
-        axes.plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, linestyle=style, label=label(arm))
+        dot = "o" if len(mean) <= 30 else None
+        axes.plot(
+            *zip(*mean, strict=True),
+            color=colour,
+            label=label(arm),
+            linestyle=style,
+            linewidth=1.8,
+            marker=dot,
+            markersize=4,
+        )
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.6)
     ends = {arm: (_mean(seeds)[-1], len(seeds)) for arm, seeds in sorted(curves.items())}
     said = ", ".join(f"{arm} {last:.4f} ({count} seeds)" for arm, ((_, last), count) in ends.items())
@@ -124,9 +133,9 @@ def _step_plot(bars: Mapping[str, Mapping[str, float]], seeds: Mapping[str, int]
     axes.set_yticks(range(len(bars)), [label(name) for name in bars])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.legend(
-        frameon=False, fontsize=8, labelcolor=INK, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0.2,
-        columnspacing=1.0, handlelength=0.9, handletextpad=0.4,
+    figure.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=5, loc="outside upper left", columnspacing=1.0,
+        handlelength=0.9, handletextpad=0.4,
     )  # fmt: skip
     caption = f"Where the time of a step went, in milliseconds: medians over steps of {len(bars)} runs"
     rows = tuple(

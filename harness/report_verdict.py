@@ -1,4 +1,4 @@
-"""The verdict on a bundle as a person takes it in: what was claimed, where, what survived, what fell, what was not told."""
+"""The verdict on a bundle as a person takes it in: what was claimed, on what, what survived, what fell, what is unknown."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -28,6 +28,7 @@ class Verdict:
         undecided: reason → required findings that are inconclusive for it.
         untested: reason → plan entries out of scope for it.
         shown_to_fail: how many spoilt records and planted faults were noticed, one line each.
+        unnoticed: how many of them were not.
     """
 
     tone: str
@@ -37,6 +38,7 @@ class Verdict:
     undecided: Mapping[str, list[Mapping[str, Any]]]
     untested: Mapping[str, list[Any]]
     shown_to_fail: tuple[str, ...]
+    unnoticed: int
 
 
 def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any]) -> Verdict:
@@ -52,15 +54,16 @@ def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str
         if entry.scope == "out_of_scope":
             untested[str(entry.reason)].append(entry)
     contracts = len({entry.contract for entry in plan.entries})
-    claimed = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}, tried on {machine_of(environment)}"
+    claims = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
     return Verdict(
         tone=_TONES[findings["exit_code"]],
         title=_title(findings, len(required), len(fell), sum(map(len, undecided.values()))),
-        claimed=claimed,
+        claimed=f"{claims}, tried on {machine_of(environment)}",
         fell=fell,
         undecided=undecided,
         untested=untested,
         shown_to_fail=tuple(sabotage_lines(findings)),
+        unnoticed=sum(map(_unnoticed, findings["findings"])),
     )
 
 
@@ -75,6 +78,11 @@ def _title(findings: Mapping[str, Any], required: int, fell: int, undecided: int
     if findings["scope"] == "partial":
         return f"Not a pass: {survived}, but only a selection was run"
     return f"Passed: {survived}"
+
+
+def _unnoticed(row: Mapping[str, Any]) -> int:
+    mutations = row["mutations"] or {"tried": 0, "caught": 0}
+    return int(mutations["tried"] - mutations["caught"]) + sum(not record["caught"] for record in row["sabotage"])
 
 
 def counted(count: int, noun: str) -> str:
