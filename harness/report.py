@@ -15,7 +15,7 @@ from q4kd.harness.recheck import bundle_contracts
 from q4kd.harness.report_claims import Limits, contract_groups, link_to
 from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_training import loss_plots, step_plots
-from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, machine_of, moment_of, verdict_of
+from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, moment_of, verdict_of
 from q4kd.harness.store import read_object
 from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
@@ -78,7 +78,6 @@ def _summary(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, 
         "not_gating": counts["not_gating"],
         "shares": _shares(counts),
         "profile": limits.cut(findings["profile"]),
-        "machine": limits.cut(machine_of(environment)),
         "commit": limits.cut(commit_of(environment)),
         "made": moment_of(findings),
         "judge_version": findings["judge_version"],

@@ -1,4 +1,4 @@
-"""The verdict on a bundle as a person takes it in: what was claimed, on what, what survived, what fell, what is unknown."""
+"""The verdict on a bundle as a person takes it in: what was claimed, where, what survived, what fell, what is unknown."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,8 @@ class Verdict:
     Attributes:
         tone: the verdict whose colour and mark the whole run gets.
         title: the outcome in one line.
-        claimed: what was claimed and on what it was tried, in one sentence.
+        scale: how many claims of how many contracts.
+        machine: what they were tried on.
         fell: required findings that are falsified.
         undecided: reason → required findings that are inconclusive for it.
         untested: reason → plan entries out of scope for it.
@@ -33,7 +34,8 @@ class Verdict:
 
     tone: str
     title: str
-    claimed: str
+    scale: str
+    machine: str
     fell: tuple[Mapping[str, Any], ...]
     undecided: Mapping[str, list[Mapping[str, Any]]]
     untested: Mapping[str, list[Any]]
@@ -54,11 +56,12 @@ def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str
         if entry.scope == "out_of_scope":
             untested[str(entry.reason)].append(entry)
     contracts = len({entry.contract for entry in plan.entries})
-    claims = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
+    scale = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
     return Verdict(
         tone=_TONES[findings["exit_code"]],
         title=_title(findings, len(required), len(fell), sum(map(len, undecided.values()))),
-        claimed=f"{claims}, tried on {machine_of(environment)}",
+        scale=scale,
+        machine=machine_of(environment),
         fell=fell,
         undecided=undecided,
         untested=untested,
@@ -121,7 +124,10 @@ def commit_of(environment: Mapping[str, Any]) -> str:
 def moment_of(findings: Mapping[str, Any]) -> str:
     """Return when the findings were written, as ``2026-11-24 00:14 UTC``."""
     made = datetime.fromisoformat(findings["created"])
-    made = made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
+    try:
+        made = made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
+    except OverflowError:  # the first or the last day there is
+        return str(findings["created"])
     return f"{made:%Y-%m-%d %H:%M} UTC"
 
 
