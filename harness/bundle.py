@@ -75,12 +75,14 @@ def write_findings(folder: Path, findings: Mapping[str, Any]) -> None:
 
 
 def close(folder: Path) -> None:
-    """Finish a bundle whose findings are written: interchange formats, the report, then the seal over everything."""
+    """Finish a bundle whose findings are written: interchange formats, the reports, then the seal over everything."""
     from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
+    from q4kd.harness.report_markdown import FILE, render_markdown
 
     store = DirectoryStore(folder)
     write_interchange(folder, store)
     write_atomic(folder / "report.html", render(store).encode())
+    write_atomic(folder / FILE, render_markdown(store).encode())
     seal(folder)
 
 

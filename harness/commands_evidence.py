@@ -1,6 +1,7 @@
 """The commands ``q4kd evidence verify``, ``sign``, ``report``, ``diff`` and ``index``."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def add_commands(subparsers: Any) -> None:
     sign.set_defaults(run=_sign)
     report = commands.add_parser("report", help="render a bundle's report from its raw files")
     report.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz")
-    report.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: BUNDLE-report.html)")
+    report.add_argument(
+        "--format", choices=("html", "md"), default="html", help="a page, or Markdown for a pull request's comment"
+    )
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write it (default: BUNDLE-report.html; Markdown is printed)"
+    )
     report.set_defaults(run=_report)
     diff = commands.add_parser(
         "diff",
@@ -91,18 +97,29 @@ def _sign(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from q4kd.harness.raw import open_store
-    from q4kd.harness.report import render
     from q4kd.trainer.files import write_atomic
 
-    page = render(open_store(args.bundle))
-    stem = args.bundle.resolve().name.removesuffix(".tar.gz").removesuffix(".tgz")
+    store, bundle = open_store(args.bundle), args.bundle.resolve()
+    stem = bundle.name.removesuffix(".tar.gz").removesuffix(".tgz")
     # Beside the bundle, not inside it: the bundle is sealed.
-    target = args.out or args.bundle.resolve().parent / f"{stem}-report.html"
+    target = args.out or bundle.parent / f"{stem}-report.html"
     if not target.parent.is_dir():
         raise InputError(
             str(target), expected="an existing folder", got="none", remedy="create it or choose another --out"
         )
-    write_atomic(target, page.encode())
+    if args.format == "md":
+        from q4kd.harness.report_markdown import render_markdown
+
+        text = render_markdown(store)
+        if args.out is None:
+            print(text, end="")
+            return 0
+    else:
+        from q4kd.harness.report import render
+
+        raw = os.path.relpath(bundle, target.resolve().parent) + "/" if bundle.is_dir() else None
+        text = render(store, raw)
+    write_atomic(target, text.encode())
     print(target)
     return 0
 

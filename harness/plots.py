@@ -1,65 +1,105 @@
-"""Plots of a bundle's runs as inline SVG: memory over time, and losses of an experiment's arms.
+"""Plots of a bundle's runs over time: memory below its ceiling, and how busy the GPU was. Both from outside samples."""
 
-Text stays text and takes the page's colour, so the plots follow light and dark. matplotlib is imported on first use.
-"""
-
-import io
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from q4kd.harness.raw import RawRun
+from q4kd.harness.report_page import shown
 from q4kd.trainer.errors import InputError
 
 MIN_SAMPLES = 20
-_MAX_POINTS = 1500
+_MAX_POINTS = 800
 _MB = 1e6
-_LARGEST = 1e12  # seconds, or MB: beyond it no plot means anything
-_LIMIT = "#dc4a43"
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
-_COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#a855c7")
-_PHASES = ("imports_done", "teacher_loading", "teacher_ready", "forward_done", "step", "done")
-_ARM = re.compile(r"(?P<experiment>[^.]+)\.(?P<arm>.+)-seed(?P<seed>\d+)")
+LARGEST = 1e12  # seconds, or MB: beyond it no plot means anything
+_PHASES = ("imports_done", "teacher_loading", "teacher_ready", "hold_started", "held", "forward_done", "step", "done")
+# Event that begins a phase → what the phase is, on the plot.
+_PHASE_NAMES = {
+    "imports_done": "imports done",
+    "teacher_loading": "load",
+    "teacher_ready": "ready",
+    "hold_started": "hold",
+    "held": "held",
+    "forward_done": "1st forward done",
+    "step": "1st step done",
+    "done": "done",
+}
+# Series of the memory checks → field of a sample, what its axis says.
+_SERIES = {
+    "rss_above_baseline": ("rss", "MB above the baseline"),
+    "rss": ("rss", "MB resident"),
+    "gpu_bytes": ("gpu_bytes", "MB on the GPU"),
+    "mem_available_drop": ("mem_available", "MB taken from the machine"),
+}
+Points = Sequence[tuple[float, float]]
+Phase = tuple[str, str | None]
+_EDGE_S = 0.5  # a memory check takes samples this far outside its phase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One plot: its caption, and the SVG element."""
+    """One plot: a name unique on the page, what it shows in words, and the SVG element. ``rows`` are its numbers."""
 
+    name: str
+    title: str
     caption: str
     svg: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
 
 
-def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun]) -> list[Plot]:
-    """Plot resident memory above the post-import baseline of every run that a memory claim was judged on."""
-    ceilings: dict[str, float | None] = {}
+def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
+    """Plot the memory of every run that a memory claim was judged on, in that claim's series, under its ceiling.
+
+    Runs that are missing, malformed or short of 20 samples draw nothing; at most ``most`` plots are made.
+    """
+    ceilings: dict[tuple[str, str], dict[Phase, float | None]] = {}
     for row in findings["findings"]:
         for check in row["checks"]:
-            if check["check"] in ("memory_ceiling", "residency"):
-                ceiling, arm = ceiling_bytes(check), check["params"].get("arm")
-                for name in row["runs"]:
-                    if arm is None or name.partition(".")[2] == arm:
-                        stated = [v for v in (ceiling, ceilings.get(name)) if v is not None]
-                        ceilings[name] = min(stated, default=None)
-    plots = [_memory_plot(name, runs[name], ceiling) for name, ceiling in sorted(ceilings.items()) if name in runs]
-    return [plot for plot in plots if plot is not None]
+            if check["check"] not in ("memory_ceiling", "residency"):
+                continue
+            series, phase = _series_and_phase(check)
+            for name in _runs_judged(row, check):
+                if series in _SERIES:
+                    found = ceilings.setdefault((name, series), {})
+                    stated = [v for v in (ceiling_bytes(check), found.get(phase)) if v is not None]
+                    found[phase] = min(stated, default=None)
+    plots: list[Plot] = []
+    for (name, series), bounds in sorted(ceilings.items()):
+        if name in runs and len(plots) < most:
+            plot = _drawn(lambda n=name, s=series, b=bounds: _memory_plot(n, runs[n], s, b))  # type: ignore[misc]
+            plots += [plot] if plot else []
+    return plots
+
+
+def _series_and_phase(check: Mapping[str, Any]) -> tuple[str, Phase]:
+    """Return the series that a memory check judges and the events its ceiling holds between (None: to the end)."""
+    if check["check"] == "residency":
+        return "rss_above_baseline", ("teacher_ready", None)
+    first, last = check["params"].get("phase") or (None, None)
+    return str(check["params"].get("series")), (str(first), str(last))
+
+
+def _runs_judged(row: Mapping[str, Any], check: Mapping[str, Any]) -> list[str]:
+    arm = check["params"].get("arm")
+    return [name for name in row["runs"] if arm is None or name.partition(".")[2] == arm]
+
+
+def _drawn(draw: Callable[[], Plot | None]) -> Plot | None:
+    """Return the plot, or None when its raw files are not what a run leaves: the claim says what is wrong with them."""
+    try:
+        return draw()
+    except (InputError, KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
-    """Return the ceiling that a check put on memory above the baseline, in bytes: a constant, or times a fact; or None.
-
-    A ceiling on the whole resident set is another series than the one drawn, so it has none here.
-    """
+    """Return the ceiling that a memory check set, in bytes: a constant, or times a fact that was observed; or None."""
     params, observation = check["params"], check["observation"] or {}
-    if check["check"] == "residency":
-        bound, fact = params.get("outside", {}), observation.get("tensor_bytes")
-    else:
-        bound, fact = params.get("ceiling", {}), observation.get("of_bytes")
-        if params.get("series") != "rss_above_baseline":
-            return None
+    residency = check["check"] == "residency"
+    bound = params.get("outside", {}) if residency else params.get("ceiling", {})
+    fact = observation.get("tensor_bytes" if residency else "of_bytes")
     if isinstance(bound.get("bytes"), (int, float)):
         return float(bound["bytes"]) + float(bound.get("plus_bytes", 0))
     if isinstance(bound.get("times"), (int, float)) and isinstance(fact, (int, float)):
@@ -67,118 +107,140 @@ def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _memory_plot(name: str, run: RawRun, ceiling: float | None) -> Plot | None:
-    try:
-        points, marks = _memory_series(run)
-    except (InputError, KeyError, TypeError, ValueError, OverflowError):  # the claim says what is wrong with the file
-        return None
+def _memory_plot(name: str, run: RawRun, series: str, ceilings: Mapping[Phase, float | None]) -> Plot | None:
+    from q4kd.harness.report_svg import LIMIT, SERIES, new_figure, to_svg
+
+    points, marks = memory_series(run, series)
     if len(points) < MIN_SAMPLES:
         return None
-    figure, axes = _figure("seconds after the imports", "MB above the baseline")
-    axes.plot(*zip(*thin(points), strict=True), color=_COLOURS[0], linewidth=1.4)
-    peak = max(y for _, y in points)
-    top = max(peak, ceiling / _MB if ceiling is not None else 0.0, 1.0) * 1.18
-    axes.set_ylim(min(0.0, *(y for _, y in points)) - top / 25, top)
-    for x in marks.values():
-        axes.axvline(x, color=_INK, linewidth=0.6, alpha=0.35)
-    for label, x in _labels(marks, points[-1][0] - points[0][0]):
+    figure, axes = new_figure("seconds after the imports", _SERIES[series][1])
+    axes.plot(*zip(*thin(points), strict=True), color=SERIES[0], linewidth=1.6)
+    axes.fill_between(*zip(*thin(points), strict=True), color=SERIES[0], alpha=0.12, linewidth=0)
+    top = max([1.0, *(y for _, y in points), *(limit / _MB for limit in ceilings.values() if limit is not None)])
+    lowest = min(0.0, *(y for _, y in points))
+    axes.set_ylim(lowest - (top - lowest) / 40, lowest + (top - lowest) * 1.34)
+    axes.margins(x=0.02)
+    _mark_phases(axes, marks, points)
+    said: list[str] = []
+    labelled: set[float] = set()
+    for (first, last), limit in ceilings.items():
+        begin = marks.get(first, points[0][0])
+        end = marks.get(last, points[-1][0]) if last is not None else points[-1][0]
+        inside = [y for t, y in points if begin - _EDGE_S <= t <= end + _EDGE_S]
+        until = f"from {_phase_name(first)} to {_phase_name(last) if last else 'the end'}"
+        said += [f"peak {max(inside):.1f} MB {until}"] if inside else []
+        if limit is None:
+            continue
+        said[-1:] = [f"{said[-1]}, ceiling {limit / _MB:.1f} MB"] if inside else []
+        axes.plot([begin, end], [limit / _MB] * 2, color=LIMIT, linewidth=1.5, linestyle=(0, (5, 3)))
+        if limit in labelled:
+            continue
+        labelled.add(limit)
+        right = begin > (points[0][0] + points[-1][0]) / 2
         axes.annotate(
-            label, (x, 0.0), xycoords=("data", "axes fraction"), xytext=(2, 4),
-            textcoords="offset points", rotation=90, va="bottom", fontsize=7.5, color=_INK,
+            f"ceiling {limit / _MB:.1f} MB", (end if right else begin, limit / _MB), xytext=(-2 if right else 2, 3),
+            textcoords="offset points", ha="right" if right else "left", va="bottom", fontsize=8.5, color=LIMIT,
         )  # fmt: skip
-    if ceiling is not None:
-        axes.axhline(ceiling / _MB, color=_LIMIT, linewidth=1.2, linestyle="--")
-        axes.annotate(
-            f"ceiling {ceiling / _MB:.1f} MB", (0.0, ceiling / _MB), xycoords=("axes fraction", "data"),
-            xytext=(4, 4), textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color=_LIMIT,
-        )  # fmt: skip
-    bound = f", ceiling {ceiling / _MB:.1f} MB" if ceiling is not None else ""
-    caption = f"{name}: memory of the process, peak {peak:.1f} MB above its post-import baseline{bound}"
-    return Plot(caption=caption, svg=_svg(figure, f"m-{name}", caption))
+    caption = f"{name}, {_SERIES[series][1]}: {'; '.join(dict.fromkeys(said)) or 'no sample in the phase'}"
+    return Plot(name=f"memory-{name}-{series}", title=name, caption=caption, svg=to_svg(figure, f"m-{name}", caption))
 
 
-def _labels(marks: Mapping[str, float], span: float) -> list[tuple[str, float]]:
-    """Return one label for phases that begin too close together to be told apart, at the first of them."""
-    labels: list[tuple[str, float]] = []
+def _phase_name(event: str) -> str:
+    return _PHASE_NAMES.get(event, event.replace("_", " "))
+
+
+def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
+    """Draw a line where each phase begins, labelled above the data on as many levels as keep the labels apart."""
+    from q4kd.harness.report_svg import INK, SOFT
+
+    start, end = points[0][0], points[-1][0]
+    levels: list[list[tuple[float, float]]] = [[], [], []]  # taken stretches of each, as fractions of the width
     for kind, x in sorted(marks.items(), key=lambda mark: mark[1]):
-        name = kind.replace("_", " ")
-        if labels and x - labels[-1][1] < 0.04 * span:
-            labels[-1] = (f"{labels[-1][0]}, {name}", labels[-1][1])
-        else:
-            labels.append((name, x))
-    return labels
+        axes.axvline(x, color=INK, linewidth=0.6, alpha=0.3)
+        at, name = (x - start) / max(end - start, 1e-9), _PHASE_NAMES[kind]
+        width = 0.021 * len(name) + 0.02
+        right = at + width > 1.0
+        begin, stop = (at - width, at) if right else (at, at + width)
+        level = next((i for i, taken in enumerate(levels) if all(stop <= a or b <= begin for a, b in taken)), None)
+        if level is None:
+            continue
+        levels[level].append((begin, stop))
+        axes.annotate(
+            name, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(-2 if right else 2, -3 - 10 * level),
+            textcoords="offset points", ha="right" if right else "left", va="top", fontsize=7.5, color=SOFT,
+        )  # fmt: skip
 
 
-def _memory_series(run: RawRun) -> tuple[list[tuple[float, float]], dict[str, float]]:
-    """Return (seconds after the imports, MB above the baseline) from just before them, and when each phase began."""
+def memory_series(run: RawRun, series: str) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Return (seconds after the imports, MB of a memory check's series) from just before them, and each phase's start.
+
+    Raises:
+        InputError, KeyError, TypeError, ValueError: when the run's files are not what a run leaves.
+    """
     from q4kd.harness.checks.judgement import baseline_rss
 
-    baseline, ready = baseline_rss(run), run.event("imports_done")
-    if baseline is None or ready is None:
+    ready = run.event("imports_done")
+    if ready is None:
         return [], {}
-    start = float(ready["t"])
-    points = [(float(row["t"]) - start, (float(row["rss"]) - baseline) / _MB) for row in run.memory]
-    if any(abs(value) > _LARGEST for point in points for value in point):
+    start, field = float(ready["t"]), _SERIES[series][0]
+    told = [(float(row["t"]) - start, float(row[field])) for row in run.memory if row.get(field) is not None]
+    sign, baseline = 1.0, 0.0
+    if series == "rss_above_baseline":
+        found = baseline_rss(run)
+        if found is None:
+            return [], {}
+        baseline = found
+    elif series == "mem_available_drop":
+        before = [value for t, value in told if t <= 0]
+        if not before:
+            return [], {}
+        sign, baseline = -1.0, before[-1]
+    points = [(t, sign * (value - baseline) / _MB) for t, value in told]
+    if any(abs(value) > LARGEST for point in points for value in point):
         raise ValueError("a sample out of all proportion")
-    found = {kind: run.event(kind) for kind in _PHASES}
-    return [(t, y) for t, y in points if t >= -0.5], {
-        kind: float(event["t"]) - start for kind, event in found.items() if event is not None
-    }
+    begins = {kind: run.event(kind) for kind in _PHASES}
+    marks = {kind: float(event["t"]) - start for kind, event in begins.items() if event is not None}
+    return [(t, y) for t, y in points if t >= -0.5], marks
 
 
-def loss_plots(runs: Mapping[str, RawRun]) -> list[Plot]:
-    """Plot the losses of every experiment whose arms are named ``<arm>-seed<n>``: each arm's mean over its seeds."""
-    found: dict[str, dict[str, list[RawRun]]] = defaultdict(lambda: defaultdict(list))
-    for name, run in sorted(runs.items()):
-        match = _ARM.fullmatch(name)
-        if match is not None and _readable(run):
-            found[match["experiment"]][match["arm"]].append(run)
-    plots = []
-    for experiment, arms in sorted(found.items()):
-        for event, fields, what in (("eval", ("loss",), "held-out loss"), ("step", ("ce", "loss"), "training loss")):
-            curves = {arm: _mean_curve(group, event, fields) for arm, group in arms.items()}
-            curves = {arm: points for arm, points in curves.items() if len(points) > 1}
-            if len(curves) > 1:
-                plots.append(_loss_plot(experiment, what, curves, {arm: len(group) for arm, group in arms.items()}))
+def utilisation_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
+    """Plot NVML's utilisation by this process for every run that a utilisation claim was judged on."""
+    plots: list[Plot] = []
+    for row in findings["findings"]:
+        for check in row["checks"]:
+            if check["check"] != "gpu_utilization":
+                continue
+            for name in _runs_judged(row, check):
+                if name in runs and len(plots) < most and not any(plot.title == name for plot in plots):
+                    least = check["params"].get("min_percent")
+                    plot = _drawn(lambda n=name, p=least: _utilisation_plot(n, runs[n], p))  # type: ignore[misc]
+                    plots += [plot] if plot else []
     return plots
 
 
-def _readable(run: RawRun) -> bool:
-    try:
-        return bool(run.events)
-    except InputError:
-        return False
+def _utilisation_plot(name: str, run: RawRun, least: object) -> Plot | None:
+    from q4kd.harness.report_svg import LIMIT, SERIES, new_figure, to_svg
+
+    ready = run.event("imports_done")
+    start = float(ready["t"]) if ready else 0.0
+    told = [(float(row["t"]) - start, float(row["gpu_sm"])) for row in run.memory if row.get("gpu_sm") is not None]
+    if len(told) < MIN_SAMPLES or any(abs(t) > LARGEST or not 0 <= busy <= 100 for t, busy in told):
+        return None
+    figure, axes = new_figure("seconds after the imports", "% of the GPU's time")
+    axes.plot(*zip(*thin(told), strict=True), color=SERIES[0], linewidth=1.2, marker="o", markersize=2.4)
+    axes.set_ylim(-3, 112)
+    caption = f"{name}: the GPU busy with this process, {len(told)} samples, highest {max(b for _, b in told):g} %"
+    if isinstance(least, (int, float)):
+        axes.axhline(least, color=LIMIT, linewidth=1.3, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"median at least {least:g} %", (0.0, least), xycoords=("axes fraction", "data"), xytext=(3, -3),
+            textcoords="offset points", va="top", fontsize=8.5, color=LIMIT,
+        )  # fmt: skip
+        caption += f"; claimed: a median of at least {least:g} % while work is done"
+    return Plot(name=f"utilisation-{name}", title=name, caption=caption, svg=to_svg(figure, f"u-{name}", caption))
 
 
-def _mean_curve(runs: Iterable[RawRun], event: str, fields: Sequence[str]) -> list[tuple[float, float]]:
-    """Return (step, mean over runs) at the steps that every run reports. Training loss is ``ce`` where it is stated."""
-    series = []
-    for run in runs:
-        points: dict[float, float] = {}
-        for row in run.events_named(event):
-            value = next((row[field] for field in fields if isinstance(row.get(field), (int, float))), None)
-            if isinstance(row.get("step"), (int, float)) and value is not None and abs(value) < _LARGEST:
-                points[float(row["step"])] = float(value)
-        series.append(points)
-    shared = set.intersection(*(set(points) for points in series)) if series else set()
-    return [(step, sum(points[step] for points in series) / len(series)) for step in sorted(shared)]
-
-
-def _loss_plot(
-    experiment: str, what: str, curves: Mapping[str, list[tuple[float, float]]], seeds: Mapping[str, int]
-) -> Plot:
-    figure, axes = _figure("step", f"{what} (nats per token)")
-    for index, (arm, points) in enumerate(sorted(curves.items(), reverse=True)):
-        colour = _COLOURS[index % len(_COLOURS)]
-        style = ("-", "--", "-.", ":")[index % 4]
-        axes.plot(*zip(*thin(points), strict=True), color=colour, linewidth=1.5, linestyle=style, label=arm)
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
-    ends = ", ".join(f"{arm} {points[-1][1]:.4f} ({seeds[arm]} seeds)" for arm, points in sorted(curves.items()))
-    caption = f"{experiment}: {what}, mean over seeds; last value {ends}"
-    return Plot(caption=caption, svg=_svg(figure, f"l-{experiment}-{what}", caption))
-
-
-def thin(points: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> list[tuple[float, float]]:
+def thin(points: Points, limit: int = _MAX_POINTS) -> list[tuple[float, float]]:
     """Return at most about ``limit`` points, keeping the highest of each group so that a peak is never lost."""
     if len(points) <= limit:
         return list(points)
@@ -187,51 +249,6 @@ def thin(points: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> lis
     return [max(group, key=lambda point: point[1]) for group in groups]
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(visible=True, linewidth=0.4, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _style() -> Any:
-    return {
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "grid.color": _INK,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "q4kd",
-        "text.color": _INK,
-        "text.parse_math": False,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-
-
-def _svg(figure: Any, name: str, title: str) -> str:
-    """Write the figure as one ``<svg>`` element with its own ids, a title, and the page's colour for its ink."""
-    import matplotlib
-    from markupsafe import escape
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_style()):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
-    prefix = re.sub(r"[^A-Za-z0-9]", "-", name)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", text)
-    text = text.replace(_INK, "currentColor")
-    head, rest = text.split(">", 1)
-    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{rest}'
+def label(text: str) -> str:
+    """Return a name as it may stand in a figure: visible characters only, at most 60 of them."""
+    return shown(text)[:60]

@@ -1,85 +1,170 @@
-"""The report: one HTML file, made from a bundle's own files, that shows what was measured before what was concluded."""
+"""The report: one HTML file, made from a bundle's own files, that says what fell before what stood."""
 
-import importlib.resources
-from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
+import hashlib
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from q4kd.harness.findings import headline, parse_findings
-from q4kd.harness.interchange import message_of
 from q4kd.harness.plan import Plan
-from q4kd.harness.plots import loss_plots, memory_plots
-from q4kd.harness.raw import Store, open_store, read_runs
+from q4kd.harness.plots import Plot, memory_plots, utilisation_plots
+from q4kd.harness.raw import RawRun, Store, read_runs
+from q4kd.harness.recheck import bundle_contracts
+from q4kd.harness.report_claims import Limits, contract_groups, link_to
+from q4kd.harness.report_page import cut, render_page
+from q4kd.harness.report_training import loss_plots, step_plots
+from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, moment_of, verdict_of
 from q4kd.harness.store import read_object
+from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
 
+MAX_PAGE = 2_000_000
+# The first that gives a page below MAX_PAGE is used: a bundle may hold more than anybody could read.
+_LIMITS = (
+    Limits(rows=1000, parts=64, text=600, detail=20_000, plots=24),
+    Limits(rows=400, parts=24, text=400, detail=0, plots=12),
+    Limits(rows=40, parts=6, text=160, detail=0, plots=0),
+)
 _GATE = {
-    0: "gate passed",
-    1: "gate failed: a claim was falsified",
-    2: "gate not passed: not everything could be judged",
+    0: "The gate is passed (exit code 0).",
+    1: "The gate is not passed (exit code 1): a claim was falsified.",
+    2: "The gate is not passed (exit code 2): not everything could be judged.",
 }
-_MARK = {"corroborated": "✓", "falsified": "✗", "inconclusive": "?"}
 
 
-@lru_cache(maxsize=4)
-def _template(name: str) -> Template:
-    source = importlib.resources.files("q4kd.harness") / "templates" / name
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source.read_text(encoding="utf-8"))
+def render(store: Store, raw: str | None = "") -> str:
+    """Return the report of a bundle as one self-contained HTML page of less than 2 MB.
 
+    Everything shown comes from the bundle and is escaped; the page loads nothing and runs no script. A bundle too large
+    for that is shown in part, and the page says so.
 
-def render(store: Store) -> str:
-    """Return the report of a bundle as one self-contained HTML page.
-
-    Everything shown comes from the bundle and is escaped; the page loads nothing and runs no script.
+    Args:
+        store: the bundle.
+        raw: where its files lie as seen from the page, such as ``bundle/``; None when they cannot be linked to.
 
     Raises:
         InputError: when the findings, the plan or the environment are missing or malformed.
     """
     findings = parse_findings(store.read("findings.json"), "findings.json")
     plan = Plan.from_json(read_object(store, "plan.json"))
-    environment = read_object(store, "environment.json")
-    inputs = read_object(store, "inputs.json")
-    runs = read_runs(store)
-    plots = [
-        {"caption": plot.caption, "svg": Markup(plot.svg)}  # noqa: S704 - made by plots.py, which escapes what it is given
-        for plot in (*memory_plots(findings, runs), *loss_plots(runs))
-    ]
-    order = {"falsified": 0, "inconclusive": 1, "corroborated": 2}
-    rows = sorted(findings["findings"], key=lambda row: (row["scope"] != "required", order[row["verdict"]], row["key"]))
-    return _template("report.html.j2").render(
-        headline=headline(findings),
-        gate=_GATE[findings["exit_code"]],
-        findings=findings,
-        rows=[_row(row) for row in rows],
-        out_of_scope=[entry for entry in plan.entries if entry.scope == "out_of_scope"],
-        environment=_facts(environment),
-        inputs=inputs,
-        plots=plots,
-    )
+    environment, inputs = read_object(store, "environment.json"), read_object(store, "inputs.json")
+    page = ""
+    for limits in _LIMITS:
+        page = render_page(
+            "report.html.j2",
+            **_summary(findings, plan, environment, limits),
+            **_evidence(store, findings, raw, limits),
+            environment=_facts(environment, limits),
+            inputs=[_input(*item, limits) for item in sorted(inputs.items())[: limits.rows]],
+            whole=limits is _LIMITS[0],
+            limits=limits,
+        )
+        if len(page.encode()) < MAX_PAGE:
+            break
+    return page
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    checks = row["checks"]
-    deciding = next((check for check in checks if check["verdict"] == row["verdict"]), checks[0] if checks else None)
-    caught = sum(record["caught"] for record in row["sabotage"])
+def _summary(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    counts = findings["summary"]
+    tiles = [(verdict, MARKS[verdict], PLAIN[verdict], counts[verdict]) for verdict in MARKS]
     return {
-        **row,
-        "mark": _MARK[row["verdict"]],
-        "anchor": "".join(c if c.isascii() and c.isalnum() else "-" for c in row["key"]),
-        "measured": (deciding or {}).get("measured") or "—",
-        "bound": (deciding or {}).get("bound") or "—",
-        "caught": f"{caught} of {len(row['sabotage'])}" if row["sabotage"] else "—",
-        "message": message_of(row),
+        "headline": limits.cut(headline(findings)),
+        "gate": _GATE[findings["exit_code"]],
+        "verdict": verdict_of(findings, plan, environment),
+        "tiles": tiles,
+        "out_of_scope": counts["out_of_scope"],
+        "not_gating": counts["not_gating"],
+        "shares": _shares(counts),
+        "profile": limits.cut(findings["profile"]),
+        "commit": limits.cut(commit_of(environment)),
+        "made": moment_of(findings),
+        "judge_version": findings["judge_version"],
+        "scope": findings["scope"],
+        "select": limits.cut(plan.select) if plan.select else None,
+        "untested": [entry for entry in plan.entries if entry.scope == "out_of_scope"][: limits.rows],
+        "anchors": {row["key"]: f"claim-{number}" for number, row in enumerate(findings["findings"], 1)},
     }
 
 
-def _facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _shares(counts: Mapping[str, int]) -> list[tuple[str, str, float, float]]:
+    """Return ``(class, words, start, width)`` of each part of a bar of 100 units; none of no claims."""
+    parts = [(verdict, f"{counts[verdict]} {PLAIN[verdict]}", counts[verdict]) for verdict in MARKS]
+    parts.append(("untested", f"{counts['out_of_scope']} out of scope", counts["out_of_scope"]))
+    total = sum(count for _, _, count in parts)
+    found, start = [], 0.0
+    for name, words, count in parts:
+        if count:
+            found.append((name, words, round(start, 3), round(100 * count / total, 3)))
+            start += 100 * count / total
+    return found
+
+
+def _evidence(store: Store, findings: Mapping[str, Any], raw: str | None, limits: Limits) -> dict[str, Any]:
+    runs = read_runs(store)
+    plots = {
+        "memory": memory_plots(findings, runs, limits.plots),
+        "losses": loss_plots(runs, limits.plots),
+        "steps": step_plots(runs) if limits.plots else [],
+        "utilisation": utilisation_plots(findings, runs, limits.plots),
+    }
+    return {
+        "plots": {kind: [_plot(plot) for plot in made] for kind, made in plots.items()},
+        "groups": contract_groups(findings, runs, raw, limits),
+        "runs": [_run(run, raw, limits) for run in list(runs.values())[: limits.rows]],
+        "contracts": list(_contracts(store, raw, limits)),
+        "linked": raw is not None,
+    }
+
+
+def _plot(plot: Plot) -> dict[str, Any]:
+    svg = Markup(plot.svg)  # noqa: S704 - made by report_svg.py, which serialises a tree
+    return {**vars(plot), "svg": svg}
+
+
+def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, Any]:
+    """Return a run as a row: its command, its end and its files. What cannot be read says so."""
+    try:
+        argv = run.argv.get("argv")
+        command = shlex.join(map(str, argv)) if isinstance(argv, list) else "unknown"
+        ended = f"{run.exit.get('cause')}, exit code {run.exit.get('returncode')}"
+        wall = run.exit.get("wall_s")
+        seconds = f"{wall:.1f}" if isinstance(wall, (int, float)) else "unknown"
+    except InputError as error:
+        command, ended, seconds = "unreadable", cut(error, limits.text), "unknown"
+    files = [(name, link_to(raw, f"runs/{run.name}/{name}")) for name in run.store.names()[: limits.parts]]
+    return {
+        "name": limits.cut(run.name),
+        "command": limits.cut(command.replace("python -m q4kd.harness.child --", "q4kd")),
+        "ended": limits.cut(ended),
+        "seconds": seconds,
+        "files": files,
+    }
+
+
+def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterable[dict[str, Any]]:
+    """Yield the contracts and profiles as run: name, description, digest and text."""
+    try:
+        described = {contract.path: contract for contract in bundle_contracts(store)}
+    except InputError:  # they are shown as they are; what is wrong with them is for verify to say
+        described = {}
+    names = [name for name in store.names() if name.startswith("contracts/")][: limits.rows]
+    for name in names:
+        data = store.read(name, MAX_BYTES)
+        contract = described.get(name)
+        yield {
+            "name": limits.cut(name.removeprefix("contracts/")),
+            "link": link_to(raw, name),
+            "description": limits.cut(contract.description) if contract else "",
+            "status": contract.status if contract else None,
+            "claims": len(contract.claims) if contract else None,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "text": cut(data.decode("utf-8", "replace"), limits.detail) if limits.detail else None,
+        }
+
+
+def _facts(environment: Mapping[str, Any], limits: Limits) -> list[tuple[str, str]]:
     """Return the environment as pairs for a table; an unread value says so."""
 
     def said(value: object) -> str:
@@ -87,39 +172,19 @@ def _facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
             return ", ".join(f"{key} {said(item)}" for key, item in value.items() if item is not None)
         if isinstance(value, list):
             return ", ".join(map(said, value)) or "none"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return "unknown" if value is None else str(value)
 
-    return [(str(key), said(value)) for key, value in environment.items()]
+    pairs = list(environment.items())[: limits.rows]
+    return [(limits.cut(key).replace("_", " "), limits.cut(said(value))) for key, value in pairs if key != "schema"]
 
 
-def render_index(folder: Path) -> tuple[str, int]:
-    """Return an HTML table of the bundles directly inside ``folder``, newest first, and how many there are.
-
-    What lies there and is not a readable bundle is listed with the reason, when it looks like one.
-    """
-    rows: list[dict[str, Any]] = []
-    broken: list[tuple[str, str]] = []
-    for path in sorted(folder.iterdir()):
-        archive = path.is_file() and path.name.endswith((".tar.gz", ".tgz"))
-        if not archive and not (path / "findings.json").is_file():
-            continue
-        try:
-            store = open_store(path)
-            findings = parse_findings(store.read("findings.json"), "findings.json")
-            environment = read_object(store, "environment.json")
-        except InputError as error:
-            broken.append((path.name, str(error)))
-            continue
-        links = {"report": f"{path.name}/report.html"} if not archive and (path / "report.html").is_file() else {}
-        rows.append(
-            {
-                "name": path.name,
-                "link": quote(links["report"]) if links else None,
-                "created": findings["created"],
-                "headline": headline(findings),
-                "exit_code": findings["exit_code"],
-                "commit": str(environment.get("commit") or "unknown")[:12] + ("+" if environment.get("dirty") else ""),
-            }
-        )
-    rows.sort(key=lambda row: (row["created"], row["name"]), reverse=True)
-    return _template("index.html.j2").render(rows=rows, broken=broken), len(rows)
+def _input(name: str, value: object, limits: Limits) -> dict[str, str]:
+    entry = value if isinstance(value, Mapping) else {}
+    size = entry.get("bytes")
+    return {
+        "name": limits.cut(name),
+        "bytes": f"{size:,}" if isinstance(size, int) else "unknown",
+        "sha256": limits.cut(entry.get("sha256") or "unknown"),
+    }

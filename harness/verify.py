@@ -51,7 +51,7 @@ _UNSIGNED = (
     "consistent; authenticity not established: without --contracts or a signature, a bundle that was edited and sealed "
     "again with looser bounds looks the same"
 )
-_REPORT = "report.html is hashed but not recomputed; make your own with `q4kd evidence report`"
+_REPORT = "report.html and findings.md are hashed but not recomputed; make your own with `q4kd evidence report`"
 
 
 @dataclass(frozen=True, kw_only=True)

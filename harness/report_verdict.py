@@ -1,0 +1,141 @@
+"""The verdict on a bundle as a person takes it in: what was claimed, where, what survived, what fell, what is unknown."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from q4kd.harness.checks.judgement import REASONS
+from q4kd.harness.findings import sabotage_lines
+from q4kd.harness.plan import Plan
+
+MARKS = {"corroborated": "✓", "falsified": "✗", "inconclusive": "?"}
+# What a verdict is called where a person reads in passing; the field's term stays beside it.
+PLAIN = {"corroborated": "survived", "falsified": "fell", "inconclusive": "undecided"}
+_TONES = {0: "corroborated", 1: "falsified", 2: "inconclusive"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What stands at the top of a report.
+
+    Attributes:
+        tone: the verdict whose colour and mark the whole run gets.
+        title: the outcome in one line.
+        scale: how many claims of how many contracts.
+        machine: what they were tried on.
+        fell: required findings that are falsified.
+        undecided: reason → required findings that are inconclusive for it.
+        untested: reason → plan entries out of scope for it.
+        shown_to_fail: how many spoilt records and planted faults were noticed, one line each.
+        unnoticed: how many of them were not.
+    """
+
+    tone: str
+    title: str
+    scale: str
+    machine: str
+    fell: tuple[Mapping[str, Any], ...]
+    undecided: Mapping[str, list[Mapping[str, Any]]]
+    untested: Mapping[str, list[Any]]
+    shown_to_fail: tuple[str, ...]
+    unnoticed: int
+
+
+def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any]) -> Verdict:
+    """Sum up a bundle from its findings, its plan and its environment."""
+    required = [row for row in findings["findings"] if row["scope"] == "required"]
+    fell = tuple(row for row in required if row["verdict"] == "falsified")
+    undecided: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in required:
+        if row["verdict"] == "inconclusive":
+            undecided[row["reason"]].append(row)
+    untested: dict[str, list[Any]] = defaultdict(list)
+    for entry in plan.entries:
+        if entry.scope == "out_of_scope":
+            untested[str(entry.reason)].append(entry)
+    contracts = len({entry.contract for entry in plan.entries})
+    scale = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
+    return Verdict(
+        tone=_TONES[findings["exit_code"]],
+        title=_title(findings, len(required), len(fell), sum(map(len, undecided.values()))),
+        scale=scale,
+        machine=machine_of(environment),
+        fell=fell,
+        undecided=undecided,
+        untested=untested,
+        shown_to_fail=tuple(sabotage_lines(findings)),
+        unnoticed=sum(map(_unnoticed, findings["findings"])),
+    )
+
+
+def _title(findings: Mapping[str, Any], required: int, fell: int, undecided: int) -> str:
+    if fell:
+        return f"Failed: {fell} of {counted(required, 'claim')} fell"
+    if undecided:
+        return f"Not passed: {undecided} of {counted(required, 'claim')} could not be judged"
+    if not required:
+        return "Not passed: no claim was judged"
+    survived = "the claim survived" if required == 1 else f"all {required} claims survived"
+    if findings["scope"] == "partial":
+        return f"Not a pass: {survived}, but only a selection was run"
+    return f"Passed: {survived}"
+
+
+def _unnoticed(row: Mapping[str, Any]) -> int:
+    mutations = row["mutations"] or {"tried": 0, "caught": 0}
+    return int(mutations["tried"] - mutations["caught"]) + sum(not record["caught"] for record in row["sabotage"])
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 claim``, ``2 claims``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def meaning(reason: str) -> str:
+    """Return what a reason of the closed list means, or an empty text for another one."""
+    return REASONS.get(reason, "")
+
+
+def machine_of(environment: Mapping[str, Any]) -> str:
+    """Return the machine in a few words: its GPUs or none, processor, cores and memory. What is unknown is left out."""
+    gpu, cpu = (_mapping(environment.get(name)) for name in ("gpu", "cpu"))
+    names = gpu.get("names")
+    gpus = sorted({str(name) for name in names}) if isinstance(names, list) else []
+    parts = [f"{len(names)} x {gpus[0]}" if len(gpus) == 1 and len(names) > 1 else ", ".join(gpus)] if gpus else []
+    parts.append(str(cpu.get("model") or "an unknown processor"))
+    if isinstance(cpu.get("cores_usable"), int):
+        parts.append(counted(cpu["cores_usable"], "core"))
+    memory = environment.get("memory_bytes")
+    if isinstance(memory, int) and 0 < memory < 1 << 60:
+        parts.append(f"{memory / 1e9:.0f} GB")
+    if not gpus:
+        parts.append("no GPU")
+    return ", ".join(parts)
+
+
+def commit_of(environment: Mapping[str, Any]) -> str:
+    """Return the commit in 12 digits, with what is known of changes beside it."""
+    commit = str(environment.get("commit") or "unknown")[:12]
+    return f"{commit} with uncommitted changes" if environment.get("dirty") else commit
+
+
+def moment_of(findings: Mapping[str, Any]) -> str:
+    """Return when the findings were written, as ``2026-11-24 00:14 UTC``."""
+    made = datetime.fromisoformat(findings["created"])
+    try:
+        made = made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
+    except OverflowError:  # the first or the last day there is
+        return str(findings["created"])
+    return f"{made:%Y-%m-%d %H:%M} UTC"
+
+
+def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return findings with what needs a person first: fallen, undecided, survived; those that do not gate last."""
+    order = {"falsified": 0, "inconclusive": 1, "corroborated": 2}
+    return sorted(rows, key=lambda row: (row["scope"] != "required", order[row["verdict"]]))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
