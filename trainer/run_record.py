@@ -1,0 +1,268 @@
+"""What a run folder says of the model in it: which weights there are, and how they were made.
+
+A folder may come from anybody: every file is read within bounds, and what is absent or malformed is listed as missing,
+never guessed.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from q4kd.trainer.checkpoint import list_checkpoints, read_state
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json
+from q4kd.trainer.student import WEIGHT_FILES, has_weights
+
+RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"
+_MAX_LINE_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 4 << 20
+_STEP = re.compile(r"step-(\d{6,12})")
+# Settings that name files: of those, people get the last part, since the rest describes somebody's machine.
+_PATHS = ("teacher", "student", "data", "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """How a model was made.
+
+    Attributes:
+        step: optimiser steps that its weights have seen.
+        steps: of the full run, where known.
+        config: the run's settings; of paths only the last part.
+        teacher: ``file``, ``sha256`` and ``bytes`` of the teacher.
+        student: what the run recorded of its student before training.
+        data_sha256: digest of the training tokens.
+        program: version and commit of the q4kd that trained it.
+        evaluations: held-out evaluations, by step: ``loss``, ``kl``, ``agreement``, ``tokens``.
+        missing: what could not be found out, one line each.
+    """
+
+    step: int | None = None
+    steps: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Mapping[str, str | int] = field(default_factory=dict)
+    student: Mapping[str, str | int] = field(default_factory=dict)
+    data_sha256: str | None = None
+    program: Mapping[str, str | int] = field(default_factory=dict)
+    evaluations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> Mapping[str, float] | None:
+        """The evaluation of exactly these weights, or None."""
+        return None if self.step is None else self.evaluations.get(self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """A model to export.
+
+    Attributes:
+        title: for headings and file names.
+        folder: Hugging Face folder whose config and tokenizer are the model's.
+        checkpoint: folder of the weights, when they are not in ``folder``.
+        record: how it was made; None for a model that no run made.
+    """
+
+    title: str
+    folder: Path
+    checkpoint: Path | None = None
+    record: RunRecord | None = None
+
+
+def find_source(path: Path, checkpoint: str | None = None, student: Path | None = None) -> ExportSource:
+    """Find the model of a run folder, or take a Hugging Face folder as it is.
+
+    Args:
+        path: folder of a run, or a Hugging Face causal LM folder with weights.
+        checkpoint: ``best``, ``last`` or a name such as ``step-000120``; None takes the finished model.
+        student: the run's student folder, where the one it names is no longer there: a checkpoint holds weights only.
+
+    Raises:
+        InputError: when there is no such folder, model or checkpoint.
+    """
+    if (path / "config.json").is_file():
+        if checkpoint is not None:
+            raise InputError(
+                f"--checkpoint {checkpoint}",
+                expected="a run folder",
+                got=f"{path}, a model folder",
+                remedy="leave --checkpoint out",
+            )
+        return ExportSource(title=path.resolve().name, folder=_model_folder(path))
+    checkpoints = list_checkpoints(path)
+    if not (path / "model").is_dir() and not checkpoints:
+        raise InputError(
+            str(path),
+            expected="a folder of q4kd distill, or a Hugging Face model folder",
+            got="neither config.json, model/ nor checkpoints/",
+            remedy="check the path",
+        )
+    title = path.resolve().name
+    if checkpoint is None:
+        if not (path / "model").is_dir():
+            raise InputError(
+                str(path),
+                expected="a finished run",
+                got=f"no final model, and {len(checkpoints)} checkpoint(s) up to {checkpoints[-1].name}",
+                remedy="finish it with --resume, or name one: --checkpoint last",
+            )
+        folder = _model_folder(path / "model")
+        return ExportSource(title=title, folder=folder, record=read_record(path, None))
+    chosen = _choose(path, checkpoints, checkpoint)
+    record = read_record(path, chosen)
+    return ExportSource(
+        title=f"{title}-{chosen.name}", folder=_student_folder(path, chosen, student), checkpoint=chosen, record=record
+    )
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return a folder that holds a whole model, or say what it holds instead."""
+    if has_weights(folder):
+        return folder
+    if (folder / "adapter_config.json").is_file() or (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            str(folder),
+            expected="a whole model",
+            got="a LoRA adapter alone",
+            remedy="merge it into its base first: peft's merge_and_unload, then save_pretrained",
+        )
+    raise InputError(
+        str(folder),
+        expected=" or ".join(WEIGHT_FILES),
+        got="no weights as safetensors",
+        remedy="name a folder that save_pretrained wrote",
+    )
+
+
+def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
+    """Return the checkpoint of that name; the best is the one of lowest held-out loss among those kept."""
+    subject, names = f"--checkpoint {wanted}", [path.name for path in checkpoints]
+    if wanted == "last" and checkpoints:
+        return checkpoints[-1]
+    if wanted == "best" and checkpoints:
+        losses = {number: result["loss"] for number, result in _evaluations(run).items()}
+        evaluated = [path for path in checkpoints if _number(path) in losses]
+        if not evaluated:
+            raise InputError(
+                subject,
+                expected="a checkpoint of a step with a held-out evaluation",
+                got=f"none among {', '.join(names)}",
+                remedy="name one; make eval_every a divisor of checkpoint_every next time",
+            )
+        return min(evaluated, key=lambda path: losses[_number(path)])
+    if wanted not in names:
+        raise InputError(
+            subject,
+            expected=f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}",
+            got=wanted,
+            remedy="choose one of these",
+        )
+    return run / "checkpoints" / wanted
+
+
+def _number(checkpoint: Path) -> int:
+    match = _STEP.fullmatch(checkpoint.name)
+    return int(match.group(1)) if match else -1
+
+
+def _student_folder(run: Path, checkpoint: Path, given: Path | None) -> Path:
+    """Return the folder with the config and the tokenizer of a checkpoint's model."""
+    named = read_state(checkpoint).config.get("student")
+    places = [given] if given else [run / "model", *([Path(named)] if isinstance(named, str) else [])]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(
+        str(given or checkpoint),
+        expected="the student's folder, for the config and the tokenizer of these weights",
+        got=f"no config.json in {places[-1]}",
+        remedy="name it with --student",
+    )
+
+
+def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
+    """Gather what a run left of itself: run.json, the state of a checkpoint, summary.json and the evaluations.
+
+    Args:
+        run: its folder.
+        checkpoint: whose weights are meant; None means the final model.
+
+    Raises:
+        InputError: when the checkpoint is damaged.
+    """
+    written = _object(run / RUN_FILE)
+    newest = checkpoint or next(iter(reversed(list_checkpoints(run))), None)
+    state = read_state(newest) if newest else None
+    summary = _object(run / SUMMARY_FILE)
+    steps = summary.get("steps_of_full_run")
+    step = state.step if state and checkpoint else summary.get("steps")
+    config = written.get("config") or (state.config if state else {})
+    settings = config if isinstance(config, Mapping) else {}
+    teacher = _scalars(written.get("teacher"))
+    if "file" in teacher:
+        teacher["file"] = Path(str(teacher["file"])).name
+    elif isinstance(settings.get("teacher"), str):
+        teacher["file"] = Path(settings["teacher"]).name
+    data = written.get("data_sha256") or (state.data_sha256 if state else None)
+    missing = [] if written else [f"this run has no {RUN_FILE}, so its teacher's and student's digests are not recorded"]
+    evaluations = _evaluations(run)
+    if not evaluations:
+        missing.append("no held-out evaluation is recorded")
+    return RunRecord(
+        step=step if isinstance(step, int) else None,
+        steps=steps if isinstance(steps, int) else None,
+        config={key: Path(value).name if key in _PATHS else value for key, value in settings.items()},
+        teacher=teacher,
+        student=_scalars(written.get("student")),
+        data_sha256=data if isinstance(data, str) else None,
+        program={key: value for key, value in _scalars(written).items() if key in ("q4kd", "version", "commit")},
+        evaluations=evaluations,
+        missing=tuple(missing),
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, empty when there is none."""
+    if not path.is_file():
+        return {}
+    value = read_json(path, _MAX_RECORD_BYTES)
+    return value if isinstance(value, dict) else {}
+
+
+def _scalars(value: object) -> dict[str, str | int]:
+    """Return the texts and whole numbers of a mapping."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {
+        str(key): item for key, item in value.items() if isinstance(item, str | int) and not isinstance(item, bool)
+    }
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            yield line
+
+
+def _evaluations(run: Path) -> dict[int, dict[str, float]]:
+    """Return the held-out evaluations of a run by step; of a step evaluated twice, the later."""
+    path, found = run / EVENTS_FILE, dict[int, dict[str, float]]()
+    if not path.is_file():
+        return found
+    for line in _lines(path):
+        if b'"eval"' not in line:
+            continue
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a run that was killed may have left half a line
+        if not isinstance(event, dict) or event.get("event") != "eval" or not isinstance(event.get("step"), int):
+            continue
+        values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens")}
+        if all(isinstance(value, int | float) for value in values.values()):
+            found[event["step"]] = {key: float(value) for key, value in values.items() if value is not None}
+    return found
