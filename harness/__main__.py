@@ -23,6 +23,7 @@ COMMAND_MODULES = (
     "q4kd.harness.commands_falsify",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",
+    "q4kd.harness.commands_export",
 )
 # Packages that an extra brings: their absence is the user's to mend, not a defect.
 _EXTRAS = {

@@ -100,8 +100,7 @@ def write_gguf(
     dimensions = read_huggingface_config(settings)
     if not isinstance(tokenizer, Vocabulary):
         tokenizer = Vocabulary(content=tokenizer, special_ids=config_special_ids(settings))
-    factors = rope_factors(settings)
-    tensors = dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
+    tensors = with_rope_factors(settings, state)
     sources = plan_tensors(dimensions, tensors)
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -148,6 +147,12 @@ def write_gguf(
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
+    factors = rope_factors(settings)
+    return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
 
 
 def read_weights(model: Path) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"
 _MAX_LINE_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 4 << 20
 _STEP = re.compile(r"step-(\d{6,12})")
-# Settings that name files: of those, people get the last part, since the rest describes somebody's machine.
-_PATHS = ("teacher", "student", "data", "out")
+# By what the best checkpoint is chosen where the run does not say (its setting ``best_metric``); more agreement is better.
+_BEST_METRIC = "kl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,8 @@ class RunRecord:
         steps: of the full run, where known.
         config: the run's settings; of paths only the last part.
         teacher: ``file``, ``sha256`` and ``bytes`` of the teacher.
-        student: what the run recorded of its student before training.
+        student: the folder that the run started from, and the digest of its config.
         data_sha256: digest of the training tokens.
-        program: version and commit of the q4kd that trained it.
         evaluations: held-out evaluations, by step: ``loss``, ``kl``, ``agreement``, ``tokens``.
         missing: what could not be found out, one line each.
     """
@@ -46,7 +45,6 @@ class RunRecord:
     teacher: Mapping[str, str | int] = field(default_factory=dict)
     student: Mapping[str, str | int] = field(default_factory=dict)
     data_sha256: str | None = None
-    program: Mapping[str, str | int] = field(default_factory=dict)
     evaluations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
@@ -92,7 +90,7 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
                 got=f"{path}, a model folder",
                 remedy="leave --checkpoint out",
             )
-        return ExportSource(title=path.resolve().name, folder=_model_folder(path))
+        return ExportSource(title=_title(path), folder=_model_folder(path))
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
         raise InputError(
@@ -101,7 +99,7 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
             got="neither config.json, model/ nor checkpoints/",
             remedy="check the path",
         )
-    title = path.resolve().name
+    title = _title(path)
     if checkpoint is None:
         if not (path / "model").is_dir():
             raise InputError(
@@ -117,6 +115,11 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
     return ExportSource(
         title=f"{title}-{chosen.name}", folder=_student_folder(path, chosen, student), checkpoint=chosen, record=record
     )
+
+
+def _title(path: Path) -> str:
+    """Return a folder's name, fit for file names, quotation marks and headings."""
+    return re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII).strip("-.") or "model"
 
 
 def _model_folder(folder: Path) -> Path:
@@ -139,13 +142,13 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
-    """Return the checkpoint of that name; the best is the one of lowest held-out loss among those kept."""
+    """Return the checkpoint of that name; the best is the one whose held-out evaluation is, among those kept."""
     subject, names = f"--checkpoint {wanted}", [path.name for path in checkpoints]
     if wanted == "last" and checkpoints:
         return checkpoints[-1]
     if wanted == "best" and checkpoints:
-        losses = {number: result["loss"] for number, result in _evaluations(run).items()}
-        evaluated = [path for path in checkpoints if _number(path) in losses]
+        results = _evaluations(run)
+        evaluated = [path for path in checkpoints if _number(path) in results]
         if not evaluated:
             raise InputError(
                 subject,
@@ -153,7 +156,9 @@ def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
                 got=f"none among {', '.join(names)}",
                 remedy="name one; make eval_every a divisor of checkpoint_every next time",
             )
-        return min(evaluated, key=lambda path: losses[_number(path)])
+        metric = str(read_state(evaluated[-1]).config.get("best_metric", _BEST_METRIC))
+        metric, sign = (metric, -1) if metric == "agreement" else (metric if metric == "loss" else _BEST_METRIC, 1)
+        return min(evaluated, key=lambda path: sign * results[_number(path)][metric])
     if wanted not in names:
         raise InputError(
             subject,
@@ -198,7 +203,7 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
     newest = checkpoint or next(iter(reversed(list_checkpoints(run))), None)
     state = read_state(newest) if newest else None
     summary = _object(run / SUMMARY_FILE)
-    steps = summary.get("steps_of_full_run")
+    steps = written.get("steps", summary.get("steps_of_full_run"))
     step = state.step if state and checkpoint else summary.get("steps")
     config = written.get("config") or (state.config if state else {})
     settings = config if isinstance(config, Mapping) else {}
@@ -208,21 +213,25 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
     elif isinstance(settings.get("teacher"), str):
         teacher["file"] = Path(settings["teacher"]).name
     data = written.get("data_sha256") or (state.data_sha256 if state else None)
-    missing = [] if written else [f"this run has no {RUN_FILE}, so its teacher's and student's digests are not recorded"]
+    missing = [] if written else [f"this run has no {RUN_FILE}, so the digest of its teacher is not recorded"]
     evaluations = _evaluations(run)
     if not evaluations:
         missing.append("no held-out evaluation is recorded")
     return RunRecord(
         step=step if isinstance(step, int) else None,
         steps=steps if isinstance(steps, int) else None,
-        config={key: Path(value).name if key in _PATHS else value for key, value in settings.items()},
+        config={key: _public(value) for key, value in settings.items()},
         teacher=teacher,
         student=_scalars(written.get("student")),
         data_sha256=data if isinstance(data, str) else None,
-        program={key: value for key, value in _scalars(written).items() if key in ("q4kd", "version", "commit")},
         evaluations=evaluations,
         missing=tuple(missing),
     )
+
+
+def _public(value: object) -> object:
+    """Return a setting as others may see it: of a path, the last part, since the rest describes somebody's machine."""
+    return Path(value).name if isinstance(value, str) and "/" in value and "*" not in value else value
 
 
 def _object(path: Path) -> dict[str, Any]:
