@@ -20,6 +20,7 @@ INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
     "q4kd.trainer.commands_bench",
+    "q4kd.trainer.commands_fidelity",
     "q4kd.harness.commands_falsify",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",
