@@ -14,9 +14,9 @@ from q4kd.trainer.errors import InputError
 
 _TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m")
 _DENSE = ("f32", "f16", "bf16")
-_HELP = """RUN is a folder of `q4kd distill` (its final model, or one of its checkpoints), or any Hugging Face folder of a
-qwen2, qwen3, llama or mistral model. What is written is read back and compared before it takes its name; nothing that
-is already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k_m.gguf RUN/model` answers.
+_HELP = """RUN is a folder of `q4kd distill` (its final model, or one of its checkpoints), or any Hugging Face folder
+of a qwen2, qwen3, llama or mistral model. What is written is read back and compared before it takes its name; nothing
+that is already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k_m.gguf RUN/model` answers.
 """
 
 
@@ -42,7 +42,7 @@ def add_commands(subparsers: Any) -> None:
     export.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="best (of the held-out evaluations, by the run's best_metric), last, or a name such as step-000120 (default: the final model)",
+        help="best (by the run's best_metric, held out), last, or a name such as step-000120 (default: the final model)",
     )
     export.add_argument(
         "--student", type=Path, metavar="DIR", help="the run's student folder, if it is no longer where it was"
@@ -73,14 +73,16 @@ def _export(args: argparse.Namespace) -> int:
     from q4kd.trainer.run_record import find_source
 
     source = find_source(args.source, args.checkpoint, args.student)
-    kind = args.quantize or ("f16" if args.format == "gguf" else None)
-    default = f"{source.title}-{kind}.gguf" if args.format == "gguf" else f"{source.title}-hf"
+    recipe = args.quantize or "f16"
+    default = f"{source.title}-{recipe}.gguf" if args.format == "gguf" else f"{source.title}-hf"
     out: Path = args.out or args.source.resolve().parent / default
     _refuse_existing(out)
     for line in () if source.record is None else source.record.missing:
         print(f"note: {line}")
     try:
-        return _export_gguf(source, out, kind) if args.format == "gguf" else _export_hf(source, out, kind, evidence)
+        if args.format == "gguf":
+            return _export_gguf(source, out, recipe)
+        return _export_hf(source, out, args.quantize, evidence)
     except OSError as error:
         raise InputError(
             f"--out {out}",

@@ -14,8 +14,8 @@ from q4kd.trainer.errors import InputError
 
 SCHEMA = "q4kd-fidelity/1"
 _DENSE_RECIPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
-_HELP = """Does quantising hurt? The statistics are those of llama.cpp's llama-perplexity --kl-divergence (second half of
-each window scored). KL near 0, agreement near 100 % and a perplexity ratio within two errors of 1: it does not.
+_HELP = """Does quantising hurt? The statistics are those of llama.cpp's llama-perplexity --kl-divergence (second half
+of each window scored). KL near 0, agreement near 100 % and a perplexity ratio within two errors of 1: it does not.
 """
 # Beyond this, two files are more likely different models than one model in two precisions.
 _SUSPICIOUS_KL = 0.5
@@ -191,12 +191,11 @@ def _note_order(files: dict[str, Any]) -> None:
 def _identity(given: Path, path: Path, model: Any) -> dict[str, Any]:
     from q4kd.trainer.files import sha256_file
 
-    types = {name: count for name, count in sorted(model.bytes_by_type().items())}
     return {
         "file": given.resolve().name,
         "sha256": sha256_file(path),
         "bytes": model.file_bytes,
-        "tensor_bytes_by_type": types,
+        "tensor_bytes_by_type": dict(sorted(model.bytes_by_type().items())),
         "bits_per_weight": round(8 * model.tensor_bytes / model.num_weights, 3),
     }
 

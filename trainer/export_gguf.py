@@ -1,6 +1,7 @@
 """``q4kd export --format gguf``: write the file, read it back with the teacher's own reader, then give it its name."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class GgufReport:
         num_bytes: its size.
         sha256: its digest.
         tensors: how many of each type.
-        round_trip: by type, the worst relative error ``‖decoded − w‖ / ‖w‖`` of a tensor, and that tensor's name.
+        round_trip: by type, the worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
     """
 
     path: Path
@@ -87,7 +88,12 @@ def export_gguf(
 
 
 def check_file(
-    report: GgufReport, path: Path, *, settings: Mapping[str, object], state: Mapping[str, Tensor], vocabulary: Vocabulary
+    report: GgufReport,
+    path: Path,
+    *,
+    settings: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
 ) -> None:
     """Read a written file as a teacher is read, compare it with what it was made from, and fill in the report.
 
@@ -131,7 +137,7 @@ def _round_trip(tensor: PackedTensor, weights: Tensor) -> float:
         decoded = decode_rows(tensor.type, part, torch.empty_like(exact))
         squares += float((decoded - exact).square().sum(dtype=torch.float64))
         total += float(exact.square().sum(dtype=torch.float64))
-    return (squares / total) ** 0.5 if total else squares**0.5
+    return math.sqrt(squares / total) if total else math.sqrt(squares)
 
 
 def _float32(value: object) -> object:
@@ -151,5 +157,3 @@ def _other_file(what: str, expected: str, got: str) -> InputError:
         got=got,
         remedy="nothing was kept; please report this: it is a defect of the export",
     )
-
-

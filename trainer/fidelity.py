@@ -127,7 +127,9 @@ def score(
     return Scores(*(np.concatenate(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def _chunks(a: Teacher, b: Teacher, hidden_a: Tensor, hidden_b: Tensor, labels_M: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(
+    a: Teacher, b: Teacher, hidden_a: Tensor, hidden_b: Tensor, labels_M: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
     for rows in torch.split(torch.arange(len(labels_M)), CHUNK_TOKENS):
         chunk = slice(int(rows[0]), int(rows[-1]) + 1)
         logits_a, logits_b = a.head_logits(hidden_a[chunk]), b.head_logits(hidden_b[chunk])

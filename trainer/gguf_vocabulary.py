@@ -115,7 +115,7 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
     (cut, *more) = cuts
     if more or normalizers or cut.get("type") != "Metaspace" or cut.get("replacement") != SPACE or cut.get("split"):
         return None
-    return cut.get("prepend_scheme", "always") != "never"
+    return bool(cut.get("prepend_scheme", "always") != "never")
 
 
 def adds_special(tokenizer: Mapping[str, Any], end: int) -> bool:
@@ -129,8 +129,8 @@ def adds_special(tokenizer: Mapping[str, Any], end: int) -> bool:
 
 def merge_pairs(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the merges of tokenizer.json, first to last; older files write a pair as one string."""
-    merges = tokenizer["model"]["merges"]
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else (merge[0], merge[1]) for merge in merges]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tokenizer["model"]["merges"])
+    return [(str(left), str(right)) for left, right in pairs]
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -> None:

@@ -79,7 +79,9 @@ def write_card(
         loader=PackageLoader("q4kd.trainer"), undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters["cell"] = cell
-    evaluations = [] if record is None else [(step, _row(result)) for step, result in sorted(record.evaluations.items())]
+    evaluations = (
+        [] if record is None else [(step, _row(result)) for step, result in sorted(record.evaluations.items())]
+    )
     return environment.get_template("model_card.md.j2").render(
         card_data=_card_data(title, record).to_yaml(),
         title=title,

@@ -20,7 +20,7 @@ RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"
 _MAX_LINE_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 4 << 20
 _STEP = re.compile(r"step-(\d{6,12})")
-# By what the best checkpoint is chosen where the run does not say (its setting ``best_metric``); more agreement is better.
+# By what the best checkpoint is chosen where the run does not say (its setting ``best_metric``).
 _BEST_METRIC = "kl"
 
 
@@ -246,9 +246,7 @@ def _scalars(value: object) -> dict[str, str | int]:
     """Return the texts and whole numbers of a mapping."""
     if not isinstance(value, Mapping):
         return {}
-    return {
-        str(key): item for key, item in value.items() if isinstance(item, str | int) and not isinstance(item, bool)
-    }
+    return {str(key): item for key, item in value.items() if isinstance(item, str | int) and not isinstance(item, bool)}
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -123,9 +123,7 @@ def read_vocabulary(source: ExportSource, config: Any) -> Vocabulary:
 
 def equal_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two states hold the same bits under the same names."""
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
-    )
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def _refuse(source: ExportSource, error: Exception) -> InputError:
