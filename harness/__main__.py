@@ -22,11 +22,13 @@ INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
     "q4kd.trainer.commands_bench",
+    "q4kd.trainer.commands_fidelity",
     "q4kd.harness.commands_falsify",
     "q4kd.harness.commands_nightly",
     "q4kd.harness.commands_contracts",
     "q4kd.harness.commands_evidence",
     "q4kd.harness.commands_completion",
+    "q4kd.harness.commands_export",
 )
 # Packages that an extra brings: their absence is the user's to mend, not a defect.
 _EXTRAS = {

@@ -9,15 +9,8 @@ transformers = pytest.importorskip("transformers")
 
 from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.files import write_json  # noqa: E402
-from q4kd.trainer.gguf_write import (  # noqa: E402
-    LLAMA3_SPLIT,
-    QWEN2_SPLIT,
-    pre_tokenizer_name,
-    tensor_type,
-    uses_more_bits,
-    write_gguf,
-    write_gguf_from_folder,
-)
+from q4kd.trainer.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, pre_tokenizer_name  # noqa: E402
+from q4kd.trainer.gguf_write import tensor_type, uses_more_bits, write_gguf, write_gguf_from_folder  # noqa: E402
 from q4kd.trainer.huggingface_config import rope_factors  # noqa: E402
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -1,8 +1,8 @@
 """Writes a qwen2, qwen3, llama or mistral causal LM as a GGUF that llama.cpp and this project's loader both read.
 
-Type recipes: "f32"; "f16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K for the
-output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for attn_v and
-ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it
+Type recipes: "f32"; "f16"; "bf16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K
+for the output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for
+attn_v and ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it
 is stored as Q8_0 (llama.cpp takes Q5_0 or Q8_0), and as F16 where they are not a multiple of 32 either.
 
 As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q and K are permuted for the interleaved
@@ -11,7 +11,7 @@ rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_fr
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder
 from q4kd.trainer.formats import SUPERBLOCK
+from q4kd.trainer.gguf_vocabulary import Vocabulary, add_vocabulary, config_special_ids
 from q4kd.trainer.huggingface_config import read_huggingface_config, rope_factors
 from q4kd.trainer.quantize import BLOCK, quantize
 from q4kd.trainer.tensor_names import gguf_name
@@ -32,15 +33,11 @@ from q4kd.trainer.tensor_names import gguf_name
 RECIPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
     "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
 }
-# The split expressions of Qwen2's and Llama 3's own tokenizers, which llama.cpp calls "qwen2" and "llama-bpe".
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def uses_more_bits(layer: int, layers: int) -> bool:
@@ -49,9 +46,11 @@ def uses_more_bits(layer: int, layers: int) -> bool:
 
 
 def tensor_type(name: str, shape: tuple[int, ...], *, recipe: str, layers: int, tied: bool) -> str:
-    """Return the type of the GGUF tensor ``name``: F32, F16, Q8_0, Q6_K or Q4_K. ``shape`` is [rows, cols] or [n]."""
+    """Return the GGML type of the tensor ``name``: F32, F16, BF16, Q8_0, Q6_K or Q4_K; ``shape`` [rows, cols] or [n]."""
     if len(shape) == 1 or recipe == "f32":
         return "F32"
+    if recipe == "bf16":
+        return "BF16"
     if recipe == "f16" or shape[1] % BLOCK["Q8_0"][0]:
         return "F16"
     if recipe == "q8_0" or shape[1] % SUPERBLOCK:
@@ -69,9 +68,12 @@ def write_gguf(
     *,
     config: Any,
     state: Mapping[str, torch.Tensor],
-    tokenizer: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | Vocabulary,
     recipe: str,
     name: str,
+    notes: Mapping[str, str | int] | None = None,
+    check: Callable[[Path], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write ``path``, whole or not at all; one tensor at a time is converted.
 
@@ -80,21 +82,26 @@ def write_gguf(
         config: a transformers config (qwen2, qwen3, llama, mistral) or its dict.
         state: the model's state dict, Hugging Face names, any float dtype. With a tied head, ``lm_head.weight`` may be
             there only if it equals the embedding.
-        tokenizer: the content of tokenizer.json: a byte-level BPE that splits as GPT-2, Qwen2 or Llama 3 does.
+        tokenizer: a vocabulary, or the content of tokenizer.json, whose special ids are then those of ``config``.
         recipe: a key of ``RECIPES``.
         name: general.name.
+        notes: further metadata, under keys that begin with ``q4kd.``: where the model comes from.
+        check: called with the complete file before it takes its name; what it raises leaves nothing behind.
+        progress: called with (bytes done, all bytes) after each tensor.
 
     Raises:
         InputError: for what cannot be written truthfully: another architecture or tokenizer, missing, unknown or
             wrongly shaped tensors, values that are not finite, more tokens than embedding rows.
+        OSError: when the file cannot be written.
     """
     if recipe not in RECIPES:
         raise InputError("recipe", expected=" or ".join(RECIPES), got=recipe, remedy="choose one of these")
     settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
     dimensions = read_huggingface_config(settings)
-    factors = rope_factors(settings)
-    tensors = dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
-    sources = _plan_tensors(dimensions, tensors)
+    if not isinstance(tokenizer, Vocabulary):
+        tokenizer = Vocabulary(content=tokenizer, special_ids=config_special_ids(settings))
+    tensors = with_rope_factors(settings, state)
+    sources = plan_tensors(dimensions, tensors)
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -103,27 +110,38 @@ def write_gguf(
         writer.add_name(name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(RECIPES[recipe])
+        for key, value in (notes or {}).items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            else:
+                writer.add_uint64(key, value)
         _add_hyperparameters(writer, dimensions)
-        _add_tokenizer(writer, tokenizer, settings)
-        types = {}
+        add_vocabulary(writer, tokenizer, dimensions.vocab_size)
+        types, sizes = {}, {}
         for target, source in sources.items():
             shape = tuple(tensors[source].shape)
             types[target] = kind = tensor_type(
                 target, shape, recipe=recipe, layers=dimensions.num_layers, tied=dimensions.tied_head
             )
             stored_shape, dtype = _stored(shape, kind)
-            size = int(np.prod(stored_shape)) * dtype.itemsize
-            writer.add_tensor_info(target, stored_shape, dtype, size, gguf.GGMLQuantizationType[kind])
+            sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
+            writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        done = 0
         for target, source in sources.items():
-            rows = _file_rows(dimensions, target, tensors[source])
+            rows = file_rows(dimensions, target, tensors[source])
             writer.write_tensor_data(_convert(source, rows, types[target]))
+            done += sizes[target]
+            if progress:
+                progress(done, sum(sizes.values()))
         writer.flush()
         for file in writer.fout or ():
             os.fsync(file.fileno())
         writer.close()
+        if check:
+            check(Path(temporary))
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -134,16 +152,51 @@ def write_gguf(
     sync_folder(path.parent)
 
 
+def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
+    factors = rope_factors(settings)
+    return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
+
+
+def read_weights(model: Path) -> dict[str, torch.Tensor]:
+    """Map the weights of a Hugging Face folder, under their names; nothing is read before it is used.
+
+    An adapter beside them is left alone: ``model.safetensors``, or the files that its index names, are the model.
+
+    Raises:
+        InputError: when there are none, an index is malformed or points out of the folder, or a file is damaged.
+    """
+    index = model / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        listed = read_json(index)
+        mapped = listed.get("weight_map") if isinstance(listed, dict) else None
+        names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
+        if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
+            raise InputError(
+                str(index), expected="a weight_map to files beside it", got="another", remedy="save the model again"
+            )
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(model / name, framework="pt") as opened:
+                state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                str(model / name),
+                expected="weights as safetensors",
+                got=str(error).splitlines()[0][:120],
+                remedy="save the model again with save_pretrained",
+            ) from error
+    return state
+
+
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
     """Write the model of a Hugging Face folder (config.json, tokenizer.json, ``*.safetensors``); see ``write_gguf``."""
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     write_gguf(
         path,
         config=read_json(model / "config.json"),
-        state=state,
+        state=read_weights(model),
         tokenizer=read_json(model / "tokenizer.json"),
         recipe=recipe,
         name=name,
@@ -167,7 +220,7 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None
         writer.add_rope_dimension_count(config.head_dim)
 
 
-def _plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return ``{GGUF name: name in tensors}`` in file order, having checked names and shapes against the config."""
     wanted = {
         name: shape
@@ -199,7 +252,7 @@ def _plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) ->
     return {target: sources[target] for target in wanted}
 
 
-def _file_rows(config: TeacherConfig, target: str, tensor: torch.Tensor) -> torch.Tensor:
+def file_rows(config: TeacherConfig, target: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, its rows as in the file: Hugging Face pairs ``(i, i + D/2)``, llama ``(2i, 2i + 1)``."""
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(target.split(".")[-2])
     if heads is None or config.rope_layout == "split_halves":
@@ -212,87 +265,22 @@ def _stored(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], np.dtyp
     if kind in BLOCK:
         weights, size = BLOCK[kind]
         return (shape[0], shape[1] // weights * size), np.dtype(np.uint8)
+    if kind == "BF16":
+        return (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8)
     return shape, np.dtype(np.float16 if kind == "F16" else np.float32)
 
 
 def _convert(source: str, tensor: torch.Tensor, kind: str) -> npt.NDArray[Any]:
+    if kind == "BF16":
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        if not torch.isfinite(rounded).all():
+            raise InputError(
+                source, expected="finite values", got="NaN or infinite as bfloat16", remedy="check the checkpoint"
+            )
+        return rounded.view(torch.uint8).numpy()
     try:
         return quantize(tensor.detach().to("cpu", torch.float32).numpy(), kind)
     except InputError as error:
         raise InputError(
             f"{source}: {error.subject}", expected=error.expected, got=error.got, remedy=error.remedy
         ) from error
-
-
-def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of tokenizer.json, sequences (whose members are under ``inner``) flattened."""
-    if part and part.get("type") == "Sequence":
-        for step in part[inner]:
-            yield from _steps(step, inner)
-    elif part:
-        yield part
-
-
-def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name, "gpt-2", "qwen2" or "llama-bpe", for how tokenizer.json splits text before merging.
-
-    Raises:
-        InputError: for any other, since a wrong name tokenises wrongly without an error.
-    """
-    model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer")
-    steps = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    kinds = [step.get("type") for step in steps]
-    plain = not any(step.get("add_prefix_space", False) for step in steps)
-    whole_words = bool(model.get("ignore_merges", False))
-    if model.get("type") == "BPE" and plain:
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not normalizer and not whole_words:
-            return "gpt-2"
-        if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            pattern = steps[0].get("pattern")
-            # NFC is Qwen2's own; llama.cpp leaves it out, and for composed text it changes nothing.
-            composed = (normalizer or {"type": "NFC"}).get("type") == "NFC"
-            if pattern == {"Regex": QWEN2_SPLIT} and composed and not whole_words:
-                return "qwen2"
-            # llama.cpp takes a word that is a token before it looks at any merge, as ignore_merges says.
-            if pattern == {"Regex": LLAMA3_SPLIT} and not normalizer and whole_words:
-                return "llama-bpe"
-    raise InputError(
-        "tokenizer.json",
-        expected="a byte-level BPE that splits as GPT-2, Qwen2 or Llama 3 does",
-        got=f"model {model.get('type')}, pre-tokenizer {kinds}",
-        remedy="export this model with llama.cpp's convert_hf_to_gguf.py",
-    )
-
-
-def _adds_bos(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether tokenizer.json puts a special token before every text."""
-    steps = _steps(tokenizer.get("post_processor"), "processors")
-    return any(
-        "SpecialToken" in (step.get("single") or [{}])[0] for step in steps if step.get("type") == "TemplateProcessing"
-    )
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    vocab = settings["vocab_size"]
-    by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
-    kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
-    for added in tokenizer.get("added_tokens", ()):
-        by_id[added["id"]] = added["content"]
-        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    if by_id and max(by_id) >= vocab:
-        raise InputError(
-            "tokenizer.json", expected=f"ids below vocab_size {vocab}", got=str(max(by_id)), remedy="check config.json"
-        )
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
-    writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(vocab)])
-    writer.add_token_types([int(kinds.get(index, gguf.TokenType.UNUSED)) for index in range(vocab)])
-    merges = tokenizer["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_add_bos_token(_adds_bos(tokenizer))
-    for key, add in (("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id)):
-        value = settings.get(key)
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if value is not None:
-            add(value)

@@ -1,0 +1,91 @@
+"""The tokenizer that a GGUF holds, as one of the ``tokenizers`` library: the inverse of ``gguf_vocabulary``."""
+
+from typing import Any
+
+import gguf
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIECE, SPACE
+from q4kd.trainer.model_file import ModelFile
+
+_SPLITS = {"qwen2": QWEN2_SPLIT, "llama-bpe": LLAMA3_SPLIT}
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
+
+
+def read_tokenizer(model: ModelFile) -> Tokenizer:
+    """Return the tokenizer of a GGUF. It adds no special tokens; those that a text spells are recognised.
+
+    Raises:
+        InputError: when the file holds none, or one whose way of splitting text is not known here.
+    """
+    kind, pre = model.metadata.get("tokenizer.ggml.model"), model.metadata.get("tokenizer.ggml.pre")
+    types = model.metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(types, list) or len(types) != len(model.tokens):
+        types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
+    vocab = {
+        token: index
+        for index, (token, kind) in enumerate(zip(model.tokens, types, strict=True))
+        if kind != gguf.TokenType.UNUSED
+    }
+    try:
+        if kind == SENTENCEPIECE and model.tokens:
+            tokenizer = _sentencepiece(model, vocab, types)
+        elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
+            tokenizer = _byte_level(model, vocab, str(pre))
+        else:
+            raise InputError(
+                f"{model.path}: tokenizer",
+                expected=f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama",
+                got=f"{kind!r} with {pre!r}",
+                remedy="name a Hugging Face folder with the same tokenizer: --tokenizer DIR",
+            )
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise InputError(
+            f"{model.path}: tokenizer",
+            expected="tokens and merges that fit together",
+            got=str(error)[:120],
+            remedy="name a Hugging Face folder with the same tokenizer: --tokenizer DIR",
+        ) from error
+    added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
+    for token, kind in zip(model.tokens, types, strict=True):
+        if kind in added and token:
+            special = AddedToken(token, special=added[kind], normalized=False)
+            (tokenizer.add_special_tokens if added[kind] else tokenizer.add_tokens)([special])
+    return tokenizer
+
+
+def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in model.metadata.get("tokenizer.ggml.merges") or ()]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    steps: list[Any] = []
+    if pre in _SPLITS:
+        steps.append(pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated", invert=False))
+    elif pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    """Rebuild the merges from the scores: two pieces join into a third, the one of highest score first."""
+    scores = model.metadata["tokenizer.ggml.scores"]
+    normal = {token: index for token, index in vocab.items() if types[index] == gguf.TokenType.NORMAL}
+    found = [
+        (-scores[index], normal[token[:cut]], normal[token[cut:]], token[:cut], token[cut:])
+        for token, index in normal.items()
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    merges = [(left, right) for *_key, left, right in sorted(found)]
+    unknown = next((token for token, index in vocab.items() if types[index] == gguf.TokenType.UNKNOWN), None)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Replace(" ", SPACE)]
+    if model.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer

@@ -1,0 +1,199 @@
+"""What a GGUF says of a tokenizer, from the content of its tokenizer.json; what it could not say truly is refused.
+
+Two kinds have a word in llama.cpp for how text is cut before it is merged:
+
+    "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split: gpt-2, qwen2, llama-bpe, smollm
+    "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
+             neighbours whose union has the highest score, SentencePiece's score is minus the rank of the merge, and
+             tokenizer.json keeps the ranks, so the scores come back from them
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gguf
+
+from q4kd.trainer.errors import InputError
+
+# The split expressions of Qwen2's and Llama 3's own tokenizers, which llama.cpp calls "qwen2" and "llama-bpe".
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+SPACE = "\u2581"  # SentencePiece's word for a space
+SENTENCEPIECE = "llama"
+SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A tokenizer as transformers has it.
+
+    Attributes:
+        content: of tokenizer.json.
+        special_ids: ids by role, of ``SPECIAL_ROLES``.
+        chat_templates: Jinja templates by name; the one that chat uses is "default".
+    """
+
+    content: Mapping[str, Any]
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+
+def config_special_ids(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the begin and end ids that config.json names; of several end ids, the first."""
+    found: dict[str, int] = {}
+    for role in ("bos", "eos"):
+        value = settings.get(f"{role}_token_id")
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if value is not None:
+            found[role] = value
+    return found
+
+
+def steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a part of tokenizer.json, sequences (whose members are under ``inner``) flattened."""
+    if part and part.get("type") == "Sequence":
+        for step in part[inner]:
+            yield from steps(step, inner)
+    elif part:
+        yield part
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name for how tokenizer.json splits text: one of the splits above, or ``SENTENCEPIECE``.
+
+    Raises:
+        InputError: for any other, since a wrong name tokenises wrongly without an error.
+    """
+    model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer")
+    cuts = list(steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    kinds = [step.get("type") for step in cuts]
+    plain = not any(step.get("add_prefix_space", False) for step in cuts)
+    whole_words = bool(model.get("ignore_merges", False))
+    if model.get("type") == "BPE" and model.get("byte_fallback"):
+        if _space_prefix(tokenizer) is not None and not whole_words:
+            return SENTENCEPIECE
+    elif model.get("type") == "BPE" and plain:
+        if kinds == ["ByteLevel"] and cuts[0].get("use_regex", True) and not normalizer and not whole_words:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and cuts[0].get("individual_digits") and cuts[1].get("use_regex", True):
+            if not normalizer and not whole_words:
+                return "smollm"
+        elif kinds == ["Split", "ByteLevel"] and not cuts[1].get("use_regex", True):
+            pattern = cuts[0].get("pattern")
+            # NFC is Qwen2's own; llama.cpp leaves it out, and for composed text it changes nothing.
+            composed = (normalizer or {"type": "NFC"}).get("type") == "NFC"
+            if pattern == {"Regex": QWEN2_SPLIT} and composed and not whole_words:
+                return "qwen2"
+            # llama.cpp takes a word that is a token before it looks at any merge, as ignore_merges says.
+            if pattern == {"Regex": LLAMA3_SPLIT} and not normalizer and whole_words:
+                return "llama-bpe"
+    raise InputError(
+        "tokenizer.json",
+        expected="a byte-level BPE that splits as GPT-2, Qwen2, Llama 3 or SmolLM does, or a SentencePiece BPE",
+        got=f"model {model.get('type')}, normalizer {(normalizer or {}).get('type')}, pre-tokenizer {kinds}",
+        remedy="export this model with llama.cpp's convert_hf_to_gguf.py",
+    )
+
+
+def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
+    """Whether a SentencePiece BPE puts a space before a text; None where it treats spaces in another way.
+
+    Older files say it with normalisers (prepend, then replace every space), newer ones with a Metaspace step.
+    """
+    cuts = list(steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    normalizers = list(steps(tokenizer.get("normalizer"), "normalizers"))
+    if not cuts:
+        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        prepended = {"type": "Prepend", "prepend": SPACE}
+        known = {1: ([replaced], False), 2: ([prepended, replaced], True)}
+        expected, prefix = known.get(len(normalizers), (None, None))
+        return prefix if normalizers == expected else None
+    (cut, *more) = cuts
+    if more or normalizers or cut.get("type") != "Metaspace" or cut.get("replacement") != SPACE or cut.get("split"):
+        return None
+    return bool(cut.get("prepend_scheme", "always") != "never")
+
+
+def adds_special(tokenizer: Mapping[str, Any], end: int) -> bool:
+    """Whether tokenizer.json puts a special token before (``end`` 0) or after (``end`` -1) every text."""
+    return any(
+        "SpecialToken" in (step.get("single") or [{}])[end]
+        for step in steps(tokenizer.get("post_processor"), "processors")
+        if step.get("type") == "TemplateProcessing"
+    )
+
+
+def merge_pairs(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the merges of tokenizer.json, first to last; older files write a pair as one string."""
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tokenizer["model"]["merges"])
+    return [(str(left), str(right)) for left, right in pairs]
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -> None:
+    """Write tokens, types, merges or scores, special ids and chat templates.
+
+    Args:
+        writer: of a file whose header is not written yet.
+        vocabulary: the tokenizer.
+        rows: of the embedding; ids without a token are written as unused ``[PADn]``.
+
+    Raises:
+        InputError: for a tokenizer that llama.cpp would read differently, or one with more tokens than rows.
+    """
+    tokenizer = vocabulary.content
+    pre = pre_tokenizer_name(tokenizer)
+    by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
+    kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
+    if pre == SENTENCEPIECE:
+        kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _is_byte(token)}
+    for added in tokenizer.get("added_tokens", ()):
+        by_id[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if pre == SENTENCEPIECE and "unk" in vocabulary.special_ids:
+        kinds[vocabulary.special_ids["unk"]] = gguf.TokenType.UNKNOWN
+    highest = max([*by_id, *vocabulary.special_ids.values()], default=-1)
+    if highest >= rows:
+        raise InputError(
+            "tokenizer.json", expected=f"ids below vocab_size {rows}", got=str(highest), remedy="check config.json"
+        )
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(rows)]
+    writer.add_tokenizer_model(SENTENCEPIECE if pre == SENTENCEPIECE else "gpt2")
+    writer.add_tokenizer_pre("default" if pre == SENTENCEPIECE else pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([int(kinds.get(index, gguf.TokenType.UNUSED)) for index in range(rows)])
+    if pre == SENTENCEPIECE:
+        writer.add_token_scores(_scores(tokenizer, tokens))
+        writer.add_add_space_prefix(bool(_space_prefix(tokenizer)))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merge_pairs(tokenizer)])
+    writer.add_add_bos_token(adds_special(tokenizer, 0))
+    if adds_special(tokenizer, -1):
+        writer.add_add_eos_token(True)
+    adders = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "pad": writer.add_pad_token_id,
+        "unk": writer.add_unk_token_id,
+    }
+    for role, index in vocabulary.special_ids.items():
+        adders[role](index)
+    if vocabulary.chat_templates:
+        writer.add_chat_template(
+            [{"name": name, "template": template} for name, template in vocabulary.chat_templates.items()]
+        )
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """Return minus the rank of the first merge that makes each token; 0 for what no merge makes."""
+    rank: dict[str, int] = {}
+    for number, (left, right) in enumerate(merge_pairs(tokenizer), start=1):
+        rank.setdefault(left + right, number)
+    return [-float(rank.get(token, 0)) for token in tokens]
