@@ -18,43 +18,24 @@ Letters in shapes: M tokens, C tokens of a chunk, H hidden size, V vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
+from q4kd.trainer.loss_terms import (
+    DIVERGENCES,
+    IGNORE,
+    MODES,
+    Divergence,
+    KDLossConfig,
+    LossSums,
+    LossTerms,
+    Mode,
+    fused_loss,
+    wide,
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class KDLossConfig:
-    """Knobs of the equation above.
-
-    Attributes:
-        alpha: weight of the cross-entropy, in [0, 1]; 1 needs no teacher.
-        temperature: divides both logits; > 0.
-        divergence: which D.
-        beta: the mixture weight of ``jsd``, in (0, 1).
-        chunk_tokens: C, the tokens whose logits exist at one time.
-    """
-
-    alpha: float = 0.5
-    temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    chunk_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """``loss`` carries the gradient; ``ce`` and ``kd`` (T^2 * D) are its detached parts, all scalars per target."""
-
-    loss: Tensor
-    ce: Tensor
-    kd: Tensor
+__all__ = ["DIVERGENCES", "IGNORE", "MODES", "Divergence", "KDLossConfig", "LossTerms", "Mode", "kd_loss"]
 
 
 def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple[Tensor, Tensor]:
@@ -115,52 +96,6 @@ def _chunk_terms(
     return ce, heat**2 * rows.sum(), grad_CV
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Computes loss and gradients in one pass over the chunks, so that backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Callable[[Tensor], Tensor] | None,
-        labels_M: Tensor,
-        num_targets: float,
-        config: KDLossConfig,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        vocab = weight_VH.shape[0]
-        positions = (labels_M != IGNORE).nonzero().squeeze(1)
-        needs_grad = hidden_MH.requires_grad or weight_VH.requires_grad
-        grad_hidden = torch.zeros_like(hidden_MH) if needs_grad else None
-        grad_weight = torch.zeros_like(weight_VH) if needs_grad else None
-        ce_sum = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
-        kd_sum = torch.zeros_like(ce_sum)
-        for rows in torch.split(positions, config.chunk_tokens):
-            hidden_CH = hidden_MH[rows]
-            teacher_CV = None
-            if teacher_head is not None and teacher_hidden is not None:
-                # Teachers may have padding rows past the student's vocabulary: slice before softmax.
-                teacher_CV = teacher_head(teacher_hidden[rows])[:, :vocab].to(hidden_MH.dtype)
-            ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight_VH.T, teacher_CV, labels_M[rows], config)
-            ce_sum += ce
-            kd_sum += kd
-            if grad_hidden is not None and grad_weight is not None:
-                grad_hidden[rows] = grad_CV @ weight_VH
-                grad_weight.addmm_(grad_CV.T, hidden_CH)
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden.div_(num_targets), grad_weight.div_(num_targets))
-        ce_mean, kd_mean = ce_sum / num_targets, kd_sum / num_targets
-        ctx.mark_non_differentiable(ce_mean, kd_mean)
-        return config.alpha * ce_mean + (1 - config.alpha) * kd_mean, ce_mean, kd_mean
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
-
-
 def kd_loss(
     hidden_MH: Tensor,
     weight_VH: Tensor,
@@ -190,11 +125,20 @@ def kd_loss(
     """
     if config.alpha < 1 and (teacher_hidden is None or teacher_head is None):
         raise ValueError(f"alpha = {config.alpha} needs a teacher")
-    if num_targets <= 0:
-        raise ValueError(f"num_targets must be positive, got {num_targets}: no label is unmasked")
     if config.alpha == 1:
         teacher_hidden = teacher_head = None
-    loss, ce, kd = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_MH, weight_VH, teacher_hidden, teacher_head, labels_M, num_targets, config
-    )
-    return LossTerms(loss, ce, kd)
+    positions = (labels_M != IGNORE).nonzero().squeeze(1)
+
+    def compute(sums: LossSums) -> None:
+        weight = wide(weight_VH.detach())
+        for rows in torch.split(positions, config.chunk_for(len(weight))):
+            hidden_CH = wide(hidden_MH.detach()[rows])
+            teacher_CV = None
+            if teacher_head is not None and teacher_hidden is not None:
+                # Teachers may have padding rows past the student's vocabulary: slice before softmax.
+                teacher_CV = teacher_head(teacher_hidden[rows])[:, : len(weight)].to(weight.dtype)
+            ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teacher_CV, labels_M[rows], config)
+            sums.add_terms(ce, kd)
+            sums.add_gradient(rows, grad_CV, hidden_CH, weight)
+
+    return fused_loss(hidden_MH, weight_VH, num_targets, config.alpha, compute)
