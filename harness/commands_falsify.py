@@ -20,6 +20,9 @@ def add_commands(subparsers: Any) -> None:
     falsify.add_argument(
         "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key (see evidence sign)"
     )
+    falsify.add_argument(
+        "--waivers", type=Path, metavar="FILE", help="claims that may be inconclusive: claim, owner, reason, expires"
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -63,7 +66,9 @@ def _count(text: str) -> int:
 def _falsify(args: argparse.Namespace) -> int:
     from q4kd.harness.falsify import falsify
 
-    return falsify(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign)
+    return falsify(
+        args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign, args.waivers
+    )
 
 
 def _sabotage(args: argparse.Namespace) -> int:

@@ -51,6 +51,7 @@ def falsify(
     workers: int,
     kills: Path | None = None,
     sign: Path | None = None,
+    waivers: Path | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -62,18 +63,23 @@ def falsify(
         workers: pytest-xdist processes; 0 runs in one.
         kills: folder of kill records; None means the installed ones of the profile.
         sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
+        waivers: file of waivers for claims that may be inconclusive; None means none.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
 
     Raises:
-        InputError: for contracts, a profile, a key or a bundle folder that cannot be used.
+        InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
     """
     from q4kd.harness.contract import default_contracts_folder, load_contracts
     from q4kd.harness.profile import detect_profile, load_profile
 
     folder = (contracts or default_contracts_folder()).resolve()
-    load_contracts(folder)
+    loaded = load_contracts(folder)
+    if waivers is not None:
+        from q4kd.harness.waivers import load_waivers
+
+        load_waivers(waivers, {claim.key for contract in loaded for claim in contract.claims})
     name = profile or detect_profile()
     load_profile(name, folder)
     bundle = refuse_used(out or new_bundle_path(name)).resolve()
@@ -84,7 +90,10 @@ def falsify(
     with tempfile.TemporaryDirectory(prefix="q4kd-pytest-", ignore_cleanup_errors=True) as root:
         config = Path(root) / "pytest.ini"
         config.write_text("[pytest]\n", encoding="utf-8")
-        status = _run(pytest_command(folder, name, keyword, bundle, workers, kills, config))
+        command = pytest_command(folder, name, keyword, bundle, workers, kills, config)
+        if waivers is not None:
+            command += ["--waivers", str(waivers.resolve())]
+        status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():
         from q4kd.harness.signing import sign_bundle

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.feasibility import assess
 from q4kd.harness.profile import Profile
+from q4kd.harness.waivers import Waiver
 from q4kd.trainer.errors import InputError
 
 Scope = Literal["required", "out_of_scope", "not_gating"]
@@ -40,19 +41,22 @@ class Plan:
     scope: Literal["full", "partial"]
     select: str | None
     entries: tuple[PlanEntry, ...]
+    waivers: tuple[Waiver, ...] = ()
 
     def entry(self, key: str) -> PlanEntry | None:
         """Return the entry of a claim, or None when the plan leaves it out."""
         return next((entry for entry in self.entries if entry.key == key), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``plan.json`` holds."""
+        """Return what ``plan.json`` holds; ``waivers`` only where there are any."""
+        waived = {"waivers": [dict(vars(waiver)) for waiver in self.waivers]} if self.waivers else {}
         return {
             "schema": SCHEMA,
             "profile": self.profile,
             "scope": self.scope,
             "select": self.select,
             "entries": [dict(vars(entry)) for entry in self.entries],
+            **waived,
         }
 
     @staticmethod
@@ -62,14 +66,23 @@ class Plan:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
                 raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
             entries = tuple(PlanEntry(**entry) for entry in value["entries"])
-            return Plan(profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries)
-        except (KeyError, TypeError, ValueError) as error:
+            waivers = tuple(Waiver(**waiver) for waiver in value.get("waivers", ()))
+            return Plan(
+                profile=value["profile"],
+                scope=value["scope"],
+                select=value["select"],
+                entries=entries,
+                waivers=waivers,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "plan.json", expected=f"a {SCHEMA} document", got=str(error)[:200], remedy="run falsify again"
             ) from error
 
 
-def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | None = None) -> Plan:
+def make_plan(
+    contracts: Sequence[Contract], profile: Profile, select: str | None = None, waivers: tuple[Waiver, ...] = ()
+) -> Plan:
     """Decide the scope of every claim.
 
     Args:
@@ -77,6 +90,7 @@ def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | Non
         profile: the machine class to judge on.
         select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
             any case (``-k``). With a selection the plan is partial and cannot pass the gate.
+        waivers: of claims that may be inconclusive.
 
     Raises:
         InputError: a malformed selection.
@@ -89,7 +103,11 @@ def make_plan(contracts: Sequence[Contract], profile: Profile, select: str | Non
         if chosen is None or chosen(claim.key)
     )
     return Plan(
-        profile=profile.name, scope="full" if chosen is None else "partial", select=select or None, entries=entries
+        profile=profile.name,
+        scope="full" if chosen is None else "partial",
+        select=select or None,
+        entries=entries,
+        waivers=waivers,
     )
 
 

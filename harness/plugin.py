@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kills", metavar="DIR", help="folder of kill records (default: the installed ones of the profile)"
     )
+    group.addoption("--waivers", metavar="FILE", help="claims that may be inconclusive, by owner, reason and last day")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
             keyword=str(config.getoption("keyword", "") or ""),
             bundle=config.getoption("bundle", None),
             kills=config.getoption("kills", None),
+            waivers=config.getoption("waivers", None),
             worker=worker,
             dry=bool(config.getoption("collectonly", False)),
         )
@@ -179,6 +181,8 @@ class ClaimItem(pytest.Item):
         if outcome.verdict != "corroborated":
             if not outcome.gating:
                 pytest.xfail(f"not gating: {outcome.line}")
+            if outcome.waived:
+                pytest.xfail(outcome.line)
             raise ClaimNotCorroborated(outcome)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

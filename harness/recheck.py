@@ -15,6 +15,7 @@ from q4kd.harness.profile import profile_bytes
 from q4kd.harness.raw import RawRun, Store, TarStore, read_runs
 from q4kd.harness.store import read_object
 from q4kd.harness.tar_archive import REMEDY
+from q4kd.harness.waivers import expired_lines
 from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
@@ -117,6 +118,18 @@ def read_plan(store: Store) -> tuple[Plan, dict[str, Any]]:
     if not all(field is None or isinstance(field, str) for field in fields):
         raise InputError("plan.json", expected="text in every field", got="something else", remedy=REMEDY)
     return plan, value
+
+
+def waiver_lines(plan: Plan, contracts: Sequence[Contract], created: str) -> tuple[list[str], list[str]]:
+    """Return what is wrong with a plan's waivers, and what a reader must know of them: nothing here can judge them."""
+    keys = {claim.key for contract in contracts for claim in contract.claims}
+    names = [waiver.claim for waiver in plan.waivers]
+    wrong = [f"plan: a waiver of {name}, which is no claim" for name in names if name not in keys]
+    if len(names) != len(set(names)):
+        wrong.append("plan: a claim is waived twice")
+    holding = [waiver for waiver in plan.waivers if waiver.holds_on(created)]
+    said = [f"{waiver.claim} may be inconclusive: {waiver}" for waiver in holding]
+    return wrong, [printable(line, 300) for line in (*said, *expired_lines(plan.waivers, created))]
 
 
 def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:
