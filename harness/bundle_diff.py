@@ -101,6 +101,7 @@ def _is_worse(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> b
         # A claim that was not there before is no worse than it was; what it says is the gate's affair.
         return new is None
     lost_gate = (old["scope"], new["scope"]) == ("required", "not_gating")
+    lost_gate |= old.get("waiver") is None and new.get("waiver") is not None
     return lost_gate or _ORDER.index(new["verdict"]) > _ORDER.index(old["verdict"])
 
 
@@ -108,6 +109,8 @@ def _said(row: Mapping[str, Any] | None, entry: PlanEntry | None) -> str:
     if row is None:
         return OUT_OF_SCOPE if entry is not None and entry.scope == "out_of_scope" else "absent"
     verdict = f"{row['verdict']}({row['reason']})" if row["reason"] else str(row["verdict"])
+    if (waiver := row.get("waiver")) is not None:
+        verdict += f" [waived by {waiver['owner']} until {waiver['expires']}]"
     return verdict if row["scope"] == "required" else f"{verdict} [not gating]"
 
 

@@ -23,6 +23,9 @@ def add_commands(subparsers: Any) -> None:
     falsify.add_argument(
         "--inputs", type=Path, metavar="DIR", help="make inputs here and leave them (default: a folder removed later)"
     )
+    falsify.add_argument(
+        "--waivers", type=Path, metavar="FILE", help="claims that may be inconclusive: claim, owner, reason, expires"
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -81,6 +84,7 @@ def _falsify(args: argparse.Namespace) -> int:
         *(args.contracts, args.profile, args.keyword, args.out, args.workers, args.kills, args.sign),
         given=given,
         inputs=args.inputs,
+        waivers=args.waivers,
     )
 
 

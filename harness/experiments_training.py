@@ -1,7 +1,6 @@
 """Experiments on whole runs: one that must survive, and distillation against a cross-entropy-only control."""
 
 import functools
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from q4kd.harness.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_teacher import demo_teacher
+from q4kd.trainer.demo import data_path
 from q4kd.trainer.files import read_json, sha256_file
 
 # --- distill-run and kd-vs-control: real runs on the Python standard library's source ---
@@ -31,7 +31,7 @@ def _distill_argv(
     }
     return [
         *("distill", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
-        *("--data", sysconfig.get_paths()["stdlib"], "--out", "run", "--events", "events.jsonl"),
+        *("--data", str(data_path()), "--out", "run", "--events", "events.jsonl"),
         *("--seq-len", "64", "--seed", str(seed), "--dtype", "float32"),
         *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
     ]

@@ -54,6 +54,7 @@ def falsify(
     sign: Path | None = None,
     given: GivenFiles | None = None,
     inputs: Path | None = None,
+    waivers: Path | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -67,18 +68,23 @@ def falsify(
         sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
         given: files to use in the place of made inputs.
         inputs: folder for made inputs, kept; None means one that is removed.
+        waivers: file of waivers for claims that may be inconclusive; None means none.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
 
     Raises:
-        InputError: for contracts, a profile, a key or a bundle folder that cannot be used.
+        InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
     """
     from q4kd.harness.contract import default_contracts_folder, load_contracts
     from q4kd.harness.profile import detect_profile, load_profile
 
     folder = (contracts or default_contracts_folder()).resolve()
-    load_contracts(folder)
+    loaded = load_contracts(folder)
+    if waivers is not None:
+        from q4kd.harness.waivers import load_waivers
+
+        load_waivers(waivers, {claim.key for contract in loaded for claim in contract.claims})
     name = profile or detect_profile()
     load_profile(name, folder)
     bundle = refuse_used(out or new_bundle_path(name)).resolve()
@@ -92,6 +98,8 @@ def falsify(
         command = pytest_command(folder, name, keyword, bundle, workers, kills, config)
         command += [word for role, path in (given or GivenFiles()).paths() for word in (f"--given-{role}", str(path))]
         command += ["--inputs", str(inputs.resolve())] if inputs is not None else []
+        if waivers is not None:
+            command += ["--waivers", str(waivers.resolve())]
         status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():

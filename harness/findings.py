@@ -2,7 +2,7 @@
 
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from jsonschema.exceptions import best_match
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.plan import Plan
 from q4kd.harness.store import MAX_DEPTH, depth
+from q4kd.harness.waivers import applying, today
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 
@@ -27,13 +28,21 @@ def inconclusive(reason: str) -> dict[str, Any]:
 
 
 def exit_code(findings: Iterable[Mapping[str, Any]], scope: str) -> int:
-    """Return 1 if a required claim is falsified; else 2 if one is inconclusive, none ran, or in part; else 0."""
-    verdicts = [finding["verdict"] for finding in findings if finding["scope"] == "required"]
+    """Return 1 if a required claim is falsified; else 2 if one is inconclusive, none held, or in part; else 0.
+
+    An inconclusive claim with a waiver that applies does not count, but it does not hold either.
+    """
+    required = [finding for finding in findings if finding["scope"] == "required"]
+    verdicts = [finding["verdict"] for finding in required if not _is_waived(finding)]
     if "falsified" in verdicts:
         return 1
     if not verdicts or scope != "full" or any(verdict != "corroborated" for verdict in verdicts):
         return 2
     return 0
+
+
+def _is_waived(finding: Mapping[str, Any]) -> bool:
+    return finding["verdict"] == "inconclusive" and finding.get("waiver") is not None
 
 
 def assemble(
@@ -58,6 +67,7 @@ def assemble(
         InputError: when what results does not fit ``findings.schema.json`` (a result that is malformed).
     """
     claims = {claim.key: claim for contract in contracts for claim in contract.claims}
+    created = created or today()
     findings = []
     for entry in plan.entries:
         if entry.scope == "out_of_scope":
@@ -66,12 +76,15 @@ def assemble(
         result = results.get(entry.key)
         if claim.falsifier is None:
             result = inconclusive(PROSE)
-        findings.append(_finding(claim, entry.scope, inconclusive(NOT_RUN) if result is None else result))
+        finding = _finding(claim, entry.scope, inconclusive(NOT_RUN) if result is None else result)
+        if (waiver := applying(plan.waivers, finding, created)) is not None:
+            finding["waiver"] = dict(vars(waiver))
+        findings.append(finding)
     document = {
         "schema": SCHEMA,
         "judge_version": judge_version,
         "profile": plan.profile,
-        "created": created or datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": created,
         "scope": plan.scope,
         "summary": summary(plan, findings),
         "exit_code": exit_code(findings, plan.scope),
@@ -101,10 +114,13 @@ def _finding(claim: Claim, scope: str, result: Mapping[str, Any]) -> dict[str, A
 
 
 def summary(plan: Plan, findings: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the verdicts of required claims, the claims out of scope, and those that do not gate."""
+    """Count the verdicts of required claims, the claims out of scope, those that do not gate and those waived."""
     counts = dict.fromkeys((*VERDICTS, "out_of_scope", "not_gating"), 0)
+    if plan.waivers:
+        counts["waived"] = 0
     for finding in findings:
-        counts[finding["verdict"] if finding["scope"] == "required" else "not_gating"] += 1
+        verdict = "waived" if plan.waivers and _is_waived(finding) else finding["verdict"]
+        counts[verdict if finding["scope"] == "required" else "not_gating"] += 1
     counts["out_of_scope"] = sum(entry.scope == "out_of_scope" for entry in plan.entries)
     return counts
 
@@ -115,6 +131,7 @@ def headline(document: Mapping[str, Any]) -> str:
     held = counts["corroborated"]
     line = f"{held} claim{'' if held == 1 else 's'} corroborated"
     line += "".join(f", {counts[verdict]} {verdict}" for verdict in VERDICTS[1:] if counts[verdict])
+    line += f", {counts['waived']} inconclusive and waived" if counts.get("waived") else ""
     line += f" on profile {document['profile']}; {counts['out_of_scope']} out of scope"
     if counts["not_gating"]:
         line += f"; {counts['not_gating']} not gating"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.harness.store import Store, read_object
+from q4kd.harness.waivers import Waiver
 from q4kd.trainer.files import write_atomic, write_json
 
 _STATUS = {"corroborated": "passed", "falsified": "failed", "inconclusive": "other"}
@@ -48,7 +49,12 @@ def digest_of(store: Store, name: str) -> str:
 
 
 def message_of(finding: Mapping[str, Any]) -> str:
-    """Return one line saying why a finding is not corroborated, or what was measured when it is."""
+    """Return one line saying why a finding is not corroborated, or what was measured when it is; and who waived it."""
+    said, waiver = _why(finding), finding.get("waiver")
+    return said if waiver is None else f"{said}; {Waiver(**waiver)}"
+
+
+def _why(finding: Mapping[str, Any]) -> str:
     for check in finding["checks"]:
         if check["verdict"] == finding["verdict"]:
             said = check["counterexample"] or f"measured {check['measured']}, bound {check['bound']}"
@@ -149,7 +155,7 @@ def intoto_statement(
 
     Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest
     cannot be one: it covers this file. An inconclusive claim is among the failed tests, since a policy may accept a
-    warned test ("passed with warnings"); the findings say which of them it is.
+    warned test ("passed with warnings"); the findings say which of them it is. Only a waived one is a warned test.
     """
     subjects = [{"name": "findings.json", "digest": {"sha256": findings_sha256}}]
     subjects += [
@@ -162,15 +168,17 @@ def intoto_statement(
     required = [row for row in findings["findings"] if row["scope"] == "required"]
 
     passed = [row["key"] for row in required if row["verdict"] == "corroborated"]
+    waived = [row["key"] for row in required if row.get("waiver") is not None]
+    good = "WARNED" if waived else "PASSED"
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subjects,
         "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
         "predicate": {
-            "result": "PASSED" if findings["exit_code"] == 0 else "FAILED",
+            "result": good if findings["exit_code"] == 0 else "FAILED",
             "configuration": [{"name": f"profile {findings['profile']}"}],
             "passedTests": passed,
-            "warnedTests": [],
-            "failedTests": [row["key"] for row in required if row["verdict"] != "corroborated"],
+            "warnedTests": waived,
+            "failedTests": [row["key"] for row in required if row["key"] not in {*passed, *waived}],
         },
     }

@@ -9,6 +9,7 @@ from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.feasibility import assess
 from q4kd.harness.given import ROLES
 from q4kd.harness.profile import Profile
+from q4kd.harness.waivers import Waiver
 from q4kd.trainer.errors import InputError
 
 Scope = Literal["required", "out_of_scope", "not_gating"]
@@ -45,13 +46,15 @@ class Plan:
     select: str | None
     entries: tuple[PlanEntry, ...]
     given: Mapping[str, str] = field(default_factory=dict)
+    waivers: tuple[Waiver, ...] = ()
 
     def entry(self, key: str) -> PlanEntry | None:
         """Return the entry of a claim, or None when the plan leaves it out."""
         return next((entry for entry in self.entries if entry.key == key), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``plan.json`` holds."""
+        """Return what ``plan.json`` holds; ``waivers`` only where there are any."""
+        waived = {"waivers": [dict(vars(waiver)) for waiver in self.waivers]} if self.waivers else {}
         return {
             "schema": SCHEMA,
             "profile": self.profile,
@@ -59,6 +62,7 @@ class Plan:
             "select": self.select,
             "entries": [dict(vars(entry)) for entry in self.entries],
             **({"given": dict(self.given)} if self.given else {}),
+            **waived,
         }
 
     @staticmethod
@@ -71,8 +75,14 @@ class Plan:
             given = {role: str(name) for role, name in value.get("given", {}).items()}
             if not given.keys() <= set(ROLES):
                 raise ValueError(f"given roles {sorted(map(str, given))}")
+            waivers = tuple(Waiver(**waiver) for waiver in value.get("waivers", ()))
             return Plan(
-                profile=value["profile"], scope=value["scope"], select=value["select"], entries=entries, given=given
+                profile=value["profile"],
+                scope=value["scope"],
+                select=value["select"],
+                entries=entries,
+                given=given,
+                waivers=waivers,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -81,7 +91,12 @@ class Plan:
 
 
 def make_plan(
-    contracts: Sequence[Contract], profile: Profile, select: str | None = None, given: Mapping[str, str] | None = None
+    contracts: Sequence[Contract],
+    profile: Profile,
+    select: str | None = None,
+    *,
+    given: Mapping[str, str] | None = None,
+    waivers: tuple[Waiver, ...] = (),
 ) -> Plan:
     """Decide the scope of every claim.
 
@@ -91,6 +106,7 @@ def make_plan(
         select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
             any case (``-k``). With a selection the plan is partial and cannot pass the gate.
         given: names of given files by role.
+        waivers: of claims that may be inconclusive.
 
     Raises:
         InputError: a malformed selection.
@@ -108,6 +124,7 @@ def make_plan(
         select=select or None,
         entries=entries,
         given=given or {},
+        waivers=waivers,
     )
 
 

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--inputs", metavar="DIR", help="make inputs here and leave them (default: a folder removed later)")
     for role in ("teacher", "student", "data"):
         group.addoption(f"--given-{role}", metavar="PATH", help=f"{role} to use in the place of the made 7B inputs")
+    group.addoption("--waivers", metavar="FILE", help="claims that may be inconclusive, by owner, reason and last day")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
             keyword=str(config.getoption("keyword", "") or ""),
             bundle=config.getoption("bundle", None),
             kills=config.getoption("kills", None),
+            waivers=config.getoption("waivers", None),
             worker=worker,
             dry=bool(config.getoption("collectonly", False)),
             inputs=config.getoption("inputs", None),
@@ -185,6 +187,8 @@ class ClaimItem(pytest.Item):
         if outcome.verdict != "corroborated":
             if not outcome.gating:
                 pytest.xfail(f"not gating: {outcome.line}")
+            if outcome.waived:
+                pytest.xfail(outcome.line)
             raise ClaimNotCorroborated(outcome)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

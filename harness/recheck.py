@@ -15,6 +15,7 @@ from q4kd.harness.profile import profile_bytes
 from q4kd.harness.raw import RawRun, Store, TarStore, read_runs
 from q4kd.harness.store import read_object
 from q4kd.harness.tar_archive import REMEDY
+from q4kd.harness.waivers import expired_lines
 from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
@@ -125,6 +126,18 @@ def given_differences(plan: Plan, inputs: Mapping[str, Any]) -> list[str]:
     digested = {"/".join(name.split("/")[:3]) for name in inputs if name.startswith("given/")}
     lines = [f"inputs.json: no digest of {printable(name)}" for name in sorted(named - digested)]
     return lines + [f"plan: {printable(name)} is not named as given" for name in sorted(digested - named)]
+
+
+def waiver_lines(plan: Plan, contracts: Sequence[Contract], created: str) -> tuple[list[str], list[str]]:
+    """Return what is wrong with a plan's waivers, and what a reader must know of them: nothing here can judge them."""
+    keys = {claim.key for contract in contracts for claim in contract.claims}
+    names = [waiver.claim for waiver in plan.waivers]
+    wrong = [f"plan: a waiver of {name}, which is no claim" for name in names if name not in keys]
+    if len(names) != len(set(names)):
+        wrong.append("plan: a claim is waived twice")
+    holding = [waiver for waiver in plan.waivers if waiver.holds_on(created)]
+    said = [f"{waiver.claim} may be inconclusive: {waiver}" for waiver in holding]
+    return wrong, [printable(line, 300) for line in (*said, *expired_lines(plan.waivers, created))]
 
 
 def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:

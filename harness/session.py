@@ -22,6 +22,7 @@ from q4kd.harness.mutations import apply_mutation_rule
 from q4kd.harness.plan import Plan, make_plan
 from q4kd.harness.profile import detect_profile, load_profile
 from q4kd.harness.runner import ExperimentRunner, HarnessError
+from q4kd.harness.waivers import Waiver, applying, expired_lines, load_waivers, today
 from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
@@ -38,6 +39,7 @@ class Outcome:
     gating: bool
     line: str
     text: str
+    waived: bool = False
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Session:
         keyword: str,
         bundle: str | None,
         kills: str | None,
+        waivers: str | None = None,
         worker: Mapping[str, Any] | None,
         dry: bool,
         given: GivenFiles | None = None,
@@ -81,7 +84,7 @@ class Session:
         """Start or, in a worker, join a session.
 
         Raises:
-            InputError: for contracts, a profile, a selection or a bundle folder that cannot be used.
+            InputError: for contracts, a profile, a selection, waivers or a bundle folder that cannot be used.
         """
         contracts = load_contracts(folder)
         if worker is not None:
@@ -90,7 +93,10 @@ class Session:
             name = profile or detect_profile()
             target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
         given = given or GivenFiles()
-        plan = make_plan(contracts, load_profile(name, folder), select=keyword or None, given=given.names())
+        keys = {claim.key for contract in contracts for claim in contract.claims}
+        waived = load_waivers(Path(waivers), keys) if waivers else ()
+        target_profile = load_profile(name, folder)
+        plan = make_plan(contracts, target_profile, keyword or None, given=given.names(), waivers=waived)
         store = KillStore(Path(kills) if kills else default_kills(name))
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
@@ -169,8 +175,12 @@ class Session:
         if verdict == "falsified" and claim.if_fails:
             lines.append(f"  if this fails: {claim.if_fails}")
         lines += [f"  evidence  {self.bundle / 'runs' / run}" for run in result.get("runs", [])]
+        gating = entry is None or entry.scope == "required"
+        row = {"key": claim.key, "verdict": verdict, "scope": "required" if gating else "not_gating"}
+        if (waiver := applying(self.plan.waivers, row, today())) is not None:
+            lines[0] += f"; {waiver}"
         clean = [printable(line) for line in lines]
-        return Outcome(verdict, entry is None or entry.scope == "required", clean[0], "\n".join(clean))
+        return Outcome(verdict, gating, clean[0], "\n".join(clean), waived=waiver is not None)
 
     def finish(self) -> int:
         """Assemble the bundle from what the items recorded and seal it; return the findings' exit code."""
@@ -211,6 +221,9 @@ class Session:
             mark = "" if finding["scope"] == "required" else " [not gating]"
             text = f"{finding['verdict']:<13} {finding['key']}{mark}  {why}"
             lines.append((printable(text), _COLOURS[finding["verdict"]]))
+            if finding.get("waiver") is not None:
+                lines.append((printable(f"{'':<13} {Waiver(**finding['waiver'])}"), "yellow"))
+        lines += [(printable(line), "red") for line in expired_lines(self.plan.waivers, self.findings["created"])]
         for entry in self.plan.entries:
             if entry.scope == "out_of_scope":
                 lines.append((printable(f"{'out of scope':<13} {entry.key}  {entry.reason}"), None))

@@ -35,8 +35,10 @@ from q4kd.harness.recheck import (
     given_differences,
     interchange_differences,
     read_plan,
+    waiver_lines,
 )
 from q4kd.harness.store import read_object, snapshot
+from q4kd.harness.waivers import applying
 from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
 
@@ -173,8 +175,11 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envel
     contracts = bundle_contracts(store)
     profile = read_profile(findings["profile"], store)
     recorded, written = read_plan(store)
-    plan = make_plan(contracts, profile, recorded.select, recorded.given)
+    plan = make_plan(contracts, profile, recorded.select, given=recorded.given, waivers=recorded.waivers)
     notes.mismatches += plan_differences(recorded, plan)
+    wrong, said = waiver_lines(plan, contracts, findings["created"])
+    notes.mismatches += wrong
+    notes.caveats += said
     notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
     notes.mismatches += given_differences(recorded, read_object(store, "inputs.json"))
     if findings["scope"] != plan.scope:
@@ -209,6 +214,9 @@ def _check_findings(
             if row["scope"] != wanted[row["key"]].scope:
                 notes.mismatches.append(f"{row['key']}: scope recorded as {row['scope']}")
             _check_finding(row, claims[row["key"]], runs, findings["profile"], kills, notes)
+            waiver = applying(plan.waivers, row, findings["created"])
+            if row.get("waiver") != (None if waiver is None else vars(waiver)):
+                notes.mismatches.append(f"{row['key']}: the waiver recorded is not what the plan gives")
     code = exit_code(findings["findings"], findings["scope"])
     if findings["exit_code"] != code:
         notes.mismatches.append(f"exit code recorded as {findings['exit_code']}, recomputed {code}")

@@ -22,6 +22,7 @@ from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, read_runs, runs_of
 from q4kd.harness.recheck import KillReplay
 from q4kd.harness.sabotage.registry import Fault
+from q4kd.harness.waivers import Waiver
 
 CONTRACT = """\
 metadata:
@@ -171,13 +172,21 @@ def write_kills(folder: Path, claims: list[Claim], samples: int) -> dict[str, st
     return {f"{record['contract']}::{record['id']}": key for key, record in records.items()}
 
 
-def build(root: Path, *, text: str = CONTRACT, peak: int = 300, select: str | None = None, samples: int = 40) -> Path:
+def build(
+    root: Path,
+    *,
+    text: str = CONTRACT,
+    peak: int = 300,
+    select: str | None = None,
+    samples: int = 40,
+    waivers: tuple[Waiver, ...] = (),
+) -> Path:
     """Write contracts to ``root/contracts`` and a sealed bundle to ``root/bundle``; return the bundle."""
     contracts = root / "contracts"
     contracts.mkdir(parents=True)
     (contracts / "demo-v1.yaml").write_text(text)
     loaded = load_contracts(contracts)
-    plan = make_plan(loaded, load_profile("cpu", contracts), select)
+    plan = make_plan(loaded, load_profile("cpu", contracts), select, waivers=waivers)
     folder = root / "bundle"
     bundle.open_bundle(folder, contracts, "cpu", plan, {"teacher.gguf": {"sha256": "ab" * 32, "bytes": 5}})
     judged = [

@@ -230,6 +230,48 @@ def test_a_selection_is_partial_and_cannot_pass(world):
     assert list(world.verdicts()) == ["good::FT-A-001"]
 
 
+def waive(world, claim, expires):
+    path = world.folder.parent / "waivers.yaml"
+    path.write_text(
+        f"waivers:\n- {{claim: '{claim}', owner: Jo, reason: the fault is rewritten, expires: {expires}}}\n"
+    )
+    return ["--waivers", str(path)]
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_a_waived_claim_is_inconclusive_in_sight_and_does_not_fail_the_gate(world, workers):
+    result = world.run("good", "blind", args=[*waive(world, "blind::FT-L-001", "2999-12-31"), "-rx", *workers])
+    assert result.ret == 0
+    result.assert_outcomes(passed=2, xfailed=1)
+    assert world.verdicts()["blind::FT-L-001"] == ("inconclusive", "not shown to fail")
+    result.stdout.fnmatch_lines(["*waived by Jo until 2999-12-31: the fault is rewritten*"])
+    assert "2 claims corroborated, 1 inconclusive and waived on profile cpu" in result.stdout.str()
+    assert json.loads((world.bundle / "plan.json").read_text())["waivers"][0]["owner"] == "Jo"
+    assert "waived by Jo until 2999-12-31" in (world.bundle / "report.html").read_text()
+
+
+def test_an_expired_waiver_is_an_error_and_does_not_apply(world):
+    result = world.run("good", "blind", args=waive(world, "blind::FT-L-001", "2026-01-31"))
+    assert result.ret == 2
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["error: the waiver of blind::FT-L-001 by Jo expired on 2026-01-31*"])
+
+
+def test_a_falsified_claim_cannot_be_waived(world):
+    result = world.run("bad", args=waive(world, "bad::FT-B-001", "2999-12-31"))
+    assert result.ret == 1
+    result.assert_outcomes(passed=1, failed=1)
+    assert world.verdicts()["bad::FT-B-001"] == ("falsified", None)
+    assert "waived" not in world.findings["findings"][0]
+
+
+def test_a_waiver_of_no_claim_is_refused_before_anything_runs(world):
+    result = world.run("good", args=waive(world, "good::FT-A-003", "2999-12-31"))
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*waivers.yaml:2*expected contract::id of a claim*FT-A-003*"])
+    assert not world.bundle.exists()
+
+
 @pytest.mark.parametrize("args", [["-x"], ["--maxfail=1"]])
 def test_claims_not_reached_are_not_run(world, args):
     result = world.run("broken", "good", args=args)
