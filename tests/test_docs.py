@@ -160,6 +160,19 @@ def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
             assert (ROOT / target).exists() or target == "docs/images/report.png", f"{page.name}: {target}"
 
 
+def test_the_help_shown_in_the_readme_is_the_real_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    real = capsys.readouterr().out.splitlines()
+    (block,) = [
+        body for _, body in _FENCE.findall((ROOT / "README.md").read_text()) if body.startswith("$ q4kd --help")
+    ]
+    # A command may be newer than the README; what is shown must be true.
+    assert [line for line in block.splitlines()[1:] if line not in real] == []
+
+
 def test_help_of_a_command_is_reachable_from_its_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distil"]) == 2
     assert "--help" in capsys.readouterr().err
