@@ -1,25 +1,30 @@
-"""Sessions: falsify (the gate), tests, lint, types, kernels, sabotage, parity, fuzz, bench. One environment for all.
+"""Sessions: falsify (the gate), tests, lint, types, kernels, docs;
+nightly, sabotage, bench, parity, fuzz, package, wheels.
 
-The environment is keyed by pyproject.toml, the constraints and the interpreter, so it is made once and reused by every
-session until one of them changes. The package is installed in place: edits take effect without installing again.
+One environment for all, keyed by pyproject.toml, the constraints and the interpreter: it is made once and reused by
+every session until one of them changes. The package is installed in place: edits take effect without installing again.
 """
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["falsify", "tests", "lint", "types", "kernels"]
+nox.options.sessions = ["falsify", "tests", "lint", "types", "kernels", "docs"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
 # CuPy for its NVRTC binding, and NVRTC itself: both install and compile without a GPU.
 KERNEL_WHEELS = ("cupy-cuda13x>=14", "nvidia-cuda-nvrtc>=13,<14")
 LLAMA_CPP_PYTHON = "0.3.36"
+# What a GB10 installs; its system Python is 3.12.
+AARCH64 = ("--python-version", "3.12", *(f"--platform=manylinux_2_{n}_aarch64" for n in range(17, 40)))
 PACKAGES = ("harness", "trainer", "contracts", "evidence")
 
 
@@ -77,6 +82,72 @@ def tests(session: nox.Session) -> None:
     arguments = session.posargs or ["-n", str(len(os.sched_getaffinity(0)))]
     # One thread each: two processes with two threads each would fight for two cores.
     session.run(python, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def nightly(session: nox.Session) -> None:
+    """A night: preflight, sabotage, falsify, bundle, verify, index. Options after ``--`` go to ``q4kd nightly``."""
+    q4kd(session, "nightly", "--contracts", "contracts", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/site; a broken link is an error. Arguments after ``--`` go to mkdocs."""
+    python, arguments = str(environment(session) / "python"), session.posargs or ["build", "--strict"]
+    session.run(python, "-m", "mkdocs", *arguments, env={"NO_MKDOCS_2_WARNING": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def package(session: nox.Session) -> None:
+    """Sdist and wheel; base and [train] installs in empty environments, run outside the checkout. About 1.5 GB."""
+    work = Path(session.create_tmp()).resolve()
+    dist = work / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run(str(environment(session) / "python"), "-m", "build", "--outdir", str(dist), str(ROOT), external=True)
+    (wheel,) = dist.glob("q4kd-*.whl")
+    committed = [str(path) for path in sorted((ROOT / "evidence" / "bundles").glob("*.tar.gz"))]
+    size = "expected: {Q4_K: 144, Q6_K: 210}"
+    for extra in ("", "[train]"):
+        folder, place = work / f"venv{extra.strip('[]')}", work / f"empty{extra.strip('[]')}"
+        for path in (folder, place):
+            shutil.rmtree(path, ignore_errors=True)
+        place.mkdir()
+        session.run(sys.executable, "-m", "venv", str(folder), external=True)
+        limits = ["-c", str(ROOT / "constraints-cpu.txt")] if extra else []
+        session.run(str(folder / "bin/pip"), "install", "--quiet", *limits, f"{wheel}{extra}", external=True)
+        command = str(folder / "bin/q4kd")
+        with session.chdir(place):
+            # Without torch the doctor has something to say; with it, nothing may be missing.
+            session.run(command, "doctor", external=True, success_codes=[0] if extra else [1])
+            session.run(command, "contracts", "show", "kd-signal-v1", external=True, silent=True)
+            for bundle in committed:
+                session.run(command, "evidence", "verify", bundle, external=True)
+            if extra:
+                text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+                Path("claims").mkdir()
+                Path("claims/size.yaml").write_text(text.replace("Q4_K: 143", "Q4_K: 144"), encoding="utf-8")
+                assert size in Path("claims/size.yaml").read_text(encoding="utf-8")
+                shared = ["--contracts", "claims", "--profile", "cpu", "--kills", "kills"]
+                session.run(command, "sabotage", *shared, external=True)
+                session.run(command, "falsify", *shared, "--out", "bundle", external=True)
+                session.run(command, "evidence", "verify", "bundle", external=True)
+
+
+@nox.session(venv_backend="none")
+def wheels(session: nox.Session) -> None:
+    """Ask the package index for an aarch64 wheel of everything a GB10 installs. Downloads none of them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *(entry for name in ("train", "cuda13", "bnb") for entry in extras[name])]
+    report = Path(session.create_tmp()) / "wheels.json"
+    pip = [str(environment(session) / "python"), "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    options = ["--no-deps", "--only-binary=:all:", "--target", str(report.parent / "nowhere"), *AARCH64]
+    session.run(*pip, *options, "--report", str(report), *needed, external=True)
+    found = json.loads(report.read_text(encoding="utf-8"))["install"]
+    for item in sorted(item["download_info"]["url"].rsplit("/", 1)[-1] for item in found):
+        session.log(item)
+    if len(found) != len(needed):
+        session.error(f"{len(needed)} needed, {len(found)} found")
 
 
 @nox.session(venv_backend="none")

@@ -12,13 +12,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from q4kd.harness.given import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
+
+if TYPE_CHECKING:
+    from q4kd.harness.contract import Contract
 
 INCONCLUSIVE_EXIT = 2
 _GRACE_S = 30.0
@@ -30,6 +34,23 @@ def new_bundle_path(profile: str) -> Path:
     """Return ``bundles/<utc>-<profile>-<short id>`` below the working folder; it does not exist yet."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     return Path("bundles") / f"{stamp}-{profile}-{secrets.token_hex(3)}"
+
+
+def require_packages(contracts: Iterable["Contract"]) -> None:
+    """Refuse to start where every run of ours would end at the import of torch: a base install only reads.
+
+    Raises:
+        ModuleNotFoundError: which the command line answers with the extra to install.
+    """
+    from q4kd.harness.experiment import EXPERIMENTS
+
+    if importlib.util.find_spec("torch") is not None:
+        return
+    claims = [claim for contract in contracts for claim in contract.claims if claim.falsifier is not None]
+    names = {claim.falsifier.experiment for claim in claims if claim.falsifier is not None}
+    # Another project's experiments may well need no torch.
+    if any(name in EXPERIMENTS and EXPERIMENTS.module(name).startswith("q4kd.") for name in names):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
 def refuse_used(bundle: Path) -> Path:
@@ -81,6 +102,7 @@ def falsify(
 
     folder = (contracts or default_contracts_folder()).resolve()
     loaded = load_contracts(folder)
+    require_packages(loaded)
     if waivers is not None:
         from q4kd.harness.waivers import load_waivers
 

@@ -13,6 +13,7 @@ from q4kd.harness.bundle import pack_bytes
 from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
 from q4kd.harness.environment import PACKAGES
 from q4kd.harness.experiment import Inputs
+from q4kd.harness.falsify import require_packages
 from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION
 from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
@@ -66,6 +67,7 @@ def sabotage(
     """
     folder = (contracts or default_contracts_folder()).resolve()
     loaded = load_contracts(folder)
+    require_packages(loaded)
     name = profile or detect_profile()
     plan = make_plan(loaded, load_profile(name, folder), select=keyword)
     scopes = {entry.key: entry.scope for entry in plan.entries}

@@ -174,12 +174,19 @@ def test_base_commands_do_not_import_torch(arguments: list[str]) -> None:
     assert done.stdout
 
 
-def test_training_commands_name_the_extra_they_need(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [["logits", "x.gguf", "--ids", "x.npy", "--out", "y.npy"], ["falsify"], ["sabotage"]]
+)
+def test_training_commands_name_the_extra_they_need(tmp_path: Path, command: list[str]) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from q4kd.harness.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "import sys, importlib.util as u; real = u.find_spec; sys.modules['torch'] = None\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest)\n"
+        "from q4kd.harness.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "logits", "x.gguf", "--ids", "x.npy", "--out", "y.npy"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert done.returncode == 2
     assert "q4kd[train]" in done.stderr
     assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

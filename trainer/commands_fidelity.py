@@ -26,7 +26,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     """Add ``fidelity`` to the command line."""
     fidelity = subparsers.add_parser(
         "fidelity",
-        help="KL, top-1 agreement and perplexity of a quantised model against its original",
+        help="what quantising a model cost: KL, agreement, perplexity",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
