@@ -178,7 +178,7 @@ def _contracts_digest(store: Store) -> str:
 
 
 def _write_report(path: Path, store: Store, reports: Path) -> str:
-    """Render the report of a bundle unless it is there; return its link. Its name holds a digest of all it is made of."""
+    """Render the report of a bundle unless it is there; return its link. Its name has a digest of all it is made of."""
     raw = os.path.relpath(path.resolve(), reports.resolve()) + "/" if path.is_dir() else None
     key = hashlib.sha256(manifest_text(manifest_of(store)))
     key.update(f"{raw}\n{_program()}".encode())

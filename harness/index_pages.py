@@ -99,8 +99,6 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
     return {
         "bundles": bundles[::-1],
         "regressions": [_regression(trend, source, entries) for source, trend in marked[:_ROWS]],
-            :_ROWS
-        ],
         "loosened": [_loosened(*change) for change in loosened[:_ROWS]],
         "history": _history(entries),
         "columns": [(entry.made, entry.report) for entry in entries[-_COLUMNS:]],
