@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from q4kd.harness.index import Collection, Entry, loosened_between
@@ -75,6 +76,7 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
         for source, mark in zip(trend.sources, trend.marks, strict=True)
         if mark == "worse"
     ]
+    marked.sort(key=lambda pair: -pair[0])
     bundles = []
     for number, entry in enumerate(entries):
         worse = _worse(entries[number - 1], entry) if number else []
@@ -82,10 +84,10 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
             {
                 "entry": entry.name,
                 "name": cut(entry.name, 120),
-                "made": entry.made,
+                "made": _short(entry.made),
                 "profile": cut(entry.profile, 60),
                 "machine": cut(entry.verdict.machine, 120),
-                "commit": cut(entry.commit, 60),
+                "commit": cut(entry.commit.replace(" with uncommitted changes", " + changes"), 60),
                 "tone": entry.verdict.tone,
                 "mark": MARKS[entry.verdict.tone],
                 "title": entry.verdict.title,
@@ -101,7 +103,7 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
         "regressions": [_regression(trend, source, entries) for source, trend in marked[:_ROWS]],
         "loosened": [_loosened(*change) for change in loosened[:_ROWS]],
         "history": _history(entries),
-        "columns": [(entry.made, entry.report) for entry in entries[-_COLUMNS:]],
+        "columns": [(_short(entry.made), entry.report) for entry in entries[-_COLUMNS:]],
         "trends": [_trend(trend) for trend in trends[:_ROWS]],
         "machines": len({entry.verdict.machine for entry in entries}),
     }
@@ -117,20 +119,29 @@ def _worse(old: Entry, new: Entry) -> list[str]:
 
 def _regression(trend: Trend, source: int, entries: Sequence[Entry]) -> dict[str, Any]:
     at = trend.sources.index(source)
-    earlier = sorted(trend.values[max(0, at - WINDOW) : at])
-    middle = len(earlier) // 2
-    centre = earlier[middle] if len(earlier) % 2 else (earlier[middle - 1] + earlier[middle]) / 2
+    earlier = trend.values[max(0, at - WINDOW) : at]
     return {
-        "claim": cut(trend.key, _TEXT),
+        "claim": _parts(trend.key),
         "check": cut(trend.check, 80),
         "machine": cut(trend.machine, 120),
-        "made": entries[source].made,
+        "made": _short(entries[source].made),
         "report": entries[source].report,
-        "before": _number(centre, trend.unit),
+        "before": _number(median(earlier), trend.unit),
         "now": _number(trend.values[at], trend.unit),
         "runs": len(earlier),
         "newest": at == len(trend.values) - 1,
     }
+
+
+def _short(moment: str) -> str:
+    """Return a moment without its zone, which the page states once."""
+    return moment.removesuffix(" UTC")
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """Return a claim's id and its contract, for a person."""
+    contract, _, name = key.rpartition("::")
+    return cut(name, _TEXT), cut(contract, _TEXT)
 
 
 def _number(value: float, unit: str) -> str:
@@ -139,10 +150,10 @@ def _number(value: float, unit: str) -> str:
 
 def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:
     return {
-        "from": old.made,
-        "to": new.made,
+        "from": _short(old.made),
+        "to": _short(new.made),
         "report": new.report,
-        "claim": cut(change.key, _TEXT) if isinstance(change, Change) else "all",
+        "claim": _parts(change.key if isinstance(change, Change) else "every claim"),
         "text": cut(change.text if isinstance(change, Change) else change, _TEXT),
     }
 
@@ -157,7 +168,7 @@ def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         verdicts = [entry.verdicts.get(key, "absent") for entry in recent]
         rows.append(
             {
-                "claim": cut(key, _TEXT),
+                "claim": _parts(key),
                 "cells": [(verdict, marks[verdict], words[verdict]) for verdict in verdicts],
                 "changed": len(set(verdicts) - {"absent"}) > 1,
             }
@@ -167,11 +178,14 @@ def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _trend(trend: Trend) -> dict[str, Any]:
     low, high = min(trend.values), max(trend.values)
-    span = (high - low) or max(abs(high), 1e-9)
+    span = high - low
     shown = trend.values[-60:]
     offset = len(trend.values) - len(shown)
     step = 112 / max(1, len(shown) - 1)
-    points = [(round(4 + step * i, 1), round(26 - 22 * (value - low) / span, 1)) for i, value in enumerate(shown)]
+    points = [
+        (round(4 + step * i, 1), round(26 - 22 * ((value - low) / span if span else 0.5), 1))
+        for i, value in enumerate(shown)
+    ]
     flagged = [points[i] for i in range(len(shown)) if trend.marks[offset + i] == "worse"]
     latest = trend.marks[-1]
     said = {
@@ -181,7 +195,7 @@ def _trend(trend: Trend) -> dict[str, Any]:
         "": "within the spread",
     }[latest]
     return {
-        "claim": cut(trend.key, _TEXT),
+        "claim": _parts(trend.key),
         "check": cut(trend.check, 80),
         "machine": cut(trend.machine, 120),
         "points": " ".join(f"{x},{y}" for x, y in points),
