@@ -60,9 +60,14 @@ def add_commands(subparsers: Any) -> None:
     diff.add_argument("old", type=Path, metavar="A", help="bundle folder or .tar.gz")
     diff.add_argument("new", type=Path, metavar="B", help="bundle folder or .tar.gz")
     diff.set_defaults(run=_diff)
-    index = commands.add_parser("index", help="write an HTML table of the bundles in a folder")
-    index.add_argument("folder", type=Path, metavar="DIR", help="folder of bundles")
-    index.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: DIR/index.html)")
+    index = commands.add_parser(
+        "index",
+        help="write a static site over the bundles in a folder",
+        description="One page for each profile with trends, verdict history and loosened bounds; a report for each "
+        "bundle. The exit code says whether the site was written.",
+    )
+    index.add_argument("folder", type=Path, metavar="DIR", help="folder of bundles: folders or .tar.gz")
+    index.add_argument("--out", type=Path, metavar="SITE", help="folder to write it to (default: DIR)")
     index.set_defaults(run=_index)
 
 
@@ -158,17 +163,11 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from q4kd.harness.report import render_index
-    from q4kd.trainer.files import write_atomic
+    from q4kd.harness.index import write_site
 
     if not args.folder.is_dir():
         raise InputError(str(args.folder), expected="a folder of bundles", got="none", remedy="check the path")
-    page, count = render_index(args.folder)
-    if count == 0:
-        raise InputError(
-            str(args.folder), expected="at least one bundle", got="none", remedy="name a folder that holds bundles"
-        )
-    target = args.out or args.folder / "index.html"
-    write_atomic(target, page.encode())
-    print(f"{target}: {count} bundles")
+    site = args.out or args.folder
+    count, unreadable = write_site(args.folder, site)
+    print(f"{site / 'index.html'}: {count} bundles" + (f", {unreadable} unreadable" if unreadable else ""))
     return 0

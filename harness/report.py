@@ -27,6 +27,7 @@ _LIMITS = (
     Limits(rows=400, parts=24, text=400, detail=0, plots=12),
     Limits(rows=40, parts=6, text=160, detail=0, plots=0),
 )
+_COMMAND = 200  # characters of a command; argv.json has it whole
 _GATE = {
     0: "The gate is passed (exit code 0).",
     1: "The gate is not passed (exit code 1): a claim was falsified.",
@@ -136,7 +137,7 @@ def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, Any]:
     files = [(name, link_to(raw, f"runs/{run.name}/{name}")) for name in run.store.names()[: limits.parts]]
     return {
         "name": limits.cut(run.name),
-        "command": limits.cut(command.replace("python -m q4kd.harness.child --", "q4kd")),
+        "command": cut(command.replace("python -m q4kd.harness.child --", "q4kd"), min(_COMMAND, limits.text)),
         "ended": limits.cut(ended),
         "seconds": seconds,
         "files": files,

@@ -1,4 +1,4 @@
-"""The verdict on a bundle as a person takes it in: what was claimed, where, what survived, what fell, what is unknown."""
+"""The verdict on a bundle as a person takes it in: what was claimed, what survived, what fell and what is open."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
