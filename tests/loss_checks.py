@@ -8,7 +8,7 @@ from kernel_checks import GUARD, assert_guarded, poisoned, relative_error
 from torch import Tensor
 
 from q4kd.harness.reference import log_softmax, reference_loss
-from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, Part, knobs_of, segments_of, whole, width_of
+from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, Part, knobs_of, segments_of, width_of
 from q4kd.trainer.loss_terms import KDLossConfig
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -68,7 +68,9 @@ def run(
             parts.append((slice(first, first + count), Part(first, segment, sum(counts), width)))
             first, segment = first + count, segment + segments
         for columns_of, part in parts:
-            kernels.stats(kind, student[:, columns_of], None if padded is None else padded[:, columns_of], knobs, sums, part)
+            kernels.stats(
+                kind, student[:, columns_of], None if padded is None else padded[:, columns_of], knobs, sums, part
+            )
         if kind == "jsd":
             assert padded is not None
             for columns_of, part in parts:

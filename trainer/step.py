@@ -83,7 +83,7 @@ def train_step(
         before_teacher = time.monotonic()
         teacher_hidden = teacher.hidden(ids_BT) if teacher is not None else None
         teacher_s += time.monotonic() - before_teacher
-        head = teacher.head_logits if teacher is not None else None
+        head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             terms = model(ids_BT, label, teacher_hidden, head, num_targets)
