@@ -22,6 +22,9 @@ from q4kd.trainer.gemm import keep_freed_memory
 from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.weights import Matrix, Scratch, build_matrix, decode_vector
 
+# Decoded heads up to this size are held for the duration of a loss.
+MAX_HEAD_BYTES = 1_300_000_000
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -173,3 +176,16 @@ class CpuForward:
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:
         """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``: in ``out_MV`` if given, else new."""
         return self._head.project(hidden_MH.to(self.dtype), out_MV)
+
+    def decoded_head(self) -> Tensor | None:
+        """Return the head ``[V, H]`` decoded to the compute dtype, new; None if that is over ``MAX_HEAD_BYTES``."""
+        rows, cols = self._head.rows, self._head.cols
+        if rows * cols * self.dtype.itemsize > MAX_HEAD_BYTES:
+            return None
+        out_VH = torch.empty(rows, cols, dtype=self.dtype)
+        self.decode_head(0, rows, out_VH)
+        return out_VH
+
+    def decode_head(self, start: int, stop: int, out_RH: Tensor) -> None:
+        """Write head rows ``start`` to ``stop`` to ``out_RH``, contiguous, of the compute dtype."""
+        self._head.decode(start, stop, out_RH)

@@ -12,16 +12,24 @@ One equation, with logits s (student) and t (teacher), labels y and temperature 
 divergence is zero at equality. Sums run over the positions whose label is not ``IGNORE`` and are divided by
 ``num_targets``, the count of such positions in the whole accumulated batch.
 
-Nothing larger than ``[chunk, V]`` exists: each chunk's logits, loss and gradients are made and dropped before the next.
+Mode ``fast``: nothing larger than ``[chunk, V]`` exists, each chunk's logits, loss and gradients are made and dropped
+before the next, and the teacher's head is decoded once a call. Mode ``low`` (``loss_low.py``): nothing larger than
+``[chunk, tile]``. On CUDA both run on the kernels of ``cuda/loss.py``, or raise; here is plain torch.
+
+Types: plain torch widens hidden states and head to float32 (float64 stays) and multiplies in it. Gradients are summed
+in float32 over all chunks and rounded once, to the types of hidden states and head.
+
 Letters in shapes: M tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from q4kd.trainer.divergence import distributions, slope, values
+from q4kd.trainer.gemm import multiply
+from q4kd.trainer.loss_low import LowTensors, run_low
 from q4kd.trainer.loss_terms import (
     DIVERGENCES,
     IGNORE,
@@ -34,6 +42,7 @@ from q4kd.trainer.loss_terms import (
     fused_loss,
     wide,
 )
+from q4kd.trainer.teacher_head import TeacherHead
 
 __all__ = ["DIVERGENCES", "IGNORE", "MODES", "Divergence", "KDLossConfig", "LossTerms", "Mode", "kd_loss"]
 
@@ -49,30 +58,9 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple
     Returns:
         ``(D float64 [C], dD/d(s/T) [C, V])``.
     """
-    q = log_q.exp()
-    if config.divergence == "forward_kl":
-        p = log_p.exp()
-        return _kl_rows(p, log_p, q, log_q), q - p
-    if config.divergence == "reverse_kl":
-        ratio = log_q - log_p
-        value = _kl_rows(q, log_q, log_p.exp(), log_p)
-        return value, q * (ratio - value.to(q.dtype).unsqueeze(-1))
-    beta = config.beta
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    m = log_m.exp()
-    student_part = _kl_rows(q, log_q, m, log_m)
-    value = beta * _kl_rows(log_p.exp(), log_p, m, log_m) + (1 - beta) * student_part
-    return value, (1 - beta) * q * (log_q - log_m - student_part.to(q.dtype).unsqueeze(-1))
-
-
-def _kl_rows(a: Tensor, log_a: Tensor, b: Tensor, log_b: Tensor) -> Tensor:
-    """Return KL(a || b) per row, float64 ``[C]``, as the Bregman form: sum of a * (log a - log b) - a + b.
-
-    The sums of a and b are both one, up to rounding; keeping them cancels the rounding of the two normalisations to
-    first order, which the textbook form adds to the result. At equality every term is exactly zero.
-    """
-    terms = (a * (log_a - log_b)).sum(-1, dtype=torch.float64)
-    return terms + (b.sum(-1, dtype=torch.float64) - a.sum(-1, dtype=torch.float64))
+    both = distributions(log_p, log_q, config)
+    rows, student_part = values(both, config)
+    return rows, slope(both, student_part, config)
 
 
 def _chunk_terms(
@@ -96,6 +84,18 @@ def _chunk_terms(
     return ce, heat**2 * rows.sum(), grad_CV
 
 
+def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[Tensor], Tensor]:
+    """Return what gives the first ``vocab`` logits of hidden states; a head that may be held is decoded now.
+
+    Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
+    """
+    decoded = head.decoded() if isinstance(head, TeacherHead) else None
+    if decoded is None:
+        return lambda hidden_CH: head(hidden_CH)[:, :vocab]
+    weight_VH = decoded[:vocab]
+    return lambda hidden_CH: multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH)
+
+
 def kd_loss(
     hidden_MH: Tensor,
     weight_VH: Tensor,
@@ -113,32 +113,51 @@ def kd_loss(
         weight_VH: student head ``[V, H]``.
         labels_M: int64 next-token ids ``[M]``; ``IGNORE`` masks a position in both terms.
         teacher_hidden: the teacher's hidden states ``[M, H']``; None only with ``alpha`` = 1.
-        teacher_head: maps ``[C, H']`` to logits ``[C, V']``, V' >= V; the columns past V are dropped.
+        teacher_head: maps ``[C, H']`` to logits ``[C, V']``, V' >= V; the columns past V are dropped. A
+            ``TeacherHead`` is decoded once in ``fast``, and is required by ``low``, which decodes it in tiles.
         num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
         config: the equation's knobs.
 
     Returns:
-        Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``.
+        Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``, once.
 
     Raises:
-        ValueError: when the teacher is missing although ``alpha`` < 1, or ``num_targets`` is not positive.
+        ValueError: when the teacher is missing although ``alpha`` < 1, when ``low`` gets a head that cannot be decoded
+            in tiles, or when ``num_targets`` is not positive.
+        InputError: on CUDA, when the kernels cannot be compiled or loaded.
     """
     if config.alpha < 1 and (teacher_hidden is None or teacher_head is None):
         raise ValueError(f"alpha = {config.alpha} needs a teacher")
     if config.alpha == 1:
         teacher_hidden = teacher_head = None
     positions = (labels_M != IGNORE).nonzero().squeeze(1)
+    is_low = config.mode == "low"
+    if is_low and not isinstance(teacher_head, TeacherHead | None):
+        raise ValueError("mode low decodes the teacher's head in tiles: pass Teacher.head, not a function")
 
-    def compute(sums: LossSums) -> None:
+    def run_torch(sums: LossSums) -> None:
         weight = wide(weight_VH.detach())
+        logits_of = None if teacher_head is None else _teacher_logits(teacher_head, len(weight))
         for rows in torch.split(positions, config.chunk_for(len(weight))):
             hidden_CH = wide(hidden_MH.detach()[rows])
             teacher_CV = None
-            if teacher_head is not None and teacher_hidden is not None:
-                # Teachers may have padding rows past the student's vocabulary: slice before softmax.
-                teacher_CV = teacher_head(teacher_hidden[rows])[:, : len(weight)].to(weight.dtype)
+            if logits_of is not None and teacher_hidden is not None:
+                teacher_CV = logits_of(teacher_hidden[rows]).to(weight.dtype)
             ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teacher_CV, labels_M[rows], config)
             sums.add_terms(ce, kd)
-            sums.add_gradient(rows, grad_CV, hidden_CH, weight)
+            if sums.wanted:
+                sums.add_gradient(rows, grad_CV, hidden_CH, weight)
 
-    return fused_loss(hidden_MH, weight_VH, num_targets, config.alpha, compute)
+    def compute(sums: LossSums) -> None:
+        tensors = hidden_MH.detach(), weight_VH.detach(), labels_M, positions, teacher_hidden
+        if hidden_MH.is_cuda:
+            from q4kd.trainer.cuda.loss import run_on_cuda
+
+            run_on_cuda(sums, *tensors, teacher_head, config)
+        elif is_low:
+            assert isinstance(teacher_head, TeacherHead | None)
+            run_low(sums, LowTensors(*tensors, teacher_head), config)
+        else:
+            run_torch(sums)
+
+    return fused_loss(hidden_MH, weight_VH, num_targets, config, compute, by_tiles=is_low)

@@ -2,7 +2,7 @@
 
 Loss and gradients are made in one pass (``kd_loss.py``, ``loss_low.py``, ``loss_topk.py``, ``cuda/loss.py``), so that
 backward multiplies them by the incoming scalar and makes nothing. Letters in shapes: M tokens, C tokens of a chunk,
-H hidden size, V vocabulary.
+R columns of a tile, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
 Mode = Literal["fast", "low"]
 MODES: tuple[Mode, ...] = ("fast", "low")
+LogitsType = Literal["float32", "bfloat16"]
 
 # Bytes that a chunk's float32 [C, V] tensors may take together on the CPU, and how many of them live at one time.
 _CPU_CHUNK_BYTES = 512 << 20
@@ -34,8 +35,10 @@ class KDLossConfig:
         divergence: which D.
         beta: the mixture weight of ``jsd``, in (0, 1).
         mode: ``fast`` makes a chunk's logits over the whole vocabulary; ``low`` a tile of it at a time, twice.
-        chunk_tokens: C, the tokens whose logits exist at one time; 0 chooses (``chunk_for``).
-        vocab_tile: columns of logits that exist at one time in ``low``; 0 chooses.
+        chunk_tokens: C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes.
+        vocab_tile: R, the columns of logits that exist at one time in ``low``; 0 means 8,192.
+        logits: in what a CUDA device holds the logits of bfloat16 products. float32 keeps values to 1e-6; bfloat16
+            halves the bytes of the softmax at an error of 2^-9 of each logit, some 1e-3 of a small divergence.
     """
 
     alpha: float = 0.5
@@ -45,6 +48,7 @@ class KDLossConfig:
     mode: Mode = "fast"
     chunk_tokens: int = 0
     vocab_tile: int = 0
+    logits: LogitsType = "float32"
 
     def chunk_for(self, vocab: int) -> int:
         """Return C for plain torch arithmetic: as set, else up to 1,024, six float32 ``[C, V]`` in 512 MiB."""
@@ -61,22 +65,29 @@ class LossTerms:
 
 
 class LossSums:
-    """What a pass over the chunks adds up: the two sums in float64, the gradients in float32 (or float64).
+    """What a pass over the chunks adds up: the two sums in float64, and the gradients divided by the targets.
 
-    A gradient that nobody asks for is None, and its product is not made.
+    A gradient that nobody asks for is None, and its product is not made. ``hidden_MH`` is float32 (or float64);
+    ``weight_VH`` too, unless it is finished tile by tile and so may have the head's own type.
 
     Args:
         hidden_MH: the student's hidden states.
         weight_VH: the student's head.
         num_targets: divisor of the sums and of both gradients.
+        by_tiles: whether ``weight_VH`` is written tile by tile.
     """
 
-    def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, num_targets: float) -> None:
+    def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, num_targets: float, *, by_tiles: bool) -> None:
         self.num_targets = num_targets
         self.ce = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
         self.kd = torch.zeros_like(self.ce)
-        self.hidden_MH = _zeros(hidden_MH) if _is_wanted(hidden_MH) else None
-        self.weight_VH = _zeros(weight_VH) if _is_wanted(weight_VH) else None
+        self.hidden_MH = self.weight_VH = None
+        if torch.is_grad_enabled() and hidden_MH.requires_grad:
+            self.hidden_MH = torch.zeros(hidden_MH.shape, dtype=wide_type(hidden_MH), device=hidden_MH.device)
+        if torch.is_grad_enabled() and weight_VH.requires_grad:
+            dtype = weight_VH.dtype if by_tiles else wide_type(weight_VH)
+            self.weight_VH = torch.empty(weight_VH.shape, dtype=dtype, device=weight_VH.device)
+        self._has_weight = False
 
     @property
     def wanted(self) -> bool:
@@ -92,23 +103,70 @@ class LossSums:
         """Add the products of a chunk's gradient ``[C, V]`` of the summed loss with respect to the student's logits."""
         share = 1 / self.num_targets
         if self.hidden_MH is not None:
-            self.hidden_MH[rows] = (grad_CV @ weight_VH).mul_(share)
+            self.hidden_MH[rows] = multiply_wide(grad_CV, weight_VH).mul_(share)
         if self.weight_VH is not None:
-            self.weight_VH.addmm_(grad_CV.T, hidden_CH, alpha=share)
+            # What was there before the first product is ignored: beta is 0.
+            add_product(self.weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
+            self._has_weight = True
+
+    def open_tile(self, columns: slice) -> Tensor | None:
+        """Return where the head's gradient of a tile of rows is summed, ``[R, H]``; None if nobody asks for it."""
+        if self.weight_VH is None:
+            return None
+        of_head = self.weight_VH[columns]
+        return of_head if of_head.dtype == wide_type(of_head) else torch.empty_like(of_head, dtype=torch.float32)
+
+    def add_tile(
+        self,
+        rows: Tensor,
+        grad_CR: Tensor,
+        hidden_CH: Tensor,
+        weight_RH: Tensor,
+        tile_RH: Tensor | None,
+        *,
+        first: bool,
+    ) -> None:
+        """Add what ``add_gradient`` does, of a tile's columns: ``first`` of the chunks overwrites ``tile_RH``."""
+        share = 1 / self.num_targets
+        if self.hidden_MH is not None:
+            self.hidden_MH.index_add_(0, rows, multiply_wide(grad_CR, weight_RH), alpha=share)
+        if tile_RH is not None:
+            add_product(tile_RH, grad_CR.T, hidden_CH, beta=int(not first), alpha=share)
+
+    def close_tile(self, columns: slice, tile_RH: Tensor | None) -> None:
+        """Round a finished tile of the head's gradient to its type."""
+        if self.weight_VH is not None and tile_RH is not None:
+            if tile_RH.dtype != self.weight_VH.dtype:
+                self.weight_VH[columns] = tile_RH
+            self._has_weight = True
+
+    def finish(self) -> None:
+        """Make the head's gradient zero where no chunk came."""
+        if self.weight_VH is not None and not self._has_weight:
+            self.weight_VH.zero_()
 
 
-def _is_wanted(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """Return the type that sums are taken in: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor as the float type that plain torch arithmetic is done in: float32, or float64 as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """Return a tensor in the type that plain torch arithmetic is done in, itself if it has it."""
+    return tensor.to(wide_type(tensor))
 
 
-def _zeros(like: Tensor) -> Tensor:
-    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+def multiply_wide(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` in the wide type; bfloat16 operands are of a CUDA device."""
+    return a @ b if a.dtype == wide_type(a) else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int, alpha: float) -> None:
+    """Set ``out`` to ``beta * out + alpha * a @ b``, summed in ``out``'s type; bfloat16 operands as above."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -126,6 +184,7 @@ class _FusedLoss(torch.autograd.Function):
         # Autocast would round the float32 products and sums to bfloat16.
         with torch.autocast(hidden_MH.device.type, enabled=False):
             compute(sums)
+        sums.finish()
         ctx.gradients = sums.hidden_MH, sums.weight_VH
         ctx.dtypes = hidden_MH.dtype, weight_VH.dtype
         ce, kd = sums.ce / sums.num_targets, sums.kd / sums.num_targets
@@ -152,7 +211,13 @@ def _scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def fused_loss(
-    hidden_MH: Tensor, weight_VH: Tensor, num_targets: float, alpha: float, compute: Callable[[LossSums], None]
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    num_targets: float,
+    config: KDLossConfig,
+    compute: Callable[[LossSums], None],
+    *,
+    by_tiles: bool = False,
 ) -> LossTerms:
     """Run ``compute`` under autograd and return the terms.
 
@@ -160,14 +225,15 @@ def fused_loss(
         hidden_MH: student hidden states ``[M, H]``.
         weight_VH: student head ``[V, H]``.
         num_targets: divisor of both sums, > 0.
-        alpha: weight of the cross-entropy.
+        config: its ``alpha`` mixes them.
         compute: fills the sums and those gradients that are not None.
+        by_tiles: whether it writes the head's gradient tile by tile.
 
     Raises:
         ValueError: when ``num_targets`` is not positive.
     """
-    if num_targets <= 0:
+    if not num_targets > 0:
         raise ValueError(f"num_targets must be positive, got {num_targets}: no label is unmasked")
-    sums = LossSums(hidden_MH, weight_VH, num_targets)
+    sums = LossSums(hidden_MH, weight_VH, num_targets, by_tiles=by_tiles)
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _FusedLoss.apply
-    return LossTerms(*apply(hidden_MH, weight_VH, compute, sums, alpha))
+    return LossTerms(*apply(hidden_MH, weight_VH, compute, sums, config.alpha))

@@ -76,7 +76,7 @@ def topk_kd_loss(
             sums.add_terms(ce, kd)
             sums.add_gradient(rows, grad_CV, hidden_CH, weight)
 
-    return fused_loss(hidden_MH, weight_VH, num_targets, config.alpha, compute)
+    return fused_loss(hidden_MH, weight_VH, num_targets, config, compute)
 
 
 def _check_signal(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:

@@ -74,7 +74,7 @@ def train_step(
         before_teacher = time.monotonic()
         teacher_hidden = teacher.hidden(part.ids_BT) if teacher is not None else None
         teacher_s += time.monotonic() - before_teacher
-        head = teacher.head_logits if teacher is not None else None
+        head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets)

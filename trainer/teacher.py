@@ -24,6 +24,7 @@ from q4kd.trainer.memory_report import measure
 from q4kd.trainer.model_file import ModelFile, open_model
 from q4kd.trainer.placement import check_fits, find_place
 from q4kd.trainer.scales import check_scales
+from q4kd.trainer.teacher_head import PackedHead
 
 
 class HeldMatrix(Protocol):
@@ -71,6 +72,12 @@ class Forward(Protocol):
 
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
         """Return float32 logits ``[M, V]``."""
+
+    def decoded_head(self) -> Tensor | None:
+        """Return the whole head ``[V, H]`` decoded to the compute dtype, or None where it is too large to be held."""
+
+    def decode_head(self, start: int, stop: int, out_RH: Tensor) -> None:
+        """Write head rows ``start`` to ``stop`` to ``out_RH``, contiguous, of the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,11 @@ class Teacher:
         if hidden_MH.requires_grad:
             raise FrozenTeacherError("teacher logits of hidden states that require a gradient")
         return self._forward.head_logits(hidden_MH)
+
+    @property
+    def head(self) -> PackedHead:
+        """The output head as the fused loss takes it: logits, or its rows decoded whole or in tiles."""
+        return PackedHead(self.head_logits, self._forward, self.vocab_size, getattr(torch, self.dtype))
 
     @torch.no_grad()
     def embed(self, row_ids: Tensor) -> Tensor:

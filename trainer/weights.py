@@ -88,6 +88,9 @@ class Matrix(Protocol):
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[len(row_ids), K]``."""
 
+    def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
+        """Write rows ``start`` to ``stop`` to ``out_RK``, float32 or bfloat16, contiguous."""
+
 
 class PackedMatrix:
     """A matrix that stays in its GGML blocks (a view of the file's memory map)."""
@@ -132,6 +135,12 @@ class PackedMatrix:
             target.copy_(decode_rows(self.source_type, part, piece[: len(part)]))
         return tile_RK
 
+    def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
+        """Write rows ``start`` to ``stop`` to ``out_RK``, a scratch at a time; bfloat16 is rounded once."""
+        for first in range(start, stop, self._scratch.rows(self.cols)):
+            last = min(first + self._scratch.rows(self.cols), stop)
+            out_RK[first - start : last - start] = self._decode(first, last, out_RK.dtype)
+
     def gather(self, row_ids: Tensor) -> Tensor:
         """Decode only the rows asked for: int64 ``[n]`` to float32 ``[n, K]``."""
         out = torch.empty(len(row_ids), self.cols, dtype=torch.float32)
@@ -174,6 +183,10 @@ class DenseMatrix:
             rows = slice(start, start + _TILE_ROWS)
             out_MR[:, rows] = multiply(x_MK.to(self._weight_RK.dtype), self._weight_RK[rows])
         return out_MR
+
+    def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
+        """Copy rows ``start`` to ``stop`` to ``out_RK``."""
+        out_RK.copy_(self._weight_RK[start:stop])
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[n, K]``."""

@@ -262,6 +262,16 @@ class CudaForward:
             self._head.matrices[0].decode(0, self._head.rows, self.scratch.head)
         return self.scratch.head
 
+    @torch.no_grad()
+    def decoded_head(self) -> Tensor | None:
+        """Return the decoded head ``[V, H]``, held until the next pass or ``release_head``; None if it is too large."""
+        return self._decoded_head() if self._holds_head or self._head.resident is not None else None
+
+    @torch.no_grad()
+    def decode_head(self, start: int, stop: int, out_RH: Tensor) -> None:
+        """Write head rows ``start`` to ``stop`` to ``out_RH``, contiguous, of the compute dtype, on the device."""
+        self._head.matrices[0].decode(start, stop, out_RH)
+
     def release_head(self) -> None:
         """Free the decoded head, if one is held."""
         self.scratch.head = None

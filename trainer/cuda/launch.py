@@ -72,6 +72,9 @@ def _current_stream_of() -> Callable[[int], int]:
 
 # Which module a kernel is in, by the first word of its name; all others are elementwise.
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
+_MODULE_OF |= {"loss": "kd_loss"}
+# Not loaded before its first launch: the loss, which a teacher by itself has no use for.
+_LATE_MODULES = frozenset({"kd_loss"})
 
 
 class CudaLauncher:
@@ -90,14 +93,13 @@ class CudaLauncher:
         import cupy
 
         self._index = device.index
-        arch = architecture(torch.cuda.get_device_capability(self._index))
-        self._modules = {}
+        self._arch = architecture(torch.cuda.get_device_capability(self._index))
+        self._modules: dict[str, Any] = {}
         with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
             for name in MODULES:
-                module = cupy.cuda.function.Module()
-                module.load(load_cubin(name, arch))
-                self._modules[name] = module
+                if name not in _LATE_MODULES:
+                    self._load(name)
             # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
             self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))
         driver = cupy.cuda.driver
@@ -120,7 +122,16 @@ class CudaLauncher:
         stream = self._current_stream(self._index)
         self._launch_kernel(function.ptr, grid, 1, 1, THREADS, 1, 1, 0, stream, buffer.address, 0)
 
+    def _load(self, name: str) -> None:
+        import cupy
+
+        module = cupy.cuda.function.Module()
+        module.load(load_cubin(name, self._arch))
+        self._modules[name] = module
+
     def _find(self, kernel: str) -> Any:
-        module = self._modules[_MODULE_OF.get(kernel.partition("_")[0], "elementwise")]
-        self._functions[kernel] = module.get_function(kernel)
+        name = _MODULE_OF.get(kernel.partition("_")[0], "elementwise")
+        if name not in self._modules:
+            self._load(name)
+        self._functions[kernel] = self._modules[name].get_function(kernel)
         return self._functions[kernel]

@@ -2,17 +2,9 @@
 //
 // Each comes eight elements at a time (16-byte accesses; `_v8`) and one at a time for sizes and strides that are not
 // multiples of eight (`_v1`). Letters: M tokens, H hidden size, F feed-forward size, D head dimension.
-#include "bits.cuh"
+#include "reduce.cuh"
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(256)
-
-static constexpr u32 FULL_WARP = 0xFFFFFFFFu;
-
-// Sum over `lanes` (a power of two) neighbouring lanes; all of a warp's threads must call it.
-Q4KD_DEVICE float sum_lanes(float value, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(FULL_WARP, value, offset);
-    return value;
-}
 
 // Sum over a block of 256 threads, the same in all of them. One use a kernel: `partial` is not protected for a second.
 Q4KD_DEVICE float sum_block(float value) {
