@@ -105,7 +105,9 @@ class DistillConfig:
         0.1, "loss", "weight of the cross-entropy; 1 - alpha is that of the distillation term", low=0.0, high=1.0
     )
     temperature: float = _setting(1.0, "loss", "divides both logits", low=1e-3, high=1e3)
-    divergence: Divergence = _setting("forward_kl", "loss", "distance from the teacher", choices=typing.get_args(Divergence))
+    divergence: Divergence = _setting(
+        "forward_kl", "loss", "distance from the teacher", choices=typing.get_args(Divergence)
+    )
     beta: float = _setting(0.5, "loss", "mixture weight of jsd", low=1e-3, high=1 - 1e-3)
     loss_mode: LossMode = _setting(
         "fast",
