@@ -203,7 +203,7 @@ def restore(run: Run) -> Path:
 
 
 def write_model(run: Run) -> None:
-    """Write ``model/``, which transformers loads, and with LoRA ``adapter/``, which peft loads. All processes together."""
+    """Write ``model/``, for transformers, and with LoRA ``adapter/``, for peft. All processes together."""
     student = run.unwrapped.student
     state = whole_state(student, run.is_main)
     if not run.is_main:
