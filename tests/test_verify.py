@@ -278,7 +278,7 @@ def test_numbers_may_differ_by_rounding_only() -> None:
 
 
 STANDALONE = """
-import socket, sys, time
+import socket, sys
 ABSENT = ("torch", "transformers", "accelerate", "safetensors", "pynvml", "cupy", "matplotlib")
 class Refuse:
     def find_spec(self, name, path=None, target=None):

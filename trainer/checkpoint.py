@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sha256_file, sync_folder, write_json
+from q4kd.trainer.optimizer import MasterWeightOptimizer
+from q4kd.trainer.sharding import load_trained_tensors
 
 STATE_VERSION = 1
 _NAME = re.compile(r"step-(\d{6,12})")
@@ -33,14 +34,6 @@ class CheckpointState:
     step: int
     config: Mapping[str, Any]
     data_sha256: str
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}|{key}"] = torch.as_tensor(value).contiguous()
-    return tensors
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -57,9 +50,9 @@ def _fsync(path: Path) -> None:
 
 
 def save_checkpoint(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, keep: int
+    run: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: CheckpointState, keep: int
 ) -> Path:
-    """Write a checkpoint and drop all but the newest ``keep``.
+    """Write a checkpoint and drop all but the newest ``keep``; tensors as ``sharding.gather`` gives them.
 
     Raises:
         OSError: when it cannot be written; earlier checkpoints are then untouched.
@@ -71,8 +64,8 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_model(model, str(temporary / _PARTS[0]))
-        save_file(_optimizer_tensors(model, optimizer), temporary / _PARTS[1])
+        save_file(dict(model), temporary / _PARTS[0])
+        save_file(dict(optimizer), temporary / _PARTS[1])
         for part in _PARTS:
             _fsync(temporary / part)
         document = {
@@ -120,23 +113,17 @@ def read_state(path: Path) -> CheckpointState:
     return CheckpointState(step, config, str(document.get("data_sha256")))
 
 
-def restore_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load verified tensors into the student and its optimiser.
+def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOptimizer) -> None:
+    """Load verified tensors into the student and its optimiser, in all processes together.
 
     Raises:
         InputError: when the tensors do not fit this student.
     """
     try:
-        load_model(model, path / _PARTS[0])
-        tensors = load_file(path / _PARTS[1])
-    except (RuntimeError, SafetensorError, OSError) as error:
+        load_trained_tensors(model, load_file(path / _PARTS[0]).items())
+        optimizer.load(load_file(path / _PARTS[1]).items())
+    except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
         raise _refuse(path, "tensors of this student", str(error).splitlines()[0][:120]) from error
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, _, key = name.rpartition("|")
-        if parameter_name not in parameters:
-            raise _refuse(path, "optimiser state of this student", f"state of {parameter_name!r}")
-        optimizer.state[parameters[parameter_name]][key] = value
 
 
 def explain_difference(old: Mapping[str, Any], new: Mapping[str, Any], ignore: frozenset[str]) -> str | None:

@@ -71,14 +71,12 @@ def _scalar(value: object) -> str:
 def run_schema() -> str:
     """Return the JSON Schema (2020-12) of RUN.yaml, as shipped in ``run.schema.json``."""
     kinds = typing.get_type_hints(DistillConfig)
-    properties = {
-        setting.name: _property(setting, kinds[setting.name]) for setting in dataclasses.fields(DistillConfig)
-    }
+    settings = dataclasses.fields(DistillConfig)
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "RUN.yaml of q4kd distill",
         "type": "object",
-        "properties": properties,
+        "properties": {setting.name: _property(setting, kinds[setting.name]) for setting in settings},
         "additionalProperties": False,
     }
     return json.dumps(schema, indent=1) + "\n"

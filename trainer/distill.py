@@ -19,39 +19,34 @@ from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
 from q4kd.trainer.guards import check_not_degenerate
 from q4kd.trainer.progress import Reporter
-from q4kd.trainer.run import Run, assemble, restore, write_run_file
+from q4kd.trainer.run import Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.run_folder import check_run_folder, locked
+from q4kd.trainer.sharding import gather, trained_tensors
 from q4kd.trainer.step import learning_rate, save_batch, train_step
 from q4kd.trainer.watchdog import guarded
 
 
 def _evaluate(run: Run) -> Evaluation | None:
-    config = run.config
-    result = evaluate(
-        run.unwrapped,
-        run.teacher,
-        run.corpus.held_out,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        max_tokens=config.eval_tokens,
-    )
+    result = evaluate(run.accelerator, run.model, run.teacher, run.held_out_batches())
     if result is not None and run.is_main:
         run.events.emit("eval", step=run.done, **vars(result))
         print(
             f"Held-out at step {run.done}: loss: {result.loss:.4f}, KL to teacher: {result.kl:.4f}, "
-            f"top-1 agreement: {result.agreement:.2%} ({result.tokens} tokens)",
+            f"top-1 agreement: {result.agreement:.2%}, perplexity: {result.perplexity:.2f} ({result.tokens} tokens)",
             flush=True,
         )
     return result
 
 
 def _checkpoint(run: Run) -> None:
+    # Under FSDP every process holds a part of each tensor: all gather, one writes.
+    model = gather(trained_tensors(run.unwrapped.student), run.is_main)
+    optimizer = gather(run.optimizer.tensors(), run.is_main)
     if not run.is_main:
         return
     state = CheckpointState(run.done, run.settings, run.corpus.train.sha256)
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     try:
-        path = save_checkpoint(run.config.out, run.unwrapped.student, optimizer, state, run.config.keep)
+        path = save_checkpoint(run.config.out, model, optimizer, state, run.config.keep)
     except (OSError, SafetensorError) as error:
         kept = [checkpoint.name for checkpoint in list_checkpoints(run.config.out)]
         raise TrainingAborted(
@@ -102,13 +97,10 @@ def _finish(run: Run, started: float, first: int) -> None:
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "projected_seconds_of_full_run": per_step * run.total_steps,
     }
+    if config.max_steps is None:
+        write_model(run)
     if run.is_main:
-        if config.max_steps is None:
-            folder = config.out / "model"
-            run.unwrapped.student.save_pretrained(folder, safe_serialization=True)
-            run.tokenizer.save_pretrained(folder)
-            print(f"Model written to {folder}", flush=True)
-        else:
+        if config.max_steps is not None:
             print(
                 f"Smoke run: {run.done} of {run.total_steps} steps; the full run would take "
                 f"{summary['projected_seconds_of_full_run'] / 60:.1f} min at {summary['tokens_per_second']:.0f} tok/s; "

@@ -1,57 +1,88 @@
 """Held-out evaluation: the student's loss, its distance from the teacher and how often both prefer the same token."""
 
+import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from q4kd.trainer.data import TokenSet
-from q4kd.trainer.student import DistillationModel
+from q4kd.trainer.batch import Batch
+from q4kd.trainer.kd_loss import IGNORE, KDLossConfig, divergence_rows
 from q4kd.trainer.teacher import Teacher
+
+# Of the two heads' logits; a chunk of float32 log-probabilities at 152k tokens of vocabulary is then 150 MB.
+CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over held-out tokens.
+    """Means over held-out tokens that have a label.
 
     Attributes:
         loss: cross-entropy of the student, nats per token.
-        kl: KL(teacher || student) at temperature 1, nats per token.
-        agreement: share of tokens at which both have the same most likely next token.
+        perplexity: exp(loss).
+        kl: KL(teacher || student) at temperature 1, nats per token; 0 without a teacher.
+        agreement: share of tokens at which both have the same most likely next token; 0 without a teacher.
         tokens: tokens evaluated.
     """
 
     loss: float
+    perplexity: float
     kl: float
     agreement: float
     tokens: int
 
 
 @torch.no_grad()
-def evaluate(
-    model: DistillationModel, teacher: Teacher, tokens: TokenSet, *, seq_len: int, batch_size: int, max_tokens: int
-) -> Evaluation | None:
-    """Evaluate on the first ``max_tokens`` held-out tokens; None when there is not even one window.
+def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Iterable[Batch]) -> Evaluation | None:
+    """Evaluate on this process's batches and all others'; None when no token of any has a label.
 
-    Logits exist for one chunk of tokens at a time, as in training.
+    All processes must call it together, with equally many batches under FSDP.
+
+    Args:
+        accelerator: ``accelerate.Accelerator``.
+        model: prepared ``DistillationModel``; it is left in the mode it was in.
+        teacher: None when there is only a cache, which has nothing on held-out text.
+        batches: of this process, on its device. Batches may be empty of labels.
+
+    Logits exist for one chunk of tokens at a time, as in training; log-probabilities are float32, sums float64.
     """
-    windows = min(tokens.num_windows(seq_len), max_tokens // seq_len)
-    if windows == 0:
-        return None
-    was_training, device = model.training, model.head_weight.device
+    was_training = model.training
     model.eval()
-    loss = kl = agree = 0.0
-    for start in range(0, windows, batch_size):
-        chosen = range(start, min(start + batch_size, windows))
-        batch = torch.stack([torch.from_numpy(tokens.window(index, seq_len)).long() for index in chosen]).to(device)
-        ids_BT, labels_M = batch[:, :-1], batch[:, 1:].flatten()
-        student_MH = model.hidden(ids_BT).flatten(0, 1)
-        teacher_MH = teacher.hidden(ids_BT).flatten(0, 1)
-        for rows in torch.split(torch.arange(len(labels_M), device=device), model.config.chunk_tokens):
-            log_q = torch.log_softmax(student_MH[rows] @ model.head_weight.T, -1)
-            log_p = torch.log_softmax(teacher.head_logits(teacher_MH[rows])[:, : log_q.shape[1]], -1)
-            loss -= float(log_q.gather(1, labels_M[rows].unsqueeze(1)).sum(dtype=torch.float64))
-            kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        teacher_MH = teacher.hidden(batch.ids_BT).flatten(0, 1) if teacher is not None else None
+        measure = functools.partial(_sums, labels_M=batch.labels_BT.flatten(), teacher=teacher, teacher_MH=teacher_MH)
+        sums += model(batch.ids_BT, batch.labels_BT, None, None, 1, use=measure)
     model.train(was_training)
-    count = windows * seq_len
-    return Evaluation(loss=loss / count, kl=kl / count, agreement=agree / count, tokens=count)
+    loss, kl, agree, count = accelerator.reduce(sums, reduction="sum").tolist()
+    if count == 0:
+        return None
+    return Evaluation(
+        loss=loss / count,
+        perplexity=math.exp(min(loss / count, 700.0)),
+        kl=kl / count,
+        agreement=agree / count,
+        tokens=int(count),
+    )
+
+
+def _sums(
+    hidden_MH: Tensor, head_VH: Tensor, labels_M: Tensor, teacher: Teacher | None, teacher_MH: Tensor | None
+) -> Tensor:
+    """Return summed cross-entropy, KL, agreement and count over labelled positions, float64 ``[4]``."""
+    sums = torch.zeros(4, dtype=torch.float64, device=hidden_MH.device)
+    positions = (labels_M != IGNORE).nonzero().squeeze(1)
+    for rows in torch.split(positions, CHUNK_TOKENS):
+        log_q = torch.log_softmax((hidden_MH[rows] @ head_VH.T).float(), -1)
+        sums[0] -= log_q.gather(1, labels_M[rows].unsqueeze(1)).sum(dtype=torch.float64)
+        sums[3] += len(rows)
+        if teacher is not None and teacher_MH is not None:
+            teacher_CV = teacher.head_logits(teacher_MH[rows])[:, : log_q.shape[1]]
+            log_p = torch.log_softmax(teacher_CV.float(), -1)
+            sums[1] += divergence_rows(log_p, log_q, KDLossConfig())[0].sum()
+            sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return sums

@@ -1,11 +1,14 @@
 """Everything a run needs, assembled before its first step."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from q4kd.trainer.batch import Batch
@@ -16,7 +19,18 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file, write_json
 from q4kd.trainer.guards import check_vocabulary
-from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer
+from q4kd.trainer.kd_loss import IGNORE
+from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
+from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
+from q4kd.trainer.sharding import make_accelerator, prepare_model, whole_state
+from q4kd.trainer.student import (
+    DistillationModel,
+    encoder,
+    load_student,
+    load_tokenizer,
+    set_up_student,
+    student_dtype,
+)
 from q4kd.trainer.teacher import Teacher, load_teacher
 
 RUN_FILE_VERSION = 1
@@ -33,7 +47,9 @@ class Run:
     config: DistillConfig
     accelerator: Any
     model: Any
-    optimizer: Any
+    optimizer: MasterWeightOptimizer
+    # peft's model around the student; None when every weight is trained.
+    adapted: Any
     tokenizer: Any
     teacher: Teacher
     corpus: Corpus
@@ -71,6 +87,19 @@ class Run:
         share = everything[slice(self.accelerator.process_index, None, self.accelerator.num_processes)]
         return share.to(self.accelerator.device)
 
+    def held_out_batches(self) -> Iterator[Batch]:
+        """Yield this process's share of the held-out windows, on its device: equally many batches in every process."""
+        tokens, config, processes = self.corpus.held_out, self.config, self.accelerator.num_processes
+        windows = min(tokens.num_windows(config.seq_len), config.eval_tokens // config.seq_len)
+        for start in range(0, windows, config.batch_size * processes):
+            mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
+            chosen = [index for index in mine if index < windows]
+            found = np.stack([tokens.window(index, config.seq_len) for index in chosen or [start]])
+            batch = Batch.from_windows(found.astype(np.int64))
+            if not chosen:  # this process still takes part, with a window that has no labels
+                batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
+            yield batch.to(self.accelerator.device)
+
 
 def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     """Load teacher, student and data, and prepare the student for this process.
@@ -78,11 +107,9 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     Raises:
         InputError: for whatever cannot be used, or does not fit together.
     """
-    from accelerate import Accelerator
-
     announce = functools.partial(print, flush=True) if is_main else _say_nothing
     # First, because it chooses this process's GPU among several.
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    accelerator = make_accelerator(config.device)
     assert config.teacher is not None
     teacher = load_teacher(
         config.teacher,
@@ -93,8 +120,8 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         announce=announce,
     )
     tokenizer = load_tokenizer(config.student)
-    student = load_student(config.student, config.seed)
-    rows: int = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    student: Any = load_student(config.student, config.seed, student_dtype(config))
+    rows: int = student.get_output_embeddings().weight.shape[0]
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
     corpus = load_corpus(
@@ -109,14 +136,16 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         corpus.train, seq_len=config.seq_len, sequences_per_step=sequences, seed=config.seed, path=config.data
     )
     total = config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
-    model = DistillationModel(student, config.loss)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    set_up_student(student, config)
+    adapted = add_adapters(student, config) if config.lora_rank else None
+    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    optimizer = make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters())
     return Run(
         config=config,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
+        adapted=adapted,
         tokenizer=tokenizer,
         teacher=teacher,
         corpus=corpus,
@@ -167,7 +196,22 @@ def restore(run: Run) -> Path:
             got=difference or "other training data",
             remedy="repeat its settings, or start a new run in another folder",
         )
-    restore_checkpoint(path, run.unwrapped.student, getattr(run.optimizer, "optimizer", run.optimizer))
+    restore_checkpoint(path, run.unwrapped.student, run.optimizer)
     run.done = state.step
     run.events.emit("resumed", step=run.done, checkpoint=path.name)
     return path
+
+
+def write_model(run: Run) -> None:
+    """Write ``model/``, for transformers, and with LoRA ``adapter/``, for peft. All processes together."""
+    student = run.unwrapped.student
+    state = whole_state(student, run.is_main)
+    if not run.is_main:
+        return
+    folder = run.config.out / "model"
+    if run.adapted is not None:
+        save_adapter(run.adapted, run.config.out / "adapter", state)
+        state = merged_state(run.adapted, state)
+    student.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    run.tokenizer.save_pretrained(folder)
+    print(f"Model written to {folder}", flush=True)

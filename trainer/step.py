@@ -13,12 +13,17 @@ import torch
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import TrainingAborted
+from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step did. Losses are means over the step's targets; times are seconds."""
+    """What one step did. Losses are means over the step's targets; times are seconds of the device's work.
+
+    The fused loss makes its gradients in the forward pass, so ``loss_s`` holds both heads and ``student_s`` the
+    student's forward and backward.
+    """
 
     loss: float
     ce: float
@@ -29,15 +34,21 @@ class StepResult:
     seconds: float
     teacher_s: float
     student_s: float
+    loss_s: float
     optimizer_s: float
 
 
 def learning_rate(step: int, config: DistillConfig, total_steps: int) -> float:
-    """Linear warm-up to ``lr``, then cosine to zero at ``total_steps``; ``step`` counts from 0."""
+    """Return the rate of a step, counted from 0: linear warm-up to ``lr``, then the schedule.
+
+    cosine and linear fall to zero at ``total_steps``; constant stays at ``lr``.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress) if config.schedule == "linear" else config.lr
 
 
 def train_step(
@@ -55,7 +66,7 @@ def train_step(
         accelerator: ``accelerate.Accelerator``.
         model: prepared ``DistillationModel``.
         teacher: None for a cross-entropy-only step.
-        optimizer: prepared AdamW.
+        optimizer: ``MasterWeightOptimizer`` of the model's parameters.
         batch: on the accelerator's device.
         config: run settings.
         lr: learning rate of this step.
@@ -64,45 +75,46 @@ def train_step(
         TrainingAborted: when loss or gradient norm is not finite; the update is not made.
     """
     started = time.monotonic()
+    clock = StepClock(batch.ids_BT.device)
+    clock.start()
+    accelerator.unwrap_model(model).clock = clock
     num_targets = int(accelerator.reduce(batch.count_targets(), reduction="sum"))
-    teacher_s = 0.0
     sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
     micro_batches = list(batch.split(config.batch_size))
     for index, part in enumerate(micro_batches):
-        before_teacher = time.monotonic()
         teacher_hidden = teacher.hidden(part.ids_BT) if teacher is not None else None
-        teacher_s += time.monotonic() - before_teacher
+        clock.mark("teacher")
         head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             accelerator.backward(terms.loss * accelerator.num_processes)
+        clock.mark("student")
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
     sums = accelerator.reduce(sums, reduction="sum")
-    before_optimizer = time.monotonic()
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
-    loss, ce, kd = (float(value) for value in sums)
-    if not math.isfinite(loss) or not math.isfinite(norm):
+    norm = optimizer.clip(config.clip)
+    # The one time that the host waits for the device before the update: what is not finite must not be applied.
+    loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise TrainingAborted(
-            f"loss {loss} and gradient norm {norm} at learning rate {lr:g}: not finite, no update made"
+            f"loss {loss} and gradient norm {grad_norm} at learning rate {lr:g}: not finite, no update made"
         )
     optimizer.step()
     optimizer.zero_grad()
-    finished = time.monotonic()
+    clock.mark("optimizer")
+    parts = clock.read()
     return StepResult(
         loss=loss,
         ce=ce,
         kd=kd,
-        grad_norm=norm,
+        grad_norm=grad_norm,
         lr=lr,
         tokens=num_targets,
-        seconds=finished - started,
-        teacher_s=teacher_s,
-        student_s=before_optimizer - started - teacher_s,
-        optimizer_s=finished - before_optimizer,
+        seconds=time.monotonic() - started,
+        **{f"{part}_s": seconds for part, seconds in parts.items()},
     )
 
 

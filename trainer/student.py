@@ -1,5 +1,6 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
+from q4kd.trainer.lora import effective_weight
+from q4kd.trainer.step_clock import StepClock
 
 # Nothing is fetched: a student is a folder. Set before transformers is imported, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,8 +43,16 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
-def load_student(folder: Path, seed: int) -> nn.Module:
-    """Load a student in float32, or make a fresh one from config.json and ``seed``.
+def student_dtype(config: DistillConfig) -> torch.dtype:
+    """Return the dtype of the student's weights and products that the settings mean."""
+    name = config.student_dtype
+    if name == "auto":
+        name = "bfloat16" if config.device == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a student, or make a fresh one from config.json and ``seed``, whose weights are then rounded to ``dtype``.
 
     Raises:
         InputError: when the folder is not a causal LM, or holds only weights in a format that needs pickle.
@@ -65,17 +77,67 @@ def load_student(folder: Path, seed: int) -> nn.Module:
     try:
         if has_weights(folder):
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
             make: Any = AutoModelForCausalLM.from_config
+            # Drawn in float32 for every dtype: the same seed is the same student. Buffers, such as RoPE's
+            # frequencies, stay float32.
             model = make(config, dtype=torch.float32, trust_remote_code=False)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _refuse(folder, error) from error
     module: nn.Module = model
     return module
+
+
+def set_up_student(student: Any, config: DistillConfig) -> None:
+    """Apply what the settings ask of the student's own forward and backward pass, in place.
+
+    Raises:
+        InputError: when it needs a package or a device that is not there, or the architecture does not offer it.
+    """
+    if config.student_kernels == "liger":
+        _apply_liger(student, config.device)
+    if config.gradient_checkpointing:
+        if not student.supports_gradient_checkpointing:
+            raise InputError(
+                "setting gradient_checkpointing",
+                expected="an architecture that offers it",
+                got=type(student).__name__,
+                remedy="leave it out",
+            )
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        # In place: names of parameters stay, and the loss, which is fused by hand, stays out.
+        student.base_model.compile()
+
+
+def _apply_liger(student: Any, device: str) -> None:
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        raise InputError(
+            "setting student_kernels liger",
+            expected="liger-kernel and device cuda",
+            got=f"device {device}" if device != "cuda" else "no liger-kernel",
+            remedy="use student_kernels torch" if device != "cuda" else "pip install 'q4kd[liger]'",
+        )
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if student.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(
+            "setting student_kernels liger",
+            expected="an architecture that liger-kernel has kernels for",
+            got=student.config.model_type,
+            remedy="use student_kernels torch",
+        )
+    # Norms, SwiGLU and RoPE only: the loss is ours, and the head is multiplied in it.
+    _apply_liger_kernel_to_instance(
+        student, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -124,6 +186,10 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.config = config
+        # Told where the student ends and the loss begins; set by whoever times steps.
+        self.clock: StepClock | None = None
+        # What FSDP shards as one unit: the student's own layers. Its head stays in the root unit, whole in ``forward``.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
         if getattr(student.get_output_embeddings(), "bias", None) is not None:
             raise InputError(
                 "student", expected="an output head without bias", got="one with bias", remedy="use another student"
@@ -132,8 +198,11 @@ class DistillationModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The student's head ``[V, H]``."""
-        weight: Tensor = self.student.get_output_embeddings().weight
-        return weight
+        return effective_weight(self.student.get_output_embeddings())
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one tensor again, as the student's config says."""
+        self.student.tie_weights()
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Return the student's final hidden states, float ``[B, T, H]``."""
@@ -148,10 +217,21 @@ class DistillationModel(nn.Module):
         teacher_hidden: Tensor | None,
         teacher_head: Callable[[Tensor], Tensor] | None,
         num_targets: float,
-    ) -> LossTerms:
-        """Return the loss of a batch; see ``kd_loss`` for the arguments."""
-        return kd_loss(
-            self.hidden(ids_BT).flatten(0, 1),
+        *,
+        use: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> LossTerms | Any:
+        """Return the loss of a batch; see ``kd_loss`` for the arguments.
+
+        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
+        whole only inside this call, when the model is called through its wrapper.
+        """
+        hidden_MH = self.hidden(ids_BT).flatten(0, 1)
+        if use is not None:
+            return use(hidden_MH, self.head_weight)
+        if self.clock is not None:
+            self.clock.mark("student")
+        terms = kd_loss(
+            hidden_MH,
             self.head_weight,
             labels_BT.flatten(),
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
@@ -159,3 +239,6 @@ class DistillationModel(nn.Module):
             num_targets=num_targets,
             config=self.config,
         )
+        if self.clock is not None:
+            self.clock.mark("loss")
+        return terms
