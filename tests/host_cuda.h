@@ -87,10 +87,12 @@ struct Host {
     static void enter();
 
     void run_block(unsigned threads) {
-        fibers.assign(threads, Fiber());
+        fibers.resize(threads);
         for (unsigned i = 0; i < threads; i++) {
             Fiber& fiber = fibers[i];
-            fiber.stack.resize(64 << 10);
+            fiber.done = false;
+            fiber.blocks = fiber.warps = 0;
+            fiber.stack.resize(64 << 10);  // kept from block to block: clearing it anew took most of the time
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
             fiber.context.uc_stack.ss_size = fiber.stack.size();

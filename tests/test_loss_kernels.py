@@ -59,13 +59,13 @@ def test_cross_entropy_alone(kernels: LossKernels, types) -> None:  # type: igno
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("columns", [301, 2056, 8200])
+@pytest.mark.parametrize("columns", [520, 2101])
 def test_equality_costs_exactly_nothing(kernels: LossKernels, divergence, columns: int) -> None:  # type: ignore[no-untyped-def]
     for temperature in (1.0, 2.0):
         config = KDLossConfig(divergence=divergence, temperature=temperature, alpha=0.0)
         for dtype in (BF16, F32):
             checks.equality_is_exact(kernels, config, columns, dtype)
-    checks.equality_is_exact(kernels, KDLossConfig(divergence=divergence, alpha=0.0), 2056, F32, is_fused=True)
+    checks.equality_is_exact(kernels, KDLossConfig(divergence=divergence, alpha=0.0), 520, F32, is_fused=True)
 
 
 def test_what_is_not_finite_is_seen(kernels: LossKernels) -> None:

@@ -24,6 +24,21 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
     teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
     teacher.set_defaults(run=_teacher)
+    loss = commands.add_parser("loss", help="the fused loss against the four matrix products it cannot do without")
+    loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for option, what in (
+        ("tokens", "positions"),
+        ("vocab", "rows of the student's head"),
+        ("hidden", "student's size"),
+    ):
+        loss.add_argument(f"--{option}", metavar="N", help=f"{what} (default: by device)")
+    loss.add_argument("--teacher-hidden", metavar="N", help="teacher's size, a multiple of 256 (default: by device)")
+    loss.add_argument("--chunk", default="0", metavar="N", help="tokens of a chunk of fast; 0 chooses")
+    loss.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
+    loss.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    loss.add_argument("--pairs", type=int, default=15, metavar="N", help="counted rounds")
+    loss.add_argument("--out", type=Path, metavar="DIR", help="write loss.json there")
+    loss.set_defaults(run=_loss)
     load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
     load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
     load.set_defaults(run=_load)
@@ -40,6 +55,48 @@ def _kernels(_args: argparse.Namespace) -> int:
     print(table(decode_bandwidth()))
     print(product_table(matvec_bandwidth()))
     return 0
+
+
+def _loss(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    if args.device == "cuda":
+        from q4kd.trainer.device import cuda_facts
+
+        cuda_facts()
+    from q4kd.trainer.bench.loss import CPU_SHAPE, CUDA_SHAPE, compare_loss, table
+    from q4kd.trainer.kd_loss import KDLossConfig
+
+    default = CUDA_SHAPE if args.device == "cuda" else CPU_SHAPE
+    sizes = {
+        name: _count(f"--{name.replace('_', '-')}", getattr(args, name), 1 << 22)
+        for name in ("tokens", "vocab", "hidden", "teacher_hidden")
+        if getattr(args, name)
+    }
+    shape = dataclasses.replace(default, **sizes)
+    if shape.teacher_hidden % 256:
+        raise InputError("--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="correct it")
+    chunk = 0 if args.chunk == "0" else _count("--chunk", args.chunk, 1 << 20)
+    if not 1e-3 <= args.temperature <= 1e3:
+        raise InputError("--temperature", expected="1e-3 to 1e3", got=str(args.temperature), remedy="correct it")
+    config = KDLossConfig(chunk_tokens=chunk, divergence=args.divergence, temperature=args.temperature)
+    found = compare_loss(shape, args.device, config, _count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
+    if args.out:
+        _write(args.out, "loss.json", found)
+    print("\n".join(table(found)))
+    return 0
+
+
+def _write(folder: Path, name: str, found: object) -> None:
+    from q4kd.trainer.files import write_json
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, found)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder}", expected="a writable folder", got=str(error.strerror), remedy="choose another"
+        ) from error
 
 
 def _load(args: argparse.Namespace) -> int:
@@ -72,7 +129,6 @@ def _teacher(args: argparse.Namespace) -> int:
 
     from q4kd.trainer.bench.comparison import compare_on_cpu, table
     from q4kd.trainer.dtypes import choose_dtype
-    from q4kd.trainer.files import write_json
 
     dtype = choose_dtype(args.dtype, "cpu")
     print(f"dtype: {dtype.name} ({dtype.reason})")
@@ -80,13 +136,7 @@ def _teacher(args: argparse.Namespace) -> int:
         args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
     )
     if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_json(args.out / "bench.json", found)
-        except OSError as error:
-            raise InputError(
-                f"--out {args.out}", expected="a writable folder", got=str(error.strerror), remedy="choose another"
-            ) from error
+        _write(args.out, "bench.json", found)
     print("\n".join(table(found)))
     return 0 if found["shapes"] else 1
 

@@ -47,7 +47,7 @@ from q4kd.trainer.teacher_head import TeacherHead
 
 CHUNK_BYTES = 3_000_000_000
 _CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
-_SLICE = 1024
+SLICE = 1024
 _LOW_CHUNK, _LOW_TILE = 2048, 8192
 
 
@@ -141,7 +141,7 @@ def _project(x_CH: Tensor, weight_RH: Tensor, out_CR: Tensor) -> None:
 
 def chunk_bytes(chunk: int, vocab: int, *, logits_bytes: int, gradient_bytes: int, with_teacher: bool) -> int:
     """Return the bytes of ``fast``'s buffers for a chunk of ``chunk`` tokens; see the module's text."""
-    rows = min(chunk, _SLICE)
+    rows = min(chunk, SLICE)
     logits = rows * vocab * logits_bytes
     return chunk * vocab * gradient_bytes + logits * (with_teacher + (logits_bytes != gradient_bytes))
 
@@ -165,16 +165,32 @@ def _budget(device: torch.device) -> int:
     return min(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 20)
 
 
+def fast_chunk(tokens: int, vocab: int, config: KDLossConfig, hidden: Tensor, *, with_teacher: bool = True) -> int:
+    """Return the tokens of a chunk of ``fast``: as set, else what fits the device's share of bytes.
+
+    Args:
+        tokens: P.
+        vocab: V.
+        config: ``chunk_tokens`` and ``logits``.
+        hidden: of the student, for its type and device.
+        with_teacher: whether there are logits of a teacher.
+    """
+    if config.chunk_tokens:
+        return min(tokens, config.chunk_tokens)
+    gradient_bytes = 2 if hidden.dtype == torch.bfloat16 else 4
+    types = {
+        "logits_bytes": 2 if config.logits == "bfloat16" and gradient_bytes == 2 else 4,
+        "gradient_bytes": gradient_bytes,
+        "with_teacher": with_teacher,
+    }
+    return choose_chunk(tokens, vocab, _budget(hidden.device), **types)
+
+
 def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
     tokens, vocab, device = len(given.labels), len(given.weight), given.hidden.device
     gradient_type, with_teacher = given.hidden.dtype, given.teacher_hidden is not None
-    types = {
-        "logits_bytes": given.logits_type.itemsize,
-        "gradient_bytes": gradient_type.itemsize,
-        "with_teacher": with_teacher,
-    }
-    chunk = min(tokens, given.config.chunk_tokens) or choose_chunk(tokens, vocab, _budget(device), **types)
-    step = min(chunk, _SLICE)
+    chunk = fast_chunk(tokens, vocab, given.config, given.hidden, with_teacher=with_teacher)
+    step = min(chunk, SLICE)
     grad_CV = torch.empty(chunk, vocab, dtype=gradient_type, device=device)
     # Logits of the gradient's type become it in place.
     student_SV = None if given.logits_type == gradient_type else given.logits(step, vocab)

@@ -1,0 +1,320 @@
+"""The fused loss against the four products that no loss with both heads can do without, arms interleaved in one run.
+
+The products: teacher head forward, student head forward, gradient of the hidden states, gradient of the student's head.
+``products`` makes each in one call, ``products-chunked`` in the chunks and slices of ``fast`` (with its float32 sum of
+the head's gradient), both with logits and gradients of the types of the arm they are compared with and no softmax.
+``fast`` and ``low`` are the loss with its backward; their teacher's head is packed as Q6_K on CUDA and decoded within
+the time, as in a step. Ratios are an arm's seconds over those of ``products``, round by round.
+
+Bytes are the peak beyond what is held before, less the gradients: on CUDA torch's allocator, on the CPU its profiler.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+from q4kd.trainer.loss_terms import LogitsType, add_product, multiply_wide
+from q4kd.trainer.teacher_head import DenseHead
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """Sizes of one comparison; ``padding`` are rows of the teacher's head past the student's vocabulary."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    teacher_hidden: int
+    padding: int = 128
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of the four products."""
+        return 2 * self.tokens * self.vocab * (self.teacher_hidden + 3 * self.hidden)
+
+
+# Qwen2.5-7B as teacher of Qwen2.5-0.5B, 32 sequences of 256; and something for a laptop.
+CUDA_SHAPE = LossShape(8192, 151_936, 896, 3584)
+CPU_SHAPE = LossShape(512, 8192, 128, 256)
+
+
+class _PackedHead(DenseHead):
+    """A Q6_K head that is decoded at every call, into one buffer, as a step's first use of the teacher's head does."""
+
+    def __init__(self, shape: LossShape, device: torch.device) -> None:
+        from q4kd.trainer.cuda.kernels import Kernels
+        from q4kd.trainer.formats import block_format
+
+        rows, cols = shape.vocab + shape.padding, shape.teacher_hidden
+        super().__init__(torch.empty(rows, cols, dtype=torch.bfloat16, device=device))
+        form = block_format("Q6_K")
+        packed = torch.randint(
+            0, 256, (rows * form.row_bytes(cols) // form.block_bytes, form.block_bytes), device=device
+        )
+        packed = packed.to(torch.uint8)
+        # Scales of sub-blocks within ± 8 and 2^-12 for each superblock: weights of about 0.03.
+        packed[:, 192:208] = torch.randint(-8, 9, (len(packed), 16), device=device).to(torch.int8).view(torch.uint8)
+        packed[:, 208:] = torch.tensor([0x00, 0x0C], dtype=torch.uint8, device=device)
+        self._kernels = Kernels(device)
+        self._packed = self._kernels.repack_q6_k(packed.view(rows, -1))
+
+    def decoded(self) -> Tensor:
+        """Decode now."""
+        self.decode(0, self.rows, self._weight_VH)
+        return self._weight_VH
+
+    def decode(self, start: int, stop: int, out_RH: Tensor) -> None:
+        """Decode rows."""
+        self._kernels.decode("Q6_K_SOA", self._packed, start, stop, self._weight_VH.shape[1], out_RH)
+
+
+@dataclass
+class _Work:
+    """The tensors that every arm works on."""
+
+    shape: LossShape
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    head: DenseHead
+    labels: Tensor
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the two gradients."""
+        return self.hidden.nbytes + self.weight.nbytes
+
+
+def make_work(shape: LossShape, device: torch.device) -> _Work:
+    """Return random tensors, bfloat16 on CUDA and float32 on the CPU, every position unmasked."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    if device.type == "cuda":
+        head: DenseHead = _PackedHead(shape, device)
+    else:
+        head = DenseHead(normal(shape.vocab + shape.padding, shape.teacher_hidden, scale=shape.teacher_hidden**-0.5))
+    return _Work(
+        shape=shape,
+        hidden=normal(shape.tokens, shape.hidden).requires_grad_(),
+        weight=normal(shape.vocab, shape.hidden, scale=2 * shape.hidden**-0.5).requires_grad_(),
+        teacher_hidden=normal(shape.tokens, shape.teacher_hidden),
+        head=head,
+        labels=torch.randint(0, shape.vocab, (shape.tokens,), device=device),
+    )
+
+
+class LossArm:
+    """One way through the work; ``interleave.Arm``.
+
+    Args:
+        name: for the table.
+        step: does it once.
+        device: whose clock is read.
+    """
+
+    def __init__(self, name: str, step: Callable[[], object], device: torch.device) -> None:
+        self.name, self.step, self._device = name, step, device
+
+    def prepare(self) -> dict[str, Any]:
+        """Say what this is."""
+        return {"name": self.name}
+
+    def run(self, _ids: Ids, save: Path | None = None) -> float:
+        """Return the seconds of one step."""
+        if self._device.type == "cuda":
+            from q4kd.trainer.bench.device_probes import seconds_of
+
+            return seconds_of(self.step)
+        started = time.perf_counter()
+        self.step()
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Drop the work."""
+        del self.step
+
+
+def loss_step(work: _Work, config: KDLossConfig) -> None:
+    """Take the loss and its backward once."""
+    work.hidden.grad = work.weight.grad = None
+    terms = kd_loss(
+        work.hidden,
+        work.weight,
+        work.labels,
+        teacher_hidden=work.teacher_hidden,
+        teacher_head=work.head,
+        num_targets=float(work.shape.tokens),
+        config=config,
+    )
+    terms.loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    if out.dtype == x.dtype:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+
+
+class Products:
+    """The four products, ``chunk`` tokens of gradients and ``step`` tokens of logits at a time.
+
+    Args:
+        work: the tensors.
+        chunk: rows of a product of gradients.
+        step: rows of a product of logits; divides ``chunk``.
+        logits_type: of the two logits.
+        sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
+    """
+
+    def __init__(self, work: _Work, chunk: int, step: int, logits_type: torch.dtype, *, sums: bool) -> None:
+        self._work, self._chunk, self._step, self._sums = work, chunk, step, sums
+        vocab, device, dtype = work.shape.vocab, work.hidden.device, work.hidden.dtype
+        self._student, self._teacher = (torch.empty(step, vocab, dtype=logits_type, device=device) for _ in range(2))
+        self._grad = torch.randn(chunk, vocab, dtype=dtype, device=device).mul_(1e-3)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Make them once; results are dropped."""
+        work, head = self._work, self._work.head.decoded()[: self._work.shape.vocab]
+        head_grad = torch.empty_like(work.weight, dtype=torch.float32 if self._sums else work.weight.dtype)
+        for start in range(0, work.shape.tokens, self._chunk):
+            hidden, teacher = (x[start : start + self._chunk] for x in (work.hidden, work.teacher_hidden))
+            for first in range(0, len(hidden), self._step):
+                x, t = hidden[first : first + self._step], teacher[first : first + self._step]
+                _logits(t, head, self._teacher[: len(t)])
+                _logits(x, work.weight, self._student[: len(x)])
+            grad = self._grad[: len(hidden)]
+            multiply_wide(grad, work.weight)
+            if self._sums:
+                add_product(head_grad, grad.T, hidden, beta=int(start > 0), alpha=1.0)
+            else:
+                torch.mm(grad.T, hidden, out=head_grad)
+        if self._sums:
+            head_grad.to(work.weight.dtype)
+
+
+def peak_bytes(step: Callable[[], object], work: _Work) -> int:
+    """Return the most bytes that ``step`` takes beyond those held before it, less the gradients it leaves."""
+    work.hidden.grad = work.weight.grad = None
+    if work.hidden.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - work.gradient_bytes
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = most = 0
+    events: Any = profiler.profiler
+    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most - work.gradient_bytes
+
+
+_TYPES: tuple[LogitsType, ...] = ("float32", "bfloat16")
+
+
+def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, str]]:
+    """Return the arms, ``products`` first, with the type of each one's logits."""
+    device, tokens = work.hidden.device, work.shape.tokens
+    kinds: tuple[LogitsType, ...]
+    chunks: dict[LogitsType, int]
+    if device.type == "cuda":
+        from q4kd.trainer.cuda.loss import SLICE, fast_chunk
+
+        chunks = {
+            kind: fast_chunk(tokens, work.shape.vocab, replace(config, logits=kind), work.hidden) for kind in _TYPES
+        }
+        kinds = _TYPES
+        step = SLICE
+    else:
+        kinds, chunks = ("float32",), {"float32": config.chunk_for(work.shape.vocab)}
+        step = chunks["float32"]
+    arms = []
+    for kind in kinds:
+        of_type = partial(Products, work, logits_type=getattr(torch, kind))
+        chunk = chunks[kind]
+        made: dict[str, Callable[[], object]] = {
+            "products": of_type(tokens, tokens, sums=False),
+            "products-chunked": of_type(chunk, min(step, chunk), sums=True),
+            "fast": partial(loss_step, work, replace(config, mode="fast", logits=kind)),
+        }
+        if kind == "float32":
+            made["low"] = partial(loss_step, work, replace(config, mode="low", chunk_tokens=0))
+        arms += [(LossArm(name, step_of, device), kind) for name, step_of in made.items()]
+    return arms
+
+
+def compare_loss(
+    shape: LossShape, device: str, config: KDLossConfig, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Time every arm turn by turn and return rows: seconds, ratio to ``products`` of the same type, bytes."""
+    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    work = make_work(shape, where)
+    say(f"{shape.tokens} tokens, V {shape.vocab}, H {shape.hidden}, teacher H {shape.teacher_hidden}, {device}")
+    arms = _arms(work, config)
+    ids = make_ids(Shape(1, shape.tokens), 2)
+    for arm, _ in arms:
+        arm.run(ids)
+    series = interleave([arm for arm, _ in arms], ids, rounds, say)
+    rows = []
+    for (arm, kind), one in zip(arms, series, strict=True):
+        base = next(other for (first, of), other in zip(arms, series, strict=True) if of == kind)
+        rows.append(
+            {
+                "arm": arm.name,
+                "logits": kind,
+                "seconds": statistics.median(one.seconds),
+                **_ratio(one, base),
+                "tflop_per_s": shape.flop / statistics.median(one.seconds) / 1e12,
+                "peak_bytes": peak_bytes(arm.step, work) if arm.name in ("fast", "low") else None,
+            }
+        )
+    name = torch.cuda.get_device_name(where) if device == "cuda" else "cpu"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "shape": asdict(shape),
+        "config": asdict(config),
+        "head_bytes": work.head.decoded().nbytes,
+        "rows": rows,
+    }
+
+
+def _ratio(one: Series, base: Series) -> dict[str, float]:
+    values = [mine / theirs for mine, theirs in zip(one.seconds, base.seconds, strict=True)]
+    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"ratio": statistics.median(values), "ratio_low": quarters[0], "ratio_high": quarters[2]}
+
+
+def table(found: dict[str, Any]) -> Sequence[str]:
+    """Return the rows as aligned text."""
+    lines = [f"decoded teacher head: {found['head_bytes'] / 1e6:.0f} MB"]
+    lines += [f"{'arm':<17} {'logits':<9} {'ms':>9} {'ratio':>7} {'quartiles':>15} {'TFLOP/s':>8} {'MB beyond':>10}"]
+    for row in found["rows"]:
+        held = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        spread = f"{row['ratio_low']:.3f}..{row['ratio_high']:.3f}"
+        lines.append(
+            f"{row['arm']:<17} {row['logits']:<9} {row['seconds'] * 1e3:9.2f} {row['ratio']:7.3f} {spread:>15} "
+            f"{row['tflop_per_s']:8.2f} {held:>10}"
+        )
+    return lines
