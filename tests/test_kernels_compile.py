@@ -20,6 +20,7 @@ from q4kd.trainer.cuda.compile import (
     nvrtc_version,
     read_source,
 )
+from q4kd.trainer.cuda.launch import module_of
 from q4kd.trainer.errors import InputError
 
 # Every architecture takes half a minute on two cores; the kernels session sets this.
@@ -55,19 +56,32 @@ def tiny(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES if EVERY else ["sm_90a"])
-@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise"])
+@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise", "loss_forward_kl"])
 def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
     cubin = compile_source(read_source(name), arch)
     assert cubin[:4] == b"\x7fELF"
-    assert {"decode": b"decode_q4_k_bf16", "elementwise": b"rope_split_bf16_v8", "matvec": b"matvec_q4_k_r1_t1_f32"}[
-        name
-    ] in cubin
+    kernel = {
+        "decode": "decode_q4_k_bf16",
+        "elementwise": "rope_split_bf16_v8",
+        "matvec": "matvec_q4_k_r1_t1_f32",
+        "loss_ce": "loss_fused_ce_f32_bf16_v8",
+        "loss_forward_kl": "loss_grad_forward_kl_f32_f32_v1",
+        "loss_jsd": "loss_jsd_bf16_v8",
+        "loss_reverse_kl": "loss_stats_reverse_kl_f32_v8",
+    }[name]
+    assert kernel.encode() in cubin
+    assert module_of(kernel) == name
 
 
 def test_every_source_is_a_module() -> None:
     folder = Path(nvrtc_compile.__file__).parents[1] / "kernels"
     assert {path.stem for path in folder.glob("*.cu")} == set(MODULES)
-    assert [name for name, _ in read_source("decode").headers] == ["bits.cuh", "blocks.cuh"]
+    assert [name for name, _ in read_source("decode").headers] == [
+        "bits.cuh",
+        "blocks.cuh",
+        "kd_loss.cuh",
+        "reduce.cuh",
+    ]
 
 
 def test_compiler_log_is_quoted(nvrtc: None) -> None:

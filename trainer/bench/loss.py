@@ -233,7 +233,7 @@ def peak_bytes(step: Callable[[], object], work: _Work) -> int:
 _TYPES: tuple[LogitsType, ...] = ("float32", "bfloat16")
 
 
-def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, str]]:
+def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]:
     """Return the arms, ``products`` first, with the type of each one's logits."""
     device, tokens = work.hidden.device, work.shape.tokens
     kinds: tuple[LogitsType, ...]

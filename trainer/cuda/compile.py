@@ -16,7 +16,8 @@ from pathlib import Path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
 
-MODULES = ("decode", "elementwise", "kd_loss", "matvec")
+LOSS_MODULES = ("loss_ce", "loss_forward_kl", "loss_jsd", "loss_reverse_kl")
+MODULES = ("decode", "elementwise", "matvec", *LOSS_MODULES)
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "sm_121")
 OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 _DIGEST_BYTES = 32

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from q4kd.trainer.cuda.compile import MODULES, architecture, load_cubin, nvrtc_version
+from q4kd.trainer.cuda.compile import LOSS_MODULES, MODULES, architecture, load_cubin, nvrtc_version
 
 THREADS = 256  # a block, for every kernel
 
@@ -72,9 +72,13 @@ def _current_stream_of() -> Callable[[int], int]:
 
 # Which module a kernel is in, by the first word of its name; all others are elementwise.
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
-_MODULE_OF |= {"loss": "kd_loss"}
-# Not loaded before its first launch: the loss, which a teacher by itself has no use for.
-_LATE_MODULES = frozenset({"kd_loss"})
+
+
+def module_of(kernel: str) -> str:
+    """Return the name of the module that a kernel is in."""
+    if kernel.startswith("loss_"):
+        return next(name for name in LOSS_MODULES if f"_{name.removeprefix('loss_')}_" in kernel)
+    return _MODULE_OF.get(kernel.partition("_")[0], "elementwise")
 
 
 class CudaLauncher:
@@ -98,7 +102,7 @@ class CudaLauncher:
         with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
             for name in MODULES:
-                if name not in _LATE_MODULES:
+                if name not in LOSS_MODULES:  # a teacher by itself has no use for them: loaded at their first launch
                     self._load(name)
             # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
             self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))
@@ -130,7 +134,7 @@ class CudaLauncher:
         self._modules[name] = module
 
     def _find(self, kernel: str) -> Any:
-        name = _MODULE_OF.get(kernel.partition("_")[0], "elementwise")
+        name = module_of(kernel)
         if name not in self._modules:
             self._load(name)
         self._functions[kernel] = self._modules[name].get_function(kernel)

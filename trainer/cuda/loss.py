@@ -1,4 +1,4 @@
-"""The fused loss on CUDA: cuBLAS for the products, one kernel for softmax, divergence and gradient (``kd_loss.cu``).
+"""The fused loss on CUDA: cuBLAS for the products, one kernel for softmax, divergence and gradient (``kd_loss.cuh``).
 
 Products take the student's type (bfloat16, else float32) and accumulate in float32; logits are float32, or bfloat16 by
 choice (``KDLossConfig.logits``); the gradient with respect to the logits is rounded once to the products' type.

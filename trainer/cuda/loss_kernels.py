@@ -1,4 +1,4 @@
-"""The loss kernels as typed methods, like ``kernels.py``; ``kernels/kd_loss.cu`` says what they compute and how.
+"""The loss kernels as typed methods, like ``kernels.py``; ``kernels/kd_loss.cuh`` says what they compute and how.
 
 Letters in shapes: C tokens of a chunk, V columns of logits (a tile's, or the whole vocabulary's), S segments.
 """
@@ -15,7 +15,7 @@ from q4kd.trainer.cuda.launch import Launcher
 from q4kd.trainer.cuda.plans import DTYPES, Facts, Plan, Planned, require
 from q4kd.trainer.loss_terms import KDLossConfig
 
-# Columns of a block and sums of a segment: as in kd_loss.cu.
+# Columns of a block and sums of a segment: as in kd_loss.cuh.
 _SEGMENTS = {8: 8192, 1: 2048}
 SUMS = 8
 NUM_KNOBS = 5

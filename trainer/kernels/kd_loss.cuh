@@ -11,11 +11,8 @@
 // logits alone: what both have in common cancels before anything is rounded, and equal rows give exactly zero.
 //
 // Letters: C rows, V columns. Width 8 reads 16 bytes at a time, width 1 serves other strides and sizes.
+#pragma once
 #include "reduce.cuh"
-
-#ifndef KERNEL
-#define KERNEL extern "C" __global__ void __launch_bounds__(256)
-#endif
 
 enum Kind { CE_ONLY, FORWARD, REVERSE, JSD };
 
@@ -378,14 +375,14 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
 
 // `segments` are those of the given columns; of a tile of the vocabulary they begin at `first_segment` of all.
 #define READ_KERNEL(run, name, width, in)                                                                             \
-    KERNEL loss_##name##_##in##_v##width(const void* student, i64 student_stride, const void* teacher,                \
+    extern "C" __global__ void __launch_bounds__(256) loss_##name##_##in##_v##width(const void* student, i64 student_stride, const void* teacher,                \
                                          i64 teacher_stride, i64 columns, i64 segments, i64 first_segment,            \
                                          i64 all_segments, const float* knobs, float* sums) {                         \
         run(Logits{student, student_stride}, Logits{teacher, teacher_stride}, columns, segments, first_segment,       \
             all_segments, knobs, sums);                                                                               \
     }
 #define GRAD_KERNEL(name, kind, width, in, In, out, Out)                                                              \
-    KERNEL loss_grad_##name##_##in##_##out##_v##width(                                                                \
+    extern "C" __global__ void __launch_bounds__(256) loss_grad_##name##_##in##_##out##_v##width(                                                                \
         const void* student, i64 student_stride, const void* teacher, i64 teacher_stride, i64 columns, i64 segments,  \
         i64 all_segments, const float* knobs, const float* sums, i64 first_column, const i64* labels, void* gradient, \
         i64 stride, float* ce, float* kd) {                                                                           \
@@ -412,12 +409,3 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
     LOSS_WIDTH(name, kind, 1)                                                                                         \
     FUSED_KERNEL(name, kind, bf16, bf16, bf16, bf16)                                                                  \
     FUSED_KERNEL(name, kind, f32, float, bf16, bf16)
-
-LOSS_KIND(ce, CE_ONLY)
-LOSS_KIND(forward_kl, FORWARD)
-LOSS_KIND(reverse_kl, REVERSE)
-LOSS_KIND(jsd, JSD)
-READ_KERNEL((run_jsd<8, bf16>), jsd, 8, bf16)
-READ_KERNEL((run_jsd<8, float>), jsd, 8, f32)
-READ_KERNEL((run_jsd<1, bf16>), jsd, 1, bf16)
-READ_KERNEL((run_jsd<1, float>), jsd, 1, f32)
