@@ -3,6 +3,7 @@
 (Hu et al., https://arxiv.org/abs/2106.09685.) The student keeps its class; only the targeted modules are replaced.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,20 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
             remedy="leave it out",
         )
     torch.manual_seed(config.seed)
-    # The masters in the optimiser are float32; float32 adapters beside bfloat16 weights would cast every activation.
-    return get_peft_model(
-        student,  # type: ignore[arg-type]
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=False,
-    )
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going away
+        warnings.simplefilter("ignore", FutureWarning)
+        # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
+        return get_peft_model(
+            student,  # type: ignore[arg-type]
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
@@ -84,6 +87,7 @@ def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
     """
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # a form, with nothing filled in
 
 
 def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
