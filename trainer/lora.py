@@ -14,7 +14,7 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 
 
-def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
+def add_adapters(student: Any, config: DistillConfig) -> Any:
     """Freeze the student and put adapters into its targeted modules, in its own dtype; return peft's model around it.
 
     B starts at zero, so the student's function does not change; A comes from ``config.seed``.
@@ -36,8 +36,8 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
             got=f"{unknown[0]!r}, which this student has not" if unknown else "nothing",
             remedy="correct the names",
         )
-    tied = getattr(student.config, "tie_word_embeddings", False)  # type: ignore[union-attr]
-    ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}  # type: ignore[operator]
+    tied = getattr(student.config, "tie_word_embeddings", False)
+    ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}
     if tied and ends & set(names):
         raise InputError(
             f"setting lora_targets {config.lora_targets[:60]!r}",
@@ -50,10 +50,10 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
         return get_peft_model(
-            student,  # type: ignore[arg-type]
+            student,
             LoraConfig(
                 r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
@@ -63,7 +63,8 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
-    return next(name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    names = (name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    return next(names)
 
 
 def effective_weight(layer: Any) -> Tensor:

@@ -109,7 +109,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor: all of it where it is not sharded. Memory is shared with it."""
-    own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    own: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return own
 
 
