@@ -53,7 +53,7 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
             student,
             LoraConfig(
                 r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
                 lora_dropout=config.lora_dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
@@ -64,7 +64,8 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
     names = (name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
-    return next(names)
+    leaf: str = next(names)
+    return leaf
 
 
 def effective_weight(layer: Any) -> Tensor:

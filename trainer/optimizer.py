@@ -66,7 +66,7 @@ class MasterWeightOptimizer:
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         device = next(iter(self.masters.values())).device
-        # bfloat16 sums stop growing at 256 times a term. On the CPU, where sums are not made in trees, float32 keeps five
+        # bfloat16 sums stop growing at 256 times a term. On the CPU, whose sums are not trees, float32 keeps five
         # digits of a large matrix's norm, and shards would not agree with the whole.
         kind = torch.float64 if device.type == "cpu" else torch.float32
         norms = [torch.linalg.vector_norm(local(gradient), dtype=kind) for gradient in gradients]
