@@ -11,6 +11,7 @@ from torch import Tensor
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.kd_loss import IGNORE, KDLossConfig, divergence_rows
+from q4kd.trainer.sharding import reshard
 from q4kd.trainer.teacher import Teacher
 
 # Of the two heads' logits; a chunk of float32 log-probabilities at 152k tokens of vocabulary is then 150 MB.
@@ -57,6 +58,7 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
         teacher_MH = teacher.hidden(batch.ids_BT).flatten(0, 1) if teacher is not None else None
         measure = functools.partial(_sums, labels_M=batch.labels_BT.flatten(), teacher=teacher, teacher_MH=teacher_MH)
         sums += model(batch.ids_BT, batch.labels_BT, None, None, 1, use=measure)
+    reshard(model)
     model.train(was_training)
     loss, kl, agree, count = accelerator.reduce(sums, reduction="sum").tolist()
     if count == 0:

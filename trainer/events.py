@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +26,7 @@ class EventLog:
 
     def __init__(self, path: Path | None) -> None:
         self._file: IO[str] | None = None
+        self._listeners: list[Callable[[str, Mapping[str, object]], None]] = []
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,11 +38,17 @@ class EventLog:
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event. A number that is not finite is written as its name, since JSON has no NaN."""
+        for listener in self._listeners:
+            listener(event, fields)
         if self._file is None:
             return
         clean = {key: _finite(value) for key, value in fields.items()}
         line = {"v": EVENT_VERSION, "event": event, "t": time.monotonic(), "unix": time.time(), **clean}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def listen(self, listener: Callable[[str, Mapping[str, object]], None]) -> None:
+        """Call ``listener`` with the name and the fields of every event from now on, before it is written."""
+        self._listeners.append(listener)
 
     def start(self) -> None:
         """Emit ``process_start`` with this process's id."""

@@ -1,11 +1,13 @@
 """What is checked before the first step: a run that cannot teach anything is refused, not started."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
+from q4kd.trainer.sharding import reshard, whole
 from q4kd.trainer.student import DistillationModel
 from q4kd.trainer.teacher import Teacher
 
@@ -60,6 +62,7 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
     embedding = model.student.get_input_embeddings().weight.detach()
     if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
         return False
+    embedding = whole(embedding, embedding)
     rows = torch.linspace(0, len(embedding) - 1, _PROBE_ROWS, device=embedding.device).long()
     teacher_rows = teacher.embed(rows).to(embedding.device)
     error = (embedding[rows].float() - teacher_rows).norm() / teacher_rows.norm()
@@ -67,22 +70,29 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
 
 
 @torch.no_grad()
-def step_zero_kl(teacher: Teacher, model: DistillationModel, ids_BT: Tensor) -> float:
-    """Return the mean KL(teacher || student) in nats over the first sequence of a batch."""
+def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor) -> float:
+    """Return the mean KL(teacher || student) in nats over the first sequence of a batch; ``model`` may be wrapped."""
     ids_1T = ids_BT[:1]
-    log_q = torch.log_softmax(model.hidden(ids_1T)[0] @ model.head_weight.T, -1)
-    log_p = torch.log_softmax(teacher.head_logits(teacher.hidden(ids_1T)[0])[:, : log_q.shape[1]], -1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    teacher_TH = teacher.hidden(ids_1T)[0]
+
+    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
+        log_q = torch.log_softmax((hidden_TH @ head_VH.T).float(), -1)
+        log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    kl: float = model(ids_1T, ids_1T, None, None, 1, use=measure)
+    reshard(model)
+    return kl
 
 
-def check_not_degenerate(teacher: Teacher, model: DistillationModel, ids_BT: Tensor) -> float:
+def check_not_degenerate(teacher: Teacher, model: Any, ids_BT: Tensor) -> float:
     """Refuse a student that already equals the teacher; return the step-0 KL.
 
     Raises:
         DegenerateDistillationError: when the weights are the same up to quantisation, or the KL is under the floor.
     """
     kl = step_zero_kl(teacher, model, ids_BT)
-    same = same_weights(teacher, model)
+    same = same_weights(teacher, getattr(model, "module", model))
     if same or kl < KL_FLOOR:
         raise DegenerateDistillationError(
             "teacher and student",

@@ -3,6 +3,7 @@
 (Hu et al., https://arxiv.org/abs/2106.09685.) The student keeps its class; only the targeted modules are replaced.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 
 
-def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
+def add_adapters(student: Any, config: DistillConfig) -> Any:
     """Freeze the student and put adapters into its targeted modules, in its own dtype; return peft's model around it.
 
     B starts at zero, so the student's function does not change; A comes from ``config.seed``.
@@ -35,8 +36,8 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
             got=f"{unknown[0]!r}, which this student has not" if unknown else "nothing",
             remedy="correct the names",
         )
-    tied = getattr(student.config, "tie_word_embeddings", False)  # type: ignore[union-attr]
-    ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}  # type: ignore[operator]
+    tied = getattr(student.config, "tie_word_embeddings", False)
+    ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}
     if tied and ends & set(names):
         raise InputError(
             f"setting lora_targets {config.lora_targets[:60]!r}",
@@ -45,22 +46,26 @@ def add_adapters(student: nn.Module, config: DistillConfig) -> Any:
             remedy="leave it out",
         )
     torch.manual_seed(config.seed)
-    # The masters in the optimiser are float32; float32 adapters beside bfloat16 weights would cast every activation.
-    return get_peft_model(
-        student,  # type: ignore[arg-type]
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=False,
-    )
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going away
+        warnings.simplefilter("ignore", FutureWarning)
+        # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
+        return get_peft_model(
+            student,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
-    return next(name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    names = (name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    leaf: str = next(names)
+    return leaf
 
 
 def effective_weight(layer: Any) -> Tensor:
@@ -84,6 +89,7 @@ def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
     """
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # a form, with nothing filled in
 
 
 def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

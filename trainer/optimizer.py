@@ -66,12 +66,14 @@ class MasterWeightOptimizer:
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         device = next(iter(self.masters.values())).device
-        # Norms accumulate in float32 whatever the gradients are: bfloat16 sums stop growing at 256 times a term.
-        norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float32) for gradient in gradients]
+        # bfloat16 sums stop growing at 256 times a term. On the CPU, whose sums are not trees, float32 keeps five
+        # digits of a large matrix's norm, and shards would not agree with the whole.
+        kind = torch.float64 if device.type == "cpu" else torch.float32
+        norms = [torch.linalg.vector_norm(local(gradient), dtype=kind) for gradient in gradients]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
         if any(local(gradient) is not gradient for gradient in gradients):
             torch.distributed.all_reduce(square)
-        norm = square.sqrt()
+        norm = square.sqrt().float()
         self._coefficient = (limit / (norm + 1e-6)).clamp(max=1.0)
         return norm
 

@@ -32,6 +32,7 @@ from q4kd.trainer.student import (
     student_dtype,
 )
 from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.tracking import project_options, start_trackers
 
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
@@ -109,7 +110,7 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     """
     announce = functools.partial(print, flush=True) if is_main else _say_nothing
     # First, because it chooses this process's GPU among several.
-    accelerator = make_accelerator(config.device)
+    accelerator = make_accelerator(config.device, **project_options(config))
     assert config.teacher is not None
     teacher = load_teacher(
         config.teacher,
@@ -139,6 +140,7 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
     model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    start_trackers(accelerator, config, events)
     optimizer = make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters())
     return Run(
         config=config,

@@ -1,9 +1,11 @@
 """One student over several processes: copies (DDP) or shards (FSDP), and whole tensors from and to them.
 
-The launcher decides: ``torchrun`` and ``accelerate launch --multi_gpu`` give copies, ``accelerate launch --use_fsdp
---fsdp_version 2`` shards. The teacher is whole in every process.
+The launcher decides: ``torchrun`` and ``accelerate launch`` give copies, ``accelerate launch --use_fsdp --fsdp_version
+2`` shards. The teacher is whole in every process.
 """
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 from q4kd.trainer.errors import InputError
 
 
-def make_accelerator(device: str) -> Any:
+def make_accelerator(device: str, **options: Any) -> Any:
     """Make ``accelerate.Accelerator`` for this process; it chooses the process's GPU among several.
+
+    Args:
+        device: cpu or cuda.
+        options: more of Accelerator's own, such as ``log_with``.
 
     Raises:
         InputError: when the launcher asks for FSDP 1, DeepSpeed or another engine that this student is not written for.
@@ -22,31 +28,78 @@ def make_accelerator(device: str) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-    # Gradients live in the buckets that are reduced: no second copy. Buffers are constants, equal in every process.
-    copies = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    # student_dtype alone decides dtypes: a launcher's autocast would round again.
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[copies])
+    # Every process reads the student's file, which they share in page cache; left to itself, transformers would give
+    # all but one of them empty weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # student_dtype alone decides dtypes: a launcher's autocast would round again. Gradients live in the buckets that
+    # are reduced: no second copy.
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=handlers, **options)
     kind = accelerator.distributed_type
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if kind not in plain and not accelerator.is_fsdp2:
+    copies = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    wrong = "" if kind in (*copies, DistributedType.FSDP) else str(kind.value)
+    if _asks_for_shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+        wrong = "FSDP 1"
+    if wrong:
         raise InputError(
             "accelerate launch",
             expected="no engine, or --use_fsdp --fsdp_version 2",
-            got="FSDP 1" if kind == DistributedType.FSDP else str(kind.value),
-            remedy="add --fsdp_version 2" if kind == DistributedType.FSDP else "leave that engine out",
+            got=wrong,
+            remedy="add --fsdp_version 2" if wrong == "FSDP 1" else "leave that engine out",
         )
     return accelerator
 
 
+def _asks_for_shards() -> bool:
+    """Whether ``accelerate launch --use_fsdp`` started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def prepare_model(accelerator: Any, model: nn.Module) -> Any:
-    """Return the model on its device, wrapped for the other processes. Its trained parameters may be new objects."""
-    if not accelerator.is_fsdp2:
+    """Return the model on its device, wrapped for the other processes. Its trained parameters may be new objects.
+
+    accelerate shards on GPUs only; torch, which it calls, on CPUs too, so it is called here: one unit for each of the
+    student's layers (the launcher's ``reshard_after_forward`` and ``offload_params`` hold), and one for the rest. That
+    holds embedding and head, whole from the start of ``forward`` to the end of the backward pass.
+    """
+    if not _asks_for_shards() or accelerator.num_processes == 1:
         return accelerator.prepare_model(model)
-    # accelerate shards a model only beside an optimizer. Ours is made afterwards, from the shards: this one is dropped.
-    placeholder = torch.optim.SGD(model.parameters(), lr=0.0)
-    prepared, _ = accelerator.prepare(model, placeholder)
-    accelerator._optimizers.clear()
-    return prepared
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    plugin = FullyShardedDataParallelPlugin()
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    is_offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    policy = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(
+                module, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=policy
+            )
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+    return model
+
+
+@contextlib.contextmanager
+def without_sync(model: Any) -> Iterator[None]:
+    """Let gradients add up in this process: those of all but the last micro-batch need not travel."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+            yield
+
+
+def reshard(model: Any) -> None:
+    """Give back what a forward pass without a backward pass left whole."""
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -56,7 +109,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor: all of it where it is not sharded. Memory is shared with it."""
-    own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    own: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return own
 
 

@@ -13,6 +13,7 @@ import torch
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import TrainingAborted
+from q4kd.trainer.sharding import without_sync
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher import Teacher
 
@@ -88,10 +89,10 @@ def train_step(
         clock.mark("teacher")
         head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+        with contextlib.nullcontext() if is_last else without_sync(model):
             terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
-            accelerator.backward(terms.loss * accelerator.num_processes)
+            (terms.loss * accelerator.num_processes).backward()
         clock.mark("student")
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
     sums = accelerator.reduce(sums, reduction="sum")

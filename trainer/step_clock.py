@@ -26,7 +26,7 @@ class StepClock:
     def _now(self) -> Any:
         if not self._is_cuda:
             return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

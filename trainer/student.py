@@ -110,7 +110,9 @@ def set_up_student(student: Any, config: DistillConfig) -> None:
                 got=type(student).__name__,
                 remedy="leave it out",
             )
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renames it.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if config.compile:
         # In place: names of parameters stay, and the loss, which is fused by hand, stays out.
         student.base_model.compile()
