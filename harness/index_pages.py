@@ -112,7 +112,7 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
 def _worse(old: Entry, new: Entry) -> list[str]:
     """Return the claims whose verdict got worse, or that are gone although they were judged before."""
     lost = {key: "absent" for key in old.verdicts if key not in new.verdicts}
-    now = new.verdicts | lost
+    now = {**new.verdicts, **lost}
     ranks = _ORDER | {"absent": 2}
     return [key for key, was in old.verdicts.items() if was != "untested" and ranks[now[key]] > ranks[was]]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from example_bundle import CONTRACT, PROSE, build, register
+from markupsafe import Markup
 from report_bundles import NASTY, TEXTS, build_mixed
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.raw import DirectoryStore
 from q4kd.harness.report import MAX_PAGE, render
 from q4kd.harness.report_claims import bar_of
-from q4kd.harness.report_page import cut
+from q4kd.harness.report_page import _environment, cut
 from q4kd.harness.report_page import shown as spelt
 from q4kd.harness.store import MemoryStore, snapshot
 
@@ -152,6 +153,7 @@ def test_hidden_characters_are_spelt_out_and_texts_end_in_time() -> None:
     )
     assert cut("abcdef", 4) == "abc…" and cut("abcd", 4) == "abcd" and len(cut("\x1b" * 50, 10)) == 10
     assert spelt(TEXTS).isprintable()
+    assert _environment().from_string("{{ x }} {{ y }}").render(x="\u202e<", y=Markup("<b>")) == "\\u202e&lt; <b>"
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
