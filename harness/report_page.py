@@ -71,7 +71,7 @@ def _environment() -> Environment:
         return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     return Environment(
-        autoescape=False,
+        autoescape=True,
         finalize=visible,
         loader=FunctionLoader(_source),
         lstrip_blocks=True,
