@@ -181,6 +181,14 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """The reviewer's pages in Chromium. It installs none: without one the tests fail here and skip in ``tests``."""
+    python = str(environment(session) / "python")
+    arguments = ("-m", "pytest", "tests/test_report_browser.py", *session.posargs)
+    session.run(python, *arguments, env={"Q4KD_REQUIRE_BROWSER": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
     """100,000 mutated model files against the readers: about ten minutes. Options after ``--`` replace the count."""
     options = session.posargs or ["--cases", "100000"]

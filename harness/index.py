@@ -126,7 +126,7 @@ def collect(folder: Path, reports: Path) -> Collection:
         try:
             found.entries.append(_read(path, reports, found.contracts))
         except InputError as error:
-            found.unreadable.append((path.name, str(error)))
+            found.unreadable.append((path.name, str(error).replace(str(path), path.name)))
         except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
             # Whatever else a hostile file breaks is that bundle's affair alone.
             found.unreadable.append((path.name, f"cannot be read: {type(error).__name__}: {error}"))

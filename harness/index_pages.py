@@ -112,7 +112,7 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
 def _worse(old: Entry, new: Entry) -> list[str]:
     """Return the claims whose verdict got worse, or that are gone although they were judged before."""
     lost = {key: "absent" for key in old.verdicts if key not in new.verdicts}
-    now = new.verdicts | lost
+    now = {**new.verdicts, **lost}
     ranks = _ORDER | {"absent": 2}
     return [key for key, was in old.verdicts.items() if was != "untested" and ranks[now[key]] > ranks[was]]
 
@@ -159,7 +159,7 @@ def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:
 
 
 def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return, for every claim, its verdict in each of the newest bundles; claims that changed first."""
+    """Return, for every claim, its verdicts in the newest bundles: changed claims first, those out of scope last."""
     recent = entries[-_COLUMNS:]
     words = {**PLAIN, "untested": "out of scope", "absent": "not in the plan"}
     marks = {**MARKS, "untested": "-", "absent": ""}
@@ -170,10 +170,10 @@ def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             {
                 "claim": _parts(key),
                 "cells": [(verdict, marks[verdict], words[verdict]) for verdict in verdicts],
-                "changed": len(set(verdicts) - {"absent"}) > 1,
+                "rank": 0 if len(set(verdicts) - {"absent"}) > 1 else 2 if "untested" in verdicts else 1,
             }
         )
-    return sorted(rows, key=lambda row: not row["changed"])[:_ROWS]
+    return sorted(rows, key=lambda row: row["rank"])[:_ROWS]
 
 
 def _trend(trend: Trend) -> dict[str, Any]:

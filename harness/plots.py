@@ -1,7 +1,7 @@
 """Plots of a bundle's runs over time: memory below its ceiling, and how busy the GPU was. Both from outside samples."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
 def _memory_plot(name: str, run: RawRun, series: str, ceilings: Mapping[Phase, float | None]) -> Plot | None:
     from q4kd.harness.report_svg import LIMIT, SERIES, new_figure, to_svg
 
-    points, marks = memory_series(run, series)
+    points, marks = memory_series(run, series, {event for phase in ceilings for event in phase if event})
     if len(points) < MIN_SAMPLES:
         return None
     figure, axes = new_figure("seconds after the imports", _SERIES[series][1])
@@ -157,7 +157,7 @@ def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
     levels: list[list[tuple[float, float]]] = [[], [], []]  # taken stretches of each, as fractions of the width
     for kind, x in sorted(marks.items(), key=lambda mark: mark[1]):
         axes.axvline(x, color=INK, linewidth=0.6, alpha=0.3)
-        at, name = (x - start) / max(end - start, 1e-9), _PHASE_NAMES[kind]
+        at, name = (x - start) / max(end - start, 1e-9), label(_phase_name(kind))
         width = 0.021 * len(name) + 0.02
         right = at + width > 1.0
         begin, stop = (at - width, at) if right else (at, at + width)
@@ -171,8 +171,12 @@ def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
         )  # fmt: skip
 
 
-def memory_series(run: RawRun, series: str) -> tuple[list[tuple[float, float]], dict[str, float]]:
+def memory_series(
+    run: RawRun, series: str, named: Collection[str] = ()
+) -> tuple[list[tuple[float, float]], dict[str, float]]:
     """Return (seconds after the imports, MB of a memory check's series) from just before them, and each phase's start.
+
+    The phases are those known here and the events ``named``.
 
     Raises:
         InputError, KeyError, TypeError, ValueError: when the run's files are not what a run leaves.
@@ -198,7 +202,7 @@ def memory_series(run: RawRun, series: str) -> tuple[list[tuple[float, float]], 
     points = [(t, sign * (value - baseline) / _MB) for t, value in told]
     if any(abs(value) > LARGEST for point in points for value in point):
         raise ValueError("a sample out of all proportion")
-    begins = {kind: run.event(kind) for kind in _PHASES}
+    begins = {kind: run.event(kind) for kind in dict.fromkeys([*_PHASES, *sorted(named)])}
     marks = {kind: float(event["t"]) - start for kind, event in begins.items() if event is not None}
     return [(t, y) for t, y in points if t >= -0.5], marks
 

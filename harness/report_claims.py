@@ -63,7 +63,8 @@ def bar_of(margin: float | None) -> Bar | None:
     """Return the bar of a margin, measured / bound; None where a check has none."""
     if margin is None or not math.isfinite(margin) or margin < 0:
         return None
-    words = f"{margin:.3g} x the bound" if margin > 1 else f"{100 * margin:.2g} % of the bound" if margin else "0"
+    share = f"{100 * margin:.0f}" if margin > 0.1 else f"{100 * margin:.2g}"
+    words = f"{margin:.3g} x the bound" if margin > 1 else f"{share} % of the bound"
     filled = 100 * min(margin, _BAR_END) / _BAR_END
     return Bar(round(max(filled, 0.8 if margin else 0.0), 2), round(100 / _BAR_END, 2), margin > 1, words)
 

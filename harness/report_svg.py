@@ -25,6 +25,7 @@ _PAGE_COLOURS = {
 }
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
+_DECIMALS = re.compile(r"(-?\d+\.\d\d)\d+")  # hundredths of a point are more than a screen shows
 _FONT_SIZE = re.compile(r"([\d.]+)px")
 
 
@@ -99,7 +100,9 @@ def _restyle(element: ElementTree.Element, prefix: str) -> None:
         if name:
             element.set(name, _PAGE_COLOURS.get(value, value))
     for name, value in list(element.attrib.items()):
-        if name == "id":
+        if name in ("d", "transform", "x", "y"):
+            element.set(name, " ".join(_DECIMALS.sub(r"\1", value).split()))
+        elif name == "id":
             element.set(name, f"{prefix}-{value}")
         elif name == f"{{{_XLINK}}}href":
             del element.attrib[name]

@@ -101,8 +101,9 @@ def meaning(reason: str) -> str:
 def machine_of(environment: Mapping[str, Any]) -> str:
     """Return the machine in a few words: its GPUs or none, processor, cores and memory. What is unknown is left out."""
     gpu, cpu = (_mapping(environment.get(name)) for name in ("gpu", "cpu"))
-    names = gpu.get("names")
-    gpus = sorted({str(name) for name in names}) if isinstance(names, list) else []
+    listed = gpu.get("names")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    gpus = sorted(set(names))
     parts = [f"{len(names)} x {gpus[0]}" if len(gpus) == 1 and len(names) > 1 else ", ".join(gpus)] if gpus else []
     parts.append(str(cpu.get("model") or "an unknown processor"))
     if isinstance(cpu.get("cores_usable"), int):

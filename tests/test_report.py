@@ -1,18 +1,22 @@
+import base64
+import hashlib
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from example_bundle import CONTRACT, PROSE, build, register, write_run
+from example_bundle import CONTRACT, PROSE, build, register
+from markupsafe import Markup
+from report_bundles import NASTY, TEXTS, build_mixed
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.plots import ceiling_bytes, loss_plots, memory_plots, thin
-from q4kd.harness.raw import DirectoryStore, RawRun, read_runs
-from q4kd.harness.report import render
-
-NASTY = "<script>alert(1)</script>"
+from q4kd.harness.raw import DirectoryStore
+from q4kd.harness.report import MAX_PAGE, render
+from q4kd.harness.report_claims import bar_of
+from q4kd.harness.report_page import _environment, cut
+from q4kd.harness.report_page import shown as spelt
+from q4kd.harness.store import MemoryStore, snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -36,24 +40,15 @@ class Page(HTMLParser):
         self.words += data
 
 
-def write_arm(folder: Path, slope: float, seed: int) -> None:
-    write_run(folder)
-    rows = [{"v": 1, "event": "imports_done", "t": 100.4}]
-    for step in range(50):
-        loss = 5 * math.exp(-slope * step) + 0.01 * seed
-        rows.append({"v": 1, "event": "step", "t": 101.0 + step, "step": step, "ce": loss, "loss": loss * 9})
-        if step % 10 == 0:
-            rows.append({"v": 1, "event": "eval", "t": 101.0 + step, "step": step, "loss": loss + 0.1})
-    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_the_page_leads_with_the_verdict_and_loads_nothing(tmp_path: Path) -> None:
     folder = build(tmp_path, text=CONTRACT + PROSE)
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert "1 claim corroborated, 1 inconclusive on profile cpu; 1 out of scope" in page.words
-    policy = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    policies = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(text.split("<style>")[1].split("</style>")[0].encode()).digest()).decode()
+    assert policies == [f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"]
+    assert not [a for _, a in page.tags if "style" in a]
     assert not {"script", "link", "iframe", "img", "object", "form"} & {tag for tag, _ in page.tags}
     assert not [a for _, a in page.tags if any(key.startswith("on") for key in a)]
     assert not re.findall(r'(?:href|src|url)\s*[=(]\s*["\']?(?!#)\w+:', re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
@@ -80,69 +75,93 @@ def test_the_report_is_the_same_each_time(tmp_path: Path) -> None:
     assert render(DirectoryStore(folder)) == (folder / "report.html").read_text()
 
 
-def memory_finding(**observation: float) -> dict[str, object]:
-    ceiling = {"times": 2.0, "of": "gguf_tensor_bytes", "plus_bytes": 50}
-    params = {"series": "rss_above_baseline", "phase": ["a", "b"], "ceiling": ceiling}
-    check = {"check": "memory_ceiling", "params": params, "observation": observation}
-    return {"findings": [{"runs": ["demo"], "checks": [check]}]}
+def test_claims_stand_by_contract_with_what_fell_first_and_their_files_linked(tmp_path: Path) -> None:
+    folder = build_mixed(tmp_path)
+    text = (folder / "report.html").read_text()
+    anchors = [attrs["id"] for tag, attrs in Page(text).tags if tag == "li" and "id" in attrs]
+    assert anchors == ["claim-3", "claim-4", "claim-1", "claim-2"]
+    assert text.count("<details open>") == 2  # fallen, undecided
+    assert 'href="runs/pair.a/memory.jsonl"' in text and "look at the &lt;b&gt;allocator&lt;/b&gt;" in text
+    assert "Every falsifier was shown able to fail" in text and "3 of 3 planted faults caught" in text
+    words = " ".join(Page(text).words.split())
+    assert "Failed: 1 of 4 claims fell" in words and "5 claims of 1 contract" in words
+    assert "description: a demonstration" in words  # the contract as run
+    assert "DEMO-00111/11✓caught" in words  # the kill matrix
 
 
-def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "demo", peak=400_000_000)
-    (plot,) = memory_plots(memory_finding(of_bytes=1e8), read_runs(DirectoryStore(tmp_path)))
-    samples = RawRun(DirectoryStore(tmp_path), "demo").memory
-    baseline = [row["rss"] for row in samples if row["t"] <= 100.4][-1]
-    assert f"peak {(400_000_000 - baseline) / 1e6:.1f} MB" in plot.caption and "ceiling 200.0 MB" in plot.caption
-    assert 'role="img"' in plot.svg and "<title>demo: memory" in plot.svg and "currentColor" in plot.svg
-    assert plot.svg.startswith("<svg") and "<script" not in plot.svg and "imports done" in plot.svg
+def test_a_fault_that_was_missed_is_said_at_the_top_and_in_the_matrix(tmp_path: Path) -> None:
+    folder = build_mixed(tmp_path)
+    document = json.loads((folder / "findings.json").read_text())
+    document["findings"][0]["sabotage"][0]["caught"] = False
+    (folder / "findings.json").write_text(json.dumps(document))
+    words = " ".join(Page(render(DirectoryStore(folder))).words.split())
+    assert "Not every falsifier was shown able to fail: 1 unnoticed" in words and "✗ not caught" in words
 
 
-def test_the_ceiling_drawn_is_the_one_judged_by() -> None:
-    check = memory_finding(of_bytes=100)["findings"][0]["checks"][0]  # type: ignore[index]
-    assert ceiling_bytes(check) == 250
-    assert ceiling_bytes({**check, "observation": {}}) is None
-    assert ceiling_bytes({**check, "params": {"series": "rss", "ceiling": {"bytes": 5}}}) is None
-    outside = {"outside": {"times": 3, "plus_bytes": 1}}
-    assert ceiling_bytes({"check": "residency", "params": outside, "observation": {"tensor_bytes": 10}}) == 31
+def test_a_page_that_lies_elsewhere_links_there_or_not_at_all(tmp_path: Path) -> None:
+    store = DirectoryStore(build_mixed(tmp_path))
+    assert 'href="../a%20b/runs/pair.a/memory.jsonl"' in render(store, "../a b/")
+    none = render(store, None)
+    assert 'href="runs' not in none and "inside the bundle" in none
 
 
-def test_too_few_samples_or_none_draw_nothing(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "demo", samples=19)
-    runs = read_runs(DirectoryStore(tmp_path))
-    assert memory_plots(memory_finding(of_bytes=1), runs) == []
-    (tmp_path / "runs" / "demo" / "memory.jsonl").write_text("{")
-    assert memory_plots(memory_finding(of_bytes=1), read_runs(DirectoryStore(tmp_path))) == []
+def test_a_bundle_of_any_size_gives_a_page_below_two_megabytes(tmp_path: Path) -> None:
+    files = snapshot(DirectoryStore(build_mixed(tmp_path)), "demo").files
+    document = json.loads(files["findings.json"])
+    row = document["findings"][2]
+    row |= dict.fromkeys(("rule", "prediction", "if_fails"), '"' * 3000)
+    row["sabotage"] = [{**row["sabotage"][0], "detail": "<" * 3000}] * 20
+    document["findings"] = [row] * 60
+    files |= {"findings.json": json.dumps(document).encode()}
+    page = render(MemoryStore(files, "demo"))
+    assert len(page.encode()) < MAX_PAGE
+    assert "too large to be shown whole" in page and page.rstrip().endswith("</html>")
 
 
-def test_losses_are_means_over_seeds_of_both_arms(tmp_path: Path) -> None:
-    for seed in (1, 2, 3):
-        write_arm(tmp_path / "runs" / f"kd-vs-control.kd-seed{seed}", 0.05, seed)
-        write_arm(tmp_path / "runs" / f"kd-vs-control.ce-seed{seed}", 0.02, seed)
-    held_out, training = loss_plots(read_runs(DirectoryStore(tmp_path)))
-    kd, ce = (5 * math.exp(-slope * 40) + 0.02 + 0.1 for slope in (0.05, 0.02))
-    assert f"ce {ce:.4f} (3 seeds), kd {kd:.4f} (3 seeds)" in held_out.caption and "held-out" in held_out.caption
-    assert f"kd {5 * math.exp(-0.05 * 49) + 0.02:.4f}" in training.caption  # ce, not the blended loss
+def test_a_broken_contract_or_run_is_shown_as_it_is(tmp_path: Path) -> None:
+    folder = build_mixed(tmp_path)
+    (folder / "contracts" / "demo-v1.yaml").write_text("a: [<b>")
+    (folder / "runs" / "demo" / "argv.json").write_text("[")
+    text = render(DirectoryStore(folder))
+    assert "a: [&lt;b&gt;" in text and "unreadable" in text
 
 
-def test_hostile_run_names_and_values_stay_text(tmp_path: Path) -> None:
-    for arm in ("a$\\frac$<b>", "c"):
-        write_arm(tmp_path / "runs" / "plain", 0.1, 1)
-        (tmp_path / "runs" / "plain").rename(tmp_path / "runs" / f"x.{arm}-seed1".replace("\\", ""))
-    plots = loss_plots(read_runs(DirectoryStore(tmp_path)))
-    assert plots and all("<b>" not in plot.svg for plot in plots)
+@pytest.mark.parametrize(
+    ("margin", "filled", "over", "words"),
+    [
+        (0.5, 40.0, False, "50 % of the bound"),
+        (1.0, 80.0, False, "100 % of the bound"),
+        (1.1, 88.0, True, "1.1 x the bound"),
+        (50.0, 100.0, True, "50 x the bound"),
+        (1e-9, 0.8, False, "1e-07 % of the bound"),
+        (0.0, 0.0, False, "0 % of the bound"),
+    ],
+)
+def test_a_bar_shows_its_margin_against_the_bound(margin: float, filled: float, over: bool, words: str) -> None:
+    bar = bar_of(margin)
+    assert bar is not None and (bar.filled, bar.bound, bar.over, bar.words) == (filled, 80.0, over, words)
 
 
-def test_thinning_keeps_the_peak() -> None:
-    points = [(float(i), 1.0) for i in range(10_000)]
-    points[7321] = (7321.0, 9.0)
-    assert (7321.0, 9.0) in thin(points) and len(thin(points)) <= 1500
+def test_a_margin_that_is_none_has_no_bar() -> None:
+    assert [bar_of(margin) for margin in (None, float("nan"), float("inf"), -1.0)] == [None] * 4
+
+
+def test_hidden_characters_are_spelt_out_and_texts_end_in_time() -> None:
+    assert spelt("a\tb\nc é 漢") == "a\tb\nc é 漢"
+    assert spelt("\x00\x1b\x9f\u202e\u2066\ufeff\ud800\U000e0041") == (
+        r"\x00\x1b\x9f\u202e\u2066\ufeff\ud800\U000e0041"
+    )
+    assert cut("abcdef", 4) == "abc…" and cut("abcd", 4) == "abcd" and len(cut("\x1b" * 50, 10)) == 10
+    assert spelt(TEXTS).isprintable()
+    assert _environment().from_string("{{ x }} {{ y }}").render(x="\u202e<", y=Markup("<b>")) == "\\u202e&lt; <b>"
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = build(tmp_path / "a")
     bad = build(tmp_path / "b", text=CONTRACT.replace("100.5", "500.5"), peak=1800)
     assert main(["evidence", "report", str(good)]) == 0
-    assert (tmp_path / "a" / "bundle-report.html").read_text() == (good / "report.html").read_text()
+    beside = (tmp_path / "a" / "bundle-report.html").read_text()
+    assert beside.replace('href="bundle/', 'href="') == (good / "report.html").read_text() != beside
     assert main(["evidence", "diff", str(good), str(bad)]) == 1
     said = capsys.readouterr().out
     assert "falsified" in said and "limit: 100.5 → 500.5" in said and "loosened" in said
@@ -154,10 +173,6 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["evidence", "verify", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "kills.json" in said.out and "Traceback" not in said.err and said.err.count("\n") == 1
-    assert main(["evidence", "index", str(tmp_path / "a")]) == 0
-    assert "bundle/report.html" in (tmp_path / "a" / "index.html").read_text()
-    (tmp_path / "empty").mkdir()
-    assert main(["evidence", "index", str(tmp_path / "empty")]) == 2
 
 
 def test_the_contract_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,14 +219,3 @@ def test_the_diff_knows_which_way_a_bound_moved(
         (tmp_path / name / "demo-v1.yaml").write_text(text)
     assert main(["contracts", "diff", str(tmp_path / "old"), str(tmp_path / "new")]) == code
     assert kind in capsys.readouterr().out
-
-
-def test_all_ink_of_a_plot_follows_the_page(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "demo", peak=400_000_000)
-    for arm in ("kd", "ce"):
-        write_arm(tmp_path / "runs" / f"x.{arm}-seed1", 0.1, 1)
-    runs = read_runs(DirectoryStore(tmp_path))
-    for plot in (*memory_plots(memory_finding(of_bytes=1e8), runs), *loss_plots(runs)):
-        assert "#010203" not in plot.svg
-        for text in re.findall(r"<text [^>]*>", plot.svg):
-            assert "fill: " in text, text  # without a colour of its own, text is black on a dark page

@@ -57,6 +57,9 @@ GRAPHICS = """() => {
     return [name, (hi + 0.05) / (lo + 0.05)];
   }).filter(([, ratio]) => ratio < 3);
 }"""
+TALLEST = (
+    "Math.max(0, ...[...document.querySelectorAll('.matrix tbody tr')].map(r => r.getBoundingClientRect().height))"
+)
 LABELS = """() => ({
   svg: [...document.querySelectorAll('svg')].filter(e => e.getAttribute('role') !== 'img'
     || !e.getAttribute('aria-label')?.trim() || !e.querySelector('title')?.textContent.trim()).length,
@@ -164,6 +167,7 @@ def test_a_page_is_whole_quiet_readable_and_labelled(visit: Any, pages: dict[str
     for width in (1400, 400):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(TALLEST) < 140  # a cell of one word per line is no table
     assert page.seen["console"] == []
 
 
