@@ -97,8 +97,9 @@ def settings_page() -> str:
         if not accepted and low is not None:
             accepted = f"{low:g} to {high:g}"
         default = "required" if field.default is dataclasses.MISSING else _code(field.default)
-        kind = getattr(annotations[field.name], "__name__", str(annotations[field.name]))
-        kind = str(annotations[field.name]).replace("pathlib.", "") if kind in ("Optional", "UnionType") else kind
+        annotation = annotations[field.name]
+        kind = getattr(annotation, "__name__", str(annotation)).replace("pathlib.", "")
+        kind = str(annotation).replace("pathlib.", "") if kind == "Optional" else kind
         row = (_code(field.name), _cell("text" if kind == "Literal" else kind), default)
         row += (_cell(data.get("unit") or ""), _cell(accepted), _cell(data.get("help") or ""))
         groups.setdefault(str(data.get("group") or "settings"), []).append(row)

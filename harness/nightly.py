@@ -6,6 +6,7 @@ off goes on where it stopped; a stage that was cut off begins again, because evi
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, NoReturn
 
+import psutil
 from filelock import FileLock, Timeout
 
 from q4kd.harness.doctor import doctor_lines
@@ -30,6 +32,7 @@ from q4kd.harness.nightly_state import read_night, take_up
 from q4kd.harness.profile import load_profile
 from q4kd.harness.supervise import boot_id
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import sha256_file
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness")
 Faults = Literal["all", "changed", "none"]
@@ -99,19 +102,27 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def night_key(options: NightlyOptions) -> dict[str, Any]:
-    """Return what makes two nights the same work. Reads every given file once, for its digest."""
-    from importlib.metadata import version
+    """Return what makes two nights the same work. Reads every given file and every source once, for their digests."""
+    from q4kd.harness.contract import contract_files, default_contracts_folder
 
-    commit, dirty = git_state(Path(__file__).resolve().parent)
+    package = Path(__file__).resolve().parent
+    contracts = options.contracts or default_contracts_folder()
     return {
-        "commit": commit,
-        "dirty": dirty,
-        "version": version("q4kd"),
+        "commit": git_state(package)[0],
+        # A commit says nothing of what was edited since.
+        "code": _digest([*package.rglob("*.py"), *(package.parent / "trainer").rglob("*.py")]),
+        "contracts": _digest([*contract_files(contracts), *contracts.glob("profiles/*.yaml")]),
         "profile": options.profile,
-        "contracts": str(options.contracts.resolve()) if options.contracts else None,
         "faults": options.faults,
         "given": {name: entry["sha256"] for name, entry in options.given.digests().items()},
     }
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()
 
 
 class _Run:
@@ -307,13 +318,18 @@ class _Run:
                 self.log.say(stage, line.rstrip("\n"))
             return process.wait()
         finally:
-            if process.poll() is None:  # interrupted: let it end its runs
+            if process.poll() is None:  # interrupted: let it end its runs, and see to it
+                runs = psutil.Process(process.pid).children(recursive=True)
                 process.terminate()
                 try:
                     process.wait(_GRACE_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+                for run in runs:
+                    with suppress(psutil.NoSuchProcess):
+                        run.kill()
+                psutil.wait_procs(runs, timeout=_GRACE_S)
 
 
 def _die_with_parent() -> None:

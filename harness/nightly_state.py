@@ -20,7 +20,7 @@ class Night:
     """One night's work.
 
     Attributes:
-        key: what makes two nights the same work: commit, package version, profile, options, digests of given files.
+        key: what makes two nights the same work: commit, digests of code, contracts and given files, profile, faults.
         name: ``<utc>-<profile>``, the name of its bundle and log.
         started: unix seconds.
         stages: stage → ``{"code", "seconds", "boot_id", "finished"}`` of each finished stage.

@@ -29,7 +29,7 @@ def command_lines() -> Iterator[tuple[str, str, bool]]:
     for page in PAGES:
         text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
         for _, block in _FENCE.findall(text):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 if match := _START.match(line):
                     words = shlex.split(line[match.end() :], comments=True)
                     end = next((at for at, word in enumerate(words) if word in (">", "|", "&&")), len(words))

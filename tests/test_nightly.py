@@ -114,6 +114,35 @@ def test_a_night_killed_half_way_is_taken_up_and_not_repeated(night, tmp_path: P
     assert len(list((tmp_path / "out" / "bundles").glob("*.tar.gz"))) == 1
 
 
+def test_a_night_told_to_stop_ends_its_stage_and_remembers_nothing_of_it(night, tmp_path: Path) -> None:
+    process = night("hang")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "work").exists() or not list((tmp_path / "out" / "work").rglob("stdout.log")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    stages = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "q4kd: interrupted\n")
+    assert stages and not [child for child in stages if child.is_running()]
+    assert state(tmp_path)["stages"] == {}
+
+
+def test_another_code_or_contract_is_another_night(tmp_path: Path) -> None:
+    from q4kd.harness.nightly import NightlyOptions, night_key
+
+    def key() -> dict:
+        bounds, given = Bounds(keep=1, max_bytes=1), GivenFiles()
+        options = {"out": tmp_path, "profile": "cpu", "contracts": tmp_path, "given": given, "bounds": bounds}
+        return night_key(NightlyOptions(**options, faults="all"))
+
+    (tmp_path / "c.yaml").write_text(CONTRACT)
+    before = key()
+    assert key() == before and len(before["code"]) == 64
+    (tmp_path / "c.yaml").write_text(CONTRACT.replace("50", "51"))
+    assert key()["contracts"] != before["contracts"]
+
+
 def test_the_exit_code_is_that_of_falsify_and_the_log_has_times(night, tmp_path: Path) -> None:
     out, err = (process := night("compare", "--sabotage", "none")).communicate(timeout=90)
     # No kill record, so no one has shown that the falsifier can fail.
