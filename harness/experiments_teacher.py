@@ -68,6 +68,7 @@ def _large_ids(inputs: Inputs) -> Path:
 def _prepare_load(inputs: Inputs) -> None:
     _large_teacher(inputs)
     _large_ids(inputs)
+    _dense_argv(inputs)
 
 
 def _load_argv(inputs: Inputs) -> list[str]:
@@ -75,15 +76,27 @@ def _load_argv(inputs: Inputs) -> list[str]:
     return ["logits", model, "--ids", ids, "--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
 
 
+def _dense_argv(inputs: Inputs) -> list[str]:
+    """Ask for what must not happen unasked: its log is the control of the one that is searched."""
+    return [*_parity_argv("golden", inputs), "--backend", "dense"]
+
+
+def _collect_load(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    return gguf_facts(golden_teacher(inputs) if run_dir.name.endswith(".dense") else _large_teacher(inputs))
+
+
 register(
     Experiment(
         name="load-teacher",
-        title="q4kd logits on a 94 MB Q4_K file, memory sampled from outside",
+        title="q4kd logits on a 94 MB Q4_K file, memory sampled from outside; a small one dequantised on request",
         needs=(),
         # A fixed number of threads: their buffers are part of what is measured.
-        arms=(Arm(None, _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"}),),
+        arms=(
+            Arm("packed", _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"}),
+            Arm("dense", _dense_argv, timeout_s=60),
+        ),
         prepare=_prepare_load,
-        collect=lambda _run_dir, inputs: gguf_facts(_large_teacher(inputs)),
+        collect=_collect_load,
         sources=("q4kd.trainer.synthetic",),
     )
 )

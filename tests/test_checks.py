@@ -13,6 +13,7 @@ from raw_runs import KILLED, event, samples, write_run
 from q4kd.harness.checks import CHECKS, REASONS, Judgement
 from q4kd.harness.contract import default_contracts_folder, load_contracts
 from q4kd.harness.raw import RawRun
+from q4kd.trainer.errors import InputError
 
 MB = 1_000_000
 
@@ -224,6 +225,25 @@ def test_a_kill_without_proof_is_not_called_oom(tmp_path: Path) -> None:
     assert "killed cause unknown" in str(evaluate("survives", run, SURVIVES).counterexample)
     proven = write_run(tmp_path, "proven", events=STEPS[:2], ending=KILLED | {"cause": "oom_killed"})
     assert "oom killed" in str(evaluate("survives", proven, SURVIVES).counterexample)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("dequantizing 2 layers to F32\n", "corroborated"),
+        ("PMAT-333: Dequantizing\n", "corroborated"),
+        ("expanding 2 layers to F32\n", "no known positive"),  # the program was reworded
+        ("", "no known positive"),
+    ],
+)
+def test_log_absent_needs_a_control_that_still_says_the_words(tmp_path: Path, said: str, expected: str) -> None:
+    runs = {
+        "exp.packed": write_run(tmp_path, "exp.packed", stdout=GOOD_LOG),
+        "exp.dense": write_run(tmp_path, "exp.dense", stdout=said + GOOD_LOG),
+    }
+    assert outcome(evaluate("log_absent", runs, LOG | {"arm": "packed", "control": "dense"})) == expected
+    with pytest.raises(InputError):
+        evaluate("log_absent", runs, LOG | {"arm": "packed", "control": "other"})
 
 
 # --- improves ---

@@ -1,5 +1,8 @@
 """A line that must not appear in a log, provided that the log is complete and the right program wrote it.
 
+Where a control arm is named, one that does what the line announces, its log must have one of the lines: when the
+program says it in other words, nothing is learnt from their absence.
+
 A pattern is a list of fragments that must all occur in one line, in any case. No check takes a
 regular expression: matching fragments is linear in the log, whatever a contract asks for.
 """
@@ -21,6 +24,7 @@ PARAMS: dict[str, Any] = {
         "absent": {"type": "array", "minItems": 1, "items": _FRAGMENTS, "description": "Patterns that must not occur."},
         "completion": _FRAGMENTS | {"description": "A line that only a complete run prints."},
         "known_positive": _FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
+        "control": {"type": "string", "description": "An arm whose log must have one of the absent lines."},
     },
 }
 DIRECTIONS = {"absent": "lower"}
@@ -32,22 +36,31 @@ def _find(lines: list[str], fragments: list[str]) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if all(part in line.casefold() for part in wanted)]
 
 
+def _find_any(lines: list[str], patterns: list[list[str]]) -> list[tuple[int, str]]:
+    return [hit for pattern in patterns for hit in _find(lines, pattern)]
+
+
+def _lines(run: RawRun) -> list[str]:
+    return [*run.stdout.splitlines(), *run.stderr.splitlines()]
+
+
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
-    """Search stdout and stderr of one run."""
-    run = pick_run(runs, params.get("arm"))
-    lines = [*run.stdout.splitlines(), *run.stderr.splitlines()]
-    hits = [hit for pattern in params["absent"] for hit in _find(lines, pattern)]
+    """Search stdout and stderr of one run, and of the control; ``control_hits`` is None without one."""
+    lines = _lines(pick_run(runs, params.get("arm")))
+    hits = _find_any(lines, params["absent"])
+    control = _find_any(_lines(pick_run(runs, params["control"])), params["absent"]) if "control" in params else None
     return {
         "lines": len(lines),
         "completion_lines": len(_find(lines, params["completion"])),
         "known_positive_lines": len(_find(lines, params["known_positive"])),
         "hits": len(hits),
         "first_hit": f"line {hits[0][0]}: {hits[0][1][:200]}" if hits else None,
+        "control_hits": None if control is None else len(control),
     }
 
 
 def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
-    """Falsified by a hit; inconclusive unless both markers are there."""
+    """Falsified by a hit; inconclusive unless both markers are there, and the line is in the control's log."""
     bound = f"no line like {' or '.join('…'.join(pattern) for pattern in params['absent'])}"
     measured = f"{observation['hits']} of {observation['lines']} log lines"
     if observation["hits"]:
@@ -58,6 +71,9 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("no completion marker", measured, bound)
     if not observation["known_positive_lines"]:
         return inconclusive("no known positive", measured, bound)
+    if observation["control_hits"] == 0:
+        silent = f"{measured}; the control {params['control']} printed no such line either"
+        return inconclusive("no known positive", silent, bound)
     if observation["lines"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     return Judgement(verdict="corroborated", measured=measured, bound=bound)
@@ -72,4 +88,6 @@ def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observ
         ("an empty log", {"lines": 0, "completion_lines": 0, "known_positive_lines": 0}),
         ("one line too few", {"lines": min_observations - 1}),
     ]
+    if "control" in params:
+        mutations.append(("a control without the line", {"control_hits": 0}))
     return [(name, {**observation, **changed}) for name, changed in mutations]
