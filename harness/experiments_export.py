@@ -47,7 +47,7 @@ def _text_folder(inputs: Inputs) -> Path:
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        for name, module in (("train.py", functools), ("c.py", shutil)):
+        for name, module in (("train.py", functools), ("held-2.py", shutil)):
             shutil.copyfile(str(module.__file__), folder / name)
 
     return inputs.file("export-texts", make)

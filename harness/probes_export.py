@@ -1,4 +1,4 @@
-"""A measurement of what ``q4kd export`` writes: each form made by the command itself, then run by the programs it is for."""
+"""A measurement of what ``q4kd export`` writes: each form made by the command, then run by the programs it is for."""
 
 import argparse
 import io
