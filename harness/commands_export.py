@@ -42,7 +42,7 @@ def add_commands(subparsers: Any) -> None:
     export.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="best (by the run's best_metric, held out), last, or a name such as step-000120 (default: the final model)",
+        help="best (by the run's best_metric, held out), last, or a name like step-000120 (default: the final model)",
     )
     export.add_argument(
         "--student", type=Path, metavar="DIR", help="the run's student folder, if it is no longer where it was"

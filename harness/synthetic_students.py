@@ -143,3 +143,52 @@ def _hugging_face_name(name: str) -> str:
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{_HF_LAYER[parts[2]]}.{parts[3]}"
     return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+
+
+def write_live_student(
+    folder: Path, source: Path, changes: Mapping[str, object], *, template: str, seed: int = 11
+) -> None:
+    """Write a student with float32 weights of which each changes the logits, and a chat template.
+
+    Scales are those of a trained residual stream: embeddings of standard deviation 1, matrices ``1/sqrt(columns)``,
+    norm weights around 1. The final norm is small and of random signs, since the head is the embedding: otherwise each
+    token would be its own successor.
+
+    Args:
+        folder: to write.
+        source: the qwen2 student with a tied head that config and tokenizer come from.
+        changes: other values in the config.
+        template: Jinja source of the chat template.
+        seed: of the weights.
+    """
+    from safetensors.numpy import save_file
+
+    write_student(folder, source, changes)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = read_json(folder / "config.json")
+    hidden, ffn, layers = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    kv_size = hidden // int(config["num_attention_heads"]) * int(config["num_key_value_heads"])
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> NDArray[np.float32]:
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    signs = rng.choice([-1.0, 1.0], hidden)
+    tensors = {
+        "model.embed_tokens.weight": normal(int(config["vocab_size"]), hidden),
+        "model.norm.weight": ((1 + 0.3 * normal(hidden)) * signs / np.sqrt(hidden)).astype(np.float32),
+    }
+    rows_cols = {"q": (hidden, hidden), "k": (kv_size, hidden), "v": (kv_size, hidden), "o": (hidden, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name, (rows, cols) in rows_cols.items():
+            gain = (2 * layers) ** -0.5 if name == "o" else 1.0
+            tensors[f"{prefix}self_attn.{name}_proj.weight"] = normal(rows, cols, scale=gain / cols**0.5)
+            if name != "o":
+                tensors[f"{prefix}self_attn.{name}_proj.bias"] = normal(rows, scale=0.3)
+        for name, rows, cols in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
+            gain = (2 * layers) ** -0.5 if name == "down" else 1.0
+            tensors[f"{prefix}mlp.{name}_proj.weight"] = normal(rows, cols, scale=gain / cols**0.5)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = 1 + normal(hidden, scale=0.3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -10,6 +10,8 @@ from q4kd.trainer.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIEC
 from q4kd.trainer.model_file import ModelFile
 
 _SPLITS = {"qwen2": QWEN2_SPLIT, "llama-bpe": LLAMA3_SPLIT}
+# Characters of the longest piece that is taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
+_MAX_PIECE = 256
 _PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
 
 
@@ -56,7 +58,11 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
 
 
 def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
-    merges = [tuple(merge.split(" ", 1)) for merge in model.metadata.get("tokenizer.ggml.merges") or ()]
+    listed = model.metadata.get("tokenizer.ggml.merges")
+    pairs = [str(merge).partition(" ")[::2] for merge in listed] if isinstance(listed, list) else []
+    merges = [(left, right) for left, right in pairs if {left, right, left + right} <= vocab.keys()]
+    if len(merges) < len(pairs) or not merges:
+        raise ValueError(f"{len(pairs) - len(merges)} of {len(pairs)} merges name no tokens")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     steps: list[Any] = []
     if pre in _SPLITS:
@@ -73,11 +79,14 @@ def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
 
 def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
     """Rebuild the merges from the scores: two pieces join into a third, the one of highest score first."""
-    scores = model.metadata["tokenizer.ggml.scores"]
+    scores = model.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(model.tokens):
+        raise ValueError("no score for each token")
     normal = {token: index for token, index in vocab.items() if types[index] == gguf.TokenType.NORMAL}
     found = [
         (-scores[index], normal[token[:cut]], normal[token[cut:]], token[:cut], token[cut:])
         for token, index in normal.items()
+        if len(token) <= _MAX_PIECE
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]

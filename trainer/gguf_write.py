@@ -2,8 +2,8 @@
 
 Type recipes: "f32"; "f16"; "bf16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K
 for the output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for
-attn_v and ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold superblocks: it
-is stored as Q8_0 (llama.cpp takes Q5_0 or Q8_0), and as F16 where they are not a multiple of 32 either.
+attn_v and ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold
+superblocks: it is stored as Q8_0 (llama.cpp takes Q5_0 or Q8_0), and as F16 where they are not a multiple of 32 either.
 
 As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q and K are permuted for the interleaved
 rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_freqs.weight``.
@@ -46,7 +46,7 @@ def uses_more_bits(layer: int, layers: int) -> bool:
 
 
 def tensor_type(name: str, shape: tuple[int, ...], *, recipe: str, layers: int, tied: bool) -> str:
-    """Return the GGML type of the tensor ``name``: F32, F16, BF16, Q8_0, Q6_K or Q4_K; ``shape`` [rows, cols] or [n]."""
+    """Return the GGML type of a tensor: F32, F16, BF16, Q8_0, Q6_K or Q4_K. ``shape`` is [rows, cols] or [n]."""
     if len(shape) == 1 or recipe == "f32":
         return "F32"
     if recipe == "bf16":

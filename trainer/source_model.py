@@ -111,7 +111,8 @@ def read_vocabulary(source: ExportSource, config: Any) -> Vocabulary:
     special = config_special_ids(config.to_dict())
     for role in SPECIAL_ROLES:
         index = getattr(tokenizer, f"{role}_token_id", None)
-        if index is not None:
+        # A byte-level tokenizer knows every text; transformers gives some an unknown token all the same.
+        if index is not None and not (role == "unk" and backend.model.unk_token is None):
             special[role] = int(index)
     templates = getattr(tokenizer, "chat_template", None) or {}
     return Vocabulary(

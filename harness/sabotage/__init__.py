@@ -10,4 +10,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_training",
     "q4kd.harness.sabotage.faults_runs",
     "q4kd.harness.sabotage.faults_guards",
+    "q4kd.harness.sabotage.faults_export",
 )
