@@ -20,14 +20,33 @@ _LONG = 256
 _OWN_PRODUCTS = has_avx512_product()
 
 
-def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+def document_mask(starts_BT: Tensor) -> Tensor:
+    """Return which keys each query reads, bool ``[B, 1, T, T]``: those of its own document that are not behind it.
+
+    Args:
+        starts_BT: int64 first position of each position's document, ``[B, T]``.
+    """
+    positions_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return ((positions_T <= positions_T[:, None]) & (positions_T >= starts_BT[:, :, None])).unsqueeze(1)
+
+
+def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
     """Return softmax(q k' / sqrt(D)) v over the keys not behind each query, float32 ``[B, T, N, D]``, contiguous.
 
-    Query head ``n`` reads key-value head ``n // G``. All arguments are float32 and contiguous.
+    Query head ``n`` reads key-value head ``n // G``. All arguments but ``starts_BT`` are float32 and contiguous.
+
+    Args:
+        q_BNTD: queries.
+        k_BKTD: keys.
+        v_BKTD: values.
+        starts_BT: int64 first position that each query may read, not falling along T; None stands for zeros.
     """
     batch, heads, length, head_dim = q_BNTD.shape
     if not _OWN_PRODUCTS or length < _LONG:
-        mixed_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
+        mask = None if starts_BT is None else document_mask(starts_BT)
+        mixed_BNTD = F.scaled_dot_product_attention(
+            q_BNTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         return mixed_BNTD.transpose(1, 2).contiguous()
     kv_heads = k_BKTD.shape[1]
     groups = heads // kv_heads
@@ -39,12 +58,17 @@ def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         for head in range(kv_heads):
             for start in range(0, length, block):
                 stop = min(start + block, length)
-                q_GCD, keys_SD = q_BKGTD[row, head, :, start:stop], k_BKTD[row, head, :stop]
+                # Keys before the first query's document are before every query's.
+                first = 0 if starts_BT is None else int(starts_BT[row, start])
+                q_GCD, keys_SD = q_BKGTD[row, head, :, start:stop], k_BKTD[row, head, first:stop]
                 scores_CS = multiply(q_GCD.reshape(-1, head_dim), keys_SD)
+                scores_GCS = scores_CS.view(groups, stop - start, stop - first)
+                if starts_BT is not None:
+                    keys_S = torch.arange(first, stop)
+                    scores_GCS.masked_fill_(keys_S < starts_BT[row, start:stop, None], -math.inf)
                 # Only the block's own square holds keys behind their query.
-                square_GCC = scores_CS.view(groups, stop - start, stop)[:, :, start:]
-                square_GCC += hidden_CC[: stop - start, : stop - start]
+                scores_GCS[:, :, start - first :] += hidden_CC[: stop - start, : stop - start]
                 torch.softmax(scores_CS, -1, out=scores_CS)
-                mixed_CD = multiply(scores_CS, v_BKTD[row, head, :stop].t().contiguous())
+                mixed_CD = multiply(scores_CS, v_BKTD[row, head, first:stop].t().contiguous())
                 out_BTNKGD[row, start:stop, head] = mixed_CD.view(groups, -1, head_dim).transpose(0, 1)
     return out_BTNKGD.view(batch, length, heads, head_dim)

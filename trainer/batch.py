@@ -1,4 +1,4 @@
-"""What one micro-batch holds: token ids and the labels that are learnt from them.
+"""What one micro-batch holds: token ids, the labels that are learnt from them, and where documents begin.
 
 Letters in shapes: B sequences, T positions.
 """
@@ -27,10 +27,13 @@ class Batch:
     Attributes:
         ids_BT: int64 token ids.
         labels_BT: int64 next-token ids; ``IGNORE`` masks a position.
+        starts_BT: int64 first position of each position's document, before which it attends to nothing; None when
+            every sequence is one document (or documents may see each other), which keeps the causal kernels.
     """
 
     ids_BT: Tensor
     labels_BT: Tensor
+    starts_BT: Tensor | None = None
 
     @classmethod
     def from_windows(cls, windows: npt.NDArray[np.int64]) -> "Batch":
@@ -43,11 +46,13 @@ class Batch:
 
     def __getitem__(self, sequences: slice) -> "Batch":
         """Return some of the sequences."""
-        return Batch(self.ids_BT[sequences], self.labels_BT[sequences])
+        starts_BT = None if self.starts_BT is None else self.starts_BT[sequences]
+        return Batch(self.ids_BT[sequences], self.labels_BT[sequences], starts_BT)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(self.ids_BT.to(device), self.labels_BT.to(device))
+        starts_BT = None if self.starts_BT is None else self.starts_BT.to(device)
+        return Batch(self.ids_BT.to(device), self.labels_BT.to(device), starts_BT)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Yield micro-batches of at most ``size`` sequences."""
@@ -60,4 +65,5 @@ class Batch:
 
     def arrays(self) -> dict[str, Any]:
         """Return the batch as arrays on the host, for keeping it."""
-        return {"ids": self.ids_BT.cpu().numpy(), "labels": self.labels_BT.cpu().numpy()}
+        arrays = {"ids": self.ids_BT, "labels": self.labels_BT, "starts": self.starts_BT}
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items() if tensor is not None}

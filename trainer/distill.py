@@ -152,7 +152,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             if is_main:
                 print(f"Resumed from {checkpoint.name}", flush=True)
         elif config.alpha < 1 and not config.allow_degenerate_kd:
-            check_not_degenerate(run.teacher, run.model, run.batch(0).ids_BT)
+            first_batch = run.batch(0)
+            check_not_degenerate(run.teacher, run.model, first_batch.ids_BT, first_batch.starts_BT)
         if is_main:
             write_run_file(run)
             shutil.rmtree(config.out / "model", ignore_errors=True)

@@ -137,13 +137,17 @@ class CpuForward:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
         return self._embedding.gather(row_ids)
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Return the final, normalised hidden states, float32 ``[B, T, H]``, of checked int64 ids ``[B, T]``."""
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Return the final, normalised hidden states, float32 ``[B, T, H]``, of checked int64 ids ``[B, T]``.
+
+        With ``starts_BT`` (checked int64) a position attends to none before the first of its document. Rotary
+        embedding sees differences of positions only, so positions go on counting across documents.
+        """
         batch, length = ids_BT.shape
         cos_TD, sin_TD = rope_tables(length, self.config.head_dim, self.config.rope_base, self._rope_factors)
         x_MH = self.embed(ids_BT.reshape(-1))
         for layer in self._layers:
-            x_MH += self._attend(layer, self._norm(x_MH, layer.attn_norm), batch, cos_TD, sin_TD)
+            x_MH += self._attend(layer, self._norm(x_MH, layer.attn_norm), batch, cos_TD, sin_TD, starts_BT)
             x_MH += self._feed_forward(layer, self._norm(x_MH, layer.ffn_norm))
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
 
@@ -155,7 +159,9 @@ class CpuForward:
         gated_MF *= layer.ffn_up.product(x_MH)
         return layer.ffn_down.product(gated_MF)
 
-    def _attend(self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    def _attend(
+        self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor, starts_BT: Tensor | None
+    ) -> Tensor:
         config = self.config
 
         def heads(matrix: Matrix, bias: Tensor | None, norm: Tensor | None, count: int) -> Tensor:
@@ -170,7 +176,7 @@ class CpuForward:
         v_BKTD = heads(layer.attn_v, layer.v_bias, None, config.num_kv_heads).contiguous()
         q_BNTD = rotate(q_BNTD, cos_TD, sin_TD, config.rope_layout)
         k_BKTD = rotate(k_BKTD, cos_TD, sin_TD, config.rope_layout)
-        mixed_MA = causal_attention(q_BNTD, k_BKTD, v_BKTD).view(x_MH.shape[0], -1)
+        mixed_MA = causal_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT).view(x_MH.shape[0], -1)
         return layer.attn_output.product(mixed_MA.to(self.dtype))
 
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:

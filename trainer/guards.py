@@ -70,28 +70,28 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
 
 
 @torch.no_grad()
-def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor) -> float:
+def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
     """Return the mean KL(teacher || student) in nats over the first sequence of a batch; ``model`` may be wrapped."""
-    ids_1T = ids_BT[:1]
-    teacher_TH = teacher.hidden(ids_1T)[0]
+    ids_1T, starts_1T = ids_BT[:1], None if starts_BT is None else starts_BT[:1]
+    teacher_TH = teacher.hidden(ids_1T, starts_1T)[0]
 
     def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
         log_q = torch.log_softmax((hidden_TH @ head_VH.T).float(), -1)
         log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-    kl: float = model(ids_1T, ids_1T, None, None, 1, use=measure)
+    kl: float = model(ids_1T, ids_1T, None, None, 1, starts_1T, use=measure)
     reshard(model)
     return kl
 
 
-def check_not_degenerate(teacher: Teacher, model: Any, ids_BT: Tensor) -> float:
+def check_not_degenerate(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
     """Refuse a student that already equals the teacher; return the step-0 KL.
 
     Raises:
         DegenerateDistillationError: when the weights are the same up to quantisation, or the KL is under the floor.
     """
-    kl = step_zero_kl(teacher, model, ids_BT)
+    kl = step_zero_kl(teacher, model, ids_BT, starts_BT)
     same = same_weights(teacher, getattr(model, "module", model))
     if same or kl < KL_FLOOR:
         raise DegenerateDistillationError(

@@ -85,12 +85,12 @@ def train_step(
         group["lr"] = lr
     micro_batches = list(batch.split(config.batch_size))
     for index, part in enumerate(micro_batches):
-        teacher_hidden = teacher.hidden(part.ids_BT) if teacher is not None else None
+        teacher_hidden = teacher.hidden(part.ids_BT, part.starts_BT) if teacher is not None else None
         clock.mark("teacher")
         head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else without_sync(model):
-            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets)
+            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets, part.starts_BT)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             (terms.loss * accelerator.num_processes).backward()
         clock.mark("student")

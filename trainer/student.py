@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
@@ -206,9 +207,20 @@ class DistillationModel(nn.Module):
         """Make head and embedding one tensor again, as the student's config says."""
         self.student.tie_weights()
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Return the student's final hidden states, float ``[B, T, H]``."""
-        outputs = self.student.base_model(input_ids=ids_BT, use_cache=False)
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Return the student's final hidden states, float ``[B, T, H]``.
+
+        With ``starts_BT`` (int64, the first position of each position's document) no position attends to one before
+        its document, and positions count from its start, for students whose position embeddings are absolute.
+        """
+        packed: dict[str, Tensor] = {}
+        if starts_BT is not None:
+            visible = document_mask(starts_BT)
+            # Added to the scores: eager attention would add a boolean mask as 0 and 1.
+            bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
+            packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
+            packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
+        outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
@@ -219,15 +231,16 @@ class DistillationModel(nn.Module):
         teacher_hidden: Tensor | None,
         teacher_head: Callable[[Tensor], Tensor] | None,
         num_targets: float,
+        starts_BT: Tensor | None = None,
         *,
         use: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> LossTerms | Any:
-        """Return the loss of a batch; see ``kd_loss`` for the arguments.
+        """Return the loss of a batch; see ``kd_loss`` and ``hidden`` for the arguments.
 
         With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
         whole only inside this call, when the model is called through its wrapper.
         """
-        hidden_MH = self.hidden(ids_BT).flatten(0, 1)
+        hidden_MH = self.hidden(ids_BT, starts_BT).flatten(0, 1)
         if use is not None:
             return use(hidden_MH, self.head_weight)
         if self.clock is not None:

@@ -67,7 +67,7 @@ class Forward(Protocol):
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]``."""
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return final hidden states ``[B, T, H]``."""
 
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -159,20 +159,27 @@ class Teacher:
         return Residency(dict(held), dense, self._forward.scratch.num_bytes, self.model.tensor_bytes)
 
     @torch.no_grad()
-    def hidden(self, ids_BT: Tensor) -> Tensor:
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states.
 
         Args:
             ids_BT: int64 token ids ``[B, T]``, each in ``[0, V)``.
+            starts_BT: int64 first position of each position's document, ``[B, T]``, before which it attends to
+                nothing; None where every row is one document.
 
         Returns:
             ``[B, T, H]`` on the teacher's device, in its compute dtype, detached.
 
         Raises:
-            InputError: for ids out of range, another rank, or more positions than the context length.
+            InputError: for ids out of range, another rank, more positions than the context length, or starts that
+                fall, or lie behind their position.
         """
         self._check_ids(ids_BT)
-        return self._forward.hidden(ids_BT.to(self._forward.device))
+        device = self._forward.device
+        if starts_BT is None:
+            return self._forward.hidden(ids_BT.to(device))
+        self._check_starts(starts_BT, ids_BT)
+        return self._forward.hidden(ids_BT.to(device), starts_BT.to(device))
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -251,6 +258,20 @@ class Teacher:
                 expected=f"token ids from 0 to {limit - 1}",
                 got=f"{low}..{high}",
                 remedy="use the same tokenizer",
+            )
+
+    def _check_starts(self, starts_BT: Tensor, ids_BT: Tensor) -> None:
+        fits = starts_BT.shape == ids_BT.shape and starts_BT.dtype == torch.int64
+        if fits:
+            positions_T = torch.arange(ids_BT.shape[1], device=starts_BT.device)
+            rising = (starts_BT.diff(dim=1) >= 0).all()
+            fits = bool(rising & ((starts_BT >= 0) & (starts_BT <= positions_T)).all())
+        if not fits:
+            raise InputError(
+                "starts",
+                expected=f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position",
+                got=f"{starts_BT.dtype} {tuple(starts_BT.shape)}",
+                remedy="give each position the first one of its document",
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> "Teacher":

@@ -27,7 +27,7 @@ from torch import Tensor
 from q4kd.trainer.architecture import TeacherConfig
 from q4kd.trainer.cuda.graphs import PassGraphs
 from q4kd.trainer.cuda.layers import Layer, ModelWeights
-from q4kd.trainer.cuda.numerics import attention, multiply, pinned_numerics
+from q4kd.trainer.cuda.numerics import attention, attention_bias, multiply, pinned_numerics
 from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
 from q4kd.trainer.forward import rope_tables
@@ -127,19 +127,25 @@ class CudaForward:
         return out
 
     @torch.no_grad()
-    def hidden(self, ids_BT: Tensor) -> Tensor:
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states of checked int64 ids ``[B, T]``.
+
+        Args:
+            ids_BT: token ids.
+            starts_BT: checked int64 first position of each position's document; None keeps flash attention and graphs.
 
         Returns:
             compute dtype ``[B, T, H]``, on the device.
         """
         self.scratch.head = None
         ids_BT = ids_BT.to(self.device)
+        if starts_BT is not None:
+            return self._run(ids_BT, attention_bias(starts_BT.to(self.device), self._dtype))
         if self._graphs is not None and ids_BT.numel() <= GRAPH_MAX_TOKENS:
             return self._graphs(ids_BT)
         return self._run(ids_BT)
 
-    def _run(self, ids_BT: Tensor) -> Tensor:
+    def _run(self, ids_BT: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
         batch, length = ids_BT.shape
         config, kernels = self.config, self._kernels
         cos_TD, sin_TD = self._rope(length)
@@ -150,7 +156,7 @@ class CudaForward:
             kernels.rms_norm(residual, self._weights.layers[0].attn_norm, config.rms_eps, normed)
             following = [layer.attn_norm for layer in self._weights.layers[1:]] + [self._weights.output_norm]
             for layer, next_norm in zip(self._weights.layers, following, strict=True):
-                self._attend(layer, buffers, batch, cos_TD, sin_TD)
+                self._attend(layer, buffers, batch, cos_TD, sin_TD, bias_B1TT)
                 kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
                 self._feed_forward(layer, buffers)
                 kernels.add_rms_norm(residual, buffers.delta, next_norm, config.rms_eps, normed)
@@ -194,7 +200,15 @@ class CudaForward:
         for rows, weight_RK in self._stream.decoded(group):
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
-    def _attend(self, layer: Layer, buffers: _Activations, batch: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
+    def _attend(
+        self,
+        layer: Layer,
+        buffers: _Activations,
+        batch: int,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        bias_B1TT: Tensor | None,
+    ) -> None:
         config = self.config
         self._product(layer.qkv, buffers.normed, buffers.qkv)
         q_end, k_end = config.q_size, config.q_size + config.kv_size
@@ -216,7 +230,8 @@ class CudaForward:
         if layer.v_bias is not None:
             self._kernels.add_bias(v_flat, layer.v_bias)
         v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
-        mixed_MH = attention(*(part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)))
+        parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
+        mixed_MH = attention(*parts, bias_B1TT)
         self._product(layer.attn_output, mixed_MH, buffers.delta)
 
     def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
