@@ -107,8 +107,7 @@ class HangWatchdog:
         with contextlib.suppress(OSError, ValueError):
             self._events.emit("hang", step=self._step + 1, doing=doing, seconds=quiet, path=path.name)
         print(
-            f"q4kd: {line}; {where}; if steps are just slow, raise hang_s; "
-            "--resume continues from the last checkpoint",
+            f"q4kd: {line}; {where}; if steps are just slow, raise hang_s; --resume continues from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

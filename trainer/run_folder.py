@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, never overwritten by accident; what is left there by one that failed."""
+"""The folder of a run: held by one run at a time, never overwritten by accident; what one that failed leaves there."""
 
 import errno
 from collections.abc import Iterator, Mapping
