@@ -31,12 +31,16 @@ from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
 from q4kd.trainer.guards import check_not_degenerate
 from q4kd.trainer.hang import HangWatchdog
+from q4kd.trainer.memory_plan import format_plan
+from q4kd.trainer.out_of_memory import explaining_memory
 from q4kd.trainer.progress import Reporter
 from q4kd.trainer.run import Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.run_folder import check_run_folder, explaining_full_disk, kept, locked, save_step
+from q4kd.trainer.run_plan import check_plan, plan_run
 from q4kd.trainer.sharding import gather, trained_tensors
 from q4kd.trainer.signals import StopRequest
 from q4kd.trainer.step import learning_rate, train_step
+from q4kd.trainer.teacher import Teacher
 from q4kd.trainer.watchdog import guarded
 
 # A checkpoint may take as long as so many steps before it counts as a hang.
@@ -186,6 +190,45 @@ def _finish(run: Run, started: float, first: int) -> None:
     run.events.emit("done", step=run.done, **{key: value for key, value in summary.items() if key != "steps"})
 
 
+def _run(run: Run, resume: bool) -> None:
+    """Everything after the run is assembled, from the checks before step 1 to the final model."""
+    config, events, is_main = run.config, run.events, run.is_main
+    events.emit(
+        "run_plan",
+        steps=run.last_step,
+        steps_of_full_run=run.total_steps,
+        tokens_per_step=run.tokens_per_step,
+        train_tokens=len(run.corpus.train.tokens),
+        held_out_tokens=len(run.corpus.held_out.tokens),
+        data_sha256=run.corpus.train.sha256,
+        seed=config.seed,
+        alpha=config.alpha,
+    )
+    if resume:
+        checkpoint = restore(run)
+        if is_main:
+            print(f"Resumed from {checkpoint.name}", flush=True)
+    elif config.alpha < 1 and not config.allow_degenerate_kd:
+        check_not_degenerate(run.teacher, run.unwrapped, run.batch(0).ids_BT)
+    if is_main:
+        write_run_file(run)
+        shutil.rmtree(config.out / "model", ignore_errors=True)
+    reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)
+    first, started = run.done, time.monotonic()
+    watchdog = HangWatchdog(config.hang_s, config.out, events, rank=run.accelerator.process_index)
+    with StopRequest(announce=is_main) as stop, watchdog:
+        if not resume or (_evaluation_is_due(run) and not run.is_evaluated):
+            _evaluate(run, watchdog)
+        with reporter.running(run.done) if is_main else contextlib.nullcontext():
+            _train(run, reporter, watchdog, stop)
+        _checkpoint(run, watchdog)
+        number = stop.agreed(run.accelerator)
+        if number:
+            raise _end_early(run, number)
+        _evaluate(run, watchdog)
+    _finish(run, started, first)
+
+
 def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = None) -> None:
     """Run a distillation to its last step.
 
@@ -210,39 +253,14 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
-        run = assemble(config, events, is_main)
-        events.emit(
-            "run_plan",
-            steps=run.last_step,
-            steps_of_full_run=run.total_steps,
-            tokens_per_step=run.tokens_per_step,
-            train_tokens=len(run.corpus.train.tokens),
-            held_out_tokens=len(run.corpus.held_out.tokens),
-            data_sha256=run.corpus.train.sha256,
-            seed=config.seed,
-            alpha=config.alpha,
-        )
-        if resume:
-            checkpoint = restore(run)
-            if is_main:
-                print(f"Resumed from {checkpoint.name}", flush=True)
-        elif config.alpha < 1 and not config.allow_degenerate_kd:
-            check_not_degenerate(run.teacher, run.unwrapped, run.batch(0).ids_BT)
+        plan = plan_run(config)
+        events.emit("memory_plan", **plan.to_json())
         if is_main:
-            write_run_file(run)
-            shutil.rmtree(config.out / "model", ignore_errors=True)
-        reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)
-        first, started = run.done, time.monotonic()
-        watchdog = HangWatchdog(config.hang_s, config.out, events, rank=run.accelerator.process_index)
-        with StopRequest(announce=is_main) as stop, watchdog:
-            if not resume or (_evaluation_is_due(run) and not run.is_evaluated):
-                _evaluate(run, watchdog)
-            with reporter.running(run.done) if is_main else contextlib.nullcontext():
-                _train(run, reporter, watchdog, stop)
-            _checkpoint(run, watchdog)
-            number = stop.agreed(run.accelerator)
-            if number:
-                raise _end_early(run, number)
-            _evaluate(run, watchdog)
-        _finish(run, started, first)
+            print(format_plan(plan).splitlines()[0], flush=True)
+        check_plan(config, plan)
+        teachers: list[Teacher] = []
+        with explaining_memory(config, lambda: teachers[0].residency() if teachers else None):
+            run = assemble(config, events, is_main)
+            teachers.append(run.teacher)
+            _run(run, resume)
         events.close()

@@ -30,6 +30,8 @@ class StudentShape:
         is_tied: whether head and embedding are one parameter.
         saved_bytes: kept by autograd for one forward pass up to the hidden states, every tensor once.
         layer_input_bytes: of the tensor that goes from layer to layer.
+        weight_bytes: of a weight.
+        liger_saves: of ``saved_bytes``, what Liger's RMSNorm and SwiGLU do not keep.
     """
 
     parameters: int
@@ -42,6 +44,8 @@ class StudentShape:
     is_tied: bool
     saved_bytes: int
     layer_input_bytes: int
+    weight_bytes: int
+    liger_saves: int
 
 
 class _Attention(torch.autograd.Function):
@@ -94,7 +98,7 @@ def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> 
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
             f"student {folder}",
-            expected="a causal LM whose shapes can be followed",
+            expected="a Hugging Face causal LM folder, with config.json, whose shapes can be followed",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}",
             remedy="check --student",
         ) from error
@@ -111,7 +115,18 @@ def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> 
         is_tied=head.weight is model.get_input_embeddings().weight,
         saved_bytes=saved,
         layer_input_bytes=inputs,
+        weight_bytes=dtype.itemsize,
+        liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
     )
+
+
+def _liger_saves(config: Any, tokens: int, size: int) -> int:
+    """Return what is not kept: by a norm its float32 input, since the input itself is (2 a layer); by SwiGLU one of 4.
+
+    (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
+    """
+    norms = 2 * config.num_hidden_layers + 1
+    return tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
 
 
 def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int]:
