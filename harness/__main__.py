@@ -1,7 +1,7 @@
 """The command line: ``q4kd COMMAND …``, also ``python -m q4kd.harness COMMAND …``.
 
 Exit codes: 0 done · 1 a claim is falsified, or the command's own "no" · 2 bad input, or an inconclusive verdict ·
-3 a defect of q4kd itself · 130 interrupted.
+3 a defect of q4kd itself · 130 interrupted. A run that ends early: see ``TrainingAborted``, and 124 for a hang.
 """
 
 import argparse
@@ -21,6 +21,7 @@ DEFECT_EXIT = 3
 INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
+    "q4kd.trainer.commands_plan",
     "q4kd.trainer.commands_bench",
     "q4kd.trainer.commands_fidelity",
     "q4kd.harness.commands_falsify",
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, TrainingAborted) as error:
-        return _report(str(error), USAGE_EXIT if isinstance(error, InputError) else 1, debug)
+        return _report(str(error), USAGE_EXIT if isinstance(error, InputError) else error.exit_code, debug)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:

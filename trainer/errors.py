@@ -1,5 +1,7 @@
 """The errors a user can cause. Each says what was expected, what was found, and what to do next."""
 
+from collections.abc import Mapping
+
 
 class InputError(Exception):
     """A file, option or contract that cannot be used. The command line prints it as one line and exits with 2.
@@ -33,4 +35,51 @@ class DegenerateDistillationError(InputError):
 
 
 class TrainingAborted(Exception):  # noqa: N818 - the run ended early; it is the event, not only the error, that matters
-    """Training stopped before its last step (for example a loss that is not finite). Its message says where and why."""
+    """Training stopped before its last step. Its message says where and why; ``exit_code`` is the command's.
+
+    1 another reason · 65 loss or gradient not finite · 74 the run's folder cannot be written · 75 out of memory ·
+    130 stopped by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch it.)
+    """
+
+    exit_code = 1
+
+
+class NotFiniteError(TrainingAborted):
+    """Loss or gradient of a step is not finite; its update was not made.
+
+    Args:
+        terms: loss, its parts, the gradient's norm and the learning rate, by name.
+        message: what to say instead of the terms alone.
+    """
+
+    exit_code = 65
+
+    def __init__(self, terms: Mapping[str, float], message: str | None = None) -> None:
+        self.terms = dict(terms)
+        said = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in terms.items())
+        super().__init__(message or f"{said}: not finite, no update made")
+
+
+class RunFolderError(TrainingAborted):
+    """The run's folder cannot be written: a full disk, for instance."""
+
+    exit_code = 74
+
+
+class OutOfMemoryError(TrainingAborted):
+    """Host or device has no memory for what was asked."""
+
+    exit_code = 75
+
+
+class StoppedError(TrainingAborted):
+    """Somebody asked the run to stop, by Ctrl-C or SIGTERM, and it did so after writing a checkpoint.
+
+    Args:
+        message: what was kept.
+        signal_number: of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

@@ -37,7 +37,10 @@ from q4kd.trainer.tracking import project_options, start_trackers
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
 RESUMABLE = frozenset(
-    {"out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "trackers", "hang_s"}
+    {
+        *("out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric"),
+        *("trackers", "hang_s"),
+    }
 )
 
 
@@ -59,6 +62,7 @@ class Run:
     total_steps: int
     last_step: int
     done: int = 0
+    is_evaluated: bool = False
     training_seconds: float = 0.0
 
     @property
@@ -198,8 +202,8 @@ def restore(run: Run) -> Path:
             got=difference or "other training data",
             remedy="repeat its settings, or start a new run in another folder",
         )
-    restore_checkpoint(path, run.unwrapped.student, run.optimizer)
-    run.done = state.step
+    restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
+    run.done, run.is_evaluated = state.step, state.evaluation is not None
     run.events.emit("resumed", step=run.done, checkpoint=path.name)
     return path
 

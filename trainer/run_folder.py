@@ -1,13 +1,22 @@
-"""The folder of a run: held by one run at a time, never overwritten by accident."""
+"""The folder of a run: held by one run at a time, never overwritten by accident; what one that failed leaves there."""
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from q4kd.trainer.checkpoint import list_checkpoints
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, RunFolderError
+from q4kd.trainer.files import write_json
+
+if TYPE_CHECKING:
+    from q4kd.trainer.batch import Batch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
@@ -63,3 +72,41 @@ def check_run_folder(out: Path, resume: bool) -> None:
         raise InputError(
             f"--resume in {out}", expected="a checkpoint", got="none", remedy="start the run without --resume"
         )
+
+
+@contextmanager
+def explaining_full_disk(out: Path) -> Iterator[None]:
+    """Turn the errors of a disk that is full or read-only into one that says what was kept.
+
+    Raises:
+        RunFolderError: naming the checkpoints that there are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunFolderError(f"{out} cannot be written ({error.strerror}); {kept(out)}") from error
+
+
+def kept(out: Path) -> str:
+    """Return which checkpoints a run that failed has left, and how to go on."""
+    names = ", ".join(path.name for path in list_checkpoints(out))
+    if not names:
+        return "kept: no checkpoint"
+    return f"kept: {names}; free some space where that is the cause, and continue with --resume"
+
+
+def save_step(folder: Path, step: int, batch: "Batch", terms: Mapping[str, float]) -> Path:
+    """Keep what a step that failed was made of: its batch as ``.npz`` arrays, its terms as JSON beside it.
+
+    JSON has no NaN: numbers that are not finite are written as their names. Returns the batch's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / f"step-{step:06d}.json",
+        {"step": step, **{key: value if np.isfinite(value) else repr(float(value)) for key, value in terms.items()}},
+    )
+    path = folder / f"step-{step:06d}-batch.npz"
+    np.savez_compressed(path, **batch.arrays())
+    return path

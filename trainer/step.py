@@ -4,15 +4,13 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.errors import TrainingAborted
+from q4kd.trainer.errors import NotFiniteError
 from q4kd.trainer.sharding import without_sync
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher import Teacher
@@ -73,7 +71,7 @@ def train_step(
         lr: learning rate of this step.
 
     Raises:
-        TrainingAborted: when loss or gradient norm is not finite; the update is not made.
+        NotFiniteError: when loss or gradient norm is not finite; the update is not made.
     """
     started = time.monotonic()
     clock = StepClock(batch.ids_BT.device)
@@ -100,9 +98,7 @@ def train_step(
     # The one time that the host waits for the device before the update: what is not finite must not be applied.
     loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise TrainingAborted(
-            f"loss {loss} and gradient norm {grad_norm} at learning rate {lr:g}: not finite, no update made"
-        )
+        raise NotFiniteError({"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr})
     optimizer.step()
     optimizer.zero_grad()
     clock.mark("optimizer")
@@ -117,11 +113,3 @@ def train_step(
         seconds=time.monotonic() - started,
         **{f"{part}_s": seconds for part, seconds in parts.items()},
     )
-
-
-def save_batch(folder: Path, step: int, batch: Batch) -> Path:
-    """Keep the batch of an aborted step for inspection, as ``.npz`` arrays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}-batch.npz"
-    np.savez_compressed(path, **batch.arrays())
-    return path

@@ -119,7 +119,7 @@ def _quiet_early_exit() -> None:
 
 def _checkpoint_not_written() -> None:
     def make(_original: Callable[..., Any]) -> Callable[..., Any]:
-        def save(run: Any, _model: Any, _optimizer: Any, state: Any, _keep: int) -> Any:
+        def save(run: Any, _tensors: Any, state: Any) -> Any:
             return run / "checkpoints" / f"step-{state.step:06d}"
 
         return save

@@ -1,0 +1,316 @@
+"""What a run will take, counted before anything is allocated, phase by phase; refused when it cannot fit.
+
+Memory peaks in one of four phases of a step, and what lives in all of them is counted once::
+
+    teacher     held + the teacher's own activations
+    loss        held + gradients of earlier micro-batches + saved activations + the loss's gradients and chunk
+    backward    held + all gradients + the head's, still apart + one layer's temporaries
+    optimizer   held + all gradients + what an update needs beside them
+
+*held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
+the largest phase, not the sum. Imports of this program (Python, torch, transformers) are what it is counted above.
+
+Letters: M = B x T tokens of a micro-batch, P weights of the student, V rows of its head, H hidden size, C tokens of a
+chunk of the loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from q4kd.trainer.architecture import TeacherConfig
+from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.footprint import LARGEST_KEPT
+from q4kd.trainer.memory_report import sized
+from q4kd.trainer.student_shape import StudentShape
+
+Phase = Literal["teacher", "loss", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("teacher", "loss", "backward", "optimizer")
+# Two moments of AdamW, in bytes for each weight; blocks of 256 of the 8-bit ones share a float32 scale.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "paged_adamw": 8.0, "paged_adamw_8bit": 2.0 + 8 / 256}
+# float32 [C, V] that live at one time in the CPU's loss.
+_CPU_CHUNK_TENSORS = 7
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory.
+
+    Attributes:
+        name: what it is.
+        bytes: that it takes.
+        basis: what the bytes are computed from.
+        phases: in which it lives.
+        is_mapped: whether it is pages of a file, which the kernel may drop and read again.
+    """
+
+    name: str
+    bytes: int
+    basis: str
+    phases: tuple[Phase, ...] = PHASES
+    is_mapped: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What is known of the teacher from its file's header.
+
+    Attributes:
+        config: its dimensions.
+        weight_bytes: that its weights take where they are held.
+        is_mapped: whether they are pages of the file.
+        scratch_bytes: of its reusable buffers.
+        activation_bytes: of a pass over one micro-batch, at its peak.
+        weights: number of weights, for FLOPs.
+        basis: where ``weight_bytes`` comes from.
+    """
+
+    config: TeacherConfig
+    weight_bytes: int
+    is_mapped: bool
+    scratch_bytes: int
+    activation_bytes: int
+    weights: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """Buffers of the loss beside the two gradients: bytes of a chunk, and of the teacher's decoded head."""
+
+    chunk_bytes: int
+    head_bytes: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Items and what the machine has.
+
+    Attributes:
+        device: in words.
+        items: everything counted.
+        room: bytes that may be taken now.
+        room_basis: where ``room`` comes from.
+        flops: of one optimiser step, all processes' share apart.
+    """
+
+    device: str
+    items: tuple[Item, ...]
+    room: int
+    room_basis: str
+    flops: float
+
+    def phase_bytes(self) -> dict[Phase, int]:
+        """Return the bytes live in each phase."""
+        return {phase: sum(item.bytes for item in self.items if phase in item.phases) for phase in PHASES}
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(self.phase_bytes().values())
+
+    @property
+    def needed(self) -> int:
+        """Of the peak, what cannot be dropped and read again."""
+        return self.peak - sum(item.bytes for item in self.items if item.is_mapped)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.needed <= self.room
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "device": self.device,
+            "items": [{**vars(item), "phases": list(item.phases)} for item in self.items],
+            "phases": self.phase_bytes(),
+            "peak_bytes": self.peak,
+            "needed_bytes": self.needed,
+            "room_bytes": self.room,
+            "room_basis": self.room_basis,
+            "fits": self.fits,
+            "flops_per_step": self.flops,
+            "seconds_per_step": None,
+        }
+
+
+def saved_activations(config: DistillConfig, student: StudentShape) -> tuple[int, str]:
+    """Return the bytes that autograd keeps of a student's forward pass, and the arithmetic."""
+    saved = student.saved_bytes
+    basis = f"saved tensors of {student.layers} layers, counted in the student's own code"
+    if config.student_kernels == "liger":
+        saved -= student.liger_saves
+        basis += ", without what Liger's norms and SwiGLU do not keep"
+    if not config.gradient_checkpointing:
+        return saved, basis
+    layer = saved // max(1, student.layers)
+    return (
+        student.layers * student.layer_input_bytes + layer,
+        f"input of each of {student.layers} layers + one layer's saved tensors ({sized(layer)})",
+    )
+
+
+def count_items(
+    config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, loss: LossShape
+) -> tuple[Item, ...]:
+    """Return everything that a run of these settings takes on the device that computes."""
+    size = student.weight_bytes
+    trained = config.lora_rank * student.lora_parameters if config.lora_rank else student.parameters
+    tokens = config.batch_size * config.seq_len
+    items = []
+    if teacher is not None:
+        items += [
+            Item("teacher weights", teacher.weight_bytes, teacher.basis, is_mapped=teacher.is_mapped),
+            Item("teacher scratch", teacher.scratch_bytes, "decoded tiles, reused by every product"),
+            Item("teacher activations", teacher.activation_bytes, f"a pass over {tokens:,} tokens", ("teacher",)),
+            Item(
+                "teacher hidden states",
+                tokens * teacher.config.hidden_size * size,
+                f"{tokens:,} x {teacher.config.hidden_size:,} x {size} bytes",
+                ("loss", "backward"),
+            ),
+        ]
+        if loss.head_bytes:
+            rows, width = teacher.config.vocab_size, teacher.config.hidden_size
+            items.append(
+                Item(
+                    "teacher head, decoded", loss.head_bytes, f"{rows:,} x {width:,}, held by loss_mode fast", ("loss",)
+                )
+            )
+    items.append(Item("student weights", student.parameters * size, f"{student.parameters:,} x {size} bytes"))
+    if config.lora_rank:
+        items.append(Item("adapters", trained * size, f"{trained:,} x {size} bytes"))
+    if size < 4:
+        items.append(Item("master weights", trained * 4, f"{trained:,} x 4 bytes, float32"))
+    moments = MOMENT_BYTES[config.optimizer]
+    items.append(
+        Item("optimizer moments", int(trained * moments), f"{trained:,} x {moments:.3g} bytes ({config.optimizer})")
+    )
+    late: tuple[Phase, ...] = ("backward", "optimizer")
+    with_gradients: tuple[Phase, ...] = ("teacher", "loss", *late) if config.accumulation > 1 else late
+    items.append(Item("gradients", trained * size, f"{trained:,} x {size} bytes", with_gradients))
+    activations, basis = saved_activations(config, student)
+    items.append(Item("activations", activations, basis, ("loss",)))
+    if config.device == "cpu":
+        items.append(Item("allocator", 2 * LARGEST_KEPT, "freed memory that glibc keeps, see gemm.py"))
+    return (*items, *_loss_items(config, student, loss), _optimizer_item(config, student, trained))
+
+
+def _loss_items(config: DistillConfig, student: StudentShape, loss: LossShape) -> list[Item]:
+    tokens, head = config.batch_size * config.seq_len, student.vocab * student.hidden
+    items = [
+        Item(
+            "loss: gradient of hidden states",
+            2 * 4 * tokens * student.hidden,
+            f"2 x {tokens:,} x {student.hidden:,} x 4 bytes: hidden states and gradient",
+            ("loss",),
+        ),
+        Item("loss: a chunk's logits", loss.chunk_bytes, loss.basis, ("loss",)),
+    ]
+    if not config.lora_rank:
+        items.append(
+            Item("loss: gradient of the head", 4 * head, f"{student.vocab:,} x {student.hidden:,} x 4 bytes", ("loss",))
+        )
+        if student.is_tied:
+            # The embedding's gradient is made whole before it is added to that of the head.
+            items.append(
+                Item(
+                    "gradient of the tied embedding",
+                    student.weight_bytes * head,
+                    f"{student.vocab:,} x {student.hidden:,} x {student.weight_bytes} bytes",
+                    ("backward",),
+                )
+            )
+    return items
+
+
+def _optimizer_item(config: DistillConfig, student: StudentShape, trained: int) -> Item:
+    if config.device == "cpu":
+        return Item("update", 2 * 4 * student.largest, f"2 x {student.largest:,} x 4 bytes, one weight", ("optimizer",))
+    slice_elements = min(trained, max(1 << 25, student.largest))
+    return Item("update", 4 * slice_elements, f"float32 gradients of {slice_elements:,} weights", ("optimizer",))
+
+
+def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
+    """Return the loss's buffers on the CPU, where the teacher's head is decoded tile by tile."""
+    tokens = config.batch_size * config.seq_len
+    if config.loss_mode == "low":
+        from q4kd.trainer.loss_low import DEFAULT_TILE
+
+        width = min(student.vocab, DEFAULT_TILE)
+        chunk = min(tokens, config.chunk_tokens or 256)
+        return LossShape(
+            10 * 4 * chunk * width + 4 * width * 2 * student.hidden, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)"
+        )
+    chunk = min(tokens, config.loss.chunk_for(student.vocab))
+    return LossShape(
+        _CPU_CHUNK_TENSORS * 4 * chunk * student.vocab,
+        0,
+        f"{_CPU_CHUNK_TENSORS} x {chunk:,} x {student.vocab:,} x 4 bytes",
+    )
+
+
+def count_flops(config: DistillConfig, student: StudentShape, teacher: TeacherShape | None) -> float:
+    """Return the floating-point operations of a step in products with weights (attention left out)."""
+    tokens = config.batch_size * config.seq_len * config.accumulation
+    again = 2 if config.gradient_checkpointing else 0
+    return float(tokens) * ((6 + again) * student.linear_weights + (2 * teacher.weights if teacher else 0))
+
+
+def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
+    """Return settings that take less memory, in the order in which to try them, each with what it says."""
+    found = []
+    if config.batch_size > 1:
+        half = config.batch_size // 2
+        more = -(-config.batch_size * config.accumulation // half)
+        said = f"batch_size {half} with accumulation {more} (the same batch)"
+        found.append((said, replace(config, batch_size=half, accumulation=more)))
+    if not config.gradient_checkpointing:
+        found.append(("gradient_checkpointing", replace(config, gradient_checkpointing=True)))
+    if config.loss_mode != "low":
+        found.append(("loss_mode low", replace(config, loss_mode="low")))
+    if config.device == "cuda" and config.optimizer == "adamw":
+        found.append(("optimizer adamw_8bit", replace(config, optimizer="adamw_8bit")))
+    if config.seq_len > 64:
+        found.append((f"seq_len {config.seq_len // 2}", replace(config, seq_len=config.seq_len // 2)))
+    return found
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """Return the plan as a table: bytes, share of the peak, and what they are computed from."""
+    phases = plan.phase_bytes()
+    peak_phase = max(PHASES, key=lambda phase: phases[phase])
+    lines = [f"memory plan: {sized(plan.peak)} above the program itself, on {plan.device}"]
+    for item in plan.items:
+        mark = "*" if peak_phase in item.phases else " "
+        lines.append(f" {mark} {item.name:<32} {sized(item.bytes):>10}  {item.basis}")
+    said = ", ".join(f"{phase} {sized(size)}" for phase, size in phases.items())
+    lines.append(f"peak: {peak_phase} phase (what is marked *); {said}")
+    mapped = plan.peak - plan.needed
+    if mapped:
+        lines.append(
+            f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
+        )
+    lines.append(f"room: {sized(plan.room)} ({plan.room_basis})")
+    lines.append(f"time: not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it")
+    return "\n".join(lines)
+
+
+def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
+    """Return the refusal of a plan that does not fit.
+
+    Args:
+        plan: that does not.
+        helpful: bytes that each change of the settings would save.
+    """
+    largest = sorted((item for item in plan.items if not item.is_mapped), key=lambda item: -item.bytes)[:4]
+    helps = "; ".join(f"{name} saves {sized(saved)}" for name, saved in helpful.items() if saved > 0)
+    return InputError(
+        "memory plan",
+        expected=f"at most {sized(plan.room)} ({plan.room_basis})",
+        got=f"{sized(plan.needed)}, of which " + ", ".join(f"{item.name} {sized(item.bytes)}" for item in largest),
+        remedy=f"{helps or 'use a smaller student or another machine'} (q4kd plan shows all)",
+    )

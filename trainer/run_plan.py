@@ -1,0 +1,157 @@
+"""From a run's settings to its memory plan: the teacher's header, the student's shapes, and the room on the machine."""
+
+import functools
+import os
+from pathlib import Path
+
+from q4kd.trainer.backend import backend_override, choose_backend
+from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.device import mem_available
+from q4kd.trainer.dtypes import choose_dtype
+from q4kd.trainer.footprint import predict_footprint
+from q4kd.trainer.memory_plan import (
+    LossShape,
+    MemoryPlan,
+    TeacherShape,
+    count_flops,
+    count_items,
+    cpu_loss_shape,
+    refuse,
+    reliefs,
+)
+from q4kd.trainer.model_file import open_model
+from q4kd.trainer.placement import Place, find_place
+from q4kd.trainer.student import student_dtype
+from q4kd.trainer.student_shape import StudentShape, shape_student
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def plan_run(config: DistillConfig, place: Place | None = None) -> MemoryPlan:
+    """Count what a run will take and what the machine has. Nothing large is allocated.
+
+    Args:
+        config: of the run.
+        place: where it will compute; None looks.
+
+    Raises:
+        InputError: when teacher, student or device cannot be used.
+    """
+    place = place or find_place(config.device, choose_dtype(config.dtype, config.device).name)
+    student = _shape(config)
+    teacher = _teacher_shape(config, place) if config.teacher is not None and not config.teacher_cache else None
+    if config.device == "cpu":
+        loss = cpu_loss_shape(config, student)
+    else:
+        loss = _cuda_loss_shape(config, student, teacher, place)
+    room, basis = place.budget, "free on the device, by the driver"
+    if place.device_class != "classic":
+        room, basis = host_room()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+        if processes > 1:
+            room, basis = room // processes, f"{basis}, shared by {processes} processes"
+    return MemoryPlan(
+        device=place.name,
+        items=count_items(config, student, teacher, loss),
+        room=room,
+        room_basis=basis,
+        flops=count_flops(config, student, teacher),
+    )
+
+
+def check_plan(config: DistillConfig, plan: MemoryPlan) -> None:
+    """Refuse a plan that cannot fit.
+
+    Raises:
+        InputError: with the arithmetic, and what each setting that helps would save.
+    """
+    if not plan.fits:
+        raise refuse(plan, savings(config, plan))
+
+
+def savings(config: DistillConfig, plan: MemoryPlan) -> dict[str, int]:
+    """Return by how much each setting that takes less memory would lower a plan's peak."""
+    place = find_place(config.device, choose_dtype(config.dtype, config.device).name)
+    return {name: plan.needed - plan_run(changed, place).needed for name, changed in reliefs(config)}
+
+
+def _shape(config: DistillConfig) -> StudentShape:
+    return _shape_cached(config.student, config.batch_size, config.seq_len, student_dtype(config))
+
+
+# The same shape serves the plan and what each setting would save.
+_shape_cached = functools.lru_cache(maxsize=16)(shape_student)
+
+
+def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
+    assert config.teacher is not None
+    model = open_model(config.teacher)
+    dense = model.num_weights * place.dense_weight_bytes
+    choice = choose_backend(
+        backend_override(config.backend), model.bytes_by_type(), place.device_class, dense_fits=dense <= place.budget
+    )
+    dims, packed = model.config, choice.backend != "dense"
+    tokens = config.batch_size * config.seq_len
+    if config.device == "cpu":
+        pass_ = predict_footprint(
+            dims, config.batch_size, config.seq_len, dtype=choose_dtype(config.dtype, "cpu").name, logits=False
+        )
+        scratch, activations = pass_.scratch, pass_.activations
+    else:
+        from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES
+
+        size = place.dense_weight_bytes
+        # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
+        buffers = 3 * dims.ffn_size * dims.hidden_size * size
+        scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
+        activations = tokens * size * (3 * dims.ffn_size + 4 * dims.hidden_size)
+    return TeacherShape(
+        config=dims,
+        weight_bytes=model.tensor_bytes if packed else dense,
+        is_mapped=packed and config.device == "cpu",
+        scratch_bytes=scratch,
+        activation_bytes=activations,
+        weights=model.num_weights,
+        basis=f"{choice.backend}: {'as in the file' if packed else f'x {place.dense_weight_bytes} bytes'}",
+    )
+
+
+def _cuda_loss_shape(
+    config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, place: Place
+) -> LossShape:
+    """Return the loss's buffers on CUDA; see ``cuda/loss.py``, whose arithmetic this is."""
+    from q4kd.trainer.cuda import loss
+
+    tokens, size = config.batch_size * config.seq_len, student.weight_bytes
+    if config.loss_mode == "low":
+        chunk, width = min(tokens, config.chunk_tokens or loss._LOW_CHUNK), min(student.vocab, loss._LOW_TILE)
+        head = width * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
+        return LossShape(3 * chunk * width * 4 + head, 0, f"3 x {chunk:,} x {width:,} x 4 bytes + a tile of the head")
+    # bfloat16 products give bfloat16 logits, which become their gradient in place.
+    types = {"logits_bytes": 4, "gradient_bytes": size, "with_teacher": teacher is not None}
+    chunk = min(tokens, config.chunk_tokens) or loss.choose_chunk(tokens, student.vocab, loss.CHUNK_BYTES, **types)
+    held = loss.chunk_bytes(chunk, student.vocab, **types)
+    decoded = teacher.config.vocab_size * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
+    return LossShape(held, decoded, f"chunks of {chunk:,} x {student.vocab:,}")
+
+
+def host_room(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> tuple[int, str]:
+    """Return the bytes that this process may still take of the host's memory, and which limit says so.
+
+    A container may have less than the machine: cgroup v2's ``memory.max``, of which page cache that the kernel can drop
+    does not count as used. Of v1 the same files under their old names.
+    """
+    available = mem_available(meminfo)
+    for limit_file, used_file, name in (
+        (cgroup / "memory.max", cgroup / "memory.current", "inactive_file"),
+        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, used = limit_file.read_text().strip(), int(used_file.read_text())
+            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
+            left = int(limit) - used + int(stat.get(name, 0))
+        except (OSError, ValueError):
+            continue  # no such cgroup, or "max"
+        if left < available:
+            return max(0, left), "what the memory limit of this container leaves"
+    return available, "MemAvailable of the host"

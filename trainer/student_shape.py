@@ -1,0 +1,147 @@
+"""What a student will take, found without allocating it: its own code is run on torch's meta device, which has shapes
+and no storage. Counted are its parameters and what autograd keeps of a forward pass for the backward pass.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from q4kd.trainer.errors import InputError
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """A student's sizes.
+
+    Attributes:
+        parameters: weights, tied ones once.
+        linear_weights: of them, those in matrices that multiply (for FLOPs); the head included.
+        lora_parameters: weights of adapters of rank 1 on every linear layer but the head.
+        largest: weights of the largest parameter.
+        vocab: rows of the head.
+        hidden: hidden size.
+        layers: decoder layers.
+        is_tied: whether head and embedding are one parameter.
+        saved_bytes: kept by autograd for one forward pass up to the hidden states, every tensor once.
+        layer_input_bytes: of the tensor that goes from layer to layer.
+        weight_bytes: of a weight.
+        liger_saves: of ``saved_bytes``, what Liger's RMSNorm and SwiGLU do not keep.
+    """
+
+    parameters: int
+    linear_weights: int
+    lora_parameters: int
+    largest: int
+    vocab: int
+    hidden: int
+    layers: int
+    is_tied: bool
+    saved_bytes: int
+    layer_input_bytes: int
+    weight_bytes: int
+    liger_saves: int
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what the fused attention kernels keep: query, key, value, mask, output and one float32 per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = query.shape
+        # In memory as the kernels lay it out, so that what follows takes no copy.
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise NotImplementedError("shapes only")
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Fused attention, which has no meta form of its own; questions about values are answered with yes.
+
+    transformers asks one: whether the positions are those of one unbroken sequence.
+    """
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.Tensor.__bool__:
+            return True
+        if function is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else options.get("attn_mask")
+            return _Attention.apply(*args[:3], mask)  # type: ignore[no-untyped-call]
+        return function(*args, **options)
+
+
+def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> StudentShape:
+    """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
+
+    Raises:
+        InputError: when the folder is not a causal LM, or its code cannot be followed without values.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        make: Any = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            model = make(config, dtype=dtype, trust_remote_code=False)
+            saved, inputs = _count_saved(model.train(), batch, length)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"student {folder}",
+            expected="a Hugging Face causal LM folder, with config.json, whose shapes can be followed",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}",
+            remedy="check --student",
+        ) from error
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return StudentShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear_weights=sum(linear.weight.numel() for linear in linears),
+        lora_parameters=sum(sum(linear.weight.shape) for linear in linears if linear is not head),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        vocab=head.weight.shape[0],
+        hidden=head.weight.shape[1],
+        layers=int(config.num_hidden_layers),
+        is_tied=head.weight is model.get_input_embeddings().weight,
+        saved_bytes=saved,
+        layer_input_bytes=inputs,
+        weight_bytes=dtype.itemsize,
+        liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
+    )
+
+
+def _liger_saves(config: Any, tokens: int, size: int) -> int:
+    """Return what is not kept: by a norm its float32 input, since the input itself is (2 a layer); by SwiGLU one of 4.
+
+    (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
+    """
+    norms = 2 * config.num_hidden_layers + 1
+    return tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
+
+
+def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int]:
+    """Return the bytes that autograd saves, weights left out, and those of the hidden states."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # Kept alive, so that no storage's address comes twice.
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return sum(storage.nbytes() for storage in kept.values()), math.prod(hidden.shape) * hidden.element_size()
