@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from q4kd.trainer.bounded_options import count
+from q4kd.trainer.commands_bench_step import add_step
 from q4kd.trainer.errors import InputError
 
 _CPU_ENGINES = ("dense", "transformers", "llama.cpp")
@@ -42,6 +44,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
     load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
     load.set_defaults(run=_load)
+    add_step(commands)
     kernels = commands.add_parser("kernels", help="bandwidth of the CUDA decoders, time of the small-batch products")
     kernels.set_defaults(run=_kernels)
 
@@ -69,18 +72,18 @@ def _loss(args: argparse.Namespace) -> int:
 
     default = CUDA_SHAPE if args.device == "cuda" else CPU_SHAPE
     sizes = {
-        name: _count(f"--{name.replace('_', '-')}", getattr(args, name), 1 << 22)
+        name: count(f"--{name.replace('_', '-')}", getattr(args, name), 1 << 22)
         for name in ("tokens", "vocab", "hidden", "teacher_hidden")
         if getattr(args, name)
     }
     shape = dataclasses.replace(default, **sizes)
     if shape.teacher_hidden % 256:
         raise InputError("--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="correct it")
-    chunk = 0 if args.chunk == "0" else _count("--chunk", args.chunk, 1 << 20)
+    chunk = 0 if args.chunk == "0" else count("--chunk", args.chunk, 1 << 20)
     if not 1e-3 <= args.temperature <= 1e3:
         raise InputError("--temperature", expected="1e-3 to 1e3", got=str(args.temperature), remedy="correct it")
     config = KDLossConfig(chunk_tokens=chunk, divergence=args.divergence, temperature=args.temperature)
-    found = compare_loss(shape, args.device, config, _count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
+    found = compare_loss(shape, args.device, config, count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
     if args.out:
         _write(args.out, "loss.json", found)
     print("\n".join(table(found)))
@@ -119,13 +122,13 @@ def _teacher(args: argparse.Namespace) -> int:
         # That comparison makes a 7B-shaped model on the device and has engines and shapes of its own.
         out = args.out or Path("bench-cuda")
         return main(["--out", str(out), "--rounds", str(args.pairs), "--skip", "load"])
-    lengths = [_count("--tokens", text, 1 << 20) for text in args.tokens.split(",")]
+    lengths = [count("--tokens", text, 1 << 20) for text in args.tokens.split(",")]
     engines = [name for name in args.against.split(",") if name]
     for name in engines:
         if name not in _CPU_ENGINES:
             raise InputError("--against", expected=", ".join(_CPU_ENGINES), got=repr(name)[:40], remedy="name these")
-    rounds = _count("--pairs", str(args.pairs), _MAX_ROUNDS)
-    threads = _count("--threads", str(args.threads), 1024)
+    rounds = count("--pairs", str(args.pairs), _MAX_ROUNDS)
+    threads = count("--threads", str(args.threads), 1024)
 
     from q4kd.trainer.bench.comparison import compare_on_cpu, table
     from q4kd.trainer.dtypes import choose_dtype
@@ -139,9 +142,3 @@ def _teacher(args: argparse.Namespace) -> int:
         _write(args.out, "bench.json", found)
     print("\n".join(table(found)))
     return 0 if found["shapes"] else 1
-
-
-def _count(option: str, text: str, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 8 and 1 <= int(text) <= most):
-        raise InputError(option, expected=f"a whole number from 1 to {most}", got=repr(text)[:40], remedy="correct it")
-    return int(text)

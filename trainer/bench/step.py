@@ -13,8 +13,11 @@ The step's own cost over its two unavoidable parts is q4kd / (teacher + ce), rou
 torch's allocator held while an arm ran, less what the other arms keep.
 """
 
+import functools
 import gc
+import platform
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +26,14 @@ from typing import Any, Protocol
 import torch
 
 from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.bench.step_arms import make_arms
+from q4kd.trainer.bench.step_models import Pair, make_engine, make_pair, peer_student, peer_teacher
+from q4kd.trainer.bench.trl_arm import TrlArm
+from q4kd.trainer.config import DistillConfig, make_config
+from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
+from q4kd.trainer.step import StepResult
+from q4kd.trainer.teacher import load_teacher
 
 WARM_UP_STEPS = 3
 PEERS = ("trl-bf16", "trl-nf4")
@@ -195,7 +205,67 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines + [f"  {name}: not run: {why}" for name, why in found["not_run"].items()]
 
 
-def write_result(out: Path, found: dict[str, Any]) -> None:
-    """Write ``step.json``."""
+def run_step(
+    *,
+    out: Path,
+    device: str,
+    shape: Shape,
+    rounds: int,
+    against: Sequence[str],
+    settings: dict[str, Any],
+    layers: int = 28,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Make the models, time every arm, write ``step.json`` into ``out`` and return the table's lines.
+
+    Args:
+        out: folder.
+        device: cpu or cuda.
+        shape: sequences and positions of a step.
+        rounds: counted rounds.
+        against: of ``PEERS``.
+        settings: of ``DistillConfig``, for q4kd's own arms.
+        layers: of the 7B-shaped teacher on CUDA.
+        say: receives progress lines.
+    """
+    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    with tempfile.TemporaryDirectory(prefix="q4kd-bench-step-") as name:
+        pair = make_pair(Path(name), where, layers)
+        say(f"teacher: {pair.teacher.stat().st_size / 1e9:.2f} GB")
+        files = {"teacher": pair.teacher, "student": pair.student, "data": pair.teacher, "out": Path(name) / "run"}
+        sizes = {"device": device, "batch_size": shape.batch, "seq_len": shape.length}
+        config = make_config({**files, **sizes, "alpha": 0.1, "lr": 1e-5, **settings})
+        teacher = load_teacher(pair.teacher, device=device, dtype=config.dtype, events=EventLog(None), announce=say)
+        whole, alone, student = make_arms(config, teacher, where, make_engine)
+        peers = [_peer(name, pair, where, layers, config) for name in against]
+        found = measure([whole, alone, student, *peers], shape, pair.vocab_size, rounds, where, say)
+        found |= {"environment": environment(where), "split": split_of(whole.results[-rounds:])}
+        found["loss"] = asdict(config.loss)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "step.json", found)
+    return table(found)
+
+
+def _peer(name: str, pair: Pair, device: torch.device, layers: int, config: DistillConfig) -> TrlArm:
+    make_teacher = functools.partial(peer_teacher, pair, device, layers, nf4=name == "trl-nf4")
+    return TrlArm(name, functools.partial(peer_student, pair, device), make_teacher, lr=config.lr, clip=config.clip)
+
+
+def split_of(results: Sequence[StepResult]) -> dict[str, float]:
+    """Return the share of a step's time that each part takes, at the median."""
+    parts = ("teacher_s", "student_s", "loss_s", "optimizer_s")
+    whole = statistics.median(result.seconds for result in results)
+    return {part.removesuffix("_s"): statistics.median(getattr(r, part) for r in results) / whole for part in parts}
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the versions and the device that the numbers belong to."""
+    import transformers
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, **versions, "python": platform.python_version()}

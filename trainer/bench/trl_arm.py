@@ -24,7 +24,6 @@ class TrlArm:
         name: for the table.
         make_student: returns the student, a transformers causal LM in float32 on the device.
         make_teacher: returns the teacher, likewise a causal LM, with a head as wide as the student's.
-        tokenizer: any fast tokenizer with a pad token; GKDTrainer wants one, though ids are given.
         lr: learning rate.
         clip: largest gradient norm.
     """
@@ -34,13 +33,12 @@ class TrlArm:
         name: str,
         make_student: Callable[[], Any],
         make_teacher: Callable[[], Any],
-        tokenizer: Any,
         *,
         lr: float,
         clip: float,
     ) -> None:
         self.name, self._make_student, self._make_teacher = name, make_student, make_teacher
-        self._tokenizer, self._lr, self._clip = tokenizer, lr, clip
+        self._lr, self._clip = lr, clip
         self._folder = tempfile.TemporaryDirectory(prefix="q4kd-trl-")
 
     def prepare(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ class TrlArm:
             args=settings,
             data_collator=lambda rows: rows,
             train_dataset=datasets.Dataset.from_dict({"input_ids": [[0, 1]]}),
-            processing_class=self._tokenizer,
+            processing_class=_any_tokenizer(),
         )
         self._trainer.create_optimizer()
         accelerator = self._trainer.accelerator
@@ -105,6 +103,17 @@ class TrlArm:
         self.__dict__.pop("_model", None)
         self.__dict__.pop("_optimizer", None)
         self._folder.cleanup()
+
+
+def _any_tokenizer() -> Any:
+    """Return the demo's tokenizer: GKDTrainer wants one with a pad token, though ids are given."""
+    from transformers import AutoTokenizer
+
+    from q4kd.trainer import demo
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.student_path(), local_files_only=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def _synchronise(device: torch.device) -> None:
