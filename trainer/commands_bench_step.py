@@ -15,7 +15,7 @@ def add_step(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     step = commands.add_parser("step", help="an optimiser step beside its parts, and beside TRL's GKD trainer")
     step.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     step.add_argument(
-        "--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 8x128)"
+        "--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)"
     )
     step.add_argument("--rounds", type=int, default=9, metavar="N", help="counted rounds")
     step.add_argument(
@@ -34,7 +34,7 @@ def _step(args: argparse.Namespace) -> int:
         from q4kd.trainer.device import cuda_facts
 
         cuda_facts()
-    batch, cross, length = (args.shape or ("32x256" if args.device == "cuda" else "8x128")).partition("x")
+    batch, cross, length = (args.shape or ("32x256" if args.device == "cuda" else "4x64")).partition("x")
     if not cross:
         raise InputError("--shape", expected="BxT, such as 32x256", got=repr(args.shape)[:40], remedy="correct it")
     peers = [name for name in args.against.split(",") if name]
