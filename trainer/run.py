@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
@@ -141,11 +142,8 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         corpus.train, seq_len=config.seq_len, sequences_per_step=sequences, seed=config.seed, path=config.data
     )
     total = config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
-    set_up_student(student, config)
-    adapted = add_adapters(student, config) if config.lora_rank else None
-    model = prepare_model(accelerator, DistillationModel(student, config.loss))
     start_trackers(accelerator, config, events)
-    optimizer = make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters())
+    model, optimizer, adapted = prepare_student(config, accelerator, student)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -160,6 +158,20 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         total_steps=total,
         last_step=min(total, config.max_steps or total),
     )
+
+
+def prepare_student(
+    config: DistillConfig, accelerator: Any, student: nn.Module
+) -> tuple[Any, MasterWeightOptimizer, Any]:
+    """Return the model that gives the loss, wrapped for the other processes, its optimizer, and peft's view with LoRA.
+
+    Raises:
+        InputError: for a setting that this student or this machine cannot follow.
+    """
+    set_up_student(student, config)
+    adapted = add_adapters(student, config) if config.lora_rank else None
+    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
 def _say_nothing(_line: str) -> None:

@@ -1,0 +1,188 @@
+"""Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
+
+import argparse
+import dataclasses
+import functools
+import multiprocessing
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import write_json
+
+STEPS, SEQUENCES, LENGTH = 4, 8, 24
+RANKS = 2
+# Far below half of bfloat16's spacing at 1 (2^-8), so that one update rounds to nothing.
+TINY, TINY_STEPS = 2e-4, 20
+# By the name of what is compared: settings that must not change the losses, or not by much.
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "whole": {},
+    "accumulated": {"batch_size": 2, "accumulation": 4},
+    "recomputed": {"gradient_checkpointing": True},
+    "bfloat16": {"student_dtype": "bfloat16"},
+}
+
+
+def _arguments(arguments: list[str], *options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for option in options:
+        parser.add_argument(f"--{option}", type=Path, required=True)
+    return parser.parse_args(arguments)
+
+
+class _Trained:
+    """A few steps of the trainer's own on masked batches, with some settings."""
+
+    def __init__(self, args: argparse.Namespace, teacher: Any, settings: Mapping[str, object]) -> None:
+        import torch
+
+        from q4kd.trainer import run, step, student
+        from q4kd.trainer.batch import Batch
+        from q4kd.trainer.config import make_config
+        from q4kd.trainer.kd_loss import IGNORE
+        from q4kd.trainer.sharding import make_accelerator
+
+        given = {"teacher": args.teacher, "student": args.student, "data": ".", "out": ".", "lr": 0.003}
+        config = make_config({**given, "warmup_steps": 1, "batch_size": SEQUENCES, **settings})
+        accelerator = make_accelerator("cpu")
+        self.student: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
+        model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
+        rng = np.random.default_rng(3)
+        self.losses = []
+        model.train()
+        for index in range(STEPS):
+            windows = rng.integers(0, self.student.config.vocab_size, (SEQUENCES, LENGTH + 1))
+            batch = Batch.from_windows(windows)
+            # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
+            kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
+            batch = dataclasses.replace(batch, labels_BT=batch.labels_BT.masked_fill(~kept, IGNORE))
+            rate = step.learning_rate(index, config, STEPS)
+            result = step.train_step(accelerator, model, teacher, optimizer, batch, config, rate)
+            self.losses.append([result.loss, result.ce, result.kd, result.grad_norm])
+
+
+def student_steps(arguments: list[str]) -> int:
+    """Take the same steps under several settings; record losses, what adapters changed, and what a merge gives."""
+    args = _arguments(arguments, "teacher", "student", "out", "facts")
+    import torch
+
+    from q4kd.trainer.events import EventLog
+    from q4kd.trainer.lora import merged_state
+    from q4kd.trainer.sharding import whole_state
+    from q4kd.trainer.student import load_student
+    from q4kd.trainer.teacher import load_teacher
+
+    teacher = load_teacher(args.teacher, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    arrays: dict[str, Any] = {}
+    for name, settings in VARIANTS.items():
+        arrays[name] = np.array(_Trained(args, teacher, settings).losses)
+    lora = _Trained(args, teacher, {"lora_rank": 4})
+    after = {name.replace(".base_layer.", "."): value for name, value in lora.student.named_parameters()}
+    frozen = [name for name in lora.before if torch.equal(lora.before[name], after[name])]
+    adapters = [value for name, value in after.items() if ".lora_B." in name]
+    state = whole_state(lora.student, keep=True)
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH)
+    lora.student.eval()
+    plain: Any = load_student(args.student, 1)
+    plain.load_state_dict(merged_state(lora.adapted, state), strict=False)
+    plain.eval()
+    with torch.no_grad():
+        arrays["merged"] = plain(ids).logits[0].numpy()
+        arrays["adapted"] = lora.student(ids).logits[0].numpy()
+        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()  # type: ignore[operator]
+    np.savez_compressed(args.out, **arrays)
+    tables = {
+        "lora": {
+            "weights of the student": len(lora.before),
+            "of them as before, to the bit": len(frozen),
+            "adapters": len(adapters),
+            "of them moved": sum(bool(value.abs().max() > 0) for value in adapters),
+        },
+        "masters": _tiny_updates(),
+    }
+    write_json(args.facts, {"tables": tables})
+    return 0
+
+
+def _tiny_updates() -> dict[str, bool]:
+    """Move a bfloat16 weight of one by updates that it cannot hold one by one."""
+    import torch
+
+    from q4kd.trainer.optimizer import MasterWeightOptimizer
+
+    def take(dtype: torch.dtype) -> list[float]:
+        weight = torch.nn.Parameter(torch.ones(4, 4, dtype=dtype))
+        optimizer = MasterWeightOptimizer([("weight", weight)], functools.partial(torch.optim.AdamW, lr=TINY))
+        held = []
+        for _ in range(TINY_STEPS):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            optimizer.zero_grad()
+            held.append(float(weight.flatten()[0]))
+        return held
+
+    rounded, exact = take(torch.bfloat16), take(torch.float32)
+    return {
+        "the first update shows in the weight": rounded[0] != 1.0,
+        "all of them together show in it": rounded[-1] != 1.0,
+        "it is the float32 weight, rounded once": rounded == torch.tensor(exact).bfloat16().tolist(),
+    }
+
+
+def _rank(rank: int, port: int, words: list[str]) -> None:
+    """Run the command line as one process of several; only here is the environment changed."""
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ |= addresses | {name: str(number) for name, number in numbers.items()}
+    from q4kd.harness.__main__ import main
+
+    raise SystemExit(main(words))
+
+
+def distill_ranks(arguments: list[str]) -> int:
+    """Run ``q4kd distill`` on two processes, ``copies`` or ``shards`` first; they are forked, faults and all."""
+    kind, *words = arguments
+    if kind == "shards":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in ranks)
+
+
+def refused_settings(arguments: list[str]) -> int:
+    """Give settings that do not exist, or exist under a name that is nearly theirs, beside their valid twins."""
+    args = _arguments(arguments, "out")
+    from q4kd.trainer.config import make_config
+
+    base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
+    cases = [
+        ("learning rate", {"lrr": 1e-4}, {"lr": 1e-4}, "did you mean lr?"),
+        ("rank", {"lora_rnk": 8}, {"lora_rank": 8}, "did you mean lora_rank?"),
+        ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
+        ("range", {"clip": -1.0}, {"clip": 1.0}, "correct it"),
+    ]
+    records = []
+    for name, wrong, right, remedy in cases:
+        outcomes = []
+        for values in (wrong, right):
+            try:
+                make_config(base | values)
+                outcomes.append(None)
+            except InputError as error:
+                outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
+        records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
+    write_json(args.out, {"cases": records})
+    return 0
