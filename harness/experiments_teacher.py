@@ -85,21 +85,30 @@ def _collect_load(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return gguf_facts(golden_teacher(inputs) if run_dir.name.endswith(".dense") else _large_teacher(inputs))
 
 
-register(
-    Experiment(
-        name="load-teacher",
-        title="q4kd logits on a 94 MB Q4_K file, memory sampled from outside; a small one dequantised on request",
-        needs=(),
-        # A fixed number of threads: their buffers are part of what is measured.
-        arms=(
-            Arm("packed", _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"}),
-            Arm("dense", _dense_argv, timeout_s=60),
-        ),
-        prepare=_prepare_load,
-        collect=_collect_load,
-        sources=("q4kd.trainer.synthetic",),
+def _watched(arm: str | None) -> Arm:
+    # A fixed number of threads: their buffers are part of what is measured.
+    return Arm(arm, _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"})
+
+
+for _name, _title, _arms in (
+    ("load-teacher", "q4kd logits on a 94 MB Q4_K file, memory sampled from outside", (_watched(None),)),
+    (
+        "load-teacher-controlled",
+        "the same, beside a small file that is dequantised on request",
+        (_watched("packed"), Arm("dense", _dense_argv, timeout_s=60)),
+    ),
+):
+    register(
+        Experiment(
+            name=_name,
+            title=_title,
+            needs=(),
+            arms=_arms,
+            prepare=_prepare_load,
+            collect=_collect_load,
+            sources=("q4kd.trainer.synthetic",),
+        )
     )
-)
 
 
 # --- teacher-parity: logits of two real files against float64, llama.cpp and a frozen golden ---

@@ -45,17 +45,19 @@ def _lines(run: RawRun) -> list[str]:
 
 
 def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
-    """Search stdout and stderr of one run, and of the control; ``control_hits`` is None without one."""
+    """Search stdout and stderr of one run and, where one is named, of the control."""
     lines = _lines(pick_run(runs, params.get("arm")))
     hits = _find_any(lines, params["absent"])
-    control = _find_any(_lines(pick_run(runs, params["control"])), params["absent"]) if "control" in params else None
+    control: dict[str, Any] = {}
+    if "control" in params:
+        control["control_hits"] = len(_find_any(_lines(pick_run(runs, params["control"])), params["absent"]))
     return {
         "lines": len(lines),
         "completion_lines": len(_find(lines, params["completion"])),
         "known_positive_lines": len(_find(lines, params["known_positive"])),
         "hits": len(hits),
         "first_hit": f"line {hits[0][0]}: {hits[0][1][:200]}" if hits else None,
-        "control_hits": None if control is None else len(control),
+        **control,
     }
 
 
@@ -71,7 +73,7 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("no completion marker", measured, bound)
     if not observation["known_positive_lines"]:
         return inconclusive("no known positive", measured, bound)
-    if observation["control_hits"] == 0:
+    if "control" in params and not observation["control_hits"]:
         silent = f"{measured}; the control {params['control']} printed no such line either"
         return inconclusive("no known positive", silent, bound)
     if observation["lines"] < min_observations:
