@@ -14,9 +14,7 @@ def add_step(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     """Register ``step`` among the sub-commands of ``bench``."""
     step = commands.add_parser("step", help="an optimiser step beside its parts, and beside TRL's GKD trainer")
     step.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    step.add_argument(
-        "--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)"
-    )
+    step.add_argument("--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)")
     step.add_argument("--rounds", type=int, default=9, metavar="N", help="counted rounds")
     step.add_argument(
         "--against", default="", metavar="PEER,…", help="trl-bf16, trl-nf4 (CUDA; each must be installed)"

@@ -235,8 +235,10 @@ def run_step(
         files = {"teacher": pair.teacher, "student": pair.student, "data": pair.teacher, "out": Path(name) / "run"}
         sizes = {"device": device, "batch_size": shape.batch, "seq_len": shape.length}
         config = make_config({**files, **sizes, "alpha": 0.1, "lr": 1e-5, **settings})
-        teacher = load_teacher(pair.teacher, device=device, dtype=config.dtype, events=EventLog(None), announce=say)
-        whole, alone, student = make_arms(config, teacher, where, make_engine)
+        load = functools.cache(
+            lambda: load_teacher(pair.teacher, device=device, dtype=config.dtype, events=EventLog(None), announce=say)
+        )
+        whole, alone, student = make_arms(config, load, where, make_engine)
         peers = [_peer(name, pair, where, layers, config) for name in against]
         found = measure([whole, alone, student, *peers], shape, pair.vocab_size, rounds, where, say)
         found |= {"environment": environment(where), "split": split_of(whole.results[-rounds:])}

@@ -29,7 +29,7 @@ class TrainArm:
     Args:
         name: for the table.
         config: settings of the step; ``alpha`` = 1 takes it without the teacher.
-        teacher: the packed teacher.
+        load: loads the packed teacher, or returns it when it is loaded: the first arm to be prepared counts its bytes.
         make_engine: returns ``(accelerator, prepared model, prepared optimizer)`` for the config.
     """
 
@@ -37,14 +37,15 @@ class TrainArm:
         self,
         name: str,
         config: DistillConfig,
-        teacher: Teacher,
+        load: Callable[[], Teacher],
         make_engine: Callable[[DistillConfig], tuple[Any, Any, Any]],
     ) -> None:
-        self.name, self._config, self._teacher, self._make_engine = name, config, teacher, make_engine
+        self.name, self._config, self._load, self._make_engine = name, config, load, make_engine
         self.results: list[StepResult] = []
 
     def prepare(self) -> dict[str, Any]:
-        """Build student and optimiser."""
+        """Load the teacher, build student and optimiser."""
+        self._teacher = self._load()
         self._accelerator, self._model, self._optimizer = self._make_engine(self._config)
         self._model.train()
         parameters = list(self._model.parameters())
@@ -71,18 +72,19 @@ class TrainArm:
 
     def close(self) -> None:
         """Drop student and optimiser."""
-        for name in ("_accelerator", "_model", "_optimizer"):
+        for name in ("_accelerator", "_model", "_optimizer", "_teacher"):
             self.__dict__.pop(name, None)
 
 
 class TeacherArm:
     """The teacher's forward with the logits of every position, dropped chunk by chunk."""
 
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
-        self.name, self._teacher, self._device = "teacher", teacher, device
+    def __init__(self, load: Callable[[], Teacher], device: torch.device) -> None:
+        self.name, self._load, self._device = "teacher", load, device
 
     def prepare(self) -> dict[str, Any]:
-        """The teacher is loaded; say how."""
+        """Load the teacher and say how it is held."""
+        self._teacher = self._load()
         held = self._teacher.residency()
         return {"resident_bytes": sum(held.resident_bytes.values()), "dtype": self._teacher.dtype}
 
@@ -103,13 +105,13 @@ class TeacherArm:
 
 def make_arms(
     config: DistillConfig,
-    teacher: Teacher,
+    load: Callable[[], Teacher],
     device: torch.device,
     make_engine: Callable[[DistillConfig], tuple[Any, Any, Any]],
 ) -> tuple[TrainArm, TeacherArm, TrainArm]:
     """Return the whole step, the teacher and the student alone."""
     return (
-        TrainArm("q4kd", config, teacher, make_engine),
-        TeacherArm(teacher, device),
-        TrainArm("ce", replace(config, alpha=1.0), teacher, make_engine),
+        TrainArm("q4kd", config, load, make_engine),
+        TeacherArm(load, device),
+        TrainArm("ce", replace(config, alpha=1.0), load, make_engine),
     )
