@@ -216,7 +216,8 @@ class DistillConfig:
             temperature=self.temperature,
             divergence=self.divergence,
             beta=self.beta,
-            chunk_tokens=self.chunk_tokens or 256,
+            mode=self.loss_mode,
+            chunk_tokens=self.chunk_tokens,
         )
 
     def to_json(self) -> dict[str, Any]:
