@@ -84,9 +84,15 @@ def _loss(args: argparse.Namespace) -> int:
         raise InputError("--temperature", expected="1e-3 to 1e3", got=str(args.temperature), remedy="correct it")
     config = KDLossConfig(chunk_tokens=chunk, divergence=args.divergence, temperature=args.temperature)
     found = compare_loss(shape, args.device, config, count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
+    lines = list(table(found))
+    if args.device == "cuda" and shape.vocab % 8 == 0:
+        from q4kd.trainer.bench.loss_kernels import kernel_rates, kernel_table
+
+        found["kernels"] = kernel_rates(shape.vocab, args.temperature)
+        lines += ["", *kernel_table(found["kernels"])]
     if args.out:
         _write(args.out, "loss.json", found)
-    print("\n".join(table(found)))
+    print("\n".join(lines))
     return 0
 
 
