@@ -145,7 +145,7 @@ def _parts(key: str) -> tuple[str, str]:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{100 * value:.3g} %" if unit == "of the bound" else f"{value:.4g}"
+    return f"{100 * value:.3g} %" if unit == "of the way to the bound" else f"{value:.4g}"
 
 
 def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:

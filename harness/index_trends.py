@@ -38,7 +38,7 @@ class Measure:
     Attributes:
         key: the claim.
         check: the check's name, with its number where a claim uses it twice.
-        value: measured / bound where a check has that margin (lower is better), else the first number it states.
+        value: the margin where a check has one (1 at the bound, lower is better), else the first number it states.
         lower: whether lower is better.
         unit: what ``value`` is, for a person.
         params: digest of the check's parameters: values judged by other bounds are not comparable.
@@ -94,7 +94,11 @@ def measures_of(findings: Mapping[str, Any]) -> Iterator[Measure]:
 def _value_of(check: Mapping[str, Any]) -> tuple[float, bool, str] | None:
     margin = check["margin"]
     if margin is not None:
-        return (float(margin), True, "of the bound") if math.isfinite(margin) and abs(margin) < _LARGEST else None
+        return (
+            (float(margin), True, "of the way to the bound")
+            if math.isfinite(margin) and abs(margin) < _LARGEST
+            else None
+        )
     # Of checks without a margin, these two state first a number of which more is better.
     better_higher = check["check"] == "improves" or check["params"].get("metric") == "cosine"
     number = _NUMBER.search(check["measured"] or "") if better_higher else None

@@ -64,7 +64,8 @@ def bar_of(margin: float | None) -> Bar | None:
     if margin is None or not math.isfinite(margin) or margin < 0:
         return None
     share = f"{100 * margin:.0f}" if margin > 0.1 else f"{100 * margin:.2g}"
-    words = f"{margin:.3g} x the bound" if margin > 1 else f"{share} % of the bound"
+    # A check for which more is better states its bound / measured, so "of the bound" would be wrong.
+    words = f"past the bound, {margin:.3g} x" if margin > 1 else f"{share} % of the way to the bound"
     filled = 100 * min(margin, _BAR_END) / _BAR_END
     return Bar(round(max(filled, 0.8 if margin else 0.0), 2), round(100 / _BAR_END, 2), margin > 1, words)
 

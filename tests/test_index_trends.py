@@ -40,7 +40,7 @@ def test_noise_alone_is_seldom_marked(count: int, most: float) -> None:
 
 
 def measure(value: float, params: str = "p", key: str = "c::A") -> Measure:
-    return Measure(key=key, check="peak", value=value, lower=True, unit="of the bound", params=params)
+    return Measure(key=key, check="peak", value=value, lower=True, unit="of the way to the bound", params=params)
 
 
 def test_values_by_other_bounds_or_on_another_machine_are_not_compared() -> None:
@@ -72,8 +72,8 @@ def test_what_is_measured_is_a_margin_or_a_number_of_known_direction() -> None:
     ]
     found = list(measures_of({"findings": [{"key": "c::A", "checks": checks}]}))
     assert [(m.check, m.value, m.lower, m.unit) for m in found] == [
-        ("parity", 0.25, True, "of the bound"),
-        ("parity #2", 0.5, True, "of the bound"),
+        ("parity", 0.25, True, "of the way to the bound"),
+        ("parity #2", 0.5, True, "of the way to the bound"),
         ("parity #3", 0.9998, False, "cosine"),
         ("improves", 0.3946, False, "margin"),
     ]

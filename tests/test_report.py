@@ -129,12 +129,12 @@ def test_a_broken_contract_or_run_is_shown_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("margin", "filled", "over", "words"),
     [
-        (0.5, 40.0, False, "50 % of the bound"),
-        (1.0, 80.0, False, "100 % of the bound"),
-        (1.1, 88.0, True, "1.1 x the bound"),
-        (50.0, 100.0, True, "50 x the bound"),
-        (1e-9, 0.8, False, "1e-07 % of the bound"),
-        (0.0, 0.0, False, "0 % of the bound"),
+        (0.5, 40.0, False, "50 % of the way to the bound"),
+        (1.0, 80.0, False, "100 % of the way to the bound"),
+        (1.1, 88.0, True, "past the bound, 1.1 x"),
+        (50.0, 100.0, True, "past the bound, 50 x"),
+        (1e-9, 0.8, False, "1e-07 % of the way to the bound"),
+        (0.0, 0.0, False, "0 % of the way to the bound"),
     ],
 )
 def test_a_bar_shows_its_margin_against_the_bound(margin: float, filled: float, over: bool, words: str) -> None:
