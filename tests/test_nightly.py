@@ -106,6 +106,7 @@ def test_a_night_killed_half_way_is_taken_up_and_not_repeated(night, tmp_path: P
     assert f"given/teacher/{teacher_path().name}" in inputs
     assert str(teacher_path().parent) not in text
     assert list((tmp_path / "out" / "work").iterdir()) == []
+    assert bundle.name.removesuffix(".tar.gz") in (tmp_path / "out" / "site" / "index.html").read_text()
     assert (tmp_path / "out" / "kills" / "cpu" / "records.json").is_file()
 
     out, err = (third := night("slow")).communicate(timeout=60)
