@@ -292,7 +292,9 @@ class _Run:
     def _index(self) -> int:
         if not any(self.packed.parent.glob(f"*{SUFFIX}")):
             return INCONCLUSIVE_EXIT
-        return self._spawn("index", [str(self.packed.parent)], ("evidence", "index"))
+        site = self.out / "site"
+        shutil.rmtree(site, ignore_errors=True)  # pages of bundles that were pruned
+        return self._spawn("index", [str(self.packed.parent), "--out", str(site)], ("evidence", "index"))
 
     def _spawn(self, stage: str, arguments: list[str], command: tuple[str, ...] | None = None) -> int:
         """Run a command of q4kd, its output into the log line by line; return its code, negative for a signal."""

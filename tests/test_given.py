@@ -12,6 +12,8 @@ from q4kd.harness.given import REPLACES, GivenFiles, choose_gguf, resolve_given
 from q4kd.harness.plan import Plan, make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.recheck import given_differences
+from q4kd.harness.redact import redact
+from q4kd.harness.runner import ExperimentRunner
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
@@ -49,6 +51,13 @@ def test_a_given_name_is_never_made_and_others_still_are(tmp_path: Path, given: 
     assert "given/student/student/config.json" in digests
     assert "other.txt" in digests
     assert Inputs(tmp_path / "inputs", "cpu").file("argparse.txt", lambda path: path.write_text("y")).is_file()
+
+
+def test_no_path_of_a_given_file_gets_into_a_record(tmp_path: Path, given: GivenFiles) -> None:
+    runner = ExperimentRunner(tmp_path / "bundle", Inputs(tmp_path / "inputs", "cpu", given), "cpu")
+    places = runner._placeholders(tmp_path / "bundle" / "runs" / "x")
+    told = f"teacher {teacher_path()}, student {student_path()}/config.json, data {tmp_path / 'words.txt'}"
+    assert redact(told, places) == "teacher {teacher}, student {student}/config.json, data {data}"
 
 
 def test_the_plan_and_the_digests_must_name_the_same_files(given: GivenFiles, tmp_path: Path) -> None:

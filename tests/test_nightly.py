@@ -106,6 +106,7 @@ def test_a_night_killed_half_way_is_taken_up_and_not_repeated(night, tmp_path: P
     assert f"given/teacher/{teacher_path().name}" in inputs
     assert str(teacher_path().parent) not in text
     assert list((tmp_path / "out" / "work").iterdir()) == []
+    assert bundle.name.removesuffix(".tar.gz") in (tmp_path / "out" / "site" / "index.html").read_text()
     assert (tmp_path / "out" / "kills" / "cpu" / "records.json").is_file()
 
     out, err = (third := night("slow")).communicate(timeout=60)
@@ -126,6 +127,20 @@ def test_a_night_told_to_stop_ends_its_stage_and_remembers_nothing_of_it(night, 
     assert (process.returncode, err) == (130, "q4kd: interrupted\n")
     assert stages and not [child for child in stages if child.is_running()]
     assert state(tmp_path)["stages"] == {}
+
+
+def test_a_killed_night_leaves_no_stage_that_goes_on(night, tmp_path: Path) -> None:
+    process = night("slow")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob("stdout.log")):  # the first planted fault runs
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    stages = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(stages, timeout=60)
+    assert stages and not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert not list((tmp_path / "out").rglob("records.json"))  # it did not live to write what it saw
 
 
 def test_another_code_or_contract_is_another_night(tmp_path: Path) -> None:
