@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from architecture_models import CASES, make_model
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from q4kd.trainer.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SPACE

@@ -65,7 +65,12 @@ def test_an_evaluation_of_other_weights_is_no_result() -> None:
 
 def test_verdicts_are_quoted_with_their_caveats() -> None:
     text = write_card("tiny", RECORD, files=FILES, evidence=EVIDENCE)
-    for part in ("1 claim corroborated", "e" * 40, "Note: not signed.", r"| c-v1::X-1 | corroborated | 0 of 9 \| differ |"):
+    for part in (
+        "1 claim corroborated",
+        "e" * 40,
+        "Note: not signed.",
+        r"| c-v1::X-1 | corroborated | 0 of 9 \| differ |",
+    ):
         assert part in text
     assert "not about the quality of this model" in text
 

@@ -11,7 +11,9 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.run_record import find_source, read_record
 
 
-def make_run(run: Path, *, config: dict | None = None, model: bool = True, steps=(2, 4, 6), written: bool = True) -> Path:
+def make_run(
+    run: Path, *, config: dict | None = None, model: bool = True, steps=(2, 4, 6), written: bool = True
+) -> Path:
     """Write a run of six steps whose second checkpoint was the best by KL, and its third by loss."""
     run.mkdir()
     settings = {"student": str(run.parent / "student"), "teacher": "/home/me/t.gguf", "lr": 0.1, **(config or {})}
@@ -126,7 +128,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights as safetensors"):
         find_source(run)
     (run / "model/adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="a LoRA adapter alone.*merge"):
+    with pytest.raises(InputError, match=r"a LoRA adapter alone.*merge"):
         find_source(run)
 
 
