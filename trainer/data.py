@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.documents import Document, SourceSettings, read_documents
-from q4kd.trainer.encoding import DocumentEncoder, Encoded
+from q4kd.trainer.encoding import DocumentEncoder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.split import is_held_out
@@ -148,6 +148,3 @@ class BatchOrder:
     def has_label(self) -> bool:
         """Whether any window has a label."""
         return self.windows.has_label()
-
-
-__all__ = ["BatchOrder", "Corpus", "Encoded", "load_corpus", "read_documents"]

@@ -17,7 +17,7 @@ from q4kd.trainer.errors import TrainingAborted
 from q4kd.trainer.evaluate import Evaluation, evaluate
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
-from q4kd.trainer.guards import check_not_degenerate
+from q4kd.trainer.guards import check_isolation, check_not_degenerate
 from q4kd.trainer.progress import Reporter
 from q4kd.trainer.run import Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.run_folder import check_run_folder, locked
@@ -44,7 +44,7 @@ def _checkpoint(run: Run) -> None:
     optimizer = gather(run.optimizer.tensors(), run.is_main)
     if not run.is_main:
         return
-    state = CheckpointState(run.done, run.settings, run.corpus.train.sha256)
+    state = CheckpointState(run.done, run.settings, run.data.sha256)
     try:
         path = save_checkpoint(run.config.out, model, optimizer, state, run.config.keep)
     except (OSError, SafetensorError) as error:
@@ -141,12 +141,16 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             steps=run.last_step,
             steps_of_full_run=run.total_steps,
             tokens_per_step=run.tokens_per_step,
-            train_tokens=len(run.corpus.train.tokens),
-            held_out_tokens=len(run.corpus.held_out.tokens),
-            data_sha256=run.corpus.train.sha256,
+            train_tokens=run.data.train_tokens,
+            held_out_tokens=len(run.data.held_out.tokens.ids),
+            data_sha256=run.data.sha256,
             seed=config.seed,
             alpha=config.alpha,
         )
+        if config.packing == "documents":
+            student = run.unwrapped.student
+            rows = student.get_output_embeddings().weight.shape[0]
+            check_isolation(run.model, student.config, rows, config.seq_len, run.accelerator.device)
         if resume:
             checkpoint = restore(run)
             if is_main:
@@ -157,7 +161,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         if is_main:
             write_run_file(run)
             shutil.rmtree(config.out / "model", ignore_errors=True)
-        reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)
+        reporter = Reporter(run.last_step, config.log_every, run.data.order.steps_per_epoch)
         first, started = run.done, time.monotonic()
         if not resume:
             _evaluate(run)

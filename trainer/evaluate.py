@@ -54,9 +54,9 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
-        teacher_MH = teacher.hidden(batch.ids_BT).flatten(0, 1) if teacher is not None else None
+        teacher_MH = teacher.hidden(batch.ids_BT, batch.starts_BT).flatten(0, 1) if teacher is not None else None
         measure = functools.partial(_sums, labels_M=batch.labels_BT.flatten(), teacher=teacher, teacher_MH=teacher_MH)
-        sums += model(batch.ids_BT, batch.labels_BT, None, None, 1, use=measure)
+        sums += model(batch.ids_BT, batch.labels_BT, None, None, 1, batch.starts_BT, use=measure)
     model.train(was_training)
     loss, kl, agree, count = accelerator.reduce(sums, reduction="sum").tolist()
     if count == 0:

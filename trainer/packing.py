@@ -29,6 +29,11 @@ class Window:
     starts: npt.NDArray[np.int64]
 
 
+def make_labels(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return next-token labels ``[n - 1]`` of tokens ``[n]``."""
+    return ids[1:].copy()
+
+
 @dataclass(frozen=True)
 class Windows:
     """The windows of a set of tokens.
@@ -74,7 +79,7 @@ class Windows:
         """Return the window of tokens ``[start, stop)``, padded to ``seq_len`` by repeating the last one."""
         tokens = self.tokens
         ids = tokens.ids[start:stop].astype(np.int64)
-        labels = ids[1:].copy()
+        labels = make_labels(ids)
         if tokens.learnt is not None:
             labels[~tokens.learnt[start + 1 : stop]] = IGNORE
         starts = np.zeros(self.seq_len, np.int64)

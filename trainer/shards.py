@@ -26,9 +26,7 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Ma
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(
-            path, thrift_string_size_limit=_HEADER_BYTES, thrift_container_size_limit=1 << 20
-        ) as file:
+        with pq.ParquetFile(path, thrift_string_size_limit=_HEADER_BYTES, thrift_container_size_limit=1 << 20) as file:
             present = [name for name in columns if name in file.schema_arrow.names]
             if not present:
                 names = ", ".join(file.schema_arrow.names)
@@ -82,6 +80,6 @@ def _open_safetensors(path: Path) -> Mapping[str, Any]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in ("input_ids", "labels") if name in file.keys()}
+            return {name: file.get_tensor(name) for name in ("input_ids", "labels") if name in set(file.keys())}
     except (SafetensorError, TypeError, ValueError) as error:
         raise _bad(path, "a safetensors file", error) from error

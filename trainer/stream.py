@@ -167,6 +167,6 @@ def open_stream(
         )
 
     def windows() -> Iterator[Window]:
-        return pack(stream.encoder.encode_lazily(stream.training_documents()), seq_len, packing)
+        return pack(stream.encoder.encode(stream.training_documents()), seq_len, packing)
 
     return StreamOrder(windows, sequences_per_step=sequences_per_step, steps=steps)
