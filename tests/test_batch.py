@@ -1,6 +1,5 @@
 """A batch's parts stay together, and documents in one window see nothing of each other, in teacher and student."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +8,14 @@ from q4kd.trainer import attention
 from q4kd.trainer.attention import causal_attention, document_mask
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.encoding import Encoded
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
+from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel, load_student
 from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.token_set import TokenSet
 
 
 def starts_of(lengths: list[list[int]]) -> Tensor:
@@ -40,9 +42,10 @@ def test_a_batch_is_cut_and_kept_with_its_starts() -> None:
     assert int(batch.count_targets()) == 1
     assert int(parts[1].count_targets()) == 0
     assert set(batch.arrays()) == {"ids", "labels", "starts"}
-    plain = Batch.from_windows(np.arange(10, dtype=np.int64).reshape(2, 5))
+    joined = Windows(TokenSet.join([Encoded.make(range(9))]), 4, "documents")
+    plain = Batch.from_windows([joined[0], joined[1]])
     assert plain.starts_BT is None
-    assert plain.to(torch.device("cpu"))[slice(1, None)].labels_BT.tolist() == [[6, 7, 8, 9]]
+    assert plain.to(torch.device("cpu"))[slice(1, None)].labels_BT.tolist() == [[5, 6, 7, 8]]
     assert set(plain.arrays()) == {"ids", "labels"}
 
 

@@ -13,6 +13,8 @@ from q4kd.harness.experiments_runs import BATCH, SEQ_LEN, STEPS, distill_words, 
 from q4kd.harness.probes_runs import start_runs
 from q4kd.trainer.data import load_corpus
 from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.documents import SourceSettings
+from q4kd.trainer.encoding import DocumentEncoder
 from q4kd.trainer.files import write_json
 
 
@@ -27,8 +29,8 @@ def test_an_epoch_of_the_text_is_exactly_its_batches(inputs: Inputs, batches: in
 
     tokenizer = load_tokenizer(student_path())
     text = training_text(inputs, batches)
-    corpus = load_corpus(text, pattern="*", max_bytes=0, encode=encoder(tokenizer), end_of_text=tokenizer.eos_token_id)
-    assert len(corpus.train.tokens) == batches * BATCH * SEQ_LEN + 1
+    corpus = load_corpus(text, DocumentEncoder(encoder(tokenizer), tokenizer.eos_token_id), SourceSettings())
+    assert len(corpus.train.ids) == batches * BATCH * SEQ_LEN + 1
 
 
 def smoke_folder(root: Path, arm: str, losses: list[float], seconds: float, projected: float) -> Path:

@@ -3,21 +3,16 @@
 Letters in shapes: B sequences, T positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from q4kd.trainer.kd_loss import IGNORE
-
-
-def make_labels(windows: Tensor) -> Tensor:
-    """Return next-token labels ``[B, T]`` of windows ``[B, T + 1]``."""
-    return windows[:, 1:]
+from q4kd.trainer.loss_terms import IGNORE
+from q4kd.trainer.packing import Window
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,14 @@ class Batch:
     starts_BT: Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: npt.NDArray[np.int64]) -> "Batch":
-        """Make a batch of int64 windows ``[B, T + 1]``: inputs are all but the last token, labels all but the first."""
-        tensor = torch.from_numpy(windows)
-        return cls(tensor[:, :-1], make_labels(tensor))
+    def from_windows(cls, windows: Sequence[Window]) -> "Batch":
+        """Make a batch of packed windows; starts are kept where any window has a border."""
+        starts = np.stack([window.starts for window in windows])
+        return cls(
+            torch.from_numpy(np.stack([window.ids for window in windows])),
+            torch.from_numpy(np.stack([window.labels for window in windows])),
+            torch.from_numpy(starts) if starts.any() else None,
+        )
 
     def __len__(self) -> int:
         return len(self.ids_BT)

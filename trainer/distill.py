@@ -29,7 +29,7 @@ from q4kd.trainer.errors import NotFiniteError, RunFolderError, StoppedError
 from q4kd.trainer.evaluate import evaluate
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
-from q4kd.trainer.guards import check_not_degenerate
+from q4kd.trainer.guards import check_isolation, check_not_degenerate
 from q4kd.trainer.hang import HangWatchdog
 from q4kd.trainer.memory_plan import format_plan
 from q4kd.trainer.out_of_memory import explaining_memory
@@ -105,7 +105,7 @@ def _checkpoint(run: Run, watchdog: HangWatchdog, evaluation: Mapping[str, Any] 
         )
         if not run.is_main:
             return
-        state = CheckpointState(run.done, run.settings, run.corpus.train.sha256, evaluation)
+        state = CheckpointState(run.done, run.settings, run.data.sha256, evaluation)
         with _writing(run):
             path = save_checkpoint(config.out, tensors, state)
             prune_checkpoints(config.out, config.keep, config.best_metric)
@@ -198,12 +198,16 @@ def _run(run: Run, resume: bool) -> None:
         steps=run.last_step,
         steps_of_full_run=run.total_steps,
         tokens_per_step=run.tokens_per_step,
-        train_tokens=len(run.corpus.train.tokens),
-        held_out_tokens=len(run.corpus.held_out.tokens),
-        data_sha256=run.corpus.train.sha256,
+        train_tokens=run.data.train_tokens,
+        held_out_tokens=len(run.data.held_out.tokens.ids),
+        data_sha256=run.data.sha256,
         seed=config.seed,
         alpha=config.alpha,
     )
+    if config.packing == "documents":
+        student = run.unwrapped.student
+        rows = student.get_output_embeddings().weight.shape[0]
+        check_isolation(run.model, student.config, rows, config.seq_len, run.accelerator.device)
     if resume:
         checkpoint = restore(run)
         if is_main:
@@ -214,7 +218,7 @@ def _run(run: Run, resume: bool) -> None:
     if is_main:
         write_run_file(run)
         shutil.rmtree(config.out / "model", ignore_errors=True)
-    reporter = Reporter(run.last_step, config.log_every, run.order.steps_per_epoch)
+    reporter = Reporter(run.last_step, config.log_every, run.data.order.steps_per_epoch)
     first, started = run.done, time.monotonic()
     watchdog = HangWatchdog(config.hang_s, config.out, events, rank=run.accelerator.process_index)
     with StopRequest(announce=is_main) as stop, watchdog:

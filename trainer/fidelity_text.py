@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from q4kd.trainer.data import read_documents
 from q4kd.trainer.demo import data_path
+from q4kd.trainer.documents import read_documents
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 from q4kd.trainer.split import is_held_out
@@ -96,7 +96,7 @@ def _library() -> Iterator[str]:
 
 
 def _texts(data: Path) -> Iterator[str]:
-    return (document.text for document in read_documents(data, "**/*"))
+    return (document.text for document in read_documents(data) if document.text)
 
 
 def _encode(

@@ -1,6 +1,7 @@
 """What is checked before the first step: a run that cannot teach anything is refused, not started."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.sharding import reshard, whole
 from q4kd.trainer.student import DistillationModel
 from q4kd.trainer.teacher import Teacher
+from q4kd.trainer.training_data import Order
 
 # The demo teacher sits 2.7e-3 nats from its own float32 original (so weights are compared too), and 3.7 to 4.0 nats
 # from an untrained student.
@@ -55,6 +57,65 @@ def check_vocabulary(
                 got=f"{other!r} in the teacher",
                 remedy="choose a student with the teacher's tokenizer; equal widths are not enough",
             )
+
+
+def check_labels(order: Order, path: Path) -> None:
+    """Refuse data that has nothing to learn: no label in any window (of a stream: in its first batch).
+
+    Raises:
+        InputError: when every label is masked.
+    """
+    if not order.has_label():
+        raise InputError(
+            str(path),
+            expected="at least one label that is not masked",
+            got="none",
+            remedy="check completion_only, the chat template and the labels of pre-tokenised data",
+        )
+
+
+@torch.no_grad()
+def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: int, device: torch.device) -> None:
+    """Refuse a student in which packed documents would see each other: another first one must not change the second.
+
+    Args:
+        model: prepared ``DistillationModel``; it is left in the mode it was in.
+        student_config: the student's Hugging Face config.
+        vocab_size: rows of its head.
+        seq_len: positions of a sequence.
+        device: of the model.
+
+    Raises:
+        InputError: when it does, or a sliding window that the packed mask would replace is shorter than a sequence.
+    """
+    window = getattr(student_config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
+    if slides and window is not None and window < seq_len:
+        raise InputError(
+            "student",
+            expected=f"attention over all {seq_len} positions for packing: documents",
+            got=f"a sliding window of {window}",
+            remedy="set packing to none, or a smaller seq_len",
+        )
+    half = min(4, seq_len // 2)
+    positions = torch.arange(2 * half, device=device)
+    ids_1T = (positions % vocab_size)[None]
+    other_1T = torch.where(positions < half, (ids_1T + 1) % vocab_size, ids_1T)
+    starts_1T = (positions // half * half)[None]
+    was_training = model.training
+    model.eval()
+    one, two = (
+        model(ids, ids, None, None, 1, starts_1T, use=lambda hidden_MH, _head: hidden_MH.clone())
+        for ids in (ids_1T, other_1T)
+    )
+    model.train(was_training)
+    if not torch.equal(one[half:], two[half:]):
+        raise InputError(
+            "student",
+            expected="attention that takes a mask, for packing: documents",
+            got=f"{type(student_config).__name__}, with which packed documents see each other",
+            remedy="set packing to none, or attn_implementation in its config.json to sdpa",
+        )
 
 
 def same_weights(teacher: Teacher, model: DistillationModel) -> bool:

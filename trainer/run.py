@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.data import BatchOrder, Corpus, load_corpus
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file, write_json
-from q4kd.trainer.guards import check_vocabulary
+from q4kd.trainer.guards import check_labels, check_vocabulary
 from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
@@ -34,6 +32,7 @@ from q4kd.trainer.student import (
 )
 from q4kd.trainer.teacher import Teacher, load_teacher
 from q4kd.trainer.tracking import project_options, start_trackers
+from q4kd.trainer.training_data import TrainingData, make_encoder, open_data
 
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
@@ -57,8 +56,7 @@ class Run:
     adapted: Any
     tokenizer: Any
     teacher: Teacher
-    corpus: Corpus
-    order: BatchOrder
+    data: TrainingData
     events: EventLog
     total_steps: int
     last_step: int
@@ -80,7 +78,7 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         """Targets of one optimiser step, over all processes."""
-        return self.config.seq_len * self.order.sequences_per_step
+        return self.config.seq_len * self.data.order.sequences_per_step
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,19 +87,18 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """Return this process's share of a step's batch, on its device."""
-        everything = Batch.from_windows(self.order.batch(step))
+        everything = self.data.order.batch(step)
         share = everything[slice(self.accelerator.process_index, None, self.accelerator.num_processes)]
         return share.to(self.accelerator.device)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield this process's share of the held-out windows, on its device: equally many batches in every process."""
-        tokens, config, processes = self.corpus.held_out, self.config, self.accelerator.num_processes
-        windows = min(tokens.num_windows(config.seq_len), config.eval_tokens // config.seq_len)
+        held_out, config, processes = self.data.held_out, self.config, self.accelerator.num_processes
+        windows = min(len(held_out), config.eval_tokens // config.seq_len)
         for start in range(0, windows, config.batch_size * processes):
             mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
             chosen = [index for index in mine if index < windows]
-            found = np.stack([tokens.window(index, config.seq_len) for index in chosen or [start]])
-            batch = Batch.from_windows(found.astype(np.int64))
+            batch = Batch.from_windows([held_out[index] for index in chosen or [start]])
             if not chosen:  # this process still takes part, with a window that has no labels
                 batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
             yield batch.to(self.accelerator.device)
@@ -130,18 +127,10 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     rows: int = student.get_output_embeddings().weight.shape[0]
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
-    corpus = load_corpus(
-        config.data,
-        pattern=config.data_glob,
-        max_bytes=config.data_max_bytes,
-        encode=encoder(tokenizer),
-        end_of_text=tokenizer.eos_token_id,
-    )
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
-    order = BatchOrder(
-        corpus.train, seq_len=config.seq_len, sequences_per_step=sequences, seed=config.seed, path=config.data
-    )
-    total = config.steps or max(1, math.ceil(config.epochs * order.steps_per_epoch))
+    data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), sequences, config.out)
+    check_labels(data.order, config.data)
+    total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
     start_trackers(accelerator, config, events)
     model, optimizer, adapted = prepare_student(config, accelerator, student)
     return Run(
@@ -152,8 +141,7 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         adapted=adapted,
         tokenizer=tokenizer,
         teacher=teacher,
-        corpus=corpus,
-        order=order,
+        data=data,
         events=events,
         total_steps=total,
         last_step=min(total, config.max_steps or total),
@@ -186,7 +174,7 @@ def write_run_file(run: Run) -> None:
         "config": config.to_json(),
         "processes": run.accelerator.num_processes,
         "steps": run.total_steps,
-        "data_sha256": run.corpus.train.sha256,
+        "data_sha256": run.data.sha256,
         "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
     }
     if config.teacher is not None:
@@ -207,7 +195,7 @@ def restore(run: Run) -> Path:
     path = list_checkpoints(run.config.out)[-1]
     state = read_state(path)
     difference = explain_difference(state.config, run.settings, RESUMABLE)
-    if difference or state.data_sha256 != run.corpus.train.sha256:
+    if difference or state.data_sha256 != run.data.sha256:
         raise InputError(
             f"--resume from {path}",
             expected="the settings and data of that run",

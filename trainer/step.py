@@ -78,6 +78,8 @@ def train_step(
     clock.start()
     accelerator.unwrap_model(model).clock = clock
     num_targets = int(accelerator.reduce(batch.count_targets(), reduction="sum"))
+    # A step without a label (a long prompt can fill one) has a loss and gradients of zero.
+    divisor = max(1, num_targets)
     sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -88,7 +90,7 @@ def train_step(
         head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else without_sync(model):
-            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, num_targets, part.starts_BT)
+            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, divisor, part.starts_BT)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             (terms.loss * accelerator.num_processes).backward()
         clock.mark("student")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from q4kd.harness.sabotage.registry import Fault, register, replace
 
 _LOSS = "q4kd.trainer.kd_loss"
@@ -76,13 +78,12 @@ def _no_t_squared() -> None:
 
 def _labels_shuffled() -> None:
     def make(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def labels(windows: Any) -> Any:
-            found = original(windows)
-            return found.flatten().roll(17).view_as(found)
+        def labels(ids: Any) -> Any:
+            return np.roll(original(ids), 17)
 
         return labels
 
-    replace("q4kd.trainer.batch:make_labels", make)
+    replace("q4kd.trainer.packing:make_labels", make)
 
 
 def _learning_rate_zero() -> None:
@@ -199,7 +200,7 @@ register(
         name="labels-shuffled",
         title="labels are rolled by 17 positions against their inputs",
         family="loop",
-        targets=("q4kd.trainer.batch:make_labels",),
+        targets=("q4kd.trainer.packing:make_labels",),
         apply=_labels_shuffled,
         arms=KD_ARMS,
     )

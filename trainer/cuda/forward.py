@@ -230,8 +230,10 @@ class CudaForward:
         if layer.v_bias is not None:
             self._kernels.add_bias(v_flat, layer.v_bias)
         v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
-        parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
-        mixed_MH = attention(*parts, bias_B1TT)
+        q_BNTD, k_BKTD, v_BKTD = (
+            part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)
+        )
+        mixed_MH = attention(q_BNTD, k_BKTD, v_BKTD, bias_B1TT)
         self._product(layer.attn_output, mixed_MH, buffers.delta)
 
     def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
