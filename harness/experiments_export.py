@@ -180,7 +180,7 @@ register(
         name="exported-models",
         title="a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
         needs=(),
-        arms=(Arm(None, _export_argv, timeout_s=120, env=_ONE_THREAD),),
+        arms=(Arm(None, _export_argv, timeout_s=240, env=_ONE_THREAD),),
         prepare=_export_argv,
         collect=_collect_export,
         sources=(*_SOURCES, "q4kd.harness.probes_export"),

@@ -95,7 +95,7 @@ register(
         title="q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
         needs=(),
         arms=tuple(
-            Arm(name, functools.partial(_fidelity_argv, name), timeout_s=120, env=_ONE_THREAD)
+            Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=_ONE_THREAD)
             for name in ("original", "itself")
         ),
         prepare=lambda inputs: _fidelity_argv("original", inputs),
@@ -160,7 +160,7 @@ register(
             Arm(
                 None,
                 lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-                timeout_s=120,
+                timeout_s=240,
                 env=_ONE_THREAD,
             ),
         ),
