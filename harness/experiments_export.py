@@ -15,10 +15,10 @@ from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import distill_words
 from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
 from q4kd.harness.probes_export import FORMS
-from q4kd.harness.reference import from_hugging_face, log_softmax, read_gguf, reference_logits
+from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
 from q4kd.harness.synthetic_models import seeded_columns
-from q4kd.harness.synthetic_students import write_live_student, write_padded_teacher
-from q4kd.trainer.files import read_json, write_json
+from q4kd.harness.synthetic_students import write_live_student
+from q4kd.trainer.files import read_json
 
 POSITIONS, COLUMNS, VOCAB = 64, 64, 2048
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
@@ -34,7 +34,7 @@ def live_student(inputs: Inputs) -> Path:
     return inputs.file("live-student", make)
 
 
-def _run_program(words: list[str], folder: Path) -> None:
+def run_program(words: list[str], folder: Path) -> None:
     """Run the program as it is, to make an input: faults are planted in what is measured, not here."""
     command = [sys.executable, "-m", "q4kd.harness", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
@@ -62,7 +62,7 @@ def _run(inputs: Inputs, name: str, *words: str) -> Path:
         at = argv.index("--events")
         del argv[at : at + 2]
         argv[argv.index("--out") + 1] = str(folder)
-        _run_program(argv, folder.parent)
+        run_program(argv, folder.parent)
 
     return inputs.file(name, make)
 
@@ -180,164 +180,9 @@ register(
         name="exported-models",
         title="a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
         needs=(),
-        arms=(Arm(None, _export_argv, timeout_s=120, env=_ONE_THREAD),),
+        arms=(Arm(None, _export_argv, timeout_s=240, env=_ONE_THREAD),),
         prepare=_export_argv,
         collect=_collect_export,
         sources=(*_SOURCES, "q4kd.harness.probes_export"),
-    )
-)
-
-
-# --- fidelity: a Q4_K_M file against its float32 folder, and against itself ---
-
-WINDOWS, LENGTH = 16, 64
-
-
-def _sample(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.random.default_rng(13).integers(1, VOCAB, WINDOWS * LENGTH))
-
-    return inputs.file("fidelity-ids.npy", make)
-
-
-def quantised_student(inputs: Inputs) -> Path:
-    """Return the live student as Q4_K_M."""
-
-    def make(path: Path) -> None:
-        words = ["--format", "gguf", "--quantize", "q4_k_m", "--out", str(path)]
-        _run_program(["export", str(live_student(inputs)), *words], path.parent)
-
-    return inputs.file("live-student-q4_k_m.gguf", make)
-
-
-def _fidelity_argv(arm: str, inputs: Inputs) -> list[str]:
-    quantised = quantised_student(inputs)
-    original = live_student(inputs) if arm == "original" else quantised
-    options = ["--data", str(_sample(inputs)), "--tokens", str(WINDOWS * LENGTH), "--seq-len", str(LENGTH)]
-    return ["fidelity", str(quantised), str(original), *options, "--out", "fidelity.json"]
-
-
-def _statistics(report: dict[str, Any]) -> Any:
-    """Return what is compared: KL (mean, median, 99 %, largest), agreement, mean log-likelihoods, log of the ratio."""
-    kl, perplexity = report["kl"], report["perplexity"]
-    values = [kl["mean"], kl["median"], kl["99%"], kl["max"], report["top1_agreement"]["mean"]]
-    values += [np.log(perplexity["a"]["mean"]), np.log(perplexity["b"]["mean"]), report["perplexity_ratio"]["log_mean"]]
-    return np.array(values)[:, None]
-
-
-def _dense_statistics(inputs: Inputs) -> Any:
-    """Return the same, by dense float64 forward passes over the file and over the folder."""
-    from safetensors.numpy import load_file
-
-    folder = live_student(inputs)
-    original = from_hugging_face(load_file(folder / "model.safetensors"), read_json(folder / "config.json"))
-    quantised, half = read_gguf(quantised_student(inputs)), LENGTH // 2
-    found: dict[str, list[Any]] = {"kl": [], "same": [], "a": [], "b": []}
-    for window in np.load(_sample(inputs), allow_pickle=False).reshape(WINDOWS, LENGTH):
-        log_q, log_p = (log_softmax(reference_logits(model, window)[half:-1]) for model in (quantised, original))
-        labels = window[half + 1 :]
-        found["kl"].append((np.exp(log_p) * (log_p - log_q)).sum(-1))
-        found["same"].append(log_p.argmax(-1) == log_q.argmax(-1))
-        found["a"].append(-log_q[np.arange(len(labels)), labels])
-        found["b"].append(-log_p[np.arange(len(labels)), labels])
-    kl, same, a, b = (np.concatenate(found[name]) for name in ("kl", "same", "a", "b"))
-    values = [kl.mean(), np.median(kl), np.quantile(kl, 0.99), kl.max(), same.mean(), a.mean(), b.mean()]
-    return np.array([*values, a.mean() - b.mean()])[:, None]
-
-
-def _collect_fidelity(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    path = run_dir / "fidelity.json"
-    if not path.is_file():
-        return {"comparators": {}}
-    report = read_json(path)
-    if run_dir.name.endswith(".original"):
-        pair = {"statistics": (_statistics(report), _dense_statistics(inputs))}
-        sources = ("q4kd fidelity", "dense float64 forward passes of the harness")
-        return {"comparators": save_pairs(run_dir, pair, sources)}
-    values = [report["kl"]["mean"], report["kl"]["max"], report["kl"]["min"]]
-    values += [report["perplexity_ratio"]["log_mean"], 1 - report["top1_agreement"]["mean"]]
-    pair = {"itself": (np.array(values)[:, None], np.zeros((len(values), 1)))}
-    return {"comparators": save_pairs(run_dir, pair, ("q4kd fidelity of a file against itself", "zero"))}
-
-
-register(
-    Experiment(
-        name="fidelity",
-        title="q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
-        needs=(),
-        arms=tuple(
-            Arm(name, functools.partial(_fidelity_argv, name), timeout_s=120, env=_ONE_THREAD)
-            for name in ("original", "itself")
-        ),
-        prepare=lambda inputs: _fidelity_argv("original", inputs),
-        collect=_collect_fidelity,
-        parallel=2,
-        sources=_SOURCES,
-    )
-)
-
-
-# --- refused-exports: what has no model to export, or no original to be compared with ---
-
-
-def _refusals(inputs: Inputs) -> Path:
-    smoke, run, student = smoke_run(inputs), finished_run(inputs), live_student(inputs)
-    quantised = quantised_student(inputs)
-    exchanged = functools.partial(write_padded_teacher, source=quantised, rows=VOCAB, exchanged=(700, 1500))
-    padded = functools.partial(write_padded_teacher, source=quantised, rows=VOCAB + 32)
-    other = inputs.file("live-student-exchanged.gguf", exchanged)
-    wider = inputs.file("live-student-padded.gguf", padded)
-    records: list[dict[str, Any]] = []
-
-    def add(case: str, twin: str, bad: list[str], good: list[str]) -> None:
-        records.append({"case": case, "argv": bad, "twin": twin, "twin_argv": good})
-
-    def export(source: Path, out: str, *words: str) -> list[str]:
-        return ["export", str(source), "--format", "gguf", "--out", out, *words]
-
-    def fidelity(a: Path, b: Path) -> list[str]:
-        return ["fidelity", str(a), str(b), "--data", str(_sample(inputs)), "--tokens", "128", "--seq-len", "64"]
-
-    last = ("--checkpoint", "last")
-    add("smoke run", "smoke run, --checkpoint", export(smoke, "1.gguf"), export(smoke, "2.gguf", *last))
-    add("taken name", "free name", export(run, "2.gguf"), export(run, "3.gguf"))
-    pair = fidelity(quantised, student)
-    add("another model", "its original", fidelity(quantised, demo_teacher(inputs)), pair)
-    add("exchanged tokens", "its original", fidelity(other, student), pair)
-    add("wider vocabulary", "its original", fidelity(wider, student), pair)
-
-    def make(path: Path) -> None:
-        write_json(path, {"cases": records})
-
-    return inputs.file("refused-exports.json", make)
-
-
-def _collect_refusals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    """Return the cases: what was refused counts, and not by which words, since they name paths."""
-    facts = collect_probe(run_dir, inputs)
-    cases = [
-        {**case, "error": "exit 2" if str(case["error"]).startswith("exit 2: ") else case["error"], "message": ""}
-        for case in facts.get("cases", [])
-    ]
-    return {"cases": cases}
-
-
-register(
-    Experiment(
-        name="refused-exports",
-        title="exports and comparisons that must be refused, each beside one that must not",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-                timeout_s=120,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_refusals,
-        collect=_collect_refusals,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )

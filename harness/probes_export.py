@@ -51,6 +51,7 @@ def _logits(folder: Path, ids: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(folder, use_safetensors=True, local_files_only=True).eval()
     with torch.no_grad():
         return model(ids).logits[0].float().numpy()

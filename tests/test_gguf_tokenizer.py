@@ -67,3 +67,17 @@ def test_a_file_without_types_has_no_special_tokens(folder: Path) -> None:
     bare = dataclasses.replace(model, metadata={**model.metadata, "tokenizer.ggml.token_type": "none"})
     assert len(read_tokenizer(bare).encode("<|end|>").ids) > 1
     assert len(read_tokenizer(model).encode("<|end|>").ids) == 1
+
+
+def test_the_highest_score_is_joined_first_whatever_the_order_of_ids(folder: Path) -> None:
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -2.0, -1.0],
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    model = exported(folder, "llama")
+    small = dataclasses.replace(
+        model, tokens=("<unk>", "a", "b", "c", "bc", "ab"), metadata={**model.metadata, **changes}
+    )
+    assert read_tokenizer(small).encode("abc").tokens == ["ab", "c"]

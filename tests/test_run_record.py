@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from q4kd.trainer.checkpoint import CheckpointState, save_checkpoint
+from q4kd.trainer.checkpoint import CheckpointState, CheckpointTensors, prune_checkpoints, save_checkpoint
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.run_record import find_source, read_record
 
@@ -17,9 +17,15 @@ def make_run(
     """Write a run of six steps whose second checkpoint was the best by KL, and its third by loss."""
     run.mkdir()
     settings = {"student": str(run.parent / "student"), "teacher": "/home/me/t.gguf", "lr": 0.1, **(config or {})}
-    net = torch.nn.Linear(2, 2)
+    figures = {2: (3.0, 0.9, 0.5), 4: (2.9, 0.3, 0.6), 6: (2.8, 0.4, 0.7)}
+    evaluations = {
+        step: {"loss": loss, "kl": kl, "agreement": agreement, "tokens": 64}
+        for step, (loss, kl, agreement) in figures.items()
+    }
+    tensors = CheckpointTensors({"w": torch.ones(2)}, {"w|m": torch.ones(2)}, {"cpu": torch.ones(1, 2)})
     for step in steps:
-        save_checkpoint(run, net, torch.optim.AdamW(net.parameters()), CheckpointState(step, settings, "d1"), keep=9)
+        save_checkpoint(run, tensors, CheckpointState(step, settings, "d1", evaluations.get(step)))
+    prune_checkpoints(run, 9, settings.get("best_metric", "kl"))
     if model:
         make_model_folder(run / "model")
     document = {"version": 1, "config": settings, "steps": 6, "data_sha256": "d1"}
@@ -27,11 +33,7 @@ def make_run(
     if written:
         (run / "run.json").write_text(json.dumps(document))
     (run / "summary.json").write_text(json.dumps({"steps": 6, "steps_of_full_run": 6}))
-    figures = {2: (3.0, 0.9, 0.5), 4: (2.9, 0.3, 0.6), 6: (2.8, 0.4, 0.7)}
-    events = [
-        {"event": "eval", "step": step, "loss": loss, "kl": kl, "agreement": agreement, "tokens": 64}
-        for step, (loss, kl, agreement) in figures.items()
-    ]
+    events = [{"event": "eval", "step": step, **values} for step, values in evaluations.items()]
     lines = [json.dumps(event) for event in (*events, {"event": "step", "step": 3})]
     # Half a line, one of another kind, one whose numbers are texts, as a killed or a hostile run may leave.
     lines += ['{"event": "eval", "step": 8, "lo', '["eval"]', '{"event": "eval", "step": 9, "loss": "nan"}', "[" * 5000]
@@ -96,6 +98,10 @@ def test_best_needs_an_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=(3, 5))
     with pytest.raises(InputError, match="none among step-000003, step-000005"):
         find_source(run, "best")
+    for hostile in ('{"checkpoint": "../../model"}', '{"checkpoint": ["step-000003"]}', "[]"):
+        (run / "checkpoints/best.json").write_text(hostile)
+        with pytest.raises(InputError, match="none among"):
+            find_source(run, "best")
 
 
 def test_an_unfinished_run_needs_a_checkpoint(tmp_path: Path) -> None:
@@ -128,8 +134,12 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights as safetensors"):
         find_source(run)
     (run / "model/adapter_config.json").write_text("{}")
+    for place in (run, run / "model"):
+        with pytest.raises(InputError, match=r"a LoRA adapter alone.*merge"):
+            find_source(place)
+    (run / "model/config.json").unlink()
     with pytest.raises(InputError, match=r"a LoRA adapter alone.*merge"):
-        find_source(run)
+        find_source(run / "model")
 
 
 def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:

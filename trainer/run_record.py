@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.checkpoint import list_checkpoints, read_state
+from q4kd.trainer.checkpoint import BEST_FILE, list_checkpoints, read_state
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 from q4kd.trainer.student import WEIGHT_FILES, has_weights
@@ -19,9 +19,6 @@ from q4kd.trainer.student import WEIGHT_FILES, has_weights
 RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"
 _MAX_LINE_BYTES = 1 << 20
 _MAX_RECORD_BYTES = 4 << 20
-_STEP = re.compile(r"step-(\d{6,12})")
-# By what the best checkpoint is chosen where the run does not say (its setting ``best_metric``).
-_BEST_METRIC = "kl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +88,8 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
                 remedy="leave --checkpoint out",
             )
         return ExportSource(title=_title(path), folder=_model_folder(path))
+    if (path / "adapter_config.json").is_file():
+        return ExportSource(title=_title(path), folder=_model_folder(path))
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
         raise InputError(
@@ -142,36 +141,28 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
-    """Return the checkpoint of that name; the best is the one whose held-out evaluation is, among those kept."""
-    subject, names = f"--checkpoint {wanted}", [path.name for path in checkpoints]
+    """Return the checkpoint of that name; the best is the one that the run itself chose by its ``best_metric``."""
+    names = [path.name for path in checkpoints]
     if wanted == "last" and checkpoints:
         return checkpoints[-1]
     if wanted == "best" and checkpoints:
-        results = _evaluations(run)
-        evaluated = [path for path in checkpoints if _number(path) in results]
-        if not evaluated:
+        best = _object(run / "checkpoints" / BEST_FILE).get("checkpoint")
+        if best not in names:
             raise InputError(
-                subject,
-                expected="a checkpoint of a step with a held-out evaluation",
+                "--checkpoint best",
+                expected=f"a checkpoint with a held-out evaluation, named in {BEST_FILE}",
                 got=f"none among {', '.join(names)}",
-                remedy="name one; make eval_every a divisor of checkpoint_every next time",
+                remedy="name one of these; set eval_every next time",
             )
-        metric = str(read_state(evaluated[-1]).config.get("best_metric", _BEST_METRIC))
-        metric, sign = (metric, -1) if metric == "agreement" else (metric if metric == "loss" else _BEST_METRIC, 1)
-        return min(evaluated, key=lambda path: sign * results[_number(path)][metric])
+        return run / "checkpoints" / str(best)
     if wanted not in names:
         raise InputError(
-            subject,
+            f"--checkpoint {wanted}",
             expected=f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}",
             got=wanted,
             remedy="choose one of these",
         )
     return run / "checkpoints" / wanted
-
-
-def _number(checkpoint: Path) -> int:
-    match = _STEP.fullmatch(checkpoint.name)
-    return int(match.group(1)) if match else -1
 
 
 def _student_folder(run: Path, checkpoint: Path, given: Path | None) -> Path:
