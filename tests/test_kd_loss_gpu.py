@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from q4kd.trainer import loss_terms
 from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda.loss_kernels import LossKernels, loss_kernels, segments_of
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
@@ -243,3 +244,18 @@ def test_sanitizer_loss(kernels: LossKernels) -> None:
         checks.matches(kernels, config, 3, 8200, (F32, BF16), seed=6, is_fused=True)
         checks.matches(kernels, config, 3, 608, (F32, F32), seed=7, tiles=[256, 256, 96])
     checks.matches(kernels, KDLossConfig(alpha=1.0), 3, 520, (BF16, BF16), seed=8, with_teacher=False)
+
+
+def test_products_add_to_float32_in_place_and_by_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(20_001, 256, device="cuda").to(BF16), torch.randn(256, 64, device="cuda").to(BF16)
+    start = torch.randn(20_001, 64, device="cuda")
+    want = start.double() + a.double() @ b.double()
+    print("in place:", loss_terms._adds_in_float32(start.device))
+    for by_slabs in (False, True):
+        if by_slabs:
+            monkeypatch.setattr(loss_terms, "_adds_in_float32", lambda _device: False)
+        out = start.clone()
+        loss_terms.add_product(out, a, b, beta=1, alpha=1)
+        assert relative(out, want) < 1e-6
+        loss_terms.add_product(out.fill_(torch.nan), a, b, beta=0, alpha=1)
+        assert relative(out, want - start.double()) < 1e-6
