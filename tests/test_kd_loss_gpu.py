@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from q4kd.trainer import loss_terms
 from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda.loss_kernels import LossKernels, loss_kernels, segments_of
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
+from q4kd.trainer.loss_topk import topk_kd_loss
 from q4kd.trainer.teacher_head import DenseHead
 
 pytestmark = [
@@ -243,3 +245,41 @@ def test_sanitizer_loss(kernels: LossKernels) -> None:
         checks.matches(kernels, config, 3, 8200, (F32, BF16), seed=6, is_fused=True)
         checks.matches(kernels, config, 3, 608, (F32, F32), seed=7, tiles=[256, 256, 96])
     checks.matches(kernels, KDLossConfig(alpha=1.0), 3, 520, (BF16, BF16), seed=8, with_teacher=False)
+
+
+def test_products_add_to_float32_in_place_and_by_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(20_001, 256, device="cuda").to(BF16), torch.randn(256, 64, device="cuda").to(BF16)
+    start = torch.randn(20_001, 64, device="cuda")
+    want = start.double() + a.double() @ b.double()
+    print("in place:", loss_terms._adds_in_float32(start.device))
+    for by_slabs in (False, True):
+        if by_slabs:
+            monkeypatch.setattr(loss_terms, "_adds_in_float32", lambda _device: False)
+        out = start.clone()
+        loss_terms.add_product(out, a, b, beta=1, alpha=1)
+        assert relative(out, want) < 1e-6
+        loss_terms.add_product(out.fill_(torch.nan), a, b, beta=0, alpha=1)
+        assert relative(out, want - start.double()) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_cached_teachers_of_all_tokens_are_the_dense_float64_loss(divergence) -> None:  # type: ignore[no-untyped-def]
+    a = make(300, 2000, BF16)
+    log_p = torch.log_softmax((a["teacher_hidden"].double() @ a["teacher_weight"].double().T)[:, :2000], 1)
+    config = KDLossConfig(divergence=divergence, alpha=0.3, beta=0.3, chunk_tokens=128)
+    hidden, weight = a["hidden"].clone().requires_grad_(), a["weight"].clone().requires_grad_()
+    terms = topk_kd_loss(
+        hidden,
+        weight,
+        a["labels"],
+        topk_ids_MK=torch.arange(2000, device="cuda").expand(300, -1),
+        topk_log_probs_MK=log_p.float(),
+        tail_log_prob_M=torch.full((300,), -torch.inf, device="cuda"),
+        num_targets=240.0,
+        config=config,
+    )
+    terms.loss.backward()
+    loss, _, _, want_hidden, want_weight = dense(a, config)
+    assert abs(float(terms.loss) - float(loss)) <= 1e-4 * float(loss)
+    assert relative(hidden.grad, want_hidden) <= 5e-3  # type: ignore[arg-type]
+    assert relative(weight.grad, want_weight) <= 5e-3  # type: ignore[arg-type]

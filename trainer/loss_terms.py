@@ -7,6 +7,7 @@ R columns of a tile, H hidden size, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ LogitsType = Literal["float32", "bfloat16"]
 _CPU_CHUNK_BYTES = 512 << 20
 _CPU_LIVE = 6
 _CPU_MAX_CHUNK = 1024
+_SLAB = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +101,17 @@ class LossSums:
         self.ce += ce
         self.kd += kd
 
-    def add_gradient(self, rows: Tensor, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
-        """Add the products of a chunk's gradient ``[C, V]`` of the summed loss with respect to the student's logits."""
-        share = 1 / self.num_targets
+    def add_gradient(
+        self, rows: Tensor, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, *, share: float | None = None
+    ) -> None:
+        """Add the products of a chunk's gradient ``[C, V]`` with respect to the student's logits.
+
+        The gradient is the summed loss's; ``share`` 1 says that it is divided by the targets already.
+        """
+        share = 1 / self.num_targets if share is None else share
         if self.hidden_MH is not None:
-            self.hidden_MH[rows] = multiply_wide(grad_CV, weight_VH).mul_(share)
+            product_CH = multiply_wide(grad_CV, weight_VH)
+            self.hidden_MH[rows] = product_CH if share == 1 else product_CH.mul_(share)
         if self.weight_VH is not None:
             # What was there before the first product is ignored: beta is 0.
             add_product(self.weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
@@ -125,9 +133,10 @@ class LossSums:
         tile_RH: Tensor | None,
         *,
         first: bool,
+        share: float | None = None,
     ) -> None:
         """Add what ``add_gradient`` does, of a tile's columns: ``first`` of the chunks overwrites ``tile_RH``."""
-        share = 1 / self.num_targets
+        share = 1 / self.num_targets if share is None else share
         if self.hidden_MH is not None:
             self.hidden_MH.index_add_(0, rows, multiply_wide(grad_CR, weight_RH), alpha=share)
         if tile_RH is not None:
@@ -162,11 +171,30 @@ def multiply_wide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int, alpha: float) -> None:
-    """Set ``out`` to ``beta * out + alpha * a @ b``, summed in ``out``'s type; bfloat16 operands as above."""
+    """Set ``out`` to ``beta * out + alpha * a @ b``, summed in ``out``'s type; bfloat16 operands as above, alpha 1."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+        return
+    assert alpha == 1
+    if beta == 0:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif _adds_in_float32(out.device):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+        # By slabs whose product stays in the device's cache until it is added.
+        for part, rows in zip(torch.split(out, _SLAB), torch.split(a, _SLAB), strict=True):
+            part += torch.mm(rows, b, out_dtype=out.dtype)
+
+
+@cache
+def _adds_in_float32(device: torch.device) -> bool:
+    """Whether this torch adds a product of bfloat16 to float32 in place; some versions want all of one type."""
+    out, a = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.kd_loss import divergence_rows
-from q4kd.trainer.loss_terms import IGNORE, KDLossConfig, LossSums, LossTerms, fused_loss, wide
+from q4kd.trainer.loss_terms import IGNORE, KDLossConfig, LossSums, LossTerms, fused_loss, multiply_wide, wide_type
 
 # log of the smallest normal float32: a probability that was rounded to zero is taken to be this, not nothing.
 _LEAST_LOG_PROB = -87.33
 # How far the listed probabilities and the tail's may add up to something else than one.
 _SUM_TOLERANCE = 1e-2
+# Tokens of a chunk on CUDA, where three float32 [C, V] of 151,936 columns are then 1.9 GB.
+_CUDA_CHUNK = 1024
 
 
 def topk_kd_loss(
@@ -66,15 +68,23 @@ def topk_kd_loss(
     if config.alpha < 1:
         _check_signal(ids_MK[positions], log_p_ME[positions], weight_VH.shape[0])
 
+    # Tensor cores on CUDA: bfloat16 operands, float32 logits and sums. Elsewhere all of it is wide.
+    on_tensor_cores = hidden_MH.is_cuda and hidden_MH.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if on_tensor_cores else wide_type(weight_VH)
+    chunk = config.chunk_tokens or (_CUDA_CHUNK if hidden_MH.is_cuda else config.chunk_for(len(weight_VH)))
+
     def compute(sums: LossSums) -> None:
-        weight = wide(weight_VH.detach())
-        for rows in torch.split(positions, config.chunk_for(len(weight))):
-            hidden_CH = wide(hidden_MH.detach()[rows])
+        weight = weight_VH.detach().to(dtype)
+        for rows in torch.split(positions, chunk):
+            hidden_CH = hidden_MH.detach()[rows].to(dtype)
+            logits_CV = multiply_wide(hidden_CH, weight.T)
             ce, kd, grad_CV = _chunk_terms(
-                hidden_CH @ weight.T, ids_MK[rows], log_p_ME[rows].to(weight.dtype), labels_M[rows], config
+                logits_CV, ids_MK[rows], log_p_ME[rows].to(logits_CV.dtype), labels_M[rows], config
             )
             sums.add_terms(ce, kd)
-            sums.add_gradient(rows, grad_CV, hidden_CH, weight)
+            if sums.wanted:
+                grad_CV = grad_CV.mul_(1 / num_targets).to(dtype)
+                sums.add_gradient(rows, grad_CV, hidden_CH, weight, share=1)
 
     return fused_loss(hidden_MH, weight_VH, num_targets, config, compute)
 

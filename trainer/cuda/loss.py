@@ -196,7 +196,7 @@ def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
     student_SV = None if given.logits_type == gradient_type else given.logits(step, vocab)
     teacher_SV = given.logits(step, vocab) if with_teacher else None
     decoded = given.teacher_head.decoded() if isinstance(given.teacher_head, TeacherHead) else None
-    softmax = _Softmax(given, kernels, step, vocab)
+    softmax = _Softmax(given, kernels, step, vocab, 1 / sums.num_targets)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         for start in range(first, last, step):
@@ -214,7 +214,7 @@ def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
             softmax(rows, student, teacher, grad_SV)
         if sums.wanted:
             sums.add_gradient(
-                given.positions[first:last], grad_CV[: last - first], given.hidden[first:last], given.weight
+                given.positions[first:last], grad_CV[: last - first], given.hidden[first:last], given.weight, share=1
             )
     sums.add_terms(softmax.ce.sum(dtype=torch.float64), softmax.kd.sum(dtype=torch.float64))
 
@@ -222,10 +222,10 @@ def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
 class _Softmax:
     """The kernels' calls for whole rows, and what they need beside the logits."""
 
-    def __init__(self, given: _Given, kernels: LossKernels, rows: int, vocab: int) -> None:
+    def __init__(self, given: _Given, kernels: LossKernels, rows: int, vocab: int, share: float) -> None:
         device = given.hidden.device
         self._given, self._kernels, self._part = given, kernels, whole(vocab)
-        self._knobs = knobs_of(given.config, device)
+        self._knobs = knobs_of(given.config, device, share)
         self._sums = torch.empty(rows, self._part.all_segments, SUMS, device=device)
         self._counters = torch.empty(rows + 1, dtype=torch.int32, device=device)
         # A label that no column answers to would leave its row as it is.
@@ -303,7 +303,7 @@ def _run_low(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
     config, device, tokens = given.config, given.hidden.device, len(given.labels)
     chunk = min(tokens, config.chunk_tokens or _LOW_CHUNK)
     tiles = _Tiles(given, chunk, config.vocab_tile or _LOW_TILE)
-    knobs, kind = knobs_of(config, device), given.kind
+    knobs, kind = knobs_of(config, device, 1 / sums.num_targets), given.kind
     row_sums = torch.empty(tokens, tiles.segments, SUMS, device=device)
     ce = torch.full((tokens,), torch.nan, device=device)
     kd = torch.full_like(ce, torch.nan)
@@ -342,6 +342,7 @@ def _run_low(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
                 given.weight[columns],
                 tile_RH,
                 first=rows.start == 0,
+                share=1,
             )
         sums.close_tile(columns, tile_RH)
     sums.add_terms(ce.sum(dtype=torch.float64), kd.sum(dtype=torch.float64))

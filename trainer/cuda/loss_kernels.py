@@ -21,10 +21,10 @@ SUMS = 8
 NUM_KNOBS = 5
 
 
-def knobs_of(config: KDLossConfig, device: torch.device) -> Tensor:
-    """Return the equation's numbers as the kernels read them, float32 ``[5]``."""
+def knobs_of(config: KDLossConfig, device: torch.device, share: float = 1.0) -> Tensor:
+    """Return the equation's numbers as the kernels read them, float32 ``[5]``; gradients come times ``share``."""
     heat, kd_weight = config.temperature, 1 - config.alpha
-    values = [config.alpha, 1 / heat, kd_weight * heat, heat**2, config.beta]
+    values = [config.alpha * share, 1 / heat, kd_weight * heat * share, heat**2, config.beta]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

@@ -29,7 +29,7 @@ struct Logits {
 };
 
 struct Knobs {
-    float alpha, inverse_t, kd_scale, t_squared, beta;  // kd_scale = (1 - alpha) T
+    float alpha, inverse_t, kd_scale, t_squared, beta;  // kd_scale = (1 - alpha) T; it and alpha scale gradients only
 };
 
 Q4KD_DEVICE Knobs read_knobs(const float* from) {
