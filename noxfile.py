@@ -24,7 +24,12 @@ ROOT = Path(__file__).parent
 KERNEL_WHEELS = ("cupy-cuda13x>=14", "nvidia-cuda-nvrtc>=13,<14")
 LLAMA_CPP_PYTHON = "0.3.36"
 # What a GB10 installs; its system Python is 3.12.
-AARCH64 = ("--python-version", "3.12", *(f"--platform=manylinux_2_{n}_aarch64" for n in range(17, 40)))
+AARCH64 = (
+    "--python-version",
+    "3.12",
+    "--platform=manylinux2014_aarch64",
+    *(f"--platform=manylinux_2_{n}_aarch64" for n in range(17, 40)),
+)
 PACKAGES = ("harness", "trainer", "contracts", "evidence")
 
 

@@ -27,12 +27,12 @@ def add_commands(subparsers: Any) -> None:
 
 def _completion(args: argparse.Namespace) -> int:
     try:
-        import argcomplete
+        from argcomplete.shell_integration import shellcode
     except ImportError as error:
         raise InputError(
             "q4kd completion", expected="argcomplete", got="it is not installed", remedy="pip install argcomplete"
         ) from error
-    print(argcomplete.shellcode(["q4kd"], shell=args.shell))
+    print(shellcode(["q4kd"], shell=args.shell))
     return 0
 
 

@@ -4,43 +4,36 @@ Each stage is a process of its own, so that one that dies takes nothing with it.
 off goes on where it stopped; a stage that was cut off begins again, because evidence of two boots must not mix.
 """
 
-import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
-import psutil
 from filelock import FileLock, Timeout
 
 from q4kd.harness.doctor import doctor_lines
 from q4kd.harness.environment import git_state
 from q4kd.harness.given import GivenFiles
 from q4kd.harness.nightly_disk import SUFFIX, Bounds, preflight, prune_bundles
+from q4kd.harness.nightly_stage import StageRunner
 from q4kd.harness.nightly_state import read_night, take_up
 from q4kd.harness.profile import load_profile
 from q4kd.harness.supervise import boot_id
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness")
 Faults = Literal["all", "changed", "none"]
 LAST_STAGE = "index"
 INCONCLUSIVE_EXIT = 2
 _INTERRUPTED = 130
-_PR_SET_PDEATHSIG = 1
-_GRACE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,26 +130,27 @@ class _Run:
         self.night = take_up(recorded, night_key(options), name, LAST_STAGE, now)
         self.work = self.out / "work" / self.night.name
         self.bundle = self.work / self.night.name
-        self._stage_lock = self.out / ".stage.lock"
         self.packed = self.out / "bundles" / f"{self.night.name}{SUFFIX}"
         for folder in (self.work, self.packed.parent, self.out / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        self.log = _Log(self.out / "logs" / f"{self.night.name}.log")
+        self.stages = StageRunner(self.out / ".stage.lock", self.out / "logs" / f"{self.night.name}.log")
 
     def to_the_end(self) -> int:
         """Run the stages that are not finished."""
         begun = bool(self.night.boots)
         if self.night.done(LAST_STAGE):
             shutil.rmtree(self.work, ignore_errors=True)
-            self.log.say("nightly", f"{self.night.name}: nothing left to do; --again begins another")
+            self.stages.say("nightly", f"{self.night.name}: nothing left to do; --again begins another")
             return self._verdict()
         boot = boot_id()
         if self.night.boots[-1:] != [boot]:
             self.night.boots.append(boot)
         self.night.save(self.state_path)
         done = ", ".join(self.night.stages) or "nothing"
-        self.log.say("nightly", f"{self.night.name}, boot {boot}: " + (f"goes on after {done}" if begun else "begins"))
-        self._wait_for_orphan()
+        self.stages.say(
+            "nightly", f"{self.night.name}, boot {boot}: " + (f"goes on after {done}" if begun else "begins")
+        )
+        self.stages.wait_for_orphan()
         self._sweep()
         if not self._preflight():
             return INCONCLUSIVE_EXIT
@@ -169,18 +163,18 @@ class _Run:
         )
         for name, run in stages:
             if self.night.done(name):
-                self.log.say(name, f"finished before, code {self.night.code(name)}")
+                self.stages.say(name, f"finished before, code {self.night.code(name)}")
                 continue
             started = time.monotonic()
             code = run()
             if code in (_INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL):
-                self.log.say(name, f"was killed (code {code}); the next start repeats it")
+                self.stages.say(name, f"was killed (code {code}); the next start repeats it")
                 return INCONCLUSIVE_EXIT
             code = code if 0 <= code < 256 else INCONCLUSIVE_EXIT
             self.night.finish(name, code, time.monotonic() - started, self.state_path)
-            self.log.say(name, f"ended with code {code} after {time.monotonic() - started:.0f} s")
+            self.stages.say(name, f"ended with code {code} after {time.monotonic() - started:.0f} s")
         shutil.rmtree(self.work, ignore_errors=True)
-        self.log.say("nightly", f"exit code {self._verdict()}: {self.packed}")
+        self.stages.say("nightly", f"exit code {self._verdict()}: {self.packed}")
         return self._verdict()
 
     def _verdict(self) -> int:
@@ -188,24 +182,6 @@ class _Run:
         code = self.night.code("falsify")
         sound = self.night.code("bundle") == 0 and self.night.code("verify") == 0
         return code if code in (1, 2) or (code == 0 and sound) else INCONCLUSIVE_EXIT
-
-    def _wait_for_orphan(self) -> None:
-        """Wait until the stage of a night that was killed has ended: it was told to, and it may still be writing."""
-        deadline = time.monotonic() + 2 * _GRACE_S
-        with self._stage_lock.open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except OSError as error:
-                    if time.monotonic() > deadline:
-                        raise InputError(
-                            "q4kd nightly",
-                            expected="the stage of a killed night to have ended",
-                            got="one that still runs",
-                            remedy=f"end the process that holds {self._stage_lock}",
-                        ) from error
-                    time.sleep(0.2)
 
     def _sweep(self) -> None:
         """Remove what earlier nights left half done, and logs beyond the number kept."""
@@ -219,8 +195,8 @@ class _Run:
         lines = preflight(load_profile(self.options.profile, self.options.contracts), self.options.given, self.out)
         missing = [line.subject for line in lines if line.state == "missing"]
         for text in doctor_lines(lines):
-            self.log.say("preflight", text)
-        self.log.say("preflight", f"missing: {', '.join(missing)}" if missing else "nothing is missing")
+            self.stages.say("preflight", text)
+        self.stages.say("preflight", f"missing: {', '.join(missing)}" if missing else "nothing is missing")
         return not missing
 
     def _shared(self) -> list[str]:
@@ -249,7 +225,7 @@ class _Run:
         changed = ["--changed"] if (self.work / "kills").exists() or self.options.faults == "changed" else []
         shared, runs = self._shared(), self.work / "sabotage"
         shutil.rmtree(runs, ignore_errors=True)
-        code = self._spawn("sabotage", [*shared, *changed, "--work", str(runs)])
+        code = self.stages.spawn("sabotage", [*shared, *changed, "--work", str(runs)])
         shutil.rmtree(runs, ignore_errors=True)
         if code in (0, 1):
             self._publish_kills()
@@ -268,7 +244,9 @@ class _Run:
         shutil.rmtree(self.bundle, ignore_errors=True)
         sign = ["--sign", str(self.options.sign)] if self.options.sign else []
         inputs = self.work / "inputs"
-        code = self._spawn("falsify", [*self._shared(), "--out", str(self.bundle), "--inputs", str(inputs), *sign])
+        code = self.stages.spawn(
+            "falsify", [*self._shared(), "--out", str(self.bundle), "--inputs", str(inputs), *sign]
+        )
         shutil.rmtree(inputs, ignore_errors=True)
         return code
 
@@ -276,78 +254,22 @@ class _Run:
         from q4kd.harness.bundle import MANIFEST, pack
 
         if not (self.bundle / MANIFEST).is_file():
-            self.log.say("bundle", "falsify left no sealed bundle")
+            self.stages.say("bundle", "falsify left no sealed bundle")
             return INCONCLUSIVE_EXIT
         pack(self.bundle, self.packed)
-        self.log.say("bundle", f"{self.packed.name}, {self.packed.stat().st_size:,} bytes")
+        self.stages.say("bundle", f"{self.packed.name}, {self.packed.stat().st_size:,} bytes")
         for path in prune_bundles(self.packed.parent, self.options.bounds):
-            self.log.say("bundle", f"removed {path.name}: at most {self.options.bounds.keep} are kept")
+            self.stages.say("bundle", f"removed {path.name}: at most {self.options.bounds.keep} are kept")
         return 0
 
     def _verify(self) -> int:
         if not self.packed.is_file():
             return INCONCLUSIVE_EXIT
-        return self._spawn("verify", [str(self.packed)], ("evidence", "verify"))
+        return self.stages.spawn("verify", [str(self.packed)], ("evidence", "verify"))
 
     def _index(self) -> int:
         if not any(self.packed.parent.glob(f"*{SUFFIX}")):
             return INCONCLUSIVE_EXIT
         site = self.out / "site"
         shutil.rmtree(site, ignore_errors=True)  # pages of bundles that were pruned
-        return self._spawn("index", [str(self.packed.parent), "--out", str(site)], ("evidence", "index"))
-
-    def _spawn(self, stage: str, arguments: list[str], command: tuple[str, ...] | None = None) -> int:
-        """Run a command of q4kd, its output into the log line by line; return its code, negative for a signal."""
-        words = [*COMMAND, *(command or (stage,)), *arguments]
-        self.log.say(stage, "q4kd " + " ".join(words[len(COMMAND) :]))
-        with self._stage_lock.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The child keeps the lock for as long as it lives, also when this process dies first.
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                pass_fds=(lock.fileno(),),
-                preexec_fn=_die_with_parent,
-            )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                self.log.say(stage, line.rstrip("\n"))
-            return process.wait()
-        finally:
-            if process.poll() is None:  # interrupted: let it end its runs, and see to it
-                runs = psutil.Process(process.pid).children(recursive=True)
-                process.terminate()
-                try:
-                    process.wait(_GRACE_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                for run in runs:
-                    with suppress(psutil.NoSuchProcess):
-                        run.kill()
-                psutil.wait_procs(runs, timeout=_GRACE_S)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when this process's parent dies, also by SIGKILL: an orphan would share the GPU."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-class _Log:
-    """Lines with the time and the stage, to a file and to standard output."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
-
-    def say(self, stage: str, text: str) -> None:
-        from q4kd.harness.yaml_lines import printable
-
-        line = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} [{stage}] {printable(text, 2000)}"
-        self._file.write(line + "\n")
-        print(line, flush=True)
+        return self.stages.spawn("index", [str(self.packed.parent), "--out", str(site)], ("evidence", "index"))

@@ -169,10 +169,9 @@ class ExperimentRunner:
             write_json(folder / "harness_error.json", {"stage": stage, "error": message})
 
     def _placeholders(self, folder: Path) -> dict[str, str]:
-        given = {str(path): f"{{{role}}}" for role, path in self.inputs.given.paths()}
+        given = self.inputs.given.paths()
         return {
-            **given,
-            **{str(Path(path).resolve()): shown for path, shown in given.items()},
+            **{str(place): f"{{{role}}}" for role, path in given for place in (path, path.resolve())},
             **{str(path): "{inputs}" for path in (self.inputs.folder, self.inputs.folder.resolve())},
             **{str(path): "{run}" for path in (folder, folder.resolve())},
             **{str(path): "{bundle}" for path in (self.bundle_dir, self.bundle_dir.resolve())},

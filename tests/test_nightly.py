@@ -36,11 +36,11 @@ CODE = """
 import sys
 from fakeworld.plugin import install
 install()
-from q4kd.harness import falsify, nightly
+from q4kd.harness import falsify, nightly_stage
 from q4kd.harness.__main__ import main
 real = falsify.pytest_command
 falsify.pytest_command = lambda *args: [*real(*args), "-p", "fakeworld.plugin"]
-nightly.COMMAND = (sys.executable, __file__)
+nightly_stage.COMMAND = (sys.executable, __file__)
 sys.exit(main(sys.argv[1:]))
 """
 
