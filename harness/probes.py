@@ -16,6 +16,7 @@ import numpy as np
 from q4kd.harness.probes_accelerator import forward_times, unified_allocation
 from q4kd.harness.probes_backend import decision_tables
 from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
+from q4kd.harness.probes_data import packed_logits, training_batches
 from q4kd.harness.probes_export import exported_models
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.harness.probes_precision import cuda_products, dense_logits
@@ -195,6 +196,8 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "distill-timed": distill_timed,
     "exported-models": exported_models,
     "start-runs": start_runs,
+    "packed-logits": packed_logits,
+    "training-batches": training_batches,
     "vocabulary-widths": vocabulary_widths,
     "forward-times": forward_times,
     "unified-allocation": unified_allocation,

@@ -43,7 +43,7 @@ def test_a_batch_is_cut_and_kept_with_its_starts() -> None:
     assert int(parts[1].count_targets()) == 0
     assert set(batch.arrays()) == {"ids", "labels", "starts"}
     joined = Windows(TokenSet.join([Encoded.make(range(9))]), 4, "documents")
-    plain = Batch.from_windows([joined[0], joined[1]])
+    plain = Batch.stack([joined[0], joined[1]])
     assert plain.starts_BT is None
     assert plain.to(torch.device("cpu"))[slice(1, None)].labels_BT.tolist() == [[5, 6, 7, 8]]
     assert set(plain.arrays()) == {"ids", "labels"}

@@ -245,3 +245,15 @@ def test_slabs_cover_every_row_of_every_matrix_once() -> None:
         for rows, weights in stream.decoded(group):
             found[rows] = weights
         assert torch.equal(found, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_are_each_alone(dtype: torch.dtype) -> None:
+    forward = build("q4k", dtype=dtype)
+    ids, lengths = golden_ids(), [40, 1, 55]
+    starts = torch.repeat_interleave(torch.tensor([0, 40, 41]), torch.tensor(lengths))[None]
+    packed, joined = forward.hidden(ids[None], starts)[0].float(), forward.hidden(ids[None])[0].float()
+    alone = torch.cat([forward.hidden(part[None])[0].float() for part in ids.split(lengths)])
+    error = (packed - alone).norm(dim=-1) / alone.norm(dim=-1)
+    assert float(error.max()) <= (1e-5 if dtype == torch.float32 else 3e-2)
+    assert float(((joined - alone).norm(dim=-1) / alone.norm(dim=-1))[40:].max()) > 0.1

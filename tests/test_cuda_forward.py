@@ -1,6 +1,7 @@
 """The CUDA teacher on a GPU: the golden file and every way of running it against float64. Run there with ``-m gpu``."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,34 @@ def test_outputs_do_not_depend_on_what_the_allocator_left_behind() -> None:
         junk = [torch.full((1 << 22,), poison, device="cuda") for _ in range(40)]
         del junk
         assert torch.equal(forward.hidden(ids), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [96, 301, 1024])
+def test_packed_documents_are_each_alone(dtype: torch.dtype, length: int) -> None:
+    from q4kd.trainer.cuda.numerics import attention_bias, pinned_numerics
+
+    q = torch.randn(2, 28, length, 128, device="cuda", dtype=dtype)
+    k, v = (torch.randn(2, 4, length, 128, device="cuda", dtype=dtype) for _ in range(2))
+    borders = [0, 40, 41, length]
+    starts = torch.zeros(2, length, dtype=torch.int64, device="cuda")
+    for first in borders[:-1]:
+        starts[:, first:] = first
+    with pinned_numerics():
+        packed = attention(q, k, v, attention_bias(starts, dtype)).view(2, length, -1).float()
+        spans = [slice(first, last) for first, last in itertools.pairwise(borders)]
+        parts = [attention(*(part[:, :, span].contiguous() for part in (q, k, v))) for span in spans]
+    alone = torch.cat([part.view(2, -1, packed.shape[-1]).float() for part in parts], 1)
+    assert (packed - alone).norm() / alone.norm() <= (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_packed_passes_leave_the_graphs_alone() -> None:
+    forward = load(dtype=torch.float32)
+    ids = golden_ids()[None].cuda()
+    plain = [forward.hidden(ids) for _ in range(3)][-1]
+    starts = torch.zeros_like(ids)
+    starts[:, 50:] = 50
+    packed = forward.hidden(ids, starts)
+    alone = forward.hidden(ids[:, 50:])
+    assert torch.equal(forward.hidden(ids), plain)
+    assert float((packed[:, 50:] - alone).norm() / alone.norm()) <= 1e-5

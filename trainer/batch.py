@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +32,13 @@ class Batch:
     starts_BT: Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: Sequence[Window]) -> "Batch":
+    def from_windows(cls, windows: npt.NDArray[np.int64]) -> "Batch":
+        """Make a batch of int64 tokens ``[B, T + 1]``: inputs are all but the last, labels all but the first."""
+        tensor = torch.from_numpy(windows)
+        return cls(tensor[:, :-1], tensor[:, 1:])
+
+    @classmethod
+    def stack(cls, windows: Sequence[Window]) -> "Batch":
         """Make a batch of packed windows; starts are kept where any window has a border."""
         starts = np.stack([window.starts for window in windows])
         return cls(

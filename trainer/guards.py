@@ -67,9 +67,9 @@ def check_labels(order: Order, path: Path) -> None:
     """
     if not order.has_label():
         raise InputError(
-            str(path),
-            expected="at least one label that is not masked",
-            got="none",
+            "labels",
+            expected="at least one that is not masked",
+            got=f"none in {path}",
             remedy="check completion_only, the chat template and the labels of pre-tokenised data",
         )
 

@@ -98,7 +98,7 @@ class Run:
         for start in range(0, windows, config.batch_size * processes):
             mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
             chosen = [index for index in mine if index < windows]
-            batch = Batch.from_windows([held_out[index] for index in chosen or [start]])
+            batch = Batch.stack([held_out[index] for index in chosen or [start]])
             if not chosen:  # this process still takes part, with a window that has no labels
                 batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
             yield batch.to(self.accelerator.device)

@@ -143,7 +143,7 @@ class StreamOrder:
                 self._last = (self._next, list(itertools.islice(self._windows, self.sequences_per_step)))
                 self._next += 1
         assert self._last is not None
-        return Batch.from_windows(self._last[1])
+        return Batch.stack(self._last[1])
 
     def has_label(self) -> bool:
         """Whether the first batch has a label."""

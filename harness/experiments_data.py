@@ -1,0 +1,338 @@
+"""Experiments on training data: packed documents beside each alone, labels, whole epochs, resumed order, refused data.
+
+What is expected is worked out here from the texts with the ``tokenizers`` package alone, document by document.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.experiments_guards import _student_with_weights
+from q4kd.harness.experiments_loss import demo_student
+from q4kd.harness.experiments_runs import distill_words
+from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
+from q4kd.trainer.files import read_json, write_json
+
+MASKED = -100
+PACKED_LEN, PACKED_WINDOWS = 96, 3
+SEQ_LEN, DOCUMENTS, CHATS = 24, 40, 12
+COLUMNS = 128
+_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.experiments_guards", "q4kd.harness.probes_data")
+
+
+def _texts(count: int) -> list[str]:
+    """Return pieces of a library file of 40 to 200 characters, different in length."""
+    source, pieces, start = Path(argparse.__file__).read_text(encoding="utf-8"), [], 2000
+    for number in range(count):
+        length = 40 + (number * 97) % 160
+        pieces.append(source[start : start + length])
+        start += length
+    return pieces
+
+
+def _jsonl(inputs: Inputs, name: str, records: Sequence[dict[str, Any]]) -> Path:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    return inputs.file(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _text_documents(inputs: Inputs) -> Path:
+    return _jsonl(inputs, "documents.jsonl", [{"text": text} for text in _texts(DOCUMENTS)])
+
+
+def _chat_messages() -> list[list[dict[str, str]]]:
+    texts = _texts(4 * CHATS)
+    roles = ("user", "assistant", "user", "assistant")
+    return [
+        [{"role": role, "content": text} for role, text in zip(roles, texts[4 * n : 4 * n + 4], strict=True)]
+        for n in range(CHATS)
+    ]
+
+
+def _tokenizer(inputs: Inputs) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(demo_student(inputs) / "tokenizer.json"))
+
+
+def _tokens(inputs: Inputs) -> list[list[int]]:
+    """Return the tokens of each text document with its end-of-text token."""
+    tokenizer = _tokenizer(inputs)
+    end = tokenizer.token_to_id(str(read_json(demo_student(inputs) / "tokenizer_config.json")["eos_token"]))
+    return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in _texts(DOCUMENTS)]
+
+
+def _settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, Any]:
+    # Evaluation data of its own, so that every document is trained on.
+    return {
+        "teacher": str(demo_teacher(inputs)),
+        "student": str(demo_student(inputs)),
+        "data": str(data),
+        "held_out": str(data),
+        "out": "run",
+        "seed": 3,
+        "steps": 100,
+        **changes,
+    }
+
+
+def _packed_windows(inputs: Inputs, length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return ids, labels and the number of its document for each position of the windows of the joined documents."""
+    flat = [(token, number) for number, tokens in enumerate(_tokens(inputs)) for token in tokens]
+    windows = []
+    for start in range(0, len(flat) - length, length):
+        piece = flat[start : start + length + 1]
+        labels = [token if number == before else MASKED for (_, before), (token, number) in itertools.pairwise(piece)]
+        windows.append(([token for token, _ in piece[:-1]], labels, [number for _, number in piece[:-1]]))
+    return windows
+
+
+# --- packed-documents: logits of packed windows beside float64 on each document alone ---
+
+
+def _packed_case(inputs: Inputs) -> Path:
+    student = str(_student_with_weights(inputs))
+    settings = _settings(inputs, _text_documents(inputs), student=student, seq_len=PACKED_LEN)
+    case = {"packed": {"settings": settings, "sequences": PACKED_WINDOWS}}
+    return inputs.file("packed-case.json", lambda path: write_json(path, case))
+
+
+def _packed_argv(inputs: Inputs) -> list[str]:
+    return ["probe", "packed-logits", "--cases", str(_packed_case(inputs)), "--out", "packed.npz"]
+
+
+def _collect_packed(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    """Compare logits with the references on each document alone, and labels with those worked out here."""
+    from safetensors.numpy import load_file
+
+    if not (run_dir / "packed.npz").is_file():
+        return {}
+    with np.load(run_dir / "packed.npz", allow_pickle=False) as arrays:
+        found = dict(arrays)
+    known = {tuple(window[0]): window for window in _packed_windows(inputs, PACKED_LEN)}
+    folder = _student_with_weights(inputs)
+    models = {
+        "teacher": read_gguf(demo_teacher(inputs)),
+        "student": from_hugging_face(load_file(folder / "model.safetensors"), read_json(folder / "config.json")),
+    }
+    columns = np.sort(np.random.default_rng(2).choice(found["teacher"].shape[-1], COLUMNS, replace=False))
+    alone: dict[str, list[Any]] = {name: [] for name in models}
+    counts: Counter[str] = Counter()
+    for ids, labels in zip(found["ids"], found["labels"], strict=True):
+        window = known.get(tuple(ids.tolist()))
+        if window is None:
+            counts["unknown windows"] += 1
+            continue
+        borders = np.flatnonzero(np.diff(window[2])) + 1
+        counts["borders"] += len(borders)
+        counts["labels across a border"] += int((labels[borders - 1] != MASKED).sum())
+        counts["wrong labels within a document"] += int((np.delete(labels != window[1], borders - 1)).sum())
+        for name, model in models.items():
+            alone[name] += [reference_logits(model, part)[:, columns] for part in np.split(ids, borders)]
+    table = {
+        "unknown windows": counts["unknown windows"],
+        "at least 5 borders": counts["borders"] >= 5,
+        "labels across a border": counts["labels across a border"],
+        "wrong labels within a document": counts["wrong labels within a document"],
+    }
+    if counts["unknown windows"]:
+        return {"tables": {"labels": table}}
+    pairs = {
+        name: (found[name].reshape(-1, found[name].shape[-1])[:, columns], np.concatenate(alone[name]))
+        for name in models
+    }
+    comparators = save_pairs(run_dir, pairs, ("packed windows", "float64 on each document alone"))
+    return {"tables": {"labels": table}, "comparators": comparators}
+
+
+register(
+    Experiment(
+        name="packed-documents",
+        title="teacher and student on windows of several documents, beside float64 on each document alone",
+        needs=(),
+        arms=(Arm(None, _packed_argv, timeout_s=60, env=_ONE_THREAD),),
+        prepare=_packed_argv,
+        collect=_collect_packed,
+        sources=(*_SOURCES, "q4kd.harness.reference"),
+    )
+)
+
+
+# --- training-batches: the batches of two epochs, and those that a run resumed within one takes ---
+
+
+def _chat_student(inputs: Inputs) -> Path:
+    def make(folder: Path) -> None:
+        import shutil
+
+        shutil.copytree(demo_student(inputs), folder)
+        (folder / "chat_template.jinja").write_text(_TEMPLATE)
+
+    return inputs.file("chat-student", make)
+
+
+def _batch_cases(inputs: Inputs) -> Path:
+    texts = _text_documents(inputs)
+    chats = _jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in _chat_messages()])
+    windows = len(_packed_windows(inputs, SEQ_LEN))
+    epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
+    chat_settings = _settings(
+        inputs, chats, student=str(_chat_student(inputs)), completion_only=True, packing="none", seq_len=SEQ_LEN
+    )
+    cases = {
+        "memory": {"settings": _settings(inputs, texts, seq_len=SEQ_LEN), **epoch},
+        "stream": {"settings": _settings(inputs, texts, seq_len=SEQ_LEN, streaming=True, shuffle_buffer=9), **epoch},
+        "chat": {"settings": chat_settings, "sequences": 1, "steps": len(_chat_windows(inputs)), "resume": 0},
+    }
+    return inputs.file("batch-cases.json", lambda path: write_json(path, cases))
+
+
+def _chat_windows(inputs: Inputs) -> dict[tuple[int, ...], list[int]]:
+    """Return the labels of each window of the chats by its own ids: what the assistant says and the end of its turn."""
+    tokenizer, windows = _tokenizer(inputs), {}
+    for messages in _chat_messages():
+        text, said = "", []
+        for message in messages:
+            text += f"<{message['role']}>"
+            if message["role"] == "assistant":
+                said.append((len(text), len(text) + len(message["content"]) + len("</>\n")))
+            text += f"{message['content']}</>\n"
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        learnt = [any(begin <= first < end for begin, end in said) for first, _ in encoding.offsets]
+        labels = [token if learns else MASKED for token, learns in zip(encoding.ids, learnt, strict=True)]
+        for start in range(0, len(labels) - 1, SEQ_LEN):
+            stop = min(start + SEQ_LEN, len(labels) - 1)
+            windows[tuple(encoding.ids[start:stop])] = labels[start + 1 : stop + 1]
+    return windows
+
+
+def _batches_argv(arm: str, inputs: Inputs) -> list[str]:
+    resumed = ["--resumed"] if arm == "resumed" else []
+    return ["probe", "training-batches", "--cases", str(_batch_cases(inputs)), "--out", "batches.npz", *resumed]
+
+
+def _epoch_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
+    windows = _packed_windows(inputs, SEQ_LEN)
+    wanted = Counter((tuple(ids), tuple(labels)) for ids, labels, _ in windows)
+    rows = [(tuple(row), tuple(label)) for row, label in zip(ids.tolist(), labels.tolist(), strict=True)]
+    first, second = rows[: len(windows)], rows[len(windows) :]
+    return {
+        "windows lost": sum((wanted - Counter(first)).values()),
+        "windows invented": sum((Counter(first) - wanted).values()),
+        "windows lost in the second epoch": sum((wanted - Counter(second)).values()),
+        "the second epoch has another order": first != second,
+        "shuffled": first != [(tuple(ids), tuple(labels)) for ids, labels, _ in windows],
+    }
+
+
+def _chat_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
+    wanted = _chat_windows(inputs)
+    counts: Counter[str] = Counter()
+    seen = set()
+    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        key = next((tuple(row[:n]) for n in range(SEQ_LEN, 0, -1) if tuple(row[:n]) in wanted), None)
+        if key is None:
+            counts["unknown windows"] += 1
+            continue
+        seen.add(key)
+        expected = wanted[key] + [MASKED] * (SEQ_LEN - len(key))
+        counts["prompt or padding labelled"] += sum(
+            e == MASKED != found for e, found in zip(expected, label, strict=True)
+        )
+        counts["assistant not labelled"] += sum(e not in (MASKED, f) for e, f in zip(expected, label, strict=True))
+        counts["labels"] += sum(found != MASKED for found in label)
+    return {
+        "unknown windows": counts["unknown windows"],
+        "windows lost": len(wanted) - len(seen),
+        "prompt or padding labelled": counts["prompt or padding labelled"],
+        "assistant not labelled": counts["assistant not labelled"],
+        "at least 500 labels": counts["labels"] >= 500,
+    }
+
+
+def _collect_batches(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    """Count an epoch's windows and the chats' labels; in the resumed arm, compare with the arm before it."""
+    if not (run_dir / "batches.npz").is_file():
+        return {}
+    with np.load(run_dir / "batches.npz", allow_pickle=False) as arrays:
+        found = dict(arrays)
+    if run_dir.name.partition(".")[2] == "whole":
+        epoch = _epoch_table(inputs, found["memory-ids"], found["memory-labels"])
+        return {"tables": {"epoch": epoch, "chats": _chat_table(inputs, found["chat-ids"], found["chat-labels"])}}
+    whole = run_dir.parent / "training-batches.whole" / "batches.npz"
+    if not whole.is_file():
+        return {}
+    with np.load(whole, allow_pickle=False) as arrays:
+        before = dict(arrays)
+    table: dict[str, Any] = {}
+    for name in ("memory", "stream"):
+        late = {part: found[f"{name}-{part}"] for part in ("ids", "labels", "starts")}
+        early = {part: before[f"{name}-{part}"][-len(late["ids"]) :] for part in late}
+        table[f"{name}: batches are the same"] = all(np.array_equal(late[part], early[part]) for part in late)
+        table[f"{name}: at least 20 of them"] = len(late["ids"]) >= 20
+    return {"tables": {"resumed": table}}
+
+
+register(
+    Experiment(
+        name="training-batches",
+        title="the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
+        needs=(),
+        arms=tuple(
+            Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=_ONE_THREAD)
+            for name in ("whole", "resumed")
+        ),
+        prepare=_batch_cases,
+        collect=_collect_batches,
+        sources=_SOURCES,
+    )
+)
+
+
+# --- refused-data: data with nothing to learn, beside the same with one label ---
+
+
+def _refused_cases(inputs: Inputs) -> Path:
+    ids = list(range(20, 20 + 4 * 32 + 1))
+    one = [MASKED] * (len(ids) - 1) + ids[-1:]
+    masked = _jsonl(inputs, "masked.jsonl", [{"input_ids": ids, "labels": [MASKED] * len(ids)}])
+    labelled = _jsonl(inputs, "labelled.jsonl", [{"input_ids": ids, "labels": one}])
+    words = [
+        distill_words(demo_teacher(inputs), demo_student(inputs), data, "--max-steps", "1", out=out)
+        for data, out in ((masked, "0-refused"), (labelled, "0-accepted"))
+    ]
+    case = {"case": "every label masked", "argv": words[0], "twin": "one label", "twin_argv": words[1]}
+    return inputs.file("refused-data.json", lambda path: write_json(path, {"cases": [case]}))
+
+
+register(
+    Experiment(
+        name="refused-data",
+        title="a run whose data has no label, beside one with a single label",
+        needs=(),
+        arms=(
+            Arm(
+                None,
+                lambda inputs: ["probe", "start-runs", "--cases", str(_refused_cases(inputs)), "--out", "probe.json"],
+                timeout_s=60,
+                env=_ONE_THREAD,
+            ),
+        ),
+        prepare=_refused_cases,
+        collect=collect_probe,
+        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
+    )
+)
