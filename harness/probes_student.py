@@ -124,7 +124,7 @@ def _tiny_updates() -> dict[str, bool]:
             weight.grad = torch.ones_like(weight)
             optimizer.step()
             optimizer.zero_grad()
-            held.append(float(weight.flatten()[0]))
+            held.append(float(weight.detach()[0, 0]))
         return held
 
     rounded, exact = take(torch.bfloat16), take(torch.float32)
