@@ -135,31 +135,34 @@ def _tiny_updates() -> dict[str, bool]:
     }
 
 
-def _rank(rank: int, port: int, words: list[str]) -> None:
-    """Run the command line as one process of several; only here is the environment changed."""
+def _rank(rank: int, port: int, words: list[str]) -> int:
+    """Run the command line as one process of several."""
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ |= addresses | {name: str(number) for name, number in numbers.items()}
     from q4kd.harness.__main__ import main
 
-    raise SystemExit(main(words))
+    return main(words)
+
+
+def _other_rank(*arguments: Any) -> None:
+    raise SystemExit(_rank(*arguments))
 
 
 def distill_ranks(arguments: list[str]) -> int:
-    """Run ``q4kd distill`` on two processes, ``copies`` or ``shards`` first; they are forked, faults and all."""
+    """Run ``q4kd distill`` as one of two processes, of ``copies`` or ``shards``; the other is forked, faults and all."""
     kind, *words = arguments
     if kind == "shards":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    return max(abs(process.exitcode or 0) for process in ranks)
+    # Forked before torch has threads. The main rank stays here: its events are those of the supervised process.
+    other = multiprocessing.get_context("fork").Process(target=_other_rank, args=(1, port, words))
+    other.start()
+    code = _rank(0, port, words)
+    other.join()
+    return code or abs(other.exitcode or 0)
 
 
 def refused_settings(arguments: list[str]) -> int:
