@@ -150,7 +150,7 @@ def _other_rank(*arguments: Any) -> None:
 
 
 def distill_ranks(arguments: list[str]) -> int:
-    """Run ``q4kd distill`` as one of two processes, of ``copies`` or ``shards``; the other is forked, faults and all."""
+    """Run ``q4kd distill`` as one of two processes, ``copies`` or ``shards``; the other is forked, with faults."""
     kind, *words = arguments
     if kind == "shards":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
