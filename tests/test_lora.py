@@ -84,7 +84,9 @@ def test_an_adapter_on_the_head_is_in_the_loss(tmp_path: Path) -> None:
     model = DistillationModel(student, KDLossConfig(alpha=1.0)).eval()
     head = student.get_output_embeddings()
     with torch.no_grad():
-        torch.testing.assert_close(model.hidden(IDS) @ effective_weight(head).T, student(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.hidden(IDS) @ effective_weight(head).T, student(IDS).logits, rtol=1e-4, atol=1e-5
+        )
     model(IDS[:, :-1], IDS[:, 1:], None, None, 38).loss.backward()
     assert float(head.lora_B["default"].weight.grad.abs().max()) > 0
     assert head.base_layer.weight.grad is None
@@ -97,7 +99,10 @@ def test_peft_loads_what_is_saved(tmp_path: Path) -> None:
     adapted = add_adapters(student, settings())
     scramble(student)
     save_adapter(adapted, tmp_path / "adapter", whole_state(student, keep=True))
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     base: Any = load_student(student_path(), seed=1)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded), logits(student))
