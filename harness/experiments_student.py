@@ -66,8 +66,8 @@ def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
     # Two micro-batches: gradients are added up in each process before they travel.
     words = distill_words(
         *(demo_teacher(inputs), demo_student(inputs), training_text(inputs, RANK_STEPS)),
-        *("--steps", str(RANK_STEPS), "--batch-size", str(SEQUENCES_PER_STEP // processes // 2), "--accumulation", "2"),
-        *("--clip", "0.5", "--eval-tokens", "0"),
+        *("--set", f"batch_size={SEQUENCES_PER_STEP // processes // 2}", "--set", "accumulation=2"),
+        *("--set", f"steps={RANK_STEPS}", "--set", "clip=0.5", "--set", "eval_tokens=0"),
     )
     return words if kind == "one" else ["probe", "distill-ranks", kind, *words]
 

@@ -23,7 +23,8 @@ TINY, TINY_STEPS = 2e-4, 20
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "whole": {},
     "accumulated": {"batch_size": 2, "accumulation": 4},
-    "recomputed": {"gradient_checkpointing": True},
+    # In smaller parts too: arrays equal to the bit would be taken for one array compared with itself.
+    "recomputed": {"gradient_checkpointing": True, "batch_size": 4, "accumulation": 2},
     "bfloat16": {"student_dtype": "bfloat16"},
 }
 
@@ -38,6 +39,8 @@ def _arguments(arguments: list[str], *options: str) -> argparse.Namespace:
 class _Trained:
     """A few steps of the trainer's own on masked batches, with some settings."""
 
+    student: Any
+
     def __init__(self, args: argparse.Namespace, teacher: Any, settings: Mapping[str, object]) -> None:
         import torch
 
@@ -50,14 +53,15 @@ class _Trained:
         given = {"teacher": args.teacher, "student": args.student, "data": ".", "out": ".", "lr": 0.003}
         config = make_config({**given, "warmup_steps": 1, "batch_size": SEQUENCES, **settings})
         accelerator = make_accelerator("cpu")
-        self.student: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        loaded: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        self.student = loaded
         self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
         model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
         rng = np.random.default_rng(3)
         self.losses = []
         model.train()
         for index in range(STEPS):
-            windows = rng.integers(0, self.student.config.vocab_size, (SEQUENCES, LENGTH + 1))
+            windows = rng.integers(0, int(self.student.config.vocab_size), (SEQUENCES, LENGTH + 1))
             batch = Batch.from_windows(windows)
             # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
             kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
@@ -95,7 +99,7 @@ def student_steps(arguments: list[str]) -> int:
     with torch.no_grad():
         arrays["merged"] = plain(ids).logits[0].numpy()
         arrays["adapted"] = lora.student(ids).logits[0].numpy()
-        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()  # type: ignore[operator]
+        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()
     np.savez_compressed(args.out, **arrays)
     tables = {
         "lora": {
@@ -171,7 +175,7 @@ def refused_settings(arguments: list[str]) -> int:
     from q4kd.trainer.config import make_config
 
     base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
-    cases = [
+    cases: list[tuple[str, dict[str, object], dict[str, object], str]] = [
         ("learning rate", {"lrr": 1e-4}, {"lr": 1e-4}, "did you mean lr?"),
         ("rank", {"lora_rnk": 8}, {"lora_rank": 8}, "did you mean lora_rank?"),
         ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
@@ -179,7 +183,7 @@ def refused_settings(arguments: list[str]) -> int:
     ]
     records = []
     for name, wrong, right, remedy in cases:
-        outcomes = []
+        outcomes: list[str | None] = []
         for values in (wrong, right):
             try:
                 make_config(base | values)

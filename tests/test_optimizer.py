@@ -1,4 +1,4 @@
-"""Master weights: nothing is lost below bfloat16, plain float32 is AdamW as torch has it, and state comes back exactly."""
+"""Master weights: nothing is lost below bfloat16, float32 is torch's AdamW, and state comes back exactly."""
 
 import functools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Two processes over gloo, through the command line: shards take the steps of one process, copies continue from them."""
+"""Two processes over gloo, by the command line: shards take the steps of one process, copies continue from them."""
 
 import json
 import os
