@@ -1,7 +1,6 @@
 """Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
 
 import argparse
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -61,11 +60,11 @@ class _Trained:
         self.losses = []
         model.train()
         for index in range(STEPS):
-            windows = rng.integers(0, int(self.student.config.vocab_size), (SEQUENCES, LENGTH + 1))
-            batch = Batch.from_windows(windows)
+            drawn = rng.integers(0, int(self.student.config.vocab_size), (SEQUENCES, LENGTH + 1))
+            windows = torch.from_numpy(drawn)
             # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
             kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
-            batch = dataclasses.replace(batch, labels_BT=batch.labels_BT.masked_fill(~kept, IGNORE))
+            batch = Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE))
             rate = step.learning_rate(index, config, STEPS)
             result = step.train_step(accelerator, model, teacher, optimizer, batch, config, rate)
             self.losses.append([result.loss, result.ce, result.kd, result.grad_norm])
