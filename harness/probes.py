@@ -21,6 +21,7 @@ from q4kd.harness.probes_export import exported_models
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.harness.probes_precision import cuda_products, dense_logits
 from q4kd.harness.probes_runs import distill_timed, start_runs, vocabulary_widths
+from q4kd.harness.probes_student import distill_ranks, refused_settings, student_steps
 from q4kd.trainer.files import write_atomic, write_json
 
 
@@ -199,6 +200,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "packed-logits": packed_logits,
     "training-batches": training_batches,
     "vocabulary-widths": vocabulary_widths,
+    "student-steps": student_steps,
+    "distill-ranks": distill_ranks,
+    "refused-settings": refused_settings,
     "forward-times": forward_times,
     "unified-allocation": unified_allocation,
 }

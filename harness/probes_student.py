@@ -1,7 +1,6 @@
 """Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
 
 import argparse
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -23,7 +22,8 @@ TINY, TINY_STEPS = 2e-4, 20
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "whole": {},
     "accumulated": {"batch_size": 2, "accumulation": 4},
-    "recomputed": {"gradient_checkpointing": True},
+    # In smaller parts too: arrays equal to the bit would be taken for one array compared with itself.
+    "recomputed": {"gradient_checkpointing": True, "batch_size": 4, "accumulation": 2},
     "bfloat16": {"student_dtype": "bfloat16"},
 }
 
@@ -38,6 +38,8 @@ def _arguments(arguments: list[str], *options: str) -> argparse.Namespace:
 class _Trained:
     """A few steps of the trainer's own on masked batches, with some settings."""
 
+    student: Any
+
     def __init__(self, args: argparse.Namespace, teacher: Any, settings: Mapping[str, object]) -> None:
         import torch
 
@@ -50,18 +52,19 @@ class _Trained:
         given = {"teacher": args.teacher, "student": args.student, "data": ".", "out": ".", "lr": 0.003}
         config = make_config({**given, "warmup_steps": 1, "batch_size": SEQUENCES, **settings})
         accelerator = make_accelerator("cpu")
-        self.student: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        loaded: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        self.student = loaded
         self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
         model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
         rng = np.random.default_rng(3)
         self.losses = []
         model.train()
         for index in range(STEPS):
-            windows = rng.integers(0, self.student.config.vocab_size, (SEQUENCES, LENGTH + 1))
-            batch = Batch.from_windows(windows)
+            drawn = rng.integers(0, int(self.student.config.vocab_size), (SEQUENCES, LENGTH + 1))
+            windows = torch.from_numpy(drawn)
             # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
             kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
-            batch = dataclasses.replace(batch, labels_BT=batch.labels_BT.masked_fill(~kept, IGNORE))
+            batch = Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE))
             rate = step.learning_rate(index, config, STEPS)
             result = step.train_step(accelerator, model, teacher, optimizer, batch, config, rate)
             self.losses.append([result.loss, result.ce, result.kd, result.grad_norm])
@@ -95,7 +98,7 @@ def student_steps(arguments: list[str]) -> int:
     with torch.no_grad():
         arrays["merged"] = plain(ids).logits[0].numpy()
         arrays["adapted"] = lora.student(ids).logits[0].numpy()
-        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()  # type: ignore[operator]
+        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()
     np.savez_compressed(args.out, **arrays)
     tables = {
         "lora": {
@@ -124,7 +127,7 @@ def _tiny_updates() -> dict[str, bool]:
             weight.grad = torch.ones_like(weight)
             optimizer.step()
             optimizer.zero_grad()
-            held.append(float(weight.flatten()[0]))
+            held.append(float(weight.detach()[0, 0]))
         return held
 
     rounded, exact = take(torch.bfloat16), take(torch.float32)
@@ -135,31 +138,34 @@ def _tiny_updates() -> dict[str, bool]:
     }
 
 
-def _rank(rank: int, port: int, words: list[str]) -> None:
-    """Run the command line as one process of several; only here is the environment changed."""
+def _rank(rank: int, port: int, words: list[str]) -> int:
+    """Run the command line as one process of several."""
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ |= addresses | {name: str(number) for name, number in numbers.items()}
     from q4kd.harness.__main__ import main
 
-    raise SystemExit(main(words))
+    return main(words)
+
+
+def _other_rank(*arguments: Any) -> None:
+    raise SystemExit(_rank(*arguments))
 
 
 def distill_ranks(arguments: list[str]) -> int:
-    """Run ``q4kd distill`` on two processes, ``copies`` or ``shards`` first; they are forked, faults and all."""
+    """Run ``q4kd distill`` as one of two processes, ``copies`` or ``shards``; the other is forked, with faults."""
     kind, *words = arguments
     if kind == "shards":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    return max(abs(process.exitcode or 0) for process in ranks)
+    # Forked before torch has threads. The main rank stays here: its events are those of the supervised process.
+    other = multiprocessing.get_context("fork").Process(target=_other_rank, args=(1, port, words))
+    other.start()
+    code = _rank(0, port, words)
+    other.join()
+    return code or abs(other.exitcode or 0)
 
 
 def refused_settings(arguments: list[str]) -> int:
@@ -168,7 +174,7 @@ def refused_settings(arguments: list[str]) -> int:
     from q4kd.trainer.config import make_config
 
     base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
-    cases = [
+    cases: list[tuple[str, dict[str, object], dict[str, object], str]] = [
         ("learning rate", {"lrr": 1e-4}, {"lr": 1e-4}, "did you mean lr?"),
         ("rank", {"lora_rnk": 8}, {"lora_rank": 8}, "did you mean lora_rank?"),
         ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
@@ -176,7 +182,7 @@ def refused_settings(arguments: list[str]) -> int:
     ]
     records = []
     for name, wrong, right, remedy in cases:
-        outcomes = []
+        outcomes: list[str | None] = []
         for values in (wrong, right):
             try:
                 make_config(base | values)

@@ -268,4 +268,6 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             run = assemble(config, events, is_main)
             teachers.append(run.teacher)
             _run(run, resume)
+            # Gloo's threads must not outlive the interpreter; trackers write what they hold.
+            run.accelerator.end_training()
         events.close()

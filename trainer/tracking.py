@@ -57,7 +57,7 @@ def project_options(config: DistillConfig) -> dict[str, Any]:
 
 
 def start_trackers(accelerator: Any, config: DistillConfig, events: EventLog) -> None:
-    """Begin to track, in the main process."""
+    """Begin to track, in the main process; ``accelerator.end_training`` ends it."""
     if not config.trackers or not accelerator.is_main_process:
         return
     accelerator.init_trackers("q4kd", config=public_settings(config))
@@ -70,8 +70,6 @@ def start_trackers(accelerator: Any, config: DistillConfig, events: EventLog) ->
                 if isinstance(value, int | float) and key not in ("step", "steps")
             }
             accelerator.log(numbers, step=fields["step"])
-        if event == "done":
-            accelerator.end_training()
 
     events.listen(listen)
 

@@ -12,4 +12,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_guards",
     "q4kd.harness.sabotage.faults_export",
     "q4kd.harness.sabotage.faults_data",
+    "q4kd.harness.sabotage.faults_student",
 )

@@ -1,0 +1,61 @@
+"""Loading a student in its dtype, and what settings ask of it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from q4kd.trainer import student as student_module
+from q4kd.trainer.config import DistillConfig, make_config
+from q4kd.trainer.demo import student_path
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.student import load_student, set_up_student, student_dtype
+
+
+def settings(**values: object) -> DistillConfig:
+    return make_config({"teacher": "t", "student": "s", "data": "d", "out": "o", **values})
+
+
+def test_dtypes() -> None:
+    assert student_dtype(settings()) == torch.float32
+    assert student_dtype(settings(device="cuda")) == torch.bfloat16
+    assert student_dtype(settings(device="cuda", student_dtype="float32")) == torch.float32
+    assert student_dtype(settings(student_dtype="bfloat16")) == torch.bfloat16
+
+
+def test_a_bfloat16_student_is_the_float32_one_rounded_and_its_buffers_are_not(tmp_path: Any) -> None:
+    exact: Any = load_student(student_path(), seed=3)
+    exact.save_pretrained(tmp_path)
+    for rounded in (load_student(student_path(), 3, torch.bfloat16), load_student(tmp_path, 0, torch.bfloat16)):
+        for (name, a), (other, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+            assert name == other
+            assert torch.equal(a.bfloat16(), b)
+        buffers = dict(rounded.named_buffers())
+        assert any("inv_freq" in name for name in buffers)
+        assert all(buffer.dtype == torch.float32 for buffer in buffers.values())
+
+
+def test_compile_is_asked_of_the_layers_and_not_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    student: Any = load_student(student_path(), seed=3)
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_args: asked.append(self))
+    set_up_student(student, settings(compile=True))
+    assert asked == [student.model]
+
+
+def test_recomputation_needs_an_architecture_that_offers_it() -> None:
+    student: Any = load_student(student_path(), seed=3)
+    set_up_student(student, settings(gradient_checkpointing=True))
+    assert all(layer.gradient_checkpointing for layer in student.model.layers)
+    student.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="gradient_checkpointing"):
+        set_up_student(student, settings(gradient_checkpointing=True))
+
+
+def test_liger_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    student: Any = load_student(student_path(), seed=3)
+    with pytest.raises(InputError, match="student_kernels torch"):
+        set_up_student(student, settings(student_kernels="liger"))
+    monkeypatch.setattr(student_module.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"pip install 'q4kd\[liger\]'"):
+        set_up_student(student, settings(student_kernels="liger", device="cuda"))
