@@ -31,6 +31,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_runs",
     "q4kd.harness.experiments_guards",
     "q4kd.harness.experiments_export",
+    "q4kd.harness.experiments_robust",
     "q4kd.harness.experiments_accelerator",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

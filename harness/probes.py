@@ -19,6 +19,7 @@ from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_export import exported_models
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.harness.probes_precision import cuda_products, dense_logits
+from q4kd.harness.probes_robust import damaged_resumes, ended_run, killed_runs
 from q4kd.harness.probes_runs import distill_timed, start_runs, vocabulary_widths
 from q4kd.trainer.files import write_atomic, write_json
 
@@ -194,6 +195,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "open-models": open_models,
     "distill-timed": distill_timed,
     "exported-models": exported_models,
+    "damaged-resumes": damaged_resumes,
+    "ended-run": ended_run,
+    "killed-runs": killed_runs,
     "start-runs": start_runs,
     "vocabulary-widths": vocabulary_widths,
     "forward-times": forward_times,

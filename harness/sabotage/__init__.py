@@ -11,4 +11,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_runs",
     "q4kd.harness.sabotage.faults_guards",
     "q4kd.harness.sabotage.faults_export",
+    "q4kd.harness.sabotage.faults_robust",
 )
