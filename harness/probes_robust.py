@@ -5,6 +5,7 @@ experiment says, and records how it ended. Forking saves the imports of each leg
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from q4kd.trainer.files import read_json, write_json
 _DEADLINE_S = 240.0
 _PATIENCE_S = 60.0
 _POLL_S = 0.0005
+_HEADROOM = 24 << 20
 
 
 def _warm_up() -> None:
@@ -87,6 +89,10 @@ def _count_steps(path: Path) -> int:
     return path.read_bytes().count(b'"event": "step"') if path.exists() else 0
 
 
+def _has_steps(path: Path, count: int) -> bool:
+    return _count_steps(path) >= count
+
+
 def _is_writing(out: Path) -> bool:
     """Whether a checkpoint is being written: a temporary folder, or a final one that is not complete."""
     folder = out / "checkpoints"
@@ -116,7 +122,7 @@ def killed_runs(arguments: list[str]) -> int:
         return [places.get(word, word) for word in case["argv"]] + list(more)
 
     whole = _wait(_fork(argv("whole"), Path("whole.log")))
-    draw = random.Random(case["seed"])
+    draw = random.Random(case["seed"])  # noqa: S311 - where to kill, not a secret
     kinds = [number < case["writing"] for number in range(case["kills"])]
     draw.shuffle(kinds)
     out, events, counts = Path("killed"), Path("killed.jsonl"), {"killed": 0, "writing": 0}
@@ -125,7 +131,10 @@ def killed_runs(arguments: list[str]) -> int:
         resume = ["--resume"] if (out / "checkpoints").is_dir() and any((out / "checkpoints").glob("step-*")) else []
         pid = _fork(argv("killed", *resume), Path("killed.log"))
         wanted = _count_steps(events) + draw.randint(1, 4)
-        ended = _wait(pid, (lambda: _is_writing(out)) if while_writing else (lambda: _count_steps(events) >= wanted))
+        reached = (
+            functools.partial(_is_writing, out) if while_writing else functools.partial(_has_steps, events, wanted)
+        )
+        ended = _wait(pid, reached)
         if ended is not None:
             break
         if not while_writing:
@@ -162,9 +171,9 @@ def ended_run(arguments: list[str]) -> int:
     elif args.do == "starve":
         code = _wait(pid, lambda: _count_steps(events) >= 1)
         if code is None:
-            # No more than it has, so that the next large block is refused.
+            # Little more than it has: the next large block is refused, and what explains it has room to.
             size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+            resource.prlimit(pid, resource.RLIMIT_AS, (size + _HEADROOM, size + _HEADROOM))
     elif args.do == "fill":
         code = _wait(pid, lambda: (out / "checkpoints" / "step-000002").is_dir())
         if code is None:
