@@ -179,7 +179,7 @@ _ENDINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     "run-starves": (
         "starve",
         "an address space that may not grow after step 1",
-        {"steps": 4, "seq_len": 256, "batch_size": 17, "chunk_tokens": 8192, "eval_tokens": 0},
+        {"steps": 4, "seq_len": 256, "batch_size": 33, "chunk_tokens": 8192, "eval_tokens": 0},
     ),
     "run-disk-full": (
         "fill",

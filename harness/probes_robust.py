@@ -22,7 +22,7 @@ from q4kd.trainer.files import read_json, write_json
 _DEADLINE_S = 240.0
 _PATIENCE_S = 60.0
 _POLL_S = 0.0005
-_HEADROOM = 24 << 20
+_HEADROOM = 60 << 20
 
 
 def _warm_up() -> None:

@@ -110,3 +110,41 @@ def test_a_container_may_have_less_than_the_host(tmp_path: Path) -> None:
     assert host_room(tmp_path / "meminfo", tmp_path)[0] == 4_096_000
     (tmp_path / "memory.max").write_text("1000000\n")
     assert host_room(tmp_path / "meminfo", tmp_path) == (400_000, "what the memory limit of this container leaves")
+
+
+def test_a_run_takes_what_its_plan_says(tmp_path: Path) -> None:
+    """Resident memory grows from the plan to the last step by what the plan says, within 15 %: some 500 MB."""
+    layers = 6
+    student = write_student(
+        tmp_path / "student",
+        **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 8},
+        **{"num_key_value_heads": 4, "layer_types": ["full_attention"] * layers},
+    )
+    (tmp_path / "text").write_text(Path(json.__file__).read_text() + Path(subprocess.__file__).read_text())
+    words = ["distill", "--teacher", str(teacher_path()), "--student", str(student), "--data", str(tmp_path / "text")]
+    words += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32", "--steps", "2", "--threads", "1"]
+    program = f"""
+import json, sys
+from q4kd.harness.__main__ import main
+from q4kd.trainer.events import EventLog
+found = {{}}
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+emit = EventLog.emit
+def watched(self, event, **fields):
+    if event == "memory_plan":
+        open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again here
+        found.update(planned=fields["peak_bytes"], before=status("VmRSS:"))
+    if event == "step":
+        found["measured"] = status("VmHWM:") - found["before"]
+    emit(self, event, **fields)
+EventLog.emit = watched
+code = main({words!r})
+print(json.dumps(found), flush=True)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 300e6
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
