@@ -14,6 +14,7 @@ from q4kd.harness.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import distill_words, read_events
 from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.probes_robust import CHILD_EVENTS
 from q4kd.harness.synthetic_students import write_student
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
@@ -103,12 +104,18 @@ def _ended_argv(action: str, settings: dict[str, object], inputs: Inputs) -> lis
     return ["probe", "ended-run", "--do", action, "--out", "probe.json", "--", *_words(inputs, **settings)]
 
 
+def _child_events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / CHILD_EVENTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
 def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
     """Describe how the run ended, in one table that every claim reads."""
     if not (run_dir / "probe.json").is_file():
         return {}
     ended, out = read_json(run_dir / "probe.json")["ended"], run_dir / "run"
-    steps = [event["step"] for event in read_events(run_dir, "step")]
+    steps = [event["step"] for event in _child_events(run_dir, "step")]
     checkpoints = sorted(path.name for path in out.glob("checkpoints/step-*"))
     stacks = "".join(path.read_text() for path in out.glob("hang-step-*.txt"))
     saved = sorted(out.glob("aborted/*"))
@@ -128,12 +135,12 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
                 if path.suffix == ".json"
             ),
             "losses that are not finite were reported": any(
-                not isinstance(event["loss"], float) for event in read_events(run_dir, "step")
+                not isinstance(event["loss"], float) for event in _child_events(run_dir, "step")
             ),
         },
         "hang": {
             "stacks show where": "_silent_source" in stacks,
-            "event": len(read_events(run_dir, "hang")),
+            "event": len(_child_events(run_dir, "hang")),
         },
         "memory": {
             "says what was asked": re.search(r"on cpu: asked for \d", said) is not None,
@@ -153,7 +160,7 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
 def _best(run_dir: Path) -> dict[str, Any]:
     """Compare what is kept with the evaluations that the run reported."""
     out = run_dir / "run"
-    values = {event["step"]: event["kl"] for event in read_events(run_dir, "eval") if event["step"]}
+    values = {event["step"]: event["kl"] for event in _child_events(run_dir, "eval") if event["step"]}
     if not values or not (out / "checkpoints" / "best.json").is_file():
         return {}
     best = f"step-{min(values, key=lambda step: values[step]):06d}"
@@ -211,7 +218,6 @@ for _name, (_action, _title, _settings) in _ENDINGS.items():
                     None,
                     functools.partial(_ended_argv, _action, _settings),
                     timeout_s=200,
-                    stall_s=150,
                     env=_ONE_THREAD,
                 ),
             ),

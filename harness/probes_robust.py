@@ -19,6 +19,7 @@ from typing import Any
 
 from q4kd.trainer.files import read_json, write_json
 
+CHILD_EVENTS = "child.jsonl"
 _DEADLINE_S = 240.0
 _PATIENCE_S = 60.0
 _POLL_S = 0.0005
@@ -153,6 +154,11 @@ def killed_runs(arguments: list[str]) -> int:
     return 0
 
 
+def _with_own_events(argv: list[str]) -> list[str]:
+    """Return the command with another file for its events: those of a run's record are of the recorded process."""
+    return [CHILD_EVENTS if word == "events.jsonl" else word for word in argv]
+
+
 def ended_run(arguments: list[str]) -> int:
     """Run once and do to it from outside what ``--do`` says; record how it ended and what it left."""
     cut = arguments.index("--")
@@ -161,8 +167,8 @@ def ended_run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments[:cut])
     _warm_up()
-    out, events, log = Path("run"), Path("events.jsonl"), Path("child.log")
-    pid = _fork(arguments[cut + 1 :], log, _stall_data if args.do == "stall" else None)
+    out, events, log = Path("run"), Path(CHILD_EVENTS), Path("child.log")
+    pid = _fork(_with_own_events(arguments[cut + 1 :]), log, _stall_data if args.do == "stall" else None)
     code = None
     if args.do in ("SIGINT", "SIGTERM"):
         code = _wait(pid, lambda: _count_steps(events) >= 3)
@@ -216,7 +222,7 @@ def damaged_resumes(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments[:cut])
     _warm_up()
-    argv, log, newest = arguments[cut + 1 :], Path("child.log"), Path("run/checkpoints/step-000004")
+    argv, log, newest = _with_own_events(arguments[cut + 1 :]), Path("child.log"), Path("run/checkpoints/step-000004")
     made = _wait(_fork([*argv, "--max-steps", "4"], log))
 
     def outcome(*more: str, words: tuple[str, ...] = ()) -> str | None:
