@@ -6,7 +6,6 @@ experiment says, and records how it ended. Forking saves the imports of each leg
 
 import argparse
 import functools
-import json
 import os
 import random
 import resource
@@ -76,14 +75,6 @@ def _wait(pid: int, until: Callable[[], bool] = lambda: False, patience_s: float
         time.sleep(_POLL_S)
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _events(path: Path, name: str) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # A line that a killed process left half written is passed over.
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def _count_steps(path: Path) -> int:
