@@ -20,6 +20,7 @@ from q4kd.harness.probes_data import packed_logits, training_batches
 from q4kd.harness.probes_export import exported_models
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.harness.probes_precision import cuda_products, dense_logits
+from q4kd.harness.probes_robust import damaged_resumes, ended_run, killed_runs
 from q4kd.harness.probes_runs import distill_timed, start_runs, vocabulary_widths
 from q4kd.harness.probes_student import distill_ranks, refused_settings, student_steps
 from q4kd.trainer.files import write_atomic, write_json
@@ -196,6 +197,9 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "open-models": open_models,
     "distill-timed": distill_timed,
     "exported-models": exported_models,
+    "damaged-resumes": damaged_resumes,
+    "ended-run": ended_run,
+    "killed-runs": killed_runs,
     "start-runs": start_runs,
     "packed-logits": packed_logits,
     "training-batches": training_batches,

@@ -214,7 +214,7 @@ def _run(run: Run, resume: bool) -> None:
             print(f"Resumed from {checkpoint.name}", flush=True)
     elif config.alpha < 1 and not config.allow_degenerate_kd:
         first_batch = run.batch(0)
-        check_not_degenerate(run.teacher, run.model, first_batch.ids_BT, first_batch.starts_BT)
+        check_not_degenerate(run.teacher, run.model, first_batch.ids_BT, first_batch.starts_BT, folder=config.student)
     if is_main:
         write_run_file(run)
         shutil.rmtree(config.out / "model", ignore_errors=True)

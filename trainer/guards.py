@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
+from q4kd.trainer.files import sha256_file
 from q4kd.trainer.sharding import reshard, whole
-from q4kd.trainer.student import DistillationModel
+from q4kd.trainer.student import DistillationModel, has_weights
 from q4kd.trainer.teacher import Teacher
 from q4kd.trainer.training_data import Order
 
@@ -130,6 +131,18 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
     return bool(error < SAME_WEIGHTS_ERROR)
 
 
+def holds_teacher_file(teacher: Path, student: Path) -> bool:
+    """Whether a student folder with weights holds the teacher's own file: a model beside its quantised form.
+
+    Digests are compared, of GGUF files of the teacher's size only.
+    """
+    if not has_weights(student):
+        return False
+    size = teacher.stat().st_size
+    same_size = [path for path in student.glob("*.gguf") if path.is_file() and path.stat().st_size == size]
+    return bool(same_size) and sha256_file(teacher) in {sha256_file(path) for path in same_size}
+
+
 @torch.no_grad()
 def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
     """Return the mean KL(teacher || student) in nats over the first sequence of a batch; ``model`` may be wrapped."""
@@ -146,14 +159,24 @@ def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor
     return kl
 
 
-def check_not_degenerate(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
+def check_not_degenerate(
+    teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None, *, folder: Path
+) -> float:
     """Refuse a student that already equals the teacher; return the step-0 KL.
 
+    Args:
+        teacher: as loaded.
+        model: the student as it came from ``folder``.
+        ids_BT: the first batch.
+        starts_BT: where its documents start.
+        folder: of the student.
+
     Raises:
-        DegenerateDistillationError: when the weights are the same up to quantisation, or the KL is under the floor.
+        DegenerateDistillationError: when the weights are the same up to quantisation, the folder holds the teacher's
+            file by digest, or the KL is under the floor.
     """
     kl = step_zero_kl(teacher, model, ids_BT, starts_BT)
-    same = same_weights(teacher, getattr(model, "module", model))
+    same = same_weights(teacher, getattr(model, "module", model)) or holds_teacher_file(teacher.model.path, folder)
     if same or kl < KL_FLOOR:
         raise DegenerateDistillationError(
             "teacher and student",

@@ -4,7 +4,7 @@ Memory peaks in one of four phases of a step, and what lives in all of them is c
 
     teacher     held + the teacher's own activations
     loss        held + gradients of earlier micro-batches + saved activations + the loss's gradients and chunk
-    backward    held + all gradients + the head's, still apart + one layer's temporaries
+    backward    held + all gradients + the tied embedding's, still apart + what the first layer saved + its temporaries
     optimizer   held + all gradients + what an update needs beside them
 
 *held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
@@ -194,6 +194,10 @@ def count_items(
     items.append(Item("gradients", trained * size, f"{trained:,} x {size} bytes", with_gradients))
     activations, basis = saved_activations(config, student)
     items.append(Item("activations", activations, basis, ("loss",)))
+    layer = student.saved_bytes // max(1, student.layers)
+    items.append(Item("activations of the first layer", layer, "the last that its backward pass needs", ("backward",)))
+    # SwiGLU's backward pass makes gradients of product, gate and up before it drops any.
+    items.append(Item("temporaries of a layer", 3 * student.largest_saved_bytes, "gradients in SwiGLU", ("backward",)))
     if config.device == "cpu":
         items.append(Item("allocator", 2 * LARGEST_KEPT, "freed memory that glibc keeps, see gemm.py"))
     return (*items, *_loss_items(config, student, loss), _optimizer_item(config, student, trained))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # torch on CUDA: "Tried to allocate 1.50 GiB."; torch on the CPU: "you tried to allocate 4096 bytes"; NumPy: "Unable to
 # allocate 1.50 GiB for an array"; CuPy: "Out of memory allocating 4,096 bytes".
-_ASKED = re.compile(r"(?:tried to allocate|unable to allocate|allocating) ([\d.,]{1,24}) ?([KMGT]i?B|bytes)", re.I)
-_UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_ASKED = re.compile(r"(?:tried to allocate|unable to allocate|allocating) ([\d.,]{1,24}) ?([KMGTP]iB|bytes)", re.I)
+_UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pib": 1 << 50}
 _SAID = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 
 

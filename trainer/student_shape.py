@@ -29,6 +29,7 @@ class StudentShape:
         layers: decoder layers.
         is_tied: whether head and embedding are one parameter.
         saved_bytes: kept by autograd for one forward pass up to the hidden states, every tensor once.
+        largest_saved_bytes: of the largest of these tensors.
         layer_input_bytes: of the tensor that goes from layer to layer.
         weight_bytes: of a weight.
         liger_saves: of ``saved_bytes``, what Liger's RMSNorm and SwiGLU do not keep.
@@ -43,6 +44,7 @@ class StudentShape:
     layers: int
     is_tied: bool
     saved_bytes: int
+    largest_saved_bytes: int
     layer_input_bytes: int
     weight_bytes: int
     liger_saves: int
@@ -94,7 +96,7 @@ def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> 
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
-            saved, inputs = _count_saved(model.train(), batch, length)
+            saved, largest, inputs = _count_saved(model.train(), batch, length)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
             f"student {folder}",
@@ -114,6 +116,7 @@ def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> 
         layers=int(config.num_hidden_layers),
         is_tied=head.weight is model.get_input_embeddings().weight,
         saved_bytes=saved,
+        largest_saved_bytes=largest,
         layer_input_bytes=inputs,
         weight_bytes=dtype.itemsize,
         liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
@@ -129,8 +132,8 @@ def _liger_saves(config: Any, tokens: int, size: int) -> int:
     return tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
 
 
-def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int]:
-    """Return the bytes that autograd saves, weights left out, and those of the hidden states."""
+def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int, int]:
+    """Return the bytes that autograd saves, weights left out; of the largest tensor; and of the hidden states."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     # Kept alive, so that no storage's address comes twice.
     kept: dict[int, Any] = {}
@@ -144,4 +147,5 @@ def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int]:
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return sum(storage.nbytes() for storage in kept.values()), math.prod(hidden.shape) * hidden.element_size()
+    sizes = [storage.nbytes() for storage in kept.values()]
+    return sum(sizes), max(sizes), math.prod(hidden.shape) * hidden.element_size()

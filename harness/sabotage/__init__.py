@@ -13,4 +13,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_export",
     "q4kd.harness.sabotage.faults_data",
     "q4kd.harness.sabotage.faults_student",
+    "q4kd.harness.sabotage.faults_robust",
 )

@@ -104,7 +104,7 @@ def _padded_rows_shift() -> None:
 
 
 def _guard_skipped() -> None:
-    replace(f"{_GUARDS}:check_not_degenerate", lambda _original: lambda *_arguments: 1.0)
+    replace(f"{_GUARDS}:check_not_degenerate", lambda _original: lambda *_arguments, **_options: 1.0)
 
 
 def _floor_zero() -> None:

@@ -1,0 +1,315 @@
+"""Experiments on runs that go wrong: killed, stopped, stalled, starved, without disk, or with a loss that explodes."""
+
+import argparse
+import functools
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.experiments_loss import demo_student
+from q4kd.harness.experiments_runs import distill_words, read_events
+from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.probes_robust import CHILD_EVENTS
+from q4kd.harness.synthetic_students import write_student
+from q4kd.trainer.files import read_json, sha256_file, write_json
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.probes_robust")
+KILLS, WRITING, STEPS = 20, 6, 90
+
+
+def _documents(inputs: Inputs) -> Path:
+    """Return a JSONL file of many short documents, so that a hash of their names holds some out."""
+
+    def make(path: Path) -> None:
+        text = Path(argparse.__file__).read_text(encoding="utf-8")
+        parts = [text[start : start + 800] for start in range(0, len(text), 800)]
+        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), encoding="utf-8")
+
+    return inputs.file("argparse-parts.jsonl", make)
+
+
+def _words(inputs: Inputs, **settings: object) -> list[str]:
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return distill_words(demo_teacher(inputs), demo_student(inputs), _documents(inputs), *words)
+
+
+# --- killed-runs: SIGKILL at seeded points, resumed each time, beside the same run left alone ---
+
+
+def _killed_case(inputs: Inputs) -> Path:
+    def make(path: Path) -> None:
+        argv = _words(inputs, steps=STEPS, checkpoint_every=2, eval_every=6, eval_tokens=64, keep=2)
+        write_json(path, {"argv": argv, "kills": KILLS, "writing": WRITING, "seed": 12})
+
+    return inputs.file("killed-runs.json", make)
+
+
+def _terms(path: Path) -> dict[int, list[list[float]]]:
+    """Return loss, its parts and the gradient's norm by step, once for every time the step was taken."""
+    found: dict[int, list[list[float]]] = {}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for event in (json.loads(line) for line in lines if line.endswith("}")):
+        if event["event"] == "step":
+            found.setdefault(event["step"], []).append([event[key] for key in ("loss", "ce", "kd", "grad_norm")])
+    return found
+
+
+def _collect_killed(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    facts: dict[str, Any] = read_json(run_dir / "probe.json") if (run_dir / "probe.json").is_file() else {}
+    whole, killed = _terms(run_dir / "whole.jsonl"), _terms(run_dir / "killed.jsonl")
+    if len(whole) != STEPS or not killed:
+        return facts | {"comparators": {}}
+    rows = [(taken, whole[step][0]) for step in sorted(killed) for taken in killed[step] if step in whole]
+    pair = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    comparators = save_pairs(run_dir, {"resumed": pair}, ("run killed and resumed", "run left alone"))
+    steps = {"steps of the run left alone": len(whole), "steps of the killed run": len(killed)}
+    weights = [run_dir / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    same = all(path.is_file() for path in weights) and sha256_file(weights[0]) == sha256_file(weights[1])
+    return facts | {
+        "comparators": comparators,
+        "tables": facts.get("tables", {}) | {"resumed": {**steps, "final models are equal": same}},
+    }
+
+
+register(
+    Experiment(
+        name="killed-runs",
+        title=f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
+        needs=(),
+        arms=(
+            Arm(
+                None,
+                lambda inputs: ["probe", "killed-runs", "--case", str(_killed_case(inputs)), "--out", "probe.json"],
+                timeout_s=400,
+                env=_ONE_THREAD,
+            ),
+        ),
+        prepare=_killed_case,
+        collect=_collect_killed,
+        sources=_SOURCES,
+    )
+)
+
+
+# --- runs that end early: what is done to each, its settings, and what it must leave ---
+
+
+def _ended_argv(action: str, settings: dict[str, object], inputs: Inputs) -> list[str]:
+    return ["probe", "ended-run", "--do", action, "--out", "probe.json", "--", *_words(inputs, **settings)]
+
+
+def _child_events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / CHILD_EVENTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    """Describe how the run ended, in one table that every claim reads."""
+    if not (run_dir / "probe.json").is_file():
+        return {}
+    ended, out = read_json(run_dir / "probe.json")["ended"], run_dir / "run"
+    steps = [event["step"] for event in _child_events(run_dir, "step")]
+    checkpoints = sorted(path.name for path in out.glob("checkpoints/step-*"))
+    stacks = "".join(path.read_text() for path in out.glob("hang-step-*.txt"))
+    saved = sorted(out.glob("aborted/*"))
+    table = {
+        "exit code": ended["code"],
+        "newest checkpoint is of the last step": bool(steps) and f"step-{steps[-1]:06d}" in checkpoints,
+        "rubbish among the checkpoints": len(list(out.glob("checkpoints/.*"))),
+        "final model": (out / "model").exists(),
+    }
+    said = ended["said"]
+    kinds = {
+        "not-finite": {
+            "files of the batch": len([path for path in saved if path.suffix == ".npz"]),
+            "terms are not finite": any(
+                {"nan", "inf", "-inf"} & set(map(str, read_json(path).values()))
+                for path in saved
+                if path.suffix == ".json"
+            ),
+            "losses that are not finite were reported": any(
+                not isinstance(event["loss"], float) for event in _child_events(run_dir, "step")
+            ),
+        },
+        "hang": {
+            "stacks show where": "_silent_source" in stacks,
+            "event": len(_child_events(run_dir, "hang")),
+        },
+        "memory": {
+            "says what was asked": re.search(r"on cpu: asked for \d", said) is not None,
+            "says what is held": "; held: host" in said,
+            "says what helps": "what helps: batch_size" in said and "(saves " in said,
+        },
+        "disk": {
+            "says so": "the checkpoint cannot be written" in said,
+            "names what is kept": "kept: step-000002" in said,
+            "checkpoints": ", ".join(checkpoints),
+        },
+        "best": _best(run_dir),
+    }
+    return {"tables": {"ending": table} | kinds}
+
+
+def _best(run_dir: Path) -> dict[str, Any]:
+    """Compare what is kept with the evaluations that the run reported."""
+    out = run_dir / "run"
+    values = {event["step"]: event["kl"] for event in _child_events(run_dir, "eval") if event["step"]}
+    if not values or not (out / "checkpoints" / "best.json").is_file():
+        return {}
+    best = f"step-{min(values, key=lambda step: values[step]):06d}"
+    kept = sorted(path.name for path in out.glob("checkpoints/step-*"))
+    return {
+        "best is not the newest": best != kept[-1],
+        "best.json names it": read_json(out / "checkpoints" / "best.json")["checkpoint"] == best,
+        "it is kept": best in kept,
+        "checkpoints": len(kept),
+    }
+
+
+_ENDINGS: dict[str, tuple[str, str, dict[str, object]]] = {
+    # Decoupled decay multiplies each weight by 1 - lr x weight_decay = -99 a step: float32 ends at 99^19.
+    "run-explodes": (
+        "nothing",
+        "settings under which weights grow 99-fold a step",
+        {"steps": 60, "lr": 10.0, "weight_decay": 10.0, "warmup_steps": 0, "schedule": "constant", "clip": 1e9},
+    ),
+    "run-stalls": ("stall", "a data source that falls silent", {"steps": 12, "hang_s": 6}),
+    "run-sigterm": ("SIGTERM", "SIGTERM at the third step", {"steps": 4000}),
+    "run-sigint": ("SIGINT", "Ctrl-C at the third step", {"steps": 4000}),
+    "run-starves": (
+        "starve",
+        "an address space that may not grow after step 1",
+        {"steps": 4, "seq_len": 256, "batch_size": 33, "chunk_tokens": 8192, "eval_tokens": 0},
+    ),
+    "run-disk-full": (
+        "fill",
+        "files that may not grow after the first checkpoint",
+        {"steps": 4000, "checkpoint_every": 2},
+    ),
+    "run-gets-worse": (
+        "nothing",
+        "a learning rate that rises until the student is worse than it was",
+        {
+            "steps": 12,
+            "lr": 3.0,
+            "warmup_steps": 12,
+            "eval_every": 2,
+            "checkpoint_every": 2,
+            "keep": 1,
+            "eval_tokens": 256,
+        },
+    ),
+}
+for _name, (_action, _title, _settings) in _ENDINGS.items():
+    register(
+        Experiment(
+            name=_name,
+            title=f"q4kd distill with {_title}",
+            needs=(),
+            arms=(
+                Arm(
+                    None,
+                    functools.partial(_ended_argv, _action, _settings),
+                    timeout_s=200,
+                    env=_ONE_THREAD,
+                ),
+            ),
+            prepare=functools.partial(_ended_argv, _action, _settings),
+            collect=_collect_ended,
+            sources=_SOURCES,
+        )
+    )
+
+
+# --- damaged-resumes: what must not be continued ---
+
+
+def _damaged_argv(inputs: Inputs) -> list[str]:
+    settings = {"steps": 8, "checkpoint_every": 2, "eval_tokens": 0}
+    return ["probe", "damaged-resumes", "--out", "probe.json", "--", *_words(inputs, **settings)]
+
+
+register(
+    Experiment(
+        name="damaged-resumes",
+        title="resuming from a checkpoint with one byte changed, with other settings, and from the same one intact",
+        needs=(),
+        arms=(Arm(None, _damaged_argv, timeout_s=200, env=_ONE_THREAD),),
+        prepare=_damaged_argv,
+        collect=collect_probe,
+        sources=_SOURCES,
+    )
+)
+
+
+# --- planned-run: the memory plan beside the memory that the supervisor saw ---
+
+_PLANS: dict[str, dict[str, object]] = {
+    "plain": {"batch_size": 8},
+    "checkpointing": {"batch_size": 16, "gradient_checkpointing": "true"},
+}
+
+
+def _large_student(inputs: Inputs) -> Path:
+    layers = 6
+    changes = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    return inputs.file("student-20m", functools.partial(write_student, source=demo_student(inputs), changes=changes))
+
+
+def _planned_argv(settings: dict[str, object], inputs: Inputs) -> list[str]:
+    more = {"steps": 3, "seq_len": 64, "eval_tokens": 256, **settings}
+    words = [word for key, value in more.items() for word in ("--set", f"{key}={value}")]
+    return distill_words(demo_teacher(inputs), _large_student(inputs), _documents(inputs), *words)
+
+
+def _collect_planned(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    """Compare the peak of the plan with the growth of the resident memory since it was made."""
+    plans, ends = read_events(run_dir, "memory_plan"), read_events(run_dir, "step")
+    samples = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
+    if not plans or not ends or len(samples) < 2:
+        return {"comparators": {}}
+    made, over = plans[0]["t"], ends[-1]["t"]
+    before = [sample["rss"] for sample, following in pairwise(samples) if following["t"] > made][:1]
+    during = [sample["rss"] for sample in samples if made < sample["t"] <= over]
+    if not before or not during:
+        return {"comparators": {}}
+    pair = np.array([[plans[0]["peak_bytes"]]]), np.array([[max(during) - before[0]]])
+    sources = ("peak of the memory plan", "growth of the resident memory seen by the supervisor")
+    return {"comparators": save_pairs(run_dir, {"plan": pair}, sources)}
+
+
+register(
+    Experiment(
+        name="planned-run",
+        title="three steps of a student of 20 M weights, planned and measured, without and with gradient checkpointing",
+        needs=(),
+        arms=tuple(
+            Arm(
+                name,
+                functools.partial(_planned_argv, settings),
+                timeout_s=240,
+                stall_s=120,
+                env=_ONE_THREAD,
+                interval_s=0.01,
+            )
+            for name, settings in _PLANS.items()
+        ),
+        prepare=functools.partial(_planned_argv, {}),
+        collect=_collect_planned,
+        sources=_SOURCES,
+    )
+)

@@ -1,0 +1,150 @@
+"""The memory plan: its arithmetic, its refusal, and a real run that must take what it says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from q4kd.harness.__main__ import main
+from q4kd.trainer.config import DistillConfig, make_config
+from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.run_plan import host_room, plan_run
+from q4kd.trainer.student_shape import shape_student
+
+
+def settings(folder: Path, student: Path | None = None, **changes: Any) -> DistillConfig:
+    values = {"teacher": teacher_path(), "student": student or student_path(), "data": folder / "text", "out": folder}
+    return make_config(values | {"seq_len": 64, "batch_size": 4, "dtype": "float32"} | changes)
+
+
+def write_student(folder: Path, **changes: Any) -> Path:
+    shutil.copytree(student_path(), folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    return folder
+
+
+def items(config: DistillConfig) -> dict[str, int]:
+    return {item.name: item.bytes for item in plan_run(config).items}
+
+
+def test_saved_activations_are_those_of_the_architecture(tmp_path: Path) -> None:
+    """Counted by hand from transformers' Qwen2 code: see the comments; sizes of Qwen2.5-0.5B."""
+    layers, hidden, ffn, heads, kv, head_dim = 24, 896, 4864, 14, 2, 64
+    student = write_student(
+        tmp_path / "half",
+        **{"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": 151_936},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv, "layer_types": ["full_attention"] * layers},
+    )
+    shape = shape_student(student, 32, 256, torch.bfloat16)
+    assert shape.parameters == 494_032_768
+    norm = 4 * hidden + 4 + 2 * hidden  # input in float32, 1/rms, normalised input in bfloat16
+    attention = 2 * (2 * heads + 2 * kv) * head_dim + 4 * heads  # q, k, v, output, logarithms of the sums
+    linear = 2 * 2 * hidden  # normed inputs of q/k/v and of gate/up; that of o is the attention's output
+    swiglu = 2 * 4 * ffn  # gate, silu(gate), up, their product
+    expected = layers * (2 * norm + attention + linear + swiglu) + norm
+    assert shape.saved_bytes / (32 * 256) == pytest.approx(expected, rel=2e-3)
+
+
+def test_each_setting_moves_what_it_should(tmp_path: Path) -> None:
+    plain = items(settings(tmp_path))
+    weights = 656_512
+    assert plain["student weights"] == plain["gradients"] == 4 * weights
+    assert plain["optimizer moments"] == 8 * weights
+    assert "master weights" not in plain
+    half = items(settings(tmp_path, student_dtype="bfloat16"))
+    assert half["student weights"] == half["gradients"] == 2 * weights
+    assert half["master weights"] == 4 * weights
+    twice = items(settings(tmp_path, batch_size=8))
+    assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.02)
+    again = items(settings(tmp_path, gradient_checkpointing=True))
+    assert again["activations"] < 0.7 * plain["activations"]
+    adapters = items(settings(tmp_path, lora_rank=2))
+    assert adapters["adapters"] == adapters["gradients"] == 4 * 2 * 4864
+    assert adapters["optimizer moments"] == 8 * 2 * 4864
+    chunked = items(settings(tmp_path, chunk_tokens=32))
+    assert chunked["loss: a chunk's logits"] == 7 * 4 * 32 * 2048
+
+
+def test_the_peak_is_the_largest_phase_and_files_may_be_dropped(tmp_path: Path) -> None:
+    plan = plan_run(settings(tmp_path))
+    phases = plan.phase_bytes()
+    assert plan.peak == max(phases.values()) < sum(item.bytes for item in plan.items)
+    mapped = [item for item in plan.items if item.is_mapped]
+    assert [item.name for item in mapped] == ["teacher weights"]
+    assert plan.needed == plan.peak - mapped[0].bytes
+    more = plan_run(settings(tmp_path, accumulation=2))
+    assert more.phase_bytes()["loss"] - phases["loss"] == items(settings(tmp_path))["gradients"]
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_the_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("words " * 500)
+    arguments = ["--teacher", str(teacher_path()), "--student", str(student_path()), "--data", str(tmp_path / "text")]
+    arguments += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32"]
+    assert main(["plan", *arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["peak_bytes"] == max(plan["phases"].values())
+    monkeypatch.setattr("q4kd.trainer.run_plan.host_room", lambda: (50_000_000, "a test's limit"))
+    for command in ("plan", "distill"):
+        assert main([command, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "expected at most 50.0 MB (a test's limit)" in error
+        assert "batch_size 4 with accumulation 2 (the same batch) saves" in error
+        assert "gradient_checkpointing saves" in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_container_may_have_less_than_the_host(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert host_room(tmp_path / "meminfo", tmp_path) == (4_096_000, "MemAvailable of the host")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\n")
+    assert host_room(tmp_path / "meminfo", tmp_path)[0] == 4_096_000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_room(tmp_path / "meminfo", tmp_path) == (400_000, "what the memory limit of this container leaves")
+
+
+def test_a_run_takes_what_its_plan_says(tmp_path: Path) -> None:
+    """Resident memory grows from the plan to the last step by what the plan says, within 15 %: some 500 MB."""
+    layers = 6
+    student = write_student(
+        tmp_path / "student",
+        **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 8},
+        **{"num_key_value_heads": 4, "layer_types": ["full_attention"] * layers},
+    )
+    (tmp_path / "text").write_text(Path(json.__file__).read_text() + Path(subprocess.__file__).read_text())
+    words = ["distill", "--teacher", str(teacher_path()), "--student", str(student), "--data", str(tmp_path / "text")]
+    words += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32", "--steps", "2", "--threads", "1"]
+    program = f"""
+import json, sys
+from q4kd.harness.__main__ import main
+from q4kd.trainer.events import EventLog
+found = {{}}
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+emit = EventLog.emit
+def watched(self, event, **fields):
+    if event == "memory_plan":
+        open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again here
+        found.update(planned=fields["peak_bytes"], before=status("VmRSS:"))
+    if event == "step":
+        found["measured"] = status("VmHWM:") - found["before"]
+    emit(self, event, **fields)
+EventLog.emit = watched
+code = main({words!r})
+print(json.dumps(found), flush=True)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 300e6
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)

@@ -1,0 +1,72 @@
+"""Allocation failures of torch, NumPy and CuPy are recognised; the explanation says what was asked, held, would help."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import q4kd.trainer.out_of_memory as out_of_memory
+from q4kd.trainer.config import make_config
+from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.errors import OutOfMemoryError
+from q4kd.trainer.out_of_memory import bytes_asked, explaining_memory, is_out_of_memory
+
+HUGE = 1 << 55
+
+
+def config(tmp_path: Path) -> object:
+    return make_config(
+        {"teacher": teacher_path(), "student": student_path(), "data": tmp_path, "out": tmp_path, "seq_len": 64}
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "asked"),
+    [
+        ("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB", 3 << 29),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.", 4096),
+        ("Unable to allocate 2.00 MiB for an array with shape (1,)", 2 << 20),
+        ("Out of memory allocating 4,096 bytes (allocated so far: 0 bytes).", 4096),
+        ("out of memory", None),
+        ("tried to allocate 1 parsec", None),
+    ],
+)
+def test_the_bytes_asked_for_are_read_from_the_message(message: str, asked: int | None) -> None:
+    assert bytes_asked(message) == asked
+
+
+def test_real_failures_of_torch_and_numpy_are_recognised() -> None:
+    with pytest.raises(RuntimeError) as torch_error:
+        torch.empty(HUGE, dtype=torch.uint8)
+    with pytest.raises(MemoryError) as numpy_error:
+        np.empty(HUGE, np.uint8)
+    for error in (torch_error.value, numpy_error.value):
+        assert is_out_of_memory(error)
+        assert bytes_asked(str(error)) == HUGE
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_explanation_names_asked_held_and_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    with pytest.raises(OutOfMemoryError) as caught, explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+        torch.empty(HUGE, dtype=torch.uint8)
+    message = str(caught.value)
+    assert caught.value.exit_code == 75
+    for words in ("asked for 36028797.02 GB", "host", "batch_size 4 with accumulation 2", "saves", "kept: step-000004"):
+        assert words in message
+
+
+def test_other_errors_pass_and_a_plan_that_fails_still_explains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="shapes"), explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+        raise RuntimeError("shapes do not match")
+
+    def broken(*_arguments: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr("q4kd.trainer.run_plan.plan_run", broken)
+    assert "gradient_checkpointing" in out_of_memory.explain(config(tmp_path), "out of memory", None)  # type: ignore[arg-type]
