@@ -28,6 +28,7 @@ StudentKernels = Literal["torch", "liger"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 LossMode = Literal["fast", "low"]
+LossLogits = Literal["float32", "bfloat16"]
 BestMetric = Literal["kl", "loss", "agreement"]
 
 
@@ -114,6 +115,12 @@ class DistillConfig:
         "loss",
         "fast holds the teacher's head decoded; low tiles the vocabulary too",
         choices=typing.get_args(LossMode),
+    )
+    loss_logits: LossLogits = _setting(
+        "float32",
+        "loss",
+        "in what CUDA holds the logits of bfloat16 products; bfloat16 is faster and rounds each logit to 8 bits",
+        choices=typing.get_args(LossLogits),
     )
     chunk_tokens: int = _setting(
         0, "loss", "tokens whose logits exist at one time; 0 chooses", unit="tokens", low=0, high=1 << 20
@@ -218,6 +225,7 @@ class DistillConfig:
             beta=self.beta,
             mode=self.loss_mode,
             chunk_tokens=self.chunk_tokens,
+            logits=self.loss_logits,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -239,23 +239,23 @@ def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]
     kinds: tuple[LogitsType, ...]
     chunks: dict[LogitsType, int]
     if device.type == "cuda":
-        from q4kd.trainer.cuda.loss import SLICE, fast_chunk
+        from q4kd.trainer.cuda.loss import fast_chunk, slice_of
 
         chunks = {
             kind: fast_chunk(tokens, work.shape.vocab, replace(config, logits=kind), work.hidden) for kind in _TYPES
         }
         kinds = _TYPES
-        step = SLICE
+        steps = {kind: slice_of(chunks[kind], in_place=kind == "bfloat16") for kind in _TYPES}
     else:
         kinds, chunks = ("float32",), {"float32": config.chunk_for(work.shape.vocab)}
-        step = chunks["float32"]
+        steps = chunks
     arms = []
     for kind in kinds:
         of_type = partial(Products, work, logits_type=getattr(torch, kind))
         chunk = chunks[kind]
         made: dict[str, Callable[[], object]] = {
             "products": of_type(tokens, tokens, sums=False),
-            "products-chunked": of_type(chunk, min(step, chunk), sums=True),
+            "products-chunked": of_type(chunk, steps[kind], sums=True),
             "fast": partial(loss_step, work, replace(config, mode="fast", logits=kind)),
         }
         if kind == "float32":

@@ -135,16 +135,20 @@ Q4KD_INLINE void write(void* address, T value) {
 }
 
 // `count` consecutive elements as float32. Eight at a time need 16-byte alignment.
+// Eight bfloat16 to float32.
+Q4KD_INLINE void unpack_bf16(uint4 words, float* values) {
+    u32 pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = as_float(pairs[i] << 16);
+        values[2 * i + 1] = as_float(pairs[i] & 0xFFFF0000u);
+    }
+}
+
 template <int count>
 Q4KD_INLINE void read_floats(const bf16* source, float* values) {
     if constexpr (count == 8) {
-        uint4 words = read<uint4>(source);
-        u32 pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            values[2 * i] = as_float(pairs[i] << 16);
-            values[2 * i + 1] = as_float(pairs[i] & 0xFFFF0000u);
-        }
+        unpack_bf16(read<uint4>(source), values);
     } else {
         values[0] = bf16_to_float(read<u16>(source));
     }

@@ -1,8 +1,9 @@
 // Softmax, divergence and their gradient over rows of student and teacher logits; kd_loss.py has the equation.
 //
-// A row is cut into segments of 8192 columns (2048 in width 1), a block each, whose logits lie in registers. `loss_stats_*` reads them once and writes what a segment adds to its row's sums; `loss_grad_*`
-// adds those up, reads the logits again and writes the gradient. `loss_fused_*` does both with one read: the blocks of
-// a row wait for each other's sums in between. jsd, whose value no sum of unnormalised terms gives, has a step between,
+// A row is cut into segments of 8192 columns (2048 in width 1), a block each, whose logits lie in registers.
+// `loss_stats_*` reads them once and writes what a segment adds to its row's sums; `loss_grad_*` adds those up, reads the
+// logits again and writes the gradient. `loss_fused_*` does both with one read (kd_rows.cuh): the blocks of a row wait
+// for each other's sums in between. jsd, whose value no sum of unnormalised terms gives, has a step between,
 // `loss_jsd_*`.
 //
 // With a segment's maxima m and u = s / T, v = t / T, the sums are Z = sum exp(u - m_u), Z_1 = sum exp(s - m_s),
@@ -373,16 +374,18 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
     write_gradient<width, kind, Out>(place, s, t, knobs, row, output);
 }
 
+#include "kd_rows.cuh"
+
 // `segments` are those of the given columns; of a tile of the vocabulary they begin at `first_segment` of all.
 #define READ_KERNEL(run, name, width, in)                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) loss_##name##_##in##_v##width(const void* student, i64 student_stride, const void* teacher,                \
-                                         i64 teacher_stride, i64 columns, i64 segments, i64 first_segment,            \
-                                         i64 all_segments, const float* knobs, float* sums) {                         \
+    extern "C" __global__ void __launch_bounds__(256) loss_##name##_##in##_v##width(                                  \
+        const void* student, i64 student_stride, const void* teacher, i64 teacher_stride, i64 columns, i64 segments,  \
+        i64 first_segment, i64 all_segments, const float* knobs, float* sums) {                                       \
         run(Logits{student, student_stride}, Logits{teacher, teacher_stride}, columns, segments, first_segment,       \
             all_segments, knobs, sums);                                                                               \
     }
 #define GRAD_KERNEL(name, kind, width, in, In, out, Out)                                                              \
-    extern "C" __global__ void __launch_bounds__(256) loss_grad_##name##_##in##_##out##_v##width(                                                                \
+    extern "C" __global__ void __launch_bounds__(256) loss_grad_##name##_##in##_##out##_v##width(                     \
         const void* student, i64 student_stride, const void* teacher, i64 teacher_stride, i64 columns, i64 segments,  \
         i64 all_segments, const float* knobs, const float* sums, i64 first_column, const i64* labels, void* gradient, \
         i64 stride, float* ce, float* kd) {                                                                           \
@@ -390,13 +393,17 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
                                            segments, all_segments, knobs, sums,                                       \
                                            Output{first_column, labels, gradient, stride, ce, kd});                   \
     }
-#define FUSED_KERNEL(name, kind, in, In, out, Out)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 2) loss_fused_##name##_##in##_##out##_v8(                       \
+#define FUSED_KERNEL(name, kind, in, In, out, Out, blocks)                                                            \
+    extern "C" __global__ void __launch_bounds__(256, blocks) loss_fused_##name##_##in##_##out##_v8(                  \
         const void* student, i64 student_stride, const void* teacher, i64 teacher_stride, i64 columns, i64 segments,  \
         int* counters, const float* knobs, float* sums, const i64* labels, void* gradient, i64 stride, float* ce,     \
         float* kd) {                                                                                                  \
-        run_fused<8, kind, In, Out>(Logits{student, student_stride}, Logits{teacher, teacher_stride}, columns,        \
-                                    segments, counters, knobs, sums, Output{0, labels, gradient, stride, ce, kd});    \
+        Logits s{student, student_stride}, t{teacher, teacher_stride};                                                \
+        Output to{0, labels, gradient, stride, ce, kd};                                                               \
+        if constexpr (kind == JSD)                                                                                    \
+            run_fused<8, kind, In, Out>(s, t, columns, segments, counters, knobs, sums, to);                          \
+        else                                                                                                          \
+            run_rows<kind, In, Out>(s, t, columns, segments, counters, knobs, sums, to);                              \
     }
 #define LOSS_WIDTH(name, kind, width)                                                                                 \
     READ_KERNEL((run_stats<width, kind, bf16>), stats_##name, width, bf16)                                            \
@@ -407,5 +414,5 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
 #define LOSS_KIND(name, kind)                                                                                         \
     LOSS_WIDTH(name, kind, 8)                                                                                         \
     LOSS_WIDTH(name, kind, 1)                                                                                         \
-    FUSED_KERNEL(name, kind, bf16, bf16, bf16, bf16)                                                                  \
-    FUSED_KERNEL(name, kind, f32, float, bf16, bf16)
+    FUSED_KERNEL(name, kind, bf16, bf16, bf16, bf16, (kind == JSD ? 2 : 4))                                                                  \
+    FUSED_KERNEL(name, kind, f32, float, bf16, bf16, (kind == JSD ? 2 : 3))
