@@ -69,6 +69,22 @@ def test_weights_moments_and_dropout_continue_where_they_were(tmp_path: Path) ->
     assert step(*pair) != expected[0]  # the seed matters: dropout draws from it
 
 
+def test_every_process_gets_its_own_random_state_back(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    tensors = CheckpointTensors(
+        gather(trained_tensors(model), True), gather(optimizer.tensors(), True), {"cpu": torch.stack(states)}
+    )
+    path = save_checkpoint(tmp_path, tensors, CheckpointState(2, {}, "d"))
+    for process in (1, 0):
+        place = SimpleNamespace(device=torch.device("cpu"), num_processes=2, process_index=process)
+        restore_checkpoint(path, model, optimizer, place)
+        assert torch.equal(torch.get_rng_state(), states[process])
+
+
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
 def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, part: str) -> None:
     path = save(tmp_path, 2, *trained())

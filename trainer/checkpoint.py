@@ -249,9 +249,11 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
 def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) -> None:
     number = accelerator.process_index
     try:
-        torch.set_rng_state(random["cpu"][number])
+        # A copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes
+        # for one in states.
+        torch.set_rng_state(random["cpu"][number].clone())
         if accelerator.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"][number], accelerator.device)
+            torch.cuda.set_rng_state(random["cuda"][number].clone(), accelerator.device)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise _refuse(path, "states of random number generators", str(error).splitlines()[0][:120]) from error
 
