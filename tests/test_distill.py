@@ -133,6 +133,18 @@ def test_resume_refuses_another_run_and_says_what_differs(
     assert "model.safetensors" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_split_its_steps_in_another_way(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(whole, corpus, "--set", "batch_size=4")) == 0
+    assert main(arguments(out, corpus, "--set", "batch_size=4", "--max-steps", "2")) == 0
+    assert main(arguments(out, corpus, "--set", "batch_size=2", "--resume")) == 2
+    assert "batch_size: 4 → 2" in capsys.readouterr().err
+    assert main(arguments(out, corpus, "--set", "batch_size=1", "--set", "accumulation=4", "--resume")) == 0
+    assert losses(out) == pytest.approx(losses(whole), rel=2e-5)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "run"
     assert main(arguments(out, corpus, "--set", "checkpoint_every=1", "--set", "keep=3")) == 0

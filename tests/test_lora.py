@@ -103,6 +103,8 @@ def test_peft_loads_what_is_saved(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "student"  # not where it lies
     base: Any = load_student(student_path(), seed=1)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded), logits(student))

@@ -247,15 +247,21 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
 
 
 def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) -> None:
-    number = accelerator.process_index
     try:
-        # A copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes
-        # for one in states.
-        torch.set_rng_state(random["cpu"][number].clone())
+        torch.set_rng_state(_own_state(random["cpu"], accelerator))
         if accelerator.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"][number].clone(), accelerator.device)
-    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+            torch.cuda.set_rng_state(_own_state(random["cuda"], accelerator), accelerator.device)
+    except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise _refuse(path, "states of random number generators", str(error).splitlines()[0][:120]) from error
+
+
+def _own_state(states_PN: Tensor, accelerator: Any) -> Tensor:
+    """Return this process's generator state; of a run with fewer processes, an earlier process's.
+
+    A copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes for
+    one in states.
+    """
+    return states_PN[accelerator.process_index % len(states_PN)].clone()
 
 
 def explain_difference(old: Mapping[str, Any], new: Mapping[str, Any], ignore: frozenset[str]) -> str | None:

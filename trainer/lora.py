@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json, write_json
 
 
 def add_adapters(student: Any, config: DistillConfig) -> Any:
@@ -90,6 +91,11 @@ def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # a form, with nothing filled in
+    path = folder / "adapter_config.json"
+    settings = read_json(path)
+    # Its name only: where it lies on this machine is nobody else's business.
+    settings["base_model_name_or_path"] = Path(str(settings.get("base_model_name_or_path") or "")).name or None
+    write_json(path, settings)
 
 
 def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ RESUMABLE = frozenset(
         *("trackers", "hang_s"),
     }
 )
+# Their product is the sequences of a step: split in another way, they make the same steps to rounding.
+SPLIT = ("batch_size", "accumulation", "processes")
 
 
 @dataclass
@@ -159,6 +161,8 @@ def prepare_student(
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
     model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    if accelerator.process_index:  # the student is drawn: from here on each process drops units of its own
+        torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
@@ -189,12 +193,15 @@ def write_run_file(run: Run) -> None:
 def restore(run: Run) -> Path:
     """Continue from the newest checkpoint of a run with the same settings and data; return its folder.
 
+    The sequences of a step may be spread over another number of processes or micro-batches.
+
     Raises:
         InputError: when settings or data differ, or the checkpoint is damaged.
     """
     path = list_checkpoints(run.config.out)[-1]
     state = read_state(path)
-    difference = explain_difference(state.config, run.settings, RESUMABLE)
+    is_same = _sequences_per_step(state.config) == _sequences_per_step(run.settings)
+    difference = explain_difference(state.config, run.settings, RESUMABLE.union(SPLIT if is_same else ()))
     if difference or state.data_sha256 != run.data.sha256:
         raise InputError(
             f"--resume from {path}",
@@ -206,6 +213,11 @@ def restore(run: Run) -> Path:
     run.done, run.is_evaluated = state.step, state.evaluation is not None
     run.events.emit("resumed", step=run.done, checkpoint=path.name)
     return path
+
+
+def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
+    numbers = [settings.get(name) for name in SPLIT]
+    return math.prod(numbers) if all(type(number) is int for number in numbers) else None  # type: ignore[arg-type]
 
 
 def write_model(run: Run) -> None:
