@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer import sharding
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.guards import check_isolation
+from q4kd.trainer.kd_loss import KDLossConfig
+from q4kd.trainer.student import DistillationModel, load_student
 
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -55,7 +59,8 @@ def test_shards_take_the_steps_of_one_process_and_copies_continue_from_them(tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     extra = ("--student-dtype", "bfloat16", "--lora-rank", "4", "--clip", "0.3")
     assert main(arguments(one, data, 1, *extra)) == 0
-    launch(arguments(two, data, 2, *extra, "--max-steps", "2"), SHARDS)
+    launch(arguments(two, data, 2, *extra, "--max-steps", "1"), SHARDS)
+    launch(arguments(two, data, 2, *extra, "--max-steps", "3", "--resume"), SHARDS)
     assert max(figures(two)[3::4]) > 0.3  # clipped
     tensors = load_file(two / "checkpoints" / "step-000002" / "optimizer.safetensors")
     whole = load_file(one / "checkpoints" / "step-000002" / "optimizer.safetensors")
@@ -69,6 +74,19 @@ def test_shards_take_the_steps_of_one_process_and_copies_continue_from_them(tmp_
     assert models[0].keys() == models[1].keys()
     assert all(torch.allclose(models[0][name], models[1][name], atol=1e-2) for name in models[0])
     assert (two / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_check_made_whole_is_sharded_again() -> None:
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student: Any = load_student(student_path(), seed=0)
+        model: Any = DistillationModel(student, KDLossConfig(alpha=1.0))
+        distributed.fsdp.fully_shard(model, reshard_after_forward=False)
+        check_isolation(model, student.config, 2048, 32, torch.device("cpu"))
+        assert all(map(sharding.is_sharded, model.parameters()))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("version", ["1", None])

@@ -110,6 +110,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
         for ids in (ids_1T, other_1T)
     )
     model.train(was_training)
+    reshard(model)
     if not torch.equal(one[half:], two[half:]):
         raise InputError(
             "student",

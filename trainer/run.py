@@ -21,7 +21,7 @@ from q4kd.trainer.guards import check_labels, check_vocabulary
 from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
-from q4kd.trainer.sharding import make_accelerator, prepare_model, whole_state
+from q4kd.trainer.sharding import make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.student import (
     DistillationModel,
     encoder,
@@ -209,6 +209,8 @@ def restore(run: Run) -> Path:
             got=difference or "other training data",
             remedy="repeat its settings, or start a new run in another folder",
         )
+    # What is loaded goes into shards: a weight that is still whole would be dropped for its old shard.
+    reshard(run.model)
     restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
     run.done, run.is_evaluated = state.step, state.evaluation is not None
     run.events.emit("resumed", step=run.done, checkpoint=path.name)
