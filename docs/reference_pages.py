@@ -106,7 +106,8 @@ def settings_page() -> str:
     parts = [
         "# Settings of a run\n",
         "Generated from `q4kd.trainer.config.DistillConfig`. Each is a key of RUN.yaml and of `--set KEY=VALUE`. "
-        "RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key is refused.\n",
+        "RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key is refused. "
+        "[Why the defaults are what they are](../explanation/defaults.md).\n",
     ]
     for group, rows in groups.items():
         parts += [f"## {group}\n", _table(("key", "type", "default", "unit", "accepted", "meaning"), rows)]

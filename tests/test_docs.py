@@ -154,6 +154,18 @@ def test_the_reference_names_every_command_setting_check_and_event(site: Path) -
     assert "loss" not in events["step"] and "…" in events["step"]
 
 
+def test_every_default_that_steers_learning_is_justified_and_is_the_real_one() -> None:
+    from q4kd.trainer.config import DistillConfig
+
+    page = (ROOT / "docs" / "explanation" / "defaults.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \| \S", page, re.MULTILINE))
+    real = {field.name: str(field.default) for field in dataclasses.fields(DistillConfig)}
+    assert said == {name: real.get(name) for name in said}
+    groups = {"loss", "batch", "optimizer", "checkpoints"}
+    steering = {f.name for f in dataclasses.fields(DistillConfig) if f.metadata["group"] in groups}
+    assert {"lr", "schedule", "warmup_steps", "packing"} | steering <= said.keys()
+
+
 def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
     for page in [path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
