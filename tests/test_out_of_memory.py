@@ -1,4 +1,4 @@
-"""Allocation failures of torch, NumPy and CuPy are recognised; the explanation says what was asked, held, would help."""
+"""Allocation failures of torch, NumPy and CuPy are recognised; each is explained: what was asked, held, would help."""
 
 from pathlib import Path
 
