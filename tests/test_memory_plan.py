@@ -1,6 +1,7 @@
 """The memory plan: its arithmetic, its refusal, and a real run that must take what it says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,10 @@ def test_a_container_may_have_less_than_the_host(tmp_path: Path) -> None:
 
 
 def test_a_run_takes_what_its_plan_says(tmp_path: Path) -> None:
-    """Resident memory grows from the plan to the last step by what the plan says, within 15 %: some 500 MB."""
+    """Resident memory grows from the plan to the last step by what the plan says, within 15 %: some 450 MB.
+
+    glibc is told to give freed blocks back, so that resident is what the program holds: its habits are not tested here.
+    """
     layers = 6
     student = write_student(
         tmp_path / "student",
@@ -143,7 +147,8 @@ emit = EventLog.emit
 def watched(self, event, **fields):
     if event == "memory_plan":
         open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again here
-        found.update(planned=fields["peak_bytes"], before=status("VmRSS:"))
+        kept = sum(item["bytes"] for item in fields["items"] if item["name"] == "allocator")
+        found.update(planned=fields["peak_bytes"] - kept, before=status("VmRSS:"))
     if event == "step":
         found["measured"] = status("VmHWM:") - found["before"]
     emit(self, event, **fields)
@@ -152,7 +157,8 @@ code = main({words!r})
 print(json.dumps(found), flush=True)
 sys.exit(code)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["measured"] > 300e6

@@ -76,7 +76,13 @@ def savings(config: DistillConfig, plan: MemoryPlan) -> dict[str, int]:
 
 
 def _shape(config: DistillConfig) -> StudentShape:
-    return _shape_cached(config.student, config.batch_size, config.seq_len, student_dtype(config))
+    return _shape_cached(
+        config.student,
+        config.batch_size,
+        config.seq_len,
+        student_dtype(config),
+        is_masked=config.packing == "documents",
+    )
 
 
 # The same shape serves the plan and what each setting would save.

@@ -83,8 +83,18 @@ class _ShapesOnly(TorchFunctionMode):
         return function(*args, **options)
 
 
-def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> StudentShape:
+def shape_student(
+    folder: Path, batch: int, length: int, dtype: torch.dtype, *, is_masked: bool = False
+) -> StudentShape:
     """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
+
+    Args:
+        folder: of the student.
+        batch: sequences.
+        length: positions of each.
+        dtype: of weights and products.
+        is_masked: whether attention gets a mask, as with packed documents: keys and values are then kept once for each
+            query head.
 
     Raises:
         InputError: when the folder is not a causal LM, or its code cannot be followed without values.
@@ -96,7 +106,7 @@ def shape_student(folder: Path, batch: int, length: int, dtype: torch.dtype) -> 
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
-            saved, largest, inputs = _count_saved(model.train(), batch, length)
+            saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
             f"student {folder}",
@@ -132,7 +142,7 @@ def _liger_saves(config: Any, tokens: int, size: int) -> int:
     return tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
 
 
-def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int, int]:
+def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) -> tuple[int, int, int]:
     """Return the bytes that autograd saves, weights left out; of the largest tensor; and of the hidden states."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     # Kept alive, so that no storage's address comes twice.
@@ -145,7 +155,11 @@ def _count_saved(model: Any, batch: int, length: int) -> tuple[int, int, int]:
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    packed: dict[str, Tensor] = {}
+    if mask is not None:  # as ``DistillationModel.hidden`` makes it
+        packed["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=mask, device="meta")
+        packed["position_ids"] = ids
     with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
     sizes = [storage.nbytes() for storage in kept.values()]
     return sum(sizes), max(sizes), math.prod(hidden.shape) * hidden.element_size()
