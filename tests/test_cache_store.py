@@ -120,3 +120,12 @@ def test_a_mismatch_names_what_differs() -> None:
     assert explain_mismatch(KEY, KEY) is None
     other = CacheKey("a" * 64, "b" * 64, "d" * 64, ROWS, 16, WINDOWS, "documents")
     assert explain_mismatch(KEY, other) == "data_sha256: cccccccccccc → dddddddddddd; seq_len: 8 → 16"
+
+
+def test_ids_of_a_large_vocabulary_keep_all_their_bits(tmp_path: Path) -> None:
+    rows = (1 << 16) + 9
+    index = CacheIndex(tmp_path, CacheKey("", "", "", rows, 2, 1, "none"), 1, {})
+    logits = torch.zeros(2, rows)
+    logits[0, rows - 1] = logits[1, 3] = 30.0
+    index.write_shard(0, take_top(logits, 1))
+    assert CacheReader(read_index(tmp_path)).read(np.array([0])).ids_MK.tolist() == [[rows - 1], [3]]
