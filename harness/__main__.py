@@ -22,6 +22,7 @@ INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
     "q4kd.trainer.commands_plan",
+    "q4kd.trainer.commands_cache",
     "q4kd.trainer.commands_bench",
     "q4kd.trainer.commands_fidelity",
     "q4kd.harness.commands_falsify",

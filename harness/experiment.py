@@ -35,6 +35,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_data",
     "q4kd.harness.experiments_student",
     "q4kd.harness.experiments_robust",
+    "q4kd.harness.experiments_cache",
     "q4kd.harness.experiments_accelerator",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

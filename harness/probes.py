@@ -15,6 +15,7 @@ import numpy as np
 
 from q4kd.harness.probes_accelerator import forward_times, unified_allocation
 from q4kd.harness.probes_backend import decision_tables
+from q4kd.harness.probes_cache import cache_interrupted
 from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_data import packed_logits, training_batches
 from q4kd.harness.probes_export import exported_models
@@ -187,6 +188,7 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "frozen-teacher": frozen_teacher,
     "superblock": superblock,
     "kd-loss": kd_loss_cases,
+    "cache-interrupted": cache_interrupted,
     "cuda-busy": cuda_busy,
     "cuda-decode": cuda_decode,
     "cuda-hold": cuda_hold,

@@ -15,6 +15,7 @@ from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel, load_student
 from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher_signal import OnlineSignal
 from q4kd.trainer.token_set import TokenSet
 
 
@@ -121,7 +122,7 @@ def test_a_fused_loss_of_no_label_is_zero(teacher: Teacher) -> None:
     model = DistillationModel(load_student(student_path(), seed=3), KDLossConfig())
     ids = torch.arange(8)[None]
     labels = torch.full((1, 8), IGNORE)
-    terms = model(ids, labels, teacher.hidden(ids), teacher.head_logits, 5.0)
+    terms = model(ids, labels, OnlineSignal(teacher.hidden(ids), teacher.head_logits), 5.0)
     terms.loss.backward()
     assert float(terms.loss.detach()) == 0.0
     assert all(not bool(p.grad.any()) for p in model.parameters() if p.grad is not None)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.trainer import cache_store
 from q4kd.trainer.cache_store import (
     CacheIndex,
     CacheKey,
@@ -17,18 +16,20 @@ from q4kd.trainer.cache_store import (
     explain_mismatch,
     read_index,
     take_top,
+    windows_per_shard,
 )
 from q4kd.trainer.errors import InputError
 
 ROWS, SEQ_LEN, WINDOWS, K = 300, 8, 10, 5
-KEY = CacheKey("a" * 64, "b" * 64, "c" * 64, ROWS, SEQ_LEN, WINDOWS)
+KEY = CacheKey("a" * 64, "b" * 64, "c" * 64, ROWS, SEQ_LEN, WINDOWS, "documents")
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, torch.Tensor]:
-    monkeypatch.setattr(cache_store, "SHARD_BYTES", 4 * SEQ_LEN * bytes_per_token(K, ROWS))
+def cached(tmp_path: Path) -> tuple[Path, torch.Tensor]:
     logits = torch.randn(WINDOWS * SEQ_LEN, ROWS, generator=torch.Generator().manual_seed(0)) * 4
-    index = CacheIndex(tmp_path, KEY, K, {})
+    index = CacheIndex(
+        tmp_path, KEY, K, {}, windows_per_shard(K, ROWS, SEQ_LEN, 4 * SEQ_LEN * bytes_per_token(K, ROWS))
+    )
     assert (index.windows_per_shard, index.num_shards) == (4, 3)
     for shard in range(index.num_shards):
         windows = index.windows_of(shard)
@@ -117,5 +118,14 @@ def test_another_layout_than_the_index_says_is_refused(cached: tuple[Path, torch
 
 def test_a_mismatch_names_what_differs() -> None:
     assert explain_mismatch(KEY, KEY) is None
-    other = CacheKey("a" * 64, "b" * 64, "d" * 64, ROWS, 16, WINDOWS)
+    other = CacheKey("a" * 64, "b" * 64, "d" * 64, ROWS, 16, WINDOWS, "documents")
     assert explain_mismatch(KEY, other) == "data_sha256: cccccccccccc → dddddddddddd; seq_len: 8 → 16"
+
+
+def test_ids_of_a_large_vocabulary_keep_all_their_bits(tmp_path: Path) -> None:
+    rows = (1 << 16) + 9
+    index = CacheIndex(tmp_path, CacheKey("", "", "", rows, 2, 1, "none"), 1, {})
+    logits = torch.zeros(2, rows)
+    logits[0, rows - 1] = logits[1, 3] = 30.0
+    index.write_shard(0, take_top(logits, 1))
+    assert CacheReader(read_index(tmp_path)).read(np.array([0])).ids_MK.tolist() == [[rows - 1], [3]]

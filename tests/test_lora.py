@@ -51,7 +51,7 @@ def test_adapters_change_nothing_at_first_and_are_all_that_is_trained() -> None:
     assert trained
     assert all(".lora_" in name for name in trained)
     model = DistillationModel(student, KDLossConfig(alpha=1.0))
-    terms = model(IDS[:, :-1], IDS[:, 1:], None, None, 38)
+    terms = model(IDS[:, :-1], IDS[:, 1:], None, 38)
     terms.loss.backward()
     assert model.head_weight.grad is None
     assert all(parameter.grad is not None for parameter in student.parameters() if parameter.requires_grad)
@@ -87,7 +87,7 @@ def test_an_adapter_on_the_head_is_in_the_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(
             model.hidden(IDS) @ effective_weight(head).T, student(IDS).logits, rtol=1e-4, atol=1e-5
         )
-    model(IDS[:, :-1], IDS[:, 1:], None, None, 38).loss.backward()
+    model(IDS[:, :-1], IDS[:, 1:], None, 38).loss.backward()
     assert float(head.lora_B["default"].weight.grad.abs().max()) > 0
     assert head.base_layer.weight.grad is None
 

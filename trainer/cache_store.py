@@ -13,12 +13,12 @@ so a position takes 4 k + 2 or 6 k + 2 bytes. float16 keeps log p to 2^-11 of it
 sum to one again, so that what rounding took from one token goes to all in proportion.
 
 Every file is written whole or not at all; a shard counts when ``cache.json`` names it. A cache is hostile until it is
-checked: sizes by ``cache.json``, contents by digest when a shard is first opened, ids and sums by the loss.
+checked: sizes by ``cache.json``, contents by digest when a shard is first opened, ids and sums when they are read, and
+that ids differ by the loss. Shards are mapped, so windows in random order cost their own bytes and not whole files.
 """
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,19 +27,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json, read_bounded, write_atomic, write_json
+from q4kd.trainer.files import parse_json, read_bounded, sha256_file, write_atomic, write_json
 
 CACHE_VERSION = 1
+INDEX_FILE = "cache.json"
 # Shards are cut so that one is about this large: few files, and little lost when writing is interrupted.
 SHARD_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 30
 _MAX_INDEX_BYTES = 64 << 20
-_OPEN_SHARDS = 8
+_MAX_SHARDS = 1 << 20
+# Far above what rounding a log-probability of -16 to float16 does to a sum of one: 2^-8.
+_SUM_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class CacheKey:
 
     Attributes:
         teacher_sha256: of the teacher's file.
-        tokenizer_sha256: of the student's tokenizer files.
-        data_sha256: of the windows' tokens and labels, packing included.
+        tokenizer_sha256: of the student tokenizer's token -> id map.
+        data_sha256: of the training tokens, the borders of documents, and which tokens have a label.
         rows: student's vocabulary rows, to which the teacher's logits were cut before softmax.
         seq_len: T.
         windows: how many windows there are.
+        packing: how documents were put into windows.
     """
 
     teacher_sha256: str
@@ -61,6 +65,7 @@ class CacheKey:
     rows: int
     seq_len: int
     windows: int
+    packing: str
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ def _id_dtype(rows: int) -> torch.dtype:
     return torch.uint16 if rows <= 1 << 16 else torch.uint32
 
 
-def windows_per_shard(k: int, rows: int, seq_len: int) -> int:
+def windows_per_shard(k: int, rows: int, seq_len: int, shard_bytes: int = SHARD_BYTES) -> int:
     """Return how many windows go into one shard."""
-    return max(1, SHARD_BYTES // (seq_len * bytes_per_token(k, rows)))
+    return max(1, shard_bytes // (seq_len * bytes_per_token(k, rows)))
 
 
 def take_top(logits_MV: Tensor, k: int) -> Signal:
@@ -111,12 +116,22 @@ def take_top(logits_MV: Tensor, k: int) -> Signal:
 
 
 class CacheIndex:
-    """``cache.json``: the key, the layout and the finished shards."""
+    """``cache.json``: the key, the layout and the finished shards.
 
-    def __init__(self, folder: Path, key: CacheKey, k: int, shards: Mapping[str, dict[str, Any]]) -> None:
+    Args:
+        folder: of the cache.
+        key: what it belongs to.
+        k: listed tokens of a position.
+        shards: ``{file name: {"sha256", "bytes", "tail_mass"}}`` of those that are finished.
+        per_shard: windows of a shard; 0 chooses.
+    """
+
+    def __init__(
+        self, folder: Path, key: CacheKey, k: int, shards: Mapping[str, dict[str, Any]], per_shard: int = 0
+    ) -> None:
         self.folder, self.key, self.k = folder, key, k
         self.shards = dict(shards)
-        self.windows_per_shard = windows_per_shard(k, key.rows, key.seq_len)
+        self.windows_per_shard = per_shard or windows_per_shard(k, key.rows, key.seq_len)
 
     @property
     def num_shards(self) -> int:
@@ -137,6 +152,18 @@ class CacheIndex:
         start = shard * self.windows_per_shard
         return range(start, min(start + self.windows_per_shard, self.key.windows))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a complete cache, headers apart."""
+        return self.key.windows * self.key.seq_len * bytes_per_token(self.k, self.key.rows)
+
+    @property
+    def tail_mass(self) -> float:
+        """Mean probability outside the k listed tokens, over the finished shards."""
+        counts = {self.name(number): len(self.windows_of(number)) for number in range(self.num_shards)}
+        done = sum(counts[name] for name in self.shards)
+        return float(sum(counts[name] * shard["tail_mass"] for name, shard in self.shards.items())) / max(1, done)
+
     def write_shard(self, shard: int, signal: Signal) -> None:
         """Write one shard and then name it in ``cache.json``.
 
@@ -156,13 +183,33 @@ class CacheIndex:
         }
         path, data = self.folder / self.name(shard), save(tensors)
         write_atomic(path, data)
-        self.shards[path.name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        self.shards[path.name] = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "tail_mass": float(signal.tail_M.double().exp().mean()),
+        }
         self.write()
 
     def write(self) -> None:
         """Write ``cache.json``."""
         document = {"version": CACHE_VERSION, "key": asdict(self.key), "k": self.k, "shards": self.shards}
-        write_json(self.folder / "cache.json", document)
+        write_json(self.folder / INDEX_FILE, document | {"windows_per_shard": self.windows_per_shard})
+
+    def check_shard(self, shard: int) -> Path:
+        """Return the path of a finished shard whose size and digest are those of ``cache.json``.
+
+        Raises:
+            InputError: when it is missing or was changed.
+        """
+        path = self.folder / self.name(shard)
+        entry = self.shards[path.name]
+        try:
+            same = path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+        except OSError as error:
+            raise _damaged(path, "a readable shard", str(error.strerror)) from error
+        if not same:
+            raise _damaged(path, f"the size and digest in {INDEX_FILE}", "a changed file")
+        return path
 
 
 def read_index(folder: Path) -> CacheIndex:
@@ -171,16 +218,16 @@ def read_index(folder: Path) -> CacheIndex:
     Raises:
         InputError: when it is missing, damaged or of another version.
     """
-    path = folder / "cache.json"
+    path = folder / INDEX_FILE
     document = parse_json(read_bounded(path, _MAX_INDEX_BYTES), str(path))
     try:
-        key, k, shards = _parse(document)
+        key, k, shards, per_shard = _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             str(path), expected=f"cache version {CACHE_VERSION}", got=f"something else ({error})"[:120],
             remedy="make it anew with q4kd cache",
         ) from error  # fmt: skip
-    index = CacheIndex(folder, key, k, shards)
+    index = CacheIndex(folder, key, k, shards, per_shard)
     known = {index.name(number) for number in range(index.num_shards)}
     if not set(shards) <= known:
         stray = sorted(set(shards) - known)[0]
@@ -188,20 +235,27 @@ def read_index(folder: Path) -> CacheIndex:
     return index
 
 
-def _parse(document: Any) -> tuple[CacheKey, int, dict[str, dict[str, Any]]]:
+def _parse(document: Any) -> tuple[CacheKey, int, dict[str, dict[str, Any]], int]:
     if document["version"] != CACHE_VERSION:
         raise ValueError(f"version {document['version']!r}")
-    key, k = CacheKey(**document["key"]), document["k"]
-    for number in (key.rows, key.seq_len, key.windows, k):
+    key, k, per_shard = CacheKey(**document["key"]), document["k"], document["windows_per_shard"]
+    for number in (key.rows, key.seq_len, key.windows, k, per_shard):
         if type(number) is not int or not 0 < number < 1 << 40:
             raise ValueError(f"size {number!r}")
     if k > key.rows:
         raise ValueError(f"k {k} of {key.rows} rows")
+    if -(-key.windows // per_shard) > _MAX_SHARDS:
+        raise ValueError(f"{key.windows} windows in shards of {per_shard}")
+    for text in (key.teacher_sha256, key.tokenizer_sha256, key.data_sha256, key.packing):
+        if type(text) is not str:
+            raise ValueError(f"key {text!r}"[:60])
     shards = {str(name): dict(shard) for name, shard in document["shards"].items()}
     for shard in shards.values():
         if type(shard["bytes"]) is not int or not 0 < shard["bytes"] <= _MAX_SHARD_BYTES:
             raise ValueError(f"shard of {shard['bytes']!r} bytes")
-    return key, k, shards
+        if type(shard["sha256"]) is not str or not isinstance(shard["tail_mass"], float):
+            raise ValueError("shard without digest or tail mass")
+    return key, k, shards, per_shard
 
 
 def explain_mismatch(found: CacheKey, wanted: CacheKey) -> str | None:
@@ -215,8 +269,21 @@ def _short(value: object) -> str:
     return str(value)[:12]
 
 
+def as_stored(signal: Signal) -> Signal:
+    """Return a signal as it is read back: rounded to float16, each position made to sum to one."""
+    return _normalised(signal.ids_MK, signal.log_probs_MK.half().float(), signal.tail_M.half().float())
+
+
+def _normalised(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
+    total_M = torch.logaddexp(log_probs_MK.logsumexp(-1), tail_M)
+    furthest = float((total_M.exp() - 1).abs().max())
+    if not furthest <= _SUM_TOLERANCE:  # also NaN
+        raise ValueError(f"probabilities that miss one by {furthest:.2g}")
+    return Signal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)
+
+
 class CacheReader:
-    """Reads signals of windows in any order; the shards used last are kept open.
+    """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
 
     Args:
         index: of a complete cache.
@@ -233,51 +300,52 @@ class CacheReader:
                 got=f"{len(index.shards)}",
                 remedy="finish it: run q4kd cache again with the same arguments",
             )
-        self._index = index
-        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self.index = index
+        self._open: dict[int, Any] = {}
 
-    def read(self, windows: npt.NDArray[np.int64]) -> Signal:
-        """Return the signal of whole windows, M = len(windows) x T, each position made to sum to one.
+    def read(self, windows_B: npt.NDArray[np.int64]) -> Signal:
+        """Return the signal of whole windows, M = B x T, each position made to sum to one.
 
         Raises:
             InputError: when a shard is missing, changed or not what its name says.
         """
-        per_shard = self._index.windows_per_shard
-        parts = [(self._shard(int(window) // per_shard), int(window) % per_shard) for window in windows]
-        ids = torch.cat([shard["ids"][place].long() for shard, place in parts])
-        log_probs = torch.cat([shard["log_probs"][place].float() for shard, place in parts])
-        tail = torch.cat([shard["tail"][place].float() for shard, place in parts])
-        total = torch.logaddexp(log_probs.logsumexp(-1), tail)
-        return Signal(ids, log_probs - total.unsqueeze(-1), tail - total)
+        per_shard = self.index.windows_per_shard
+        places = [divmod(int(window), per_shard) for window in windows_B]
+        parts = {
+            name: torch.from_numpy(
+                np.concatenate([self._shard(shard).get_slice(name)[place] for shard, place in places])
+            )
+            for name in ("ids", "log_probs", "tail")
+        }
+        ids_MK = parts["ids"].long()
+        try:
+            if int(ids_MK.max()) >= self.index.key.rows:
+                raise ValueError(f"token id {int(ids_MK.max())}")
+            return _normalised(ids_MK, parts["log_probs"].float(), parts["tail"].float())
+        except ValueError as error:
+            path = self.index.folder / self.index.name(places[0][0])
+            raise _damaged(path, f"distributions over {self.index.key.rows} tokens", str(error)) from error
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _shard(self, number: int) -> Any:
         if number not in self._open:
             self._open[number] = self._load(number)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
         return self._open[number]
 
-    def _load(self, number: int) -> dict[str, Tensor]:
-        index = self._index
-        path = index.folder / index.name(number)
-        data = read_bounded(path, index.shards[path.name]["bytes"])
-        if hashlib.sha256(data).hexdigest() != index.shards[path.name].get("sha256"):
-            raise _damaged(path, "the digest in cache.json", "a changed file")
+    def _load(self, number: int) -> Any:
+        index = self.index
+        path = index.check_shard(number)
+        shape = [len(index.windows_of(number)), index.key.seq_len]
+        ids = {torch.uint16: "U16", torch.uint32: "U32"}[_id_dtype(index.key.rows)]
+        wanted = {"ids": ([*shape, index.k], ids), "log_probs": ([*shape, index.k], "F16"), "tail": (shape, "F16")}
         try:
-            tensors = load(data)
-        except (SafetensorError, ValueError) as error:
+            shard: Any = safe_open(path, framework="np")
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, "safetensors", str(error)[:100]) from error
-        shape = (len(index.windows_of(number)), index.key.seq_len)
-        wanted = {
-            "ids": (*shape, index.k, _id_dtype(index.key.rows)),
-            "log_probs": (*shape, index.k, torch.float16),
-            "tail": (*shape, torch.float16),
-        }
-        found = {name: (*tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if found != wanted:
             raise _damaged(path, str(wanted), str(found)[:200])
-        return tensors
+        return shard
 
 
 def _damaged(path: Path, expected: str, got: str) -> InputError:

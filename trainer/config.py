@@ -280,6 +280,22 @@ def _number(value: object) -> object:
     return value
 
 
+def _settings_of_cached_run(values: Mapping[str, object]) -> Mapping[str, object]:
+    """Refuse what a cache cannot give; the best checkpoint is that of the lowest held-out loss."""
+    wrong = {
+        "temperature": (1, "cached log-probabilities are those of temperature 1: leave it out"),
+        "streaming": (False, "a stream has no fixed order: leave it out"),
+        "best_metric": ("loss", "there is no teacher to compare held-out text with: leave it out"),
+    }
+    for name, (only, remedy) in wrong.items():
+        given = _number(values.get(name, only)) if name == "temperature" else values.get(name, only)
+        if given != only:
+            raise InputError(
+                f"setting {name}", expected=f"{only} with teacher_cache", got=repr(given)[:80], remedy=remedy
+            )
+    return {**values, "best_metric": "loss"}
+
+
 def make_config(values: Mapping[str, object]) -> DistillConfig:
     """Check settings and build the config.
 
@@ -296,6 +312,8 @@ def make_config(values: Mapping[str, object]) -> DistillConfig:
             got="an unknown one",
             remedy=f"did you mean {close[0]}?" if close else f"use one of {', '.join(settings)}",
         )
+    if values.get("teacher_cache"):
+        values = _settings_of_cached_run(values)
     needed = ["student", "data", "out"] if values.get("teacher_cache") else ["teacher", "student", "data", "out"]
     missing = [key for key in needed if values.get(key) is None]
     if missing:

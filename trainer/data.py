@@ -143,7 +143,7 @@ class BatchOrder:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self._seed, epoch)).permutation(len(self.windows)))
         chosen = self._order[1][position * self.sequences_per_step : (position + 1) * self.sequences_per_step]
-        return Batch.stack([self.windows[int(index)] for index in chosen])
+        return Batch.stack([self.windows[int(index)] for index in chosen], chosen)
 
     def has_label(self) -> bool:
         """Whether any window has a label."""

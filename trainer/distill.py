@@ -29,7 +29,7 @@ from q4kd.trainer.errors import NotFiniteError, RunFolderError, StoppedError
 from q4kd.trainer.evaluate import evaluate
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
-from q4kd.trainer.guards import check_isolation, check_not_degenerate
+from q4kd.trainer.guards import check_cached_not_degenerate, check_isolation, check_not_degenerate
 from q4kd.trainer.hang import HangWatchdog
 from q4kd.trainer.memory_plan import format_plan
 from q4kd.trainer.out_of_memory import explaining_memory
@@ -55,14 +55,10 @@ def _evaluate(run: Run, watchdog: HangWatchdog) -> None:
         result = evaluate(run.accelerator, run.model, run.teacher, run.held_out_batches())
     if result is None:
         return
-    figures = vars(result)
+    figures = result.figures
     if run.is_main:
         run.events.emit("eval", step=run.done, **figures)
-        print(
-            f"Held-out at step {run.done}: loss: {result.loss:.4f}, KL to teacher: {result.kl:.4f}, "
-            f"top-1 agreement: {result.agreement:.2%}, perplexity: {result.perplexity:.2f} ({result.tokens} tokens)",
-            flush=True,
-        )
+        print(f"Held-out at step {run.done}: {result.describe()}", flush=True)
     is_kept = checkpoint_path(config.out, run.done).is_dir()
     better = not is_kept and run.done > 0 and is_best(config.out, config.best_metric, figures[config.best_metric])
     if _main_says(run, better):
@@ -115,7 +111,7 @@ def _checkpoint(run: Run, watchdog: HangWatchdog, evaluation: Mapping[str, Any] 
 def _train(run: Run, reporter: Reporter, watchdog: HangWatchdog, stop: StopRequest) -> None:
     """Take the remaining steps, or those until somebody asks the run to stop."""
     config = run.config
-    teacher = run.teacher if config.alpha < 1 else None
+    teacher = run.source if config.alpha < 1 else None
     run.model.train()
     for step in range(run.done, run.last_step):
         watchdog.beat(step)
@@ -190,6 +186,14 @@ def _finish(run: Run, started: float, first: int) -> None:
     run.events.emit("done", step=run.done, **{key: value for key, value in summary.items() if key != "steps"})
 
 
+def _check_difference(run: Run, batch: Batch) -> None:
+    if run.cached is not None:
+        check_cached_not_degenerate(run.cached, run.model, batch)
+    else:
+        assert run.teacher is not None
+        check_not_degenerate(run.teacher, run.model, batch.ids_BT, batch.starts_BT, folder=run.config.student)
+
+
 def _run(run: Run, resume: bool) -> None:
     """Everything after the run is assembled, from the checks before step 1 to the final model."""
     config, events, is_main = run.config, run.events, run.is_main
@@ -213,8 +217,7 @@ def _run(run: Run, resume: bool) -> None:
         if is_main:
             print(f"Resumed from {checkpoint.name}", flush=True)
     elif config.alpha < 1 and not config.allow_degenerate_kd:
-        first_batch = run.batch(0)
-        check_not_degenerate(run.teacher, run.model, first_batch.ids_BT, first_batch.starts_BT, folder=config.student)
+        _check_difference(run, run.batch(0))
     if is_main:
         write_run_file(run)
         shutil.rmtree(config.out / "model", ignore_errors=True)
@@ -266,7 +269,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         teachers: list[Teacher] = []
         with explaining_memory(config, lambda: teachers[0].residency() if teachers else None):
             run = assemble(config, events, is_main)
-            teachers.append(run.teacher)
+            teachers += [run.teacher] if run.teacher is not None else []
             _run(run, resume)
             # Gloo's threads must not outlive the interpreter; trackers write what they hold.
             run.accelerator.end_training()

@@ -25,16 +25,28 @@ class Evaluation:
     Attributes:
         loss: cross-entropy of the student, nats per token.
         perplexity: exp(loss).
-        kl: KL(teacher || student) at temperature 1, nats per token; 0 without a teacher.
-        agreement: share of tokens at which both have the same most likely next token; 0 without a teacher.
+        kl: KL(teacher || student) at temperature 1, nats per token; None without a teacher.
+        agreement: share of tokens at which both have the same most likely next token; None without a teacher.
         tokens: tokens evaluated.
     """
 
     loss: float
     perplexity: float
-    kl: float
-    agreement: float
+    kl: float | None
+    agreement: float | None
     tokens: int
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def describe(self) -> str:
+        """Return the figures in words."""
+        words = [f"loss: {self.loss:.4f}"]
+        if self.kl is not None and self.agreement is not None:
+            words += [f"KL to teacher: {self.kl:.4f}", f"top-1 agreement: {self.agreement:.2%}"]
+        return ", ".join([*words, f"perplexity: {self.perplexity:.2f}"]) + f" ({self.tokens} tokens)"
 
 
 @torch.no_grad()
@@ -57,7 +69,7 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
     for batch in batches:
         teacher_MH = teacher.hidden(batch.ids_BT, batch.starts_BT).flatten(0, 1) if teacher is not None else None
         measure = functools.partial(_sums, labels_M=batch.labels_BT.flatten(), teacher=teacher, teacher_MH=teacher_MH)
-        sums += model(batch.ids_BT, batch.labels_BT, None, None, 1, batch.starts_BT, use=measure)
+        sums += model(batch.ids_BT, batch.labels_BT, None, 1, batch.starts_BT, use=measure)
     reshard(model)
     model.train(was_training)
     loss, kl, agree, count = accelerator.reduce(sums, reduction="sum").tolist()
@@ -66,8 +78,8 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
     return Evaluation(
         loss=loss / count,
         perplexity=math.exp(min(loss / count, 700.0)),
-        kl=kl / count,
-        agreement=agree / count,
+        kl=kl / count if teacher is not None else None,
+        agreement=agree / count if teacher is not None else None,
         tokens=int(count),
     )
 

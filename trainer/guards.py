@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q4kd.trainer.batch import Batch
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.loss_terms import KDLossConfig
 from q4kd.trainer.sharding import reshard, whole
 from q4kd.trainer.student import DistillationModel, has_weights
 from q4kd.trainer.teacher import Teacher
+from q4kd.trainer.teacher_signal import SignalSource
 from q4kd.trainer.training_data import Order
 
 # The demo teacher sits 2.7e-3 nats from its own float32 original (so weights are compared too), and 3.7 to 4.0 nats
@@ -106,7 +109,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     was_training = model.training
     model.eval()
     one, two = (
-        model(ids, ids, None, None, 1, starts_1T, use=lambda hidden_MH, _head: hidden_MH.clone())
+        model(ids, ids, None, 1, starts_1T, use=lambda hidden_MH, _head: hidden_MH.clone())
         for ids in (ids_1T, other_1T)
     )
     model.train(was_training)
@@ -155,7 +158,7 @@ def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor
         log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-    kl: float = model(ids_1T, ids_1T, None, None, 1, starts_1T, use=measure)
+    kl: float = model(ids_1T, ids_1T, None, 1, starts_1T, use=measure)
     reshard(model)
     return kl
 
@@ -179,10 +182,37 @@ def check_not_degenerate(
     kl = step_zero_kl(teacher, model, ids_BT, starts_BT)
     same = same_weights(teacher, getattr(model, "module", model)) or holds_teacher_file(teacher.model.path, folder)
     if same or kl < KL_FLOOR:
-        raise DegenerateDistillationError(
-            "teacher and student",
-            expected=f"two different models (KL at step 0 of at least {KL_FLOOR:g} nats)",
-            got=f"{'the same weights, ' if same else ''}KL {kl:.2e}",
-            remedy="choose another student, or pass --allow-degenerate-kd to train regardless",
-        )
+        raise _degenerate(f"{'the same weights, ' if same else ''}KL {kl:.2e}")
     return kl
+
+
+@torch.no_grad()
+def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) -> float:
+    """Refuse a student that already says what the cache does of a batch's first sequence; return the step-0 KL.
+
+    It is taken over k + 1 events, and so is at most that over the vocabulary.
+
+    Raises:
+        DegenerateDistillationError: when it is under the floor.
+    """
+    first, config = batch[:1], KDLossConfig(alpha=0.0)
+    signal, ids_T = cached.signal(first), first.ids_BT[0]
+
+    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
+        # Every position counts, as with a teacher that is here: any token that is not masked does for a label.
+        return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
+
+    kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)
+    reshard(model)
+    if kl < KL_FLOOR:
+        raise _degenerate(f"KL {kl:.2e} over the cached tokens")
+    return kl
+
+
+def _degenerate(got: str) -> DegenerateDistillationError:
+    return DegenerateDistillationError(
+        "teacher and student",
+        expected=f"two different models (KL at step 0 of at least {KL_FLOOR:g} nats)",
+        got=got,
+        remedy="choose another student, or pass --allow-degenerate-kd to train regardless",
+    )

@@ -76,6 +76,14 @@ class TeacherShape:
 
 
 @dataclass(frozen=True)
+class CacheShape:
+    """A cache in the place of a teacher: k tokens of a position, and bytes of the files where the host computes."""
+
+    k: int
+    mapped_bytes: int
+
+
+@dataclass(frozen=True)
 class LossShape:
     """Buffers of the loss beside the two gradients: bytes of a chunk, and of the teacher's decoded head."""
 
@@ -154,14 +162,16 @@ def saved_activations(config: DistillConfig, student: StudentShape) -> tuple[int
 
 
 def count_items(
-    config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, loss: LossShape
+    config: DistillConfig, student: StudentShape, teacher: TeacherShape | CacheShape | None, loss: LossShape
 ) -> tuple[Item, ...]:
     """Return everything that a run of these settings takes on the device that computes."""
     size = student.weight_bytes
     trained = config.lora_rank * student.lora_parameters if config.lora_rank else student.parameters
     tokens = config.batch_size * config.seq_len
     items = []
-    if teacher is not None:
+    if isinstance(teacher, CacheShape):
+        items += _cache_items(teacher, tokens)
+    elif teacher is not None:
         items += [
             Item("teacher weights", teacher.weight_bytes, teacher.basis, is_mapped=teacher.is_mapped),
             Item("teacher scratch", teacher.scratch_bytes, "decoded tiles, reused by every product"),
@@ -203,6 +213,15 @@ def count_items(
     return (*items, *_loss_items(config, student, loss), _optimizer_item(config, student, trained))
 
 
+def _cache_items(cache: CacheShape, tokens: int) -> list[Item]:
+    # int64 ids, and log-probabilities as read, and joined with the tail's, in float32.
+    size = tokens * (cache.k * (8 + 2 * 4) + 2 * 4)
+    return [
+        Item("teacher cache", cache.mapped_bytes, f"shards, k {cache.k}, mapped", is_mapped=True),
+        Item("cached signals", size, f"{tokens:,} x ({cache.k} x 16 + 8) bytes", ("teacher", "loss")),
+    ]
+
+
 def _loss_items(config: DistillConfig, student: StudentShape, loss: LossShape) -> list[Item]:
     tokens, head = config.batch_size * config.seq_len, student.vocab * student.hidden
     items = [
@@ -241,7 +260,7 @@ def _optimizer_item(config: DistillConfig, student: StudentShape, trained: int) 
 def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
     """Return the loss's buffers on the CPU, where the teacher's head is decoded tile by tile."""
     tokens = config.batch_size * config.seq_len
-    if config.loss_mode == "low":
+    if config.loss_mode == "low" and config.teacher_cache is None:
         from q4kd.trainer.loss_low import DEFAULT_TILE
 
         width = min(student.vocab, DEFAULT_TILE)
@@ -249,7 +268,12 @@ def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
         return LossShape(
             10 * 4 * chunk * width + 4 * width * 2 * student.hidden, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)"
         )
-    chunk = min(tokens, config.loss.chunk_for(student.vocab))
+    return plain_loss_shape(config, student)
+
+
+def plain_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
+    """Return the loss's buffers in plain torch arithmetic, which the loss over cached signals is on every device."""
+    chunk = min(config.batch_size * config.seq_len, config.loss.chunk_for(student.vocab))
     return LossShape(
         _CPU_CHUNK_TENSORS * 4 * chunk * student.vocab,
         0,
@@ -274,7 +298,7 @@ def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
         found.append((said, replace(config, batch_size=half, accumulation=more)))
     if not config.gradient_checkpointing:
         found.append(("gradient_checkpointing", replace(config, gradient_checkpointing=True)))
-    if config.loss_mode != "low":
+    if config.loss_mode != "low" and config.teacher_cache is None:
         found.append(("loss_mode low", replace(config, loss_mode="low")))
     if config.device == "cuda" and config.optimizer == "adamw":
         found.append(("optimizer adamw_8bit", replace(config, optimizer="adamw_8bit")))

@@ -121,8 +121,8 @@ def _card_data(title: str, record: RunRecord | None) -> Any:
         metrics = {
             "loss": ("held-out cross-entropy, nats per token", held_out["loss"]),
             "perplexity": ("held-out perplexity", _row(held_out)["perplexity"]),
-            "kl_divergence": ("held-out KL(teacher || student), nats per token", held_out["kl"]),
-            "accuracy": ("held-out top-1 agreement with the teacher", held_out["agreement"]),
+            "kl_divergence": ("held-out KL(teacher || student), nats per token", held_out.get("kl")),
+            "accuracy": ("held-out top-1 agreement with the teacher", held_out.get("agreement")),
         }
         results = [
             EvalResult(
@@ -134,6 +134,7 @@ def _card_data(title: str, record: RunRecord | None) -> Any:
                 metric_value=round(value, 6),
             )
             for kind, (name, value) in metrics.items()
+            if value is not None
         ]
     return ModelCardData(
         library_name="transformers",

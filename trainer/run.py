@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from q4kd.trainer.batch import Batch
+from q4kd.trainer.cached_teacher import CachedTeacher, open_cached_teacher
 from q4kd.trainer.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
@@ -31,6 +32,7 @@ from q4kd.trainer.student import (
     student_dtype,
 )
 from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher_signal import SignalSource
 from q4kd.trainer.tracking import project_options, start_trackers
 from q4kd.trainer.training_data import TrainingData, make_encoder, open_data
 
@@ -57,7 +59,9 @@ class Run:
     # peft's model around the student; None when every weight is trained.
     adapted: Any
     tokenizer: Any
-    teacher: Teacher
+    # One of the two: online, or what one said before.
+    teacher: Teacher | None
+    cached: CachedTeacher | None
     data: TrainingData
     events: EventLog
     total_steps: int
@@ -65,6 +69,11 @@ class Run:
     done: int = 0
     is_evaluated: bool = False
     training_seconds: float = 0.0
+
+    @property
+    def source(self) -> SignalSource | None:
+        """Where the steps' signals come from."""
+        return self.cached or self.teacher
 
     @property
     def unwrapped(self) -> DistillationModel:
@@ -84,8 +93,9 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must repeat: the config, and the number of processes that share a batch."""
-        return {**self.config.to_json(), "processes": self.accelerator.num_processes}
+        """What a resumed run must repeat: config, number of processes that share a batch, the cache's teacher."""
+        settings = {**self.config.to_json(), "processes": self.accelerator.num_processes}
+        return settings if self.cached is None else {**settings, "cached_teacher": self.cached.identity}
 
     def batch(self, step: int) -> Batch:
         """Return this process's share of a step's batch, on its device."""
@@ -115,23 +125,29 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     announce = functools.partial(print, flush=True) if is_main else _say_nothing
     # First, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
-    assert config.teacher is not None
-    teacher = load_teacher(
-        config.teacher,
-        backend=config.backend,
-        device=config.device,
-        dtype=config.dtype,
-        events=events,
-        announce=announce,
-    )
+    teacher = cached = None
+    if config.teacher_cache is None:
+        assert config.teacher is not None
+        teacher = load_teacher(
+            config.teacher,
+            backend=config.backend,
+            device=config.device,
+            dtype=config.dtype,
+            events=events,
+            announce=announce,
+        )
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]
-    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
-    announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
+    if teacher is not None:
+        check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+        announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
     data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), sequences, config.out)
     check_labels(data.order, config.data)
+    if config.teacher_cache is not None:
+        cached = open_cached_teacher(config, data, tokenizer, rows)
+        announce(f"teacher: cached, {cached.index.k} of {rows} tokens, mean tail mass {cached.index.tail_mass:.3%}")
     total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
     start_trackers(accelerator, config, events)
     model, optimizer, adapted = prepare_student(config, accelerator, student)
@@ -143,6 +159,7 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
         adapted=adapted,
         tokenizer=tokenizer,
         teacher=teacher,
+        cached=cached,
         data=data,
         events=events,
         total_steps=total,
@@ -181,7 +198,9 @@ def write_run_file(run: Run) -> None:
         "data_sha256": run.data.sha256,
         "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
     }
-    if config.teacher is not None:
+    if run.cached is not None:
+        document["teacher"] = run.cached.describe()
+    elif config.teacher is not None:
         document["teacher"] = {
             "file": config.teacher.name,
             "bytes": config.teacher.stat().st_size,

@@ -5,17 +5,20 @@ import os
 from pathlib import Path
 
 from q4kd.trainer.backend import backend_override, choose_backend
+from q4kd.trainer.cache_store import read_index
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.device import mem_available
 from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.footprint import predict_footprint
 from q4kd.trainer.memory_plan import (
+    CacheShape,
     LossShape,
     MemoryPlan,
     TeacherShape,
     count_flops,
     count_items,
     cpu_loss_shape,
+    plain_loss_shape,
     refuse,
     reliefs,
 )
@@ -44,6 +47,7 @@ def plan_run(config: DistillConfig, place: Place | None = None) -> MemoryPlan:
         loss = cpu_loss_shape(config, student)
     else:
         loss = _cuda_loss_shape(config, student, teacher, place)
+    cache = _cache_shape(config) if config.teacher_cache is not None else None
     room, basis = place.budget, "free on the device, by the driver"
     if place.device_class != "classic":
         room, basis = host_room()
@@ -52,7 +56,7 @@ def plan_run(config: DistillConfig, place: Place | None = None) -> MemoryPlan:
             room, basis = room // processes, f"{basis}, shared by {processes} processes"
     return MemoryPlan(
         device=place.name,
-        items=count_items(config, student, teacher, loss),
+        items=count_items(config, student, teacher or cache, loss),
         room=room,
         room_basis=basis,
         flops=count_flops(config, student, teacher),
@@ -122,6 +126,12 @@ def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
     )
 
 
+def _cache_shape(config: DistillConfig) -> CacheShape:
+    assert config.teacher_cache is not None
+    index = read_index(config.teacher_cache)
+    return CacheShape(k=index.k, mapped_bytes=index.num_bytes if config.device == "cpu" else 0)
+
+
 def _cuda_loss_shape(
     config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, place: Place
 ) -> LossShape:
@@ -129,6 +139,9 @@ def _cuda_loss_shape(
     from q4kd.trainer.cuda import loss
 
     tokens, size = config.batch_size * config.seq_len, student.weight_bytes
+    if config.teacher_cache is not None:
+        # Plain torch, over k + 1 events; loss_mode says nothing there.
+        return plain_loss_shape(config, student)
     if config.loss_mode == "low":
         chunk, width = min(tokens, config.chunk_tokens or loss._LOW_CHUNK), min(student.vocab, loss._LOW_TILE)
         head = width * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0

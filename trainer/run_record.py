@@ -260,7 +260,10 @@ def _evaluations(run: Path) -> dict[int, dict[str, float]]:
             continue  # a run that was killed may have left half a line
         if not isinstance(event, dict) or event.get("event") != "eval" or not isinstance(event.get("step"), int):
             continue
-        values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens")}
+        # Without a teacher, from a cache, there is neither KL nor agreement.
+        values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens") if key in event}
+        if not {"loss", "tokens"} <= values.keys():
+            continue
         if all(isinstance(value, int | float) for value in values.values()):
             found[event["step"]] = {key: float(value) for key, value in values.items() if value is not None}
     return found

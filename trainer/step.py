@@ -1,4 +1,4 @@
-"""One optimiser step: teacher forward, student forward with the fused loss, backward, clip, update."""
+"""One optimiser step: the teacher's signal, student forward with the fused loss, backward, clip, update."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import NotFiniteError
 from q4kd.trainer.sharding import without_sync
 from q4kd.trainer.step_clock import StepClock
-from q4kd.trainer.teacher import Teacher
+from q4kd.trainer.teacher_signal import SignalSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def learning_rate(step: int, config: DistillConfig, total_steps: int) -> float:
 def train_step(
     accelerator: Any,
     model: Any,
-    teacher: Teacher | None,
+    teacher: SignalSource | None,
     optimizer: Any,
     batch: Batch,
     config: DistillConfig,
@@ -64,7 +64,7 @@ def train_step(
     Args:
         accelerator: ``accelerate.Accelerator``.
         model: prepared ``DistillationModel``.
-        teacher: None for a cross-entropy-only step.
+        teacher: online or cached; None for a cross-entropy-only step.
         optimizer: ``MasterWeightOptimizer`` of the model's parameters.
         batch: on the accelerator's device.
         config: run settings.
@@ -85,12 +85,11 @@ def train_step(
         group["lr"] = lr
     micro_batches = list(batch.split(config.batch_size))
     for index, part in enumerate(micro_batches):
-        teacher_hidden = teacher.hidden(part.ids_BT, part.starts_BT) if teacher is not None else None
+        signal = teacher.signal(part) if teacher is not None else None
         clock.mark("teacher")
-        head = teacher.head if teacher is not None else None
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else without_sync(model):
-            terms = model(part.ids_BT, part.labels_BT, teacher_hidden, head, divisor, part.starts_BT)
+            terms = model(part.ids_BT, part.labels_BT, signal, divisor, part.starts_BT)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             (terms.loss * accelerator.num_processes).backward()
         clock.mark("student")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
+from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
+from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
 
 # Nothing is fetched: a student is a folder. Set before transformers is imported, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -228,14 +229,13 @@ class DistillationModel(nn.Module):
         self,
         ids_BT: Tensor,
         labels_BT: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Callable[[Tensor], Tensor] | None,
+        signal: TeacherSignal | None,
         num_targets: float,
         starts_BT: Tensor | None = None,
         *,
         use: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> LossTerms | Any:
-        """Return the loss of a batch; see ``kd_loss`` and ``hidden`` for the arguments.
+        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden``.
 
         With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
         whole only inside this call, when the model is called through its wrapper.
@@ -245,15 +245,8 @@ class DistillationModel(nn.Module):
             return use(hidden_MH, self.head_weight)
         if self.clock is not None:
             self.clock.mark("student")
-        terms = kd_loss(
-            hidden_MH,
-            self.head_weight,
-            labels_BT.flatten(),
-            teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-            teacher_head=teacher_head,
-            num_targets=num_targets,
-            config=self.config,
-        )
+        loss = cross_entropy if signal is None else signal.loss
+        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), num_targets=num_targets, config=self.config)
         if self.clock is not None:
             self.clock.mark("loss")
         return terms

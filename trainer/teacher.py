@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.backend import BackendChoice, backend_override, check_device, choose_backend
+from q4kd.trainer.batch import Batch
 from q4kd.trainer.device import Allocation
 from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.errors import FrozenTeacherError, InputError
@@ -25,6 +26,7 @@ from q4kd.trainer.model_file import ModelFile, open_model
 from q4kd.trainer.placement import check_fits, find_place
 from q4kd.trainer.scales import check_scales
 from q4kd.trainer.teacher_head import PackedHead
+from q4kd.trainer.teacher_signal import OnlineSignal
 
 
 class HeldMatrix(Protocol):
@@ -196,6 +198,10 @@ class Teacher:
     def head(self) -> PackedHead:
         """The output head as the fused loss takes it: logits, or its rows decoded whole or in tiles."""
         return PackedHead(self.head_logits, self._forward, self.vocab_size, getattr(torch, self.dtype))
+
+    def signal(self, batch: Batch) -> OnlineSignal:
+        """Return what a step on ``batch`` is taught: this teacher's hidden states and head."""
+        return OnlineSignal(self.hidden(batch.ids_BT, batch.starts_BT), self.head)
 
     @torch.no_grad()
     def embed(self, row_ids: Tensor) -> Tensor:

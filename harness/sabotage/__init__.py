@@ -14,4 +14,5 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_data",
     "q4kd.harness.sabotage.faults_student",
     "q4kd.harness.sabotage.faults_robust",
+    "q4kd.harness.sabotage.faults_cache",
 )
