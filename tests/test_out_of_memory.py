@@ -1,4 +1,4 @@
-"""Allocation failures of torch, NumPy and CuPy are recognised; the explanation says what was asked, held, would help."""
+"""Failed allocations of torch, NumPy and CuPy are recognised; the explanation says what was asked, held, helps."""
 
 from pathlib import Path
 
