@@ -15,9 +15,9 @@ from q4kd.trainer.files import write_atomic, write_json
 def fused_losses(arguments: list[str]) -> int:
     """Evaluate the loss and its gradients for every case of the input; see ``experiments_fused.loss_cases``.
 
-    Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are exact
-    in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher ``ids-k``
-    and ``log_probs-k [M, k]`` with ``tail-k [M]``.
+    Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are
+    exact in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher
+    ``ids-k`` and ``log_probs-k [M, k]`` with ``tail-k [M]``.
     """
     parser = argparse.ArgumentParser()
     for option in ("--inputs", "--out"):
@@ -81,8 +81,8 @@ def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> t
 def loss_allocations(arguments: list[str]) -> int:
     """Run the loss, forward and backward, while every operator's result is recorded from outside it.
 
-    ``--cases`` is a JSON file: case to ``{"tokens", "vocab", "hidden", "teacher_hidden", "padding", "config"}``. Of each
-    case are written: tensors made, the shapes of the ten largest, and the most bytes that what was made held together.
+    ``--cases`` is a JSON file: case to ``{"tokens", "vocab", "hidden", "teacher_hidden", "padding", "config"}``. Of
+    each case are written: tensors made, the ten largest shapes, and the most bytes that what was made held together.
     """
     parser = argparse.ArgumentParser()
     for option in ("--cases", "--out"):
