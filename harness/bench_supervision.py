@@ -32,7 +32,7 @@ def step_seconds(folder: Path) -> float:
     """Return the median seconds of a step, data included, by the events in ``folder``."""
     lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [event for event in map(json.loads, lines) if event["event"] == "step"][SKIPPED_STEPS:]
-    return statistics.median(step["seconds"] + step["data_s"] for step in steps)
+    return statistics.median(float(step["seconds"] + step["data_s"]) for step in steps)
 
 
 def run_bare(command: list[str], folder: Path) -> float:

@@ -27,6 +27,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_cuda",
     "q4kd.harness.experiments_precision",
     "q4kd.harness.experiments_loss",
+    "q4kd.harness.experiments_fused",
     "q4kd.harness.experiments_training",
     "q4kd.harness.experiments_runs",
     "q4kd.harness.experiments_guards",

@@ -19,6 +19,7 @@ from q4kd.harness.probes_cache import cache_interrupted
 from q4kd.harness.probes_cuda import cuda_busy, cuda_decode, cuda_hold
 from q4kd.harness.probes_data import packed_logits, training_batches
 from q4kd.harness.probes_export import exported_models
+from q4kd.harness.probes_loss import fused_losses, loss_allocations
 from q4kd.harness.probes_models import model_logits, open_models
 from q4kd.harness.probes_precision import cuda_products, dense_logits
 from q4kd.harness.probes_robust import damaged_resumes, ended_run, killed_runs
@@ -189,6 +190,8 @@ PROBES: dict[str, Callable[[list[str]], int]] = {
     "superblock": superblock,
     "kd-loss": kd_loss_cases,
     "cache-interrupted": cache_interrupted,
+    "fused-losses": fused_losses,
+    "loss-allocations": loss_allocations,
     "cuda-busy": cuda_busy,
     "cuda-decode": cuda_decode,
     "cuda-hold": cuda_hold,

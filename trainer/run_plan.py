@@ -3,6 +3,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from q4kd.trainer.backend import backend_override, choose_backend
 from q4kd.trainer.cache_store import read_index
@@ -147,7 +148,7 @@ def _cuda_loss_shape(
         head = width * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
         return LossShape(3 * chunk * width * 4 + head, 0, f"3 x {chunk:,} x {width:,} x 4 bytes + a tile of the head")
     # bfloat16 products give bfloat16 logits, which become their gradient in place.
-    types = {"logits_bytes": 4, "gradient_bytes": size, "with_teacher": teacher is not None}
+    types: dict[str, Any] = {"logits_bytes": 4, "gradient_bytes": size, "with_teacher": teacher is not None}
     chunk = min(tokens, config.chunk_tokens) or loss.choose_chunk(tokens, student.vocab, loss.CHUNK_BYTES, **types)
     held = loss.chunk_bytes(chunk, student.vocab, **types)
     decoded = teacher.config.vocab_size * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0

@@ -139,7 +139,8 @@ def _liger_saves(config: Any, tokens: int, size: int) -> int:
     (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
     """
     norms = 2 * config.num_hidden_layers + 1
-    return tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
+    saved: int = tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
+    return saved
 
 
 def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) -> tuple[int, int, int]:

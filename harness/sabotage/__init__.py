@@ -8,6 +8,7 @@ FAULT_MODULES = (
     "q4kd.harness.sabotage.faults_precision",
     "q4kd.harness.sabotage.faults_memory",
     "q4kd.harness.sabotage.faults_training",
+    "q4kd.harness.sabotage.faults_loss",
     "q4kd.harness.sabotage.faults_runs",
     "q4kd.harness.sabotage.faults_guards",
     "q4kd.harness.sabotage.faults_export",

@@ -35,7 +35,8 @@ def _nan_ignored() -> None:
             except NotFiniteError as error:
                 optimizer.zero_grad()
                 names = [field.name for field in dataclasses.fields(StepResult)]
-                return StepResult(**{name: error.terms.get(name, 1) for name in names})
+                terms: dict[str, Any] = {name: error.terms.get(name, 1) for name in names}
+                return StepResult(**terms)
 
         return step
 

@@ -1,0 +1,294 @@
+"""Experiments on the forms of the fused loss: tiled, cached and on a device, beside float64; and what it allocates."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.experiments_teacher import save_pairs
+from q4kd.harness.reference import log_softmax, reference_loss
+from q4kd.trainer.files import read_json, write_json
+
+_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TOKENS, VOCAB, PADDING, HIDDEN, SOURCE = 40, 300, 4, 24, 32
+# Wide rows on the device: its kernels cut a row into segments of 8,192 columns.
+CUDA_VOCAB = 16_640
+LISTED = (8, 64)
+ELEMENTS = 400
+_SOURCES = ("q4kd.harness.probes_loss", "q4kd.harness.reference")
+_Found = dict[str, list[Any]]
+
+
+def loss_cases(vocab: int) -> dict[str, dict[str, Any]]:
+    """Return the settings of every case: both modes of each divergence, and on the CPU the cached teacher too."""
+    cases: dict[str, dict[str, Any]] = {}
+    for divergence in _DIVERGENCES:
+        for heat in (0.7, 3.0):
+            common = {"divergence": divergence, "temperature": heat, "alpha": 0.2, "beta": 0.3, "chunk_tokens": 7}
+            cases[f"fast-{divergence}-t{heat:g}"] = {**common, "mode": "fast"}
+            # Tiles that do not divide the vocabulary.
+            cases[f"low-{divergence}-t{heat:g}"] = {**common, "mode": "low", "vocab_tile": 64 if vocab < 1000 else 4096}
+        if vocab == VOCAB:
+            for listed in (*LISTED, vocab):
+                common = {"divergence": divergence, "alpha": 0.2, "beta": 0.3, "chunk_tokens": 7}
+                cases[f"top{listed}-{divergence}"] = {**common, "listed": listed}
+    return cases
+
+
+def _in_bfloat16(x: Any) -> Any:
+    """Drop the lower half of float32: what a bfloat16 student is given exactly."""
+    return (x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+def _given(vocab: int, inputs: Inputs) -> Path:
+    def make(path: Path) -> None:
+        rng = np.random.default_rng(8)
+        labels = rng.integers(0, vocab, TOKENS)
+        labels[::5] = -100
+        # A whole chunk of seven tokens without a label, and labels in the last columns, which end a short tile.
+        labels[14:21] = -100
+        labels[-3:-1] = vocab - 1
+        arrays = {
+            "hidden": rng.normal(0, 1, (TOKENS, HIDDEN)),
+            "weight": rng.normal(0, 0.5, (vocab, HIDDEN)),
+            "teacher_hidden": rng.normal(0, 1, (TOKENS, SOURCE)),
+            # The rows past the student's vocabulary are the likeliest of all: to keep them would show.
+            "teacher_weight": rng.normal(0, 0.4, (vocab + PADDING, SOURCE))
+            * np.where(np.arange(vocab + PADDING) < vocab, 1, 3)[:, None],
+        }
+        arrays = {name: _in_bfloat16(array) for name, array in arrays.items()}
+        log_p = log_softmax(_teacher_logits(arrays, vocab))
+        for listed in (*LISTED, vocab) if vocab == VOCAB else ():
+            ids = np.argsort(-log_p, axis=1)[:, :listed]
+            rest = np.exp(np.take_along_axis(log_p, np.argsort(-log_p, axis=1)[:, listed:], 1)).sum(1)
+            with np.errstate(divide="ignore"):
+                cached = {"ids": ids, "log_probs": np.take_along_axis(log_p, ids, 1), "tail": np.log(rest)}
+            arrays |= {f"{name}-{listed}": array for name, array in cached.items()}
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays, labels=labels, cases=json.dumps(loss_cases(vocab)))
+
+    return inputs.file(f"fused-loss-{vocab}.npz", make)
+
+
+def _teacher_logits(given: dict[str, Any], vocab: int) -> Any:
+    return (given["teacher_hidden"].astype(np.float64) @ given["teacher_weight"].astype(np.float64).T)[:, :vocab]
+
+
+def exact_topk(student: Any, teacher: Any, labels: Any, ids: Any, settings: dict[str, Any]) -> tuple[float, Any, float]:
+    """Return the loss over k + 1 events, its gradient with respect to the student's logits, and D, in float64.
+
+    The events' logits are the listed tokens' own and the log of the sum of exp of the others'; the dense reference is
+    taken over these, and its gradient carried back through the sum. Cross-entropy is over the whole vocabulary.
+
+    Args:
+        student: logits ``[P, V]``.
+        teacher: logits ``[P, V]``.
+        labels: ``[P]``.
+        ids: the listed tokens ``[P, k]``.
+        settings: of the case.
+    """
+    rows = np.arange(len(labels))[:, None]
+    rest = np.ones(student.shape, bool)
+    rest[rows, ids] = False
+    has_rest = bool(rest.any())
+
+    def events(logits: Any) -> Any:
+        parts = [logits[rows, ids]]
+        if has_rest:
+            left = np.where(rest, logits, -np.inf)
+            most = left.max(1, keepdims=True)
+            parts.append(most + np.log(np.exp(left - most).sum(1, keepdims=True)))
+        return np.concatenate(parts, 1)
+
+    options = {"temperature": 1.0, "divergence": settings["divergence"], "beta": settings["beta"]}
+    first = np.zeros(len(labels), np.int64)  # the events' own cross-entropy is not asked for
+    merged = reference_loss(events(student), events(teacher), first, alpha=0.0, **options)
+    plain = reference_loss(student, teacher, labels, alpha=1.0, **options)
+    grad = np.zeros_like(student)
+    grad[rows, ids] = merged.grad_logits[:, : ids.shape[1]]
+    if has_rest:
+        left = np.where(rest, student, -np.inf)
+        shares = np.exp(left - left.max(1, keepdims=True))
+        grad += merged.grad_logits[:, -1:] * shares / shares.sum(1, keepdims=True)
+    alpha = settings["alpha"]
+    loss = alpha * plain.ce + (1 - alpha) * merged.kd
+    return float(loss), alpha * plain.grad_logits + (1 - alpha) * grad, merged.kd
+
+
+def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    if not (run_dir / "losses.npz").is_file():
+        return {"comparators": {}}
+    with np.load(run_dir / "losses.npz", allow_pickle=False) as arrays:
+        found = dict(arrays)
+    with np.load(_given(vocab, inputs), allow_pickle=False) as arrays:
+        given = dict(arrays)
+    kept = given["labels"] >= 0
+    hidden, weight = given["hidden"].astype(np.float64), given["weight"].astype(np.float64)
+    student, teacher, labels = hidden[kept] @ weight.T, _teacher_logits(given, vocab)[kept], given["labels"][kept]
+    rng = np.random.default_rng(6)
+    # Of the head's gradient a seeded choice, its labels' rows among it by their number; of the hidden states' all.
+    chosen = rng.choice(weight.size, ELEMENTS, replace=False)
+    pairs: dict[str, tuple[list[Any], list[Any]]] = {}
+
+    def add(name: str, subject: Any, reference: Any) -> None:
+        subjects, references = pairs.setdefault(name, ([], []))
+        subjects.append(np.atleast_1d(subject))
+        references.append(np.atleast_1d(reference))
+
+    excess, at_full = [], []
+    for name, settings in loss_cases(vocab).items():
+        form = name.partition("-")[0]
+        whole = reference_loss(
+            student,
+            teacher,
+            labels,
+            alpha=settings["alpha"],
+            temperature=settings.get("temperature", 1.0),
+            divergence=settings["divergence"],
+            beta=settings["beta"],
+        )
+        loss, grad = whole.loss, whole.grad_logits
+        if listed := settings.get("listed"):
+            form = "topk"
+            loss, grad, _ = exact_topk(student, teacher, labels, given[f"ids-{listed}"][kept], settings)
+            if listed == vocab:
+                at_full.append((found[f"{name}-terms"][2], whole.kd))
+            else:
+                excess.append(max(0.0, found[f"{name}-terms"][2] / whole.kd - 1))
+        grad_hidden = np.zeros_like(hidden)
+        grad_hidden[kept] = grad @ weight
+        add(f"{form}-loss", found[f"{name}-terms"][0], loss)
+        add(f"{form}-grad-hidden", found[f"{name}-grad_hidden"].ravel(), grad_hidden.ravel())
+        add(
+            f"{form}-grad-weight", found[f"{name}-grad_weight"].ravel()[chosen], (grad.T @ hidden[kept]).ravel()[chosen]
+        )
+    comparators = save_pairs(
+        run_dir,
+        {name: (np.array(subjects), np.array(references)) for name, (subjects, references) in pairs.items()},
+        ("trainer fused loss", "dense float64 loss of the harness"),
+    )
+    if excess:
+        bound = {
+            "topk-excess": (np.array(excess)[:, None], np.zeros((len(excess), 1))),
+            "topk-whole": (np.array(at_full)[:, :1], np.array(at_full)[:, 1:]),
+        }
+        comparators |= save_pairs(
+            run_dir, bound, ("trainer loss against a cached teacher", "dense float64 divergence of the harness")
+        )
+    return {"comparators": comparators}
+
+
+def _losses_argv(device: str, vocab: int, inputs: Inputs) -> list[str]:
+    words = ["probe", "fused-losses", "--inputs", str(_given(vocab, inputs)), "--out", "losses.npz"]
+    return [*words, "--device", device]
+
+
+for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-losses", "cuda", CUDA_VOCAB)):
+    register(
+        Experiment(
+            name=_name,
+            title=f"every mode of the fused loss on {_device}, values and gradients, against dense float64",
+            needs=("cuda",) if _device == "cuda" else (),
+            arms=(Arm(None, functools.partial(_losses_argv, _device, _vocab), timeout_s=180),),
+            prepare=functools.partial(lambda vocab, inputs: _given(vocab, inputs) and None, _vocab),
+            collect=functools.partial(_collect_losses, _vocab),
+            exclusive=_device == "cuda",
+            sources=_SOURCES,
+        )
+    )
+
+
+# --- loss-allocations: what the loss makes, recorded from outside it ---
+
+CHUNK, TILE = 64, 512
+# So narrow that logits are larger than heads, hidden states and their gradients.
+NARROW = {"tokens": 512, "vocab": 6000, "hidden": 4, "teacher_hidden": 4, "padding": 8}
+# 8,192 tokens x 151,936, H = 896, H' = 3,584, C = 256, R = 8,192: every side a sixteenth, chunks a quarter.
+FULL = {"tokens": 8192, "vocab": 151_936, "hidden": 896, "teacher_hidden": 3584}
+SCALED = {name: size // 16 for name, size in FULL.items()} | {"padding": 8}
+
+
+def allocation_cases() -> dict[str, dict[str, Any]]:
+    """Return the case of every mode and divergence: where logits are largest, and of low the sizes to scale."""
+    cases: dict[str, dict[str, Any]] = {}
+    for divergence in _DIVERGENCES:
+        common = {"divergence": divergence, "temperature": 2.0, "chunk_tokens": CHUNK, "vocab_tile": TILE}
+        cases[f"fast-{divergence}"] = {**NARROW, "config": {**common, "mode": "fast"}}
+        cases[f"low-{divergence}"] = {**NARROW, "config": {**common, "mode": "low"}}
+        cases[f"scaled-{divergence}"] = {**SCALED, "config": {**common, "mode": "low"}}
+    # What chooses C by itself must not choose all tokens: 512 MiB / (6 x 4 x 40,000) = 559.
+    chosen = {"tokens": 1200, "vocab": 40_000, "hidden": 2, "teacher_hidden": 2, "padding": 0}
+    cases["fast-chosen"] = {**chosen, "config": {"mode": "fast"}}
+    return cases
+
+
+def low_bytes(sizes: dict[str, int], chunk: int, tile: int) -> int:
+    """Return what mode low may take beyond parameters and gradients, as ``loss_low.py`` adds it up.
+
+    Ten float32 ``[C, R]``; a tile of the teacher's head, of the student's and of its gradient in float32; hidden states
+    of both in float32 and the student's gradient before it is rounded; ten float64 sums of every row.
+    """
+    logits = 10 * 4 * chunk * tile
+    tiles = 4 * tile * (sizes["teacher_hidden"] + 2 * sizes["hidden"])
+    states = 4 * sizes["tokens"] * (sizes["teacher_hidden"] + 2 * sizes["hidden"])
+    return logits + tiles + states + 10 * 8 * sizes["tokens"]
+
+
+def _allocation_file(inputs: Inputs) -> Path:
+    return inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
+
+
+def _collect_allocations(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+    if not (run_dir / "allocations.json").is_file():
+        return {"comparators": {}}
+    found = read_json(run_dir / "allocations.json")
+    tables: dict[str, dict[str, Any]] = {}
+    for name, case in allocation_cases().items():
+        mode, _, divergence = name.partition("-")
+        record = found[name]
+        largest = int(np.prod(record["largest"][0], dtype=np.int64))
+        if mode == "scaled":
+            gradients = 2 * case["hidden"] * (case["tokens"] + case["vocab"])
+            allowed = gradients + low_bytes(case, CHUNK, TILE)
+            tables.setdefault("low-bytes", {})[f"{divergence}: within the sum of its parts"] = (
+                record["peak_bytes"] <= allowed
+            )
+            # Seen at all: its own gradients at the least.
+            known = record["peak_bytes"] > gradients
+        elif name == "fast-chosen":
+            known = record["made"] > 0
+            tables.setdefault("fast", {})["by itself: all tokens at once"] = largest >= case["tokens"] * case["vocab"]
+        else:
+            width = case["vocab"] if mode == "fast" else TILE
+            # The control: the recorder sees the logits that must exist. Without it silence proves nothing.
+            known = [CHUNK, width] in record["largest"] or largest > CHUNK * width
+            tables.setdefault(mode, {})[f"{divergence}: elements of the largest tensor"] = largest
+        if not known:
+            return {"comparators": {}, "unseen": name, "allocations": found}
+    tables["low-bytes"]["MB of the same sum at 8,192 x 151,936"] = low_bytes(FULL, 256, 8192) // 10**6
+    return {"tables": tables, "allocations": found}
+
+
+register(
+    Experiment(
+        name="loss-allocations",
+        title="every tensor that the fused loss makes, recorded by a dispatch mode around it",
+        needs=(),
+        arms=(
+            Arm(
+                None,
+                lambda inputs: [
+                    *("probe", "loss-allocations", "--cases", str(_allocation_file(inputs))),
+                    *("--out", "allocations.json"),
+                ],
+                timeout_s=120,
+            ),
+        ),
+        prepare=lambda inputs: _allocation_file(inputs) and None,
+        collect=_collect_allocations,
+        sources=_SOURCES,
+    )
+)
