@@ -12,7 +12,7 @@ from jsonschema.exceptions import best_match
 from q4kd.harness.contract import Claim, Contract
 from q4kd.harness.plan import Plan
 from q4kd.harness.store import MAX_DEPTH, depth
-from q4kd.harness.waivers import applying, today
+from q4kd.harness.waivers import Waiver, applying, today
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 
@@ -180,6 +180,14 @@ def validate_findings(value: Any, origin: str) -> dict[str, Any]:
         raise InputError(
             origin, expected="created as an ISO 8601 time", got=repr(value["created"])[:80], remedy="run falsify again"
         ) from problem
+    for index, row in enumerate(value["findings"]):
+        try:
+            Waiver(**row["waiver"]) if "waiver" in row else None
+        except ValueError as problem:
+            raise InputError(
+                origin, expected="a waiver with a day", got=f"findings/{index}/waiver: {problem}"[:200],
+                remedy="run falsify again",
+            ) from problem  # fmt: skip
     return dict(value)
 
 

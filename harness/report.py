@@ -69,12 +69,15 @@ def render(store: Store, raw: str | None = "") -> str:
 
 def _summary(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     counts = findings["summary"]
+    waived = counts.get("waived", 0)
+    counts = {**counts, "inconclusive": counts["inconclusive"] + waived}  # the tile says how many of them are excused
     tiles = [(verdict, MARKS[verdict], PLAIN[verdict], counts[verdict]) for verdict in MARKS]
     return {
         "headline": limits.cut(headline(findings)),
         "gate": _GATE[findings["exit_code"]],
         "verdict": verdict_of(findings, plan, environment),
         "tiles": tiles,
+        "waived": waived,
         "out_of_scope": counts["out_of_scope"],
         "not_gating": counts["not_gating"],
         "shares": _shares(counts),

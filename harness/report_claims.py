@@ -11,6 +11,7 @@ from q4kd.harness.interchange import message_of
 from q4kd.harness.raw import RawRun
 from q4kd.harness.report_page import cut
 from q4kd.harness.report_verdict import MARKS, PLAIN, meaning, ordered
+from q4kd.harness.waivers import Waiver
 
 # Property of a run that a check reads → its file, in the order in which a person would open them.
 _FILES = {
@@ -123,6 +124,7 @@ def _row(
         "if_fails": limits.cut(row["if_fails"]),
         "message": limits.cut(message_of(row)),
         "reason": limits.cut(row["reason"]) if row["reason"] else None,
+        "waiver": limits.cut(Waiver(**row["waiver"])) if row.get("waiver") else None,
         "meaning": meaning(row["reason"]) if row["reason"] else "",
         "counterexamples": [
             limits.cut(check["counterexample"]) for check in checks[: limits.parts] if check["counterexample"]

@@ -48,7 +48,8 @@ def render_markdown(store: Store) -> str:
     text = ""
     for rows, limit in _LIMITS:
         lines = [*_head(findings, verdict, environment, limit), *_table(findings, plan, rows, limit)]
-        lines += [*_fallen(verdict, rows, limit), *_undecided(verdict, rows, limit), *_untested(verdict, rows, limit)]
+        lines += [*_fallen(verdict, rows, limit), *_undecided(verdict, rows, limit), *_waived(verdict, rows, limit)]
+        lines += _untested(verdict, rows, limit)
         text = "\n".join([*lines, *_FOOT])
         if len(text.encode()) < MAX_BYTES:
             break
@@ -99,6 +100,17 @@ def _undecided(verdict: Verdict, rows: int, limit: int) -> list[str]:
         lines.append(f"- {code(reason, limit)}{said}: {counted(len(found), 'claim')}")
         lines += [f"  - {code(row['key'], limit)}" for row in found[:rows]]
         lines += [f"  {line}" for line in _rest(len(found), rows, "claim")]
+    return [*lines, ""] if lines else []
+
+
+def _waived(verdict: Verdict, rows: int, limit: int) -> list[str]:
+    lines = ["### Could not be judged, and waived", ""] if verdict.waived or verdict.expired else []
+    for row in verdict.waived[:rows]:
+        owner, reason = (code(row["waiver"][name], limit) for name in ("owner", "reason"))
+        lines.append(f"- {code(row['key'], limit)}: {code(row['reason'], limit)}")
+        lines.append(f"  - by {owner} until {row['waiver']['expires']}: {reason}")
+    lines += _rest(len(verdict.waived), rows, "claim")
+    lines += [f"- {code(line, limit)}" for line in verdict.expired[:rows]]
     return [*lines, ""] if lines else []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from q4kd.harness.checks.judgement import REASONS
 from q4kd.harness.findings import sabotage_lines
 from q4kd.harness.plan import Plan
+from q4kd.harness.waivers import expired_lines
 
 MARKS = {"corroborated": "✓", "falsified": "✗", "inconclusive": "?"}
 # What a verdict is called where a person reads in passing; the field's term stays beside it.
@@ -26,7 +27,9 @@ class Verdict:
         scale: how many claims of how many contracts.
         machine: what they were tried on.
         fell: required findings that are falsified.
-        undecided: reason → required findings that are inconclusive for it.
+        undecided: reason → required findings that are inconclusive for it and not waived.
+        waived: required findings that are inconclusive and excused by a waiver.
+        expired: one line for each waiver that no longer holds.
         untested: reason → plan entries out of scope for it.
         shown_to_fail: how many spoilt records and planted faults were noticed, one line each.
         unnoticed: how many of them were not.
@@ -38,6 +41,8 @@ class Verdict:
     machine: str
     fell: tuple[Mapping[str, Any], ...]
     undecided: Mapping[str, list[Mapping[str, Any]]]
+    waived: tuple[Mapping[str, Any], ...]
+    expired: tuple[str, ...]
     untested: Mapping[str, list[Any]]
     shown_to_fail: tuple[str, ...]
     unnoticed: int
@@ -47,9 +52,10 @@ def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str
     """Sum up a bundle from its findings, its plan and its environment."""
     required = [row for row in findings["findings"] if row["scope"] == "required"]
     fell = tuple(row for row in required if row["verdict"] == "falsified")
+    waived = tuple(row for row in required if row["verdict"] == "inconclusive" and row.get("waiver") is not None)
     undecided: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in required:
-        if row["verdict"] == "inconclusive":
+        if row["verdict"] == "inconclusive" and row not in waived:
             undecided[row["reason"]].append(row)
     untested: dict[str, list[Any]] = defaultdict(list)
     for entry in plan.entries:
@@ -59,26 +65,30 @@ def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str
     scale = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
     return Verdict(
         tone=_TONES[findings["exit_code"]],
-        title=_title(findings, len(required), len(fell), sum(map(len, undecided.values()))),
+        title=_title(findings["scope"], len(required), len(fell), sum(map(len, undecided.values())), len(waived)),
         scale=scale,
         machine=machine_of(environment),
         fell=fell,
         undecided=undecided,
+        waived=waived,
+        expired=tuple(expired_lines(plan.waivers, findings["created"])),
         untested=untested,
         shown_to_fail=tuple(sabotage_lines(findings)),
         unnoticed=sum(map(_unnoticed, findings["findings"])),
     )
 
 
-def _title(findings: Mapping[str, Any], required: int, fell: int, undecided: int) -> str:
+def _title(scope: str, required: int, fell: int, undecided: int, waived: int) -> str:
     if fell:
         return f"Failed: {fell} of {counted(required, 'claim')} fell"
     if undecided:
         return f"Not passed: {undecided} of {counted(required, 'claim')} could not be judged"
-    if not required:
-        return "Not passed: no claim was judged"
+    if required == waived:
+        return f"Not passed: no claim was judged{f', {waived} waived' if waived else ''}"
     survived = "the claim survived" if required == 1 else f"all {required} claims survived"
-    if findings["scope"] == "partial":
+    if waived:
+        survived = f"{required - waived} of {required} claims survived, {waived} undecided and waived"
+    if scope == "partial":
         return f"Not a pass: {survived}, but only a selection was run"
     return f"Passed: {survived}"
 

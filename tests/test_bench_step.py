@@ -218,9 +218,7 @@ def test_split_is_of_the_median_step() -> None:
     ],
 )
 @pytest.mark.usefixtures("small_pair")
-def test_input_is_checked(
-    words: list[str], subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_input_is_checked(words: list[str], subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--out", str(tmp_path / "out"), *words]) == 2
     refused = capsys.readouterr().err
     assert subject in refused

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLE = Path(__file__).parent / "example_project"
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(site: Path) -> dict[str, str]:
+    """Return variables by which an interpreter sees ``site``, then the packages that this one sees (several folders
+    where an environment lies over another)."""
+    paths = [str(site), *[path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +48,15 @@ def q4kd(installed: Path, tmp_path: Path) -> Run:
     shutil.copytree(installed / "site", tmp_path / "site", symlinks=True)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        paths = [str(tmp_path / "site"), sysconfig.get_path("purelib")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         command = [str(installed / "venv/bin/python"), "-m", "q4kd.harness", *arguments]
+        env = environment(tmp_path / "site")
         return subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120, check=False)
 
     return run
 
 
 def test_nothing_comes_from_this_checkout(installed: Path) -> None:
-    paths = [str(installed / "site"), sysconfig.get_path("purelib")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    env = environment(installed / "site")
     code = (
         "import harness, q4kd.harness, q4kd.trainer, q4kd.evidence as e; print(harness, q4kd.harness, q4kd.trainer, e)"
     )

@@ -3,13 +3,14 @@ import re
 from pathlib import Path
 
 import pytest
-from example_bundle import build, register
+from example_bundle import CONTRACT, PROSE, build, register
 from report_bundles import build_history, build_hostile
 
 from q4kd.harness import index
 from q4kd.harness.__main__ import main
 from q4kd.harness.bundle import pack
 from q4kd.harness.index import write_site
+from q4kd.harness.waivers import Waiver
 from q4kd.trainer.errors import InputError
 
 STEADY = [0.80, 0.81, 0.79, 0.80]
@@ -38,6 +39,13 @@ def test_a_regression_is_marked_on_its_run(tmp_path: Path) -> None:
     assert "2026-10-05 02:00 newest DEMO-001 demo-v1 peak 80 % ▲ 95 %" in rows
     assert "▲ regression" in section(pages["profile-cpu.html"], "trends")
     assert section(pages["index.html"], "bundles").count("▲ 1 regression") == 1
+
+
+def test_a_waived_claim_is_counted_as_such(tmp_path: Path) -> None:
+    waiver = Waiver(claim="demo-v1::DEMO-003", owner="Jo", reason="it is being written", expires="2026-11-23")
+    build(tmp_path / "bundles", text=CONTRACT + PROSE, waivers=(waiver,))
+    rows = section(site_of(tmp_path)["index.html"], "bundles")
+    assert "✓ Passed: 1 of 2 claims survived, 1 undecided and waived cpu 1 0 0, 1 waived" in rows
 
 
 def test_a_verdict_that_fell_is_worse_and_changed_claims_come_first(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
                 ".gz",
                 ".service",
                 ".timer",
+                ".cu",
+                ".cuh",
             }
             # Bundles and logs are for readers of the repository; an install needs the kill records only.
             apart = {"__pycache__", "bundles", "logs"} & set(relative.parts)

@@ -12,6 +12,8 @@ from q4kd.harness.bundle import seal
 from q4kd.harness.bundle_diff import compare_bundles
 from q4kd.harness.findings import exit_code, headline, parse_findings
 from q4kd.harness.interchange import write_interchange
+from q4kd.harness.report import render
+from q4kd.harness.report_markdown import render_markdown
 from q4kd.harness.store import DirectoryStore, open_store
 from q4kd.harness.verify import VerifyResult, verify_bundle
 from q4kd.harness.waivers import Waiver, load_waivers
@@ -121,6 +123,40 @@ def test_a_waived_bundle_verifies_and_says_so_everywhere(tmp_path: Path) -> None
     result = verify_bundle(bundle, tmp_path / "contracts")
     assert (result.status, result.problems) == ("consistent", ())
     assert f"{CLAIM} may be inconclusive: {Waiver(**GOOD)}" in result.caveats
+
+
+def test_report_and_comment_say_who_waived_what_until_when(tmp_path: Path) -> None:
+    store = DirectoryStore(made(tmp_path))
+    page, comment = render(store), render_markdown(store)
+    title = "Passed: 1 of 2 claims survived, 1 undecided and waived"
+    assert f"</span></span>{title}</h1>" in page and f"## ✓ {title}" in comment
+    assert "? undecided, 1 of them waived" in page and "(waived)</span>" in page
+    assert "by Jo until 2026-11-23: its experiment is being written" in page
+    assert f"- `{CLAIM}`: `prose`" in comment and "### Could not be judged\n" not in comment
+    assert "  - by `Jo` until 2026-11-23: `its experiment is being written`" in comment
+
+
+def test_report_and_comment_tell_of_an_expired_waiver(tmp_path: Path) -> None:
+    store = DirectoryStore(made(tmp_path, expires="2026-11-22"))
+    page, comment = render(store), render_markdown(store)
+    title = "Not passed: 1 of 2 claims could not be judged"
+    assert f"</span></span>{title}</h1>" in page and f"## ? {title}" in comment
+    for text in (page, comment):
+        assert f"error: the waiver of {CLAIM} by Jo expired on 2026-11-22 and does not apply" in text
+        assert "of them waived" not in text
+
+
+def test_hostile_waivers_are_escaped_and_one_without_a_day_is_refused(tmp_path: Path) -> None:
+    bundle = made(tmp_path, owner="<b>@jo</b>`")
+    findings = json.loads((bundle / "findings.json").read_text())
+    page, comment = render(DirectoryStore(bundle)), render_markdown(DirectoryStore(bundle))
+    assert "<b>@jo" not in page and "&lt;b&gt;@jo&lt;/b&gt;" in page
+    assert "by `<b>@jo</b>\\x60` until" in comment
+    row_of(findings, CLAIM)["waiver"]["expires"] = "<i>"
+    (bundle / "findings.json").write_text(json.dumps(findings))
+    for reader in (render, render_markdown):
+        with pytest.raises(InputError, match="waiver"):
+            reader(DirectoryStore(bundle))
 
 
 def test_an_expired_waiver_is_on_record_and_excuses_nothing(tmp_path: Path) -> None:
