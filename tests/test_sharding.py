@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_fsdp_1_is_refused(version: str | None, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(InputError, match="--fsdp_version 2"):
         sharding.make_accelerator("cpu")
+
+
+def test_the_log_says_how_many_processes_hold_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    one, two = (SimpleNamespace(num_processes=number) for number in (1, 2))
+    assert sharding.describe_processes(one) == "processes: 1"
+    assert "2, each with a copy" in sharding.describe_processes(two)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "2, each with a shard" in sharding.describe_processes(two)
 
 
 def test_state_of_another_student_is_refused() -> None:

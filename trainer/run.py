@@ -22,7 +22,7 @@ from q4kd.trainer.guards import check_labels, check_vocabulary
 from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
-from q4kd.trainer.sharding import make_accelerator, prepare_model, reshard, whole_state
+from q4kd.trainer.sharding import describe_processes, make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.student import (
     DistillationModel,
     encoder,
@@ -125,6 +125,7 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     announce = functools.partial(print, flush=True) if is_main else _say_nothing
     # First, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
+    announce(describe_processes(accelerator))
     teacher = cached = None
     if config.teacher_cache is None:
         assert config.teacher is not None

@@ -50,6 +50,14 @@ def make_accelerator(device: str, **options: Any) -> Any:
     return accelerator
 
 
+def describe_processes(accelerator: Any) -> str:
+    """Return how many processes there are and what each holds: a launcher may start fewer than it was asked for."""
+    number = accelerator.num_processes
+    if number == 1:
+        return "processes: 1"
+    return f"processes: {number}, each with a {'shard' if _asks_for_shards() else 'copy'} of the student"
+
+
 def _asks_for_shards() -> bool:
     """Whether ``accelerate launch --use_fsdp`` started this process."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
