@@ -76,8 +76,12 @@ def test_command_takes_real_steps(
 
 def test_ratios_are_taken_round_by_round() -> None:
     found = bench.ratios(
-        [series("q4kd", 4.0, 9.0, 8.0), series("teacher", 1.0, 2.0, 2.0), series("ce", 1.0, 1.0, 2.0)]
-        + [series("trl-bf16", 8.0, 9.0, 4.0)]
+        [
+            series("q4kd", 4.0, 9.0, 8.0),
+            series("teacher", 1.0, 2.0, 2.0),
+            series("ce", 1.0, 1.0, 2.0),
+            series("trl-bf16", 8.0, 9.0, 4.0),
+        ]
     )
     assert found["step over teacher + ce"]["median"] == 2.0
     assert (found["step over teacher + ce"]["least"], found["step over teacher + ce"]["greatest"]) == (2.0, 3.0)
@@ -218,9 +222,7 @@ def test_split_is_of_the_median_step() -> None:
     ],
 )
 @pytest.mark.usefixtures("small_pair")
-def test_input_is_checked(
-    words: list[str], subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_input_is_checked(words: list[str], subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--out", str(tmp_path / "out"), *words]) == 2
     refused = capsys.readouterr().err
     assert subject in refused

@@ -37,8 +37,13 @@ def test_saved_activations_are_those_of_the_architecture(tmp_path: Path) -> None
     layers, hidden, ffn, heads, kv, head_dim = 24, 896, 4864, 14, 2, 64
     student = write_student(
         tmp_path / "half",
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=151_936,
-        num_attention_heads=heads, num_key_value_heads=kv, layer_types=["full_attention"] * layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        vocab_size=151_936,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        layer_types=["full_attention"] * layers,
     )
     shape = shape_student(student, 32, 256, torch.bfloat16)
     assert shape.parameters == 494_032_768
@@ -117,8 +122,12 @@ def test_a_run_takes_what_its_plan_says(tmp_path: Path) -> None:
     layers = 6
     student = write_student(
         tmp_path / "student",
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, layer_types=["full_attention"] * layers,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        layer_types=["full_attention"] * layers,
     )
     (tmp_path / "text").write_text(Path(json.__file__).read_text() + Path(subprocess.__file__).read_text())
     words = ["distill", "--teacher", str(teacher_path()), "--student", str(student), "--data", str(tmp_path / "text")]
