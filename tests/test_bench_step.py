@@ -76,12 +76,16 @@ def test_command_takes_real_steps(
 
 def test_ratios_are_taken_round_by_round() -> None:
     found = bench.ratios(
-        [series("q4kd", 4.0, 9.0, 8.0), series("teacher", 1.0, 2.0, 2.0), series("ce", 1.0, 1.0, 2.0)]
-        + [series("trl-bf16", 8.0, 9.0, 4.0)]
+        [
+            series("q4kd", 4.0, 9.0, 8.0),
+            series("teacher", 1.0, 2.0, 2.0),
+            series("ce", 1.0, 1.0, 2.0),
+            series("trl-bf16", 12.0, 27.0, 8.0),
+        ]
     )
     assert found["step over teacher + ce"]["median"] == 2.0
     assert (found["step over teacher + ce"]["least"], found["step over teacher + ce"]["greatest"]) == (2.0, 3.0)
-    assert found["trl-bf16 over q4kd"]["median"] == 1.0
+    assert found["trl-bf16 over q4kd"]["median"] == 3.0
     assert "trl-nf4 over q4kd" not in found
     assert bench.ratios([series("teacher", 1.0)]) == {}
     assert bench.spread([3.0]) == dict.fromkeys(("median", "low", "high", "least", "greatest"), 3.0)
@@ -205,7 +209,7 @@ def test_split_is_of_the_median_step() -> None:
 @pytest.mark.parametrize(
     ("words", "subject"),
     [
-        (["--shape", "32"], "--shape"),
+        (["--shape", "32"], "BxT, such as 32x256"),
         (["--shape", "ax8"], "--shape"),
         (["--shape", "0x8"], "--shape"),
         (["--shape", "2x" + "9" * 40], "--shape"),
