@@ -51,7 +51,7 @@ def _given(vocab: int, inputs: Inputs) -> Path:
         # A whole chunk of seven tokens without a label, and labels in the last columns, which end a short tile.
         labels[14:21] = -100
         labels[-3:-1] = vocab - 1
-        arrays = {
+        arrays: dict[str, Any] = {
             "hidden": rng.normal(0, 1, (TOKENS, HIDDEN)),
             "weight": rng.normal(0, 0.5, (vocab, HIDDEN)),
             "teacher_hidden": rng.normal(0, 1, (TOKENS, SOURCE)),

@@ -101,11 +101,11 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
     from q4kd.trainer.teacher_head import DenseHead
 
-    class Allocations(TorchDispatchMode):
+    class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Storages that operators made: the shapes they have, and the bytes of those still alive."""
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.held: dict[int, tuple[Any, int]] = {}
             self.shapes: set[tuple[int, ...]] = set()
             self.made = self.peak = 0
