@@ -129,6 +129,7 @@ def vocabulary_widths(arguments: list[str]) -> int:
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher import load_teacher
+    from q4kd.trainer.teacher_signal import OnlineSignal
 
     widths: set[tuple[int, int]] = set()
     kd_loss: Any = importlib.import_module("q4kd.trainer.kd_loss")
@@ -147,7 +148,8 @@ def vocabulary_widths(arguments: list[str]) -> int:
     causal_lm: Any = student.load_student(args.student, seed=1)
     model = student.DistillationModel(causal_lm, kd_loss.KDLossConfig())
     windows = ids[:, :-1]
-    model(windows, ids[:, 1:], teacher.hidden(windows), teacher.head_logits, float(windows.numel()))
+    signal = OnlineSignal(teacher.hidden(windows), teacher.head_logits)
+    model(windows, ids[:, 1:], signal, float(windows.numel()))
     _save_arrays(args.out, arrays)
     [(student_width, teacher_width)] = widths
     table = {
