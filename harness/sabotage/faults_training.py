@@ -121,7 +121,9 @@ def _quiet_early_exit() -> None:
 def _checkpoint_not_written() -> None:
     def make(_original: Callable[..., Any]) -> Callable[..., Any]:
         def save(run: Any, _tensors: Any, state: Any) -> Any:
-            return run / "checkpoints" / f"step-{state.step:06d}"
+            folder: Any = run / "checkpoints"
+            folder.mkdir(exist_ok=True)
+            return folder / f"step-{state.step:06d}"
 
         return save
 
