@@ -46,9 +46,7 @@ def test_one_launch(kernels: LossKernels, divergence, in_type: torch.dtype, temp
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_one_launch_repeats_its_bits_and_is_two_launches_to_rounding(
-    kernels: LossKernels, divergence
-) -> None:  # type: ignore[no-untyped-def]
+def test_one_launch_repeats_its_bits_and_is_two_launches_to_rounding(kernels: LossKernels, divergence) -> None:  # type: ignore[no-untyped-def]
     # 1,024 rows of 19 segments: many times what runs at one time, so rows wait for each other.
     student = (4 * torch.randn(1024, VOCAB, device="cuda")).contiguous()
     teacher = (0.9 * student + torch.randn(1024, VOCAB, device="cuda")).contiguous()
