@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from q4kd.harness.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.experiments_export import run_program
@@ -58,6 +57,8 @@ def _ids(inputs: Inputs) -> Any:
 
 
 def _collect_signals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
     folder = run_dir / "cache"
     if not (folder / "cache.json").is_file():
         return {"comparators": {}}
