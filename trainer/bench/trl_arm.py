@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from q4kd.trainer.bench.interleave import Ids
+from q4kd.trainer.bench.step_arms import synchronise
 
 
 class TrlArm:
@@ -88,13 +89,13 @@ class TrlArm:
         # The window's last token has a label but is no input of q4kd's; here, too, T positions are learnt.
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         self._model.train()
-        _synchronise(device)
+        synchronise(device)
         started = time.perf_counter()
         self._trainer.training_step(self._model, inputs)
         self._trainer.accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
         self._optimizer.step()
         self._model.zero_grad()
-        _synchronise(device)
+        synchronise(device)
         return time.perf_counter() - started
 
     def close(self) -> None:
@@ -114,8 +115,3 @@ def _any_tokenizer() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(demo.student_path(), local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
