@@ -10,6 +10,7 @@ from q4kd.trainer.cache_store import read_index
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.device import mem_available
 from q4kd.trainer.dtypes import choose_dtype
+from q4kd.trainer.errors import InputError
 from q4kd.trainer.footprint import predict_footprint
 from q4kd.trainer.memory_plan import (
     CacheShape,
@@ -97,6 +98,13 @@ _shape_cached = functools.lru_cache(maxsize=16)(shape_student)
 def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
     assert config.teacher is not None
     model = open_model(config.teacher)
+    if config.seq_len > model.config.context_length:
+        raise InputError(
+            f"seq_len {config.seq_len}",
+            expected=f"at most {model.config.context_length}, the teacher's context length",
+            got=str(config.seq_len),
+            remedy="give a smaller --seq-len",
+        )
     dense = model.num_weights * place.dense_weight_bytes
     choice = choose_backend(
         backend_override(config.backend), model.bytes_by_type(), place.device_class, dense_fits=dense <= place.budget
