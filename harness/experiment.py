@@ -26,6 +26,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_backend",
     "q4kd.harness.experiments_cuda",
     "q4kd.harness.experiments_precision",
+    "q4kd.harness.experiments_products",
     "q4kd.harness.experiments_loss",
     "q4kd.harness.experiments_fused",
     "q4kd.harness.experiments_training",

@@ -48,20 +48,37 @@ def decision_tables(arguments: list[str]) -> int:
         f"{place} / {override or 'unset'}": allocation_policy(place, override).allocation
         for place, override in itertools.product(_CLASSES, (None, "0", "1"))
     }
-    answers = Counter(
-        classify(divmod(number, 10), integrated)
-        for number, integrated in itertools.product(range(201), (True, False, None))
-    )
-    device_class: dict[str, object] = {name: classify(*facts) for name, facts in _KNOWN.items()}
-    device_class["answers over 0.0 to 20.0, attribute true, false and unknown"] = sum(answers.values())
-    device_class["answers that are neither class"] = sum(
-        count for answer, count in answers.items() if answer not in ("classic", "unified")
-    )
+    every = list(itertools.product((divmod(number, 10) for number in range(201)), (True, False, None)))
+    classes = Counter((integrated, classify(capability, integrated)) for capability, integrated in every)
+    sources: Counter[str] = Counter()
+    for (capability, integrated), override in itertools.product(every, (None, "", "0", "1")):
+        place = classify(capability, integrated)
+        found = allocation_policy(place, override).allocation
+        by_class = "managed" if place == "unified" else "device"
+        wanted = {"0": "device", "1": "managed"}.get(override or "", by_class)
+        kind = "override" if override else "class"
+        sources[f"decided by the {kind}" if found == wanted else f"against the {kind}"] += 1
     tables = {
         "backend": backends,
         "precedence": precedence,
         "allocation": allocation,
-        "device_class": device_class,
+        "allocation_values": {value: _answer(value) for value in ("2", "yes", "-1", " 1")},
+        "allocation_sources": {"against the override": 0, "against the class": 0, **sources},
+        "device_class": {name: classify(*facts) for name, facts in _KNOWN.items()},
+        "device_classes": {
+            f"attribute {integrated}: {answer}": count for (integrated, answer), count in classes.items()
+        },
     }
     write_json(args.out, {"tables": tables})
     return 0
+
+
+def _answer(override: str) -> str:
+    """Return the allocation that an override gives on a classic device, or that it is refused."""
+    from q4kd.trainer.device import allocation_policy
+    from q4kd.trainer.errors import InputError
+
+    try:
+        return allocation_policy("classic", override).allocation
+    except InputError:
+        return "refused"

@@ -41,6 +41,30 @@ def _allocation_override_ignored() -> None:
     replace("q4kd.trainer.device:allocation_policy", make)
 
 
+def _new_devices_without_class() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        # A table that ends with the devices of its day.
+        return lambda capability, integrated: original(capability, integrated) if capability < (13, 0) else "unknown"
+
+    replace("q4kd.trainer.device:classify", make)
+
+
+def _any_override_is_on() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_class, override: original(
+            device_class, "1" if override not in (None, "", "0") else override
+        )
+
+    replace("q4kd.trainer.device:allocation_policy", make)
+
+
+def _empty_override_is_on() -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_class, override: original(device_class, "1" if override == "" else override)
+
+    replace("q4kd.trainer.device:allocation_policy", make)
+
+
 def _noisy_dense() -> None:
     """The dense backend drops the lowest bits of every weight, as a half-precision cache would."""
 
@@ -110,6 +134,24 @@ for _name, _title, _target, _apply in (
         "the allocation override changes nothing",
         "q4kd.trainer.device:allocation_policy",
         _allocation_override_ignored,
+    ),
+    (
+        "new-devices-without-class",
+        "compute capabilities from 13.0 on are of no class",
+        "q4kd.trainer.device:classify",
+        _new_devices_without_class,
+    ),
+    (
+        "any-override-is-on",
+        "any allocation override that is not 0 means managed memory",
+        "q4kd.trainer.device:allocation_policy",
+        _any_override_is_on,
+    ),
+    (
+        "empty-override-is-on",
+        "an empty allocation override means managed memory",
+        "q4kd.trainer.device:allocation_policy",
+        _empty_override_is_on,
     ),
     (
         "coarse-dense",
