@@ -17,8 +17,11 @@ _KNOWN = {
     "H100 9.0": ((9, 0), False),
     "H200 9.0, attribute unknown": ((9, 0), None),
     "RTX 5090 12.0": ((12, 0), False),
+    "Jetson Orin 8.7, attribute unknown": ((8, 7), None),
+    "A100 8.0": ((8, 0), False),
     "an unknown integrated 19.9": ((19, 9), True),
 }
+_REFUSED_OVERRIDES = ("2", "yes", "-1", " 1", "true", "on", "00", "01", "managed")
 
 
 def decision_tables(arguments: list[str]) -> int:
@@ -62,7 +65,7 @@ def decision_tables(arguments: list[str]) -> int:
         "backend": backends,
         "precedence": precedence,
         "allocation": allocation,
-        "allocation_values": {value: _answer(value) for value in ("2", "yes", "-1", " 1")},
+        "allocation_values": {value: _answer(value) for value in _REFUSED_OVERRIDES},
         "allocation_sources": {"against the override": 0, "against the class": 0, **sources},
         "device_class": {name: classify(*facts) for name, facts in _KNOWN.items()},
         "device_classes": {
