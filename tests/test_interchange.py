@@ -11,6 +11,7 @@ from example_bundle import CONTRACT, PROSE, build, register
 from jsonschema import Draft202012Validator, FormatChecker
 
 from q4kd.harness.interchange import ctrf, intoto_statement, junit, message_of
+from q4kd.harness.waivers import Waiver
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -66,6 +67,17 @@ def test_both_formats_fit_their_schemas(findings: dict[str, Any]) -> None:
     for name in ("DEMO-003", 'a "b" <c>&', "é\u2028"):
         findings["findings"][1]["id"] = name
         junit_schema.validate(junit(findings).decode())
+
+
+def test_both_formats_of_a_waived_claim_fit_their_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    waiver = Waiver(claim="demo-v1::DEMO-003", owner="Jo", reason="it is being written", expires="2026-11-23")
+    folder = build(tmp_path, text=CONTRACT + PROSE, waivers=(waiver,))
+    xmlschema.XMLSchema(str(SCHEMAS / "junit.xsd")).validate(str(folder / "junit.xml"))
+    report = json.loads((folder / "ctrf.json").read_text())
+    ctrf_schema().validate(report)
+    (waived,) = (test for test in report["results"]["tests"] if test["name"].endswith("DEMO-003"))
+    assert waived["status"] == "other" and "waived by Jo until 2026-11-23" in waived["message"]
 
 
 def test_an_inconclusive_claim_is_neither_passed_nor_skipped_in_any_format(findings: dict[str, Any]) -> None:
