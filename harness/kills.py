@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,17 @@ class KillStore:
             if other["raw"] == name:
                 other["raw_sha256"] = digest
         write_json(self.folder / "records.json", {"format": RECORDS_FORMAT, "records": self.records})
+
+    def arrays_of_others(self, name: str, claims: Set[str]) -> set[str]:
+        """Return the arrays in an archive that records of claims other than these (``contract::id``) may rest on."""
+        others = [r for r in self.records.values() if r["raw"] == name and f"{r['contract']}::{r['id']}" not in claims]
+        if not others:
+            return set()
+        try:
+            names = self.archive(name)[0].names()
+        except InputError:
+            return set()
+        return {file for file in names if "/arrays/" in file}
 
     def copy_to(self, folder: Path, keys: Iterable[str]) -> None:
         """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder."""

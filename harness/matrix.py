@@ -3,11 +3,13 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from q4kd.harness.bundle import pack_bytes
 from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
@@ -19,7 +21,7 @@ from q4kd.harness.judge import JUDGE_VERSION
 from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import detect_profile, load_profile
-from q4kd.harness.raw import RawRun
+from q4kd.harness.raw import RawRun, array_file
 from q4kd.harness.runner import ExperimentRunner, HarnessError, prune
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
 from q4kd.harness.yaml_lines import printable
@@ -136,19 +138,39 @@ def _run_group(
         return all_of("VOID", f"{missing.target} is missing")
     except (HarnessError, InputError) as error:
         return all_of("misfire", str(error))
-    raw = _archive(runner.faulted_root(experiment, fault.name))
-    cells = []
+    watched = {run: _ReadRun(base) for run, base in runs.items()}
+    outcomes: list[dict[str, Any]] = []
     for claim in claims:
         try:
-            outcome = judge_faulted(claim, fault, profile, runs)
-            mark = mark_of(outcome)
-            if mark != "VOID":
-                key = record_key(claim, fault, experiment, profile)
-                kills.add(key, _record(claim, fault, experiment, profile, outcome, runs), raw)
+            outcomes.append(judge_faulted(claim, fault, profile, watched))
         except InputError as error:
-            outcome, mark = {"detail": str(error)}, "misfire"
+            outcomes.append({"caught": False, "detail": f"misfire: {error}"})
+    needed = {f"runs/{run}/{file}" for run, base in watched.items() for file in base.files}
+    needed |= kills.arrays_of_others(f"{fault.name}--{experiment}.tar.gz", {claim.key for claim in claims})
+    raw = _archive(runner.faulted_root(experiment, fault.name), needed)
+    cells = []
+    for claim, outcome in zip(claims, outcomes, strict=True):
+        mark = mark_of(outcome)
+        if mark != "VOID" and "verdict" in outcome:
+            key = record_key(claim, fault, experiment, profile)
+            try:
+                kills.add(key, _record(claim, fault, experiment, profile, outcome, runs), raw)
+            except InputError as error:
+                outcome, mark = {"detail": str(error)}, "misfire"
         cells.append(Cell(claim.key, experiment, fault.name, mark, str(outcome["detail"]), True))
     return cells
+
+
+class _ReadRun(RawRun):
+    """A run that remembers which files of arrays a judgement read."""
+
+    def __init__(self, base: RawRun) -> None:
+        vars(self).update(vars(base))
+        self.files: set[str] = set()
+
+    def array(self, name: str) -> dict[str, NDArray[Any]]:
+        self.files.add(array_file(name))
+        return super().array(name)
 
 
 def mark_of(outcome: Mapping[str, Any]) -> Mark:
@@ -159,9 +181,13 @@ def mark_of(outcome: Mapping[str, Any]) -> Mark:
     return "VOID" if word == "VOID" else "misfire" if word == "misfire" else "missed"
 
 
-def _archive(root: Path) -> bytes:
+def _archive(root: Path, needed: Set[str]) -> bytes:
+    """Pack the raw runs, without the arrays that no verdict under this fault rests on: most of their bytes."""
     for folder in (root / "runs").iterdir():
         prune(folder)
+        for path in (folder / "arrays").glob("*.npz"):
+            if path.relative_to(root).as_posix() not in needed:
+                path.unlink()
     return pack_bytes(root)
 
 

@@ -130,9 +130,14 @@ class RawRun:
         Raises:
             InputError: missing, over 8 MB packed or 64 MB unpacked, pickled, or not what its headers say.
         """
-        file = name if name.endswith(".npz") else f"{name}.npz"
-        file = file if file.startswith("arrays/") else f"arrays/{file}"
+        file = array_file(name)
         return load_arrays(self.store.read(file, MAX_ARRAY_FILE), f"{self.name}/{file}")
+
+
+def array_file(name: str) -> str:
+    """Return the file within a run that holds an array, by the name that a check gives it."""
+    file = name if name.endswith(".npz") else f"{name}.npz"
+    return file if file.startswith("arrays/") else f"arrays/{file}"
 
 
 def load_arrays(data: bytes, origin: str) -> dict[str, NDArray[Any]]:

@@ -3,6 +3,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakeworld import plugin as world
 
@@ -104,10 +105,40 @@ def test_the_archive_is_deterministic_and_holds_only_raw_files(runner, store, tm
     kill_matrix([one], "cpu", store, runner, changed=False)
     data = (store.folder / "inflate--measure.tar.gz").read_bytes()
     root = runner.faulted_root("measure", "inflate")
-    assert matrix._archive(root) == data
+    assert matrix._archive(root, set()) == data
     assert b"checkpoint.bin" not in gzip.decompress(data)
     archive, _ = store.archive("inflate--measure.tar.gz")
     assert "runs/measure/exit.json" in archive.names()
+
+
+def test_an_archive_keeps_the_arrays_that_its_verdicts_rest_on(runner, store, monkeypatch):
+    run, judge = runner.run, matrix.judge_faulted
+
+    def run_with_arrays(*arguments, **options):
+        runs = run(*arguments, **options)
+        folder = runner.faulted_root("measure", "inflate") / "runs" / "measure" / "arrays"
+        folder.mkdir(exist_ok=True)
+        for name in ("first", "second", "unread"):
+            np.savez(folder / f"{name}.npz", subject=np.arange(3.0))
+        return runs
+
+    def judge_reading(one, fault, profile, runs):
+        assert len(runs["measure"].array({"FT-1": "first", "FT-2": "second"}[one.id])["subject"]) == 3
+        return judge(one, fault, profile, runs)
+
+    monkeypatch.setattr(runner, "run", run_with_arrays)
+    monkeypatch.setattr(matrix, "judge_faulted", judge_reading)
+
+    def kept_after(*claims):
+        assert {cell.mark for cell in kill_matrix(claims, "cpu", store, runner, changed=False)} == {"caught"}
+        names = KillStore(store.folder).archive("inflate--measure.tar.gz")[0].names()
+        return {Path(name).stem for name in names if name.endswith(".npz")}
+
+    one, other = claim("inflate"), claim("inflate", claim_id="FT-2")
+    assert kept_after(one) == {"first"}
+    # Whoever is not asked this time keeps what its record rests on.
+    assert kept_after(other) == {"first", "second"}
+    assert kept_after(one, other) == {"first", "second"}
 
 
 def stale(one, store):
