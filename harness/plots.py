@@ -76,7 +76,7 @@ def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: 
 def _series_and_phase(check: Mapping[str, Any]) -> tuple[str, Phase]:
     """Return the series that a memory check judges and the events its ceiling holds between (None: to the end)."""
     if check["check"] == "residency":
-        return "rss_above_baseline", ("teacher_ready", None)
+        return "rss_above_baseline", ("teacher_ready", check["params"].get("outside", {}).get("until"))
     first, last = check["params"].get("phase") or (None, None)
     return str(check["params"].get("series")), (str(first), str(last))
 

@@ -133,6 +133,18 @@ def test_residency(tmp_path: Path, held: dict[str, int], options: dict[str, Any]
     assert outcome(evaluate("residency", residency_run(tmp_path, held, **options), RESIDENCY, 3)) == expected
 
 
+@pytest.mark.parametrize(
+    ("until", "when", "expected"),
+    [(None, 5.2, "falsified"), ("done", 5.2, "corroborated"), ("done", 4.9, "falsified"), ("absent", 5.2, "falsified")],
+)
+def test_residency_until_an_event(tmp_path: Path, until: str | None, when: float, expected: str) -> None:
+    run = residency_run(tmp_path, TYPES)
+    points = [*[(t / 4, 200 * MB) for t in range(21)], (when, 200 * MB + 111 * MB)]
+    late = write_run(tmp_path, "late", events=run.events, memory=samples(*sorted(points)), facts=dict(run.facts))
+    params = {**RESIDENCY, "outside": {**RESIDENCY["outside"], **({"until": until} if until else {})}}  # type: ignore[dict-item]
+    assert outcome(evaluate("residency", late, params, 3)) == expected
+
+
 def test_residency_without_the_teachers_account(tmp_path: Path) -> None:
     run = write_run(tmp_path, facts={"gguf_tensor_bytes": 80 * MB, "gguf_bytes_by_type": TYPES})
     assert outcome(evaluate("residency", run, RESIDENCY)) == "run incomplete"

@@ -45,6 +45,11 @@ PARAMS: dict[str, Any] = {
             "properties": {
                 "times": {"type": "number", "exclusiveMinimum": 0},
                 "plus_bytes": {"type": "number", "minimum": 0},
+                "until": {
+                    "type": "string",
+                    "pattern": "^[a-z_]{1,40}$",
+                    "description": "Event after which growth is no longer the teacher's; the end of the run without it.",
+                },
             },
         },
     },
@@ -63,6 +68,9 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     run = pick_run(runs, params.get("arm"))
     ready, baseline = run.event("teacher_ready"), baseline_rss(run)
     after = [sample for sample in run.memory if ready and sample["t"] >= ready["t"]]
+    # As a process ends, libraries touch pages of their own files: 100 MB of them in some runs, none in others.
+    last = run.event(params["outside"].get("until", ""))
+    after = [sample for sample in after if last is None or sample["t"] <= last["t"]]
     done = run.event("done")
     return completion(run) | {
         "resident_bytes": dict(ready["resident_bytes"]) if ready else None,
