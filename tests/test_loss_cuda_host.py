@@ -9,6 +9,7 @@ from test_kd_loss import arrays, exact_loss, relative
 
 from q4kd.trainer import loss_terms
 from q4kd.trainer.cuda import loss as cuda_loss
+from q4kd.trainer.cuda import loss_chunks, loss_tensors
 from q4kd.trainer.cuda.loss_kernels import LossKernels
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig
 from q4kd.trainer.teacher_head import DenseHead
@@ -32,7 +33,7 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.dtype == b.dtype
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
-    monkeypatch.setattr(cuda_loss, "multiply", lambda x, weight, out: out.copy_(x.float() @ weight.float().T))
+    monkeypatch.setattr(loss_tensors, "multiply", lambda x, weight, out: out.copy_(x.float() @ weight.float().T))
     monkeypatch.setattr(loss_terms, "multiply_wide", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(loss_terms, "add_product", add)
 
@@ -59,7 +60,7 @@ def run(kernels: LossKernels, a, config: KDLossConfig, head=None, dtype=F32):  #
     [(120, 0, 0, 0.3, 1.0), (121, 5, 48, 0.0, 2.0), (120, 7, 50, 0.5, 0.5), (64, 4, 24, 1.0, 1.0)],
 )
 def test_float32_students(kernels, monkeypatch, divergence, mode, vocab, chunk, tile, alpha, temperature) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(cuda_loss, "SLICE", 3)
+    monkeypatch.setattr(loss_chunks, "SLICE", 3)
     a = arrays(1, tokens=9, vocab=vocab)
     a["labels"][::4] = IGNORE
     config = KDLossConfig(
@@ -76,7 +77,7 @@ def test_float32_students(kernels, monkeypatch, divergence, mode, vocab, chunk, 
 @pytest.mark.parametrize("logits", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_students(kernels, monkeypatch, mode, logits) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(cuda_loss, "SLICE", 4)
+    monkeypatch.setattr(loss_chunks, "SLICE", 4)
     a = arrays(2, tokens=24, vocab=256)
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
         a[name] = a[name].bfloat16()
@@ -123,10 +124,10 @@ def test_equality_is_exact_in_both_modes(kernels) -> None:  # type: ignore[no-un
 
 def test_chunk_is_chosen_by_bytes() -> None:
     types = {"logits_bytes": 4, "gradient_bytes": 2, "with_teacher": True}
-    assert cuda_loss.chunk_bytes(4096, 151_936, **types) == 4096 * 151_936 * 2 + 2 * 1024 * 151_936 * 4
-    assert cuda_loss.choose_chunk(8192, 151_936, cuda_loss.CHUNK_BYTES, **types) == 4096
-    assert cuda_loss.choose_chunk(8192, 151_936, 1 << 30, **types) == 512
-    assert cuda_loss.choose_chunk(8192, 151_936, 1, **types) == 256
-    assert cuda_loss.choose_chunk(100, 32_000, cuda_loss.CHUNK_BYTES, **types) == 100
+    assert loss_chunks.chunk_bytes(4096, 151_936, **types) == 4096 * 151_936 * 2 + 2 * 1024 * 151_936 * 4
+    assert loss_chunks.choose_chunk(8192, 151_936, loss_chunks.CHUNK_BYTES, **types) == 4096
+    assert loss_chunks.choose_chunk(8192, 151_936, 1 << 30, **types) == 512
+    assert loss_chunks.choose_chunk(8192, 151_936, 1, **types) == 256
+    assert loss_chunks.choose_chunk(100, 32_000, loss_chunks.CHUNK_BYTES, **types) == 100
     in_place = types | {"logits_bytes": 2}
-    assert cuda_loss.chunk_bytes(1024, 1000, **in_place) == 2 * 1024 * 1000 * 2
+    assert loss_chunks.chunk_bytes(1024, 1000, **in_place) == 2 * 1024 * 1000 * 2

@@ -144,21 +144,21 @@ def _cache_shape(config: DistillConfig) -> CacheShape:
 def _cuda_loss_shape(
     config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, place: Place
 ) -> LossShape:
-    """Return the loss's buffers on CUDA; see ``cuda/loss.py``, whose arithmetic this is."""
-    from q4kd.trainer.cuda import loss
+    """Return the loss's buffers on CUDA; see ``cuda/loss_chunks.py``, whose arithmetic this is."""
+    from q4kd.trainer.cuda.loss_chunks import CHUNK_BYTES, LOW_CHUNK, LOW_TILE, choose_chunk, chunk_bytes
 
     tokens, size = config.batch_size * config.seq_len, student.weight_bytes
     if config.teacher_cache is not None:
         # Plain torch, over k + 1 events; loss_mode says nothing there.
         return plain_loss_shape(config, student)
     if config.loss_mode == "low":
-        chunk, width = min(tokens, config.chunk_tokens or loss._LOW_CHUNK), min(student.vocab, loss._LOW_TILE)
+        chunk, width = min(tokens, config.chunk_tokens or LOW_CHUNK), min(student.vocab, LOW_TILE)
         head = width * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
         return LossShape(3 * chunk * width * 4 + head, 0, f"3 x {chunk:,} x {width:,} x 4 bytes + a tile of the head")
     # bfloat16 products give bfloat16 logits, which become their gradient in place.
     types: dict[str, Any] = {"logits_bytes": 4, "gradient_bytes": size, "with_teacher": teacher is not None}
-    chunk = min(tokens, config.chunk_tokens) or loss.choose_chunk(tokens, student.vocab, loss.CHUNK_BYTES, **types)
-    held = loss.chunk_bytes(chunk, student.vocab, **types)
+    chunk = min(tokens, config.chunk_tokens) or choose_chunk(tokens, student.vocab, CHUNK_BYTES, **types)
+    held = chunk_bytes(chunk, student.vocab, **types)
     decoded = teacher.config.vocab_size * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
     return LossShape(held, decoded, f"chunks of {chunk:,} x {student.vocab:,}")
 

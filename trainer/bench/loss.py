@@ -239,7 +239,7 @@ def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]
     kinds: tuple[LogitsType, ...]
     chunks: dict[LogitsType, int]
     if device.type == "cuda":
-        from q4kd.trainer.cuda.loss import fast_chunk, slice_of
+        from q4kd.trainer.cuda.loss_chunks import fast_chunk, slice_of
 
         chunks = {
             kind: fast_chunk(tokens, work.shape.vocab, replace(config, logits=kind), work.hidden) for kind in _TYPES

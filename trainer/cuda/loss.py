@@ -15,65 +15,24 @@ Read in two launches, float32 logits would be 22.4 GB (5.3 and 7.5 ms). Hence on
 up to 4,096 tokens for the two gradient products, fed by slices of 1,024 tokens of logits: ``[chunk, V]`` bfloat16 plus
 two ``[slice, V]`` float32 are 2.5 GB. bfloat16 logits become their gradient in place, in slices as long as the chunk.
 ``CHUNK_BYTES`` bounds them. Measured on an H200, the kernel takes 4.9 ms on float32 logits and 3.3 ms on bfloat16 ones:
-its blocks wait for each other's sums, and only three or four of them fit a multiprocessor.
+its blocks wait for each other's sums, and only three or four of them fit a multiprocessor. Mode ``low`` is in
+``loss_low.py``.
 
-Mode ``low`` walks the vocabulary in tiles of R = 8,192, all tokens of a tile in chunks of C = 2,048; bytes beyond
-parameters and gradients: two ``[C, R]`` float32 134 MB + their gradient 34 MB + teacher tile ``[R, H']`` 59 MB + tile
-of the head's gradient in float32 29 MB + sums 5 MB + hidden states where some positions are masked 15 + 59 MB + their
-gradient in float32, before it is rounded, 29 MB + cuBLAS's workspace 32 MB = 396 MB, whatever V is.
-
-Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, R columns of a tile, H hidden size, V vocabulary.
+Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from q4kd.trainer.cuda.loss_kernels import (
-    SUMS,
-    LossKernels,
-    Part,
-    kind_of,
-    knobs_of,
-    loss_kernels,
-    segments_of,
-    whole,
-    width_of,
-)
-from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
+from q4kd.trainer.cuda.loss_chunks import fast_chunk, slice_of
+from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, knobs_of, loss_kernels, whole
+from q4kd.trainer.cuda.loss_low import run_low
+from q4kd.trainer.cuda.loss_tensors import LossTensors, project
+from q4kd.trainer.cuda.numerics import pinned_numerics
 from q4kd.trainer.loss_terms import KDLossConfig, LossSums
 from q4kd.trainer.teacher_head import TeacherHead
-
-CHUNK_BYTES = 3_000_000_000
-_CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
-SLICE = 1024
-_LOW_CHUNK, _LOW_TILE = 2048, 8192
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A call's tensors on the device, masked positions left out, in the types of their products."""
-
-    hidden: Tensor  # [P, H]
-    weight: Tensor  # [V, H]
-    labels: Tensor  # [P]
-    positions: Tensor  # [P]
-    teacher_hidden: Tensor | None  # [P, H']
-    teacher_head: Any  # a TeacherHead, or a function to logits
-    config: KDLossConfig
-    logits_type: torch.dtype
-
-    @property
-    def kind(self) -> str:
-        """Which kernels serve."""
-        return kind_of(self.config, self.teacher_hidden is not None)
-
-    def logits(self, rows: int, columns: int) -> Tensor:
-        """Return a new buffer of logits."""
-        return torch.empty(rows, columns, dtype=self.logits_type, device=self.hidden.device)
 
 
 def run_on_cuda(
@@ -116,7 +75,7 @@ def run_on_cuda(
     if teacher_hidden is not None:
         kept = teacher_head.dtype if isinstance(teacher_head, TeacherHead) else teacher_hidden.dtype
         teacher_hidden = unmasked(teacher_hidden).to(device, kept)
-    given = _Given(
+    given = LossTensors(
         hidden=unmasked(hidden_MH).to(dtype),
         weight=weight_VH.to(dtype),
         labels=unmasked(labels_M).contiguous(),
@@ -128,76 +87,12 @@ def run_on_cuda(
     )
     with pinned_numerics():
         if config.mode == "low":
-            _run_low(given, sums, kernels)
+            run_low(given, sums, kernels)
         else:
             _run_fast(given, sums, kernels)
 
 
-def _project(x_CH: Tensor, weight_RH: Tensor, out_CR: Tensor) -> None:
-    """Write ``x @ W.T`` to ``out``, also where cuBLAS does not write its type."""
-    if out_CR.dtype in (x_CH.dtype, torch.float32):
-        multiply(x_CH, weight_RH, out_CR)
-    else:
-        out_CR.copy_(x_CH @ weight_RH.T)
-
-
-def slice_of(chunk: int, *, in_place: bool) -> int:
-    """Return how many of a chunk's tokens have logits at one time.
-
-    Where logits become their gradient in place, a slice needs no buffer but the teacher's and is as long as the chunk:
-    products of 1,024 rows take a tenth longer than those of 4,096 (H200).
-    """
-    return chunk if in_place else min(chunk, SLICE)
-
-
-def chunk_bytes(chunk: int, vocab: int, *, logits_bytes: int, gradient_bytes: int, with_teacher: bool) -> int:
-    """Return the bytes of ``fast``'s buffers for a chunk of ``chunk`` tokens; see the module's text."""
-    rows = slice_of(chunk, in_place=logits_bytes == gradient_bytes)
-    logits = rows * vocab * logits_bytes
-    return chunk * vocab * gradient_bytes + logits * (with_teacher + (logits_bytes != gradient_bytes))
-
-
-def choose_chunk(tokens: int, vocab: int, budget: int, **types: Any) -> int:
-    """Return the largest chunk, of a fixed list, whose buffers fit ``budget`` bytes (else the smallest).
-
-    Args:
-        tokens: P; a chunk is no larger.
-        vocab: V.
-        budget: bytes.
-        types: as for ``chunk_bytes``.
-    """
-    fitting = (chunk for chunk in _CHUNKS if chunk_bytes(min(chunk, tokens), vocab, **types) <= budget)
-    return min(tokens, next(fitting, _CHUNKS[-1]))
-
-
-def _budget(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CHUNK_BYTES
-    return min(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 20)
-
-
-def fast_chunk(tokens: int, vocab: int, config: KDLossConfig, hidden: Tensor, *, with_teacher: bool = True) -> int:
-    """Return the tokens of a chunk of ``fast``: as set, else what fits the device's share of bytes.
-
-    Args:
-        tokens: P.
-        vocab: V.
-        config: ``chunk_tokens`` and ``logits``.
-        hidden: of the student, for its type and device.
-        with_teacher: whether there are logits of a teacher.
-    """
-    if config.chunk_tokens:
-        return min(tokens, config.chunk_tokens)
-    gradient_bytes = 2 if hidden.dtype == torch.bfloat16 else 4
-    types = {
-        "logits_bytes": 2 if config.logits == "bfloat16" and gradient_bytes == 2 else 4,
-        "gradient_bytes": gradient_bytes,
-        "with_teacher": with_teacher,
-    }
-    return choose_chunk(tokens, vocab, _budget(hidden.device), **types)
-
-
-def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
+def _run_fast(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
     tokens, vocab, device = len(given.labels), len(given.weight), given.hidden.device
     gradient_type, with_teacher = given.hidden.dtype, given.teacher_hidden is not None
     chunk = fast_chunk(tokens, vocab, given.config, given.hidden, with_teacher=with_teacher)
@@ -219,9 +114,9 @@ def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
                 if decoded is None:
                     teacher.copy_(given.teacher_head(given.teacher_hidden[rows])[:, :vocab])
                 else:
-                    _project(given.teacher_hidden[rows], decoded[:vocab], teacher)
+                    project(given.teacher_hidden[rows], decoded[:vocab], teacher)
             student = grad_SV if student_SV is None else student_SV[: stop - start]
-            _project(given.hidden[rows], given.weight, student)
+            project(given.hidden[rows], given.weight, student)
             softmax(rows, student, teacher, grad_SV)
         if sums.wanted:
             sums.add_gradient(
@@ -233,7 +128,7 @@ def _run_fast(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
 class _Softmax:
     """The kernels' calls for whole rows, and what they need beside the logits."""
 
-    def __init__(self, given: _Given, kernels: LossKernels, rows: int, vocab: int, share: float) -> None:
+    def __init__(self, given: LossTensors, kernels: LossKernels, rows: int, vocab: int, share: float) -> None:
         device = given.hidden.device
         self._given, self._kernels, self._part = given, kernels, whole(vocab)
         self._knobs = knobs_of(given.config, device, share)
@@ -254,106 +149,3 @@ class _Softmax:
         if kind == "jsd" and teacher is not None:
             kernels.jsd_parts(student, teacher, self._knobs, sums, self._part)
         kernels.gradient(kind, student, teacher, self._knobs, sums, self._part, labels, out, ce, kd)
-
-
-class _Tiles:
-    """The vocabulary in tiles: both heads' rows of each, decoded into one buffer, and buffers for logits.
-
-    Args:
-        given: the call.
-        chunk: C.
-        tile: R.
-    """
-
-    def __init__(self, given: _Given, chunk: int, tile: int) -> None:
-        vocab, device = len(given.weight), given.hidden.device
-        self._given, self._chunk = given, chunk
-        starts = range(0, vocab, tile)
-        width = min(width_of(vocab), width_of(min(tile, vocab)))
-        counts = [segments_of(min(tile, vocab - start), width) for start in starts]
-        self.segments = sum(counts)
-        self._parts = [
-            (slice(start, min(start + tile, vocab)), Part(start, sum(counts[:index]), self.segments, width))
-            for index, start in enumerate(starts)
-        ]
-        self._student = given.logits(chunk, min(tile, vocab))
-        self._teacher = self._teacher_tile = None
-        if given.teacher_hidden is not None:
-            self._teacher = torch.empty_like(self._student)
-            self._teacher_tile = torch.empty(
-                min(tile, vocab), given.teacher_hidden.shape[1], dtype=given.teacher_head.dtype, device=device
-            )
-
-    def __iter__(self) -> Iterator[tuple[slice, Part]]:
-        """Yield the tiles in order, the teacher's rows of each decoded."""
-        for columns, part in self._parts:
-            if self._teacher_tile is not None:
-                head_RH = self._teacher_tile[: columns.stop - columns.start]
-                self._given.teacher_head.decode(columns.start, columns.stop, head_RH)
-            yield columns, part
-
-    def chunks(self) -> Iterator[slice]:
-        """Yield the tokens chunk by chunk."""
-        tokens = len(self._given.labels)
-        for start in range(0, tokens, self._chunk):
-            yield slice(start, min(start + self._chunk, tokens))
-
-    def logits(self, columns: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Return a chunk's logits of the current tile, student's and teacher's, contiguous ``[C, R]``."""
-        given, shape = self._given, (rows.stop - rows.start, columns.stop - columns.start)
-        student_CR = self._student.view(-1)[: shape[0] * shape[1]].view(shape)
-        _project(given.hidden[rows], given.weight[columns], student_CR)
-        if self._teacher is None or self._teacher_tile is None or given.teacher_hidden is None:
-            return student_CR, None
-        teacher_CR = self._teacher.view(-1)[: shape[0] * shape[1]].view(shape)
-        _project(given.teacher_hidden[rows], self._teacher_tile[: shape[1]], teacher_CR)
-        return student_CR, teacher_CR
-
-
-def _run_low(given: _Given, sums: LossSums, kernels: LossKernels) -> None:
-    config, device, tokens = given.config, given.hidden.device, len(given.labels)
-    chunk = min(tokens, config.chunk_tokens or _LOW_CHUNK)
-    tiles = _Tiles(given, chunk, config.vocab_tile or _LOW_TILE)
-    knobs, kind = knobs_of(config, device, 1 / sums.num_targets), given.kind
-    row_sums = torch.empty(tokens, tiles.segments, SUMS, device=device)
-    ce = torch.full((tokens,), torch.nan, device=device)
-    kd = torch.full_like(ce, torch.nan)
-    for columns, part in tiles:
-        for rows in tiles.chunks():
-            kernels.stats(kind, *tiles.logits(columns, rows), knobs, row_sums[rows], part)
-    if kind == "jsd":
-        for columns, part in tiles:
-            for rows in tiles.chunks():
-                student_CR, teacher_CR = tiles.logits(columns, rows)
-                assert teacher_CR is not None
-                kernels.jsd_parts(student_CR, teacher_CR, knobs, row_sums[rows], part)
-    tile = min(config.vocab_tile or _LOW_TILE, len(given.weight))
-    grad_buffer = torch.empty(chunk * tile, dtype=given.hidden.dtype, device=device)
-    for columns, part in tiles:
-        tile_RH = sums.open_tile(columns)
-        for rows in tiles.chunks():
-            student_CR, teacher_CR = tiles.logits(columns, rows)
-            grad_CR = grad_buffer[: student_CR.numel()].view(student_CR.shape)
-            kernels.gradient(
-                kind,
-                student_CR,
-                teacher_CR,
-                knobs,
-                row_sums[rows],
-                part,
-                given.labels[rows],
-                grad_CR,
-                ce[rows],
-                kd[rows],
-            )
-            sums.add_tile(
-                given.positions[rows],
-                grad_CR,
-                given.hidden[rows],
-                given.weight[columns],
-                tile_RH,
-                first=rows.start == 0,
-                share=1,
-            )
-        sums.close_tile(columns, tile_RH)
-    sums.add_terms(ce.sum(dtype=torch.float64), kd.sum(dtype=torch.float64))
