@@ -67,7 +67,8 @@ def _loss(args: argparse.Namespace) -> int:
         from q4kd.trainer.device import cuda_facts
 
         cuda_facts()
-    from q4kd.trainer.bench.loss import CPU_SHAPE, CUDA_SHAPE, compare_loss, table
+    from q4kd.trainer.bench.loss import compare_loss, table
+    from q4kd.trainer.bench.loss_inputs import CPU_SHAPE, CUDA_SHAPE
     from q4kd.trainer.kd_loss import KDLossConfig
 
     default = CUDA_SHAPE if args.device == "cuda" else CPU_SHAPE

@@ -13,7 +13,6 @@ holding the same weights; ``bnb-nf4`` is that model with 4-bit linear layers, wh
 """
 
 import argparse
-import gc
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,7 +26,14 @@ from q4kd.trainer.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.bench.cuda_errors import compare_errors, make_probe, plain_float32, probe_errors, probe_logits
 from q4kd.trainer.bench.cuda_table import error_lines, speed_line, speed_row, table
 from q4kd.trainer.bench.dense_twin import build_twin, to_nf4
-from q4kd.trainer.bench.device_probes import copy_bandwidth, gemm_rate, host_copies, seconds_of, utilisation
+from q4kd.trainer.bench.device_probes import (
+    collect_garbage,
+    copy_bandwidth,
+    gemm_rate,
+    host_copies,
+    seconds_of,
+    utilisation,
+)
 from q4kd.trainer.bench.interleave import Ids, Ratio, Shape, compare, interleave, make_ids
 from q4kd.trainer.cuda.forward import CudaForward
 from q4kd.trainer.cuda.kernels import Kernels
@@ -113,12 +119,6 @@ def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate:
             packed_bytes += dims[0] * block_format(types[name]).row_bytes(dims[1])
     attention = 2 * config.num_layers * config.q_size * shape.batch * shape.length**2  # causal: half of 4 T^2 N D
     return max((2 * weights * shape.tokens + attention) / rate, packed_bytes / bandwidth)
-
-
-def collect_garbage() -> None:
-    """Give freed device memory back before the next thing is built."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
-"""What a CUDA device can do, and what a piece of work did to it: ceilings, utilisation, copies to the host."""
+"""What a CUDA device can do, and what a piece of work did to it: ceilings, utilisation, copies to the host, freed memory."""
 
+import gc
 import json
 import os
 import statistics
@@ -45,6 +46,12 @@ def gemm_rate() -> float:
     a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
     return 2 * _GEMM_SIZE**3 / median_seconds(lambda: torch.mm(a, b, out=out))
+
+
+def collect_garbage() -> None:
+    """Give freed device memory back before the next thing is built."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def utilisation(work: Callable[[], object], seconds: float = 4.0) -> dict[str, Any]:

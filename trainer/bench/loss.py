@@ -12,7 +12,7 @@ Bytes are the peak beyond what is held before, less the gradients: on CUDA torch
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,99 +21,9 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.bench.loss_inputs import LossShape, LossWork, make_work
 from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
 from q4kd.trainer.loss_terms import LogitsType, add_product, multiply_wide
-from q4kd.trainer.teacher_head import DenseHead
-
-
-@dataclass(frozen=True)
-class LossShape:
-    """Sizes of one comparison; ``padding`` are rows of the teacher's head past the student's vocabulary."""
-
-    tokens: int
-    vocab: int
-    hidden: int
-    teacher_hidden: int
-    padding: int = 128
-
-    @property
-    def flop(self) -> int:
-        """Floating-point operations of the four products."""
-        return 2 * self.tokens * self.vocab * (self.teacher_hidden + 3 * self.hidden)
-
-
-# Qwen2.5-7B as teacher of Qwen2.5-0.5B, 32 sequences of 256; and something for a laptop.
-CUDA_SHAPE = LossShape(8192, 151_936, 896, 3584)
-CPU_SHAPE = LossShape(512, 8192, 128, 256)
-
-
-class _PackedHead(DenseHead):
-    """A Q6_K head that is decoded at every call, into one buffer, as a step's first use of the teacher's head does."""
-
-    def __init__(self, shape: LossShape, device: torch.device) -> None:
-        from q4kd.trainer.cuda.kernels import Kernels
-        from q4kd.trainer.formats import block_format
-
-        rows, cols = shape.vocab + shape.padding, shape.teacher_hidden
-        super().__init__(torch.empty(rows, cols, dtype=torch.bfloat16, device=device))
-        form = block_format("Q6_K")
-        packed = torch.randint(
-            0, 256, (rows * form.row_bytes(cols) // form.block_bytes, form.block_bytes), device=device
-        )
-        packed = packed.to(torch.uint8)
-        # Scales of sub-blocks within ± 8 and 2^-12 for each superblock: weights of about 0.03.
-        packed[:, 192:208] = torch.randint(-8, 9, (len(packed), 16), device=device).to(torch.int8).view(torch.uint8)
-        packed[:, 208:] = torch.tensor([0x00, 0x0C], dtype=torch.uint8, device=device)
-        self._kernels = Kernels(device)
-        self._packed = self._kernels.repack_q6_k(packed.view(rows, -1))
-
-    def decoded(self) -> Tensor:
-        """Decode now."""
-        self.decode(0, self.rows, self._weight_VH)
-        return self._weight_VH
-
-    def decode(self, start: int, stop: int, out_RH: Tensor) -> None:
-        """Decode rows."""
-        self._kernels.decode("Q6_K_SOA", self._packed, start, stop, self._weight_VH.shape[1], out_RH)
-
-
-@dataclass
-class _Work:
-    """The tensors that every arm works on."""
-
-    shape: LossShape
-    hidden: Tensor
-    weight: Tensor
-    teacher_hidden: Tensor
-    head: DenseHead
-    labels: Tensor
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the two gradients."""
-        return self.hidden.nbytes + self.weight.nbytes
-
-
-def make_work(shape: LossShape, device: torch.device) -> _Work:
-    """Return random tensors, bfloat16 on CUDA and float32 on the CPU, every position unmasked."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, device=device) * scale).to(dtype)
-
-    if device.type == "cuda":
-        head: DenseHead = _PackedHead(shape, device)
-    else:
-        head = DenseHead(normal(shape.vocab + shape.padding, shape.teacher_hidden, scale=shape.teacher_hidden**-0.5))
-    return _Work(
-        shape=shape,
-        hidden=normal(shape.tokens, shape.hidden).requires_grad_(),
-        weight=normal(shape.vocab, shape.hidden, scale=2 * shape.hidden**-0.5).requires_grad_(),
-        teacher_hidden=normal(shape.tokens, shape.teacher_hidden),
-        head=head,
-        labels=torch.randint(0, shape.vocab, (shape.tokens,), device=device),
-    )
 
 
 class LossArm:
@@ -147,7 +57,7 @@ class LossArm:
         del self.step
 
 
-def loss_step(work: _Work, config: KDLossConfig) -> None:
+def loss_step(work: LossWork, config: KDLossConfig) -> None:
     """Take the loss and its backward once."""
     work.hidden.grad = work.weight.grad = None
     terms = kd_loss(
@@ -180,7 +90,7 @@ class Products:
         sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
     """
 
-    def __init__(self, work: _Work, chunk: int, step: int, logits_type: torch.dtype, *, sums: bool) -> None:
+    def __init__(self, work: LossWork, chunk: int, step: int, logits_type: torch.dtype, *, sums: bool) -> None:
         self._work, self._chunk, self._step, self._sums = work, chunk, step, sums
         vocab, device, dtype = work.shape.vocab, work.hidden.device, work.hidden.dtype
         self._student, self._teacher = (torch.empty(step, vocab, dtype=logits_type, device=device) for _ in range(2))
@@ -207,7 +117,7 @@ class Products:
             head_grad.to(work.weight.dtype)
 
 
-def peak_bytes(step: Callable[[], object], work: _Work) -> int:
+def peak_bytes(step: Callable[[], object], work: LossWork) -> int:
     """Return the most bytes that ``step`` takes beyond those held before it, less the gradients it leaves."""
     work.hidden.grad = work.weight.grad = None
     if work.hidden.is_cuda:
@@ -233,7 +143,7 @@ def peak_bytes(step: Callable[[], object], work: _Work) -> int:
 _TYPES: tuple[LogitsType, ...] = ("float32", "bfloat16")
 
 
-def _arms(work: _Work, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]:
+def _arms(work: LossWork, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]:
     """Return the arms, ``products`` first, with the type of each one's logits."""
     device, tokens = work.hidden.device, work.shape.tokens
     kinds: tuple[LogitsType, ...]

@@ -3,13 +3,13 @@
 On CUDA the pair is Qwen2.5-7B in Q4_K_M and Qwen2.5-0.5B; on the CPU one that takes seconds.
 """
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from q4kd.trainer.bench.device_probes import collect_garbage
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.files import write_json
 from q4kd.trainer.optimizer import make_optimizer
@@ -109,10 +109,3 @@ def peer_teacher(pair: Pair, device: torch.device, layers: int, *, nf4: bool) ->
         to_nf4(twin)
     collect_garbage()
     return twin
-
-
-def collect_garbage() -> None:
-    """Give freed device memory back before the next thing is built."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
