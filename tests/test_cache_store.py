@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from q4kd.trainer.cache_reader import CacheReader
+from q4kd.trainer.cache_signal import take_top
 from q4kd.trainer.cache_store import (
     CacheIndex,
     CacheKey,
-    CacheReader,
     bytes_per_token,
     explain_mismatch,
     read_index,
-    take_top,
     windows_per_shard,
 )
 from q4kd.trainer.errors import InputError

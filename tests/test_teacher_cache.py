@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer import cache_run, cache_writer
-from q4kd.trainer.cache_store import CacheReader, read_index
+from q4kd.trainer.cache_reader import CacheReader
+from q4kd.trainer.cache_store import read_index
 from q4kd.trainer.checkpoint import list_checkpoints
 from q4kd.trainer.demo import student_path, teacher_path
 
@@ -190,7 +191,8 @@ def test_a_student_that_says_what_the_cache_does_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from q4kd.trainer.batch import Batch
-    from q4kd.trainer.cache_store import CacheIndex, CacheKey, take_top
+    from q4kd.trainer.cache_signal import take_top
+    from q4kd.trainer.cache_store import CacheIndex, CacheKey
     from q4kd.trainer.cached_teacher import CachedTeacher
     from q4kd.trainer.errors import DegenerateDistillationError
     from q4kd.trainer.guards import check_cached_not_degenerate

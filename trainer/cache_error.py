@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.cache_store import as_stored, bytes_per_token, take_top
+from q4kd.trainer.cache_signal import as_stored, take_top
+from q4kd.trainer.cache_store import bytes_per_token
 from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
 from q4kd.trainer.memory_report import sized
 from q4kd.trainer.packing import Windows

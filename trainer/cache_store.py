@@ -24,13 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
+from q4kd.trainer.cache_signal import Signal
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json, read_bounded, sha256_file, write_atomic, write_json
 
@@ -41,8 +38,6 @@ SHARD_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 30
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
-# Far above what rounding a log-probability of -16 to float16 does to a sum of one: 2^-8.
-_SUM_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -68,51 +63,19 @@ class CacheKey:
     packing: str
 
 
-@dataclass(frozen=True)
-class Signal:
-    """The teacher's distribution over k tokens and the tail at M positions.
-
-    Attributes:
-        ids_MK: int64 token ids.
-        log_probs_MK: float32.
-        tail_M: float32 log-probability of all other tokens.
-    """
-
-    ids_MK: Tensor
-    log_probs_MK: Tensor
-    tail_M: Tensor
-
-    def to(self, device: torch.device) -> "Signal":
-        """Return the signal on a device."""
-        return Signal(self.ids_MK.to(device), self.log_probs_MK.to(device), self.tail_M.to(device))
-
-
 def bytes_per_token(k: int, rows: int) -> int:
     """Return the bytes that a position takes on disk."""
-    return k * (_id_dtype(rows).itemsize + 2) + 2
+    return k * (id_dtype(rows).itemsize + 2) + 2
 
 
-def _id_dtype(rows: int) -> torch.dtype:
+def id_dtype(rows: int) -> torch.dtype:
+    """Return the type of token ids on disk."""
     return torch.uint16 if rows <= 1 << 16 else torch.uint32
 
 
 def windows_per_shard(k: int, rows: int, seq_len: int, shard_bytes: int = SHARD_BYTES) -> int:
     """Return how many windows go into one shard."""
     return max(1, shard_bytes // (seq_len * bytes_per_token(k, rows)))
-
-
-def take_top(logits_MV: Tensor, k: int) -> Signal:
-    """Return the k most likely tokens of each row and the mass of the others, computed in float32.
-
-    Args:
-        logits_MV: teacher logits over the student's rows, float ``[M, V]``.
-        k: tokens kept, from 1 to V.
-    """
-    log_p_MV = torch.log_softmax(logits_MV.float(), -1)
-    log_probs_MK, ids_MK = log_p_MV.topk(k, dim=-1)
-    # Summed by itself: one minus the listed probabilities would lose a small tail to rounding.
-    tail_M = log_p_MV.scatter_(1, ids_MK, -torch.inf).logsumexp(-1)
-    return Signal(ids_MK, log_probs_MK, tail_M)
 
 
 class CacheIndex:
@@ -177,7 +140,7 @@ class CacheIndex:
         count = len(self.windows_of(shard))
         shape = (count, self.key.seq_len)
         tensors = {
-            "ids": signal.ids_MK.to(_id_dtype(self.key.rows)).view(*shape, self.k).contiguous(),
+            "ids": signal.ids_MK.to(id_dtype(self.key.rows)).view(*shape, self.k).contiguous(),
             "log_probs": signal.log_probs_MK.half().view(*shape, self.k).contiguous(),
             "tail": signal.tail_M.half().view(shape).contiguous(),
         }
@@ -206,9 +169,9 @@ class CacheIndex:
         try:
             same = path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
         except OSError as error:
-            raise _damaged(path, "a readable shard", str(error.strerror)) from error
+            raise damaged(path, "a readable shard", str(error.strerror)) from error
         if not same:
-            raise _damaged(path, f"the size and digest in {INDEX_FILE}", "a changed file")
+            raise damaged(path, f"the size and digest in {INDEX_FILE}", "a changed file")
         return path
 
 
@@ -269,86 +232,8 @@ def _short(value: object) -> str:
     return str(value)[:12]
 
 
-def as_stored(signal: Signal) -> Signal:
-    """Return a signal as it is read back: rounded to float16, each position made to sum to one."""
-    return _normalised(signal.ids_MK, signal.log_probs_MK.half().float(), signal.tail_M.half().float())
-
-
-def _normalised(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
-    total_M = torch.logaddexp(log_probs_MK.logsumexp(-1), tail_M)
-    furthest = float((total_M.exp() - 1).abs().max())
-    if not furthest <= _SUM_TOLERANCE:  # also NaN
-        raise ValueError(f"probabilities that miss one by {furthest:.2g}")
-    return Signal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)
-
-
-class CacheReader:
-    """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
-
-    Args:
-        index: of a complete cache.
-
-    Raises:
-        InputError: when the cache is not complete.
-    """
-
-    def __init__(self, index: CacheIndex) -> None:
-        if not index.is_complete:
-            raise InputError(
-                str(index.folder),
-                expected=f"{index.num_shards} shards",
-                got=f"{len(index.shards)}",
-                remedy="finish it: run q4kd cache again with the same arguments",
-            )
-        self.index = index
-        self._open: dict[int, Any] = {}
-
-    def read(self, windows_B: npt.NDArray[np.int64]) -> Signal:
-        """Return the signal of whole windows, M = B x T, each position made to sum to one.
-
-        Raises:
-            InputError: when a shard is missing, changed or not what its name says.
-        """
-        per_shard = self.index.windows_per_shard
-        places = [divmod(int(window), per_shard) for window in windows_B]
-        parts = {
-            name: torch.from_numpy(
-                np.concatenate([self._shard(shard).get_slice(name)[place] for shard, place in places])
-            )
-            for name in ("ids", "log_probs", "tail")
-        }
-        ids_MK = parts["ids"].long()
-        try:
-            if int(ids_MK.max()) >= self.index.key.rows:
-                raise ValueError(f"token id {int(ids_MK.max())}")
-            return _normalised(ids_MK, parts["log_probs"].float(), parts["tail"].float())
-        except ValueError as error:
-            path = self.index.folder / self.index.name(places[0][0])
-            raise _damaged(path, f"distributions over {self.index.key.rows} tokens", str(error)) from error
-
-    def _shard(self, number: int) -> Any:
-        if number not in self._open:
-            self._open[number] = self._load(number)
-        return self._open[number]
-
-    def _load(self, number: int) -> Any:
-        index = self.index
-        path = index.check_shard(number)
-        shape = [len(index.windows_of(number)), index.key.seq_len]
-        ids = {torch.uint16: "U16", torch.uint32: "U32"}[_id_dtype(index.key.rows)]
-        wanted = {"ids": ([*shape, index.k], ids), "log_probs": ([*shape, index.k], "F16"), "tail": (shape, "F16")}
-        try:
-            shard: Any = safe_open(path, framework="np")
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping
-            found = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(path, "safetensors", str(error)[:100]) from error
-        if found != wanted:
-            raise _damaged(path, str(wanted), str(found)[:200])
-        return shard
-
-
-def _damaged(path: Path, expected: str, got: str) -> InputError:
+def damaged(path: Path, expected: str, got: str) -> InputError:
+    """Return the refusal of a shard."""
     return InputError(
         str(path),
         expected=expected,

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, Signal, read_index, take_top, windows_per_shard
+from q4kd.trainer.cache_signal import Signal, take_top
+from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, read_index, windows_per_shard
 from q4kd.trainer.cached_teacher import check_key
 from q4kd.trainer.errors import InputError, RunFolderError
 from q4kd.trainer.memory_report import sized

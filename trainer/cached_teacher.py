@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, CacheReader, explain_mismatch, read_index
+from q4kd.trainer.cache_reader import CacheReader
+from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, explain_mismatch, read_index
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.data import BatchOrder
 from q4kd.trainer.errors import InputError

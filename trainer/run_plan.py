@@ -12,18 +12,15 @@ from q4kd.trainer.device import mem_available
 from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.footprint import predict_footprint
-from q4kd.trainer.memory_plan import (
+from q4kd.trainer.memory_items import (
     CacheShape,
     LossShape,
-    MemoryPlan,
     TeacherShape,
-    count_flops,
     count_items,
     cpu_loss_shape,
     plain_loss_shape,
-    refuse,
-    reliefs,
 )
+from q4kd.trainer.memory_plan import MemoryPlan, count_flops, refuse, reliefs
 from q4kd.trainer.model_file import open_model
 from q4kd.trainer.placement import Place, find_place
 from q4kd.trainer.student import student_dtype

@@ -15,7 +15,7 @@ from q4kd.trainer.loss_topk import topk_kd_loss
 
 if TYPE_CHECKING:
     from q4kd.trainer.batch import Batch
-    from q4kd.trainer.cache_store import Signal
+    from q4kd.trainer.cache_signal import Signal
 
 
 def cross_entropy(

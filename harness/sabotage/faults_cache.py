@@ -6,7 +6,9 @@ from typing import Any
 
 from q4kd.harness.sabotage.registry import Family, Fault, register, replace
 
-_STORE, _WRITER, _READER = "q4kd.trainer.cache_store", "q4kd.trainer.cache_writer", "q4kd.trainer.cached_teacher"
+_STORE, _WRITER, _TEACHER = "q4kd.trainer.cache_store", "q4kd.trainer.cache_writer", "q4kd.trainer.cached_teacher"
+_READ = "q4kd.trainer.cache_reader:CacheReader.read"
+_TOP = "q4kd.trainer.cache_signal:take_top"
 _Call = Callable[..., Any]
 
 
@@ -32,11 +34,11 @@ def _windows_read_shifted() -> None:
 
         return read
 
-    replace(f"{_STORE}:CacheReader.read", make)
+    replace(_READ, make)
 
 
 def _top_changed(change: Callable[[Any], Any]) -> None:
-    replace(f"{_STORE}:take_top", lambda original: lambda *arguments: change(original(*arguments)))
+    replace(_TOP, lambda original: lambda *arguments: change(original(*arguments)))
 
 
 def _tail_dropped() -> None:
@@ -53,7 +55,7 @@ def _ids_truncated() -> None:
 
 
 def _key_not_compared() -> None:
-    replace(f"{_READER}:check_key", lambda _original: lambda *_arguments: None)
+    replace(f"{_TEACHER}:check_key", lambda _original: lambda *_arguments: None)
 
 
 def _digest_not_checked() -> None:
@@ -90,12 +92,11 @@ _fault(
     "cache-windows-read-shifted",
     "a step reads the signals of the window after",
     _windows_read_shifted,
-    f"{_STORE}:CacheReader.read",
+    _READ,
 )
-_TOP = f"{_STORE}:take_top"
 _fault("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _tail_dropped, _TOP)
 _fault("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _ids_truncated, _TOP)
-_fault("dispatch", "cache-key-not-compared", "a cache of anything is taken", _key_not_compared, f"{_READER}:check_key")
+_fault("dispatch", "cache-key-not-compared", "a cache of anything is taken", _key_not_compared, f"{_TEACHER}:check_key")
 _fault(
     "checkpoint",
     "cache-digest-not-checked",

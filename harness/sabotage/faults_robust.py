@@ -14,7 +14,7 @@ _SAVE = f"{_CHECKPOINT}:save_checkpoint"
 _PRUNE = f"{_CHECKPOINT}:prune_checkpoints"
 _RESTORE = "q4kd.trainer.run:restore"
 _LOAD = "q4kd.trainer.optimizer:MasterWeightOptimizer.load"
-_PLAN = "q4kd.trainer.memory_plan"
+_ITEMS = "q4kd.trainer.memory_items"
 _STEP = "q4kd.trainer.step:train_step"
 _Call = Callable[..., Any]
 
@@ -164,11 +164,11 @@ def _resume_forgets_moments() -> None:
 
 
 def _plan_halves_optimizer() -> None:
-    replace(f"{_PLAN}:MOMENT_BYTES", lambda original: {name: size / 2 for name, size in original.items()})
+    replace(f"{_ITEMS}:MOMENT_BYTES", lambda original: {name: size / 2 for name, size in original.items()})
 
 
 def _plan_forgets_activations() -> None:
-    replace(f"{_PLAN}:saved_activations", lambda _original: lambda _config, _student: (0, "forgotten"))
+    replace(f"{_ITEMS}:saved_activations", lambda _original: lambda _config, _student: (0, "forgotten"))
 
 
 def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
@@ -250,12 +250,12 @@ _fault(
     "plan-halves-optimizer",
     "the plan counts one moment instead of two",
     _plan_halves_optimizer,
-    f"{_PLAN}:MOMENT_BYTES",
+    f"{_ITEMS}:MOMENT_BYTES",
 )
 _fault(
     "memory",
     "plan-forgets-activations",
     "the plan counts no activations",
     _plan_forgets_activations,
-    f"{_PLAN}:saved_activations",
+    f"{_ITEMS}:saved_activations",
 )
