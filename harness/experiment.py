@@ -37,6 +37,7 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_data",
     "q4kd.harness.experiments_student",
     "q4kd.harness.experiments_robust",
+    "q4kd.harness.experiments_planned",
     "q4kd.harness.experiments_cache",
     "q4kd.harness.experiments_accelerator",
 )

@@ -3,12 +3,8 @@
 What is expected is worked out here from the texts with the ``tokenizers`` package alone, document by document.
 """
 
-import argparse
 import functools
-import itertools
-import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,84 +16,31 @@ from q4kd.harness.experiments_loss import demo_student
 from q4kd.harness.experiments_runs import distill_words
 from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
 from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
+from q4kd.harness.training_documents import (
+    MASKED,
+    chat_messages,
+    packed_windows,
+    read_tokenizer,
+    run_settings,
+    text_documents,
+    write_jsonl,
+)
 from q4kd.trainer.files import read_json, write_json
 
-MASKED = -100
 PACKED_LEN, PACKED_WINDOWS = 96, 3
-SEQ_LEN, DOCUMENTS, CHATS = 24, 40, 12
+SEQ_LEN = 24
 COLUMNS = 128
 _TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.experiments_guards", "q4kd.harness.probes_data")
-
-
-def _texts(count: int) -> list[str]:
-    """Return pieces of a library file of 40 to 200 characters, different in length."""
-    source, pieces, start = Path(argparse.__file__).read_text(encoding="utf-8"), [], 2000
-    for number in range(count):
-        length = 40 + (number * 97) % 160
-        pieces.append(source[start : start + length])
-        start += length
-    return pieces
-
-
-def _jsonl(inputs: Inputs, name: str, records: Sequence[dict[str, Any]]) -> Path:
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    return inputs.file(name, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _text_documents(inputs: Inputs) -> Path:
-    return _jsonl(inputs, "documents.jsonl", [{"text": text} for text in _texts(DOCUMENTS)])
-
-
-def _chat_messages() -> list[list[dict[str, str]]]:
-    texts = _texts(4 * CHATS)
-    roles = ("user", "assistant", "user", "assistant")
-    return [
-        [{"role": role, "content": text} for role, text in zip(roles, texts[4 * n : 4 * n + 4], strict=True)]
-        for n in range(CHATS)
-    ]
-
-
-def _tokenizer(inputs: Inputs) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(demo_student(inputs) / "tokenizer.json"))
-
-
-def _tokens(inputs: Inputs) -> list[list[int]]:
-    """Return the tokens of each text document with its end-of-text token."""
-    tokenizer = _tokenizer(inputs)
-    end = tokenizer.token_to_id(str(read_json(demo_student(inputs) / "tokenizer_config.json")["eos_token"]))
-    return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in _texts(DOCUMENTS)]
-
-
-def _settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, Any]:
-    # Evaluation data of its own, so that every document is trained on.
-    return {
-        "teacher": str(demo_teacher(inputs)),
-        "student": str(demo_student(inputs)),
-        "data": str(data),
-        "held_out": str(data),
-        "out": "run",
-        "seed": 3,
-        "steps": 100,
-        **changes,
-    }
-
-
-def _packed_windows(inputs: Inputs, length: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Return ids, labels and the number of its document for each position of the windows of the joined documents."""
-    flat = [(token, number) for number, tokens in enumerate(_tokens(inputs)) for token in tokens]
-    windows = []
-    for start in range(0, len(flat) - length, length):
-        piece = flat[start : start + length + 1]
-        labels = [token if number == before else MASKED for (_, before), (token, number) in itertools.pairwise(piece)]
-        windows.append(([token for token, _ in piece[:-1]], labels, [number for _, number in piece[:-1]]))
-    return windows
+_SOURCES = (
+    "q4kd.harness.experiments_runs",
+    "q4kd.harness.experiments_guards",
+    "q4kd.harness.probes_data",
+    "q4kd.harness.training_documents",
+)
 
 
 # --- packed-documents: logits of packed windows beside float64 on each document alone ---
@@ -105,7 +48,7 @@ def _packed_windows(inputs: Inputs, length: int) -> list[tuple[list[int], list[i
 
 def _packed_case(inputs: Inputs) -> Path:
     student = str(_student_with_weights(inputs))
-    settings = _settings(inputs, _text_documents(inputs), student=student, seq_len=PACKED_LEN)
+    settings = run_settings(inputs, text_documents(inputs), student=student, seq_len=PACKED_LEN)
     case = {"packed": {"settings": settings, "sequences": PACKED_WINDOWS}}
     return inputs.file("packed-case.json", lambda path: write_json(path, case))
 
@@ -122,7 +65,7 @@ def _collect_packed(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
         return {}
     with np.load(run_dir / "packed.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
-    known = {tuple(window[0]): window for window in _packed_windows(inputs, PACKED_LEN)}
+    known = {tuple(window[0]): window for window in packed_windows(inputs, PACKED_LEN)}
     folder = _student_with_weights(inputs)
     models = {
         "teacher": read_gguf(demo_teacher(inputs)),
@@ -185,16 +128,16 @@ def _chat_student(inputs: Inputs) -> Path:
 
 
 def _batch_cases(inputs: Inputs) -> Path:
-    texts = _text_documents(inputs)
-    chats = _jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in _chat_messages()])
-    windows = len(_packed_windows(inputs, SEQ_LEN))
+    texts = text_documents(inputs)
+    chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
+    windows = len(packed_windows(inputs, SEQ_LEN))
     epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
-    chat_settings = _settings(
+    chat_settings = run_settings(
         inputs, chats, student=str(_chat_student(inputs)), completion_only=True, packing="none", seq_len=SEQ_LEN
     )
     cases = {
-        "memory": {"settings": _settings(inputs, texts, seq_len=SEQ_LEN), **epoch},
-        "stream": {"settings": _settings(inputs, texts, seq_len=SEQ_LEN, streaming=True, shuffle_buffer=9), **epoch},
+        "memory": {"settings": run_settings(inputs, texts, seq_len=SEQ_LEN), **epoch},
+        "stream": {"settings": run_settings(inputs, texts, seq_len=SEQ_LEN, streaming=True, shuffle_buffer=9), **epoch},
         "chat": {"settings": chat_settings, "sequences": 1, "steps": len(_chat_windows(inputs)), "resume": 0},
     }
     return inputs.file("batch-cases.json", lambda path: write_json(path, cases))
@@ -202,8 +145,8 @@ def _batch_cases(inputs: Inputs) -> Path:
 
 def _chat_windows(inputs: Inputs) -> dict[tuple[int, ...], list[int]]:
     """Return the labels of each window of the chats by its own ids: what the assistant says and the end of its turn."""
-    tokenizer, windows = _tokenizer(inputs), {}
-    for messages in _chat_messages():
+    tokenizer, windows = read_tokenizer(inputs), {}
+    for messages in chat_messages():
         text, said = "", []
         for message in messages:
             text += f"<{message['role']}>"
@@ -225,7 +168,7 @@ def _batches_argv(arm: str, inputs: Inputs) -> list[str]:
 
 
 def _epoch_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
-    windows = _packed_windows(inputs, SEQ_LEN)
+    windows = packed_windows(inputs, SEQ_LEN)
     wanted = Counter((tuple(ids), tuple(labels)) for ids, labels, _ in windows)
     rows = [(tuple(row), tuple(label)) for row, label in zip(ids.tolist(), labels.tolist(), strict=True)]
     first, second = rows[: len(windows)], rows[len(windows) :]
@@ -308,8 +251,8 @@ register(
 def _refused_cases(inputs: Inputs) -> Path:
     ids = list(range(20, 20 + 4 * 32 + 1))
     one = [MASKED] * (len(ids) - 1) + ids[-1:]
-    masked = _jsonl(inputs, "masked.jsonl", [{"input_ids": ids, "labels": [MASKED] * len(ids)}])
-    labelled = _jsonl(inputs, "labelled.jsonl", [{"input_ids": ids, "labels": one}])
+    masked = write_jsonl(inputs, "masked.jsonl", [{"input_ids": ids, "labels": [MASKED] * len(ids)}])
+    labelled = write_jsonl(inputs, "labelled.jsonl", [{"input_ids": ids, "labels": one}])
     words = [
         distill_words(demo_teacher(inputs), demo_student(inputs), data, "--max-steps", "1", out=out)
         for data, out in ((masked, "0-refused"), (labelled, "0-accepted"))
