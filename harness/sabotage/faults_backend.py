@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 
 def _override_ignored() -> None:
@@ -178,4 +178,4 @@ for _name, _title, _target, _apply in (
         _short_allocation,
     ),
 ):
-    register(Fault(name=_name, title=_title, family="dispatch", targets=(_target,), apply=_apply))
+    declare("dispatch", _name, _title, _apply, _target)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _STORE, _WRITER, _TEACHER = "q4kd.trainer.cache_store", "q4kd.trainer.cache_writer", "q4kd.trainer.cached_teacher"
 _READ = "q4kd.trainer.cache_reader:CacheReader.read"
@@ -76,35 +76,29 @@ def _starts_over() -> None:
     replace(f"{_WRITER}:open_index", make)
 
 
-def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
-_fault(
+declare(
     "loop",
     "cache-windows-written-shifted",
     "the cache holds the signals of the window after",
     _windows_written_shifted,
     f"{_WRITER}:_signals",
 )
-_fault(
-    "loop",
-    "cache-windows-read-shifted",
-    "a step reads the signals of the window after",
-    _windows_read_shifted,
-    _READ,
+declare(
+    "loop", "cache-windows-read-shifted", "a step reads the signals of the window after", _windows_read_shifted, _READ
 )
-_fault("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _tail_dropped, _TOP)
-_fault("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _ids_truncated, _TOP)
-_fault("dispatch", "cache-key-not-compared", "a cache of anything is taken", _key_not_compared, f"{_TEACHER}:check_key")
-_fault(
+declare("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _tail_dropped, _TOP)
+declare("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _ids_truncated, _TOP)
+declare(
+    "dispatch", "cache-key-not-compared", "a cache of anything is taken", _key_not_compared, f"{_TEACHER}:check_key"
+)
+declare(
     "checkpoint",
     "cache-digest-not-checked",
     "a shard is read without comparing its digest",
     _digest_not_checked,
     f"{_STORE}:CacheIndex.check_shard",
 )
-_fault(
+declare(
     "checkpoint",
     "cache-starts-over",
     "a writer that is started again computes everything anew",

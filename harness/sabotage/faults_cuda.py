@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _KERNELS = "q4kd.trainer.cuda.kernels:Kernels"
 BALLAST_BYTES = 6_000_000_000
@@ -61,39 +61,31 @@ def _idle_device() -> None:
     replace("q4kd.trainer.cuda.forward:CudaForward.hidden", make)
 
 
-register(
-    Fault(
-        name="device-half-decode",
-        title="weights are decoded through float16 on the device",
-        family="quantisation",
-        targets=(f"{_KERNELS}.decode",),
-        apply=_half_decode,
-    )
+declare(
+    "quantisation",
+    "device-half-decode",
+    "weights are decoded through float16 on the device",
+    _half_decode,
+    f"{_KERNELS}.decode",
 )
-register(
-    Fault(
-        name="device-rope-layout-swapped",
-        title="the rotary embedding on the device pairs the wrong elements",
-        family="dispatch",
-        targets=(f"{_KERNELS}.rope",),
-        apply=_rope_layout_swapped,
-    )
+declare(
+    "dispatch",
+    "device-rope-layout-swapped",
+    "the rotary embedding on the device pairs the wrong elements",
+    _rope_layout_swapped,
+    f"{_KERNELS}.rope",
 )
-register(
-    Fault(
-        name="device-ballast",
-        title="six sized more are held on the device",
-        family="memory",
-        targets=("q4kd.trainer.teacher:load_teacher",),
-        apply=_device_ballast,
-    )
+declare(
+    "memory",
+    "device-ballast",
+    "six sized more are held on the device",
+    _device_ballast,
+    "q4kd.trainer.teacher:load_teacher",
 )
-register(
-    Fault(
-        name="idle-device",
-        title="the device waits 0.3 s after each pass",
-        family="dispatch",
-        targets=("q4kd.trainer.cuda.forward:CudaForward.hidden",),
-        apply=_idle_device,
-    )
+declare(
+    "dispatch",
+    "idle-device",
+    "the device waits 0.3 s after each pass",
+    _idle_device,
+    "q4kd.trainer.cuda.forward:CudaForward.hidden",
 )

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _TEACHER = "q4kd.trainer.teacher:Teacher.hidden"
 _STUDENT = "q4kd.trainer.student:DistillationModel.hidden"
@@ -87,22 +87,32 @@ def _no_label_guard() -> None:
     replace(_LABELS, lambda _original: lambda *_arguments: None)
 
 
-def _fault(name: str, title: str, apply: Callable[[], None], target: str, family: Family = "loop") -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
-_fault("teacher-sees-all", "the teacher attends across the borders of packed documents", _teacher_sees_all, _TEACHER)
-_fault("student-sees-all", "the student attends across the borders of packed documents", _student_sees_all, _STUDENT)
-_fault(
+declare(
+    "loop",
+    "teacher-sees-all",
+    "the teacher attends across the borders of packed documents",
+    _teacher_sees_all,
+    _TEACHER,
+)
+declare(
+    "loop",
+    "student-sees-all",
+    "the student attends across the borders of packed documents",
+    _student_sees_all,
+    _STUDENT,
+)
+declare(
+    "loss",
     "border-labels-kept",
     "the last token of a document is taught the first of the next one",
     _border_labels_kept,
     _CUT,
-    "loss",
 )
-_fault("prompt-labelled", "prompts are learnt too in spite of completion_only", _prompt_labelled, _CHAT, "loss")
-_fault("document-lost", "the sixth document of a file is skipped", _document_lost, _READ)
-_fault("every-epoch-alike", "the order is not drawn anew for each epoch", _every_epoch_alike, _BATCH)
-_fault("reader-state", "batches follow the calls, not the step", _reader_state, _BATCH)
-_fault("stream-not-wound", "a resumed stream starts at its beginning", _stream_not_wound_forward, _STREAM_BATCH)
-_fault("label-guard-skipped", "that there is a label is not looked for", _no_label_guard, _LABELS)
+declare("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _prompt_labelled, _CHAT)
+declare("loop", "document-lost", "the sixth document of a file is skipped", _document_lost, _READ)
+declare("loop", "every-epoch-alike", "the order is not drawn anew for each epoch", _every_epoch_alike, _BATCH)
+declare("loop", "reader-state", "batches follow the calls, not the step", _reader_state, _BATCH)
+declare(
+    "loop", "stream-not-wound", "a resumed stream starts at its beginning", _stream_not_wound_forward, _STREAM_BATCH
+)
+declare("loop", "label-guard-skipped", "that there is a label is not looked for", _no_label_guard, _LABELS)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _SOURCE, _FIDELITY = "q4kd.trainer.source_model", "q4kd.trainer.fidelity"
 _Call = Callable[..., Any]
@@ -181,37 +181,33 @@ def _cooler_a() -> None:
     _rows_compared(lambda original, a, b, labels: original(a * 1.001, b, labels))
 
 
-def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
 _READ = f"{_SOURCE}:read_state"
-_fault("checkpoint", "export-norm-left-out", "exported norms before attention are all ones", _norm_left_out, _READ)
-_fault(
+declare("checkpoint", "export-norm-left-out", "exported norms before attention are all ones", _norm_left_out, _READ)
+declare(
     "checkpoint", "export-tokens-reversed", "rows of the exported embedding are reversed", _embedding_reversed, _READ
 )
-_fault(
+declare(
     "checkpoint",
     "export-rounded",
     "the exported folder's weights went through bfloat16",
     _rounded_in_silence,
     f"{_SOURCE}:build_model",
 )
-_fault(
+declare(
     "checkpoint",
     "export-rows-permuted",
     "rows of Q and K are permuted as llama's in a qwen2 file",
     _rows_permuted,
     "q4kd.trainer.gguf_write:file_rows",
 )
-_fault(
+declare(
     "quantisation",
     "quantised-too-large",
     "quantised weights are stored 4 % too large",
     _scales_too_large,
     "q4kd.trainer.quantize:quantize",
 )
-_fault(
+declare(
     "quantisation",
     "q4-few-levels",
     "Q4_K uses seven of its sixteen levels",
@@ -223,36 +219,36 @@ for _name, _part, _title in (
     ("template-dropped", "chat_templates", "the GGUF has no chat template"),
 ):
     _apply = functools.partial(_vocabulary_without, _part)
-    _fault("vocabulary", _name, _title, _apply, f"{_SOURCE}:read_vocabulary")
-_fault(
+    declare("vocabulary", _name, _title, _apply, f"{_SOURCE}:read_vocabulary")
+declare(
     "vocabulary",
     "another-split",
     "the GGUF says that text is split as GPT-2 does",
     _another_split,
     "q4kd.trainer.gguf_vocabulary:pre_tokenizer_name",
 )
-_fault(
+declare(
     "vocabulary",
     "folder-template-dropped",
     "the exported folder has no chat template",
     _folder_template_dropped,
     "q4kd.trainer.student:load_tokenizer",
 )
-_fault(
+declare(
     "logging",
     "card-without-provenance",
     "the model card does not say what the model was made from",
     _card_without_provenance,
     "q4kd.trainer.model_card:provenance",
 )
-_fault(
+declare(
     "logging",
     "card-with-paths",
     "the model card shows the paths of the machine",
     _card_with_paths,
     "q4kd.trainer.run_record:_public",
 )
-_fault(
+declare(
     "dispatch",
     "smoke-run-exported",
     "a run without a final model is exported from its last checkpoint unasked",
@@ -263,11 +259,11 @@ for _name, _target, _title in (
     ("any-pair-compared", f"{_FIDELITY}:check_comparable", "fidelity compares models that do not belong together"),
     ("export-overwrites", "q4kd.harness.commands_export:_refuse_existing", "an export replaces what is there"),
 ):
-    _fault("dispatch", _name, _title, functools.partial(_unchecked, _target), _target)
+    declare("dispatch", _name, _title, functools.partial(_unchecked, _target), _target)
 _ROWS = f"{_FIDELITY}:compare_rows"
-_fault("loss", "fidelity-kl-reversed", "fidelity computes KL(A || B)", _kl_reversed, _ROWS)
-_fault(
+declare("loss", "fidelity-kl-reversed", "fidelity computes KL(A || B)", _kl_reversed, _ROWS)
+declare(
     "loss", "fidelity-agreement-shifted", "agreement compares each row with the one before", _agreement_shifted, _ROWS
 )
-_fault("loss", "fidelity-labels-shifted", "perplexities are of the token before", _labels_shifted, _ROWS)
-_fault("loss", "fidelity-cooler-a", "logits of A are scaled by 1.001", _cooler_a, _ROWS)
+declare("loss", "fidelity-labels-shifted", "perplexities are of the token before", _labels_shifted, _ROWS)
+declare("loss", "fidelity-cooler-a", "logits of A are scaled by 1.001", _cooler_a, _ROWS)

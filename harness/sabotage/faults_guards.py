@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _GUARDS = "q4kd.trainer.guards"
 _LOSS = "q4kd.trainer.kd_loss"
@@ -115,39 +115,28 @@ def _weights_not_compared() -> None:
     replace(f"{_GUARDS}:same_weights", lambda _original: lambda *_arguments: False)
 
 
-def _fault(
-    family: Family,
-    name: str,
-    title: str,
-    apply: Callable[[], None],
-    *targets: str,
-    arms: tuple[str | None, ...] | None = None,
-) -> None:
-    register(Fault(name=name, title=title, family=family, targets=targets, apply=apply, arms=arms))
-
-
-_fault(
+declare(
     "vocabulary",
     "maps-assumed-equal",
     "sizes are compared and token strings are not",
     _maps_assumed_equal,
     f"{_GUARDS}:check_vocabulary",
 )
-_fault(
+declare(
     "vocabulary",
     "vague-sizes",
     "the refusal of a student that is too wide names no size",
     _vague_sizes,
     f"{_GUARDS}:check_vocabulary",
 )
-_fault(
+declare(
     "vocabulary",
     "student-cut-to-fit",
     "a student that is too wide is cut to the teacher's rows in silence",
     functools.partial(_student_resized, 2048),
     _LOAD_STUDENT,
 )
-_fault(
+declare(
     "vocabulary",
     "student-padded-to-fit",
     "the student's head is resized to the teacher's padded rows",
@@ -155,7 +144,7 @@ _fault(
     _LOAD_STUDENT,
     arms=(None, "exact"),
 )
-_fault(
+declare(
     "vocabulary",
     "slice-after-softmax",
     "the teacher's softmax includes its padding rows",
@@ -164,7 +153,7 @@ _fault(
     f"{_LOSS}:divergence_rows",
     arms=("padded",),
 )
-_fault(
+declare(
     "vocabulary",
     "last-columns",
     "the last columns of the teacher's logits are kept instead of the first",
@@ -172,19 +161,19 @@ _fault(
     f"{_LOSS}:kd_loss",
     arms=("padded",),
 )
-_fault(
+declare(
     "vocabulary",
     "padding-in-front",
     "padding rows are taken to come before the tokens",
     _padded_rows_shift,
     "q4kd.trainer.teacher:Teacher.head_logits",
 )
-_fault(
+declare(
     "loop",
     "degenerate-guard-skipped",
     "a student that is its own teacher is not looked for",
     _guard_skipped,
     f"{_GUARDS}:check_not_degenerate",
 )
-_fault("loop", "kl-floor-zero", "the floor of the KL at step 0 is zero", _floor_zero, f"{_GUARDS}:KL_FLOOR")
-_fault("loop", "weights-not-compared", "only the KL is looked at", _weights_not_compared, f"{_GUARDS}:same_weights")
+declare("loop", "kl-floor-zero", "the floor of the KL at step 0 is zero", _floor_zero, f"{_GUARDS}:KL_FLOOR")
+declare("loop", "weights-not-compared", "only the KL is looked at", _weights_not_compared, f"{_GUARDS}:same_weights")

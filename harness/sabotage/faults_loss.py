@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _CHUNK = "q4kd.trainer.loss_terms:KDLossConfig.chunk_for"
 _WALKS = "q4kd.trainer.loss_low:_Walks.__init__"
@@ -92,18 +92,14 @@ def _device_knob(place: int, factor: float) -> Callable[[], None]:
     return apply
 
 
-def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
-_fault("memory", "all-tokens-at-once", "a chunk of logits is all tokens", _all_tokens_at_once, _CHUNK)
-_fault("memory", "tile-is-vocabulary", "mode low takes the vocabulary as one tile", _tile_is_vocabulary, _WALKS)
-_fault("loss", "tiled-half-gradient", "mode low halves its gradient, not its value", _tiled_half_gradient, _GRADIENT)
-_fault("loss", "tiled-no-t-squared", "mode low leaves out the factor T²", _tiled_no_t_squared, _LOW)
-_fault("loss", "tail-dropped", "what a cached teacher gives unlisted tokens is taken as nothing", _tail_dropped, _TOPK)
-_fault("loss", "padding-kept", "the teacher's padding rows keep their probability", _padding_kept, _TEACHER)
+declare("memory", "all-tokens-at-once", "a chunk of logits is all tokens", _all_tokens_at_once, _CHUNK)
+declare("memory", "tile-is-vocabulary", "mode low takes the vocabulary as one tile", _tile_is_vocabulary, _WALKS)
+declare("loss", "tiled-half-gradient", "mode low halves its gradient, not its value", _tiled_half_gradient, _GRADIENT)
+declare("loss", "tiled-no-t-squared", "mode low leaves out the factor T²", _tiled_no_t_squared, _LOW)
+declare("loss", "tail-dropped", "what a cached teacher gives unlisted tokens is taken as nothing", _tail_dropped, _TOPK)
+declare("loss", "padding-kept", "the teacher's padding rows keep their probability", _padding_kept, _TEACHER)
 # Places in the knobs: alpha, 1 / T, (1 - alpha) T, T^2, beta.
-_fault(
+declare(
     "loss", "device-half-gradient", "the divergence's gradient is halved on the device", _device_knob(2, 0.5), _KNOBS
 )
-_fault("loss", "device-half-value", "the divergence is halved on the device", _device_knob(3, 0.5), _KNOBS)
+declare("loss", "device-half-value", "the divergence is halved on the device", _device_knob(3, 0.5), _KNOBS)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _TEACHER = "q4kd.trainer.teacher"
 _WEIGHTS = "q4kd.trainer.weights"
@@ -77,57 +77,47 @@ def _yields_parameters() -> None:
     replace(f"{_TEACHER}:Teacher.parameters", lambda _original: lambda self: iter(()))
 
 
-register(
-    Fault(
-        name="dequantize-at-load",
-        title="every teacher gets the dense backend, announced as such",
-        family="residency",
-        targets=("q4kd.trainer.backend:choose_backend",),
-        apply=_dequantize_at_load,
-    )
+declare(
+    "residency",
+    "dequantize-at-load",
+    "every teacher gets the dense backend, announced as such",
+    _dequantize_at_load,
+    "q4kd.trainer.backend:choose_backend",
 )
-register(
-    Fault(
-        name="silent-dequantize",
-        title="every matrix is held decoded while log and accounts say packed",
-        family="residency",
-        targets=(f"{_WEIGHTS}:PackedMatrix.__init__", f"{_WEIGHTS}:PackedMatrix.product"),
-        apply=_silent_dequantize,
-    )
+declare(
+    "residency",
+    "silent-dequantize",
+    "every matrix is held decoded while log and accounts say packed",
+    _silent_dequantize,
+    f"{_WEIGHTS}:PackedMatrix.__init__",
+    f"{_WEIGHTS}:PackedMatrix.product",
 )
-register(
-    Fault(
-        name="scale-cache",
-        title="unpacked scales are kept beside every superblock",
-        family="residency",
-        targets=(f"{_WEIGHTS}:PackedMatrix.__init__", f"{_WEIGHTS}:PackedMatrix.resident_bytes"),
-        apply=_scale_cache,
-    )
+declare(
+    "residency",
+    "scale-cache",
+    "unpacked scales are kept beside every superblock",
+    _scale_cache,
+    f"{_WEIGHTS}:PackedMatrix.__init__",
+    f"{_WEIGHTS}:PackedMatrix.resident_bytes",
 )
-register(
-    Fault(
-        name="ballast",
-        title=f"{BALLAST_BYTES // 1_000_000} MB are allocated and touched beside the teacher",
-        family="memory",
-        targets=(f"{_TEACHER}:load_teacher",),
-        apply=_ballast,
-    )
+declare(
+    "memory",
+    "ballast",
+    f"{BALLAST_BYTES // 1_000_000} MB are allocated and touched beside the teacher",
+    _ballast,
+    f"{_TEACHER}:load_teacher",
 )
-register(
-    Fault(
-        name="accepts-gradients",
-        title="teacher.requires_grad_(True) is accepted in silence",
-        family="dispatch",
-        targets=(f"{_TEACHER}:Teacher.requires_grad_",),
-        apply=_accepts_gradients,
-    )
+declare(
+    "dispatch",
+    "accepts-gradients",
+    "teacher.requires_grad_(True) is accepted in silence",
+    _accepts_gradients,
+    f"{_TEACHER}:Teacher.requires_grad_",
 )
-register(
-    Fault(
-        name="yields-parameters",
-        title="teacher.parameters() returns an empty iterator instead of refusing",
-        family="dispatch",
-        targets=(f"{_TEACHER}:Teacher.parameters",),
-        apply=_yields_parameters,
-    )
+declare(
+    "dispatch",
+    "yields-parameters",
+    "teacher.parameters() returns an empty iterator instead of refusing",
+    _yields_parameters,
+    f"{_TEACHER}:Teacher.parameters",
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from q4kd.harness.sabotage.faults_quant import replace_decoder
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _FORWARD = "q4kd.trainer.forward"
 
@@ -58,36 +58,33 @@ def _unchecked(target: str, answer: Any = None) -> None:
     replace(target, lambda _original: lambda *_arguments, **_options: answer)
 
 
-def _fault(
-    name: str, title: str, targets: tuple[str, ...], apply: Callable[[], None], family: Any = "dispatch"
-) -> None:
-    register(Fault(name=name, title=title, family=family, targets=targets, apply=apply))
-
-
-_fault(
+declare(
+    "dispatch",
     "rope-layout-swapped",
     "interleaved rotary embedding is applied as split halves, and the other way round",
-    (f"{_FORWARD}:rotate",),
     _rope_layout_swapped,
+    f"{_FORWARD}:rotate",
 )
 for _name, _part, _title in (
     ("qk-norm-skipped", "_norm.weight", "the norms of query and key heads are left out"),
     ("rope-factors-ignored", "rope_freqs", "the rotary divisors of Llama 3.1 are left out"),
     ("biases-dropped", ".bias", "the biases of Q, K and V are left out"),
 ):
-    _fault(_name, _title, (f"{_FORWARD}:CpuForward._optional",), functools.partial(_vector_ignored, _part))
-_fault(
+    declare("dispatch", _name, _title, functools.partial(_vector_ignored, _part), f"{_FORWARD}:CpuForward._optional")
+declare(
+    "quantisation",
     "q5k-high-bits-dropped",
     "the fifth bit of every Q5_K weight is taken as zero",
-    ("q4kd.trainer.quant:decode_q5_k", "q4kd.trainer.quant:DECODERS"),
     _q5_k_high_bits,
-    "quantisation",
+    "q4kd.trainer.quant:decode_q5_k",
+    "q4kd.trainer.quant:DECODERS",
 )
-_fault(
+declare(
+    "dispatch",
     "apr-gate-up-swapped",
     "gate and up projections of .apr files are exchanged",
-    ("q4kd.trainer.tensor_names:gguf_name",),
     _apr_gate_up_swapped,
+    "q4kd.trainer.tensor_names:gguf_name",
 )
 for _name, _title, _target in (
     ("tensors-unchecked", "unknown tensors are ignored in silence", "q4kd.trainer.architecture:check_tensors"),
@@ -95,4 +92,4 @@ for _name, _title, _target in (
     ("scales-unchecked", "NaN scales are loaded like any other", "q4kd.trainer.scales:check_scales"),
     ("footer-unchecked", "the checksum of .apr data is not compared", "q4kd.trainer.apr_header:check_footer"),
 ):
-    _fault(_name, _title, (_target,), functools.partial(_unchecked, _target, 0))
+    declare("dispatch", _name, _title, functools.partial(_unchecked, _target, 0), _target)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _CPU_PRODUCT = "q4kd.trainer.gemm:multiply"
 _CUDA_PRODUCT = "q4kd.trainer.cuda.numerics:multiply"
@@ -51,30 +51,25 @@ def _rows_left_out(target: str, place: int) -> None:
     replace(target, make)
 
 
-register(
-    Fault(
-        name="coarse-activations",
-        title="activations are rounded to 8 bits before every product",
-        family="quantisation",
-        targets=(_CPU_PRODUCT,),
-        apply=_coarse_activations,
-    )
+declare(
+    "quantisation",
+    "coarse-activations",
+    "activations are rounded to 8 bits before every product",
+    _coarse_activations,
+    _CPU_PRODUCT,
 )
-register(
-    Fault(
-        name="device-coarse-activations",
-        title="activations are rounded to 8 bits before every product on the device",
-        family="quantisation",
-        targets=(_CUDA_PRODUCT, _FUSED),
-        apply=_coarse_device_activations,
-    )
+declare(
+    "quantisation",
+    "device-coarse-activations",
+    "activations are rounded to 8 bits before every product on the device",
+    _coarse_device_activations,
+    _CUDA_PRODUCT,
+    _FUSED,
 )
-register(
-    Fault(
-        name="device-rows-left-out",
-        title="fused products leave out the rows of the last tile",
-        family="dispatch",
-        targets=(_FUSED,),
-        apply=functools.partial(_rows_left_out, _FUSED, 5),
-    )
+declare(
+    "dispatch",
+    "device-rows-left-out",
+    "fused products leave out the rows of the last tile",
+    functools.partial(_rows_left_out, _FUSED, 5),
+    _FUSED,
 )

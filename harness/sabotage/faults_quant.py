@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _QUANT = "q4kd.trainer.quant"
 _Decoder = Callable[[Any, Any], None]
@@ -92,66 +92,50 @@ def _one_row_bytes() -> None:
     replace("q4kd.trainer.formats:BlockFormat.row_bytes", make)
 
 
-register(
-    Fault(
-        name="wrong-subblock-scale",
-        title="sub-blocks 4-7 of Q4_K lose the two high bits of their scale",
-        family="quantisation",
-        targets=(f"{_QUANT}:unpack_q4_k_scales",),
-        apply=_wrong_subblock_scale,
-    )
+declare(
+    "quantisation",
+    "wrong-subblock-scale",
+    "sub-blocks 4-7 of Q4_K lose the two high bits of their scale",
+    _wrong_subblock_scale,
+    f"{_QUANT}:unpack_q4_k_scales",
 )
-register(
-    Fault(
-        name="dropped-mins",
-        title="Q4_K's mins are taken as zero",
-        family="quantisation",
-        targets=(f"{_QUANT}:unpack_q4_k_scales",),
-        apply=_dropped_mins,
-    )
+declare("quantisation", "dropped-mins", "Q4_K's mins are taken as zero", _dropped_mins, f"{_QUANT}:unpack_q4_k_scales")
+declare(
+    "quantisation",
+    "swapped-nibbles",
+    "the two nibbles of every Q4_K byte are exchanged",
+    _swapped_nibbles,
+    f"{_QUANT}:decode_q4_k",
+    f"{_QUANT}:DECODERS",
 )
-register(
-    Fault(
-        name="swapped-nibbles",
-        title="the two nibbles of every Q4_K byte are exchanged",
-        family="quantisation",
-        targets=(f"{_QUANT}:decode_q4_k", f"{_QUANT}:DECODERS"),
-        apply=_swapped_nibbles,
-    )
+declare(
+    "quantisation",
+    "q6k-offset",
+    "Q6_K weights get an offset of one step",
+    _q6_k_offset,
+    f"{_QUANT}:decode_q6_k",
+    f"{_QUANT}:DECODERS",
 )
-register(
-    Fault(
-        name="q6k-offset",
-        title="Q6_K weights get an offset of one step",
-        family="quantisation",
-        targets=(f"{_QUANT}:decode_q6_k", f"{_QUANT}:DECODERS"),
-        apply=_q6_k_offset,
-    )
+declare(
+    "quantisation",
+    "half-precision-q4k",
+    "Q4_K is decoded through float16",
+    functools.partial(_half_precision, "Q4_K", "decode_q4_k"),
+    f"{_QUANT}:decode_q4_k",
+    f"{_QUANT}:DECODERS",
 )
-register(
-    Fault(
-        name="half-precision-q4k",
-        title="Q4_K is decoded through float16",
-        family="quantisation",
-        targets=(f"{_QUANT}:decode_q4_k", f"{_QUANT}:DECODERS"),
-        apply=functools.partial(_half_precision, "Q4_K", "decode_q4_k"),
-    )
+declare(
+    "quantisation",
+    "half-precision-q6k",
+    "Q6_K is decoded through float16",
+    functools.partial(_half_precision, "Q6_K", "decode_q6_k"),
+    f"{_QUANT}:decode_q6_k",
+    f"{_QUANT}:DECODERS",
 )
-register(
-    Fault(
-        name="half-precision-q6k",
-        title="Q6_K is decoded through float16",
-        family="quantisation",
-        targets=(f"{_QUANT}:decode_q6_k", f"{_QUANT}:DECODERS"),
-        apply=functools.partial(_half_precision, "Q6_K", "decode_q6_k"),
-    )
-)
-register(
-    Fault(
-        name="capped-row-bytes",
-        title="rows longer than 512 weights are taken for 512",
-        family="quantisation",
-        targets=("q4kd.trainer.formats:BlockFormat.row_bytes",),
-        apply=_one_row_bytes,
-    )
+declare(
+    "quantisation",
+    "capped-row-bytes",
+    "rows longer than 512 weights are taken for 512",
+    _one_row_bytes,
+    "q4kd.trainer.formats:BlockFormat.row_bytes",
 )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _CHECKPOINT = "q4kd.trainer.checkpoint"
 _SAVE = f"{_CHECKPOINT}:save_checkpoint"
@@ -171,88 +171,84 @@ def _plan_forgets_activations() -> None:
     replace(f"{_ITEMS}:saved_activations", lambda _original: lambda _config, _student: (0, "forgotten"))
 
 
-def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
-_fault("loop", "nan-ignored", "a step whose loss is not finite is skipped in silence", _nan_ignored, _STEP)
-_fault(
+declare("loop", "nan-ignored", "a step whose loss is not finite is skipped in silence", _nan_ignored, _STEP)
+declare(
     "loop",
     "aborted-step-not-kept",
     "the batch of a step that is not finite is not saved",
     _aborted_step_not_kept,
     "q4kd.trainer.run_folder:save_step",
 )
-_fault(
+declare(
     "supervision",
     "watchdog-asleep",
     "the hang watchdog never looks",
     _watchdog_asleep,
     "q4kd.trainer.hang:HangWatchdog._watch",
 )
-_fault(
+declare(
     "supervision",
     "stacks-not-dumped",
     "the hang watchdog ends the run without stacks",
     _stacks_not_dumped,
     "q4kd.trainer.hang:_dump",
 )
-_fault(
+declare(
     "supervision",
     "signal-ends-at-once",
     "a signal ends the run without a checkpoint",
     _signal_ends_at_once,
     "q4kd.trainer.signals:StopRequest._hear",
 )
-_fault(
+declare(
     "supervision",
     "signal-ignored",
     "a signal is announced and then forgotten",
     _signal_ignored,
     "q4kd.trainer.signals:StopRequest.agreed",
 )
-_fault(
+declare(
     "memory",
     "memory-not-explained",
     "an allocation that fails is an internal error",
     _memory_not_explained,
     "q4kd.trainer.out_of_memory:is_out_of_memory",
 )
-_fault("checkpoint", "torn-checkpoint", "a checkpoint has its name before its files", _torn_checkpoint, _SAVE)
-_fault(
+declare("checkpoint", "torn-checkpoint", "a checkpoint has its name before its files", _torn_checkpoint, _SAVE)
+declare(
     "checkpoint",
     "pruned-before-written",
     "earlier checkpoints are removed before the next is written",
     _pruned_before_written,
     _SAVE,
 )
-_fault("checkpoint", "best-pruned", "the best checkpoint is pruned like any other", _best_pruned, _PRUNE)
-_fault(
+declare("checkpoint", "best-pruned", "the best checkpoint is pruned like any other", _best_pruned, _PRUNE)
+declare(
     "checkpoint",
     "digest-not-checked",
     "digests of a checkpoint's files are not looked at",
     _digest_not_checked,
     f"{_CHECKPOINT}:read_state",
 )
-_fault(
+declare(
     "checkpoint",
     "config-not-compared",
     "a run resumes with other settings",
     _config_not_compared,
     f"{_CHECKPOINT}:explain_difference",
 )
-_fault("checkpoint", "resume-skips-batch", "a resumed run goes on one step too far", _resume_skips_batch, _RESTORE)
-_fault(
+declare("checkpoint", "resume-skips-batch", "a resumed run goes on one step too far", _resume_skips_batch, _RESTORE)
+declare(
     "checkpoint", "resume-forgets-moments", "a resumed run starts with empty moments", _resume_forgets_moments, _LOAD
 )
-_fault(
+declare(
     "memory",
     "plan-halves-optimizer",
     "the plan counts one moment instead of two",
     _plan_halves_optimizer,
     f"{_ITEMS}:MOMENT_BYTES",
 )
-_fault(
+declare(
     "memory",
     "plan-forgets-activations",
     "the plan counts no activations",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.sabotage.registry import Family, Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _DISTILL = "q4kd.trainer.distill"
 _REPORT = "q4kd.trainer.progress:Reporter.step"
@@ -149,52 +149,47 @@ def _zero_steps_means_all() -> None:
     replace("q4kd.trainer.config:make_config", make)
 
 
-def _fault(family: Family, name: str, title: str, apply: Callable[[], None], target: str) -> None:
-    register(Fault(name=name, title=title, family=family, targets=(target,), apply=apply))
-
-
-_fault("logging", "progress-reworded", "progress lines say 'loss=' instead of ': loss: '", _reworded, _REPORT)
-_fault("logging", "every-other-line", "every other progress line is missing", _every_other_line, _REPORT)
-_fault("logging", "stale-loss", "progress lines repeat the first loss", _stale_loss, _REPORT)
-_fault("logging", "slow-reporting", "each report waits for 20 ms", _slow_reporting, _REPORT)
-_fault(
+declare("logging", "progress-reworded", "progress lines say 'loss=' instead of ': loss: '", _reworded, _REPORT)
+declare("logging", "every-other-line", "every other progress line is missing", _every_other_line, _REPORT)
+declare("logging", "stale-loss", "progress lines repeat the first loss", _stale_loss, _REPORT)
+declare("logging", "slow-reporting", "each report waits for 20 ms", _slow_reporting, _REPORT)
+declare(
     "logging",
     "zero-means-default",
     "log_every=0 prints step lines as the default does",
     _zero_means_default,
     "q4kd.trainer.progress:Reporter.__init__",
 )
-_fault("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, "q4kd.trainer.run:assemble")
-_fault("loop", "smoke-leaks", "every run stops after 10 steps", _smoke_leaks, "q4kd.trainer.config:make_config")
-_fault(
+declare("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, "q4kd.trainer.run:assemble")
+declare("loop", "smoke-leaks", "every run stops after 10 steps", _smoke_leaks, "q4kd.trainer.config:make_config")
+declare(
     "loop",
     "smoke-own-schedule",
     "the learning rate of a smoke run ends with it",
     _smoke_own_schedule,
     f"{_DISTILL}:_train",
 )
-_fault(
-    "checkpoint",
-    "smoke-writes-model",
-    "a smoke run leaves a final model",
-    _smoke_writes_model,
-    f"{_DISTILL}:_finish",
+declare(
+    "checkpoint", "smoke-writes-model", "a smoke run leaves a final model", _smoke_writes_model, f"{_DISTILL}:_finish"
 )
-_fault(
+declare(
     "logging",
     "projects-itself",
     "the smoke run's own time is given as that of the full run",
     _projects_itself,
     f"{_DISTILL}:_finish",
 )
-_fault(
+declare(
     "logging",
     "projection-missing",
     "the summary lacks the projection",
     _projection_missing,
     "q4kd.trainer.files:write_json",
 )
-_fault(
-    "loop", "zero-steps-means-all", "--max-steps 0 runs all steps", _zero_steps_means_all,
+declare(
+    "loop",
+    "zero-steps-means-all",
+    "--max-steps 0 runs all steps",
+    _zero_steps_means_all,
     "q4kd.trainer.config:make_config",
-)  # fmt: skip
+)

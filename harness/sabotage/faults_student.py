@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from q4kd.harness.probes_student import LENGTH, SEQUENCES
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _OPTIMIZER = "q4kd.trainer.optimizer:MasterWeightOptimizer.step"
 _Function = Callable[..., Any]
@@ -119,86 +119,68 @@ def _unknown_settings_ignored() -> None:
 
 
 _RANKS = (None, "copies", "shards")
-register(
-    Fault(
-        name="masters-rounded",
-        title="master weights are rounded to the weights' dtype after every step",
-        family="loop",
-        targets=(_OPTIMIZER,),
-        apply=_masters_rounded,
-    )
+declare(
+    "loop",
+    "masters-rounded",
+    "master weights are rounded to the weights' dtype after every step",
+    _masters_rounded,
+    _OPTIMIZER,
 )
-register(
-    Fault(
-        name="masters-not-copied",
-        title="masters move, the bfloat16 weights that the student multiplies by do not",
-        family="loop",
-        targets=(_OPTIMIZER,),
-        apply=_masters_not_copied,
-    )
+declare(
+    "loop",
+    "masters-not-copied",
+    "masters move, the bfloat16 weights that the student multiplies by do not",
+    _masters_not_copied,
+    _OPTIMIZER,
 )
-register(
-    Fault(
-        name="normalised-by-micro-batch",
-        title="each micro-batch is a mean over its own labels, and the step a mean of these means",
-        family="loop",
-        targets=("q4kd.trainer.kd_loss:kd_loss",),
-        apply=_normalised_by_micro_batch,
-    )
+declare(
+    "loop",
+    "normalised-by-micro-batch",
+    "each micro-batch is a mean over its own labels, and the step a mean of these means",
+    _normalised_by_micro_batch,
+    "q4kd.trainer.kd_loss:kd_loss",
 )
-register(
-    Fault(
-        name="recomputed-without-gradient",
-        title="layers whose activations are recomputed get no gradient",
-        family="loop",
-        targets=("q4kd.trainer.student:set_up_student",),
-        apply=_recomputed_without_gradient,
-    )
+declare(
+    "loop",
+    "recomputed-without-gradient",
+    "layers whose activations are recomputed get no gradient",
+    _recomputed_without_gradient,
+    "q4kd.trainer.student:set_up_student",
 )
-register(
-    Fault(
-        name="base-trained",
-        title="the weights under the adapters are trained too",
-        family="loop",
-        targets=("q4kd.trainer.lora:add_adapters",),
-        apply=_base_trained,
-    )
+declare(
+    "loop",
+    "base-trained",
+    "the weights under the adapters are trained too",
+    _base_trained,
+    "q4kd.trainer.lora:add_adapters",
 )
-register(
-    Fault(
-        name="adapters-merged-twice",
-        title="the adapters' update is added twice to the weights of the final model",
-        family="checkpoint",
-        targets=("q4kd.trainer.lora:merged_state",),
-        apply=_adapters_merged_twice,
-    )
+declare(
+    "checkpoint",
+    "adapters-merged-twice",
+    "the adapters' update is added twice to the weights of the final model",
+    _adapters_merged_twice,
+    "q4kd.trainer.lora:merged_state",
 )
-register(
-    Fault(
-        name="ranks-share-a-batch",
-        title="every process takes the first process's share of a batch",
-        family="loop",
-        targets=("q4kd.trainer.run:Run.batch",),
-        apply=_ranks_share_a_batch,
-        arms=_RANKS,
-    )
+declare(
+    "loop",
+    "ranks-share-a-batch",
+    "every process takes the first process's share of a batch",
+    _ranks_share_a_batch,
+    "q4kd.trainer.run:Run.batch",
+    arms=_RANKS,
 )
-register(
-    Fault(
-        name="ranks-train-alone",
-        title="the student is not wrapped: gradients stay in their process",
-        family="loop",
-        targets=("q4kd.trainer.sharding:prepare_model",),
-        apply=_ranks_train_alone,
-        arms=_RANKS,
-    )
+declare(
+    "loop",
+    "ranks-train-alone",
+    "the student is not wrapped: gradients stay in their process",
+    _ranks_train_alone,
+    "q4kd.trainer.sharding:prepare_model",
+    arms=_RANKS,
 )
-register(
-    Fault(
-        name="unknown-settings-ignored",
-        title="settings that do not exist are dropped in silence",
-        family="dispatch",
-        targets=("q4kd.trainer.config:make_config",),
-        apply=_unknown_settings_ignored,
-    )
+declare(
+    "dispatch",
+    "unknown-settings-ignored",
+    "settings that do not exist are dropped in silence",
+    _unknown_settings_ignored,
+    "q4kd.trainer.config:make_config",
 )

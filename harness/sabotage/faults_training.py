@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.sabotage.registry import Fault, register, replace
+from q4kd.harness.sabotage.registry import declare, replace
 
 _LOSS = "q4kd.trainer.kd_loss"
 _STEP = "q4kd.trainer.step"
@@ -151,116 +151,86 @@ def _steps_not_taken() -> None:
     replace(f"{_STEP}:train_step", make)
 
 
-register(
-    Fault(
-        name="kd-term-zero",
-        title="the divergence and its gradient are multiplied by zero",
-        family="loss",
-        targets=(f"{_LOSS}:divergence_rows",),
-        apply=_kd_term_zero,
-        arms=KD_ARMS,
-    )
+declare(
+    "loss",
+    "kd-term-zero",
+    "the divergence and its gradient are multiplied by zero",
+    _kd_term_zero,
+    f"{_LOSS}:divergence_rows",
+    arms=KD_ARMS,
 )
-register(
-    Fault(
-        name="soft-cross-entropy",
-        title="forward KL without the teacher's entropy",
-        family="loss",
-        targets=(f"{_LOSS}:divergence_rows",),
-        apply=_soft_cross_entropy,
-    )
+declare(
+    "loss",
+    "soft-cross-entropy",
+    "forward KL without the teacher's entropy",
+    _soft_cross_entropy,
+    f"{_LOSS}:divergence_rows",
 )
-register(
-    Fault(
-        name="smoothed-teacher",
-        title="the teacher's distribution is mixed with 1 % uniform",
-        family="loss",
-        targets=(f"{_LOSS}:divergence_rows",),
-        apply=_smoothed_teacher,
-    )
+declare(
+    "loss",
+    "smoothed-teacher",
+    "the teacher's distribution is mixed with 1 % uniform",
+    _smoothed_teacher,
+    f"{_LOSS}:divergence_rows",
 )
-register(
-    Fault(
-        name="half-gradient",
-        title="the divergence's gradient is halved, its value kept",
-        family="loss",
-        targets=(f"{_LOSS}:divergence_rows",),
-        apply=_half_gradient,
-    )
+declare(
+    "loss",
+    "half-gradient",
+    "the divergence's gradient is halved, its value kept",
+    _half_gradient,
+    f"{_LOSS}:divergence_rows",
 )
-register(
-    Fault(
-        name="no-t-squared",
-        title="the reported KD term lacks the factor T²",
-        family="loss",
-        targets=(f"{_LOSS}:_chunk_terms",),
-        apply=_no_t_squared,
-    )
+declare("loss", "no-t-squared", "the reported KD term lacks the factor T²", _no_t_squared, f"{_LOSS}:_chunk_terms")
+declare(
+    "loop",
+    "labels-shuffled",
+    "labels are rolled by 17 positions against their inputs",
+    _labels_shuffled,
+    "q4kd.trainer.packing:make_labels",
+    arms=KD_ARMS,
 )
-register(
-    Fault(
-        name="labels-shuffled",
-        title="labels are rolled by 17 positions against their inputs",
-        family="loop",
-        targets=("q4kd.trainer.packing:make_labels",),
-        apply=_labels_shuffled,
-        arms=KD_ARMS,
-    )
+declare(
+    "loop",
+    "learning-rate-zero",
+    "the schedule always returns zero",
+    _learning_rate_zero,
+    f"{_STEP}:learning_rate",
+    arms=KD_ARMS,
 )
-register(
-    Fault(
-        name="learning-rate-zero",
-        title="the schedule always returns zero",
-        family="loop",
-        targets=(f"{_STEP}:learning_rate",),
-        apply=_learning_rate_zero,
-        arms=KD_ARMS,
-    )
+declare(
+    "supervision",
+    "sigkill-at-step",
+    f"the process kills itself with SIGKILL at step {KILL_STEP}",
+    _sigkill_at_step,
+    f"{_STEP}:train_step",
+    declared_exit=("killed_cause_unknown", "signalled"),
 )
-register(
-    Fault(
-        name="sigkill-at-step",
-        title=f"the process kills itself with SIGKILL at step {KILL_STEP}",
-        family="supervision",
-        targets=(f"{_STEP}:train_step",),
-        apply=_sigkill_at_step,
-        declared_exit=("killed_cause_unknown", "signalled"),
-    )
+declare(
+    "supervision",
+    "hang-at-step-0",
+    "the first step never returns",
+    _hang_at_step_0,
+    f"{_STEP}:train_step",
+    declared_exit=("stalled", "timeout"),
 )
-register(
-    Fault(
-        name="hang-at-step-0",
-        title="the first step never returns",
-        family="supervision",
-        targets=(f"{_STEP}:train_step",),
-        apply=_hang_at_step_0,
-        declared_exit=("stalled", "timeout"),
-    )
+declare(
+    "supervision",
+    "quiet-early-exit",
+    f"the process ends with exit code 0 at step {KILL_STEP}",
+    _quiet_early_exit,
+    f"{_STEP}:train_step",
 )
-register(
-    Fault(
-        name="quiet-early-exit",
-        title=f"the process ends with exit code 0 at step {KILL_STEP}",
-        family="supervision",
-        targets=(f"{_STEP}:train_step",),
-        apply=_quiet_early_exit,
-    )
+declare(
+    "checkpoint",
+    "checkpoint-not-written",
+    "checkpoints are announced and not written",
+    _checkpoint_not_written,
+    "q4kd.trainer.checkpoint:save_checkpoint",
 )
-register(
-    Fault(
-        name="checkpoint-not-written",
-        title="checkpoints are announced and not written",
-        family="checkpoint",
-        targets=("q4kd.trainer.checkpoint:save_checkpoint",),
-        apply=_checkpoint_not_written,
-    )
-)
-register(
-    Fault(
-        name="steps-not-taken",
-        title="every second step is reported without updating the student",
-        family="loop",
-        targets=(f"{_STEP}:train_step",),
-        apply=_steps_not_taken,
-    )
+declare(
+    "loop",
+    "steps-not-taken",
+    "every second step is reported without updating the student",
+    _steps_not_taken,
+    f"{_STEP}:train_step",
 )

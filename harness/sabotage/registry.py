@@ -82,6 +82,19 @@ def register(fault: Fault) -> Fault:
     return fault
 
 
+def declare(
+    family: Family,
+    name: str,
+    title: str,
+    apply: Callable[[], None],
+    *targets: str,
+    arms: tuple[str | None, ...] | None = None,
+    declared_exit: tuple[str, ...] = (),
+) -> Fault:
+    """Register the fault of these parts, which are ``Fault``'s, and return it. Raises as ``register`` does."""
+    return register(Fault(name, title, family, targets, apply, arms, declared_exit))
+
+
 def all_faults() -> Mapping[str, Fault]:
     """Import the fault modules and return every fault by name."""
     for module in sabotage.FAULT_MODULES:
