@@ -6,7 +6,6 @@ the documentation and of the checks in ``make_config``.
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.setting_value import convert, read_number
 
 if typing.TYPE_CHECKING:
     from q4kd.trainer.kd_loss import KDLossConfig
@@ -235,51 +235,6 @@ class DistillConfig:
         }
 
 
-def kind_of(annotation: Any) -> tuple[type, bool]:
-    """Return the plain type of a field's annotation (str for literals), and whether None is accepted."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    target = next(option for option in options if option is not type(None))
-    return (str if typing.get_origin(target) is Literal else target), type(None) in options
-
-
-def _convert(setting: "dataclasses.Field[Any]", value: object, annotation: Any) -> Any:
-    """Return ``value`` as the annotated type, or refuse it."""
-    target, is_optional = kind_of(annotation)
-    if value is None and is_optional:
-        return None
-    low, high, choices = (setting.metadata[name] for name in ("low", "high", "choices"))
-    if target is Path:
-        accepted, value = isinstance(value, str | Path), Path(str(value))
-    elif target is float:
-        # YAML 1.1 reads "1e-3" as text, and people write it.
-        value = _number(value)
-        accepted = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        accepted = isinstance(value, target) and (target is bool or not isinstance(value, bool))
-    if accepted and choices:
-        accepted = value in choices
-    if accepted and low is not None:
-        accepted = low <= typing.cast(float, value) <= high
-    if not accepted:
-        limits = f" from {low:g} to {high:g}" if low is not None else ""
-        raise InputError(
-            f"setting {setting.name}",
-            expected=" or ".join(choices) if choices else f"{target.__name__}{limits}",
-            got=repr(value)[:80],
-            remedy="correct it; see q4kd distill --help",
-        )
-    return float(typing.cast(float, value)) if target is float else value
-
-
-def _number(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _settings_of_cached_run(values: Mapping[str, object]) -> Mapping[str, object]:
     """Refuse what a cache cannot give; the best checkpoint is that of the lowest held-out loss."""
     wrong = {
@@ -288,7 +243,7 @@ def _settings_of_cached_run(values: Mapping[str, object]) -> Mapping[str, object
         "best_metric": ("loss", "there is no teacher to compare held-out text with: leave it out"),
     }
     for name, (only, remedy) in wrong.items():
-        given = _number(values.get(name, only)) if name == "temperature" else values.get(name, only)
+        given = read_number(values.get(name, only)) if name == "temperature" else values.get(name, only)
         if given != only:
             raise InputError(
                 f"setting {name}", expected=f"{only} with teacher_cache", got=repr(given)[:80], remedy=remedy
@@ -324,4 +279,4 @@ def make_config(values: Mapping[str, object]) -> DistillConfig:
             remedy=f"pass --{missing[0]} or set it in RUN.yaml",
         )
     kinds = typing.get_type_hints(DistillConfig)
-    return DistillConfig(**{key: _convert(settings[key], value, kinds[key]) for key, value in values.items()})
+    return DistillConfig(**{key: convert(settings[key], value, kinds[key]) for key, value in values.items()})

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from q4kd.trainer.config import DistillConfig, kind_of
+from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.setting_value import kind_of
 
 MAX_CONFIG_BYTES = 1 << 20
 

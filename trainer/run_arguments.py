@@ -11,8 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.config import DistillConfig, kind_of, make_config
+from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.config_file import parse_assignment, read_run_file
+from q4kd.trainer.setting_value import kind_of
 
 EPILOG = """Settings come from RUN.yaml, then from the flags, then from --set: the last one wins.
 A RUN.yaml is a flat mapping of the names above, with _ for -:  lr: 1e-4
