@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
+from q4kd.trainer.divergence import sum_rows
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
 from q4kd.trainer.teacher import load_teacher
@@ -257,6 +258,28 @@ def test_fast_makes_nothing_larger_than_a_chunk_of_logits() -> None:
     parameters = max(a["weight"].numel(), a["hidden"].numel(), a["teacher_hidden"].numel())
     assert live.largest <= max(16 * (900 + 8), parameters) < 100 * 900
     assert live.made > 100
+
+
+@pytest.mark.parametrize(("divergence", "count"), [("forward_kl", 6), ("reverse_kl", 6), ("jsd", 7)])
+def test_fast_holds_as_many_chunks_of_logits_as_it_says(divergence, count) -> None:  # type: ignore[no-untyped-def]
+    tokens, vocab, hidden, chunk = 96, 4000, 8, 32
+    a = arrays(4, tokens=tokens, vocab=vocab, hidden=hidden)
+    for heat in (1.0, 2.0):
+        config = KDLossConfig(divergence=divergence, temperature=heat, chunk_tokens=chunk)
+        with Live() as live:
+            run(a, config, head=lambda rows: rows @ a["teacher_weight"].T)
+        gradients = 4 * (vocab + tokens) * hidden * 2  # and the clones that this test's run makes
+        held = (live.peak - gradients) / (4 * chunk * vocab)
+        # Half a buffer: a few rows in float64, and vectors of rows. What a sum copies inside torch is not seen here.
+        assert count - 0.5 < held <= count + 0.5
+
+
+@pytest.mark.parametrize("rows", [0, 1, 349, 350, 700])
+def test_sums_of_rows_are_those_of_float64(rows: int) -> None:
+    values = torch.randn(rows, 3000, generator=torch.Generator().manual_seed(0)) * 1e4
+    found = sum_rows(values)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, values.double().sum(-1), rtol=1e-13, atol=1e-9)
 
 
 def test_low_stays_within_its_arithmetic() -> None:

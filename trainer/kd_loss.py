@@ -66,7 +66,10 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple
 def _chunk_terms(
     student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, config: KDLossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summed CE, summed T^2 * D and the summed loss's gradient with respect to the student's logits."""
+    """Return summed CE, summed T^2 * D and the summed loss's gradient with respect to the student's logits.
+
+    Six ``[C, V]`` live at one time (seven of jsd) where the caller holds no logits: each is let go after its last use.
+    """
     log_q = torch.log_softmax(student_CV, -1)
     ce = -log_q.gather(1, labels_C.unsqueeze(1)).sum(dtype=torch.float64)
     grad_CV = log_q.exp()
@@ -77,7 +80,9 @@ def _chunk_terms(
     heat = config.temperature
     if heat != 1.0:
         log_q = torch.log_softmax(student_CV / heat, -1)
-    log_p = torch.log_softmax(teacher_CV / heat, -1)
+    del student_CV
+    log_p = torch.log_softmax(teacher_CV if heat == 1.0 else teacher_CV / heat, -1)
+    del teacher_CV
     rows, gradient = divergence_rows(log_p, log_q, config)
     # d(T^2 D)/ds = T^2 * dD/d(s/T) / T
     grad_CV.add_(gradient, alpha=(1 - config.alpha) * heat)
@@ -138,15 +143,20 @@ def kd_loss(
     def run_torch(sums: LossSums) -> None:
         weight = wide(weight_VH.detach())
         logits_of = None if teacher_head is None else _teacher_logits(teacher_head, len(weight))
+
+        def teach(rows: Tensor) -> Tensor | None:
+            if logits_of is None or teacher_hidden is None:
+                return None
+            return logits_of(teacher_hidden[rows]).to(weight.dtype)
+
         for rows in torch.split(positions, config.chunk_for(len(weight))):
             hidden_CH = wide(hidden_MH.detach()[rows])
-            teacher_CV = None
-            if logits_of is not None and teacher_hidden is not None:
-                teacher_CV = logits_of(teacher_hidden[rows]).to(weight.dtype)
-            ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teacher_CV, labels_M[rows], config)
+            # The logits have no name here, so that they are gone when they have been read.
+            ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teach(rows), labels_M[rows], config)
             sums.add_terms(ce, kd)
             if sums.wanted:
                 sums.add_gradient(rows, grad_CV, hidden_CH, weight)
+            del grad_CV
 
     def compute(sums: LossSums) -> None:
         tensors = hidden_MH.detach(), weight_VH.detach(), labels_M, positions, teacher_hidden

@@ -7,9 +7,9 @@ A tile of the teacher's head is decoded into one buffer per walk; a tile's head 
 leaves it, so it is rounded straight into the gradient of the head's own type.
 
 Bytes beyond parameters and their gradients, float32, C = 256, R = 8,192, for 8,192 tokens of a 7B teacher (H' = 3,584)
-and a 0.5B student (H = 896): at most ten ``[C, R]`` (of jsd; two of them a sum's float64 copy) 84 MB + teacher tile
+and a 0.5B student (H = 896): at most eight ``[C, R]`` (of jsd) 67 MB + teacher tile
 ``[R, H']`` 117 MB + student tile and its gradient, where the head is bfloat16, 59 MB + hidden states of the unmasked
-positions 29 + 117 MB + their gradient 29 MB = 435 MB, whatever V is. (On CUDA: ``cuda/loss_low.py``.)
+positions 29 + 117 MB + their gradient 29 MB = 418 MB, whatever V is. (On CUDA: ``cuda/loss_low.py``.)
 
 Letters in shapes: M tokens, C tokens of a chunk, R columns of a tile, H hidden size, V vocabulary.
 """
