@@ -51,13 +51,13 @@ def relative(found: object, exact: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found) - exact) / np.linalg.norm(exact))
 
 
-def exact_loss(a: dict[str, torch.Tensor], config: KDLossConfig):  # type: ignore[no-untyped-def]
-    """The dense float64 loss and its gradients with respect to hidden states and head."""
+def exact_loss(a: dict[str, torch.Tensor], config: KDLossConfig, products: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
+    """The dense float64 loss, of logits made in ``products``, and its gradients for hidden states and head."""
     kept = (a["labels"] != IGNORE).numpy()
     hidden, weight = a["hidden"].double().numpy()[kept], a["weight"].double().numpy()
-    teacher = a["teacher_hidden"].double().numpy()[kept] @ a["teacher_weight"].double().numpy().T
+    teacher = (a["teacher_hidden"][kept].to(products) @ a["teacher_weight"].to(products).T).double().numpy()
     exact = reference_loss(
-        hidden @ weight.T,
+        (a["hidden"][kept].to(products) @ a["weight"].to(products).T).double().numpy(),
         teacher[:, : len(weight)],
         a["labels"].numpy()[kept],
         alpha=config.alpha,
@@ -101,10 +101,36 @@ def test_loss_and_gradients_are_the_dense_float64_ones(  # type: ignore[no-untyp
     )
     terms, grad_hidden, grad_weight = run(a, config)
     exact, want_hidden, want_weight = exact_loss(a, config)
-    assert abs(float(terms.loss.detach()) - exact.loss) <= 1e-6 * abs(exact.loss)
+    # Products in float32 move the logits, which no loss can mend: of a single token up to 1.2e-6 of its loss.
+    rounding = abs(exact_loss(a, config, products=torch.float32)[0].loss - exact.loss)
+    assert abs(float(terms.loss.detach()) - exact.loss) <= 1e-6 * abs(exact.loss) + 2 * rounding
     assert abs(float(terms.ce) - exact.ce) <= 1e-6 * exact.ce
     assert relative(grad_hidden, want_hidden) <= 1e-5
     assert relative(grad_weight, want_weight) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("seed", "name", "beta"), [(417, "reverse_kl", 0.5), (413, "reverse_kl", 0.5), (2804, "jsd", 0.1), (53, "jsd", 0.9)]
+)
+def test_gradients_of_one_nearly_certain_token_keep_their_digits(mode, seed, name, beta) -> None:  # type: ignore[no-untyped-def]
+    """Of q * (f - mean of f) next to nothing is left; a mean that was rounded, or of rounded products, was 1e-3 off."""
+    a = arrays(seed)
+    a["labels"][torch.arange(24) != seed % 24] = IGNORE
+    config = KDLossConfig(alpha=0.0, temperature=0.5, divergence=name, beta=beta, mode=mode, vocab_tile=13)
+    _, grad_hidden, grad_weight = run(a, config)
+    exact, want_hidden, want_weight = exact_loss(a, config)
+    assert np.abs(exact.grad_logits).max() < 0.01
+    assert max(relative(grad_hidden, want_hidden), relative(grad_weight, want_weight)) <= 5e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_distributions_without_anything_in_common_give_finite_gradients(mode, name) -> None:  # type: ignore[no-untyped-def]
+    a = arrays(5)
+    a["hidden"], a["teacher_hidden"] = 60 * a["hidden"], 60 * a["teacher_hidden"]
+    terms, grad_hidden, grad_weight = run(a, KDLossConfig(divergence=name, mode=mode, vocab_tile=50))
+    assert all(bool(found.isfinite().all()) for found in (terms.loss.detach(), grad_hidden, grad_weight))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -260,12 +286,19 @@ def test_fast_makes_nothing_larger_than_a_chunk_of_logits() -> None:
     assert live.made > 100
 
 
-@pytest.mark.parametrize(("divergence", "count"), [("forward_kl", 6), ("reverse_kl", 6), ("jsd", 7)])
-def test_fast_holds_as_many_chunks_of_logits_as_it_says(divergence, count) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture
+def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum's float64 copy is of one row, as it is of few in a chunk of many."""
+    monkeypatch.setattr("q4kd.trainer.divergence._COPIED", 4000)
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize(("name", "count"), [("forward_kl", 6), ("reverse_kl", 6), ("jsd", 7)])
+def test_fast_holds_as_many_chunks_of_logits_as_it_says(name, count) -> None:  # type: ignore[no-untyped-def]
     tokens, vocab, hidden, chunk = 96, 4000, 8, 32
     a = arrays(4, tokens=tokens, vocab=vocab, hidden=hidden)
     for heat in (1.0, 2.0):
-        config = KDLossConfig(divergence=divergence, temperature=heat, chunk_tokens=chunk)
+        config = KDLossConfig(divergence=name, temperature=heat, chunk_tokens=chunk)
         with Live() as live:
             run(a, config, head=lambda rows: rows @ a["teacher_weight"].T)
         gradients = 4 * (vocab + tokens) * hidden * 2  # and the clones that this test's run makes
@@ -277,11 +310,13 @@ def test_fast_holds_as_many_chunks_of_logits_as_it_says(divergence, count) -> No
 @pytest.mark.parametrize("rows", [0, 1, 349, 350, 700])
 def test_sums_of_rows_are_those_of_float64(rows: int) -> None:
     values = torch.randn(rows, 3000, generator=torch.Generator().manual_seed(0)) * 1e4
-    found = sum_rows(values)
-    assert found.dtype == torch.float64
+    found, weighted = sum_rows(values), sum_rows(values, weights := values.sigmoid())
+    assert found.dtype == weighted.dtype == torch.float64
     torch.testing.assert_close(found, values.double().sum(-1), rtol=1e-13, atol=1e-9)
+    torch.testing.assert_close(weighted, (values.double() * weights.double()).sum(-1), rtol=1e-13, atol=1e-9)
 
 
+@pytest.mark.usefixtures("row_by_row")
 def test_low_stays_within_its_arithmetic() -> None:
     """Sizes as in loss_low.py's account, scaled down: the sum of what is alive, and the largest single tensor."""
     tokens, vocab, hidden, chunk, tile = 256, 4000, 16, 64, 256

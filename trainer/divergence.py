@@ -13,7 +13,7 @@ from torch import Tensor
 from q4kd.trainer.loss_terms import KDLossConfig
 
 # Elements that are copied to float64 at one time.
-_COPIED = 1 << 20
+_COPIED = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,50 @@ def distributions(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> Distrib
 
 
 def values(of: Distributions, config: KDLossConfig) -> tuple[Tensor, Tensor]:
-    """Return D and the student's part of it, float64 ``[C]``: of reverse_kl D itself, of jsd KL(q || m)."""
+    """Return D, float64 ``[C]``, and what ``slope`` needs of the whole rows, float64 ``[2, C]``.
+
+    These are the sums of q * f and of q, where f is dD/dq up to a constant; zeros of forward_kl.
+    """
     if config.divergence == "forward_kl":
         value = kl_rows(of.p, of.log_p, of.log_q, sum_rows(of.q))
-        return value, value
-    if config.divergence == "reverse_kl":
-        value = kl_rows(of.q, of.log_q, of.log_p, sum_rows(of.p))
-        return value, value
-    assert of.log_m is not None
+        return value, value.new_zeros(2, len(value))
+    student_2C = torch.stack([sum_rows(_tilt(of, config), of.q), sum_rows(of.q)])
+    if of.log_m is None:
+        return student_2C[0] + (sum_rows(of.p) - student_2C[1]), student_2C
     sum_m = sum_rows(of.log_m.exp())
-    student_part = kl_rows(of.q, of.log_q, of.log_m, sum_m)
-    teacher_part = kl_rows(of.p, of.log_p, of.log_m, sum_m)
-    return config.beta * teacher_part + (1 - config.beta) * student_part, student_part
+    parts = [kl_rows(a, log_a, of.log_m, sum_m) for a, log_a in ((of.p, of.log_p), (of.q, of.log_q))]
+    return config.beta * parts[0] + (1 - config.beta) * parts[1], student_2C
 
 
-def slope(of: Distributions, student_part_C: Tensor, config: KDLossConfig) -> Tensor:
-    """Return dD/d(s / T) ``[C, V]``, given the student's part of the whole rows, ``[C]``; jsd overwrites ``of.q``."""
+def slope(of: Distributions, student_2C: Tensor, config: KDLossConfig) -> Tensor:
+    """Return dD/d(s / T) ``[C, V]``, given the whole rows' sums that ``values`` returns; jsd overwrites ``of.q``.
+
+    It is q * (f - mean of f under q). The mean is that of f as rounded here, not D: where q is nearly one-hot, the two
+    nearly cancel, and of what is left D's own rounding would be a large part.
+    """
     if config.divergence == "forward_kl":
         return of.q - of.p
-    part_C1 = student_part_C.to(of.q.dtype).unsqueeze(-1)
-    if config.divergence == "reverse_kl":
-        return (of.log_q - of.log_p).sub_(part_C1).mul_(of.q)
-    assert of.log_m is not None
-    return (of.log_q - of.log_m).sub_(part_C1).mul_(of.q.mul_(1 - config.beta))
+    tilt_CV = subtract_rows(_tilt(of, config), student_2C[0] / student_2C[1])
+    return tilt_CV.mul_(of.q if of.log_m is None else of.q.mul_(1 - config.beta))
+
+
+def _tilt(of: Distributions, config: KDLossConfig) -> Tensor:
+    """Return f ``[C, V]``: log q - log p, and of jsd log q - log m + log(1 - beta) without ever taking a log m.
+
+    The latter is -log(1 + beta p / ((1 - beta) q)): small where p is, whatever the size of the logarithms. Past e^80 q
+    is so small that what is cut off does not count.
+    """
+    if of.log_m is None:
+        return of.log_q - of.log_p
+    odds = math.log(config.beta) - math.log1p(-config.beta)
+    return (of.log_p - of.log_q).add_(odds).clamp_(max=80).exp_().log1p_().neg_()
+
+
+def subtract_rows(values_CV: Tensor, of_rows_C: Tensor) -> Tensor:
+    """Subtract a float64 number of each row in place, in two parts: rounded, it would tilt a whole row by one error."""
+    coarse_C = of_rows_C.to(values_CV.dtype)
+    fine_C = (of_rows_C - coarse_C).to(values_CV.dtype)
+    return values_CV.sub_(coarse_C.unsqueeze(1)).sub_(fine_C.unsqueeze(1))
 
 
 def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, sum_b: Tensor) -> Tensor:
@@ -68,11 +89,17 @@ def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, sum_b: Tensor) -> Tensor:
     first order, which the textbook form adds to the result. At equality every term is exactly zero.
     ``sum_b`` holds the sums of b's rows, float64 ``[C]``.
     """
-    terms = sum_rows((log_a - log_b).mul_(a))
-    return terms + (sum_b - sum_rows(a))
+    return sum_rows(log_a - log_b, a) + (sum_b - sum_rows(a))
 
 
-def sum_rows(values: Tensor) -> Tensor:
-    """Return the sum of each row in float64, ``[C]``. The CPU's torch copies what it sums to float64: a few rows."""
-    rows = max(1, _COPIED // values.shape[1])
-    return torch.cat([part.sum(-1, dtype=torch.float64) for part in values.split(rows)])
+def sum_rows(values_CV: Tensor, weights_CV: Tensor | None = None) -> Tensor:
+    """Return the sum of each row, or of its products with weights, float64 ``[C]``; of products no bit is lost.
+
+    A few rows at a time: the CPU's torch copies to float64 what it sums in float64.
+    """
+    rows = max(1, _COPIED // values_CV.shape[1])
+    parts = values_CV.split(rows)
+    if weights_CV is None:
+        return torch.cat([part.sum(-1, dtype=torch.float64) for part in parts])
+    pairs = zip(parts, weights_CV.split(rows), strict=True)
+    return torch.cat([part.double().mul_(weights).sum(-1) for part, weights in pairs])

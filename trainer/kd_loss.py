@@ -59,8 +59,8 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple
         ``(D float64 [C], dD/d(s/T) [C, V])``.
     """
     both = distributions(log_p, log_q, config)
-    rows, student_part = values(both, config)
-    return rows, slope(both, student_part, config)
+    rows_C, student_2C = values(both, config)
+    return rows_C, slope(both, student_2C, config)
 
 
 def _chunk_terms(

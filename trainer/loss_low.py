@@ -7,9 +7,9 @@ A tile of the teacher's head is decoded into one buffer per walk; a tile's head 
 leaves it, so it is rounded straight into the gradient of the head's own type.
 
 Bytes beyond parameters and their gradients, float32, C = 256, R = 8,192, for 8,192 tokens of a 7B teacher (H' = 3,584)
-and a 0.5B student (H = 896): at most eight ``[C, R]`` (of jsd) 67 MB + teacher tile
+and a 0.5B student (H = 896): at most eight ``[C, R]`` (of jsd) 67 MB, a sum's float64 copy 4 MB + teacher tile
 ``[R, H']`` 117 MB + student tile and its gradient, where the head is bfloat16, 59 MB + hidden states of the unmasked
-positions 29 + 117 MB + their gradient 29 MB = 418 MB, whatever V is. (On CUDA: ``cuda/loss_low.py``.)
+positions 29 + 117 MB + their gradient 29 MB = 422 MB, whatever V is. (On CUDA: ``cuda/loss_low.py``.)
 
 Letters in shapes: M tokens, C tokens of a chunk, R columns of a tile, H hidden size, V vocabulary.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q4kd.trainer.divergence import Distributions, distributions, slope, values
+from q4kd.trainer.divergence import Distributions, distributions, slope, subtract_rows, values
 from q4kd.trainer.gemm import multiply
 from q4kd.trainer.loss_terms import KDLossConfig, LossSums, wide
 from q4kd.trainer.teacher_head import TeacherHead
@@ -49,17 +49,15 @@ class _Rows:
         self.log_z_1 = torch.full((count,), -torch.inf, dtype=torch.float64)  # of the student at temperature 1
         self.log_z = self.log_z_1.clone()  # of the student at T
         self.log_w = self.log_z_1.clone()  # of the teacher at T
-        self.label_logit, self.value, self.student_part = torch.zeros(3, count, dtype=torch.float64)
+        self.label_logit, self.value = torch.zeros(2, count, dtype=torch.float64)
+        self.student_2 = torch.zeros(2, count, dtype=torch.float64)  # what the slope needs of whole rows
 
 
 def _merge(log_sum_C: Tensor, logits_CR: Tensor) -> None:
-    """Add a tile's sum of exp to the running one."""
-    log_sum_C.copy_(torch.logaddexp(log_sum_C, logits_CR.logsumexp(1).double()))
-
-
-def _below(logits_CR: Tensor, log_sum_C: Tensor) -> Tensor:
-    """Subtract the rows' log-sums in place."""
-    return logits_CR.sub_(log_sum_C.to(logits_CR.dtype).unsqueeze(1))
+    """Add a tile's sum of exp to the running one; its logarithm is never rounded to float32."""
+    top_C1 = logits_CR.amax(1, keepdim=True)
+    tile_C = (logits_CR - top_C1).exp_().sum(1).double().log_().add_(top_C1.squeeze(1))
+    log_sum_C.copy_(torch.logaddexp(log_sum_C, tile_C))
 
 
 @dataclass(frozen=True)
@@ -133,21 +131,19 @@ class _Walks:
             for chunk in self.chunks:
                 student_CR, teacher_CR = self.logits(tile, chunk)
                 assert teacher_CR is not None
-                self._add_values(chunk, student_CR.div_(self.config.temperature), teacher_CR)
+                scaled_CR = student_CR.div_(self.config.temperature)
+                self._add_values(chunk, self._distributions(chunk, scaled_CR, teacher_CR))
 
-    def _add_values(self, chunk: slice, scaled_CR: Tensor, teacher_CR: Tensor) -> Tensor:
-        """Add a tile's part of the values; return its slope, which is right only for forward_kl or after them all."""
-        rows, config = self.rows, self.config
-        both = self._distributions(chunk, scaled_CR, teacher_CR)
-        value, student_part = values(both, config)
-        rows.value[chunk] += value
-        rows.student_part[chunk] += student_part
-        return slope(both, rows.student_part[chunk], config)
+    def _add_values(self, chunk: slice, both: Distributions) -> None:
+        """Add a tile's part of the values, and of what the slope needs."""
+        value_C, student_2C = values(both, self.config)
+        self.rows.value[chunk] += value_C
+        self.rows.student_2[:, chunk] += student_2C
 
     def _distributions(self, chunk: slice, scaled_CR: Tensor, teacher_CR: Tensor) -> Distributions:
         """Return a tile's probabilities; its logits become their logarithms."""
-        log_q = _below(scaled_CR, self.rows.log_z[chunk])
-        return distributions(_below(teacher_CR, self.rows.log_w[chunk]), log_q, self.config)
+        log_q = subtract_rows(scaled_CR, self.rows.log_z[chunk])
+        return distributions(subtract_rows(teacher_CR, self.rows.log_w[chunk]), log_q, self.config)
 
     def add_gradients(self, sums: LossSums) -> None:
         """Walk once for the gradients, and for the values of forward_kl."""
@@ -169,18 +165,16 @@ class _Walks:
         """Return the summed loss's gradient with respect to a chunk's student logits ``[C, R]``."""
         rows, config = self.rows, self.config
         student_CR, teacher_CR = self.logits(tile, chunk)
-        grad_CR = _below(student_CR.clone(), rows.log_z_1[chunk]).exp_()
+        grad_CR = subtract_rows(student_CR.clone(), rows.log_z_1[chunk]).exp_()
         has_C, column_C1 = self.inside(tile, chunk)
         grad_CR.scatter_add_(1, column_C1, -has_C.to(grad_CR.dtype).unsqueeze(1))
         grad_CR *= config.alpha
         if teacher_CR is None:
             return grad_CR
-        scaled_CR = student_CR.div_(config.temperature)
+        both = self._distributions(chunk, student_CR.div_(config.temperature), teacher_CR)
         if config.divergence == "forward_kl":
-            tilt_CR = self._add_values(chunk, scaled_CR, teacher_CR)
-        else:
-            both = self._distributions(chunk, scaled_CR, teacher_CR)
-            tilt_CR = slope(both, rows.student_part[chunk], config)
+            self._add_values(chunk, both)
+        tilt_CR = slope(both, rows.student_2[:, chunk], config)
         return grad_CR.add_(tilt_CR, alpha=(1 - config.alpha) * config.temperature)
 
 
