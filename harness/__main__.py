@@ -10,11 +10,12 @@ import importlib.metadata
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from q4kd.harness.command_help import format_commands
 from q4kd.harness.commands_completion import complete
 from q4kd.trainer.errors import InputError, TrainingAborted
+from q4kd.trainer.run_arguments import suggest_option
 
 USAGE_EXIT = 2
 DEFECT_EXIT = 3
@@ -57,6 +58,20 @@ class _Parser(argparse.ArgumentParser):
             return super().format_help()
         summaries = {choice.dest: choice.help or "" for choice in actions[0]._choices_actions}
         return format_commands(self.description or "", summaries)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse everything, or say which option was unknown and which one it may mean."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = self._options_of(getattr(parsed, "command", None))
+            close = suggest_option(next((word for word in unknown if word.startswith("-")), ""), known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close}?" if close else ""))
+        return parsed
+
+    def _options_of(self, command: str | None) -> list[str]:
+        actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        parser = actions[0].choices.get(command) if actions and command else None
+        return [word for action in parser._actions for word in action.option_strings] if parser else []
 
     def error(self, message: str) -> NoReturn:
         print(f"q4kd: {message}; see `{self.prog} --help`", file=sys.stderr)
@@ -116,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    if not message:  # another process of the run says it
+        return code
     line = " ".join(message.split())
     # A message may quote a hostile file; control characters must not reach the terminal.
     line = "".join(char if char.isprintable() else "?" for char in line)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from q4kd.harness import __main__ as entry
-from q4kd.trainer.errors import InputError, TrainingAborted
+from q4kd.trainer.errors import InputError, StoppedError, TrainingAborted
 
 
 def raising(error):
@@ -27,6 +27,7 @@ def main(monkeypatch):
             "good": lambda args: 0,
             "no": lambda args: 1,
             "input": raising(InputError("a\x1b[31m.gguf", expected="x", got="y\nz", remedy="do w")),
+            "other": raising(StoppedError("", 15)),
             "aborted": raising(TrainingAborted("loss is not finite at step 3")),
             "torch": raising(ModuleNotFoundError("No module named 'torch'", name="torch")),
             "cupy": raising(ModuleNotFoundError("No module named 'cupy'", name="cupy")),
@@ -62,6 +63,7 @@ def main(monkeypatch):
             "q4kd: internal error: ZeroDivisionError: division by zero; run with --debug for the traceback\n",
         ),
         ("stop", 130, "q4kd: interrupted\n"),
+        ("other", 143, ""),
         ("usage", 2, ""),
     ],
 )

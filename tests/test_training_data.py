@@ -56,6 +56,23 @@ def test_held_out_is_its_own_file_or_chosen_by_name(tokenizer: Any, tmp_path: Pa
     assert streamed.train_tokens is None
 
 
+def test_what_is_trained_on_and_evaluated_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    def said(data: Path, **changes: object) -> str:
+        config = make_config({"teacher": "t", "student": "s", "data": data, "out": "o", "seq_len": 16, **changes})
+        return opened(tokenizer, data, **changes).describe(config)
+
+    data, alone = write_texts(tmp_path / "a.jsonl", 60), tmp_path / "a.txt"
+    alone.write_text("def f():\n    return 1\n" * 40)
+    found = opened(tokenizer, data)
+    windows, steps = len(found.held_out), found.order.steps_per_epoch
+    trained = f"{found.train_tokens:,} tokens, {steps:,} steps an epoch"
+    assert said(data) == f"{trained}; held out: {windows} of {windows} windows evaluated"
+    assert said(data, eval_tokens=35) == f"{trained}; held out: 2 of {windows} windows evaluated"
+    assert "no evaluation and no best checkpoint (eval_tokens is less than a window)" in said(data, eval_tokens=15)
+    assert "no evaluation and no best checkpoint (--held-out names some)" in said(alone)
+    assert said(data, streaming=True, steps=5).startswith("a stream; held out: ")
+
+
 def test_data_without_a_label_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for labels, is_refused in (([-100] * 40, True), ([-100] * 32 + [5] * 8, False)):

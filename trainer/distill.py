@@ -152,11 +152,15 @@ def _kept_for_inspection(run: Run, step: int, batch: Batch, error: NotFiniteErro
 
 
 def _end_early(run: Run, number: int) -> StoppedError:
-    """Return the error that ends a run which somebody asked to stop; its checkpoint is written."""
+    """Return the error that ends a run which somebody asked to stop; its checkpoint is written.
+
+    All processes end with it, one says so.
+    """
     name = signal.Signals(number).name
     run.events.emit("stopped", step=run.done, signal=name)
     path = checkpoint_path(run.config.out, run.done)
-    return StoppedError(f"{name}: stopped after step {run.done}; continue from {path} with --resume", number)
+    said = f"{name}: stopped after step {run.done}; continue from {path} with --resume"
+    return StoppedError(said if run.is_main else "", number)
 
 
 def _finish(run: Run, started: float, first: int) -> None:
@@ -208,6 +212,8 @@ def _run(run: Run, resume: bool) -> None:
         seed=config.seed,
         alpha=config.alpha,
     )
+    if is_main:
+        print(f"data: {run.data.describe(config)}", flush=True)
     if config.packing == "documents":
         student = run.unwrapped.student
         rows = student.get_output_embeddings().weight.shape[0]

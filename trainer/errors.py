@@ -76,7 +76,7 @@ class StoppedError(TrainingAborted):
     """Somebody asked the run to stop, by Ctrl-C or SIGTERM, and it did so after writing a checkpoint.
 
     Args:
-        message: what was kept.
+        message: what was kept; empty in a process that leaves saying so to another one.
         signal_number: of the signal.
     """
 

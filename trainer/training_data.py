@@ -48,6 +48,18 @@ class TrainingData:
     sha256: str
     train_tokens: int | None
 
+    def describe(self, config: DistillConfig) -> str:
+        """Return what is trained on and what is held out, and what to do where nothing will be evaluated."""
+        if self.train_tokens is None:
+            trained = "a stream"
+        else:
+            trained = f"{self.train_tokens:,} tokens, {self.order.steps_per_epoch:,} steps an epoch"
+        evaluated = min(len(self.held_out), config.eval_tokens // config.seq_len)
+        if evaluated:
+            return f"{trained}; held out: {evaluated:,} of {len(self.held_out):,} windows evaluated"
+        remedy = "--held-out names some" if not len(self.held_out) else "eval_tokens is less than a window"
+        return f"{trained}; held out: none, so there is no evaluation and no best checkpoint ({remedy})"
+
 
 def make_encoder(
     config: DistillConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], vocab_size: int
