@@ -63,3 +63,10 @@ def test_run_file(tmp_path: Path) -> None:
             read_run_file(path)
     with pytest.raises(InputError, match="No such file"):
         read_run_file(tmp_path / "none.yaml")
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "RUN.yaml"
+    path.write_text("lr: 1.0e-4\nsteps: 3\nlr: 1.0\n")
+    with pytest.raises(InputError, match="lr is given twice"):
+        read_run_file(path)

@@ -14,7 +14,8 @@ from q4kd.harness.__main__ import main
 from q4kd.trainer import kd_loss
 from q4kd.trainer.config import DistillConfig, Divergence, make_config
 from q4kd.trainer.config_file import format_config, run_schema
-from q4kd.trainer.run_arguments import add_run_arguments, default_text, read_run_arguments
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.run_arguments import ELSEWHERE, add_run_arguments, default_text, read_run_arguments
 
 BASE = ["--teacher", "t.gguf", "--student", "s", "--data", "d", "--out", "o"]
 FIELDS = dataclasses.fields(DistillConfig)
@@ -91,3 +92,16 @@ def test_the_schema_refuses_what_the_config_refuses() -> None:
 
 def test_divergences_are_those_of_the_loss() -> None:
     assert Divergence.__args__ == kd_loss.DIVERGENCES  # type: ignore[attr-defined]
+
+
+def test_names_of_other_trainers_are_answered_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {setting.name for setting in FIELDS}
+    assert set(ELSEWHERE.values()) <= names
+    assert not names & set(ELSEWHERE)
+    with pytest.raises(InputError, match=r"did you mean lr\?"):
+        read("--set", "learning_rate=1e-4")
+    for word, meant in (("--learning-rate=1", "--lr"), ("--batchsize", "--batch-size"), ("--output_dir", "--out")):
+        assert main(["distill", *BASE, word]) == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+    assert main(["inspect", "m.gguf", "--learning-rate"]) == 2  # it has no such option
+    assert "did you mean" not in capsys.readouterr().err

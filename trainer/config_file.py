@@ -16,6 +16,19 @@ from q4kd.trainer.setting_value import kind_of
 MAX_CONFIG_BYTES = 1 << 20
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node; its keys are all different."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value[:60]} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_run_file(path: Path) -> dict[str, object]:
     """Read RUN.yaml: a flat mapping of settings.
 
@@ -23,7 +36,7 @@ def read_run_file(path: Path) -> dict[str, object]:
         InputError: when it is not such a mapping.
     """
     try:
-        content = yaml.safe_load(read_bounded(path, MAX_CONFIG_BYTES))
+        content = yaml.load(read_bounded(path, MAX_CONFIG_BYTES), _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise InputError(
             str(path), expected="YAML", got=str(error).replace("\n", " ")[:160], remedy="correct the file"

@@ -6,6 +6,7 @@ Flags come from ``DistillConfig``'s fields, so that a setting cannot exist witho
 
 import argparse
 import dataclasses
+import difflib
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -13,11 +14,48 @@ from typing import Any
 
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.config_file import parse_assignment, read_run_file
+from q4kd.trainer.errors import InputError
 from q4kd.trainer.setting_value import kind_of
 
 EPILOG = """Settings come from RUN.yaml, then from the flags, then from --set: the last one wins.
 A RUN.yaml is a flat mapping of the names above, with _ for -:  lr: 1e-4
 """
+
+
+# What transformers, TRL and their kin call the same setting: for the question that follows an unknown name.
+ELSEWHERE = {
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "assistant_only_loss": "completion_only",
+    "completion_only_loss": "completion_only",
+    "cutoff_len": "seq_len",
+    "dataset": "data",
+    "eval_steps": "eval_every",
+    "gradient_accumulation_steps": "accumulation",
+    "learning_rate": "lr",
+    "logging_steps": "log_every",
+    "lora_r": "lora_rank",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "clip",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+    "micro_batch_size": "batch_size",
+    "model": "student",
+    "model_name_or_path": "student",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "optim": "optimizer",
+    "output_dir": "out",
+    "per_device_train_batch_size": "batch_size",
+    "report_to": "trackers",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep",
+    "teacher_model_name_or_path": "teacher",
+    "torch_compile": "compile",
+    "torch_dtype": "student_dtype",
+    "train_file": "data",
+}
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] = ()) -> None:
@@ -74,6 +112,16 @@ def default_text(setting: "dataclasses.Field[Any]") -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def suggest_option(word: str, known: Collection[str]) -> str | None:
+    """Return the known option that an unknown one may mean, by what other trainers call it, then by its letters."""
+    name = word.partition("=")[0]
+    meant = ELSEWHERE.get(name.removeprefix("--").replace("-", "_"))
+    if meant and f"--{meant.replace('_', '-')}" in known:
+        return f"--{meant.replace('_', '-')}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return close[0] if name and close else None
+
+
 def read_run_arguments(args: argparse.Namespace) -> DistillConfig:
     """Return the settings of RUN.yaml, overridden by the flags, overridden by ``--set``.
 
@@ -86,4 +134,12 @@ def read_run_arguments(args: argparse.Namespace) -> DistillConfig:
         if given is not None:
             values[setting.name] = given
     values |= dict(parse_assignment(text) for text in args.assignments)
+    for name in values:
+        if name in ELSEWHERE:
+            raise InputError(
+                f"setting {name}",
+                expected="a known setting",
+                got="its name in other trainers",
+                remedy=f"did you mean {ELSEWHERE[name]}?",
+            )
     return make_config(values)
