@@ -1,5 +1,6 @@
 """Loading a student in its dtype, and what settings ask of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from q4kd.trainer import student as student_module
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.model_file import open_model
 from q4kd.trainer.student import load_student, set_up_student, student_dtype
+from q4kd.trainer.student_shape import shape_student
 
 
 def settings(**values: object) -> DistillConfig:
@@ -59,3 +62,30 @@ def test_liger_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student_module.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(InputError, match=r"pip install 'q4kd\[liger\]'"):
         set_up_student(student, settings(student_kernels="liger", device="cuda"))
+
+
+@pytest.mark.parametrize("named", ["Qwen/Qwen2.5-0.5B", "folder", "file"])
+def test_what_is_no_folder_is_refused_before_the_hub_is_asked(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+
+    def ask(*_args: object, **_options: object) -> None:
+        raise AssertionError("looked for on the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    for look in (lambda path: shape_student(path, 1, 8, torch.float32), lambda path: load_student(path, 0)):
+        with pytest.raises(InputError) as caught:
+            look(Path(named))
+        assert ("hf download Qwen/Qwen2.5-0.5B --local-dir" in str(caught.value)) == ("/" in named)
+
+
+def test_a_hub_id_in_the_place_of_a_teacher_says_how_to_fetch_it() -> None:
+    with pytest.raises(InputError, match=r"hf download a/b-GGUF --include '\*.gguf' --local-dir DIR"):
+        open_model(Path("a/b-GGUF"))
+    with pytest.raises(InputError, match="check the path"):
+        open_model(Path("a/b/c.gguf"))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.architecture import TeacherConfig
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.hub_id import remedy_for
 
 _APR_MAGICS = (b"APR\0", b"APR2", b"APRN")
 
@@ -79,7 +80,10 @@ def open_model(path: Path) -> ModelFile:
             magic = file.read(4)
     except OSError as error:
         raise InputError(
-            str(path), expected="a readable model file", got=str(error.strerror), remedy="check the path"
+            str(path),
+            expected="a readable model file",
+            got=str(error.strerror),
+            remedy=remedy_for(path, "check the path", pattern="*.gguf"),
         ) from error
     if magic in _APR_MAGICS:
         from q4kd.trainer.apr_file import open_apr

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.hub_id import remedy_for
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
@@ -45,6 +46,22 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what is no model folder, before transformers looks for it on the hub.
+
+    Raises:
+        InputError: when there is no config.json.
+    """
+    if (folder / "config.json").is_file():
+        return
+    raise InputError(
+        f"student {folder}",
+        expected="a folder with config.json",
+        got="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
+        remedy=remedy_for(folder, "pass a Hugging Face model folder"),
+    )
+
+
 def student_dtype(config: DistillConfig) -> torch.dtype:
     """Return the dtype of the student's weights and products that the settings mean."""
     name = config.student_dtype
@@ -62,13 +79,7 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"student {folder}",
-            expected="a folder with config.json",
-            got="none",
-            remedy="pass a Hugging Face model folder",
-        )
+    check_folder(folder)
     if not has_weights(folder) and any(folder.glob("*.bin")):
         raise InputError(
             f"student {folder}",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.student import check_folder
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def shape_student(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         make: Any = AutoModelForCausalLM.from_config

@@ -1,0 +1,21 @@
+"""Names of the Hugging Face hub where a path is meant: nothing is fetched, so the remedy says how to."""
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def remedy_for(path: Path, otherwise: str, *, pattern: str = "") -> str:
+    """Return what to do about a path that is not there.
+
+    Args:
+        path: as given.
+        otherwise: the remedy when it cannot be a hub id (``org/name``).
+        pattern: which files of the repository are needed; all where empty.
+    """
+    name = str(path)
+    if not _HUB_ID.fullmatch(name) or path.exists():
+        return otherwise
+    chosen = f" --include '{pattern}'" if pattern else ""
+    return f"nothing is fetched here: for a hub id, hf download {name}{chosen} --local-dir DIR, then give the path"
