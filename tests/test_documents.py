@@ -152,3 +152,42 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = [part.ids.tolist() for part in DocumentEncoder(encode, 0, chat=Chats()).encode(given)]
     assert found == [[65 + n, 0] if n != 4 else [1] for n in range(8)]
+
+
+def test_json_files_are_records_where_they_hold_records(tmp_path: Path) -> None:
+    records = [{"text": "one\ntwo"}, {"text": "three"}]
+    (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "lines.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "other.json").write_text(json.dumps({"name": "package"}, indent=1))
+    for name in ("list.json", "lines.json"):
+        assert [document.text for document in read(tmp_path / name)] == ["one\ntwo", "three"]
+    assert [document.name for document in read(tmp_path)] == [
+        *("lines.json:1", "lines.json:2", "list.json:1", "list.json:2", "other.json")
+    ]
+    text = read(tmp_path / "list.json", data_format="text")
+    assert [document.text for document in text] == [(tmp_path / "list.json").read_text()]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"instruction": "a"}]', "got fields instruction"),
+        ('{"name": "package"}', "got fields name"),
+        ("[1, 2]", "got other JSON"),
+        ("[" * 2000, "got other JSON"),
+        ('[{"text": "a"}, {"text": ', "a list of JSON objects"),
+        ('[{"text": "a"}, 3]', "bad.json:2: expected an object"),
+    ],
+)
+def test_other_json_is_refused_where_it_was_named(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=words):
+        read(path)
+
+
+def test_a_folder_of_save_to_disk_is_refused_and_not_its_metadata_read(tmp_path: Path) -> None:
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="to_parquet"):
+        read(tmp_path)

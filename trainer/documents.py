@@ -1,11 +1,10 @@
-"""Documents: text files, JSONL, parquet, pre-tokenised shards, and folders of any of them, read one at a time.
+"""Documents: text files, JSON, JSONL, parquet, pre-tokenised shards, and folders of any of them, read one at a time.
 
 A record's kind is told by its fields: ``messages`` (a chat), ``text``, ``prompt`` and ``completion``, or ``input_ids``
 with or without ``labels``. Files are read with json, pyarrow, numpy and safetensors directly, not through
 ``datasets.load_dataset``: a bad record is named by file and line, nothing is copied to a cache, and no script runs.
 """
 
-import fnmatch
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,8 @@ MAX_MESSAGES = 10_000
 Tokens = npt.NDArray[np.int64]
 _NOT_DATA = ("__pycache__", "site-packages")
 _SHARDS = (".npy", ".safetensors")
+# Of a .json file, within which its first record must end.
+_PEEK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,52 @@ def _read_jsonl(path: Path, name: str, settings: SourceSettings) -> Iterator[Doc
             yield make_document(record, f"{name}:{number}", where, settings)
 
 
+def _first_record(path: Path) -> Mapping[str, Any] | None:
+    """Return the first object of a .json file that is a list of them or has one a line; None of other JSON."""
+    with path.open("rb") as file:
+        head = file.read(_PEEK_BYTES).decode(errors="replace").lstrip()
+    try:
+        if head.startswith("["):
+            first, _ = json.JSONDecoder().raw_decode(head[1:].lstrip())
+        else:
+            first = json.loads(head.partition("\n")[0])
+    except (ValueError, RecursionError):
+        return None
+    return first if isinstance(first, dict) else None
+
+
+def _holds_records(path: Path, settings: SourceSettings) -> bool:
+    """Whether the first object of a .json file has a field that is read."""
+    first = _first_record(path) or {}
+    return any(first.get(key) is not None for key in settings.columns)
+
+
+def _read_json(path: Path, name: str, settings: SourceSettings) -> Iterator[Document]:
+    """Yield the records of a list of objects, or of an object a line.
+
+    Raises:
+        InputError: for other JSON: nobody means to train on its brackets.
+    """
+    if not _holds_records(path, settings):
+        fields = ", ".join(sorted(_first_record(path) or {}))[:80]
+        raise InputError(
+            str(path),
+            expected=f"records with {' or '.join(settings.columns)}, in a list or one a line",
+            got=f"fields {fields}" if fields else "other JSON",
+            remedy="rename the fields, or pass --data-format text to train on the file as it is",
+        )
+    text = _read_text(path, name).text.lstrip()
+    if not text.startswith("["):
+        yield from _read_jsonl(path, name, settings)
+        return
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(str(path), "a list of JSON objects", error) from error
+    for number, record in enumerate(records, start=1):
+        yield make_document(record, f"{name}:{number}", f"{path}:{number}", settings)
+
+
 def _read_file(path: Path, name: str, settings: SourceSettings) -> Iterator[Document]:
     """Yield the documents of one file, told by the format asked for and by its name."""
     wanted, suffix = settings.data_format, path.suffix.lower()
@@ -189,6 +236,15 @@ def _read_file(path: Path, name: str, settings: SourceSettings) -> Iterator[Docu
             yield make_document(record, f"{name}:{row}", f"{path}:{row}", settings)
     elif wanted in ("jsonl", "chat", "tokens") or (suffix == ".jsonl" and wanted == "auto"):
         yield from _read_jsonl(path, name, settings)
+    elif suffix == ".json" and wanted == "auto":
+        yield from _read_json(path, name, settings)
+    elif suffix == ".arrow" and wanted == "auto":
+        raise InputError(
+            str(path),
+            expected="text, JSONL, parquet or token shards",
+            got="an Arrow file, such as Dataset.save_to_disk writes",
+            remedy="datasets.load_from_disk(FOLDER).to_parquet('data.parquet') converts a split",
+        )
     else:
         yield _read_text(path, name)
 
@@ -212,8 +268,12 @@ def list_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
 
 def _is_text(path: Path, settings: SourceSettings) -> bool:
     """Whether a file of a folder would be read as one text: those are skipped where they are none."""
-    known = fnmatch.fnmatch(path.name.lower(), "*.jsonl") or path.suffix.lower() in (".parquet", *_SHARDS)
-    return settings.data_format in ("auto", "text") and not known
+    if settings.data_format not in ("auto", "text"):
+        return False
+    suffix = path.suffix.lower()
+    if suffix == ".json" and settings.data_format == "auto":
+        return not _holds_records(path, settings)
+    return suffix not in (".jsonl", ".parquet", ".arrow", *_SHARDS)
 
 
 def read_documents(
