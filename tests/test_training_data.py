@@ -56,6 +56,22 @@ def test_held_out_is_its_own_file_or_chosen_by_name(tokenizer: Any, tmp_path: Pa
     assert streamed.train_tokens is None
 
 
+@pytest.mark.parametrize("command", ["plan", "distill"])
+def test_data_that_is_not_there_is_refused_before_anything_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [command, "--teacher", str(teacher_path()), "--student", str(student_path()), "--out", "run"]
+    assert main([*words, "--data", "org/texts"]) == 2
+    said = capsys.readouterr()
+    assert "--data org/texts: expected a readable file or folder" in said.err
+    assert "hf download org/texts --repo-type dataset --local-dir DIR" in said.err
+    assert main([*words, "--data", str(student_path()), "--held-out", "none.txt"]) == 2
+    assert "--held-out none.txt: " in (err := capsys.readouterr().err)
+    assert "check the path" in err
+    assert said.out == ""
+
+
 def test_what_is_trained_on_and_evaluated_is_said(tokenizer: Any, tmp_path: Path) -> None:
     def said(data: Path, **changes: object) -> str:
         config = make_config({"teacher": "t", "student": "s", "data": data, "out": "o", "seq_len": 16, **changes})

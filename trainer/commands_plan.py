@@ -19,7 +19,9 @@ def _plan(args: argparse.Namespace) -> int:
 
     from q4kd.trainer.memory_plan import format_plan
     from q4kd.trainer.run_plan import check_plan, plan_run
+    from q4kd.trainer.training_data import check_sources
 
+    check_sources(config)
     plan = plan_run(config)
     print(json.dumps(plan.to_json(), indent=1) if args.json else format_plan(plan))
     check_plan(config, plan)

@@ -41,6 +41,7 @@ from q4kd.trainer.sharding import gather, trained_tensors
 from q4kd.trainer.signals import StopRequest
 from q4kd.trainer.step import learning_rate, train_step
 from q4kd.trainer.teacher import Teacher
+from q4kd.trainer.training_data import check_sources
 from q4kd.trainer.watchdog import guarded
 
 # A checkpoint may take as long as so many steps before it counts as a hang.
@@ -267,6 +268,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
+        check_sources(config)
         plan = plan_run(config)
         events.emit("memory_plan", **plan.to_json())
         if is_main:

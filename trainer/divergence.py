@@ -98,8 +98,8 @@ def sum_rows(values_CV: Tensor, weights_CV: Tensor | None = None) -> Tensor:
     A few rows at a time: the CPU's torch copies to float64 what it sums in float64.
     """
     rows = max(1, _COPIED // values_CV.shape[1])
-    parts = values_CV.split(rows)
+    parts = torch.split(values_CV, rows)
     if weights_CV is None:
         return torch.cat([part.sum(-1, dtype=torch.float64) for part in parts])
-    pairs = zip(parts, weights_CV.split(rows), strict=True)
+    pairs = zip(parts, torch.split(weights_CV, rows), strict=True)
     return torch.cat([part.double().mul_(weights).sum(-1) for part, weights in pairs])

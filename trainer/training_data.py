@@ -11,6 +11,8 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.data import BatchOrder, load_corpus
 from q4kd.trainer.documents import SourceSettings, read_documents
 from q4kd.trainer.encoding import DocumentEncoder
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.hub_id import remedy_for
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.stream import Stream, open_stream
 from q4kd.trainer.token_set import TokenSet
@@ -59,6 +61,22 @@ class TrainingData:
             return f"{trained}; held out: {evaluated:,} of {len(self.held_out):,} windows evaluated"
         remedy = "--held-out names some" if not len(self.held_out) else "eval_tokens is less than a window"
         return f"{trained}; held out: none, so there is no evaluation and no best checkpoint ({remedy})"
+
+
+def check_sources(config: DistillConfig) -> None:
+    """Refuse data that is not there, before anything large is loaded.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for option, path in (("--data", config.data), ("--held-out", config.held_out)):
+        if path is not None and not path.exists():
+            raise InputError(
+                f"{option} {path}",
+                expected="a readable file or folder",
+                got="no such file or folder",
+                remedy=remedy_for(path, "check the path", repository="dataset"),
+            )
 
 
 def make_encoder(
