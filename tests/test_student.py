@@ -1,5 +1,6 @@
 """Loading a student in its dtype, and what settings ask of it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.model_file import open_model
-from q4kd.trainer.student import load_student, set_up_student, student_dtype
+from q4kd.trainer.student import load_student, load_tokenizer, set_up_student, student_dtype
 from q4kd.trainer.student_shape import shape_student
 
 
@@ -89,3 +90,17 @@ def test_a_hub_id_in_the_place_of_a_teacher_says_how_to_fetch_it() -> None:
         open_model(Path("a/b-GGUF"))
     with pytest.raises(InputError, match="check the path"):
         open_model(Path("a/b/c.gguf"))
+    with pytest.raises(InputError, match=r"Is a directory; q4kd export .* --format gguf makes one"):
+        open_model(student_path())
+
+
+def test_a_student_that_lost_its_tokenizer_or_half_its_weights_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(student_path() / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"expected its tokenizer: .*tokenizer\.json.*, got none"):
+        load_tokenizer(tmp_path)
+    model: Any = load_student(tmp_path, 0)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(InputError, match="SafetensorError"):
+        load_student(tmp_path, 0)

@@ -83,7 +83,9 @@ def open_model(path: Path) -> ModelFile:
             str(path),
             expected="a readable model file",
             got=str(error.strerror),
-            remedy=remedy_for(path, "check the path", pattern="*.gguf"),
+            remedy=f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
+            if path.is_dir()
+            else remedy_for(path, "check the path", pattern="*.gguf"),
         ) from error
     if magic in _APR_MAGICS:
         from q4kd.trainer.apr_file import open_apr

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from q4kd.trainer.attention import document_mask
@@ -101,7 +102,7 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _refuse(folder, error) from error
     module: nn.Module = model
     return module
@@ -167,6 +168,15 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _refuse(folder, error) from error
+    # Without its files a tokenizer of no token but its special ones is made up.
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in files):
+        raise InputError(
+            f"student {folder}",
+            expected=f"its tokenizer: {' or '.join(files)}",
+            got="none",
+            remedy="copy the tokenizer's files of its model there",
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"student {folder}",
