@@ -110,3 +110,17 @@ def test_tokens_past_the_limit_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, tm
     assert isinstance(found.ids, np.memmap)
     assert found.sha256 == wanted.sha256
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("packing", ["none", "stream"])
+def test_windows_without_a_label_are_counted(packing: str) -> None:
+    rng = np.random.default_rng(0)
+    for seq_len in (1, 3, 5):
+        documents = [
+            Encoded(np.arange(size, dtype=np.int64), rng.random(size) < 0.15) for size in rng.integers(1, 18, 60)
+        ]
+        windows = Windows(TokenSet.join(documents), seq_len, packing)
+        slowly = sum(not bool((windows[index].labels != -100).any()) for index in range(len(windows)))
+        assert windows.count_unlabelled() == slowly > 0
+    assert Windows(TokenSet.join([Encoded(np.arange(9), None)]), 3, packing).count_unlabelled() == 0
+    assert Windows(TokenSet.join([]), 3, packing).count_unlabelled() == 0

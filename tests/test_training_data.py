@@ -89,6 +89,20 @@ def test_what_is_trained_on_and_evaluated_is_said(tokenizer: Any, tmp_path: Path
     assert said(data, streaming=True, steps=5).startswith("a stream; held out: ")
 
 
+def test_prompts_that_fill_windows_are_counted_and_do_not_stop_a_stream(tokenizer: Any, tmp_path: Path) -> None:
+    path, ids = tmp_path / "a.jsonl", list(range(1, 18))
+    records = [{"input_ids": ids, "labels": ids if row == 7 else [-100] * 17} for row in range(8)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes: dict[str, object] = {"packing": "none", "held_out": path, "batch_size": 1, "shuffle_buffer": 1}
+    config = make_config({"teacher": "t", "student": "s", "data": path, "out": "o", "seq_len": 16, **changes})
+    found = opened(tokenizer, path, 1, **changes)
+    assert "7 of 8 windows without a label (prompts fill them)" in found.describe(config)
+    stream = opened(tokenizer, path, 1, streaming=True, **changes).order
+    assert not stream.batch(0).count_targets()
+    check_labels(stream, path)
+    assert not stream.batch(0).count_targets()
+
+
 def test_data_without_a_label_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for labels, is_refused in (([-100] * 40, True), ([-100] * 32 + [5] * 8, False)):

@@ -95,6 +95,22 @@ class Windows:
             return Window(inputs, np.concatenate([labels, np.full(missing, IGNORE)]), starts)
         return Window(ids[:-1], labels, starts)
 
+    def count_unlabelled(self) -> int:
+        """Count the windows none of whose next tokens is learnt, such as those that a long prompt fills."""
+        learnt, total = self.tokens.learnt, len(self)
+        if learnt is None or not total:
+            return 0
+        if self.packing != "none":
+            nexts = np.asarray(learnt[1 : total * self.seq_len + 1])
+            return total - int(nexts.reshape(total, self.seq_len).any(1).sum())
+        counts = np.diff(self._ends, prepend=0)
+        begins, ends = (np.repeat(self.tokens.offsets[part], counts) for part in (slice(-1), slice(1, None)))
+        number = np.arange(total) - np.repeat(self._ends - counts, counts)
+        starts = begins + number * self.seq_len
+        # From each window's second token to its end; what lies between two windows is every other sum.
+        borders = np.stack([starts + 1, np.minimum(starts + self.seq_len + 1, ends)], 1).ravel()[:-1]
+        return total - int(np.logical_or.reduceat(learnt, borders)[::2].sum())
+
     def count_labels(self) -> int:
         """Count the labels of all windows."""
         return sum(int((self[index].labels != IGNORE).sum()) for index in range(len(self)))

@@ -26,6 +26,8 @@ from q4kd.trainer.token_set import TokenSet, TokenWriter
 # Bytes of documents in the shuffle buffer, whatever their number.
 MAX_BUFFER_BYTES = 256 << 20
 _SAMPLED = 1 << 20
+# Batches in which a label is looked for.
+_LOOKED = 64
 
 
 def shuffle(documents: Iterator[Document], size: int, rng: np.random.Generator) -> Iterator[Document]:
@@ -146,8 +148,8 @@ class StreamOrder:
         return Batch.stack(self._last[1])
 
     def has_label(self) -> bool:
-        """Whether the first batch has a label."""
-        return bool(self.batch(0).count_targets())
+        """Whether one of the first batches has a label: a long prompt may fill the very first one."""
+        return any(bool(self.batch(step).count_targets()) for step in range(_LOOKED))
 
 
 def open_stream(

@@ -56,6 +56,9 @@ class TrainingData:
             trained = "a stream"
         else:
             trained = f"{self.train_tokens:,} tokens, {self.order.steps_per_epoch:,} steps an epoch"
+            windows = getattr(self.order, "windows", None)
+            if windows is not None and (unlabelled := windows.count_unlabelled()):
+                trained += f", {unlabelled:,} of {len(windows):,} windows without a label (prompts fill them)"
         evaluated = min(len(self.held_out), config.eval_tokens // config.seq_len)
         if evaluated:
             return f"{trained}; held out: {evaluated:,} of {len(self.held_out):,} windows evaluated"
