@@ -45,9 +45,10 @@ def test_command_takes_real_steps(
     taken: list[StepResult] = []
     kept = bench.split_of
 
-    def split_of(results: Any) -> dict[str, float]:
+    def split_of(results: Any, data_seconds: Any) -> dict[str, float]:
         taken.extend(results)
-        return kept(results)
+        assert len(data_seconds) == len(results)
+        return kept(results, data_seconds)
 
     monkeypatch.setattr(bench, "split_of", split_of)
     words = ("--shape", "2x8", "--rounds", "3", "--set", "temperature=2", "--out", str(tmp_path))
@@ -66,12 +67,15 @@ def test_command_takes_real_steps(
     assert all(result.tokens == 16 and result.teacher_s > 0 and result.kd > 0 for result in taken)
     assert taken[-1].loss < taken[0].loss
     # The parts are measured one after another, so that they make up the step.
-    assert set(found["split"]) == {"teacher", "student", "loss", "optimizer"}
+    assert set(found["split"]) == {"teacher", "student", "loss", "optimizer", "data"}
+    assert found["split"]["data"] > 0
     assert 0.5 < sum(found["split"].values()) < 1.05
     printed = capsys.readouterr().out
     assert "step over teacher + ce" in printed
     assert "where the time of a q4kd step goes: teacher " in printed
-    assert "peak" not in printed  # torch counts none on the CPU
+    assert printed.count("peak") == printed.count("peak of the process, all arms together") == 1
+    assert found["process_peak_bytes"] > 50e6
+    assert "on the device" not in printed
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -201,8 +205,8 @@ def test_split_is_of_the_median_step() -> None:
         terms = dict.fromkeys(("loss", "ce", "kd", "grad_norm", "lr"), 1.0)
         return StepResult(**terms, tokens=1, seconds=seconds, **parts, optimizer_s=0.2 * seconds)
 
-    split = bench.split_of([result(1.0), result(2.0), result(30.0)])
-    assert split == pytest.approx({"teacher": 0.1, "student": 0.4, "loss": 0.3, "optimizer": 0.2})
+    split = bench.split_of([result(1.0), result(2.0), result(30.0)], [0.1, 0.5, 9.0])
+    assert split == pytest.approx({"teacher": 0.08, "student": 0.32, "loss": 0.24, "optimizer": 0.16, "data": 0.2})
     assert sum(split.values()) == pytest.approx(1.0)
 
 

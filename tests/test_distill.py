@@ -244,6 +244,8 @@ def test_vocabularies_are_compared_token_by_token() -> None:
         check_vocabulary(tokens, 4, {"a": 0}, 5)
     with pytest.raises(InputError, match="nothing"):
         check_vocabulary(tokens, 8, {"a": 0, "e": 4}, 5)
+    with pytest.raises(InputError, match="each id of its tokenizer, 3, got 2 rows"):
+        check_vocabulary(tokens, 4, {"a": 0, "b": 1, "c": 2}, 2)
     with pytest.raises(InputError, match="token strings"):
         check_vocabulary([], 4, {"a": 0}, 4)
 

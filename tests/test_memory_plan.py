@@ -14,6 +14,8 @@ import torch
 from q4kd.harness.__main__ import main
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.kd_loss import DIVERGENCES
+from q4kd.trainer.memory_plan import format_plan
 from q4kd.trainer.run_plan import host_room, plan_run
 from q4kd.trainer.student_shape import shape_student
 
@@ -87,6 +89,21 @@ def test_the_peak_is_the_largest_phase_and_files_may_be_dropped(tmp_path: Path) 
     assert more.phase_bytes()["loss"] - phases["loss"] == items(settings(tmp_path))["gradients"]
 
 
+def test_a_plan_is_read_in_eighty_columns(tmp_path: Path) -> None:
+    plan = plan_run(settings(tmp_path, seq_len=256, batch_size=8))
+    lines = format_plan(plan).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len({line.index(" MB") for line in lines if line.startswith((" * ", "   ")) and " MB " in line[40:50]}) == 1
+    text = " ".join(" ".join(lines).split())
+    assert all(" ".join(item.basis.split()) in text for item in plan.items)
+    assert f"peak: {plan.peak_phase} phase" in text and f"{plan.flops / 1e12:.3g} TFLOP" in text
+
+
+def test_jsd_holds_one_chunk_more(tmp_path: Path) -> None:
+    held = {name: items(settings(tmp_path, divergence=name))["loss: a chunk's logits"] for name in DIVERGENCES}
+    assert held["jsd"] * 7 == held["forward_kl"] * 8 == held["reverse_kl"] * 8
+
+
 def test_a_plan_that_cannot_fit_is_refused_with_the_arithmetic(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +121,9 @@ def test_a_plan_that_cannot_fit_is_refused_with_the_arithmetic(
         assert "expected at most 50.0 MB (a test's limit)" in error
         assert "batch_size 4 with accumulation 2 (the same batch) saves" in error
         assert "gradient_checkpointing saves" in error
+        # The parts named are live in the peak, so that they are a part of what is said to be needed.
+        named = error.partition("of which ")[2].partition(";")[0]
+        assert "temporaries of a layer" not in named and named.count(" MB") == 4
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

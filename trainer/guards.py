@@ -36,8 +36,17 @@ def check_vocabulary(
         rows: rows of the student's head; the teacher's logits are cut to this width.
 
     Raises:
-        InputError: when the student's head is wider than the teacher's, or a token's ids differ.
+        InputError: when the student's head is wider than the teacher's, or narrower than its own tokenizer, or a
+            token's ids differ.
     """
+    highest = max(student_ids.values(), default=-1)
+    if highest >= rows:
+        raise InputError(
+            "vocabulary",
+            expected=f"a student head with a row for each id of its tokenizer, {highest + 1}",
+            got=f"{rows} rows",
+            remedy="resize its embedding, or give the tokenizer that belongs to it",
+        )
     if rows > teacher_rows:
         raise InputError(
             "vocabulary",
@@ -64,7 +73,7 @@ def check_vocabulary(
 
 
 def check_labels(order: Order, path: Path) -> None:
-    """Refuse data that has nothing to learn: no label in any window (of a stream: in its first batch).
+    """Refuse data that has nothing to learn: no label in any window (of a stream: in its first batches).
 
     Raises:
         InputError: when every label is masked.

@@ -27,8 +27,8 @@ Phase = Literal["teacher", "loss", "backward", "optimizer"]
 PHASES: tuple[Phase, ...] = ("teacher", "loss", "backward", "optimizer")
 # Two moments of AdamW, in bytes for each weight; blocks of 256 of the 8-bit ones share a float32 scale.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "paged_adamw": 8.0, "paged_adamw_8bit": 2.0 + 8 / 256}
-# float32 [C, V] that live at one time in the CPU's loss.
-_CPU_CHUNK_TENSORS = 7
+# float32 [C, V] that live at one time in the CPU's loss, and one for what glibc keeps between them.
+_CPU_CHUNK_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8}
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,5 @@ def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
 def plain_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
     """Return the loss's buffers in plain torch arithmetic, which the loss over cached signals is on every device."""
     chunk = min(config.batch_size * config.seq_len, config.loss.chunk_for(student.vocab))
-    return LossShape(
-        _CPU_CHUNK_TENSORS * 4 * chunk * student.vocab,
-        0,
-        f"{_CPU_CHUNK_TENSORS} x {chunk:,} x {student.vocab:,} x 4 bytes",
-    )
+    count = _CPU_CHUNK_TENSORS[config.divergence]
+    return LossShape(count * 4 * chunk * student.vocab, 0, f"{count} x {chunk:,} x {student.vocab:,} x 4 bytes")

@@ -1,5 +1,6 @@
 """The memory plan of a run: its items (``memory_items.py``) and the room there is; as a table, or as a refusal."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.memory_items import PHASES, Item, Phase, TeacherShape
 from q4kd.trainer.memory_report import sized
 from q4kd.trainer.student_shape import StudentShape
+
+_COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,13 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Bytes of the largest phase."""
-        return max(self.phase_bytes().values())
+        return self.phase_bytes()[self.peak_phase]
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The largest phase, the first of equal ones."""
+        phases = self.phase_bytes()
+        return max(PHASES, key=lambda phase: phases[phase])
 
     @property
     def needed(self) -> int:
@@ -91,23 +100,27 @@ def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
 
 
 def format_plan(plan: MemoryPlan) -> str:
-    """Return the plan as a table: bytes, share of the peak, and what they are computed from."""
-    phases = plan.phase_bytes()
-    peak_phase = max(PHASES, key=lambda phase: phases[phase])
+    """Return the plan as a table of at most 80 columns: bytes, and what they are computed from."""
     lines = [f"memory plan: {sized(plan.peak)} above the program itself, on {plan.device}"]
     for item in plan.items:
-        mark = "*" if peak_phase in item.phases else " "
-        lines.append(f" {mark} {item.name:<32} {sized(item.bytes):>10}  {item.basis}")
-    said = ", ".join(f"{phase} {sized(size)}" for phase, size in phases.items())
-    lines.append(f"peak: {peak_phase} phase (what is marked *); {said}")
+        mark = "*" if plan.peak_phase in item.phases else " "
+        start = f" {mark} {item.name:<31} {sized(item.bytes):>8}  "
+        lines += _wrapped(item.basis, start, " " * len(start))
+    phases = ", ".join(f"{phase} {sized(size)}" for phase, size in plan.phase_bytes().items())
+    lines += _wrapped(f"{plan.peak_phase} phase (what is marked *); {phases}", "peak: ")
     mapped = plan.peak - plan.needed
     if mapped:
-        lines.append(
-            f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
-        )
-    lines.append(f"room: {sized(plan.room)} ({plan.room_basis})")
-    lines.append(f"time: not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it")
+        said = f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
+        lines += _wrapped(said, "      ")
+    lines += _wrapped(f"{sized(plan.room)} ({plan.room_basis})", "room: ")
+    lines += _wrapped(
+        f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it", "time: "
+    )
     return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, initial_indent=first, subsequent_indent=rest, break_long_words=False)
 
 
 def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
@@ -117,7 +130,8 @@ def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
         plan: that does not.
         helpful: bytes that each change of the settings would save.
     """
-    largest = sorted((item for item in plan.items if not item.is_mapped), key=lambda item: -item.bytes)[:4]
+    counted = [item for item in plan.items if plan.peak_phase in item.phases and not item.is_mapped]
+    largest = sorted(counted, key=lambda item: -item.bytes)[:4]
     helps = "; ".join(f"{name} saves {sized(saved)}" for name, saved in helpful.items() if saved > 0)
     return InputError(
         "memory plan",

@@ -48,7 +48,7 @@ PARAMS: dict[str, Any] = {
                 "until": {
                     "type": "string",
                     "pattern": "^[a-z_]{1,40}$",
-                    "description": "Event after which growth is no longer the teacher's; without it the end of the run.",
+                    "description": "Event after which growth no longer counts; without it the end of the run.",
                 },
             },
         },

@@ -10,12 +10,13 @@ Every arm takes whole steps on the same token windows, in turn, in one process (
     trl-nf4     the same with the teacher's linear layers in bitsandbytes' NF4
 
 The step's own cost over its two unavoidable parts is q4kd / (teacher + ce), round by round. A peak is the most that
-torch's allocator held while an arm ran, less what the other arms keep.
+torch's allocator held while an arm ran, less what the other arms keep; on the CPU the process's own, over all arms.
 """
 
 import functools
 import gc
 import platform
+import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -147,7 +148,8 @@ def measure(
             found["not_run"][arm.name] = f"{type(error).__name__}: {str(error)[:300]}"
             candidate.close()
             continue
-        say(f"{arm.name}: ready, {candidate.memory.resident / 1e9:.2f} GB kept on the device")
+        kept = f", {candidate.memory.resident / 1e9:.2f} GB kept on the device" if device.type == "cuda" else ""
+        say(f"{arm.name}: ready{kept}")
         metered.append(candidate)
     try:
         series = interleave(metered, windows, rounds, say)
@@ -202,6 +204,8 @@ def table(found: dict[str, Any]) -> list[str]:
     if split := found.get("split"):
         parts = ", ".join(f"{name} {share:.1%}" for name, share in split.items())
         lines.append(f"  where the time of a q4kd step goes: {parts}")
+    if process := found.get("process_peak_bytes"):
+        lines.append(f"  peak of the process, all arms together: {process / 1e9:.2f} GB")
     return lines + [f"  {name}: not run: {why}" for name, why in found["not_run"].items()]
 
 
@@ -241,8 +245,13 @@ def run_step(
         whole, alone, student = make_arms(config, load, where, make_engine)
         peers = [_peer(name, pair, where, layers, config) for name in against]
         found = measure([whole, alone, student, *peers], shape, pair.vocab_size, rounds, where, say)
-        found |= {"environment": environment(where), "split": split_of(whole.results[-rounds:])}
+        found |= {
+            "environment": environment(where),
+            "split": split_of(whole.results[-rounds:], whole.data_seconds[-rounds:]),
+        }
         found["loss"] = asdict(config.loss)
+        if where.type == "cpu":  # where no allocator tells the arms apart
+            found["process_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "step.json", found)
     return table(found)
@@ -253,11 +262,13 @@ def _peer(name: str, pair: Pair, device: torch.device, layers: int, config: Dist
     return TrlArm(name, functools.partial(peer_student, pair, device), make_teacher, lr=config.lr, clip=config.clip)
 
 
-def split_of(results: Sequence[StepResult]) -> dict[str, float]:
-    """Return the share of a step's time that each part takes, at the median."""
+def split_of(results: Sequence[StepResult], data_seconds: Sequence[float]) -> dict[str, float]:
+    """Return the share of a step's time, the making of its batch included, that each part takes, at the median."""
     parts = ("teacher_s", "student_s", "loss_s", "optimizer_s")
-    whole = statistics.median(result.seconds for result in results)
-    return {part.removesuffix("_s"): statistics.median(getattr(r, part) for r in results) / whole for part in parts}
+    data = statistics.median(data_seconds)
+    whole = data + statistics.median(result.seconds for result in results)
+    split = {part.removesuffix("_s"): statistics.median(getattr(r, part) for r in results) / whole for part in parts}
+    return split | {"data": data / whole}
 
 
 def environment(device: torch.device) -> dict[str, str]:

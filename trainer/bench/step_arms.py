@@ -42,6 +42,7 @@ class TrainArm:
     ) -> None:
         self.name, self._config, self._load, self._make_engine = name, config, load, make_engine
         self.results: list[StepResult] = []
+        self.data_seconds: list[float] = []  # to make each step's batch on the device
 
     def prepare(self) -> dict[str, Any]:
         """Load the teacher, build student and optimiser."""
@@ -58,10 +59,12 @@ class TrainArm:
         }
 
     def run(self, ids_BT: Ids, save: Path | None = None) -> float:
-        """Take one step on int64 windows ``[B, T + 1]`` and return its seconds."""
+        """Take one step on int64 windows ``[B, T + 1]`` and return its seconds, those of its batch left out."""
+        began = time.perf_counter()
         batch = Batch.from_windows(ids_BT).to(self._accelerator.device)
         teacher = None if self._config.alpha == 1 else self._teacher
         synchronise(self._accelerator.device)
+        self.data_seconds.append(time.perf_counter() - began)
         started = time.perf_counter()
         result = train_step(
             self._accelerator, self._model, teacher, self._optimizer, batch, self._config, self._config.lr
