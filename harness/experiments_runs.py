@@ -120,10 +120,10 @@ def _projection(run_dir: Path) -> tuple[Any, Any] | None:
     if not path.is_file() or len(steps) < 2:
         return None
     summary: dict[str, Any] = read_json(path)
-    started = steps[0]["t"] - steps[0]["seconds"] - steps[0]["data_s"]
-    per_step = (steps[-1]["t"] - started) / len(steps)
+    per_step = (steps[-1]["t"] - steps[0]["t"]) / (len(steps) - 1)
+    whole = steps[0]["seconds"] + steps[0]["data_s"] + per_step * (STEPS - 1)
     stated = [summary.get("projected_seconds_of_full_run", np.nan), summary.get("tokens_per_second", np.nan)]
-    return np.array([stated]).T, np.array([[per_step * STEPS], [BATCH * SEQ_LEN / per_step]])
+    return np.array([stated]).T, np.array([[whole], [BATCH * SEQ_LEN / per_step]])
 
 
 def _collect_smoke(run_dir: Path, inputs: Inputs) -> dict[str, Any]:

@@ -72,9 +72,14 @@ def test_a_run_leaves_a_model_that_learned(tmp_path: Path, corpus: Path, capsys:
 def test_smoke_is_exactly_n_steps_projects_and_writes_no_model(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(tmp_path / "run", corpus, "--max-steps", "2")) == 0
-    assert list(losses(tmp_path / "run")) == [1, 2]
-    assert "2 of 6 steps; the full run would take" in capsys.readouterr().out
+    assert main(arguments(tmp_path / "run", corpus, "--max-steps", "3")) == 0
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    assert "3 of 6 steps; the full run would take" in capsys.readouterr().out
+    # The first step compiles; it comes once in the full run too.
+    first, *others = (event["seconds"] + event["data_s"] for event in events(tmp_path / "run", "step"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["projected_seconds_of_full_run"] == pytest.approx(first + 5 * sum(others) / 2)
+    assert summary["tokens_per_second"] == pytest.approx(64 / (sum(others) / 2))
     assert not (tmp_path / "run" / "model").exists()
     assert main(arguments(tmp_path / "zero", corpus, "--max-steps", "0")) == 2
     assert "max_steps" in capsys.readouterr().err

@@ -126,6 +126,7 @@ def _train(run: Run, reporter: Reporter, watchdog: HangWatchdog, stop: StopReque
             raise _kept_for_inspection(run, step + 1, batch, error) from error
         run.done = step + 1
         run.is_evaluated = False
+        run.first_step_seconds = run.first_step_seconds or data_s + result.seconds
         run.training_seconds += data_s + result.seconds
         if run.is_main:
             run.events.emit("step", step=run.done, steps=run.last_step, data_s=data_s, **vars(result))
@@ -167,7 +168,8 @@ def _end_early(run: Run, number: int) -> StoppedError:
 def _finish(run: Run, started: float, first: int) -> None:
     """Write the final model of a full run; project the full run from a smoke run."""
     config = run.config
-    per_step = run.training_seconds / max(1, run.done - first)
+    others = run.done - first - 1
+    per_step = (run.training_seconds - run.first_step_seconds) / others if others > 0 else run.training_seconds
     summary: dict[str, Any] = {
         "steps": run.done,
         "steps_of_full_run": run.total_steps,
@@ -175,7 +177,7 @@ def _finish(run: Run, started: float, first: int) -> None:
         "training_seconds": run.training_seconds,
         "tokens_per_second": run.tokens_per_step / max(per_step, 1e-9),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "projected_seconds_of_full_run": per_step * run.total_steps,
+        "projected_seconds_of_full_run": run.first_step_seconds + per_step * (run.total_steps - 1),
     }
     if config.max_steps is None:
         write_model(run)

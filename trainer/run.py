@@ -69,6 +69,8 @@ class Run:
     done: int = 0
     is_evaluated: bool = False
     training_seconds: float = 0.0
+    # Of this leg's first step, which loads and compiles what the others find ready.
+    first_step_seconds: float = 0.0
 
     @property
     def source(self) -> SignalSource | None:
