@@ -159,7 +159,7 @@ class KillStore:
         return self._archives[name]
 
     def add(self, key: str, record: dict[str, Any], raw: bytes) -> None:
-        """File a record and its archive. Older records of the same claim, fault and experiment give way to it.
+        """File a record and its archive. Older records of the same claim and fault give way to it.
 
         Raises:
             InputError: when the archive is larger than 2 MB.
@@ -203,7 +203,7 @@ class KillStore:
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("contract", "id", "fault", "experiment"))
+    return tuple(record[name] for name in ("contract", "id", "fault"))
 
 
 def _plain(name: str) -> str:
