@@ -1,5 +1,8 @@
 """Allocation failures of torch, NumPy and CuPy are recognised; each is explained: what was asked, held, would help."""
 
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,50 @@ def test_the_explanation_names_asked_held_and_what_helps(tmp_path: Path) -> None
     assert caught.value.exit_code == 75
     for words in ("asked for 36028797.02 GB", "host", "batch_size 4 with accumulation 2", "saves", "kept: step-000004"):
         assert words in message
+
+
+def test_what_the_failed_step_held_is_given_back_before_explaining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> None:
+        activations = torch.zeros(1 << 20)
+        held.append(weakref.ref(activations))
+        torch.empty(HUGE, dtype=torch.uint8)
+
+    alive: list[bool] = []
+    monkeypatch.setattr(out_of_memory, "_helps", lambda _config: str(alive.append(held[0]() is not None)))
+    with pytest.raises(OutOfMemoryError), explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+        step()
+    assert alive == [False]
+
+
+EXHAUSTED = """
+import resource, sys
+from pathlib import Path
+import torch
+from q4kd.trainer.config import make_config
+from q4kd.trainer.demo import student_path, teacher_path
+from q4kd.trainer.out_of_memory import explaining_memory
+from q4kd.trainer.run_plan import plan_run
+folder = Path(sys.argv[1])
+config = make_config(
+    {"teacher": teacher_path(), "student": student_path(), "data": folder, "out": folder, "seq_len": 64}
+)
+plan_run(config)
+with explaining_memory(config, lambda: None):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    torch.empty(1 << 40, dtype=torch.uint8)
+"""
+
+
+def test_an_exhausted_process_still_says_what_helps(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EXHAUSTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "OutOfMemoryError: out of memory on cpu: asked for 1099.51 GB" in done.stderr
+    assert "what helps: batch_size 4 with accumulation 2 (the same batch) (saves " in done.stderr
 
 
 def test_other_errors_pass_and_a_plan_that_fails_still_explains(

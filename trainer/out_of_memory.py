@@ -1,7 +1,9 @@
 """An error of an allocator, explained: what was asked, who holds what, and which setting helps by how much."""
 
 import contextlib
+import mmap
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 # allocate 1.50 GiB for an array"; CuPy: "Out of memory allocating 4,096 bytes".
 _ASKED = re.compile(r"(?:tried to allocate|unable to allocate|allocating) ([\d.,]{1,24}) ?([KMGTP]iB|bytes)", re.I)
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pib": 1 << 50}
+# Address space kept back for the explanation, which maps the teacher's file and shapes students.
+_RESERVE = 256 << 20
 _SAID = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 
 
@@ -46,12 +50,19 @@ def explaining_memory(config: DistillConfig, residency: "Callable[[], Residency 
     Raises:
         OutOfMemoryError: for an allocation that failed; other errors pass.
     """
+    # No page of it is touched: it takes address space, not memory.
+    reserve = mmap.mmap(-1, _RESERVE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        # Explaining takes memory too: what the failed step held hangs on its frames.
+        traceback.clear_frames(error.__traceback__)
+        reserve.close()
         raise OutOfMemoryError(explain(config, str(error), residency())) from error
+    finally:
+        reserve.close()
 
 
 def explain(config: DistillConfig, message: str, residency: "Residency | None") -> str:
