@@ -260,7 +260,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, corpus: Path) -> No
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "q4kd.harness", *arguments(tmp_path / "two", corpus, "--set", "batch_size=2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # What a process says comes before what the launcher makes of it.
+    assert done.returncode == 0, done.stderr[:8000]
     assert done.stdout.count("teacher ready") == 1
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two) == [1, 2, 3, 4, 5, 6]
