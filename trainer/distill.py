@@ -281,8 +281,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             run = assemble(config, events, is_main)
             teachers += [run.teacher] if run.teacher is not None else []
             _run(run, resume)
-            # Gloo's threads must not outlive the interpreter, nor one process its peer's connections; trackers write what
-            # they hold.
+            # Together: Gloo's threads must not outlive the interpreter, nor a process its peer's connections. Trackers
+            # write what they hold.
             run.accelerator.wait_for_everyone()
             run.accelerator.end_training()
         events.close()
