@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 from q4kd.harness.command_help import format_commands
 from q4kd.harness.commands_completion import complete
 from q4kd.trainer.errors import InputError, TrainingAborted
-from q4kd.trainer.run_arguments import suggest_option
 
 USAGE_EXIT = 2
 DEFECT_EXIT = 3
@@ -63,6 +62,8 @@ class _Parser(argparse.ArgumentParser):
         """Parse everything, or say which option was unknown and which one it may mean."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
+            from q4kd.trainer.run_arguments import suggest_option
+
             known = self._options_of(getattr(parsed, "command", None))
             close = suggest_option(next((word for word in unknown if word.startswith("-")), ""), known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close}?" if close else ""))
