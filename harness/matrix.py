@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from numpy.typing import NDArray
-
 from q4kd.harness.bundle import pack_bytes
 from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
 from q4kd.harness.environment import PACKAGES
@@ -19,9 +17,10 @@ from q4kd.harness.falsify import require_packages
 from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION
 from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
+from q4kd.harness.mutations import WatchedRun
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import detect_profile, load_profile
-from q4kd.harness.raw import RawRun, array_file
+from q4kd.harness.raw import RawRun
 from q4kd.harness.runner import ExperimentRunner, HarnessError, prune
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
 from q4kd.harness.yaml_lines import printable
@@ -138,7 +137,7 @@ def _run_group(
         return all_of("VOID", f"{missing.target} is missing")
     except (HarnessError, InputError) as error:
         return all_of("misfire", str(error))
-    watched = {run: _ReadRun(base) for run, base in runs.items()}
+    watched = {run: WatchedRun(base) for run, base in runs.items()}
     outcomes: list[dict[str, Any]] = []
     for claim in claims:
         try:
@@ -159,18 +158,6 @@ def _run_group(
                 outcome, mark = {"detail": str(error)}, "misfire"
         cells.append(Cell(claim.key, experiment, fault.name, mark, str(outcome["detail"]), True))
     return cells
-
-
-class _ReadRun(RawRun):
-    """A run that remembers which files of arrays a judgement read."""
-
-    def __init__(self, base: RawRun) -> None:
-        vars(self).update(vars(base))
-        self.files: set[str] = set()
-
-    def array(self, name: str) -> dict[str, NDArray[Any]]:
-        self.files.add(array_file(name))
-        return super().array(name)
 
 
 def mark_of(outcome: Mapping[str, Any]) -> Mark:

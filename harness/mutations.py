@@ -14,25 +14,31 @@ from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
 from q4kd.harness.contract import Claim
 from q4kd.harness.judge import judge_claim, plain
-from q4kd.harness.raw import RawRun
+from q4kd.harness.raw import RawRun, array_file
 
 NOT_SHOWN = "not shown to fail"
 _MAX_MISSED = 20
 
 
 class WatchedRun(RawRun):
-    """A run that remembers, in ``seen``, what of it was looked at."""
+    """A run that remembers, in ``seen``, what of it was looked at, and in ``files`` which files of arrays."""
 
     def __init__(self, base: RawRun) -> None:
         """Watch ``base``; what it has read already is shared."""
         vars(self).update(vars(base))
         self.seen: set[str] = set()
+        self.files: set[str] = set()
 
     def __getattribute__(self, name: str) -> Any:
         """Note the property that is being read."""
         if name in READABLE or name == "array":
             object.__getattribute__(self, "seen").add("arrays" if name == "array" else name)
         return object.__getattribute__(self, name)
+
+    def array(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return the arrays of ``base``, and note their file."""
+        self.files.add(array_file(name))
+        return super().array(name)
 
 
 class SpoiltRun(RawRun):
