@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
 from q4kd.trainer.cuda.launch import Argument
@@ -69,3 +70,11 @@ class HostLauncher:
         function = ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p)
         problem = self._library.host_launch(function, grid, 256, words, ctypes.c_float(number))
         assert not problem, f"{kernel}: {problem.decode()}"
+
+
+def host_launcher(folder: Path) -> HostLauncher:
+    """Build the kernels into ``folder``; skip the test without a C++ compiler, or fail where kernels are required."""
+    if host_compiler() is None:
+        assert not os.environ.get("Q4KD_REQUIRE_KERNELS"), "no C++ compiler; install g++ or clang++"
+        pytest.skip("no C++ compiler")
+    return HostLauncher(build(folder))
