@@ -40,15 +40,17 @@ def values(of: Distributions, config: KDLossConfig) -> tuple[Tensor, Tensor]:
 
     These are the sums of q * f and of q, where f is dD/dq up to a constant; zeros of forward_kl.
     """
+    sum_p, sum_q = sum_rows(of.p), sum_rows(of.q)
     if config.divergence == "forward_kl":
-        value = kl_rows(of.p, of.log_p, of.log_q, sum_rows(of.q))
+        value = kl_rows(of.p, of.log_p, of.log_q, sum_q - sum_p)
         return value, value.new_zeros(2, len(value))
-    student_2C = torch.stack([sum_rows(_tilt(of, config), of.q), sum_rows(of.q)])
+    student_2C = torch.stack([sum_rows(_tilt(of, config), of.q), sum_q])
     if of.log_m is None:
-        return student_2C[0] + (sum_rows(of.p) - student_2C[1]), student_2C
+        return student_2C[0] + (sum_p - sum_q), student_2C
     sum_m = sum_rows(of.log_m.exp())
-    parts = [kl_rows(a, log_a, of.log_m, sum_m) for a, log_a in ((of.p, of.log_p), (of.q, of.log_q))]
-    return config.beta * parts[0] + (1 - config.beta) * parts[1], student_2C
+    teacher_part = kl_rows(of.p, of.log_p, of.log_m, sum_m - sum_p)
+    student_part = kl_rows(of.q, of.log_q, of.log_m, sum_m - sum_q)
+    return config.beta * teacher_part + (1 - config.beta) * student_part, student_2C
 
 
 def slope(of: Distributions, student_2C: Tensor, config: KDLossConfig) -> Tensor:
@@ -82,14 +84,14 @@ def subtract_rows(values_CV: Tensor, of_rows_C: Tensor) -> Tensor:
     return values_CV.sub_(coarse_C.unsqueeze(1)).sub_(fine_C.unsqueeze(1))
 
 
-def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, sum_b: Tensor) -> Tensor:
+def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, excess: Tensor) -> Tensor:
     """Return KL(a || b) per row, float64 ``[C]``, as the Bregman form: sum of a * (log a - log b) - a + b.
 
     The sums of a and b are both one, up to rounding; keeping them cancels the rounding of the two normalisations to
     first order, which the textbook form adds to the result. At equality every term is exactly zero.
-    ``sum_b`` holds the sums of b's rows, float64 ``[C]``.
+    ``excess`` holds by how much the sums of b's rows exceed those of a's, float64 ``[C]``.
     """
-    return sum_rows(log_a - log_b, a) + (sum_b - sum_rows(a))
+    return sum_rows(log_a - log_b, a) + excess
 
 
 def sum_rows(values_CV: Tensor, weights_CV: Tensor | None = None) -> Tensor:
