@@ -1,5 +1,6 @@
 """One answer to "who holds what", and the watchdog that acts on it."""
 
+import mmap
 import subprocess
 import sys
 import threading
@@ -40,7 +41,10 @@ def fake_nvml(processes: list[tuple[int, int | None]], fail: str | None = None) 
 
 def test_host_figures_follow_an_allocation() -> None:
     before = measure()
-    ballast = np.ones(64 << 20, np.uint8)
+    # Pages of its own: an array may get freed ones that the process never gave back.
+    pages = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ballast = np.frombuffer(pages, np.uint8)
+    ballast.fill(1)
     after = measure()
     assert 60 << 20 < after.rss - before.rss < 80 << 20
     assert 60 << 20 < after.anonymous - before.anonymous < 80 << 20
