@@ -1,40 +1,21 @@
 """Opening .apr teachers: the same bits as the GGUF they came from, and one clear line for every refused file."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from apr_files import FFN, HEAD, HIDDEN, ROW_MAJOR, AprImage, Entry, tiny_metadata, tiny_model
+from apr_checks import opened, refusal
+from apr_files import FFN, HEAD, HIDDEN, ROW_MAJOR, Entry, tiny_metadata, tiny_model
 
 from q4kd.harness.apr_write import Names, convert_gguf, huggingface_name
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
 from q4kd.trainer.demo import teacher_path
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.model_file import ModelFile, open_model
 from q4kd.trainer.tensor_names import gguf_name
 
 LAYER = "model.layers.0."
-EMBEDDING = "model.embed_tokens.weight"
-Change = Callable[[AprImage], Any]
-
-
-def opened(tmp_path: Path, image: AprImage) -> ModelFile:
-    return open_model(image.write(tmp_path / "model.apr"))
-
-
-def refusal(tmp_path: Path, content: bytes) -> str:
-    path = tmp_path / "bad.apr"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        open_model(path)
-    text = str(caught.value)
-    assert text.startswith(str(path))
-    assert "\n" not in text and len(text) < len(str(path)) + 1000
-    return text
 
 
 # --- what is accepted ---

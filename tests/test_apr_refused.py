@@ -8,10 +8,10 @@ import zlib
 from pathlib import Path
 
 import pytest
+from apr_checks import EMBEDDING, Change, opened, refusal
 from apr_files import Q4_K, AprImage, Entry, seal, tiny_metadata, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_apr import EMBEDDING, Change, opened, refusal
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer import apr_header

@@ -1,12 +1,12 @@
 """Every check corroborates the good evidence, falsifies the bad, and never passes on nothing."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from check_outcomes import evaluate, outcome
 from jsonschema import Draft202012Validator
 from raw_runs import KILLED, event, samples, write_run
 
@@ -16,17 +16,6 @@ from q4kd.harness.raw import RawRun
 from q4kd.trainer.errors import InputError
 
 MB = 1_000_000
-
-
-def evaluate(check: str, runs: RawRun | Mapping[str, RawRun], params: dict[str, Any], least: int = 1) -> Judgement:
-    Draft202012Validator(CHECKS[check].PARAMS).validate(params)
-    chosen = {runs.name: runs} if isinstance(runs, RawRun) else runs
-    observation = CHECKS[check].extract(chosen, params, least)
-    return CHECKS[check].judge(observation, params, least)
-
-
-def outcome(judgement: Judgement) -> str:
-    return judgement.reason or judgement.verdict
 
 
 # --- log_absent ---

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from check_outcomes import evaluate, outcome
 from raw_runs import KILLED, event, samples, write_run
-from test_checks import evaluate, outcome
 
 # --- log_present ---
 

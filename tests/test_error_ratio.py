@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from check_outcomes import evaluate, outcome
 from good_runs import CASES, EXACT, ROUNDING, rounding_arms
 from raw_runs import KILLED, write_run
-from test_checks import evaluate, outcome
 
 from q4kd.harness.raw import RawRun
 

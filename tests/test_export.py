@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 import transformers
 from example_bundle import build, register
 from exported_models import CHAT_TEMPLATE, write_folder
+from made_runs import make_run
 from safetensors.torch import load_file, save_file
-from test_run_record import make_run
 
 import q4kd.trainer.export_gguf as export_gguf
 import q4kd.trainer.export_hf as export_hf

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_arrays import arrays, exact_loss, relative
 
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
@@ -15,21 +16,6 @@ from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
 from q4kd.trainer.teacher import load_teacher
 from q4kd.trainer.teacher_head import DenseHead
-
-
-def arrays(seed: int, tokens: int = 24, vocab: int = 120, hidden: int = 16) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale
-
-    return {
-        "hidden": normal(tokens, hidden),
-        "weight": normal(vocab, hidden, scale=0.5),
-        "teacher_hidden": normal(tokens, 20),
-        "teacher_weight": normal(vocab + 8, 20, scale=0.4),
-        "labels": torch.randint(0, vocab, (tokens,), generator=generator),
-    }
 
 
 def run(a, config: KDLossConfig, num_targets: float | None = None, head=None):  # type: ignore[no-untyped-def]
@@ -45,29 +31,6 @@ def run(a, config: KDLossConfig, num_targets: float | None = None, head=None):  
     )
     terms.loss.backward()
     return terms, hidden.grad, weight.grad
-
-
-def relative(found: object, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(found) - exact) / np.linalg.norm(exact))
-
-
-def exact_loss(a: dict[str, torch.Tensor], config: KDLossConfig, products: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
-    """The dense float64 loss, of logits made in ``products``, and its gradients for hidden states and head."""
-    kept = (a["labels"] != IGNORE).numpy()
-    hidden, weight = a["hidden"].double().numpy()[kept], a["weight"].double().numpy()
-    teacher = (a["teacher_hidden"][kept].to(products) @ a["teacher_weight"].to(products).T).double().numpy()
-    exact = reference_loss(
-        (a["hidden"][kept].to(products) @ a["weight"].to(products).T).double().numpy(),
-        teacher[:, : len(weight)],
-        a["labels"].numpy()[kept],
-        alpha=config.alpha,
-        temperature=config.temperature,
-        divergence=config.divergence,
-        beta=config.beta,
-    )
-    full = np.zeros((len(kept), weight.shape[1]))
-    full[kept] = exact.grad_logits @ weight
-    return exact, full, exact.grad_logits.T @ hidden
 
 
 @settings(max_examples=150, deadline=None)

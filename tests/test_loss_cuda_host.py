@@ -3,7 +3,7 @@
 import pytest
 import torch
 from host_kernels import host_launcher
-from test_kd_loss import arrays, exact_loss, relative
+from loss_arrays import arrays, exact_loss, relative
 
 from q4kd.trainer import loss_terms
 from q4kd.trainer.cuda import loss as cuda_loss

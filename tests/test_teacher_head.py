@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cuda_emulated import build, product  # noqa: F401 - the fixture stands in for the CUDA product
+from emulated_cuda import build, product  # noqa: F401 - the fixture stands in for the CUDA product
 
 import q4kd.trainer.forward as cpu_forward
 from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
