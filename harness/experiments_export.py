@@ -3,6 +3,7 @@
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -111,7 +112,7 @@ def _gguf_table(path: Path, model: Path) -> dict[str, object]:
     """Return what a GGUF says of its tokenizer, beside the tokenizer.json of the run's model."""
     fields = gguf.GGUFReader(path).fields
 
-    def value(key: str) -> object:
+    def value(key: str) -> Any:
         return fields[key].contents() if key in fields else "absent"
 
     content = read_json(model / "tokenizer.json")

@@ -8,7 +8,15 @@ import numpy as np
 
 from q4kd.harness import block_spec
 from q4kd.harness.experiment import Arm, Facts, Inputs, declare
-from q4kd.harness.inputs_arrays import array_input, arrays_input, random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs_arrays import (
+    Array,
+    array_input,
+    arrays_input,
+    random_ids,
+    read_array,
+    read_arrays,
+    seeded_columns,
+)
 from q4kd.harness.inputs_collect import Comparators, arm_of, collect_probe, save_pairs
 from q4kd.harness.inputs_demo import (
     GOLDEN_LOGITS,
@@ -152,7 +160,7 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
     blocks = read_arrays(_blocks(inputs))
     comparators: Comparators = {}
 
-    def compare(name: str, of: str, reference: block_spec.Floats, subject_source: str, reference_source: str) -> None:
+    def compare(name: str, of: str, reference: Array, subject_source: str, reference_source: str) -> None:
         comparators.update(save_pairs(run_dir, {name: (decoded[of], reference)}, (subject_source, reference_source)))
 
     for name in ("q4_k", "q6_k"):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -108,7 +108,7 @@ def demo_tokenizer(inputs: Inputs) -> "Tokenizer":
 def encode_texts(inputs: Inputs, texts: Iterable[str]) -> list[list[int]]:
     """Return the tokens of each text, the end-of-text token at its end."""
     tokenizer = demo_tokenizer(inputs)
-    end = tokenizer.token_to_id(str(read_json(demo_student(inputs) / "tokenizer_config.json")["eos_token"]))
+    end: Any = tokenizer.token_to_id(str(read_json(demo_student(inputs) / "tokenizer_config.json")["eos_token"]))
     return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in texts]
 
 

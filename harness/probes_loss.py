@@ -163,7 +163,8 @@ def _record(case: dict[str, Any]) -> JsonObject:
     tokens, vocab, hidden, source = (case[name] for name in ("tokens", "vocab", "hidden", "teacher_hidden"))
 
     def normal(rows: int, columns: int) -> "Tensor":
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+        drawn: Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return drawn.bfloat16()
 
     student, weight = normal(tokens, hidden).requires_grad_(), normal(vocab, hidden).requires_grad_()
     teacher, head = normal(tokens, source).float(), DenseHead(normal(vocab + case["padding"], source).float())

@@ -10,7 +10,6 @@ from q4kd.harness.probes import probe
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Qwen2ForCausalLM
 
     from q4kd.trainer.cuda.kernels import Kernels
 
@@ -32,7 +31,7 @@ def dense_logits(model: Path, ids: Path, out: Path, device: Literal["cpu", "cuda
     save_array(out, logits.cpu().numpy())
 
 
-def build_dense(path: Path) -> "Qwen2ForCausalLM":
+def build_dense(path: Path) -> Any:
     """Return the ``Qwen2ForCausalLM`` of a qwen2 GGUF: every weight decoded by gguf, rounded once to bfloat16."""
     import gguf
     import torch

@@ -36,6 +36,8 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 class _Trained:
     """A few steps of the trainer's own on masked batches, with some settings."""
 
+    student: Any
+
     def __init__(self, folder: Path, teacher: "Teacher", settings: Mapping[str, object]) -> None:
         import torch
 
@@ -48,7 +50,8 @@ class _Trained:
         given = {"teacher": ".", "student": folder, "data": ".", "out": ".", "lr": 0.003}
         config = make_config({**given, "warmup_steps": 1, "batch_size": SEQUENCES, **settings})
         accelerator = make_accelerator("cpu")
-        self.student: Any = student.load_student(folder, 1, student.student_dtype(config))
+        loaded: Any = student.load_student(folder, 1, student.student_dtype(config))
+        self.student = loaded
         self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
         model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
         rng = np.random.default_rng(3)

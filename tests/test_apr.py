@@ -11,7 +11,7 @@ import pytest
 from apr_files import FFN, HEAD, HIDDEN, ROW_MAJOR, AprImage, Entry, tiny_metadata, tiny_model
 
 from q4kd.harness.apr_write import Names, convert_gguf, huggingface_name
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.model_file import ModelFile, open_model

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
 from q4kd.trainer.divergence import sum_rows
 from q4kd.trainer.events import EventLog

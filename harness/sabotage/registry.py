@@ -100,6 +100,29 @@ def declare(
     return register(Fault(name, title, family, targets, apply, arms, declared_exit))
 
 
+def fault(
+    family: Family,
+    name: str,
+    title: str,
+    *targets: str,
+    arms: tuple[str | None, ...] | None = None,
+    declared_exit: tuple[str, ...] = (),
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Declare the decorated function, which calls ``replace``, as what plants a fault.
+
+    The parameters are ``Fault``'s.
+
+    Raises:
+        ValueError: as ``register`` does.
+    """
+
+    def declare_fault(apply: Callable[[], None]) -> Callable[[], None]:
+        declare(family, name, title, apply, *targets, arms=arms, declared_exit=declared_exit)
+        return apply
+
+    return declare_fault
+
+
 def patch(
     family: Family,
     name: str,
@@ -196,7 +219,7 @@ def resolve(target: str) -> tuple[object, str, Any]:
     return holder, name, vars(holder)[name]
 
 
-def replace(target: str, make: Callable[[Any], object]) -> None:
+def replace(target: str, make: Callable[[Any], Any]) -> None:
     """Put ``make(original)`` in the place of ``target``, also where a module under test imported it by name.
 
     A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards.
