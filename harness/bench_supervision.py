@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 
 from q4kd.harness.experiment import Inputs
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import distill_words, training_text
-from q4kd.harness.experiments_teacher import demo_teacher
+from q4kd.harness.inputs_demo import demo_student, demo_teacher, distill_words, training_text
 from q4kd.harness.supervise import child_environment, run_supervised
 from q4kd.trainer.files import write_json
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from filelock import FileLock
 
@@ -41,6 +41,10 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_cache",
     "q4kd.harness.experiments_accelerator",
 )
+# What an arm measured of its outputs, as JSON writes it.
+Facts: TypeAlias = dict[str, object]
+# For the ``env`` of an arm: one thread, so that results and memory do not depend on the cores of the machine.
+ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -99,11 +103,10 @@ class Inputs:
 
 
 def _nothing(_inputs: Inputs) -> None:
-    """Prepare nothing."""
+    return
 
 
-def _no_facts(_run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
-    """Measure nothing."""
+def _no_facts(_run_dir: Path, _inputs: Inputs) -> Facts:
     return {}
 
 
@@ -139,7 +142,7 @@ class Experiment:
         title: what it does, in one line.
         needs: what the machine must provide, such as ``cuda``.
         arms: its runs, in order; a later arm may read what an earlier one left in ``../<experiment>.<arm>/``.
-        prepare: makes its inputs.
+        prepare: makes inputs that no ``argv`` asks for, before the run.
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
@@ -151,7 +154,7 @@ class Experiment:
     needs: tuple[str, ...]
     arms: tuple[Arm, ...]
     prepare: Callable[[Inputs], object] = _nothing
-    collect: Callable[[Path, Inputs], dict[str, Any]] = _no_facts
+    collect: Callable[[Path, Inputs], Facts] = _no_facts
     exclusive: bool = False
     parallel: int = 1
     sources: tuple[str, ...] = ()
@@ -228,6 +231,25 @@ EXPERIMENTS = _Registry()
 def register(experiment: Experiment) -> Experiment:
     """Add an experiment to the registry and return it (ValueError for a second one of the same name)."""
     return EXPERIMENTS.add(experiment)
+
+
+def declare(
+    name: str,
+    title: str,
+    *arms: Arm,
+    needs: tuple[str, ...] = (),
+    prepare: Callable[[Inputs], object] = _nothing,
+    collect: Callable[[Path, Inputs], Facts] = _no_facts,
+    exclusive: bool = False,
+    parallel: int = 1,
+    sources: tuple[str, ...] = (),
+) -> Experiment:
+    """Register the experiment of these parts, which are ``Experiment``'s, and return it.
+
+    Raises:
+        ValueError: as ``register`` and ``Experiment`` do.
+    """
+    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel, sources))
 
 
 def get_experiment(name: str) -> Experiment:

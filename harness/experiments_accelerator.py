@@ -7,16 +7,14 @@ import argparse
 import functools
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment, register
-from q4kd.harness.experiments_cuda import teacher_7b
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import read_events
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher
-from q4kd.harness.synthetic_students import read_tokens, write_padded_teacher, write_student
+from q4kd.harness.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import random_ids, save_arrays
+from q4kd.harness.inputs_collect import collect_checkpoint, collect_probe, read_events
+from q4kd.harness.inputs_demo import changed_student, demo_teacher, option_words, set_words, teacher_7b
+from q4kd.harness.synthetic_students import read_tokens, write_padded_teacher
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
 SEQUENCES, SEQ_LEN, ACCUMULATION = 32, 256, 4
@@ -43,8 +41,7 @@ def _student(inputs: Inputs) -> Path:
         "layer_types": ["full_attention"] * 24,
         "vocab_size": STUDENT_VOCAB,
     }
-    make = functools.partial(write_student, source=demo_student(inputs), changes=changes)
-    return inputs.file("student-0.5b", make)
+    return changed_student(inputs, "student-0.5b", changes)
 
 
 def _text(inputs: Inputs) -> Path:
@@ -65,97 +62,71 @@ def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
         *("distill", "--teacher", str(_teacher(inputs)), "--student", str(_student(inputs))),
         *("--data", str(_text(inputs)), "--out", "run", "--device", "cuda", "--events", "events.jsonl"),
         *("--seq-len", str(SEQ_LEN), "--seed", "1"),
-        *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
+        *set_words(settings),
     ]
 
 
-def _collect_distill(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_distill(run_dir: Path, inputs: Inputs) -> Facts:
     """Read the checkpoint, and take the time of each step after the first from one step event to the next."""
     ends = np.array([event["t"] for event in read_events(run_dir, "step")])
     if len(ends) > 1:
-        np.savez_compressed(run_dir / "arrays" / "steps.npz", start=ends[:-1], seconds=np.diff(ends))
-    return get_experiment("distill-run").collect(run_dir, inputs)
-
-
-def _prepare_distill(inputs: Inputs) -> None:
-    _distill_argv(1, inputs)
+        save_arrays(run_dir / "arrays" / "steps.npz", {"start": ends[:-1], "seconds": np.diff(ends)})
+    return collect_checkpoint(run_dir, inputs)
 
 
 for _name, _steps, _needs in (
     ("distill-7b", SHORT_STEPS, ("cuda",)),
     ("distill-7b-long", LONG_STEPS, ("cuda", "unified")),
 ):
-    register(
-        Experiment(
-            name=_name,
-            title=f"{_steps} steps of {SEQUENCES} x {SEQ_LEN} tokens, 7B Q4_K_M teacher and 0.5B student on the GPU",
-            needs=_needs,
-            arms=(Arm(None, functools.partial(_distill_argv, _steps), timeout_s=3600, stall_s=600),),
-            prepare=_prepare_distill,
-            collect=_collect_distill,
-            exclusive=True,
-            sources=(*_SOURCES, "q4kd.harness.experiments_runs", "q4kd.harness.experiments_training"),
-        )
+    declare(
+        _name,
+        f"{_steps} steps of {SEQUENCES} x {SEQ_LEN} tokens, 7B Q4_K_M teacher and 0.5B student on the GPU",
+        Arm(None, functools.partial(_distill_argv, _steps), timeout_s=3600, stall_s=600),
+        needs=_needs,
+        collect=_collect_distill,
+        exclusive=True,
+        sources=(*_SOURCES, "q4kd.harness.experiments_runs", "q4kd.harness.experiments_training"),
     )
 
 
 # --- forward-7b: the time of a forward pass over the tokens of one step ---
 
 
-def _ids(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.random.default_rng(1).integers(0, TEACHER_VOCAB, (SEQUENCES, SEQ_LEN)))
-
-    return inputs.file("ids-7b.npy", make)
-
-
 def _forward_argv(inputs: Inputs) -> list[str]:
-    options = {"model": _teacher(inputs), "ids": _ids(inputs), "out": "times.npz"}
-    counts = {"warm-up": WARM_UP, "passes": PASSES}
-    return [
-        "probe",
-        "forward-times",
-        *[word for key, value in (options | counts).items() for word in (f"--{key}", str(value))],
-    ]
+    ids = random_ids(inputs, "ids-7b.npy", TEACHER_VOCAB, (SEQUENCES, SEQ_LEN))
+    options = {"model": _teacher(inputs), "ids": ids, "out": "times.npz", "warm-up": WARM_UP, "passes": PASSES}
+    return ["probe", "forward-times", *option_words(options)]
 
 
-def _collect_forward(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
     if (run_dir / "times.npz").is_file():
         shutil.copyfile(run_dir / "times.npz", run_dir / "arrays" / "forward.npz")
     return {}
 
 
-register(
-    Experiment(
-        name="forward-7b",
-        title=f"{PASSES} forward passes of a 7B Q4_K_M teacher over {SEQUENCES} x {SEQ_LEN} tokens, logits included",
-        needs=("cuda",),
-        arms=(Arm(None, _forward_argv, timeout_s=900, stall_s=300),),
-        prepare=_forward_argv,
-        collect=_collect_forward,
-        exclusive=True,
-        sources=(*_SOURCES, "q4kd.harness.probes_accelerator"),
-    )
+declare(
+    "forward-7b",
+    f"{PASSES} forward passes of a 7B Q4_K_M teacher over {SEQUENCES} x {SEQ_LEN} tokens, logits included",
+    Arm(None, _forward_argv, timeout_s=900, stall_s=300),
+    needs=("cuda",),
+    collect=_collect_forward,
+    exclusive=True,
+    sources=(*_SOURCES, "q4kd.harness.probes_accelerator"),
 )
 
 
 # --- unified-allocation: more bytes than the ~30 GB that cudaMalloc reaches on GB10 ---
 
-register(
-    Experiment(
-        name="unified-allocation",
-        title=f"{MANAGED_BYTES // 10**9} GB allocated as a unified device's policy says, written and read on the GPU",
-        needs=("cuda", "unified"),
-        arms=(
-            Arm(
-                None,
-                lambda _inputs: ["probe", "unified-allocation", "--bytes", str(MANAGED_BYTES), "--out", "probe.json"],
-                timeout_s=300,
-            ),
-        ),
-        collect=collect_probe,
-        exclusive=True,
-        sources=("q4kd.harness.probes_accelerator",),
-    )
+declare(
+    "unified-allocation",
+    f"{MANAGED_BYTES // 10**9} GB allocated as a unified device's policy says, written and read on the GPU",
+    Arm(
+        None,
+        lambda _inputs: ["probe", "unified-allocation", "--bytes", str(MANAGED_BYTES), "--out", "probe.json"],
+        timeout_s=300,
+    ),
+    needs=("cuda", "unified"),
+    collect=collect_probe,
+    exclusive=True,
+    sources=("q4kd.harness.probes_accelerator",),
 )

@@ -4,24 +4,31 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_export import run_program
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import BATCH, SEQ_LEN, distill_words, read_events, training_text
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import Array, Ints, seeded_columns
+from q4kd.harness.inputs_collect import arm_of, collect_refusals, save_pairs, step_terms
+from q4kd.harness.inputs_demo import (
+    BATCH,
+    SEQ_LEN,
+    VOCAB,
+    demo_student,
+    demo_teacher,
+    distill_words,
+    run_program,
+    training_text,
+    windows_of,
+)
 from q4kd.harness.reference import log_softmax, read_gguf, reference_logits
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
-BATCHES, K, VOCAB = 6, 512, 2048
+BATCHES, K = 6, 512
 WINDOWS = BATCHES * BATCH
 # Windows that the float64 forward is run on, and columns of the k that are kept as evidence.
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.reference")
 
 
@@ -47,16 +54,12 @@ def made_cache(inputs: Inputs, k: int = K) -> Path:
 # --- cached-signals: every figure beside a float64 forward over the teacher's file ---
 
 
-def _ids(inputs: Inputs) -> Any:
+def _ids(inputs: Inputs) -> Ints:
     """Return the windows' input ids, by the tokenizer itself, int ``[windows, T]``."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(demo_student(inputs) / "tokenizer.json"))
-    text = training_text(inputs, BATCHES).read_text(encoding="utf-8")
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids)[: WINDOWS * SEQ_LEN].reshape(-1, SEQ_LEN)
+    return windows_of(inputs, training_text(inputs, BATCHES), SEQ_LEN)[:, :-1]
 
 
-def _collect_signals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_signals(run_dir: Path, inputs: Inputs) -> Facts:
     from safetensors.numpy import load_file
 
     folder = run_dir / "cache"
@@ -65,8 +68,8 @@ def _collect_signals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     shards = [load_file(folder / name) for name in sorted(read_json(folder / "cache.json")["shards"])]
     parts = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", "log_probs", "tail")}
     teacher, ids = read_gguf(demo_teacher(inputs)), _ids(inputs)
-    columns = np.sort(np.random.default_rng(4).choice(K, COLUMNS, replace=False))
-    found: dict[str, list[Any]] = {"stored": [], "largest": [], "there": [], "mass": [], "left": []}
+    columns = seeded_columns(K, COLUMNS, seed=4)
+    found: dict[str, list[Array]] = {"stored": [], "largest": [], "there": [], "mass": [], "left": []}
     for window in CHECKED:
         exact = log_softmax(reference_logits(teacher, ids[window]))
         stored, listed = parts["log_probs"][window].astype(np.float64), parts["ids"][window].astype(np.int64)
@@ -88,16 +91,12 @@ def _collect_signals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return {"comparators": save_pairs(run_dir, pairs, sources)}
 
 
-register(
-    Experiment(
-        name="cached-signals",
-        title=f"q4kd cache of {WINDOWS} windows with k = {K}, beside a float64 forward over the teacher",
-        needs=(),
-        arms=(Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=_ONE_THREAD),),
-        prepare=lambda inputs: _words(inputs, "cache"),
-        collect=_collect_signals,
-        sources=_SOURCES,
-    )
+declare(
+    "cached-signals",
+    f"q4kd cache of {WINDOWS} windows with k = {K}, beside a float64 forward over the teacher",
+    Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=ONE_THREAD),
+    collect=_collect_signals,
+    sources=_SOURCES,
 )
 
 
@@ -136,61 +135,37 @@ def _refusals(inputs: Inputs) -> Path:
     other_data, other_student = training_text(inputs, BATCHES - 1), _other_tokenizer(inputs)
     text = training_text(inputs, BATCHES)
 
-    def words(*extra: str, student: Path | None = None, data: Path = text, folder: Path = cache) -> list[str]:
-        argv = distill_words(demo_teacher(inputs), student or demo_student(inputs), data, *extra)
-        return [*argv, "--teacher-cache", str(folder)]
+    records: list[dict[str, str | list[str]]] = []
 
-    twin = words()
-    records = [
-        {"case": case, "argv": argv, "twin": "its own run", "twin_argv": twin}
-        for case, argv in (
-            ("another teacher", words("--teacher", str(demo_student(inputs) / "config.json"))),
-            ("another tokenizer", words(student=other_student)),
-            ("other data", words(data=other_data)),
-            ("another packing", words("--set", "packing=stream")),
-            ("another seq_len", words("--set", "seq_len=16")),
-            ("a changed shard", words(folder=damaged)),
-            ("another temperature", words("--set", "temperature=2")),
-        )
-    ]
-    # Each in a folder of its own: a run that was started leaves it locked to nobody, but not empty.
-    for number, record in enumerate(records):
-        for name in ("argv", "twin_argv"):
-            argv = record[name] = list(record[name])
-            argv[argv.index("--out") + 1] = f"{name}-{number}"
+    def add(case: str, *extra: str, student: Path | None = None, data: Path = text, folder: Path = cache) -> None:
+        # Each in a folder of its own: a run that was started leaves it locked to nobody, but not empty.
+        number, teacher, fresh = len(records), demo_teacher(inputs), demo_student(inputs)
+        argv = distill_words(teacher, student or fresh, data, *extra, out=f"argv-{number}")
+        twin = distill_words(teacher, fresh, text, out=f"twin_argv-{number}")
+        record = {"argv": [*argv, "--teacher-cache", str(folder)], "twin_argv": [*twin, "--teacher-cache", str(cache)]}
+        records.append({"case": case, "twin": "its own run", **record})
 
-    def make(path: Path) -> None:
-        write_json(path, {"cases": records})
-
-    return inputs.file("refused-caches.json", make)
+    add("another teacher", "--teacher", str(demo_student(inputs) / "config.json"))
+    add("another tokenizer", student=other_student)
+    add("other data", data=other_data)
+    add("another packing", "--set", "packing=stream")
+    add("another seq_len", "--set", "seq_len=16")
+    add("a changed shard", folder=damaged)
+    add("another temperature", "--set", "temperature=2")
+    return inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
 
 
-def _collect_refusals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    """Return the cases: what was refused counts, and not by which words, since they name paths."""
-    cases = [
-        {**case, "error": "exit 2" if str(case["error"]).startswith("exit 2: ") else case["error"], "message": ""}
-        for case in collect_probe(run_dir, inputs).get("cases", [])
-    ]
-    return {"cases": cases}
-
-
-register(
-    Experiment(
-        name="refused-caches",
-        title="runs that a teacher's cache does not belong to, each beside the one it does",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-                timeout_s=120,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_refusals,
-        collect=_collect_refusals,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
-    )
+declare(
+    "refused-caches",
+    "runs that a teacher's cache does not belong to, each beside the one it does",
+    Arm(
+        None,
+        lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
+        timeout_s=120,
+        env=ONE_THREAD,
+    ),
+    collect=collect_refusals,
+    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )
 
 
@@ -202,28 +177,25 @@ def _interrupted_argv(inputs: Inputs) -> list[str]:
     return ["probe", "cache-interrupted", "--cache", "cache", "--facts", "probe.json", "--", *words]
 
 
-def _collect_interrupted(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    facts, folder, whole = collect_probe(run_dir, inputs), run_dir / "cache", made_cache(inputs)
-    if "writer" not in facts:
+def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
+    folder, whole = run_dir / "cache", made_cache(inputs)
+    if not (run_dir / "probe.json").is_file():
         return {"tables": {}}
     names = {path.name for at in (folder, whole) for path in at.iterdir() if path.name != ".lock"}
     digests = [
         [sha256_file(at / name) if (at / name).is_file() else None for at in (folder, whole)] for name in sorted(names)
     ]
     same = {"files that differ from an uninterrupted cache": sum(one != other for one, other in digests)}
-    return {"tables": {"writer": facts["writer"] | same}}
+    return {"tables": {"writer": read_json(run_dir / "probe.json")["writer"] | same}}
 
 
-register(
-    Experiment(
-        name="interrupted-cache",
-        title="q4kd cache killed in the middle of its second shard and started again, beside one that was not",
-        needs=(),
-        arms=(Arm(None, _interrupted_argv, timeout_s=120, env=_ONE_THREAD),),
-        prepare=lambda inputs: (made_cache(inputs), _interrupted_argv(inputs)),
-        collect=_collect_interrupted,
-        sources=(*_SOURCES, "q4kd.harness.probes_cache"),
-    )
+declare(
+    "interrupted-cache",
+    "q4kd cache killed in the middle of its second shard and started again, beside one that was not",
+    Arm(None, _interrupted_argv, timeout_s=120, env=ONE_THREAD),
+    prepare=made_cache,
+    collect=_collect_interrupted,
+    sources=(*_SOURCES, "q4kd.harness.probes_cache"),
 )
 
 
@@ -231,39 +203,30 @@ register(
 
 
 def _training_argv(arm: str, inputs: Inputs) -> list[str]:
-    words = distill_words(
-        *(demo_teacher(inputs), demo_student(inputs), training_text(inputs, BATCHES)),
-        *("--set", f"steps={STEPS}", "--set", "eval_tokens=0"),
-    )
+    settings = ("--set", f"steps={STEPS}", "--set", "eval_tokens=0")
+    words = distill_words(demo_teacher(inputs), demo_student(inputs), training_text(inputs, BATCHES), *settings)
     if arm == "online":
         return words
     at = words.index("--teacher")
     return [*words[:at], *words[at + 2 :], "--teacher-cache", str(made_cache(inputs, VOCAB))]
 
 
-def _collect_training(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
-    if run_dir.name.endswith(".online") or not (run_dir / "events.jsonl").is_file():
+def _collect_training(run_dir: Path, _inputs: Inputs) -> Facts:
+    if arm_of(run_dir) == "online" or not (run_dir / "events.jsonl").is_file():
         return {"comparators": {}}
-    one, other = (
-        np.array([[event["loss"], event["ce"], event["kd"]] for event in read_events(at, "step")])
-        for at in (run_dir, run_dir.parent / "cached-training.online")
-    )
+    one, other = step_terms(run_dir), step_terms(run_dir.parent / "cached-training.online")
     if one.shape != other.shape or not len(one):
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (one, other)}, ("--teacher-cache", "with the teacher"))}
 
 
-register(
-    Experiment(
-        name="cached-training",
-        title=f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
-        needs=(),
-        arms=tuple(
-            Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=_ONE_THREAD)
-            for arm in ("online", "cached")
-        ),
-        prepare=lambda inputs: _training_argv("cached", inputs),
-        collect=_collect_training,
-        sources=_SOURCES,
-    )
+declare(
+    "cached-training",
+    f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
+    *(
+        Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for arm in ("online", "cached")
+    ),
+    collect=_collect_training,
+    sources=_SOURCES,
 )

@@ -4,28 +4,26 @@ What is expected is worked out here from the texts with the ``tokenizers`` packa
 """
 
 import functools
+import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_guards import _student_with_weights
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import distill_words
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
-from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import Array, read_arrays, seeded_columns
+from q4kd.harness.inputs_collect import arm_of, collect_probe, reference_student, save_pairs
+from q4kd.harness.inputs_demo import demo_student, demo_teacher, demo_tokenizer, distill_words, weighted_student
+from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.harness.training_documents import (
     MASKED,
     chat_messages,
     packed_windows,
-    read_tokenizer,
     run_settings,
     text_documents,
     write_jsonl,
 )
-from q4kd.trainer.files import read_json, write_json
+from q4kd.trainer.files import write_json
 
 PACKED_LEN, PACKED_WINDOWS = 96, 3
 SEQ_LEN = 24
@@ -34,7 +32,6 @@ _TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = (
     "q4kd.harness.experiments_runs",
     "q4kd.harness.experiments_guards",
@@ -47,7 +44,7 @@ _SOURCES = (
 
 
 def _packed_case(inputs: Inputs) -> Path:
-    student = str(_student_with_weights(inputs))
+    student = str(weighted_student(inputs))
     settings = run_settings(inputs, text_documents(inputs), student=student, seq_len=PACKED_LEN)
     case = {"packed": {"settings": settings, "sequences": PACKED_WINDOWS}}
     return inputs.file("packed-case.json", lambda path: write_json(path, case))
@@ -57,22 +54,14 @@ def _packed_argv(inputs: Inputs) -> list[str]:
     return ["probe", "packed-logits", "--cases", str(_packed_case(inputs)), "--out", "packed.npz"]
 
 
-def _collect_packed(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_packed(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare logits with the references on each document alone, and labels with those worked out here."""
-    from safetensors.numpy import load_file
-
-    if not (run_dir / "packed.npz").is_file():
+    if not (found := read_arrays(run_dir / "packed.npz")):
         return {}
-    with np.load(run_dir / "packed.npz", allow_pickle=False) as arrays:
-        found = dict(arrays)
     known = {tuple(window[0]): window for window in packed_windows(inputs, PACKED_LEN)}
-    folder = _student_with_weights(inputs)
-    models = {
-        "teacher": read_gguf(demo_teacher(inputs)),
-        "student": from_hugging_face(load_file(folder / "model.safetensors"), read_json(folder / "config.json")),
-    }
-    columns = np.sort(np.random.default_rng(2).choice(found["teacher"].shape[-1], COLUMNS, replace=False))
-    alone: dict[str, list[Any]] = {name: [] for name in models}
+    models = {"teacher": read_gguf(demo_teacher(inputs)), "student": reference_student(weighted_student(inputs))}
+    columns = seeded_columns(found["teacher"].shape[-1], COLUMNS)
+    alone: dict[str, list[Array]] = {name: [] for name in models}
     counts: Counter[str] = Counter()
     for ids, labels in zip(found["ids"], found["labels"], strict=True):
         window = known.get(tuple(ids.tolist()))
@@ -101,16 +90,12 @@ def _collect_packed(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return {"tables": {"labels": table}, "comparators": comparators}
 
 
-register(
-    Experiment(
-        name="packed-documents",
-        title="teacher and student on windows of several documents, beside float64 on each document alone",
-        needs=(),
-        arms=(Arm(None, _packed_argv, timeout_s=60, env=_ONE_THREAD),),
-        prepare=_packed_argv,
-        collect=_collect_packed,
-        sources=(*_SOURCES, "q4kd.harness.reference"),
-    )
+declare(
+    "packed-documents",
+    "teacher and student on windows of several documents, beside float64 on each document alone",
+    Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
+    collect=_collect_packed,
+    sources=(*_SOURCES, "q4kd.harness.reference"),
 )
 
 
@@ -119,8 +104,6 @@ register(
 
 def _chat_student(inputs: Inputs) -> Path:
     def make(folder: Path) -> None:
-        import shutil
-
         shutil.copytree(demo_student(inputs), folder)
         (folder / "chat_template.jinja").write_text(_TEMPLATE)
 
@@ -145,7 +128,7 @@ def _batch_cases(inputs: Inputs) -> Path:
 
 def _chat_windows(inputs: Inputs) -> dict[tuple[int, ...], list[int]]:
     """Return the labels of each window of the chats by its own ids: what the assistant says and the end of its turn."""
-    tokenizer, windows = read_tokenizer(inputs), {}
+    tokenizer, windows = demo_tokenizer(inputs), {}
     for messages in chat_messages():
         text, said = "", []
         for message in messages:
@@ -167,7 +150,7 @@ def _batches_argv(arm: str, inputs: Inputs) -> list[str]:
     return ["probe", "training-batches", "--cases", str(_batch_cases(inputs)), "--out", "batches.npz", *resumed]
 
 
-def _epoch_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
+def _epoch_table(inputs: Inputs, ids: Array, labels: Array) -> dict[str, int | bool]:
     windows = packed_windows(inputs, SEQ_LEN)
     wanted = Counter((tuple(ids), tuple(labels)) for ids, labels, _ in windows)
     rows = [(tuple(row), tuple(label)) for row, label in zip(ids.tolist(), labels.tolist(), strict=True)]
@@ -181,7 +164,7 @@ def _epoch_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
     }
 
 
-def _chat_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
+def _chat_table(inputs: Inputs, ids: Array, labels: Array) -> dict[str, int | bool]:
     wanted = _chat_windows(inputs)
     counts: Counter[str] = Counter()
     seen = set()
@@ -206,21 +189,16 @@ def _chat_table(inputs: Inputs, ids: Any, labels: Any) -> dict[str, Any]:
     }
 
 
-def _collect_batches(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
     """Count an epoch's windows and the chats' labels; in the resumed arm, compare with the arm before it."""
-    if not (run_dir / "batches.npz").is_file():
+    if not (found := read_arrays(run_dir / "batches.npz")):
         return {}
-    with np.load(run_dir / "batches.npz", allow_pickle=False) as arrays:
-        found = dict(arrays)
-    if run_dir.name.partition(".")[2] == "whole":
+    if arm_of(run_dir) == "whole":
         epoch = _epoch_table(inputs, found["memory-ids"], found["memory-labels"])
         return {"tables": {"epoch": epoch, "chats": _chat_table(inputs, found["chat-ids"], found["chat-labels"])}}
-    whole = run_dir.parent / "training-batches.whole" / "batches.npz"
-    if not whole.is_file():
+    if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):
         return {}
-    with np.load(whole, allow_pickle=False) as arrays:
-        before = dict(arrays)
-    table: dict[str, Any] = {}
+    table: dict[str, bool] = {}
     for name in ("memory", "stream"):
         late = {part: found[f"{name}-{part}"] for part in ("ids", "labels", "starts")}
         early = {part: before[f"{name}-{part}"][-len(late["ids"]) :] for part in late}
@@ -229,19 +207,12 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return {"tables": {"resumed": table}}
 
 
-register(
-    Experiment(
-        name="training-batches",
-        title="the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
-        needs=(),
-        arms=tuple(
-            Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=_ONE_THREAD)
-            for name in ("whole", "resumed")
-        ),
-        prepare=_batch_cases,
-        collect=_collect_batches,
-        sources=_SOURCES,
-    )
+declare(
+    "training-batches",
+    "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
+    *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
+    collect=_collect_batches,
+    sources=_SOURCES,
 )
 
 
@@ -261,21 +232,15 @@ def _refused_cases(inputs: Inputs) -> Path:
     return inputs.file("refused-data.json", lambda path: write_json(path, {"cases": [case]}))
 
 
-register(
-    Experiment(
-        name="refused-data",
-        title="a run whose data has no label, beside one with a single label",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "start-runs", "--cases", str(_refused_cases(inputs)), "--out", "probe.json"],
-                timeout_s=60,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_refused_cases,
-        collect=collect_probe,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
-    )
+declare(
+    "refused-data",
+    "a run whose data has no label, beside one with a single label",
+    Arm(
+        None,
+        lambda inputs: ["probe", "start-runs", "--cases", str(_refused_cases(inputs)), "--out", "probe.json"],
+        timeout_s=60,
+        env=ONE_THREAD,
+    ),
+    collect=collect_probe,
+    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

@@ -2,29 +2,25 @@
 
 import functools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import distill_words
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs_collect import collect_probe, reference_student, save_pairs
+from q4kd.harness.inputs_demo import VOCAB, demo_student, demo_teacher, distill_words, run_program
 from q4kd.harness.probes_export import FORMS
-from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
-from q4kd.harness.synthetic_models import seeded_columns
+from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.harness.synthetic_students import write_live_student
 from q4kd.trainer.files import read_json
 
-POSITIONS, COLUMNS, VOCAB = 64, 64, 2048
+POSITIONS, COLUMNS = 64, 64
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
 # Rows of 256 and 512 weights hold superblocks; the head is one matrix with the embedding.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.synthetic_students", "q4kd.harness.reference")
 
 
@@ -32,14 +28,6 @@ def live_student(inputs: Inputs) -> Path:
     """Return a student whose every weight matters, with a chat template."""
     make = functools.partial(write_live_student, source=demo_student(inputs), changes=SIZES, template=CHAT_TEMPLATE)
     return inputs.file("live-student", make)
-
-
-def run_program(words: list[str], folder: Path) -> None:
-    """Run the program as it is, to make an input: faults are planted in what is measured, not here."""
-    command = [sys.executable, "-m", "q4kd.harness", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise RuntimeError(f"q4kd {words[0]} ended with {done.returncode}: {done.stderr[-500:]}")
 
 
 def _text_folder(inputs: Inputs) -> Path:
@@ -78,11 +66,7 @@ def smoke_run(inputs: Inputs) -> Path:
 
 
 def _ids(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.random.default_rng(12).integers(1, VOCAB, POSITIONS))
-
-    return inputs.file("export-ids.npy", make)
+    return random_ids(inputs, "export-ids.npy", VOCAB, POSITIONS, seed=12, low=1)
 
 
 # --- exported-models: a run in every form, each run by the programs it is for ---
@@ -94,18 +78,14 @@ def _export_argv(inputs: Inputs) -> list[str]:
     return ["probe", "exported-models", *options, "--out", "exported.npz", "--facts", "probe.json"]
 
 
-def _collect_export(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    facts = collect_probe(run_dir, inputs)
-    if not (run_dir / "exported.npz").is_file():
+def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
+    facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "exported.npz")
+    if not found:
         return facts | {"comparators": {}}
-    from safetensors.numpy import load_file
     from tokenizers import Tokenizer
 
-    with np.load(run_dir / "exported.npz", allow_pickle=False) as arrays:
-        found = dict(arrays)
-    model, ids = finished_run(inputs) / "model", np.load(_ids(inputs), allow_pickle=False)
-    original = from_hugging_face(load_file(model / "model.safetensors"), read_json(model / "config.json"))
-    exact = reference_logits(original, ids)
+    model, ids = finished_run(inputs) / "model", read_array(_ids(inputs))
+    exact = reference_logits(reference_student(model), ids)
     columns = seeded_columns(VOCAB, COLUMNS)
     comparators = save_pairs(
         run_dir,
@@ -175,14 +155,10 @@ def _folder_table(folder: Path, inputs: Inputs) -> dict[str, object]:
     }
 
 
-register(
-    Experiment(
-        name="exported-models",
-        title="a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
-        needs=(),
-        arms=(Arm(None, _export_argv, timeout_s=240, env=_ONE_THREAD),),
-        prepare=_export_argv,
-        collect=_collect_export,
-        sources=(*_SOURCES, "q4kd.harness.probes_export"),
-    )
+declare(
+    "exported-models",
+    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
+    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
+    collect=_collect_export,
+    sources=(*_SOURCES, "q4kd.harness.probes_export"),
 )

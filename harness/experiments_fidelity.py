@@ -2,18 +2,18 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_export import VOCAB, finished_run, live_student, run_program, smoke_run
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
-from q4kd.harness.reference import from_hugging_face, log_softmax, read_gguf, reference_logits
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.experiments_export import finished_run, live_student, smoke_run
+from q4kd.harness.inputs_arrays import Array, Floats, random_ids, read_array
+from q4kd.harness.inputs_collect import arm_of, collect_refusals, reference_student, save_pairs
+from q4kd.harness.inputs_demo import VOCAB, demo_teacher, run_program
+from q4kd.harness.reference import log_softmax, read_gguf, reference_logits
 from q4kd.harness.synthetic_students import write_padded_teacher
 from q4kd.trainer.files import read_json, write_json
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.experiments_export", "q4kd.harness.synthetic_students", "q4kd.harness.reference")
 
 # --- fidelity: a Q4_K_M file against its float32 folder, and against itself ---
@@ -22,11 +22,7 @@ WINDOWS, LENGTH = 16, 64
 
 
 def _sample(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.random.default_rng(13).integers(1, VOCAB, WINDOWS * LENGTH))
-
-    return inputs.file("fidelity-ids.npy", make)
+    return random_ids(inputs, "fidelity-ids.npy", VOCAB, WINDOWS * LENGTH, seed=13, low=1)
 
 
 def quantised_student(inputs: Inputs) -> Path:
@@ -46,7 +42,7 @@ def _fidelity_argv(arm: str, inputs: Inputs) -> list[str]:
     return ["fidelity", str(quantised), str(original), *options, "--out", "fidelity.json"]
 
 
-def _statistics(report: dict[str, Any]) -> Any:
+def _statistics(report: dict[str, dict[str, dict[str, float]]]) -> Floats:
     """Return what is compared: KL (mean, median, 99 %, largest), agreement, mean log-likelihoods, log of the ratio."""
     kl, perplexity = report["kl"], report["perplexity"]
     values = [kl["mean"], kl["median"], kl["99%"], kl["max"], report["top1_agreement"]["mean"]]
@@ -54,15 +50,11 @@ def _statistics(report: dict[str, Any]) -> Any:
     return np.array(values)[:, None]
 
 
-def _dense_statistics(inputs: Inputs) -> Any:
+def _dense_statistics(inputs: Inputs) -> Floats:
     """Return the same, by dense float64 forward passes over the file and over the folder."""
-    from safetensors.numpy import load_file
-
-    folder = live_student(inputs)
-    original = from_hugging_face(load_file(folder / "model.safetensors"), read_json(folder / "config.json"))
-    quantised, half = read_gguf(quantised_student(inputs)), LENGTH // 2
-    found: dict[str, list[Any]] = {"kl": [], "same": [], "a": [], "b": []}
-    for window in np.load(_sample(inputs), allow_pickle=False).reshape(WINDOWS, LENGTH):
+    original, quantised = reference_student(live_student(inputs)), read_gguf(quantised_student(inputs))
+    half, found = LENGTH // 2, dict[str, list[Array]](kl=[], same=[], a=[], b=[])
+    for window in read_array(_sample(inputs)).reshape(WINDOWS, LENGTH):
         log_q, log_p = (log_softmax(reference_logits(model, window)[half:-1]) for model in (quantised, original))
         labels = window[half + 1 :]
         found["kl"].append((np.exp(log_p) * (log_p - log_q)).sum(-1))
@@ -74,12 +66,12 @@ def _dense_statistics(inputs: Inputs) -> Any:
     return np.array([*values, a.mean() - b.mean()])[:, None]
 
 
-def _collect_fidelity(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     path = run_dir / "fidelity.json"
     if not path.is_file():
         return {"comparators": {}}
     report = read_json(path)
-    if run_dir.name.endswith(".original"):
+    if arm_of(run_dir) == "original":
         pair = {"statistics": (_statistics(report), _dense_statistics(inputs))}
         sources = ("q4kd fidelity", "dense float64 forward passes of the harness")
         return {"comparators": save_pairs(run_dir, pair, sources)}
@@ -89,20 +81,16 @@ def _collect_fidelity(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return {"comparators": save_pairs(run_dir, pair, ("q4kd fidelity of a file against itself", "zero"))}
 
 
-register(
-    Experiment(
-        name="fidelity",
-        title="q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
-        needs=(),
-        arms=tuple(
-            Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=_ONE_THREAD)
-            for name in ("original", "itself")
-        ),
-        prepare=lambda inputs: _fidelity_argv("original", inputs),
-        collect=_collect_fidelity,
-        parallel=2,
-        sources=_SOURCES,
-    )
+declare(
+    "fidelity",
+    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
+    *(
+        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
+        for name in ("original", "itself")
+    ),
+    collect=_collect_fidelity,
+    parallel=2,
+    sources=_SOURCES,
 )
 
 
@@ -116,7 +104,7 @@ def _refusals(inputs: Inputs) -> Path:
     padded = functools.partial(write_padded_teacher, source=quantised, rows=VOCAB + 32)
     other = inputs.file("live-student-exchanged.gguf", exchanged)
     wider = inputs.file("live-student-padded.gguf", padded)
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, str | list[str]]] = []
 
     def add(case: str, twin: str, bad: list[str], good: list[str]) -> None:
         records.append({"case": case, "argv": bad, "twin": twin, "twin_argv": good})
@@ -135,37 +123,18 @@ def _refusals(inputs: Inputs) -> Path:
     add("exchanged tokens", "its original", fidelity(other, student), pair)
     add("wider vocabulary", "its original", fidelity(wider, student), pair)
 
-    def make(path: Path) -> None:
-        write_json(path, {"cases": records})
-
-    return inputs.file("refused-exports.json", make)
+    return inputs.file("refused-exports.json", lambda path: write_json(path, {"cases": records}))
 
 
-def _collect_refusals(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    """Return the cases: what was refused counts, and not by which words, since they name paths."""
-    facts = collect_probe(run_dir, inputs)
-    cases = [
-        {**case, "error": "exit 2" if str(case["error"]).startswith("exit 2: ") else case["error"], "message": ""}
-        for case in facts.get("cases", [])
-    ]
-    return {"cases": cases}
-
-
-register(
-    Experiment(
-        name="refused-exports",
-        title="exports and comparisons that must be refused, each beside one that must not",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-                timeout_s=240,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_refusals,
-        collect=_collect_refusals,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
-    )
+declare(
+    "refused-exports",
+    "exports and comparisons that must be refused, each beside one that must not",
+    Arm(
+        None,
+        lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
+        timeout_s=240,
+        env=ONE_THREAD,
+    ),
+    collect=collect_refusals,
+    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

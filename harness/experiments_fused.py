@@ -2,13 +2,16 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_teacher import save_pairs
+from q4kd.harness.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import Array, Arrays, Floats, arrays_input, read_arrays
+from q4kd.harness.inputs_collect import save_pairs
 from q4kd.harness.reference import log_softmax, reference_loss
 from q4kd.trainer.files import read_json, write_json
 
@@ -19,39 +22,44 @@ CUDA_VOCAB = 16_640
 LISTED = (8, 64)
 ELEMENTS = 400
 _SOURCES = ("q4kd.harness.probes_loss", "q4kd.harness.reference")
-_Found = dict[str, list[Any]]
+# Settings of a case, as the probe reads them from JSON.
+_Case = dict[str, Any]
 
 
-def loss_cases(vocab: int) -> dict[str, dict[str, Any]]:
+def loss_cases(vocab: int) -> dict[str, _Case]:
     """Return the settings of every case: both modes of each divergence, and on the CPU the cached teacher too."""
-    cases: dict[str, dict[str, Any]] = {}
+    cases: dict[str, _Case] = {}
     for divergence in _DIVERGENCES:
-        for heat in (0.7, 3.0):
-            common = {"divergence": divergence, "temperature": heat, "alpha": 0.2, "beta": 0.3, "chunk_tokens": 7}
-            cases[f"fast-{divergence}-t{heat:g}"] = {**common, "mode": "fast"}
+        common = {"divergence": divergence, "alpha": 0.2, "beta": 0.3, "chunk_tokens": 7}
+        for temperature in (0.7, 3.0):
+            name, warm = f"{divergence}-t{temperature:g}", common | {"temperature": temperature}
+            cases[f"fast-{name}"] = {**warm, "mode": "fast"}
             # Tiles that do not divide the vocabulary.
-            cases[f"low-{divergence}-t{heat:g}"] = {**common, "mode": "low", "vocab_tile": 64 if vocab < 1000 else 4096}
-        if vocab == VOCAB:
-            for listed in (*LISTED, vocab):
-                common = {"divergence": divergence, "alpha": 0.2, "beta": 0.3, "chunk_tokens": 7}
-                cases[f"top{listed}-{divergence}"] = {**common, "listed": listed}
+            cases[f"low-{name}"] = {**warm, "mode": "low", "vocab_tile": 64 if vocab < 1000 else 4096}
+        for listed in _listed(vocab):
+            cases[f"top{listed}-{divergence}"] = {**common, "listed": listed}
     return cases
 
 
-def _in_bfloat16(x: Any) -> Any:
-    """Drop the lower half of float32: what a bfloat16 student is given exactly."""
+def _listed(vocab: int) -> tuple[int, ...]:
+    """Return how many tokens the cached teachers list; the device's vocabulary has none."""
+    return (*LISTED, vocab) if vocab == VOCAB else ()
+
+
+def _in_bfloat16(x: Floats) -> Array:
+    """Drop the lower half of float32, so that a bfloat16 student is given exactly the same."""
     return (x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 def _given(vocab: int, inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
+    def make() -> Arrays:
         rng = np.random.default_rng(8)
         labels = rng.integers(0, vocab, TOKENS)
         labels[::5] = -100
         # A whole chunk of seven tokens without a label, and labels in the last columns, which end a short tile.
         labels[14:21] = -100
         labels[-3:-1] = vocab - 1
-        arrays: dict[str, Any] = {
+        drawn = {
             "hidden": rng.normal(0, 1, (TOKENS, HIDDEN)),
             "weight": rng.normal(0, 0.5, (vocab, HIDDEN)),
             "teacher_hidden": rng.normal(0, 1, (TOKENS, SOURCE)),
@@ -59,25 +67,28 @@ def _given(vocab: int, inputs: Inputs) -> Path:
             "teacher_weight": rng.normal(0, 0.4, (vocab + PADDING, SOURCE))
             * np.where(np.arange(vocab + PADDING) < vocab, 1, 3)[:, None],
         }
-        arrays = {name: _in_bfloat16(array) for name, array in arrays.items()}
+        arrays: Arrays = {name: _in_bfloat16(array) for name, array in drawn.items()}
         log_p = log_softmax(_teacher_logits(arrays, vocab))
-        for listed in (*LISTED, vocab) if vocab == VOCAB else ():
-            ids = np.argsort(-log_p, axis=1)[:, :listed]
-            rest = np.exp(np.take_along_axis(log_p, np.argsort(-log_p, axis=1)[:, listed:], 1)).sum(1)
+        order = np.argsort(-log_p, axis=1)
+        for listed in _listed(vocab):
+            ids = order[:, :listed]
+            rest = np.exp(np.take_along_axis(log_p, order[:, listed:], 1)).sum(1)
             with np.errstate(divide="ignore"):
                 cached = {"ids": ids, "log_probs": np.take_along_axis(log_p, ids, 1), "tail": np.log(rest)}
             arrays |= {f"{name}-{listed}": array for name, array in cached.items()}
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays, labels=labels, cases=json.dumps(loss_cases(vocab)))
+        return arrays | {"labels": labels, "cases": np.array(json.dumps(loss_cases(vocab)))}
 
-    return inputs.file(f"fused-loss-{vocab}.npz", make)
-
-
-def _teacher_logits(given: dict[str, Any], vocab: int) -> Any:
-    return (given["teacher_hidden"].astype(np.float64) @ given["teacher_weight"].astype(np.float64).T)[:, :vocab]
+    return arrays_input(inputs, f"fused-loss-{vocab}.npz", make)
 
 
-def exact_topk(student: Any, teacher: Any, labels: Any, ids: Any, settings: dict[str, Any]) -> tuple[float, Any, float]:
+def _teacher_logits(given: Arrays, vocab: int) -> Floats:
+    hidden, weight = given["teacher_hidden"].astype(np.float64), given["teacher_weight"].astype(np.float64)
+    return np.asarray(hidden @ weight.T)[:, :vocab]
+
+
+def exact_topk(
+    student: Floats, teacher: Floats, labels: Array, ids: Array, settings: Mapping[str, Any]
+) -> tuple[float, Floats, float]:
     """Return the loss over k + 1 events, its gradient with respect to the student's logits, and D, in float64.
 
     The events' logits are the listed tokens' own and the log of the sum of exp of the others'; the dense reference is
@@ -95,7 +106,7 @@ def exact_topk(student: Any, teacher: Any, labels: Any, ids: Any, settings: dict
     rest[rows, ids] = False
     has_rest = bool(rest.any())
 
-    def events(logits: Any) -> Any:
+    def events(logits: Floats) -> Floats:
         parts = [logits[rows, ids]]
         if has_rest:
             left = np.where(rest, logits, -np.inf)
@@ -118,22 +129,19 @@ def exact_topk(student: Any, teacher: Any, labels: Any, ids: Any, settings: dict
     return float(loss), alpha * plain.grad_logits + (1 - alpha) * grad, merged.kd
 
 
-def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    if not (run_dir / "losses.npz").is_file():
+def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
+    if not (found := read_arrays(run_dir / "losses.npz")):
         return {"comparators": {}}
-    with np.load(run_dir / "losses.npz", allow_pickle=False) as arrays:
-        found = dict(arrays)
-    with np.load(_given(vocab, inputs), allow_pickle=False) as arrays:
-        given = dict(arrays)
+    given = read_arrays(_given(vocab, inputs))
     kept = given["labels"] >= 0
     hidden, weight = given["hidden"].astype(np.float64), given["weight"].astype(np.float64)
     student, teacher, labels = hidden[kept] @ weight.T, _teacher_logits(given, vocab)[kept], given["labels"][kept]
     rng = np.random.default_rng(6)
     # Of the head's gradient a seeded choice, its labels' rows among it by their number; of the hidden states' all.
     chosen = rng.choice(weight.size, ELEMENTS, replace=False)
-    pairs: dict[str, tuple[list[Any], list[Any]]] = {}
+    pairs: dict[str, tuple[list[Array], list[Array]]] = {}
 
-    def add(name: str, subject: Any, reference: Any) -> None:
+    def add(name: str, subject: npt.ArrayLike, reference: npt.ArrayLike) -> None:
         subjects, references = pairs.setdefault(name, ([], []))
         subjects.append(np.atleast_1d(subject))
         references.append(np.atleast_1d(reference))
@@ -141,15 +149,10 @@ def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> dict[str, Any]
     excess, at_full = [], []
     for name, settings in loss_cases(vocab).items():
         form = name.partition("-")[0]
-        whole = reference_loss(
-            student,
-            teacher,
-            labels,
-            alpha=settings["alpha"],
-            temperature=settings.get("temperature", 1.0),
-            divergence=settings["divergence"],
-            beta=settings["beta"],
-        )
+        options = {"temperature": 1.0} | {
+            key: settings[key] for key in ("alpha", "temperature", "divergence", "beta") if key in settings
+        }
+        whole = reference_loss(student, teacher, labels, **options)
         loss, grad = whole.loss, whole.grad_logits
         if listed := settings.get("listed"):
             form = "topk"
@@ -187,17 +190,14 @@ def _losses_argv(device: str, vocab: int, inputs: Inputs) -> list[str]:
 
 
 for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-losses", "cuda", CUDA_VOCAB)):
-    register(
-        Experiment(
-            name=_name,
-            title=f"every mode of the fused loss on {_device}, values and gradients, against dense float64",
-            needs=("cuda",) if _device == "cuda" else (),
-            arms=(Arm(None, functools.partial(_losses_argv, _device, _vocab), timeout_s=180),),
-            prepare=functools.partial(lambda vocab, inputs: _given(vocab, inputs) and None, _vocab),
-            collect=functools.partial(_collect_losses, _vocab),
-            exclusive=_device == "cuda",
-            sources=_SOURCES,
-        )
+    declare(
+        _name,
+        f"every mode of the fused loss on {_device}, values and gradients, against dense float64",
+        Arm(None, functools.partial(_losses_argv, _device, _vocab), timeout_s=180),
+        needs=("cuda",) if _device == "cuda" else (),
+        collect=functools.partial(_collect_losses, _vocab),
+        exclusive=_device == "cuda",
+        sources=_SOURCES,
     )
 
 
@@ -211,9 +211,9 @@ FULL = {"tokens": 8192, "vocab": 151_936, "hidden": 896, "teacher_hidden": 3584}
 SCALED = {name: size // 16 for name, size in FULL.items()} | {"padding": 8}
 
 
-def allocation_cases() -> dict[str, dict[str, Any]]:
+def allocation_cases() -> dict[str, _Case]:
     """Return the case of every mode and divergence: where logits are largest, and of low the sizes to scale."""
-    cases: dict[str, dict[str, Any]] = {}
+    cases: dict[str, _Case] = {}
     for divergence in _DIVERGENCES:
         common = {"divergence": divergence, "temperature": 2.0, "chunk_tokens": CHUNK, "vocab_tile": TILE}
         cases[f"fast-{divergence}"] = {**NARROW, "config": {**common, "mode": "fast"}}
@@ -225,7 +225,7 @@ def allocation_cases() -> dict[str, dict[str, Any]]:
     return cases
 
 
-def low_bytes(sizes: dict[str, int], chunk: int, tile: int) -> int:
+def low_bytes(sizes: Mapping[str, int], chunk: int, tile: int) -> int:
     """Return what mode low may take beyond parameters and gradients, as ``loss_low.py`` adds it up.
 
     Ten float32 ``[C, R]``; a tile of the teacher's head, of the student's and of its gradient in float32; hidden states
@@ -241,11 +241,11 @@ def _allocation_file(inputs: Inputs) -> Path:
     return inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
 
 
-def _collect_allocations(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
     if not (run_dir / "allocations.json").is_file():
         return {"comparators": {}}
     found = read_json(run_dir / "allocations.json")
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, int | bool]] = {}
     for name, case in allocation_cases().items():
         mode, _, divergence = name.partition("-")
         record = found[name]
@@ -272,23 +272,14 @@ def _collect_allocations(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
     return {"tables": tables, "allocations": found}
 
 
-register(
-    Experiment(
-        name="loss-allocations",
-        title="every tensor that the fused loss makes, recorded by a dispatch mode around it",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: [
-                    *("probe", "loss-allocations", "--cases", str(_allocation_file(inputs))),
-                    *("--out", "allocations.json"),
-                ],
-                timeout_s=120,
-            ),
-        ),
-        prepare=lambda inputs: _allocation_file(inputs) and None,
-        collect=_collect_allocations,
-        sources=_SOURCES,
-    )
+def _allocation_argv(inputs: Inputs) -> list[str]:
+    return ["probe", "loss-allocations", "--cases", str(_allocation_file(inputs)), "--out", "allocations.json"]
+
+
+declare(
+    "loss-allocations",
+    "every tensor that the fused loss makes, recorded by a dispatch mode around it",
+    Arm(None, _allocation_argv, timeout_s=120),
+    collect=_collect_allocations,
+    sources=_SOURCES,
 )

@@ -1,33 +1,39 @@
 """Experiments on what is checked before the first step: vocabularies, degenerate pairs, settings without meaning."""
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment, register
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import BATCH, SEQ_LEN, distill_words, read_events, training_text
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
-from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits, reference_loss
-from q4kd.harness.synthetic_students import (
-    Twin,
-    read_tokens,
-    write_padded_teacher,
-    write_student,
-    write_teacher_as_student,
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import random_ids, read_arrays, seeded_columns
+from q4kd.harness.inputs_collect import (
+    arm_of,
+    checkpoint_facts,
+    collect_probe,
+    probe_cases,
+    reference_step,
+    save_pairs,
+    step_terms,
 )
-from q4kd.trainer.files import read_json, write_json
+from q4kd.harness.inputs_demo import (
+    BATCH,
+    SEQ_LEN,
+    VOCAB,
+    changed_student,
+    demo_student,
+    demo_teacher,
+    distill_words,
+    training_text,
+    weighted_student,
+)
+from q4kd.harness.synthetic_students import Twin, read_tokens, write_padded_teacher, write_teacher_as_student
+from q4kd.trainer.files import write_json
 
 # The demo's vocabulary, padded by the share of Qwen2.5-7B's file; and that file's sizes with its 0.5B student's.
-NATIVE, PADDED, WIDER = 2048, 2080, 2064
+NATIVE, PADDED, WIDER = VOCAB, 2080, 2064
 EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
 ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2
 POSITIONS, COLUMNS = 64, 128
 EXCHANGED = (700, 1500)
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.synthetic_students")
 
 
@@ -36,22 +42,6 @@ def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None
     source = demo_teacher(inputs)
     make = functools.partial(write_padded_teacher, source=source, rows=rows, exchanged=exchanged)
     return inputs.file(name, make)
-
-
-def _student(inputs: Inputs, name: str, changes: Mapping[str, object]) -> Path:
-    return inputs.file(name, functools.partial(write_student, source=demo_student(inputs), changes=changes))
-
-
-def _student_with_weights(inputs: Inputs) -> Path:
-    """Return the demo student with weights on disk, so that the harness's own forward knows them."""
-
-    def make(folder: Path) -> None:
-        from q4kd.trainer.student import load_student, load_tokenizer
-
-        load_student(demo_student(inputs), seed=7).save_pretrained(folder)  # type: ignore[operator]
-        load_tokenizer(demo_student(inputs)).save_pretrained(folder)
-
-    return inputs.file("weighted-student", make)
 
 
 # --- vocabulary-run: a padded teacher beside the same without padding, and Qwen2.5's exact sizes ---
@@ -67,7 +57,7 @@ def _wide_student(inputs: Inputs) -> Path:
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
     }
-    return _student(inputs, "student-151936", changes)
+    return changed_student(inputs, "student-151936", changes)
 
 
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
@@ -76,126 +66,77 @@ def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
         words = ("--set", f"steps={EXACT_STEPS}", "--max-steps", str(EXACT_STEPS), "--set", "chunk_tokens=32")
     else:
         teacher = _padded_teacher(inputs, PADDED if arm == "padded" else NATIVE)
-        student = _student_with_weights(inputs)
+        student = weighted_student(inputs)
         words = ("--set", f"steps={STEPS}", "--set", f"alpha={ALPHA}", "--set", f"temperature={TEMPERATURE:g}")
     # One batch is the whole text, so the order of its windows cannot matter.
     return distill_words(teacher, student, training_text(inputs, 1), *words)
 
 
-def _collect_exact(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_exact(run_dir: Path, inputs: Inputs) -> Facts:
     """Read the checkpoint of the exact sizes, and count the rows of the teacher's file and of the trained student."""
     from safetensors.numpy import load_file
 
-    facts = get_experiment("distill-run").collect(run_dir, inputs)
     rows = {"teacher's file": len(read_tokens(_padded_teacher(inputs, EXACT_TEACHER)))}
     for path in run_dir.glob("run/checkpoints/step-*/model.safetensors"):
         tensors = load_file(path)
         # Embedding and head are one tensor, stored under one of its two names.
         tied = [tensors[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in tensors]
         rows["student after training"] = len(tied[0])
-    return facts | {"tables": {"rows": rows}}
+    return {"checkpoint": checkpoint_facts(run_dir), "tables": {"rows": rows}}
 
 
-def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare the padded arm with the one before it, and its first step with float64 over the sliced logits."""
-    arm, steps = run_dir.name.partition(".")[2], read_events(run_dir, "step")
+    arm, steps = arm_of(run_dir), step_terms(run_dir)
     if arm == "exact":
         return _collect_exact(run_dir, inputs)
-    if arm == "native" or not steps:
+    if arm == "native" or not len(steps):
         return {"comparators": {}}
-    native = read_events(run_dir.parent / "vocabulary-run.native", "step")
-
-    def terms(events: list[dict[str, Any]]) -> Any:
-        return np.array([[event["loss"], event["ce"], event["kd"]] for event in events])
-
-    pairs = {"unpadded": (terms(steps), terms(native))}
+    pairs = {"unpadded": (steps, step_terms(run_dir.parent / "vocabulary-run.native"))}
     comparators = save_pairs(run_dir, pairs, ("teacher with padding rows", "teacher without them"))
-    exact = _reference_step(inputs)
-    pairs = {"sliced": (terms(steps)[0].reshape(3, 1), exact)}
+    teacher, text = _padded_teacher(inputs, PADDED), training_text(inputs, 1)
+    exact = reference_step(inputs, teacher, text, (BATCH, SEQ_LEN), alpha=ALPHA, temperature=TEMPERATURE)
+    pairs = {"sliced": (steps[0].reshape(3, 1), exact)}
     return {"comparators": comparators | save_pairs(run_dir, pairs, ("q4kd distill", "float64 over sliced logits"))}
 
 
-def _reference_step(inputs: Inputs) -> Any:
-    """Return loss, cross-entropy and KD term of the first step in float64, ``[3, 1]``."""
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
-    folder = _student_with_weights(inputs)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end_of_text = tokenizer.token_to_id(str(read_json(folder / "tokenizer_config.json")["eos_token"]))
-    text = training_text(inputs, 1).read_text(encoding="utf-8")
-    ids = [*tokenizer.encode(text, add_special_tokens=False).ids, end_of_text]
-    windows = np.array([ids[start : start + SEQ_LEN + 1] for start in range(0, len(ids) - 1, SEQ_LEN)])
-    if windows.shape != (BATCH, SEQ_LEN + 1):
-        raise ValueError(f"the text makes windows of shape {windows.shape}")
-    student = from_hugging_face(load_file(folder / "model.safetensors"), read_json(folder / "config.json"))
-    teacher = read_gguf(_padded_teacher(inputs, PADDED))
-    exact = reference_loss(
-        np.concatenate([reference_logits(student, window[:-1]) for window in windows]),
-        np.concatenate([reference_logits(teacher, window[:-1]) for window in windows])[:, :NATIVE],
-        windows[:, 1:].ravel(),
-        alpha=ALPHA,
-        temperature=TEMPERATURE,
-        divergence="forward_kl",
-    )
-    return np.array([[exact.loss], [exact.ce], [exact.kd]])
-
-
-register(
-    Experiment(
-        name="vocabulary-run",
-        title=f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
-        needs=(),
-        arms=tuple(
-            Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=_ONE_THREAD)
-            for name in ("native", "padded", "exact")
-        ),
-        prepare=lambda inputs: [_vocabulary_argv(name, inputs) for name in ("native", "padded", "exact")],
-        collect=_collect_vocabulary,
-        sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.experiments_training"),
-    )
+declare(
+    "vocabulary-run",
+    f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
+    *(
+        Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for name in ("native", "padded", "exact")
+    ),
+    collect=_collect_vocabulary,
+    sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.experiments_training"),
 )
 
 
 # --- vocabulary-widths: the padded teacher's logits beside the native one's, and the widths in the loss ---
 
 
-def _ids(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.random.default_rng(9).integers(0, NATIVE, POSITIONS))
-
-    return inputs.file("vocabulary-ids.npy", make)
-
-
 def _widths_argv(inputs: Inputs) -> list[str]:
     models = ["--native", str(_padded_teacher(inputs, NATIVE)), "--padded", str(_padded_teacher(inputs, PADDED))]
-    student, ids = str(_student_with_weights(inputs)), str(_ids(inputs))
+    ids = random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9)
     out = ["--out", "logits.npz", "--facts", "probe.json"]
-    return ["probe", "vocabulary-widths", *models, "--student", student, "--ids", ids, *out]
+    return ["probe", "vocabulary-widths", *models, "--student", str(weighted_student(inputs)), "--ids", str(ids), *out]
 
 
-def _collect_widths(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    facts = collect_probe(run_dir, inputs)
-    if not (run_dir / "logits.npz").is_file():
+def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
+    facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "logits.npz")
+    if not found:
         return facts | {"comparators": {}}
-    with np.load(run_dir / "logits.npz", allow_pickle=False) as arrays:
-        native, padded = arrays["native"], arrays["padded"]
-    columns = np.sort(np.random.default_rng(2).choice(NATIVE, COLUMNS, replace=False))
-    pair = {"in-range": (padded[:, columns], native[:, columns])}
+    columns = seeded_columns(NATIVE, COLUMNS)
+    pair = {"in-range": (found["padded"][:, columns], found["native"][:, columns])}
     return facts | {"comparators": save_pairs(run_dir, pair, ("teacher with padding rows", "teacher without them"))}
 
 
-register(
-    Experiment(
-        name="vocabulary-widths",
-        title="logits of a padded teacher beside the native one's, and the widths that meet in the loss",
-        needs=(),
-        arms=(Arm(None, _widths_argv, timeout_s=60, env=_ONE_THREAD),),
-        prepare=_widths_argv,
-        collect=_collect_widths,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
-    )
+declare(
+    "vocabulary-widths",
+    "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
+    Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
+    collect=_collect_widths,
+    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )
 
 
@@ -211,7 +152,7 @@ def _teacher_as_student(inputs: Inputs, twin: Twin) -> Path:
 def _cases(inputs: Inputs) -> Path:
     teacher, padded = demo_teacher(inputs), _padded_teacher(inputs, PADDED)
     fresh, data = demo_student(inputs), training_text(inputs, 1)
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, str | list[str]]] = []
 
     def add(case: str, twin: str, bad: tuple[Path, Path, str], good: tuple[Path, Path, str]) -> None:
         words = [
@@ -221,7 +162,7 @@ def _cases(inputs: Inputs) -> Path:
         records.append({"case": case, "argv": words[0], "twin": twin, "twin_argv": words[1]})
 
     add("0 steps", "1 step", (teacher, fresh, "--max-steps 0"), (teacher, fresh, "--max-steps 1"))
-    wider = _student(inputs, "student-wider", {"vocab_size": WIDER})
+    wider = changed_student(inputs, "student-wider", {"vocab_size": WIDER})
     add("student wider than teacher", "padded teacher", (teacher, wider, ""), (padded, wider, ""))
     exchanged = _padded_teacher(inputs, PADDED, EXCHANGED)
     add("two tokens exchanged", "the same in order", (exchanged, fresh, ""), (padded, fresh, ""))
@@ -234,39 +175,28 @@ def _cases(inputs: Inputs) -> Path:
     add("same function, other weights", "overridden", (teacher, permuted, long), (teacher, permuted, allowed))
     noisy = _teacher_as_student(inputs, "noisy")
     add("same weights but for noise", "overridden", (teacher, noisy, long), (teacher, noisy, allowed))
-
-    def make(path: Path) -> None:
-        write_json(path, {"cases": records})
-
-    return inputs.file("refused-runs.json", make)
+    return inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
 
 
-def _collect_refused(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
+def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
     """Return the cases, and whether the line about a student that is too wide names both sizes."""
-    facts = collect_probe(run_dir, inputs)
-    cases = facts.get("cases", [])
+    cases = probe_cases(run_dir)
     message = next((case["message"] for case in cases if case["case"] == "student wider than teacher"), None)
     if message is None:
-        return facts
+        return collect_probe(run_dir, inputs)
     named = {f"names {size}": str(size) in message.replace(",", "") for size in (NATIVE, WIDER)}
     return {"cases": [{**case, "message": ""} for case in cases], "tables": {"too-wide": named}}
 
 
-register(
-    Experiment(
-        name="refused-runs",
-        title="runs that must be refused before their first step, each beside one that must reach it",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "start-runs", "--cases", str(_cases(inputs)), "--out", "probe.json"],
-                timeout_s=180,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_cases,
-        collect=_collect_refused,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
-    )
+declare(
+    "refused-runs",
+    "runs that must be refused before their first step, each beside one that must reach it",
+    Arm(
+        None,
+        lambda inputs: ["probe", "start-runs", "--cases", str(_cases(inputs)), "--out", "probe.json"],
+        timeout_s=180,
+        env=ONE_THREAD,
+    ),
+    collect=_collect_refused,
+    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

@@ -4,20 +4,19 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.apr_write import convert_gguf
+from q4kd.harness.apr_write import Names, convert_gguf
 from q4kd.harness.broken_apr import BROKEN_APR, write_broken_apr
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_teacher import collect_probe, save_pairs
+from q4kd.harness.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import array_input, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs_collect import Comparators, collect_probe, save_pairs
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.harness.synthetic_models import (
     BROKEN_GGUF,
     MODELS,
     model_ids,
-    seeded_columns,
     write_nan_scale,
     write_small_model,
     write_truncated,
@@ -26,7 +25,7 @@ from q4kd.harness.synthetic_models import (
 POSITIONS = 64
 COLUMNS = 64
 # Which models also exist as .apr, and under whose tensor names.
-APR_NAMES = {"qwen2": "huggingface", "mistral": "gguf"}
+APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
 
 # --- model-files: logits of every architecture from GGUF, and of two from .apr as well ---
 
@@ -40,15 +39,11 @@ def small_apr(inputs: Inputs, name: str) -> Path:
     """Return the same model as .apr."""
     source = small_model(inputs, name)
     # The suffix says GGUF: recognising a container is by content.
-    return inputs.file(f"models/{name}-apr.gguf", lambda path: convert_gguf(source, path, names=APR_NAMES[name]))  # type: ignore[arg-type]
+    return inputs.file(f"models/{name}-apr.gguf", lambda path: convert_gguf(source, path, names=APR_NAMES[name]))
 
 
 def _ids(inputs: Inputs) -> Path:
-    def make(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, model_ids(POSITIONS))
-
-    return inputs.file("models/ids.npy", make)
+    return array_input(inputs, "models/ids.npy", lambda: model_ids(POSITIONS))
 
 
 def _files(inputs: Inputs) -> dict[str, Path]:
@@ -61,13 +56,12 @@ def _models_argv(inputs: Inputs) -> list[str]:
     return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
 
 
-def _collect_models(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    if not (run_dir / "logits.npz").is_file():
+def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
+    if not (found := read_arrays(run_dir / "logits.npz")):
         return {"comparators": {}}
-    with np.load(run_dir / "logits.npz", allow_pickle=False) as arrays:
-        logits = {name: arrays[path.stem] for name, path in _files(inputs).items()}
-    ids = np.load(_ids(inputs), allow_pickle=False)
-    comparators: dict[str, Any] = {}
+    logits = {name: found[path.stem] for name, path in _files(inputs).items()}
+    ids = read_array(_ids(inputs))
+    comparators: Comparators = {}
     for name in MODELS:
         exact = reference_logits(read_gguf(small_model(inputs, name)), ids).astype(np.float32)
         columns = seeded_columns(exact.shape[1], COLUMNS)
@@ -80,23 +74,14 @@ def _collect_models(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     return {"comparators": comparators}
 
 
-def _prepare_models(inputs: Inputs) -> None:
-    _files(inputs)
-    _ids(inputs)
-
-
 _SOURCES = ("q4kd.harness.probes", "q4kd.harness.probes_models", "q4kd.harness.synthetic_models")
 
-register(
-    Experiment(
-        name="model-files",
-        title="logits of small models of every architecture and type against float64; two of them also as .apr",
-        needs=(),
-        arms=(Arm(None, _models_argv, timeout_s=120),),
-        prepare=_prepare_models,
-        collect=_collect_models,
-        sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.apr_write"),
-    )
+declare(
+    "model-files",
+    "logits of small models of every architecture and type against float64; two of them also as .apr",
+    Arm(None, _models_argv, timeout_s=120),
+    collect=_collect_models,
+    sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.apr_write"),
 )
 
 
@@ -129,14 +114,10 @@ def _refused_argv(inputs: Inputs) -> list[str]:
     return ["probe", "open-models", "--out", "probe.json", "--cases", *words]
 
 
-register(
-    Experiment(
-        name="refused-models",
-        title="GGUF and .apr files that would be silently wrong, each beside its valid twin",
-        needs=(),
-        arms=(Arm(None, _refused_argv, timeout_s=120),),
-        prepare=lambda inputs: _cases(inputs) and None,
-        collect=collect_probe,
-        sources=(*_SOURCES, "q4kd.harness.broken_apr", "q4kd.harness.apr_write"),
-    )
+declare(
+    "refused-models",
+    "GGUF and .apr files that would be silently wrong, each beside its valid twin",
+    Arm(None, _refused_argv, timeout_s=120),
+    collect=collect_probe,
+    sources=(*_SOURCES, "q4kd.harness.broken_apr", "q4kd.harness.apr_write"),
 )

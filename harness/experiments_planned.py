@@ -3,19 +3,14 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_robust import argparse_documents
-from q4kd.harness.experiments_runs import distill_words, read_events
-from q4kd.harness.experiments_teacher import demo_teacher, save_pairs
-from q4kd.harness.synthetic_students import write_student
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_collect import arm_of, read_events, save_pairs
+from q4kd.harness.inputs_demo import argparse_documents, changed_student, demo_teacher, distill_words, set_words
 
 _SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.experiments_robust", "q4kd.harness.synthetic_students")
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _PLANS: dict[str, dict[str, object]] = {
     "batch-8": {"batch_size": 8},
     "batch-16": {"batch_size": 16},
@@ -36,13 +31,12 @@ def _large_student(inputs: Inputs) -> Path:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     }
-    return inputs.file("student-20m", functools.partial(write_student, source=demo_student(inputs), changes=changes))
+    return changed_student(inputs, "student-20m", changes)
 
 
 def _planned_argv(settings: dict[str, object], inputs: Inputs) -> list[str]:
     every = {"steps": 3, "seq_len": 64, "eval_tokens": 256, **settings}
-    words = [word for key, value in every.items() for word in ("--set", f"{key}={value}")]
-    return distill_words(demo_teacher(inputs), _large_student(inputs), argparse_documents(inputs), *words)
+    return distill_words(demo_teacher(inputs), _large_student(inputs), argparse_documents(inputs), *set_words(every))
 
 
 def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
@@ -61,9 +55,9 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - during[0]["rss"]
 
 
-def _collect_planned(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     """Compare plan and growth of all arms, one row each, in the facts of the last."""
-    if not run_dir.name.endswith("checkpointing"):
+    if arm_of(run_dir) != "checkpointing":
         return {}
     rows = [_planned_and_grown(run_dir.parent / f"planned-run.{name}") for name in _PLANS]
     if any(row is None for row in rows):
@@ -73,24 +67,20 @@ def _collect_planned(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
     return {"comparators": save_pairs(run_dir, {"plan": pair}, sources)}
 
 
-register(
-    Experiment(
-        name="planned-run",
-        title="a student of 20 M weights planned and measured, at two batch sizes and with gradient checkpointing",
-        needs=(),
-        arms=tuple(
-            Arm(
-                name,
-                functools.partial(_planned_argv, settings),
-                timeout_s=240,
-                stall_s=120,
-                env=_ONE_THREAD | _GIVE_BACK,
-                interval_s=0.01,
-            )
-            for name, settings in _PLANS.items()
-        ),
-        prepare=functools.partial(_planned_argv, {}),
-        collect=_collect_planned,
-        sources=_SOURCES,
-    )
+declare(
+    "planned-run",
+    "a student of 20 M weights planned and measured, at two batch sizes and with gradient checkpointing",
+    *(
+        Arm(
+            name,
+            functools.partial(_planned_argv, settings),
+            timeout_s=240,
+            stall_s=120,
+            env={**ONE_THREAD, **_GIVE_BACK},
+            interval_s=0.01,
+        )
+        for name, settings in _PLANS.items()
+    ),
+    collect=_collect_planned,
+    sources=_SOURCES,
 )

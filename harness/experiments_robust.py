@@ -1,40 +1,25 @@
 """Experiments on runs that go wrong: killed, stopped, stalled, starved, without disk, or with a loss that explodes."""
 
-import argparse
 import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import distill_words
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_collect import Event, collect_probe, read_events, save_pairs
+from q4kd.harness.inputs_demo import argparse_documents, demo_student, demo_teacher, distill_words, set_words
 from q4kd.harness.probes_robust import CHILD_EVENTS
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.probes_robust")
 KILLS, WRITING, STEPS = 20, 6, 90
 
 
-def argparse_documents(inputs: Inputs) -> Path:
-    """Return a JSONL file of many short documents, so that a hash of their names holds some out."""
-
-    def make(path: Path) -> None:
-        text = Path(argparse.__file__).read_text(encoding="utf-8")
-        parts = [text[start : start + 800] for start in range(0, len(text), 800)]
-        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), encoding="utf-8")
-
-    return inputs.file("argparse-parts.jsonl", make)
-
-
 def _words(inputs: Inputs, **settings: object) -> list[str]:
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return distill_words(demo_teacher(inputs), demo_student(inputs), argparse_documents(inputs), *words)
+    documents = argparse_documents(inputs)
+    return distill_words(demo_teacher(inputs), demo_student(inputs), documents, *set_words(settings))
 
 
 # --- killed-runs: SIGKILL at seeded points, resumed each time, beside the same run left alone ---
@@ -58,8 +43,8 @@ def _terms(path: Path) -> dict[int, list[list[float]]]:
     return found
 
 
-def _collect_killed(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
-    facts: dict[str, Any] = read_json(run_dir / "probe.json") if (run_dir / "probe.json").is_file() else {}
+def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
+    facts = collect_probe(run_dir, inputs)
     whole, killed = _terms(run_dir / "whole.jsonl"), _terms(run_dir / "killed.jsonl")
     if len(whole) != STEPS or not killed:
         return facts | {"comparators": {}}
@@ -69,29 +54,22 @@ def _collect_killed(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
     steps = {"steps of the run left alone": len(whole), "steps of the killed run": len(killed)}
     weights = [run_dir / name / "model" / "model.safetensors" for name in ("whole", "killed")]
     same = all(path.is_file() for path in weights) and sha256_file(weights[0]) == sha256_file(weights[1])
-    return facts | {
-        "comparators": comparators,
-        "tables": facts.get("tables", {}) | {"resumed": {**steps, "final models are equal": same}},
-    }
+    tables = read_json(run_dir / "probe.json")["tables"] if facts else {}
+    resumed = {"resumed": {**steps, "final models are equal": same}}
+    return facts | {"comparators": comparators, "tables": tables | resumed}
 
 
-register(
-    Experiment(
-        name="killed-runs",
-        title=f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
-        needs=(),
-        arms=(
-            Arm(
-                None,
-                lambda inputs: ["probe", "killed-runs", "--case", str(_killed_case(inputs)), "--out", "probe.json"],
-                timeout_s=400,
-                env=_ONE_THREAD,
-            ),
-        ),
-        prepare=_killed_case,
-        collect=_collect_killed,
-        sources=_SOURCES,
-    )
+declare(
+    "killed-runs",
+    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
+    Arm(
+        None,
+        lambda inputs: ["probe", "killed-runs", "--case", str(_killed_case(inputs)), "--out", "probe.json"],
+        timeout_s=400,
+        env=ONE_THREAD,
+    ),
+    collect=_collect_killed,
+    sources=_SOURCES,
 )
 
 
@@ -102,13 +80,11 @@ def _ended_argv(action: str, settings: dict[str, object], inputs: Inputs) -> lis
     return ["probe", "ended-run", "--do", action, "--out", "probe.json", "--", *_words(inputs, **settings)]
 
 
-def _child_events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / CHILD_EVENTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [event for event in map(json.loads, lines) if event["event"] == name]
+def _child_events(run_dir: Path, name: str) -> list[Event]:
+    return read_events(run_dir, name, CHILD_EVENTS) if (run_dir / CHILD_EVENTS).is_file() else []
 
 
-def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
+def _collect_ended(run_dir: Path, _inputs: Inputs) -> Facts:
     """Describe how the run ended, in one table that every claim reads."""
     if not (run_dir / "probe.json").is_file():
         return {}
@@ -155,7 +131,7 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
     return {"tables": {"ending": table} | kinds}
 
 
-def _best(run_dir: Path) -> dict[str, Any]:
+def _best(run_dir: Path) -> dict[str, int | bool]:
     """Compare what is kept with the evaluations that the run reported."""
     out = run_dir / "run"
     values = {event["step"]: event["kl"] for event in _child_events(run_dir, "eval") if event["step"]}
@@ -206,23 +182,12 @@ _ENDINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
 }
 for _name, (_action, _title, _settings) in _ENDINGS.items():
-    register(
-        Experiment(
-            name=_name,
-            title=f"q4kd distill with {_title}",
-            needs=(),
-            arms=(
-                Arm(
-                    None,
-                    functools.partial(_ended_argv, _action, _settings),
-                    timeout_s=200,
-                    env=_ONE_THREAD,
-                ),
-            ),
-            prepare=functools.partial(_ended_argv, _action, _settings),
-            collect=_collect_ended,
-            sources=_SOURCES,
-        )
+    declare(
+        _name,
+        f"q4kd distill with {_title}",
+        Arm(None, functools.partial(_ended_argv, _action, _settings), timeout_s=200, env=ONE_THREAD),
+        collect=_collect_ended,
+        sources=_SOURCES,
     )
 
 
@@ -234,14 +199,10 @@ def _damaged_argv(inputs: Inputs) -> list[str]:
     return ["probe", "damaged-resumes", "--out", "probe.json", "--", *_words(inputs, **settings)]
 
 
-register(
-    Experiment(
-        name="damaged-resumes",
-        title="resuming from a checkpoint with one byte changed, with other settings, and from the same one intact",
-        needs=(),
-        arms=(Arm(None, _damaged_argv, timeout_s=200, env=_ONE_THREAD),),
-        prepare=_damaged_argv,
-        collect=collect_probe,
-        sources=_SOURCES,
-    )
+declare(
+    "damaged-resumes",
+    "resuming from a checkpoint with one byte changed, with other settings, and from the same one intact",
+    Arm(None, _damaged_argv, timeout_s=200, env=ONE_THREAD),
+    collect=collect_probe,
+    sources=_SOURCES,
 )

@@ -2,17 +2,13 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_runs import distill_words, read_events, training_text
-from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_pairs
+from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs_arrays import read_arrays
+from q4kd.harness.inputs_collect import arm_of, collect_probe, save_pairs, step_terms
+from q4kd.harness.inputs_demo import demo_student, demo_teacher, distill_words, set_words, training_text
 from q4kd.harness.probes_student import RANKS, VARIANTS
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _SOURCES = ("q4kd.harness.probes_student",)
 
 # --- student-steps: the trainer's step under settings that must not matter, with adapters, and on bfloat16 weights ---
@@ -25,12 +21,10 @@ def _steps_argv(inputs: Inputs) -> list[str]:
     ]
 
 
-def _collect_steps(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
-    facts = collect_probe(run_dir, inputs)
-    if not (run_dir / "steps.npz").is_file():
+def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
+    facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "steps.npz")
+    if not found:
         return facts | {"comparators": {}}
-    with np.load(run_dir / "steps.npz", allow_pickle=False) as arrays:
-        found = dict(arrays)
     whole = found["whole"]
     pairs = {name: (found[name], whole) for name in VARIANTS if name != "whole"}
     # Losses only: what bfloat16 does to the norm of a gradient is not what is claimed.
@@ -38,20 +32,16 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> dict[str, Any]:
     comparators = save_pairs(run_dir, pairs, ("the setting", "plain float32 steps on whole batches"))
     # What training did to the logits: a merge that forgot it would differ from the adapted student by all of it.
     moved = {"merged": (found["merged"] - found["untrained"], found["adapted"] - found["untrained"])}
-    return facts | {
-        "comparators": comparators | save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
-    }
+    comparators |= save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
+    return facts | {"comparators": comparators}
 
 
-register(
-    Experiment(
-        name="student-steps",
-        title="the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
-        needs=(),
-        arms=(Arm(None, _steps_argv, timeout_s=120, env=_ONE_THREAD),),
-        collect=_collect_steps,
-        sources=_SOURCES,
-    )
+declare(
+    "student-steps",
+    "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
+    Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
+    collect=_collect_steps,
+    sources=_SOURCES,
 )
 
 
@@ -63,55 +53,47 @@ RANK_STEPS = 4
 
 def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
     processes = 1 if kind == "one" else RANKS
-    # Two micro-batches: gradients are added up in each process before they travel.
-    words = distill_words(
-        *(demo_teacher(inputs), demo_student(inputs), training_text(inputs, RANK_STEPS)),
-        *("--set", f"batch_size={SEQUENCES_PER_STEP // processes // 2}", "--set", "accumulation=2"),
-        *("--set", f"steps={RANK_STEPS}", "--set", "clip=0.5", "--set", "eval_tokens=0"),
-    )
+    settings = {
+        # Two micro-batches: gradients are added up in each process before they travel.
+        "batch_size": SEQUENCES_PER_STEP // processes // 2,
+        "accumulation": 2,
+        "steps": RANK_STEPS,
+        "clip": 0.5,
+        "eval_tokens": 0,
+    }
+    text = training_text(inputs, RANK_STEPS)
+    words = distill_words(demo_teacher(inputs), demo_student(inputs), text, *set_words(settings))
     return words if kind == "one" else ["probe", "distill-ranks", kind, *words]
 
 
-def _steps_of(run_dir: Path) -> Any:
-    if not (run_dir / "events.jsonl").is_file():
-        return np.zeros((0, 4))
-    return np.array(
-        [[event["loss"], event["ce"], event["kd"], event["grad_norm"]] for event in read_events(run_dir, "step")]
-    )
-
-
-def _collect_ranks(run_dir: Path, _inputs: Inputs) -> dict[str, Any]:
-    arm = run_dir.name.partition(".")[2]
-    steps, one = _steps_of(run_dir), _steps_of(run_dir.parent / "student-ranks.one")
-    if arm == "one" or not len(steps) or steps.shape != one.shape:
+def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
+    arm, before = arm_of(run_dir), run_dir.parent / "student-ranks.one"
+    if arm == "one" or not all((folder / "events.jsonl").is_file() for folder in (run_dir, before)):
+        return {"comparators": {}}
+    steps, one = (step_terms(folder, "grad_norm") for folder in (run_dir, before))
+    if not len(steps) or steps.shape != one.shape:
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (steps, one)}, (f"{RANKS} processes, {arm}", "one process"))}
 
 
-register(
-    Experiment(
-        name="student-ranks",
-        title=f"q4kd distill in one process, and in {RANKS} that share the same batches",
-        needs=(),
-        arms=tuple(
-            Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=_ONE_THREAD)
-            for kind in ("one", "copies", "shards")
-        ),
-        collect=_collect_ranks,
-        sources=_SOURCES,
-    )
+declare(
+    "student-ranks",
+    f"q4kd distill in one process, and in {RANKS} that share the same batches",
+    *(
+        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for kind in ("one", "copies", "shards")
+    ),
+    collect=_collect_ranks,
+    sources=_SOURCES,
 )
 
 
 # --- settings-refused: names of settings that are not quite right ---
 
-register(
-    Experiment(
-        name="settings-refused",
-        title="settings that do not exist, beside those that were meant",
-        needs=(),
-        arms=(Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),),
-        collect=collect_probe,
-        sources=_SOURCES,
-    )
+declare(
+    "settings-refused",
+    "settings that do not exist, beside those that were meant",
+    Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),
+    collect=collect_probe,
+    sources=_SOURCES,
 )

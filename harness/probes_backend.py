@@ -1,15 +1,18 @@
 """The trainer's decision tables, filled in by the trainer's own functions over every input."""
 
-import argparse
 import itertools
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from q4kd.harness.probes import probe
 from q4kd.trainer.files import write_json
 
+if TYPE_CHECKING:
+    from q4kd.trainer.device import DeviceClass
+
 _TYPES = {"quantised": ("F32", "Q4_K", "Q6_K"), "plain": ("F32", "F16")}
-_CLASSES: tuple[Any, ...] = ("cpu", "classic", "unified")
+_CLASSES: "tuple[DeviceClass, ...]" = ("cpu", "classic", "unified")
 _KNOWN = {
     "GB10 12.1": ((12, 1), True),
     "GB10 12.1, attribute unknown": ((12, 1), None),
@@ -24,12 +27,9 @@ _KNOWN = {
 _REFUSED_OVERRIDES = ("2", "yes", "-1", " 1", "true", "on", "00", "01", "managed")
 
 
-def decision_tables(arguments: list[str]) -> int:
-    """Write the backend, device-class, allocation and dtype tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-
+@probe("decision-tables")
+def decision_tables(out: Path) -> None:
+    """Write the tables of backends, device classes and allocations."""
     from q4kd.trainer.backend import OVERRIDES, backend_override, choose_backend
     from q4kd.trainer.device import allocation_policy, classify
 
@@ -72,8 +72,7 @@ def decision_tables(arguments: list[str]) -> int:
             f"attribute {integrated}: {answer}": count for (integrated, answer), count in classes.items()
         },
     }
-    write_json(args.out, {"tables": tables})
-    return 0
+    write_json(out, {"tables": tables})
 
 
 def _answer(override: str) -> str:

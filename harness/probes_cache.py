@@ -1,6 +1,5 @@
 """A measurement of ``q4kd cache``: a writer that is killed within a shard, and what the next one makes of it."""
 
-import argparse
 import importlib
 import multiprocessing
 import os
@@ -8,13 +7,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from q4kd.harness.probes import probe
 from q4kd.trainer.files import read_json, write_json
 
 # The shard, counted from 0, in whose middle the writer is killed.
 KILLED_AT = 1
 
 
-def _write_until_killed(words: list[str]) -> None:
+def _write_until_killed(words: tuple[str, ...]) -> None:
     """Run the command, and die with half of a shard in a temporary file."""
     from q4kd.harness.__main__ import main
 
@@ -28,37 +28,26 @@ def _write_until_killed(words: list[str]) -> None:
         whole(path, data)
 
     store.write_atomic = write
-    raise SystemExit(main(words))
+    raise SystemExit(main(list(words)))
 
 
-def cache_interrupted(arguments: list[str]) -> int:
-    """Write a cache with ``q4kd cache WORDS``, killed once in between; record what was there before it went on."""
-    cut = arguments.index("--")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--facts", type=Path, required=True)
-    args = parser.parse_args(arguments[:cut])
-
+@probe("cache-interrupted")
+def cache_interrupted(*words: str, cache: Path, facts: Path) -> int:
+    """Run ``q4kd WORDS``, which writes a cache, killed once in between; record what was there before it went on."""
     from q4kd.harness.__main__ import main
 
-    words = arguments[cut + 1 :]
     process = multiprocessing.get_context("fork").Process(target=_write_until_killed, args=(words,))
     process.start()
     process.join()
-    before = read_json(args.cache / "cache.json")["shards"]
-    written = {name: (args.cache / name).stat().st_mtime_ns for name in before}
-    half = len(list(args.cache.glob(".*.tmp")))
-    code = main(words)
-    again = [name for name, when in written.items() if (args.cache / name).stat().st_mtime_ns != when]
-    write_json(
-        args.facts,
-        {
-            "writer": {
-                "killed": process.exitcode == -signal.SIGKILL,
-                "shards it left": len(before),
-                "half files it left": half,
-                "finished shards written again": len(again),
-            }
-        },
-    )
+    before = read_json(cache / "cache.json")["shards"]
+    written = {name: (cache / name).stat().st_mtime_ns for name in before}
+    half = len(list(cache.glob(".*.tmp")))
+    code = main(list(words))
+    writer = {
+        "killed": process.exitcode == -signal.SIGKILL,
+        "shards it left": len(before),
+        "half files it left": half,
+        "finished shards written again": sum((cache / name).stat().st_mtime_ns != at for name, at in written.items()),
+    }
+    write_json(facts, {"writer": writer})
     return code

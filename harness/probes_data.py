@@ -1,16 +1,20 @@
 """Measurements on training data: the batches a run would take, and the logits of windows with several documents."""
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from q4kd.harness.probes_runs import _save_arrays
+from q4kd.harness.inputs_arrays import Arrays, save_arrays
+from q4kd.harness.probes import probe
 from q4kd.trainer.files import read_json
 
+if TYPE_CHECKING:
+    from q4kd.trainer.training_data import Order
 
-def _order(settings: dict[str, Any], sequences: int) -> Any:
+
+def _order(settings: Mapping[str, object], sequences: int) -> "Order":
     """Open the data of a run with these settings, as the run does."""
     from q4kd.trainer import training_data
     from q4kd.trainer.config import make_config
@@ -22,32 +26,27 @@ def _order(settings: dict[str, Any], sequences: int) -> Any:
     return training_data.open_data(config, documents, sequences, None).order
 
 
-def training_batches(arguments: list[str]) -> int:
-    """Save the batches of some steps under several settings: ids, labels and starts ``[steps * sequences, T]``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resumed", action="store_true", help="only the later steps, as a run that starts again there")
-    args = parser.parse_args(arguments)
-    arrays: dict[str, Any] = {}
-    for name, case in read_json(args.cases).items():
+@probe("training-batches")
+def training_batches(cases: Path, out: Path, resumed: bool = False) -> None:
+    """Save the batches of some steps under several settings: ids, labels and starts ``[steps * sequences, T]``.
+
+    ``--resumed`` takes only the later steps, as a run does that starts again there.
+    """
+    arrays: Arrays = {}
+    for name, case in read_json(cases).items():
         order = _order(case["settings"], case["sequences"])
-        batches = [order.batch(step) for step in range(case["resume"] if args.resumed else 0, case["steps"])]
+        batches = [order.batch(step) for step in range(case["resume"] if resumed else 0, case["steps"])]
         arrays[f"{name}-ids"] = np.concatenate([batch.ids_BT.numpy() for batch in batches])
         arrays[f"{name}-labels"] = np.concatenate([batch.labels_BT.numpy() for batch in batches])
         starts = [np.zeros_like(b.ids_BT.numpy()) if b.starts_BT is None else b.starts_BT.numpy() for b in batches]
         arrays[f"{name}-starts"] = np.concatenate(starts)
-    _save_arrays(args.out, arrays)
-    return 0
+    save_arrays(out, arrays)
 
 
-def packed_logits(arguments: list[str]) -> int:
+@probe("packed-logits")
+def packed_logits(cases: Path, out: Path) -> None:
     """Save the first batch of a run, and the logits of teacher and student on it, float32 ``[B, T, V]``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    (case,) = read_json(args.cases).values()
+    (case,) = read_json(cases).values()
 
     import torch
 
@@ -58,7 +57,7 @@ def packed_logits(arguments: list[str]) -> int:
 
     batch = _order(case["settings"], case["sequences"]).batch(0)
     teacher = load_teacher(Path(case["settings"]["teacher"]), dtype="float32", events=EventLog(None))
-    causal_lm: Any = student.load_student(Path(case["settings"]["student"]), seed=1)
+    causal_lm = student.load_student(Path(case["settings"]["student"]), seed=1)
     model = student.DistillationModel(causal_lm, KDLossConfig()).eval()
     shape = (*batch.ids_BT.shape, -1)
     with torch.no_grad():
@@ -70,5 +69,4 @@ def packed_logits(arguments: list[str]) -> int:
         "teacher": teacher.head_logits(hidden_MH).view(shape).numpy(),
         "student": student_BTV.numpy(),
     }
-    _save_arrays(args.out, arrays)
-    return 0
+    save_arrays(out, arrays)

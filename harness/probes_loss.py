@@ -1,45 +1,88 @@
 """Measurements of the fused loss: values and gradients in every mode and of cached teachers, and what it allocates."""
 
-import argparse
-import io
+import functools
 import json
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from q4kd.trainer.files import write_atomic, write_json
+from q4kd.harness.inputs_arrays import Arrays, read_arrays, save_arrays
+from q4kd.harness.json_types import JsonObject
+from q4kd.harness.probes import probe
+from q4kd.trainer.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from q4kd.trainer.loss_terms import LossTerms
 
 
-def fused_losses(arguments: list[str]) -> int:
+@probe("kd-loss")
+def kd_loss_cases(inputs: Path, out: Path) -> None:
+    """Evaluate the trainer's fused loss and its gradients on given arrays and settings."""
+    import torch
+
+    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+
+    given = read_arrays(inputs)
+    teacher_hidden = torch.from_numpy(given["teacher_hidden"])
+    teacher_weight = torch.from_numpy(given["teacher_weight"])
+    labels = torch.from_numpy(given["labels"])
+    results: Arrays = {}
+    for name, settings in json.loads(str(given["cases"])).items():
+        scale = settings.pop("scale", 1.0)
+        equal = settings.pop("equal", False)
+        hidden = (torch.from_numpy(given["hidden"]) * scale).requires_grad_(True)
+        weight = torch.from_numpy(given["weight"]).clone().requires_grad_(True)
+        source, head = (hidden.detach(), weight.detach()) if equal else (teacher_hidden * scale, teacher_weight)
+        terms = kd_loss(
+            hidden,
+            weight,
+            labels,
+            teacher_hidden=source,
+            teacher_head=functools.partial(_project, head),
+            num_targets=float((labels >= 0).sum()),
+            config=KDLossConfig(**settings),
+        )
+        results |= _differentiated(name, terms, hidden, weight)
+    save_arrays(out, results)
+
+
+def _project(weight_VH: "Tensor", rows_MH: "Tensor") -> "Tensor":
+    return rows_MH @ weight_VH.T
+
+
+def _differentiated(name: str, terms: "LossTerms", hidden: "Tensor", weight: "Tensor") -> Arrays:
+    """Return the terms of a loss and, after its backward pass, both gradients, by the name of the case."""
+    import torch
+
+    torch.autograd.backward(terms.loss)
+    assert hidden.grad is not None and weight.grad is not None
+    return {
+        f"{name}-terms": np.array([float(terms.loss.detach()), float(terms.ce), float(terms.kd)]),
+        f"{name}-grad_hidden": hidden.grad.float().cpu().numpy(),
+        f"{name}-grad_weight": weight.grad.float().cpu().numpy(),
+    }
+
+
+@probe("fused-losses")
+def fused_losses(inputs: Path, out: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Evaluate the loss and its gradients for every case of the input; see ``experiments_fused.loss_cases``.
 
     Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are
     exact in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher
     ``ids-k`` and ``log_probs-k [M, k]`` with ``tail-k [M]``.
     """
-    parser = argparse.ArgumentParser()
-    for option in ("--inputs", "--out"):
-        parser.add_argument(option, type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args(arguments)
-
-    with np.load(args.inputs, allow_pickle=False) as arrays:
-        given = dict(arrays)
-    results: dict[str, Any] = {}
+    given = read_arrays(inputs)
+    results: Arrays = {}
     for name, settings in json.loads(str(given["cases"])).items():
-        terms, grad_hidden, grad_weight = _evaluate(given, settings, args.device)
-        results[f"{name}-terms"] = np.array([float(terms.loss.detach()), float(terms.ce), float(terms.kd)])
-        results[f"{name}-grad_hidden"] = grad_hidden.float().cpu().numpy()
-        results[f"{name}-grad_weight"] = grad_weight.float().cpu().numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **results)
-    write_atomic(args.out, buffer.getvalue())
-    return 0
+        results |= _evaluate(name, given, settings, device)
+    save_arrays(out, results)
 
 
-def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> tuple[Any, Any, Any]:
+def _evaluate(name: str, given: Arrays, settings: dict[str, Any], device: str) -> Arrays:
     import torch
 
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
@@ -47,8 +90,8 @@ def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> t
     from q4kd.trainer.teacher_head import DenseHead
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    arrays = {name: torch.from_numpy(array).to(device) for name, array in given.items() if name != "cases"}
-    hidden, weight = (arrays[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
+    arrays = {key: torch.from_numpy(array).to(device) for key, array in given.items() if key != "cases"}
+    hidden, weight = (arrays[key].to(dtype).requires_grad_() for key in ("hidden", "weight"))
     labels, settings = arrays["labels"], dict(settings)
     listed, num_targets = settings.pop("listed", None), float((labels >= 0).sum())
     config = KDLossConfig(**settings)
@@ -73,27 +116,20 @@ def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> t
             num_targets=num_targets,
             config=config,
         )
-    loss: Any = terms.loss
-    loss.backward()
-    return terms, hidden.grad, weight.grad
+    return _differentiated(name, terms, hidden, weight)
 
 
-def loss_allocations(arguments: list[str]) -> int:
+@probe("loss-allocations")
+def loss_allocations(cases: Path, out: Path) -> None:
     """Run the loss, forward and backward, while every operator's result is recorded from outside it.
 
     ``--cases`` is a JSON file: case to ``{"tokens", "vocab", "hidden", "teacher_hidden", "padding", "config"}``. Of
     each case are written: tensors made, the ten largest shapes, and the most bytes that what was made held together.
     """
-    parser = argparse.ArgumentParser()
-    for option in ("--cases", "--out"):
-        parser.add_argument(option, type=Path, required=True)
-    args = parser.parse_args(arguments)
-    cases = json.loads(args.cases.read_text(encoding="utf-8"))
-    write_json(args.out, {name: _record(case) for name, case in cases.items()})
-    return 0
+    write_json(out, {name: _record(case) for name, case in read_json(cases).items()})
 
 
-def _record(case: dict[str, Any]) -> dict[str, Any]:
+def _record(case: dict[str, Any]) -> JsonObject:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -106,11 +142,11 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
 
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self.held: dict[int, tuple[Any, int]] = {}
+            self.held: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
             self.shapes: set[tuple[int, ...]] = set()
             self.made = self.peak = 0
 
-        def __torch_dispatch__(self, function: Any, _kinds: Any, given: Any = (), options: Any = None) -> Any:
+        def __torch_dispatch__(self, function: Any, _kinds: object, given: Any = (), options: Any = None) -> object:
             result = function(*given, **(options or {}))
             known = {x.untyped_storage().data_ptr() for x in tree_leaves((given, options)) if torch.is_tensor(x)}
             for tensor in filter(torch.is_tensor, tree_leaves(result)):
@@ -126,8 +162,9 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tokens, vocab, hidden, source = (case[name] for name in ("tokens", "vocab", "hidden", "teacher_hidden"))
 
-    def normal(rows: int, columns: int) -> Any:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+    def normal(rows: int, columns: int) -> "Tensor":
+        drawn: Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return drawn.bfloat16()
 
     student, weight = normal(tokens, hidden).requires_grad_(), normal(vocab, hidden).requires_grad_()
     teacher, head = normal(tokens, source).float(), DenseHead(normal(vocab + case["padding"], source).float())
@@ -143,7 +180,6 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
             num_targets=float(tokens),
             config=config,
         )
-        loss: Any = terms.loss
-        loss.backward()
+        torch.autograd.backward(terms.loss)
     largest = sorted(seen.shapes, key=lambda shape: -np.prod(shape, dtype=np.int64))[:10]
     return {"made": seen.made, "largest": [list(shape) for shape in largest], "peak_bytes": seen.peak}

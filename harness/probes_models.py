@@ -1,46 +1,34 @@
 """Measurements on many model files in one child process, through the trainer's own loading functions."""
 
-import argparse
-import io
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from q4kd.harness.inputs_arrays import Arrays, read_array, save_arrays
+from q4kd.harness.probes import probe
+from q4kd.trainer.files import write_json
 
-from q4kd.trainer.files import write_atomic, write_json
 
-
-def model_logits(arguments: list[str]) -> int:
+@probe("model-logits")
+def model_logits(ids: Path, out: Path, models: tuple[Path, ...]) -> None:
     """Compute the logits of several models for the same ids: one array for each file, named by its stem."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=Path, nargs="+", required=True)
-    args = parser.parse_args(arguments)
-
     import torch
 
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher import load_teacher
 
-    ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
-    arrays: dict[str, Any] = {}
-    for path in args.models:
+    ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
+    arrays: Arrays = {}
+    for path in models:
         teacher = load_teacher(path, dtype="float32", events=EventLog(None))
-        arrays[path.stem] = teacher.logits(ids)[0].numpy()
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomic(args.out, buffer.getvalue())
-    return 0
+        arrays[path.stem] = teacher.logits(ids_1T)[0].numpy()
+    save_arrays(out, arrays)
 
 
-def open_models(arguments: list[str]) -> int:
-    """Load files that must be refused, and the valid twin of each; record the type of error and its line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", required=True, help="case, invalid file, valid file, repeated")
-    args = parser.parse_args(arguments)
+@probe("open-models")
+def open_models(out: Path, cases: tuple[str, ...]) -> None:
+    """Load files that must be refused, and the valid twin of each; record the type of error and its line.
 
+    ``--cases`` is the name of a case, an invalid file and a valid one, repeated.
+    """
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher import load_teacher
 
@@ -52,8 +40,7 @@ def open_models(arguments: list[str]) -> int:
         return None, None
 
     records = []
-    words = args.cases
-    for case, invalid, valid in zip(words[0::3], words[1::3], words[2::3], strict=True):
+    for case, invalid, valid in zip(cases[0::3], cases[1::3], cases[2::3], strict=True):
         error, message = outcome(invalid)
         records.append(
             {
@@ -64,5 +51,4 @@ def open_models(arguments: list[str]) -> int:
                 "twin_error": outcome(valid)[0],
             }
         )
-    write_json(args.out, {"cases": records})
-    return 0
+    write_json(out, {"cases": records})

@@ -1,36 +1,34 @@
 """Measurements of rounding: the logits of a dense model beside the packed teacher, and products on the device."""
 
-import argparse
-import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from q4kd.trainer.files import write_atomic
+from q4kd.harness.inputs_arrays import Arrays, read_array, read_arrays, save_array, save_arrays
+from q4kd.harness.probes import probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from q4kd.trainer.cuda.kernels import Kernels
+
+FUSED_TOKENS = (1, 5, 16)
 
 
-def dense_logits(arguments: list[str]) -> int:
+@probe("dense-logits")
+def dense_logits(model: Path, ids: Path, out: Path, device: Literal["cpu", "cuda"]) -> None:
     """Compute bfloat16 logits of a qwen2 GGUF by transformers, its weights decoded by gguf and held dense.
 
     Nothing of the trainer but names takes part: this is what a user of another engine gets from the same file.
     """
-    parser = argparse.ArgumentParser()
-    for option in ("--model", "--ids", "--out"):
-        parser.add_argument(option, type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    args = parser.parse_args(arguments)
-
     import torch
 
-    model = build_dense(args.model).to(args.device)
-    ids_ST = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().to(args.device)
+    dense = build_dense(model).to(device)
+    ids_ST = torch.from_numpy(read_array(ids)).long().to(device)
     with torch.no_grad():
-        logits = torch.cat([model(input_ids=ids, use_cache=False).logits.float() for ids in torch.split(ids_ST, 8)])
-    buffer = io.BytesIO()
-    np.save(buffer, logits.cpu().numpy())
-    write_atomic(args.out, buffer.getvalue())
-    return 0
+        logits = torch.cat([dense(input_ids=part, use_cache=False).logits.float() for part in torch.split(ids_ST, 8)])
+    save_array(out, logits.cpu().numpy())
 
 
 def build_dense(path: Path) -> Any:
@@ -71,32 +69,20 @@ def build_dense(path: Path) -> Any:
     return model.eval()
 
 
-def cuda_products(arguments: list[str]) -> int:
+@probe("cuda-products")
+def cuda_products(operands: Path, out: Path) -> None:
     """Multiply packed matrices on the device in each way that a forward pass does; outputs are poisoned with NaN first.
 
     Every array ``<type>-<rows>`` of the input, uint8 ``[R, row_bytes]``, is multiplied by ``x-<cols>``, bfloat16 as
     uint16 ``[M, K]``: ``fused`` takes the first 1, 5 and 16 tokens from the packed blocks, stacked to ``[22, R]``;
     ``decoded`` takes the tokens after the 16th from a bfloat16 scratch.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--operands", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-
     from q4kd.trainer.cuda.kernels import Kernels
 
-    with np.load(args.operands, allow_pickle=False) as arrays:
-        results = multiply_all(Kernels("cuda"), dict(arrays))
-    buffer = io.BytesIO()
-    np.savez(buffer, **results)
-    write_atomic(args.out, buffer.getvalue())
-    return 0
+    save_arrays(out, multiply_all(Kernels("cuda"), read_arrays(operands)))
 
 
-FUSED_TOKENS = (1, 5, 16)
-
-
-def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
+def multiply_all(kernels: "Kernels", operands: Arrays) -> Arrays:
     """Return ``<name>-fused`` and ``<name>-decoded``, float32, for every packed array (see ``cuda_products``)."""
     import torch
 
@@ -104,7 +90,7 @@ def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
     from q4kd.trainer.cuda.plans import Q6_K_SOA
     from q4kd.trainer.formats import FORMATS
 
-    results: dict[str, Any] = {}
+    results: Arrays = {}
     for name in [name for name in operands if not name.startswith("x-")]:
         type_name = name.partition("-")[0].upper()
         form, packed = FORMATS[type_name], torch.from_numpy(operands[name]).to(kernels.device)
@@ -115,7 +101,7 @@ def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
         if type_name == "Q6_K":
             layout, packed = Q6_K_SOA, kernels.repack_q6_k(packed)
 
-        def poisoned(tokens: int, rows: int = rows) -> Any:
+        def poisoned(tokens: int, rows: int = rows) -> "Tensor":
             return torch.full((tokens, rows), torch.nan, dtype=torch.float32, device=kernels.device)
 
         fused = []

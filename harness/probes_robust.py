@@ -4,7 +4,6 @@ The parent never trains: it forks a child that runs ``q4kd distill``, watches th
 experiment says, and records how it ended. Forking saves the imports of each leg; a planted fault is inherited.
 """
 
-import argparse
 import functools
 import os
 import random
@@ -14,9 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
+from q4kd.harness.json_types import JsonObject
+from q4kd.harness.probes import probe
 from q4kd.trainer.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from q4kd.trainer.batch import Batch
+    from q4kd.trainer.run import Run
 
 CHILD_EVENTS = "child.jsonl"
 _DEADLINE_S = 240.0
@@ -96,42 +101,39 @@ def _is_writing(out: Path) -> bool:
     )
 
 
-def killed_runs(arguments: list[str]) -> int:
+@probe("killed-runs")
+def killed_runs(case: Path, out: Path) -> None:
     """Run to the end once; run again with SIGKILL at seeded points, resuming each time, and record both event files.
 
     ``--case`` is a JSON file: ``{"argv": […], "kills": n, "writing": of which while a checkpoint is written, "seed"}``.
     The command's ``--out run`` and ``--events events.jsonl`` are replaced.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--case", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    case = read_json(args.case)
+    given = read_json(case)
     _warm_up()
 
     def argv(name: str, *more: str) -> list[str]:
         places = {"run": name, "events.jsonl": f"{name}.jsonl"}
-        return [places.get(word, word) for word in case["argv"]] + list(more)
+        return [places.get(word, word) for word in given["argv"]] + list(more)
 
     whole = _wait(_fork(argv("whole"), Path("whole.log")))
-    draw = random.Random(case["seed"])  # noqa: S311 - where to kill, not a secret
-    kinds = [number < case["writing"] for number in range(case["kills"])]
+    draw = random.Random(given["seed"])  # noqa: S311 - where to kill, not a secret
+    kinds = [number < given["writing"] for number in range(given["kills"])]
     draw.shuffle(kinds)
-    out, events, counts = Path("killed"), Path("killed.jsonl"), {"killed": 0, "writing": 0}
+    run, events, counts = Path("killed"), Path("killed.jsonl"), {"killed": 0, "writing": 0}
     ended: int | None = None
     for while_writing in kinds:
-        resume = ["--resume"] if (out / "checkpoints").is_dir() and any((out / "checkpoints").glob("step-*")) else []
+        resume = ["--resume"] if any(run.glob("checkpoints/step-*")) else []
         pid = _fork(argv("killed", *resume), Path("killed.log"))
         wanted = _count_steps(events) + draw.randint(1, 4)
         reached = (
-            functools.partial(_is_writing, out) if while_writing else functools.partial(_has_steps, events, wanted)
+            functools.partial(_is_writing, run) if while_writing else functools.partial(_has_steps, events, wanted)
         )
         ended = _wait(pid, reached)
         if ended is not None:
             break
         if not while_writing:
             time.sleep(draw.uniform(0, 0.03))
-        caught = _is_writing(out)
+        caught = _is_writing(run)
         os.kill(pid, signal.SIGKILL)
         code = _wait(pid)
         counts["killed"] += code == -signal.SIGKILL
@@ -140,47 +142,41 @@ def killed_runs(arguments: list[str]) -> int:
         ended = _wait(_fork(argv("killed", "--resume"), Path("killed.log")))
     table = {"exit code of the run left alone": whole, "SIGKILLs": counts["killed"]}
     table |= {"of them while a checkpoint was written": counts["writing"], "exit code of the last leg": ended}
-    write_json(args.out, {"tables": {"legs": table}})
+    write_json(out, {"tables": {"legs": table}})
     print(Path("killed.log").read_text(encoding="utf-8", errors="replace")[-2000:])
-    return 0
 
 
-def _with_own_events(argv: list[str]) -> list[str]:
+def _with_own_events(argv: tuple[str, ...]) -> list[str]:
     """Return the command with another file for its events: those of a run's record are of the recorded process."""
     return [CHILD_EVENTS if word == "events.jsonl" else word for word in argv]
 
 
-def ended_run(arguments: list[str]) -> int:
+@probe("ended-run")
+def ended_run(*words: str, do: Literal["nothing", "SIGINT", "SIGTERM", "stall", "starve", "fill"], out: Path) -> None:
     """Run once and do to it from outside what ``--do`` says; record how it ended and what it left."""
-    cut = arguments.index("--")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--do", required=True, choices=("nothing", "SIGINT", "SIGTERM", "stall", "starve", "fill"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments[:cut])
     _warm_up()
-    out, events, log = Path("run"), Path(CHILD_EVENTS), Path("child.log")
-    pid = _fork(_with_own_events(arguments[cut + 1 :]), log, _stall_data if args.do == "stall" else None)
+    events, log = Path(CHILD_EVENTS), Path("child.log")
+    pid = _fork(_with_own_events(words), log, _stall_data if do == "stall" else None)
     code = None
-    if args.do in ("SIGINT", "SIGTERM"):
+    if do in ("SIGINT", "SIGTERM"):
         code = _wait(pid, lambda: _count_steps(events) >= 3)
         if code is None:
-            os.kill(pid, getattr(signal, args.do))
-    elif args.do == "starve":
+            os.kill(pid, getattr(signal, do))
+    elif do == "starve":
         code = _wait(pid, lambda: _count_steps(events) >= 1)
         if code is None:
             # Little more than it has: the next large block is refused, and what explains it has room to.
             size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
             resource.prlimit(pid, resource.RLIMIT_AS, (size + _HEADROOM, size + _HEADROOM))
-    elif args.do == "fill":
-        code = _wait(pid, lambda: (out / "checkpoints" / "step-000002").is_dir())
+    elif do == "fill":
+        code = _wait(pid, lambda: Path("run/checkpoints/step-000002").is_dir())
         if code is None:
             # As on a full disk: no file grows past half a megabyte any more.
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
     if code is None:
         # What was done to it must end it soon; a run that does not notice is killed.
-        code = _wait(pid, patience_s=_DEADLINE_S if args.do == "nothing" else _PATIENCE_S)
-    write_json(args.out, {"ended": {"code": code, "said": log.read_text(encoding="utf-8", errors="replace")[-6000:]}})
-    return 0
+        code = _wait(pid, patience_s=_DEADLINE_S if do == "nothing" else _PATIENCE_S)
+    write_json(out, {"ended": {"code": code, "said": log.read_text(encoding="utf-8", errors="replace")[-6000:]}})
 
 
 def _stall_data() -> None:
@@ -190,7 +186,7 @@ def _stall_data() -> None:
     original = run.Run.batch
     asked = []
 
-    def batch(self: Any, step: int) -> Any:
+    def batch(self: "Run", step: int) -> "Batch":
         asked.append(step)
         if len(asked) == 4:  # the guards before step 1 ask for one
             _silent_source()
@@ -203,38 +199,34 @@ def _silent_source() -> None:
     time.sleep(3600)
 
 
-def damaged_resumes(arguments: list[str]) -> int:
+@probe("damaged-resumes")
+def damaged_resumes(*words: str, out: Path) -> None:
     """Make a run with checkpoints; resume it with each part of the newest damaged, with other settings, and intact.
 
     An error is recorded as its exit code, and as unexplained where the one line does not name what it must.
     """
-    cut = arguments.index("--")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments[:cut])
     _warm_up()
-    argv, log, newest = _with_own_events(arguments[cut + 1 :]), Path("child.log"), Path("run/checkpoints/step-000004")
+    argv, log, newest = _with_own_events(words), Path("child.log"), Path("run/checkpoints/step-000004")
     made = _wait(_fork([*argv, "--max-steps", "4"], log))
 
-    def outcome(*more: str, words: tuple[str, ...] = ()) -> str | None:
+    def outcome(*more: str, names: tuple[str, ...] = ()) -> str | None:
         code = _wait(_fork([*argv, "--resume", "--max-steps", "5", *more], log))
         said = log.read_text(encoding="utf-8", errors="replace")
         if code == 0:
             return None
-        return f"exit {code}{'' if all(word in said for word in words) else ' unexplained'}"
+        return f"exit {code}{'' if all(name in said for name in names) else ' unexplained'}"
 
     found: list[tuple[str, str | None]] = []
     for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json") if made == 0 else ():
         original = (newest / name).read_bytes()
         (newest / name).write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-        found.append((f"damaged {name}", outcome(words=(name, "delete this checkpoint"))))
+        found.append((f"damaged {name}", outcome(names=(name, "delete this checkpoint"))))
         (newest / name).write_bytes(original)
     if made == 0:
-        different = outcome("--set", "temperature=3", words=("temperature: 1.0 → 3.0",))
+        different = outcome("--set", "temperature=3", names=("temperature: 1.0 → 3.0",))
         found.append(("another temperature", different))
     twin = outcome()
-    cases = [
+    cases: list[JsonObject] = [
         {"case": name, "error": error, "message": "", "twin": "intact", "twin_error": twin} for name, error in found
     ]
-    write_json(args.out, {"cases": cases})
-    return 0
+    write_json(out, {"cases": cases})

@@ -1,6 +1,5 @@
 """Measurements on whole runs: the cost of reporting, whether a run would start, how wide the compared logits are."""
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -8,52 +7,51 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
-from q4kd.trainer.files import read_json, write_atomic, write_json
+from q4kd.harness.inputs_arrays import read_array, save_arrays
+from q4kd.harness.json_types import JsonObject
+from q4kd.harness.probes import probe
+from q4kd.trainer.files import read_json, write_json
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+# Start and seconds of each call.
+_Clock = list[tuple[float, float]]
 
 
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+def _clocked(original: Callable[_P, _T], into: _Clock, word: str | None = None) -> Callable[_P, _T]:
+    """Return ``original`` with a clock around each call, or around those with ``word`` among their arguments."""
+
+    @functools.wraps(original)
+    def call(*arguments: _P.args, **options: _P.kwargs) -> _T:
+        if word is not None and word not in arguments:
+            return original(*arguments, **options)
+        before = time.monotonic()
+        result = original(*arguments, **options)
+        into.append((before, time.monotonic() - before))
+        return result
+
+    return call
 
 
-def distill_timed(arguments: list[str]) -> int:
+@probe("distill-timed")
+def distill_timed(*words: str, out: Path) -> int:
     """Run ``q4kd distill`` with a clock around each step, and around the event and the line that report it."""
-    cut = arguments.index("--")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments[:cut])
-
     from q4kd.harness.__main__ import main
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.progress import Reporter
 
-    # (start, seconds) of each call
-    steps: list[tuple[float, float]] = []
-    events: list[tuple[float, float]] = []
-    lines: list[tuple[float, float]] = []
-
-    def clocked(original: Callable[..., Any], into: list[tuple[float, float]], name: str | None = None) -> Any:
-        @functools.wraps(original)
-        def call(*words: Any, **options: Any) -> Any:
-            if name is not None and name not in words:
-                return original(*words, **options)
-            before = time.monotonic()
-            result = original(*words, **options)
-            into.append((before, time.monotonic() - before))
-            return result
-
-        return call
-
+    steps: _Clock = []
+    events: _Clock = []
+    lines: _Clock = []
     distill: Any = importlib.import_module("q4kd.trainer.distill")
-    distill.train_step = clocked(distill.train_step, steps)
-    EventLog.emit = clocked(EventLog.emit, events, "step")  # type: ignore[method-assign]
-    Reporter.step = clocked(Reporter.step, lines)  # type: ignore[method-assign]
-    code = main(arguments[cut + 1 :])
+    distill.train_step = _clocked(distill.train_step, steps)
+    EventLog.emit = _clocked(EventLog.emit, events, "step")  # type: ignore[method-assign]
+    Reporter.step = _clocked(Reporter.step, lines)  # type: ignore[method-assign]
+    code = main(list(words))
     if code == 0 and len(steps) == len(events) == len(lines):
         step, event, line = (np.array(found) for found in (steps, events, lines))
         arrays = {
@@ -62,7 +60,7 @@ def distill_timed(arguments: list[str]) -> int:
             "numerator_start": event[:, 0],
             "denominator_start": step[:, 0],
         }
-        _save_arrays(args.out, arrays)
+        save_arrays(out, arrays)
     return code
 
 
@@ -70,20 +68,16 @@ class _TrainingBegan(BaseException):
     """The run came to its first step: it was accepted. Nothing between here and the probe catches it."""
 
 
-def start_runs(arguments: list[str]) -> int:
+@probe("start-runs")
+def start_runs(cases: Path, out: Path) -> None:
     """Start runs that must be refused, and the valid twin of each, up to the first step; record how each ended.
 
     ``--cases`` is a JSON file: ``{"cases": [{"case", "argv", "twin", "twin_argv"}, …]}``. An error is recorded as its
     exit code and the subject that its one line names; a run that reaches its first step has none.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-
     from q4kd.harness.__main__ import main
 
-    def begin(*_arguments: Any, **_options: Any) -> Any:
+    def begin(*_arguments: object, **_options: object) -> NoReturn:
         raise _TrainingBegan
 
     distill: Any = importlib.import_module("q4kd.trainer.distill")
@@ -100,34 +94,22 @@ def start_runs(arguments: list[str]) -> int:
         subject = message.removeprefix("q4kd: ").partition(": expected")[0] if message.count("\n") == 1 else "more"
         return (f"exit {code}: {subject}" if code else None), message[:600]
 
-    records = []
-    for entry in read_json(args.cases)["cases"]:
+    records: list[JsonObject] = []
+    for entry in read_json(cases)["cases"]:
         error, message = outcome(entry["argv"])
         twin_error, _ = outcome(entry["twin_argv"])
-        records.append(
-            {
-                "case": entry["case"],
-                "error": error,
-                "message": message,
-                "twin": entry["twin"],
-                "twin_error": twin_error,
-            }
-        )
-    write_json(args.out, {"cases": records})
-    return 0
+        record = {"case": entry["case"], "error": error, "message": message}
+        records.append(record | {"twin": entry["twin"], "twin_error": twin_error})
+    write_json(out, {"cases": records})
 
 
-def vocabulary_widths(arguments: list[str]) -> int:
+@probe("vocabulary-widths")
+def vocabulary_widths(native: Path, padded: Path, student: Path, ids: Path, out: Path, facts: Path) -> None:
     """Compute the logits of a teacher and of its padded twin, and record the widths that meet in the loss."""
-    parser = argparse.ArgumentParser()
-    for option in ("--native", "--padded", "--student", "--ids", "--out", "--facts"):
-        parser.add_argument(option, type=Path, required=True)
-    args = parser.parse_args(arguments)
-
     import torch
 
-    from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.student import DistillationModel, load_student
     from q4kd.trainer.teacher import load_teacher
     from q4kd.trainer.teacher_signal import OnlineSignal
 
@@ -135,22 +117,22 @@ def vocabulary_widths(arguments: list[str]) -> int:
     kd_loss: Any = importlib.import_module("q4kd.trainer.kd_loss")
     terms = kd_loss._chunk_terms
 
-    def measured(student_CV: Any, teacher_CV: Any, *rest: Any) -> Any:
+    def measured(student_CV: torch.Tensor, teacher_CV: torch.Tensor, *rest: object) -> object:
         widths.add((int(student_CV.shape[1]), int(teacher_CV.shape[1])))
         return terms(student_CV, teacher_CV, *rest)
 
     kd_loss._chunk_terms = measured
-    ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
+    ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
     arrays = {}
-    for name in ("native", "padded"):
-        teacher = load_teacher(getattr(args, name), dtype="float32", events=EventLog(None))
-        arrays[name] = teacher.logits(ids)[0].numpy()
-    causal_lm: Any = student.load_student(args.student, seed=1)
-    model = student.DistillationModel(causal_lm, kd_loss.KDLossConfig())
-    windows = ids[:, :-1]
+    for name, path in (("native", native), ("padded", padded)):
+        teacher = load_teacher(path, dtype="float32", events=EventLog(None))
+        arrays[name] = teacher.logits(ids_1T)[0].numpy()
+    causal_lm: Any = load_student(student, seed=1)
+    model = DistillationModel(causal_lm, kd_loss.KDLossConfig())
+    windows = ids_1T[:, :-1]
     signal = OnlineSignal(teacher.hidden(windows), teacher.head_logits)
-    model(windows, ids[:, 1:], signal, float(windows.numel()))
-    _save_arrays(args.out, arrays)
+    model(windows, ids_1T[:, 1:], signal, float(windows.numel()))
+    save_arrays(out, arrays)
     [(student_width, teacher_width)] = widths
     table = {
         "rows of the teacher's head": teacher.vocab_size,
@@ -159,5 +141,4 @@ def vocabulary_widths(arguments: list[str]) -> int:
         "columns of the student in the loss": student_width,
         "vocab_size of the student": int(causal_lm.config.vocab_size),
     }
-    write_json(args.facts, {"tables": {"vocabulary": table}})
-    return 0
+    write_json(facts, {"tables": {"vocabulary": table}})

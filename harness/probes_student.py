@@ -1,18 +1,23 @@
 """Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
 
-import argparse
 import functools
 import multiprocessing
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from q4kd.harness.inputs_arrays import Arrays, save_arrays
+from q4kd.harness.json_types import JsonObject
+from q4kd.harness.probes import probe
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_json
+
+if TYPE_CHECKING:
+    from q4kd.trainer.teacher import Teacher
 
 STEPS, SEQUENCES, LENGTH = 4, 8, 24
 RANKS = 2
@@ -28,19 +33,12 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def _arguments(arguments: list[str], *options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    for option in options:
-        parser.add_argument(f"--{option}", type=Path, required=True)
-    return parser.parse_args(arguments)
-
-
 class _Trained:
     """A few steps of the trainer's own on masked batches, with some settings."""
 
     student: Any
 
-    def __init__(self, args: argparse.Namespace, teacher: Any, settings: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, teacher: "Teacher", settings: Mapping[str, object]) -> None:
         import torch
 
         from q4kd.trainer import run, step, student
@@ -49,10 +47,10 @@ class _Trained:
         from q4kd.trainer.kd_loss import IGNORE
         from q4kd.trainer.sharding import make_accelerator
 
-        given = {"teacher": args.teacher, "student": args.student, "data": ".", "out": ".", "lr": 0.003}
+        given = {"teacher": ".", "student": folder, "data": ".", "out": ".", "lr": 0.003}
         config = make_config({**given, "warmup_steps": 1, "batch_size": SEQUENCES, **settings})
         accelerator = make_accelerator("cpu")
-        loaded: Any = student.load_student(args.student, 1, student.student_dtype(config))
+        loaded: Any = student.load_student(folder, 1, student.student_dtype(config))
         self.student = loaded
         self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
         model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
@@ -70,9 +68,9 @@ class _Trained:
             self.losses.append([result.loss, result.ce, result.kd, result.grad_norm])
 
 
-def student_steps(arguments: list[str]) -> int:
+@probe("student-steps")
+def student_steps(teacher: Path, student: Path, out: Path, facts: Path) -> None:
     """Take the same steps under several settings; record losses, what adapters changed, and what a merge gives."""
-    args = _arguments(arguments, "teacher", "student", "out", "facts")
     import torch
 
     from q4kd.trainer.events import EventLog
@@ -81,25 +79,23 @@ def student_steps(arguments: list[str]) -> int:
     from q4kd.trainer.student import load_student
     from q4kd.trainer.teacher import load_teacher
 
-    teacher = load_teacher(args.teacher, dtype="float32", events=EventLog(None), announce=lambda _line: None)
-    arrays: dict[str, Any] = {}
-    for name, settings in VARIANTS.items():
-        arrays[name] = np.array(_Trained(args, teacher, settings).losses)
-    lora = _Trained(args, teacher, {"lora_rank": 4})
+    loaded = load_teacher(teacher, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    arrays: Arrays = {name: np.array(_Trained(student, loaded, settings).losses) for name, settings in VARIANTS.items()}
+    lora = _Trained(student, loaded, {"lora_rank": 4})
     after = {name.replace(".base_layer.", "."): value for name, value in lora.student.named_parameters()}
     frozen = [name for name in lora.before if torch.equal(lora.before[name], after[name])]
     adapters = [value for name, value in after.items() if ".lora_B." in name]
     state = whole_state(lora.student, keep=True)
     ids = torch.arange(2 * LENGTH).view(2, LENGTH)
     lora.student.eval()
-    plain: Any = load_student(args.student, 1)
+    plain = load_student(student, 1)
     plain.load_state_dict(merged_state(lora.adapted, state), strict=False)
     plain.eval()
     with torch.no_grad():
         arrays["merged"] = plain(ids).logits[0].numpy()
         arrays["adapted"] = lora.student(ids).logits[0].numpy()
-        arrays["untrained"] = load_student(args.student, 1)(ids).logits[0].numpy()
-    np.savez_compressed(args.out, **arrays)
+        arrays["untrained"] = load_student(student, 1)(ids).logits[0].numpy()
+    save_arrays(out, arrays)
     tables = {
         "lora": {
             "weights of the student": len(lora.before),
@@ -109,8 +105,7 @@ def student_steps(arguments: list[str]) -> int:
         },
         "masters": _tiny_updates(),
     }
-    write_json(args.facts, {"tables": tables})
-    return 0
+    write_json(facts, {"tables": tables})
 
 
 def _tiny_updates() -> dict[str, bool]:
@@ -138,28 +133,28 @@ def _tiny_updates() -> dict[str, bool]:
     }
 
 
-def _rank(rank: int, port: int, words: list[str]) -> int:
+def _rank(rank: int, port: int, words: tuple[str, ...]) -> int:
     """Run the command line as one process of several."""
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ |= addresses | {name: str(number) for name, number in numbers.items()}
     from q4kd.harness.__main__ import main
 
-    return main(words)
+    return main(list(words))
 
 
-def _other_rank(*arguments: Any) -> None:
-    raise SystemExit(_rank(*arguments))
+def _other_rank(rank: int, port: int, words: tuple[str, ...]) -> None:
+    raise SystemExit(_rank(rank, port, words))
 
 
-def distill_ranks(arguments: list[str]) -> int:
+@probe("distill-ranks")
+def distill_ranks(kind: Literal["copies", "shards"], /, *words: str) -> int:
     """Run ``q4kd distill`` as one of two processes, ``copies`` or ``shards``; the other is forked, with faults."""
-    kind, *words = arguments
     if kind == "shards":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     # Forked before torch has threads. The main rank stays here: its events are those of the supervised process.
     other = multiprocessing.get_context("fork").Process(target=_other_rank, args=(1, port, words))
     other.start()
@@ -168,9 +163,9 @@ def distill_ranks(arguments: list[str]) -> int:
     return code or abs(other.exitcode or 0)
 
 
-def refused_settings(arguments: list[str]) -> int:
+@probe("refused-settings")
+def refused_settings(out: Path) -> None:
     """Give settings that do not exist, or exist under a name that is nearly theirs, beside their valid twins."""
-    args = _arguments(arguments, "out")
     from q4kd.trainer.config import make_config
 
     base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
@@ -180,7 +175,7 @@ def refused_settings(arguments: list[str]) -> int:
         ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
         ("range", {"clip": -1.0}, {"clip": 1.0}, "correct it"),
     ]
-    records = []
+    records: list[JsonObject] = []
     for name, wrong, right, remedy in cases:
         outcomes: list[str | None] = []
         for values in (wrong, right):
@@ -190,5 +185,4 @@ def refused_settings(arguments: list[str]) -> int:
             except InputError as error:
                 outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
         records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
-    write_json(args.out, {"cases": records})
-    return 0
+    write_json(out, {"cases": records})

@@ -160,11 +160,6 @@ def write_nan_scale(path: Path, source: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def seeded_columns(count: int, chosen: int) -> NDArray[np.int64]:
-    """Return ``chosen`` of ``count`` column numbers, sorted; the same in every run."""
-    return np.sort(np.random.default_rng(2).choice(count, chosen, replace=False)).astype(np.int64)
-
-
 def model_ids(positions: int) -> NDArray[np.int64]:
     """Return the token ids that every small model is run on."""
     return np.random.default_rng(5).integers(0, VOCAB, positions)

@@ -6,14 +6,11 @@ The windows are worked out here from the texts with the ``tokenizers`` package a
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from q4kd.harness.experiment import Inputs
-from q4kd.harness.experiments_loss import demo_student
-from q4kd.harness.experiments_teacher import demo_teacher
-from q4kd.trainer.files import read_json
+from q4kd.harness.inputs_demo import demo_student, demo_teacher, encode_texts
 
 MASKED = -100
 DOCUMENTS, CHATS = 40, 12
@@ -29,7 +26,7 @@ def document_texts(count: int) -> list[str]:
     return pieces
 
 
-def write_jsonl(inputs: Inputs, name: str, records: Sequence[dict[str, Any]]) -> Path:
+def write_jsonl(inputs: Inputs, name: str, records: Sequence[Mapping[str, object]]) -> Path:
     """Make the input ``name`` of one record a line."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     return inputs.file(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -50,21 +47,7 @@ def chat_messages() -> list[list[dict[str, str]]]:
     ]
 
 
-def read_tokenizer(inputs: Inputs) -> Any:
-    """Return the demo student's tokenizer."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(demo_student(inputs) / "tokenizer.json"))
-
-
-def document_tokens(inputs: Inputs) -> list[list[int]]:
-    """Return the tokens of each text document with its end-of-text token."""
-    tokenizer = read_tokenizer(inputs)
-    end = tokenizer.token_to_id(str(read_json(demo_student(inputs) / "tokenizer_config.json")["eos_token"]))
-    return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in document_texts(DOCUMENTS)]
-
-
-def run_settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, Any]:
+def run_settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, object]:
     """Return the settings of a run on ``data``; evaluation data is given, so that every document is trained on."""
     return {
         "teacher": str(demo_teacher(inputs)),
@@ -80,7 +63,8 @@ def run_settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, Any
 
 def packed_windows(inputs: Inputs, length: int) -> list[tuple[list[int], list[int], list[int]]]:
     """Return ids, labels and the number of its document for each position of the windows of the joined documents."""
-    flat = [(token, number) for number, tokens in enumerate(document_tokens(inputs)) for token in tokens]
+    tokens_of_documents = encode_texts(inputs, document_texts(DOCUMENTS))
+    flat = [(token, number) for number, tokens in enumerate(tokens_of_documents) for token in tokens]
     windows = []
     for start in range(0, len(flat) - length, length):
         piece = flat[start : start + length + 1]

@@ -11,7 +11,7 @@ from apr_checks import opened, refusal
 from apr_files import FFN, HEAD, HIDDEN, ROW_MAJOR, Entry, tiny_metadata, tiny_model
 
 from q4kd.harness.apr_write import Names, convert_gguf, huggingface_name
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.tensor_names import gguf_name
 

@@ -10,7 +10,7 @@ from emulated_cuda import Recorder, build, product  # noqa: F401
 from reference_kernels import ReferenceKernels
 
 import q4kd.trainer.cuda.forward as forward_module
-from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.cuda.forward import CudaForward
 from q4kd.trainer.cuda.stream import WeightStream, cut_slabs

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER  # noqa: E402
+from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER  # noqa: E402
 from q4kd.harness.reference import read_gguf, reference_logits  # noqa: E402
 from q4kd.trainer.cuda.forward import CudaForward  # noqa: E402
 from q4kd.trainer.cuda.load import load_forward  # noqa: E402

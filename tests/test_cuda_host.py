@@ -9,7 +9,7 @@ from host_kernels import HostLauncher, build, host_compiler
 from reference_kernels import device_tensors, widening_multiply
 
 import q4kd.trainer.cuda.forward as forward_module
-from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.cuda.forward import CudaForward
 from q4kd.trainer.cuda.kernels import Kernels

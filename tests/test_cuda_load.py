@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.cuda.load import (
     ALIGNMENT,
     PIECE_BYTES,

@@ -9,6 +9,7 @@ import pytest
 from q4kd.harness import experiments_fused as fused
 from q4kd.harness import probes_loss
 from q4kd.harness.experiment import Inputs, get_experiment
+from q4kd.harness.probes import PROBES
 from q4kd.harness.reference import reference_loss
 
 
@@ -45,7 +46,7 @@ def test_every_array_of_the_experiment_is_within_its_claim(tmp_path: Path) -> No
     (argv,) = [arm.argv(inputs) for arm in experiment.arms]
     (tmp_path / "arrays").mkdir()
     words = [str(tmp_path / word) if word == "losses.npz" else word for word in argv[2:]]
-    assert probes_loss.fused_losses(words) == 0
+    assert PROBES["fused-losses"](words) == 0
     facts = experiment.collect(tmp_path, inputs)
     bounds = {"loss": 1e-6, "grad-hidden": 1e-5, "grad-weight": 1e-5}
     rows = {"fast": 6, "low": 6, "topk": 9}

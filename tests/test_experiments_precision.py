@@ -8,7 +8,7 @@ import torch
 
 from q4kd.harness import experiments_precision as precision
 from q4kd.harness.experiment import Inputs, get_experiment
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.harness.probes_precision import build_dense
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.demo import teacher_path

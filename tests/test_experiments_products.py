@@ -12,7 +12,7 @@ from reference_kernels import widening_multiply
 from q4kd.harness import experiments_products as products
 from q4kd.harness.experiment import Inputs, get_experiment
 from q4kd.harness.probes_precision import multiply_all
-from q4kd.harness.sabotage import faults_precision as faults
+from q4kd.harness.sabotage import faults_precision, registry
 from q4kd.trainer.cuda import numerics
 from q4kd.trainer.cuda.kernels import Kernels
 
@@ -40,10 +40,9 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
             module, _, path = target.partition(":")
             monkeypatch.setattr(f"{module}.{path}", make(original(f"{module}.{path}")))
 
-        monkeypatch.setattr(faults, "replace", replace)
-        from q4kd.harness.sabotage.registry import get_fault
-
-        get_fault(name).apply()
+        for module in (registry, faults_precision):
+            monkeypatch.setattr(module, "replace", replace)
+        registry.get_fault(name).apply()
 
     return plant
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from q4kd.harness.experiment import Inputs, get_experiment
-from q4kd.harness.experiments_runs import BATCH, SEQ_LEN, STEPS, distill_words, training_text
-from q4kd.harness.probes_runs import start_runs
+from q4kd.harness.experiments_runs import STEPS
+from q4kd.harness.inputs_demo import BATCH, SEQ_LEN, distill_words, training_text
+from q4kd.harness.probes import PROBES
 from q4kd.trainer.data import load_corpus
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.documents import SourceSettings
@@ -100,7 +101,7 @@ def test_start_runs_tells_a_refusal_from_a_run_that_would_begin(
         {"case": "c", "argv": words("c"), "twin": "d", "twin_argv": words("d", "--set", "nonsense=1")},
     ]
     write_json(tmp_path / "cases.json", {"cases": cases})
-    assert start_runs(["--cases", "cases.json", "--out", "probe.json"]) == 0
+    assert PROBES["start-runs"](["--cases", "cases.json", "--out", "probe.json"]) == 0
     first, second = json.loads((tmp_path / "probe.json").read_text())["cases"]
     assert (first["error"], first["twin_error"]) == ("exit 2: setting max_steps", None)
     assert (second["error"], second["twin_error"]) == (None, "exit 2: setting nonsense")

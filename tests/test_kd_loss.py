@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_arrays import arrays, exact_loss, relative
 
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
 from q4kd.trainer.divergence import sum_rows
 from q4kd.trainer.events import EventLog

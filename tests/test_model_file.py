@@ -11,7 +11,7 @@ import pytest
 import torch
 from model_files import write_model
 
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.architecture import expected_shapes, read_dimensions
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_files import write_model
 
-from q4kd.harness.experiments_teacher import GOLDEN_LOGITS, GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.attention import causal_attention
 from q4kd.trainer.demo import golden_path, teacher_path

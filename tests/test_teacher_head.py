@@ -5,7 +5,7 @@ import torch
 from emulated_cuda import build, product  # noqa: F401 - the fixture stands in for the CUDA product
 
 import q4kd.trainer.forward as cpu_forward
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.teacher import load_teacher
 from q4kd.trainer.teacher_head import DenseHead, TeacherHead

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.harness.experiments_teacher import GOLDEN_TEACHER
+from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.model_file import PackedTensor

@@ -1,107 +1,80 @@
 """Faults in the teacher's cache: signals of other windows, of half a distribution, of another run, or not checked."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, patch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from q4kd.trainer.cache_reader import CacheReader
+    from q4kd.trainer.cache_signal import Signal
+    from q4kd.trainer.cache_store import CacheIndex
 
 _STORE, _WRITER, _TEACHER = "q4kd.trainer.cache_store", "q4kd.trainer.cache_writer", "q4kd.trainer.cached_teacher"
 _READ = "q4kd.trainer.cache_reader:CacheReader.read"
 _TOP = "q4kd.trainer.cache_signal:take_top"
-_Call = Callable[..., Any]
 
 
-def _windows_written_shifted() -> None:
-    """Compute the signals of each window's successor."""
-
-    def make(original: _Call) -> _Call:
-        def signals(teacher: Any, windows: Any, chosen: range, *rest: Any) -> Any:
-            last = len(windows) - 1
-            for window in chosen:
-                after = min(window + 1, last)
-                yield from original(teacher, windows, range(after, after + 1), *rest)
-
-        return signals
-
-    replace(f"{_WRITER}:_signals", make)
-
-
-def _windows_read_shifted() -> None:
-    def make(original: _Call) -> _Call:
-        def read(self: Any, windows_B: Any) -> Any:
-            return original(self, (windows_B + 1) % self.index.key.windows)
-
-        return read
-
-    replace(_READ, make)
-
-
-def _top_changed(change: Callable[[Any], Any]) -> None:
-    replace(_TOP, lambda original: lambda *arguments: change(original(*arguments)))
-
-
-def _tail_dropped() -> None:
-    def renormalise(signal: Any) -> Any:
-        total = signal.log_probs_MK.logsumexp(-1)
-        log_probs = signal.log_probs_MK - total.unsqueeze(-1)
-        return dataclasses.replace(signal, log_probs_MK=log_probs, tail_M=signal.tail_M.fill_(float("-inf")))
-
-    _top_changed(renormalise)
-
-
-def _ids_truncated() -> None:
-    _top_changed(lambda signal: dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF))
-
-
-def _key_not_compared() -> None:
-    replace(f"{_TEACHER}:check_key", lambda _original: lambda *_arguments: None)
-
-
-def _digest_not_checked() -> None:
-    replace(f"{_STORE}:CacheIndex.check_shard", lambda _original: lambda self, shard: self.folder / self.name(shard))
-
-
-def _starts_over() -> None:
-    """Forget the finished shards of a cache that was begun."""
-
-    def make(original: _Call) -> _Call:
-        def open_index(*arguments: Any) -> Any:
-            index = original(*arguments)
-            index.shards.clear()
-            return index
-
-        return open_index
-
-    replace(f"{_WRITER}:open_index", make)
-
-
-declare(
+@patch(
     "loop",
     "cache-windows-written-shifted",
     "the cache holds the signals of the window after",
-    _windows_written_shifted,
     f"{_WRITER}:_signals",
 )
-declare(
-    "loop", "cache-windows-read-shifted", "a step reads the signals of the window after", _windows_read_shifted, _READ
-)
-declare("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _tail_dropped, _TOP)
-declare("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _ids_truncated, _TOP)
-declare(
-    "dispatch", "cache-key-not-compared", "a cache of anything is taken", _key_not_compared, f"{_TEACHER}:check_key"
-)
-declare(
+def _windows_written_shifted(
+    original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object
+) -> Iterator["Signal"]:
+    last = len(windows) - 1
+    for window in chosen:
+        after = min(window + 1, last)
+        yield from original(teacher, windows, range(after, after + 1), *rest)
+
+
+@patch("loop", "cache-windows-read-shifted", "a step reads the signals of the window after", _READ)
+def _windows_read_shifted(original: Call, self: "CacheReader", windows_B: "npt.NDArray[np.int64]") -> object:
+    return original(self, (windows_B + 1) % self.index.key.windows)
+
+
+@patch("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _TOP)
+def _tail_dropped(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+    signal = original(*arguments)
+    log_probs = signal.log_probs_MK - signal.log_probs_MK.logsumexp(-1).unsqueeze(-1)
+    return dataclasses.replace(signal, log_probs_MK=log_probs, tail_M=signal.tail_M.fill_(float("-inf")))
+
+
+@patch("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _TOP)
+def _ids_truncated(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+    signal = original(*arguments)
+    return dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF)
+
+
+@patch("dispatch", "cache-key-not-compared", "a cache of anything is taken", f"{_TEACHER}:check_key")
+def _key_not_compared(_original: Call, *_arguments: object) -> None:
+    return
+
+
+@patch(
     "checkpoint",
     "cache-digest-not-checked",
     "a shard is read without comparing its digest",
-    _digest_not_checked,
     f"{_STORE}:CacheIndex.check_shard",
 )
-declare(
+def _digest_not_checked(_original: Call, self: "CacheIndex", shard: int) -> Path:
+    return self.folder / self.name(shard)
+
+
+@patch(
     "checkpoint",
     "cache-starts-over",
     "a writer that is started again computes everything anew",
-    _starts_over,
     f"{_WRITER}:open_index",
 )
+def _starts_over(original: Callable[..., "CacheIndex"], *arguments: object) -> "CacheIndex":
+    index = original(*arguments)
+    index.shards.clear()  # forgets what was finished
+    return index

@@ -1,91 +1,65 @@
 """Faults on a CUDA device. Their targets exist everywhere; without a device no experiment reaches them."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KERNELS = "q4kd.trainer.cuda.kernels:Kernels"
 BALLAST_BYTES = 6_000_000_000
-_HELD: list[Any] = []
+_HELD: list["Tensor"] = []
 
 
-def _half_decode() -> None:
-    def make(original: Callable[..., None]) -> Callable[..., None]:
-        def decode(self: Any, type_name: str, packed: Any, start: int, stop: int, cols: int, out: Any) -> None:
-            original(self, type_name, packed, start, stop, cols, out)
-            out.copy_(out.half())  # eleven bits, and infinity beyond 65504
-
-        return decode
-
-    replace(f"{_KERNELS}.decode", make)
+@patch("quantisation", "device-half-decode", "weights are decoded through float16 on the device", f"{_KERNELS}.decode")
+def _half_decode(
+    original: Call, self: object, type_name: str, packed: object, start: int, stop: int, cols: int, out: "Tensor"
+) -> None:
+    original(self, type_name, packed, start, stop, cols, out)
+    out.copy_(out.half())  # eleven bits, and infinity beyond 65504
 
 
-def _rope_layout_swapped() -> None:
-    def make(original: Callable[..., None]) -> Callable[..., None]:
-        def rope(self: Any, q: Any, k: Any, cos: Any, sin: Any, layout: str, *rest: Any, **options: Any) -> None:
-            other = "split" if layout == "interleaved" else "interleaved"
-            original(self, q, k, cos, sin, other, *rest, **options)
-
-        return rope
-
-    replace(f"{_KERNELS}.rope", make)
-
-
-def _device_ballast() -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(*args: Any, **options: Any) -> Any:
-            import torch
-
-            _HELD.append(torch.ones(BALLAST_BYTES, dtype=torch.uint8, device="cuda"))
-            return original(*args, **options)
-
-        return load
-
-    replace("q4kd.trainer.teacher:load_teacher", make)
-
-
-def _idle_device() -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def hidden(self: Any, ids: Any) -> Any:
-            result = original(self, ids)
-            import torch
-
-            torch.cuda.synchronize()
-            time.sleep(0.3)  # as if norms and attention ran on the host
-            return result
-
-        return hidden
-
-    replace("q4kd.trainer.cuda.forward:CudaForward.hidden", make)
-
-
-declare(
-    "quantisation",
-    "device-half-decode",
-    "weights are decoded through float16 on the device",
-    _half_decode,
-    f"{_KERNELS}.decode",
-)
-declare(
+@patch(
     "dispatch",
     "device-rope-layout-swapped",
     "the rotary embedding on the device pairs the wrong elements",
-    _rope_layout_swapped,
     f"{_KERNELS}.rope",
 )
-declare(
-    "memory",
-    "device-ballast",
-    "six sized more are held on the device",
-    _device_ballast,
-    "q4kd.trainer.teacher:load_teacher",
-)
-declare(
+def _rope_layout_swapped(
+    original: Call,
+    self: object,
+    q: object,
+    k: object,
+    cos: object,
+    sin: object,
+    layout: str,
+    *rest: object,
+    **options: object,
+) -> None:
+    other = "split" if layout == "interleaved" else "interleaved"
+    original(self, q, k, cos, sin, other, *rest, **options)
+
+
+@patch("memory", "device-ballast", "six sized more are held on the device", "q4kd.trainer.teacher:load_teacher")
+def _device_ballast(original: Call, *arguments: object, **options: object) -> object:
+    import torch
+
+    _HELD.append(torch.ones(BALLAST_BYTES, dtype=torch.uint8, device="cuda"))
+    return original(*arguments, **options)
+
+
+@patch(
     "dispatch",
     "idle-device",
     "the device waits 0.3 s after each pass",
-    _idle_device,
     "q4kd.trainer.cuda.forward:CudaForward.hidden",
 )
+def _idle_device(original: Call, self: object, ids: object) -> object:
+    result = original(self, ids)
+    import torch
+
+    torch.cuda.synchronize()
+    time.sleep(0.3)  # as if norms and attention ran on the host
+    return result

@@ -2,10 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, fault, patch, replace
+
+if TYPE_CHECKING:
+    from q4kd.trainer.data import BatchOrder
+    from q4kd.trainer.encoding import Encoded
+    from q4kd.trainer.packing import Window, Windows
+    from q4kd.trainer.stream import StreamOrder
 
 _TEACHER = "q4kd.trainer.teacher:Teacher.hidden"
 _STUDENT = "q4kd.trainer.student:DistillationModel.hidden"
@@ -15,104 +21,55 @@ _READ = "q4kd.trainer.documents:read_documents"
 _BATCH = "q4kd.trainer.data:BatchOrder.batch"
 _STREAM_BATCH = "q4kd.trainer.stream:StreamOrder.batch"
 _LABELS = "q4kd.trainer.guards:check_labels"
-_Call = Callable[..., Any]
 
 
-def _teacher_sees_all() -> None:
-    replace(_TEACHER, lambda original: lambda self, ids, _starts=None: original(self, ids))
+@patch("loop", "teacher-sees-all", "the teacher attends across the borders of packed documents", _TEACHER)
+@patch("loop", "student-sees-all", "the student attends across the borders of packed documents", _STUDENT)
+def _sees_all(original: Call, self: object, ids: object, _starts: object = None) -> object:
+    return original(self, ids)
 
 
-def _student_sees_all() -> None:
-    replace(_STUDENT, lambda original: lambda self, ids, _starts=None: original(self, ids))
+@patch("loss", "border-labels-kept", "the last token of a document is taught the first of the next one", _CUT)
+def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", start: int, stop: int) -> "Window":
+    window = original(self, start, stop)
+    labels = self.tokens.ids[start + 1 : stop].astype("int64")
+    return dataclasses.replace(window, labels=labels) if len(labels) == self.seq_len else window
 
 
-def _border_labels_kept() -> None:
-    def make(original: _Call) -> _Call:
-        def cut(self: Any, start: int, stop: int) -> Any:
-            window = original(self, start, stop)
-            labels = self.tokens.ids[start + 1 : stop].astype("int64")
-            return dataclasses.replace(window, labels=labels) if len(labels) == self.seq_len else window
-
-        return cut
-
-    replace(_CUT, make)
+@patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
+def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
+    return dataclasses.replace(original(*arguments), learnt=None)
 
 
-def _prompt_labelled() -> None:
-    def make(original: _Call) -> _Call:
-        def encode(*arguments: Any) -> Any:
-            return dataclasses.replace(original(*arguments), learnt=None)
-
-        return encode
-
-    replace(_CHAT, make)
+@patch("loop", "document-lost", "the sixth document of a file is skipped", _READ)
+def _document_lost(
+    original: Callable[..., Iterable[object]], *arguments: object, **options: object
+) -> Iterator[object]:
+    return (document for number, document in enumerate(original(*arguments, **options)) if number != 5)
 
 
-def _document_lost() -> None:
-    def make(original: _Call) -> _Call:
-        def read(*arguments: Any, **options: Any) -> Any:
-            return (document for number, document in enumerate(original(*arguments, **options)) if number != 5)
-
-        return read
-
-    replace(_READ, make)
+@patch("loop", "every-epoch-alike", "the order is not drawn anew for each epoch", _BATCH)
+def _every_epoch_alike(original: Call, self: "BatchOrder", step: int) -> object:
+    return original(self, step % self.steps_per_epoch)
 
 
-def _every_epoch_alike() -> None:
-    replace(_BATCH, lambda original: lambda self, step: original(self, step % self.steps_per_epoch))
-
-
+@fault("loop", "reader-state", "batches follow the calls, not the step", _BATCH)
 def _reader_state() -> None:
     """Give the next batch whatever step is asked for, as a loader does that is not wound forward."""
 
-    def make(original: _Call) -> _Call:
+    def make(original: Call) -> Call:
         calls = itertools.count()
         return lambda self, _step: original(self, next(calls))
 
     replace(_BATCH, make)
 
 
-def _stream_not_wound_forward() -> None:
-    def make(original: _Call) -> _Call:
-        def batch(self: Any, step: int) -> Any:
-            first = self.__dict__.setdefault("first_step", step)
-            return original(self, step - first)
-
-        return batch
-
-    replace(_STREAM_BATCH, make)
+@patch("loop", "stream-not-wound", "a resumed stream starts at its beginning", _STREAM_BATCH)
+def _stream_not_wound_forward(original: Call, self: "StreamOrder", step: int) -> object:
+    first: int = self.__dict__.setdefault("first_step", step)
+    return original(self, step - first)
 
 
-def _no_label_guard() -> None:
-    replace(_LABELS, lambda _original: lambda *_arguments: None)
-
-
-declare(
-    "loop",
-    "teacher-sees-all",
-    "the teacher attends across the borders of packed documents",
-    _teacher_sees_all,
-    _TEACHER,
-)
-declare(
-    "loop",
-    "student-sees-all",
-    "the student attends across the borders of packed documents",
-    _student_sees_all,
-    _STUDENT,
-)
-declare(
-    "loss",
-    "border-labels-kept",
-    "the last token of a document is taught the first of the next one",
-    _border_labels_kept,
-    _CUT,
-)
-declare("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _prompt_labelled, _CHAT)
-declare("loop", "document-lost", "the sixth document of a file is skipped", _document_lost, _READ)
-declare("loop", "every-epoch-alike", "the order is not drawn anew for each epoch", _every_epoch_alike, _BATCH)
-declare("loop", "reader-state", "batches follow the calls, not the step", _reader_state, _BATCH)
-declare(
-    "loop", "stream-not-wound", "a resumed stream starts at its beginning", _stream_not_wound_forward, _STREAM_BATCH
-)
-declare("loop", "label-guard-skipped", "that there is a label is not looked for", _no_label_guard, _LABELS)
+@patch("loop", "label-guard-skipped", "that there is a label is not looked for", _LABELS)
+def _no_label_guard(_original: Call, *_arguments: object) -> None:
+    return

@@ -1,46 +1,49 @@
 """Faults in the checks before the first step: vocabularies that do not match, and students that are their teachers."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, declare, fault, patch, replace
 
-_GUARDS = "q4kd.trainer.guards"
-_LOSS = "q4kd.trainer.kd_loss"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from q4kd.trainer.loss_terms import KDLossConfig
+
+_VOCABULARY = "q4kd.trainer.guards:check_vocabulary"
+_DEGENERATE = "q4kd.trainer.guards:check_not_degenerate"
+_FLOOR = "q4kd.trainer.guards:KL_FLOOR"
+_SAME = "q4kd.trainer.guards:same_weights"
+_LOSS = "q4kd.trainer.kd_loss:kd_loss"
+_ROWS = "q4kd.trainer.kd_loss:divergence_rows"
 _LOAD_STUDENT = "q4kd.trainer.student:load_student"
-_Call = Callable[..., Any]
+_LOGITS = "q4kd.trainer.teacher:Teacher.head_logits"
+_Head = Callable[["Tensor"], "Tensor"]
 
 
 # --- vocabulary ---
 
 
-def _maps_assumed_equal() -> None:
-    def make(original: _Call) -> _Call:
-        return lambda tokens, teacher_rows, _ids, rows: original(tokens, teacher_rows, {}, rows)
-
-    replace(f"{_GUARDS}:check_vocabulary", make)
+@patch("vocabulary", "maps-assumed-equal", "sizes are compared and token strings are not", _VOCABULARY)
+def _maps_assumed_equal(original: Call, tokens: object, teacher_rows: int, _ids: object, rows: int) -> None:
+    original(tokens, teacher_rows, {}, rows)
 
 
-def _vague_sizes() -> None:
-    def make(original: _Call) -> _Call:
-        def check(tokens: Any, teacher_rows: int, ids: Any, rows: int) -> None:
-            from q4kd.trainer.errors import InputError
+@patch("vocabulary", "vague-sizes", "the refusal of a student that is too wide names no size", _VOCABULARY)
+def _vague_sizes(original: Call, tokens: object, teacher_rows: int, ids: Mapping[str, int], rows: int) -> None:
+    from q4kd.trainer.errors import InputError
 
-            if rows > teacher_rows:
-                raise InputError("vocabulary", expected="matching sizes", got="others", remedy="choose another student")
-            original(tokens, teacher_rows, ids, rows)
-
-        return check
-
-    replace(f"{_GUARDS}:check_vocabulary", make)
+    if rows > teacher_rows:
+        raise InputError("vocabulary", expected="matching sizes", got="others", remedy="choose another student")
+    original(tokens, teacher_rows, ids, rows)
 
 
 def _student_resized(rows: int) -> None:
     """Resize the student's embedding and head, as `resize_token_embeddings` invites to when sizes differ."""
 
-    def make(original: _Call) -> _Call:
-        def load(*arguments: Any, **options: Any) -> Any:
+    def make(original: Callable[..., Any]) -> Call:
+        def load(*arguments: object, **options: object) -> object:
             student = original(*arguments, **options)
             student.resize_token_embeddings(rows, mean_resizing=False)
             return student
@@ -50,85 +53,6 @@ def _student_resized(rows: int) -> None:
     replace(_LOAD_STUDENT, make)
 
 
-def _slice_after_softmax() -> None:
-    """Take the softmax over all rows, padding included, and drop the columns past the student's vocabulary then."""
-    missing: list[Any] = []
-
-    def make_loss(original: _Call) -> _Call:
-        def loss(hidden: Any, weight: Any, *rest: Any, teacher_head: Any, config: Any, **options: Any) -> Any:
-            def head(rows: Any) -> Any:
-                logits = teacher_head(rows)
-                scaled = logits / config.temperature
-                inside = scaled[:, : weight.shape[0]].logsumexp(-1)
-                missing.append((inside - scaled.logsumexp(-1)).unsqueeze(-1))
-                return logits
-
-            return original(hidden, weight, *rest, teacher_head=head, config=config, **options)
-
-        return loss
-
-    def make_rows(original: _Call) -> _Call:
-        return lambda log_p, log_q, config: original(log_p + missing.pop(), log_q, config)
-
-    replace(f"{_LOSS}:kd_loss", make_loss)
-    replace(f"{_LOSS}:divergence_rows", make_rows)
-
-
-def _last_columns() -> None:
-    def make(original: _Call) -> _Call:
-        def loss(hidden: Any, weight: Any, *rest: Any, teacher_head: Any, **options: Any) -> Any:
-            def head(rows: Any) -> Any:
-                return teacher_head(rows)[:, -weight.shape[0] :]
-
-            return original(hidden, weight, *rest, teacher_head=head, **options)
-
-        return loss
-
-    replace(f"{_LOSS}:kd_loss", make)
-
-
-def _padded_rows_shift() -> None:
-    """Read the head from its end, so that padding moves every token to another id."""
-
-    def make(original: _Call) -> _Call:
-        def logits(self: Any, hidden: Any) -> Any:
-            found = original(self, hidden)
-            return found.roll(found.shape[1] - found.shape[1] // 256 * 256, 1)
-
-        return logits
-
-    replace("q4kd.trainer.teacher:Teacher.head_logits", make)
-
-
-# --- degenerate pairs ---
-
-
-def _guard_skipped() -> None:
-    replace(f"{_GUARDS}:check_not_degenerate", lambda _original: lambda *_arguments, **_options: 1.0)
-
-
-def _floor_zero() -> None:
-    replace(f"{_GUARDS}:KL_FLOOR", lambda _original: 0.0)
-
-
-def _weights_not_compared() -> None:
-    replace(f"{_GUARDS}:same_weights", lambda _original: lambda *_arguments: False)
-
-
-declare(
-    "vocabulary",
-    "maps-assumed-equal",
-    "sizes are compared and token strings are not",
-    _maps_assumed_equal,
-    f"{_GUARDS}:check_vocabulary",
-)
-declare(
-    "vocabulary",
-    "vague-sizes",
-    "the refusal of a student that is too wide names no size",
-    _vague_sizes,
-    f"{_GUARDS}:check_vocabulary",
-)
 declare(
     "vocabulary",
     "student-cut-to-fit",
@@ -144,36 +68,79 @@ declare(
     _LOAD_STUDENT,
     arms=(None, "exact"),
 )
-declare(
+
+
+@fault(
     "vocabulary",
     "slice-after-softmax",
     "the teacher's softmax includes its padding rows",
-    _slice_after_softmax,
-    f"{_LOSS}:kd_loss",
-    f"{_LOSS}:divergence_rows",
+    _LOSS,
+    _ROWS,
     arms=("padded",),
 )
-declare(
+def _slice_after_softmax() -> None:
+    """Take the softmax over all rows, padding included, and drop the columns past the student's vocabulary then."""
+    missing: list[Tensor] = []
+
+    def make_loss(original: Call) -> Call:
+        def loss(
+            hidden: object,
+            weight: "Tensor",
+            *rest: object,
+            teacher_head: _Head,
+            config: "KDLossConfig",
+            **options: object,
+        ) -> object:
+            def head(rows: "Tensor") -> "Tensor":
+                logits = teacher_head(rows)
+                scaled = logits / config.temperature
+                inside = scaled[:, : weight.shape[0]].logsumexp(-1)
+                missing.append((inside - scaled.logsumexp(-1)).unsqueeze(-1))
+                return logits
+
+            return original(hidden, weight, *rest, teacher_head=head, config=config, **options)
+
+        return loss
+
+    replace(_LOSS, make_loss)
+    replace(_ROWS, lambda original: lambda log_p, *rest: original(log_p + missing.pop(), *rest))
+
+
+@patch(
     "vocabulary",
     "last-columns",
     "the last columns of the teacher's logits are kept instead of the first",
-    _last_columns,
-    f"{_LOSS}:kd_loss",
+    _LOSS,
     arms=("padded",),
 )
-declare(
-    "vocabulary",
-    "padding-in-front",
-    "padding rows are taken to come before the tokens",
-    _padded_rows_shift,
-    "q4kd.trainer.teacher:Teacher.head_logits",
-)
-declare(
-    "loop",
-    "degenerate-guard-skipped",
-    "a student that is its own teacher is not looked for",
-    _guard_skipped,
-    f"{_GUARDS}:check_not_degenerate",
-)
-declare("loop", "kl-floor-zero", "the floor of the KL at step 0 is zero", _floor_zero, f"{_GUARDS}:KL_FLOOR")
-declare("loop", "weights-not-compared", "only the KL is looked at", _weights_not_compared, f"{_GUARDS}:same_weights")
+def _last_columns(
+    original: Call, hidden: object, weight: "Tensor", *rest: object, teacher_head: _Head, **options: object
+) -> object:
+    def head(rows: "Tensor") -> "Tensor":
+        return teacher_head(rows)[:, -weight.shape[0] :]
+
+    return original(hidden, weight, *rest, teacher_head=head, **options)
+
+
+@patch("vocabulary", "padding-in-front", "padding rows are taken to come before the tokens", _LOGITS)
+def _padded_rows_shift(original: Callable[..., "Tensor"], self: object, hidden: object) -> "Tensor":
+    found = original(self, hidden)
+    return found.roll(found.shape[1] - found.shape[1] // 256 * 256, 1)
+
+
+# --- degenerate pairs ---
+
+
+@patch("loop", "degenerate-guard-skipped", "a student that is its own teacher is not looked for", _DEGENERATE)
+def _guard_skipped(_original: Call, *_arguments: object, **_options: object) -> float:
+    return 1.0
+
+
+@fault("loop", "kl-floor-zero", "the floor of the KL at step 0 is zero", _FLOOR)
+def _floor_zero() -> None:
+    replace(_FLOOR, lambda _original: 0.0)
+
+
+@patch("loop", "weights-not-compared", "only the KL is looked at", _SAME)
+def _weights_not_compared(_original: Call, *_arguments: object) -> bool:
+    return False

@@ -1,31 +1,39 @@
 """Faults in what the teacher keeps, says and allows: residency, memory, dispatch, and its frozenness."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, fault, patch, replace
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from q4kd.trainer.model_file import PackedTensor
+
+_CHOOSE = "q4kd.trainer.backend:choose_backend"
 _TEACHER = "q4kd.trainer.teacher"
-_WEIGHTS = "q4kd.trainer.weights"
+_MATRIX = "q4kd.trainer.weights:PackedMatrix"
 BALLAST_BYTES = 500_000_000
-_HELD: list[Any] = []
+_HELD: list["Tensor"] = []
 
 
-def _dequantize_at_load() -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(_override: str, types: Any, *rest: Any, **options: Any) -> Any:
-            return original("dense", types, *rest, **options)
-
-        return choose
-
-    replace("q4kd.trainer.backend:choose_backend", make)
+@patch("residency", "dequantize-at-load", "every teacher gets the dense backend, announced as such", _CHOOSE)
+def _dequantize_at_load(original: Call, _override: str, *rest: object, **options: object) -> object:
+    return original("dense", *rest, **options)
 
 
+@fault(
+    "residency",
+    "silent-dequantize",
+    "every matrix is held decoded while log and accounts say packed",
+    f"{_MATRIX}.__init__",
+    f"{_MATRIX}.product",
+)
 def _silent_dequantize() -> None:
     """Hold every matrix decoded and multiply by that, while names, log lines and accounts stay those of ``q4k``."""
 
-    def make_init(original: Callable[..., None]) -> Callable[..., None]:
-        def init(self: Any, tensor: Any, scratch: Any) -> None:
+    def make_init(original: Call) -> Call:
+        def init(self: Any, tensor: "PackedTensor", scratch: object) -> None:
             from q4kd.trainer.weights import DenseMatrix
 
             original(self, tensor, scratch)
@@ -33,15 +41,22 @@ def _silent_dequantize() -> None:
 
         return init
 
-    replace(f"{_WEIGHTS}:PackedMatrix.__init__", make_init)
-    replace(f"{_WEIGHTS}:PackedMatrix.product", lambda _original: lambda self, x: self.decoded.product(x))
+    replace(f"{_MATRIX}.__init__", make_init)
+    replace(f"{_MATRIX}.product", lambda _original: lambda self, x: self.decoded.product(x))
 
 
+@fault(
+    "residency",
+    "scale-cache",
+    "unpacked scales are kept beside every superblock",
+    f"{_MATRIX}.__init__",
+    f"{_MATRIX}.resident_bytes",
+)
 def _scale_cache() -> None:
     """Keep each superblock's scales unpacked beside it: 16 more bytes, accounted for honestly."""
 
-    def make_init(original: Callable[..., None]) -> Callable[..., None]:
-        def init(self: Any, tensor: Any, scratch: Any) -> None:
+    def make_init(original: Call) -> Call:
+        def init(self: Any, tensor: object, scratch: object) -> None:
             import torch
 
             original(self, tensor, scratch)
@@ -52,72 +67,38 @@ def _scale_cache() -> None:
     def make_resident(original: property) -> property:
         return property(lambda self: original.__get__(self) + self.scale_cache.numel())
 
-    replace(f"{_WEIGHTS}:PackedMatrix.__init__", make_init)
-    replace(f"{_WEIGHTS}:PackedMatrix.resident_bytes", make_resident)
+    replace(f"{_MATRIX}.__init__", make_init)
+    replace(f"{_MATRIX}.resident_bytes", make_resident)
 
 
-def _ballast() -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(*args: Any, **options: Any) -> Any:
-            import torch
-
-            _HELD.append(torch.ones(BALLAST_BYTES, dtype=torch.uint8))
-            return original(*args, **options)
-
-        return load
-
-    replace(f"{_TEACHER}:load_teacher", make)
-
-
-def _accepts_gradients() -> None:
-    replace(f"{_TEACHER}:Teacher.requires_grad_", lambda _original: lambda self, requires_grad=True: self)
-
-
-def _yields_parameters() -> None:
-    replace(f"{_TEACHER}:Teacher.parameters", lambda _original: lambda self: iter(()))
-
-
-declare(
-    "residency",
-    "dequantize-at-load",
-    "every teacher gets the dense backend, announced as such",
-    _dequantize_at_load,
-    "q4kd.trainer.backend:choose_backend",
-)
-declare(
-    "residency",
-    "silent-dequantize",
-    "every matrix is held decoded while log and accounts say packed",
-    _silent_dequantize,
-    f"{_WEIGHTS}:PackedMatrix.__init__",
-    f"{_WEIGHTS}:PackedMatrix.product",
-)
-declare(
-    "residency",
-    "scale-cache",
-    "unpacked scales are kept beside every superblock",
-    _scale_cache,
-    f"{_WEIGHTS}:PackedMatrix.__init__",
-    f"{_WEIGHTS}:PackedMatrix.resident_bytes",
-)
-declare(
+@patch(
     "memory",
     "ballast",
     f"{BALLAST_BYTES // 1_000_000} MB are allocated and touched beside the teacher",
-    _ballast,
     f"{_TEACHER}:load_teacher",
 )
-declare(
+def _ballast(original: Call, *arguments: object, **options: object) -> object:
+    import torch
+
+    _HELD.append(torch.ones(BALLAST_BYTES, dtype=torch.uint8))
+    return original(*arguments, **options)
+
+
+@patch(
     "dispatch",
     "accepts-gradients",
     "teacher.requires_grad_(True) is accepted in silence",
-    _accepts_gradients,
     f"{_TEACHER}:Teacher.requires_grad_",
 )
-declare(
+def _accepts_gradients(_original: Call, self: object, requires_grad: bool = True) -> object:
+    return self
+
+
+@patch(
     "dispatch",
     "yields-parameters",
     "teacher.parameters() returns an empty iterator instead of refusing",
-    _yields_parameters,
     f"{_TEACHER}:Teacher.parameters",
 )
+def _yields_parameters(_original: Callable[[object], None], _self: object) -> Iterator[object]:
+    return iter(())

@@ -4,48 +4,56 @@ import contextlib
 import io
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, fault, patch, replace
+
+if TYPE_CHECKING:
+    from q4kd.trainer.config import DistillConfig
+    from q4kd.trainer.run import Run
 
 _DISTILL = "q4kd.trainer.distill"
 _REPORT = "q4kd.trainer.progress:Reporter.step"
-_Call = Callable[..., Any]
-
+_CONFIG = "q4kd.trainer.config:make_config"
 
 # --- progress lines ---
 
 
-def _lines_changed(change: Callable[[str], str]) -> None:
-    """Pass every progress line through ``change`` before it is printed."""
+def _line_of(report: Call, *arguments: object) -> str:
+    """Return the progress line that the original prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        report(*arguments)
+    return said.getvalue()
 
-    def make(original: _Call) -> _Call:
-        def step(*arguments: Any) -> None:
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                original(*arguments)
-            print(change(said.getvalue()), end="", flush=True)
+
+@patch("logging", "progress-reworded", "progress lines say 'loss=' instead of ': loss: '", _REPORT)
+def _reworded(original: Call, *arguments: object) -> None:
+    print(_line_of(original, *arguments).replace(": loss: ", ", loss="), end="", flush=True)
+
+
+@fault("logging", "every-other-line", "every other progress line is missing", _REPORT)
+def _every_other_line() -> None:
+    def make(original: Call) -> Call:
+        count = itertools.count()
+
+        def step(*arguments: object) -> None:
+            line = _line_of(original, *arguments)
+            print(line if line and next(count) % 2 else "", end="", flush=True)
 
         return step
 
     replace(_REPORT, make)
 
 
-def _reworded() -> None:
-    _lines_changed(lambda line: line.replace(": loss: ", ", loss="))
-
-
-def _every_other_line() -> None:
-    count = itertools.count()
-    _lines_changed(lambda line: line if line and next(count) % 2 else "")
-
-
+@fault("logging", "stale-loss", "progress lines repeat the first loss", _REPORT)
 def _stale_loss() -> None:
-    def make(original: _Call) -> _Call:
+    def make(original: Call) -> Call:
         losses: list[float] = []
 
-        def step(self: Any, number: int, loss: float, *rest: Any) -> None:
+        def step(self: object, number: int, loss: float, *rest: object) -> None:
             losses.append(loss)
             original(self, number, losses[0], *rest)
 
@@ -54,142 +62,68 @@ def _stale_loss() -> None:
     replace(_REPORT, make)
 
 
-def _slow_reporting() -> None:
-    def make(original: _Call) -> _Call:
-        def step(*arguments: Any) -> None:
-            time.sleep(0.02)  # as a line sent over a network would take
-            original(*arguments)
-
-        return step
-
-    replace(_REPORT, make)
+@patch("logging", "slow-reporting", "each report waits for 20 ms", _REPORT)
+def _slow_reporting(original: Call, *arguments: object) -> None:
+    time.sleep(0.02)  # as a line sent over a network would take
+    original(*arguments)
 
 
-def _zero_means_default() -> None:
-    def make(original: _Call) -> _Call:
-        return lambda self, total, every, steps_per_epoch: original(self, total, every or 10, steps_per_epoch)
-
-    replace("q4kd.trainer.progress:Reporter.__init__", make)
+@patch(
+    "logging",
+    "zero-means-default",
+    "log_every=0 prints step lines as the default does",
+    "q4kd.trainer.progress:Reporter.__init__",
+)
+def _zero_means_default(original: Call, self: object, total: int, every: int, steps_per_epoch: object) -> None:
+    original(self, total, every or 10, steps_per_epoch)
 
 
 # --- smoke runs ---
 
 
-def _one_step_more() -> None:
-    def make(original: _Call) -> _Call:
-        def assemble(config: Any, *rest: Any) -> Any:
-            run = original(config, *rest)
-            run.last_step += config.max_steps is not None
-            return run
-
-        return assemble
-
-    replace("q4kd.trainer.run:assemble", make)
+@patch("loop", "one-step-more", "a smoke run takes one step more", "q4kd.trainer.run:assemble")
+def _one_step_more(original: Callable[..., "Run"], config: "DistillConfig", *rest: object) -> "Run":
+    run = original(config, *rest)
+    run.last_step += config.max_steps is not None
+    return run
 
 
-def _smoke_leaks() -> None:
-    def make(original: _Call) -> _Call:
-        return lambda values: original({"max_steps": 10, **values})
-
-    replace("q4kd.trainer.config:make_config", make)
+@patch("loop", "smoke-leaks", "every run stops after 10 steps", _CONFIG)
+def _smoke_leaks(original: Call, values: Mapping[str, object]) -> object:
+    return original({"max_steps": 10, **values})
 
 
-def _smoke_writes_model() -> None:
-    def make(original: _Call) -> _Call:
-        def finish(run: Any, *rest: Any) -> None:
-            original(run, *rest)
-            run.unwrapped.student.save_pretrained(run.config.out / "model", safe_serialization=True)
-
-        return finish
-
-    replace(f"{_DISTILL}:_finish", make)
+@patch("checkpoint", "smoke-writes-model", "a smoke run leaves a final model", f"{_DISTILL}:_finish")
+def _smoke_writes_model(original: Call, run: "Run", *rest: object) -> None:
+    original(run, *rest)
+    run.unwrapped.student.save_pretrained(run.config.out / "model", safe_serialization=True)
 
 
-def _smoke_own_schedule() -> None:
-    """Let the learning rate of a smoke run fall to zero at its own end."""
-
-    def make(original: _Call) -> _Call:
-        def train(run: Any, *rest: Any) -> None:
-            kept, run.total_steps = run.total_steps, run.last_step
-            original(run, *rest)
-            run.total_steps = kept
-
-        return train
-
-    replace(f"{_DISTILL}:_train", make)
+@patch("loop", "smoke-own-schedule", "the learning rate of a smoke run ends with it", f"{_DISTILL}:_train")
+def _smoke_own_schedule(original: Call, run: "Run", *rest: object) -> None:
+    kept, run.total_steps = run.total_steps, run.last_step
+    original(run, *rest)
+    run.total_steps = kept
 
 
-def _projects_itself() -> None:
-    def make(original: _Call) -> _Call:
-        def finish(run: Any, *rest: Any) -> None:
-            run.total_steps = run.last_step
-            original(run, *rest)
-
-        return finish
-
-    replace(f"{_DISTILL}:_finish", make)
-
-
-def _projection_missing() -> None:
-    def make(original: _Call) -> _Call:
-        def write(path: Any, value: Any, *rest: Any) -> None:
-            if path.name == "summary.json":
-                value = {key: kept for key, kept in value.items() if not key.startswith("projected")}
-            original(path, value, *rest)
-
-        return write
-
-    replace("q4kd.trainer.files:write_json", make)
-
-
-def _zero_steps_means_all() -> None:
-    def make(original: _Call) -> _Call:
-        return lambda values: original({**values, "max_steps": values.get("max_steps") or None})
-
-    replace("q4kd.trainer.config:make_config", make)
-
-
-declare("logging", "progress-reworded", "progress lines say 'loss=' instead of ': loss: '", _reworded, _REPORT)
-declare("logging", "every-other-line", "every other progress line is missing", _every_other_line, _REPORT)
-declare("logging", "stale-loss", "progress lines repeat the first loss", _stale_loss, _REPORT)
-declare("logging", "slow-reporting", "each report waits for 20 ms", _slow_reporting, _REPORT)
-declare(
-    "logging",
-    "zero-means-default",
-    "log_every=0 prints step lines as the default does",
-    _zero_means_default,
-    "q4kd.trainer.progress:Reporter.__init__",
-)
-declare("loop", "one-step-more", "a smoke run takes one step more", _one_step_more, "q4kd.trainer.run:assemble")
-declare("loop", "smoke-leaks", "every run stops after 10 steps", _smoke_leaks, "q4kd.trainer.config:make_config")
-declare(
-    "loop",
-    "smoke-own-schedule",
-    "the learning rate of a smoke run ends with it",
-    _smoke_own_schedule,
-    f"{_DISTILL}:_train",
-)
-declare(
-    "checkpoint", "smoke-writes-model", "a smoke run leaves a final model", _smoke_writes_model, f"{_DISTILL}:_finish"
-)
-declare(
+@patch(
     "logging",
     "projects-itself",
     "the smoke run's own time is given as that of the full run",
-    _projects_itself,
     f"{_DISTILL}:_finish",
 )
-declare(
-    "logging",
-    "projection-missing",
-    "the summary lacks the projection",
-    _projection_missing,
-    "q4kd.trainer.files:write_json",
-)
-declare(
-    "loop",
-    "zero-steps-means-all",
-    "--max-steps 0 runs all steps",
-    _zero_steps_means_all,
-    "q4kd.trainer.config:make_config",
-)
+def _projects_itself(original: Call, run: "Run", *rest: object) -> None:
+    run.total_steps = run.last_step
+    original(run, *rest)
+
+
+@patch("logging", "projection-missing", "the summary lacks the projection", "q4kd.trainer.files:write_json")
+def _projection_missing(original: Call, path: Path, value: Mapping[str, object], *rest: object) -> None:
+    if path.name == "summary.json":
+        value = {key: kept for key, kept in value.items() if not key.startswith("projected")}
+    original(path, value, *rest)
+
+
+@patch("loop", "zero-steps-means-all", "--max-steps 0 runs all steps", _CONFIG)
+def _zero_steps_means_all(original: Call, values: Mapping[str, object]) -> object:
+    return original({**values, "max_steps": values.get("max_steps") or None})

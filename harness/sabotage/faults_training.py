@@ -5,232 +5,142 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from q4kd.harness.sabotage.registry import declare, replace
+from q4kd.harness.sabotage.registry import Call, fault, patch, replace
 
-_LOSS = "q4kd.trainer.kd_loss"
-_STEP = "q4kd.trainer.step"
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from q4kd.trainer.checkpoint import CheckpointState
+    from q4kd.trainer.loss_terms import KDLossConfig
+    from q4kd.trainer.optimizer import MasterWeightOptimizer
+
+_ROWS = "q4kd.trainer.kd_loss:divergence_rows"
+_TERMS = "q4kd.trainer.kd_loss:_chunk_terms"
+_LABELS = "q4kd.trainer.packing:make_labels"
+_RATE = "q4kd.trainer.step:learning_rate"
+_STEP = "q4kd.trainer.step:train_step"
+_SAVE = "q4kd.trainer.checkpoint:save_checkpoint"
 KILL_STEP = 10
 # Experiments with one run have the arm None; of the KD-against-CE experiment only the KD arms are sabotaged.
 KD_ARMS = (None, "kd-seed1", "kd-seed2", "kd-seed3")
-_Rows = Callable[[Any, Any, Any], tuple[Any, Any]]
+_Pair = tuple["Tensor", "Tensor"]
+_Rows = Callable[["Tensor", "Tensor", "KDLossConfig"], _Pair]
 
 
-def _kd_term_zero() -> None:
-    def make(original: _Rows) -> _Rows:
-        def rows(log_p: Any, log_q: Any, config: Any) -> tuple[Any, Any]:
-            value, gradient = original(log_p, log_q, config)
-            return value * 0, gradient * 0
-
-        return rows
-
-    replace(f"{_LOSS}:divergence_rows", make)
+@patch("loss", "kd-term-zero", "the divergence and its gradient are multiplied by zero", _ROWS, arms=KD_ARMS)
+def _kd_term_zero(original: _Rows, log_p: "Tensor", log_q: "Tensor", config: "KDLossConfig") -> _Pair:
+    value, gradient = original(log_p, log_q, config)
+    return value * 0, gradient * 0
 
 
-def _soft_cross_entropy() -> None:
-    def make(original: _Rows) -> _Rows:
-        def rows(log_p: Any, log_q: Any, config: Any) -> tuple[Any, Any]:
-            value, gradient = original(log_p, log_q, config)
-            if config.divergence == "forward_kl":
-                value = -(log_p.exp() * log_q).sum(-1).double()  # without the teacher's entropy: not zero at equality
-            return value, gradient
-
-        return rows
-
-    replace(f"{_LOSS}:divergence_rows", make)
+@patch("loss", "soft-cross-entropy", "forward KL without the teacher's entropy", _ROWS)
+def _soft_cross_entropy(original: _Rows, log_p: "Tensor", log_q: "Tensor", config: "KDLossConfig") -> _Pair:
+    value, gradient = original(log_p, log_q, config)
+    if config.divergence == "forward_kl":
+        value = -(log_p.exp() * log_q).sum(-1).double()  # without the teacher's entropy: not zero at equality
+    return value, gradient
 
 
-def _smoothed_teacher() -> None:
-    def make(original: _Rows) -> _Rows:
-        def rows(log_p: Any, log_q: Any, config: Any) -> tuple[Any, Any]:
-            smoothed = (0.99 * log_p.exp() + 0.01 / log_p.shape[-1]).log()
-            return original(smoothed, log_q, config)
-
-        return rows
-
-    replace(f"{_LOSS}:divergence_rows", make)
+@patch("loss", "smoothed-teacher", "the teacher's distribution is mixed with 1 % uniform", _ROWS)
+def _smoothed_teacher(original: _Rows, log_p: "Tensor", log_q: "Tensor", config: "KDLossConfig") -> _Pair:
+    return original((0.99 * log_p.exp() + 0.01 / log_p.shape[-1]).log(), log_q, config)
 
 
-def _half_gradient() -> None:
-    def make(original: _Rows) -> _Rows:
-        def rows(log_p: Any, log_q: Any, config: Any) -> tuple[Any, Any]:
-            value, gradient = original(log_p, log_q, config)
-            return value, gradient * 0.5
-
-        return rows
-
-    replace(f"{_LOSS}:divergence_rows", make)
+@patch("loss", "half-gradient", "the divergence's gradient is halved, its value kept", _ROWS)
+def _half_gradient(original: _Rows, log_p: "Tensor", log_q: "Tensor", config: "KDLossConfig") -> _Pair:
+    value, gradient = original(log_p, log_q, config)
+    return value, gradient * 0.5
 
 
-def _no_t_squared() -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def terms(student: Any, teacher: Any, labels: Any, config: Any) -> Any:
-            ce, kd, gradient = original(student, teacher, labels, config)
-            return ce, kd / config.temperature**2, gradient
-
-        return terms
-
-    replace(f"{_LOSS}:_chunk_terms", make)
-
-
-def _labels_shuffled() -> None:
-    def make(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def labels(ids: Any) -> Any:
-            return np.roll(original(ids), 17)
-
-        return labels
-
-    replace("q4kd.trainer.packing:make_labels", make)
+@patch("loss", "no-t-squared", "the reported KD term lacks the factor T²", _TERMS)
+def _no_t_squared(
+    original: Callable[..., tuple["Tensor", "Tensor", "Tensor"]],
+    student: object,
+    teacher: object,
+    labels: object,
+    config: "KDLossConfig",
+) -> tuple["Tensor", "Tensor", "Tensor"]:
+    ce, kd, gradient = original(student, teacher, labels, config)
+    return ce, kd / config.temperature**2, gradient
 
 
-def _learning_rate_zero() -> None:
-    replace(f"{_STEP}:learning_rate", lambda _original: lambda step, config, total: 0.0)
+@patch("loop", "labels-shuffled", "labels are rolled by 17 positions against their inputs", _LABELS, arms=KD_ARMS)
+def _labels_shuffled(original: Callable[[object], "npt.NDArray[np.int64]"], ids: object) -> "npt.NDArray[np.int64]":
+    return np.roll(original(ids), 17)
 
 
-def _at_step(number: int, action: Callable[[], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper of train_step that acts instead of taking step ``number``."""
+@patch("loop", "learning-rate-zero", "the schedule always returns zero", _RATE, arms=KD_ARMS)
+def _learning_rate_zero(_original: Call, _step: int, _config: object, _total: int) -> float:
+    return 0.0
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+
+def _at_step(number: int, action: Callable[[], None]) -> None:
+    """Let the program act instead of taking step ``number``."""
+
+    def make(original: Call) -> Call:
         count = itertools.count(1)
 
-        def step(*args: Any, **options: Any) -> Any:
+        def step(*arguments: object, **options: object) -> object:
             if next(count) == number:
                 action()
-            return original(*args, **options)
+            return original(*arguments, **options)
 
         return step
 
-    return make
+    replace(_STEP, make)
 
 
-def _sigkill_at_step() -> None:
-    replace(f"{_STEP}:train_step", _at_step(KILL_STEP, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-
-
-def _hang_at_step_0() -> None:
-    replace(f"{_STEP}:train_step", _at_step(1, lambda: time.sleep(86_400)))
-
-
-def _quiet_early_exit() -> None:
-    replace(f"{_STEP}:train_step", _at_step(KILL_STEP, lambda: os._exit(0)))
-
-
-def _checkpoint_not_written() -> None:
-    def make(_original: Callable[..., Any]) -> Callable[..., Any]:
-        def save(run: Any, _tensors: Any, state: Any) -> Any:
-            folder: Any = run / "checkpoints"
-            folder.mkdir(exist_ok=True)
-            return folder / f"step-{state.step:06d}"
-
-        return save
-
-    replace("q4kd.trainer.checkpoint:save_checkpoint", make)
-
-
-def _steps_not_taken() -> None:
-    """Report every step, but update the student only at every second one."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        count = itertools.count(1)
-
-        def step(accelerator: Any, model: Any, teacher: Any, optimizer: Any, *rest: Any) -> Any:
-            if next(count) % 2:
-                return original(accelerator, model, teacher, optimizer, *rest)
-            kept = optimizer.step
-            optimizer.step = lambda *_args, **_options: None
-            try:
-                return original(accelerator, model, teacher, optimizer, *rest)
-            finally:
-                optimizer.step = kept
-
-        return step
-
-    replace(f"{_STEP}:train_step", make)
-
-
-declare(
-    "loss",
-    "kd-term-zero",
-    "the divergence and its gradient are multiplied by zero",
-    _kd_term_zero,
-    f"{_LOSS}:divergence_rows",
-    arms=KD_ARMS,
-)
-declare(
-    "loss",
-    "soft-cross-entropy",
-    "forward KL without the teacher's entropy",
-    _soft_cross_entropy,
-    f"{_LOSS}:divergence_rows",
-)
-declare(
-    "loss",
-    "smoothed-teacher",
-    "the teacher's distribution is mixed with 1 % uniform",
-    _smoothed_teacher,
-    f"{_LOSS}:divergence_rows",
-)
-declare(
-    "loss",
-    "half-gradient",
-    "the divergence's gradient is halved, its value kept",
-    _half_gradient,
-    f"{_LOSS}:divergence_rows",
-)
-declare("loss", "no-t-squared", "the reported KD term lacks the factor T²", _no_t_squared, f"{_LOSS}:_chunk_terms")
-declare(
-    "loop",
-    "labels-shuffled",
-    "labels are rolled by 17 positions against their inputs",
-    _labels_shuffled,
-    "q4kd.trainer.packing:make_labels",
-    arms=KD_ARMS,
-)
-declare(
-    "loop",
-    "learning-rate-zero",
-    "the schedule always returns zero",
-    _learning_rate_zero,
-    f"{_STEP}:learning_rate",
-    arms=KD_ARMS,
-)
-declare(
+@fault(
     "supervision",
     "sigkill-at-step",
     f"the process kills itself with SIGKILL at step {KILL_STEP}",
-    _sigkill_at_step,
-    f"{_STEP}:train_step",
+    _STEP,
     declared_exit=("killed_cause_unknown", "signalled"),
 )
-declare(
-    "supervision",
-    "hang-at-step-0",
-    "the first step never returns",
-    _hang_at_step_0,
-    f"{_STEP}:train_step",
-    declared_exit=("stalled", "timeout"),
-)
-declare(
-    "supervision",
-    "quiet-early-exit",
-    f"the process ends with exit code 0 at step {KILL_STEP}",
-    _quiet_early_exit,
-    f"{_STEP}:train_step",
-)
-declare(
-    "checkpoint",
-    "checkpoint-not-written",
-    "checkpoints are announced and not written",
-    _checkpoint_not_written,
-    "q4kd.trainer.checkpoint:save_checkpoint",
-)
-declare(
-    "loop",
-    "steps-not-taken",
-    "every second step is reported without updating the student",
-    _steps_not_taken,
-    f"{_STEP}:train_step",
-)
+def _sigkill_at_step() -> None:
+    _at_step(KILL_STEP, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@fault("supervision", "hang-at-step-0", "the first step never returns", _STEP, declared_exit=("stalled", "timeout"))
+def _hang_at_step_0() -> None:
+    _at_step(1, lambda: time.sleep(86_400))
+
+
+@fault("supervision", "quiet-early-exit", f"the process ends with exit code 0 at step {KILL_STEP}", _STEP)
+def _quiet_early_exit() -> None:
+    _at_step(KILL_STEP, lambda: os._exit(0))
+
+
+@patch("checkpoint", "checkpoint-not-written", "checkpoints are announced and not written", _SAVE)
+def _checkpoint_not_written(_original: Call, run: Path, _tensors: object, state: "CheckpointState") -> Path:
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return folder / f"step-{state.step:06d}"
+
+
+@fault("loop", "steps-not-taken", "every second step is reported without updating the student", _STEP)
+def _steps_not_taken() -> None:
+    def make(original: Call) -> Call:
+        count = itertools.count(1)
+
+        def step(
+            accelerator: object, model: object, teacher: object, optimizer: "MasterWeightOptimizer", *rest: object
+        ) -> object:
+            if next(count) % 2:
+                return original(accelerator, model, teacher, optimizer, *rest)
+            kept = optimizer.step
+            optimizer.step = lambda *_args, **_options: None  # type: ignore[method-assign]
+            try:
+                return original(accelerator, model, teacher, optimizer, *rest)
+            finally:
+                optimizer.step = kept  # type: ignore[method-assign]
+
+        return step
+
+    replace(_STEP, make)

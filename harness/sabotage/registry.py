@@ -4,13 +4,15 @@ It is closed to contracts. Another project adds faults by an entry point in ``q4
 ``register``, a ``Fault``, or several.
 """
 
+import ast
 import functools
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from q4kd.harness import sabotage
 from q4kd.harness.extensions import load_extensions
@@ -28,6 +30,9 @@ Family = Literal[
     "checkpoint",
     "supervision",
 ]
+# A function of the program under test, whose arguments are only passed on.
+Call = Callable[..., object]
+_Replacement = TypeVar("_Replacement", bound=Call)
 
 
 class MissingTarget(Exception):  # noqa: N818 - it makes a fault VOID, which is an outcome and not a program error
@@ -95,6 +100,70 @@ def declare(
     return register(Fault(name, title, family, targets, apply, arms, declared_exit))
 
 
+def fault(
+    family: Family,
+    name: str,
+    title: str,
+    *targets: str,
+    arms: tuple[str | None, ...] | None = None,
+    declared_exit: tuple[str, ...] = (),
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Declare the decorated function, which calls ``replace``, as what plants a fault.
+
+    The parameters are ``Fault``'s.
+
+    Raises:
+        ValueError: as ``register`` does.
+    """
+
+    def declare_fault(apply: Callable[[], None]) -> Callable[[], None]:
+        declare(family, name, title, apply, *targets, arms=arms, declared_exit=declared_exit)
+        return apply
+
+    return declare_fault
+
+
+def patch(
+    family: Family,
+    name: str,
+    title: str,
+    *targets: str,
+    arms: tuple[str | None, ...] | None = None,
+    declared_exit: tuple[str, ...] = (),
+) -> Callable[[_Replacement], _Replacement]:
+    """Declare a fault under which each call of a target calls the decorated function instead.
+
+    The function is given the original first, then the arguments of the call. In a target that is a table of functions,
+    the targets before it are exchanged for their replacements. The other parameters are ``Fault``'s.
+
+    Raises:
+        ValueError: as ``register`` does.
+    """
+
+    def declare_patch(function: _Replacement) -> _Replacement:
+        @functools.wraps(function)
+        def apply() -> None:
+            replacements: dict[int, object] = {}
+
+            def make(original: Any) -> object:
+                if isinstance(original, Mapping):
+                    return {key: replacements.get(id(value), value) for key, value in original.items()}
+
+                def patched(*arguments: object, **options: object) -> object:
+                    return function(original, *arguments, **options)
+
+                replacements[id(original)] = patched
+                return patched
+
+            for target in targets:
+                replace(target, make)
+
+        declare(family, name, title, apply, *targets, arms=arms, declared_exit=declared_exit)
+        return function
+
+    return declare_patch
+
+
 def all_faults() -> Mapping[str, Fault]:
     """Import the fault modules and return every fault by name."""
     for module in sabotage.FAULT_MODULES:
@@ -128,7 +197,7 @@ def get_fault(name: str) -> Fault:
     return faults[name]
 
 
-def resolve(target: str) -> tuple[Any, str, Any]:
+def resolve(target: str) -> tuple[object, str, Any]:
     """Find ``module:Qual.name``; return its holder (module or class), the attribute's name, and the raw attribute.
 
     Raises:
@@ -137,7 +206,7 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     """
     module_name, _, qualname = target.partition(":")
     try:
-        holder: Any = importlib.import_module(module_name)
+        holder: object = importlib.import_module(module_name)
     except ImportError as error:
         raise MissingTarget(target) from error
     *path, name = qualname.split(".")
@@ -159,13 +228,8 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
         MissingTarget: when the target does not exist.
     """
     holder, name, raw = resolve(target)
-    new: Any
-    if isinstance(raw, staticmethod):
-        new = staticmethod(make(raw.__func__))
-    elif isinstance(raw, classmethod):
-        new = classmethod(make(raw.__func__))
-    else:
-        new = make(raw)
+    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+    new = make(raw) if kind is None else kind(make(raw.__func__))
     setattr(holder, name, new)
     if inspect.ismodule(holder):
         packages = tested_packages()
@@ -195,10 +259,17 @@ def plant(fault: Fault) -> None:
 
 
 def apply_source(fault: Fault) -> str:
-    """Return the source text of the function that plants a fault, with the arguments of a ``functools.partial``."""
-    function: Any = fault.apply
+    """Return the source of the function that plants a fault, with the arguments of a ``functools.partial``.
+
+    Decorators are left out: what they declare is hashed by its values.
+    """
+    function: Call = fault.apply
     bound = ""
     while isinstance(function, functools.partial):
         bound += f"\n# partial: {function.args!r} {function.keywords!r}"
         function = function.func
-    return inspect.getsource(function) + bound
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.startswith("@"):
+        definition = ast.parse(source).body[0]
+        source = "".join(source.splitlines(keepends=True)[definition.lineno - 1 :])
+    return source + bound
