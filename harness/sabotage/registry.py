@@ -4,7 +4,6 @@ It is closed to contracts. Another project adds faults by an entry point in ``q4
 ``register``, a ``Fault``, or several.
 """
 
-import functools
 import importlib
 import inspect
 import sys
@@ -192,13 +191,3 @@ def plant(fault: Fault) -> None:
     for target in fault.targets:
         if target not in planted:
             raise MissingTarget(target)
-
-
-def apply_source(fault: Fault) -> str:
-    """Return the source text of the function that plants a fault, with the arguments of a ``functools.partial``."""
-    function: Any = fault.apply
-    bound = ""
-    while isinstance(function, functools.partial):
-        bound += f"\n# partial: {function.args!r} {function.keywords!r}"
-        function = function.func
-    return inspect.getsource(function) + bound
