@@ -125,7 +125,7 @@ def target_digests(fault: Fault) -> dict[str, str]:
 
 
 def target_tree(target: str) -> str:
-    """Return the normal form of what ``module:Qual.name`` defines, or the target itself. Raises as ``target_digests``."""
+    """Return the normal form of what ``module:Qual.name`` defines, or the target. Raises as ``target_digests`` does."""
     module, _, qualname = target.partition(":")
     if top_level(module) not in tested_packages():
         return target
@@ -166,7 +166,7 @@ class _Closure:
         self._open: set[int] = set()
 
     def digest(self, plain: object) -> str:
-        """Return the SHA-256 over plain values and all definitions collected; one that two modules have counts twice."""
+        """Return the SHA-256 over plain values and what was collected; a definition of two modules counts twice."""
         return _sha256(_canonical([plain, self._asked, sorted(found.digest for found in self._definitions)]))
 
     def plain(self, value: object) -> object:
@@ -196,10 +196,10 @@ class _Closure:
             case Experiment() | Arm() | Fault():
                 fields = [field.name for field in dataclasses.fields(value) if field.name != "title"]
                 return {name: self.plain(getattr(value, name)) for name in fields}
-        kind = value if isinstance(value, type) else type(value)
-        name = kind.__qualname__.partition(".")[0]
-        if top_level(kind.__module__) in self._packages:
-            self.follow(TREES.resolve(kind.__module__, (name,)))
+        kind: Any = value if hasattr(value, "__qualname__") else type(value)
+        module = kind.__module__ or ""
+        if top_level(module) in self._packages:
+            self.follow(TREES.resolve(module, (top_level(kind.__qualname__),)))
         return kind.__qualname__
 
     def defined(self, module: str, name: str, line: int | None = None) -> None:
@@ -246,8 +246,7 @@ class _Closure:
 
     def _function(self, function: types.FunctionType) -> object:
         code = function.__code__
-        name = code.co_qualname.partition(".")[0]
-        self.defined(function.__module__, name, code.co_firstlineno)
+        self.defined(function.__module__, top_level(code.co_qualname), code.co_firstlineno)
         if "<" not in code.co_qualname or id(function) in self._open:
             return code.co_qualname
         # A lambda or an inner function: what it holds was decided where it was made.

@@ -19,7 +19,6 @@ register(
         needs=(),
         arms=(Arm(None, lambda _inputs: ["probe", "decision-tables", "--out", "probe.json"], timeout_s=60),),
         collect=collect_probe,
-        sources=("q4kd.harness.probes_backend",),
     )
 )
 

@@ -22,7 +22,6 @@ WINDOWS = BATCHES * BATCH
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.reference")
 
 
 def _words(inputs: Inputs, out: str, k: int = K) -> list[str]:
@@ -96,7 +95,6 @@ register(
         arms=(Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=_ONE_THREAD),),
         prepare=lambda inputs: _words(inputs, "cache"),
         collect=_collect_signals,
-        sources=_SOURCES,
     )
 )
 
@@ -189,7 +187,6 @@ register(
         ),
         prepare=_refusals,
         collect=_collect_refusals,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )
 
@@ -222,7 +219,6 @@ register(
         arms=(Arm(None, _interrupted_argv, timeout_s=120, env=_ONE_THREAD),),
         prepare=lambda inputs: (made_cache(inputs), _interrupted_argv(inputs)),
         collect=_collect_interrupted,
-        sources=(*_SOURCES, "q4kd.harness.probes_cache"),
     )
 )
 
@@ -264,6 +260,5 @@ register(
         ),
         prepare=lambda inputs: _training_argv("cached", inputs),
         collect=_collect_training,
-        sources=_SOURCES,
     )
 )

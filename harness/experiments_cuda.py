@@ -61,7 +61,6 @@ register(
         prepare=lambda inputs: _rows(inputs) and None,
         collect=_collect_decode,
         exclusive=True,
-        sources=("q4kd.harness.probes_cuda", "q4kd.harness.synthetic_models"),
     )
 )
 
@@ -106,7 +105,6 @@ register(
         prepare=_prepare_parity,
         collect=_collect_parity,
         exclusive=True,
-        sources=("q4kd.harness.reference",),
     )
 )
 
@@ -147,7 +145,6 @@ register(
         prepare=_prepare_hold,
         collect=lambda _run_dir, inputs: gguf_facts(teacher_7b(inputs)),
         exclusive=True,
-        sources=("q4kd.trainer.synthetic", "q4kd.harness.probes_cuda"),
     )
 )
 
@@ -166,6 +163,5 @@ register(
         ),
         prepare=lambda inputs: teacher_7b(inputs) and None,
         exclusive=True,
-        sources=("q4kd.trainer.synthetic", "q4kd.harness.probes_cuda"),
     )
 )

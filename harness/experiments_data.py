@@ -35,12 +35,6 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = (
-    "q4kd.harness.experiments_runs",
-    "q4kd.harness.experiments_guards",
-    "q4kd.harness.probes_data",
-    "q4kd.harness.training_documents",
-)
 
 
 # --- packed-documents: logits of packed windows beside float64 on each document alone ---
@@ -109,7 +103,6 @@ register(
         arms=(Arm(None, _packed_argv, timeout_s=60, env=_ONE_THREAD),),
         prepare=_packed_argv,
         collect=_collect_packed,
-        sources=(*_SOURCES, "q4kd.harness.reference"),
     )
 )
 
@@ -240,7 +233,6 @@ register(
         ),
         prepare=_batch_cases,
         collect=_collect_batches,
-        sources=_SOURCES,
     )
 )
 
@@ -276,6 +268,5 @@ register(
         ),
         prepare=_refused_cases,
         collect=collect_probe,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )

@@ -25,7 +25,6 @@ CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|e
 # Rows of 256 and 512 weights hold superblocks; the head is one matrix with the embedding.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.synthetic_students", "q4kd.harness.reference")
 
 
 def live_student(inputs: Inputs) -> Path:
@@ -183,6 +182,5 @@ register(
         arms=(Arm(None, _export_argv, timeout_s=240, env=_ONE_THREAD),),
         prepare=_export_argv,
         collect=_collect_export,
-        sources=(*_SOURCES, "q4kd.harness.probes_export"),
     )
 )

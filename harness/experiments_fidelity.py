@@ -14,7 +14,6 @@ from q4kd.harness.synthetic_students import write_padded_teacher
 from q4kd.trainer.files import read_json, write_json
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.experiments_export", "q4kd.harness.synthetic_students", "q4kd.harness.reference")
 
 # --- fidelity: a Q4_K_M file against its float32 folder, and against itself ---
 
@@ -101,7 +100,6 @@ register(
         prepare=lambda inputs: _fidelity_argv("original", inputs),
         collect=_collect_fidelity,
         parallel=2,
-        sources=_SOURCES,
     )
 )
 
@@ -166,6 +164,5 @@ register(
         ),
         prepare=_refusals,
         collect=_collect_refusals,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )

@@ -18,7 +18,6 @@ TOKENS, VOCAB, PADDING, HIDDEN, SOURCE = 40, 300, 4, 24, 32
 CUDA_VOCAB = 16_640
 LISTED = (8, 64)
 ELEMENTS = 400
-_SOURCES = ("q4kd.harness.probes_loss", "q4kd.harness.reference")
 _Found = dict[str, list[Any]]
 
 
@@ -196,7 +195,6 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
             prepare=functools.partial(lambda vocab, inputs: _given(vocab, inputs) and None, _vocab),
             collect=functools.partial(_collect_losses, _vocab),
             exclusive=_device == "cuda",
-            sources=_SOURCES,
         )
     )
 
@@ -289,6 +287,5 @@ register(
         ),
         prepare=lambda inputs: _allocation_file(inputs) and None,
         collect=_collect_allocations,
-        sources=_SOURCES,
     )
 )

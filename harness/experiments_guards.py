@@ -28,7 +28,6 @@ ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2
 POSITIONS, COLUMNS = 64, 128
 EXCHANGED = (700, 1500)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.synthetic_students")
 
 
 def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None = None) -> Path:
@@ -152,7 +151,6 @@ register(
         ),
         prepare=lambda inputs: [_vocabulary_argv(name, inputs) for name in ("native", "padded", "exact")],
         collect=_collect_vocabulary,
-        sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.experiments_training"),
     )
 )
 
@@ -194,7 +192,6 @@ register(
         arms=(Arm(None, _widths_argv, timeout_s=60, env=_ONE_THREAD),),
         prepare=_widths_argv,
         collect=_collect_widths,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )
 
@@ -267,6 +264,5 @@ register(
         ),
         prepare=_cases,
         collect=_collect_refused,
-        sources=(*_SOURCES, "q4kd.harness.probes_runs"),
     )
 )

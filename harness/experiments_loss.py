@@ -134,7 +134,6 @@ register(
         arms=(Arm(None, _loss_argv, timeout_s=60),),
         prepare=lambda inputs: _loss_inputs(inputs) and None,
         collect=_collect_loss,
-        sources=("q4kd.harness.probes", "q4kd.harness.reference"),
     )
 )
 
@@ -248,6 +247,5 @@ register(
         arms=(Arm(None, _first_step_argv, timeout_s=120, stall_s=90),),
         prepare=lambda inputs: _one_batch(inputs) and None,
         collect=_collect_first_step,
-        sources=("q4kd.harness.reference",),
     )
 )

@@ -85,8 +85,6 @@ def _prepare_models(inputs: Inputs) -> None:
     _ids(inputs)
 
 
-_SOURCES = ("q4kd.harness.probes", "q4kd.harness.probes_models", "q4kd.harness.synthetic_models")
-
 register(
     Experiment(
         name="model-files",
@@ -95,7 +93,6 @@ register(
         arms=(Arm(None, _models_argv, timeout_s=120),),
         prepare=_prepare_models,
         collect=_collect_models,
-        sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.apr_write"),
     )
 )
 
@@ -137,6 +134,5 @@ register(
         arms=(Arm(None, _refused_argv, timeout_s=120),),
         prepare=lambda inputs: _cases(inputs) and None,
         collect=collect_probe,
-        sources=(*_SOURCES, "q4kd.harness.broken_apr", "q4kd.harness.apr_write"),
     )
 )

@@ -14,7 +14,6 @@ from q4kd.harness.experiments_runs import distill_words, read_events
 from q4kd.harness.experiments_teacher import demo_teacher, save_pairs
 from q4kd.harness.synthetic_students import write_student
 
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.experiments_robust", "q4kd.harness.synthetic_students")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _PLANS: dict[str, dict[str, object]] = {
     "batch-8": {"batch_size": 8},
@@ -91,6 +90,5 @@ register(
         ),
         prepare=functools.partial(_planned_argv, {}),
         collect=_collect_planned,
-        sources=_SOURCES,
     )
 )

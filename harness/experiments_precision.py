@@ -11,7 +11,6 @@ from q4kd.harness.experiments_teacher import demo_teacher, save_pairs
 from q4kd.harness.reference import read_gguf, reference_logits
 
 SEQUENCES, LENGTH, EVERY, COLUMNS = 64, 64, 4, 32
-_SOURCES = ("q4kd.harness.probes_precision", "q4kd.harness.reference")
 
 # --- bfloat16-errors, cuda-bfloat16-errors: logits of the demo teacher in bfloat16, packed and dense ---
 
@@ -82,6 +81,5 @@ for _name, _device, _needs in (("bfloat16-errors", "cpu", ()), ("cuda-bfloat16-e
             prepare=_prepare_errors,
             collect=_collect_errors,
             exclusive=bool(_needs),
-            sources=_SOURCES,
         )
     )

@@ -86,6 +86,5 @@ register(
         prepare=lambda inputs: _operands(inputs) and None,
         collect=_collect_products,
         exclusive=True,
-        sources=("q4kd.harness.probes_precision", "q4kd.harness.synthetic_models"),
     )
 )

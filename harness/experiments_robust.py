@@ -17,7 +17,6 @@ from q4kd.harness.probes_robust import CHILD_EVENTS
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.probes_robust")
 KILLS, WRITING, STEPS = 20, 6, 90
 
 
@@ -90,7 +89,6 @@ register(
         ),
         prepare=_killed_case,
         collect=_collect_killed,
-        sources=_SOURCES,
     )
 )
 
@@ -221,7 +219,6 @@ for _name, (_action, _title, _settings) in _ENDINGS.items():
             ),
             prepare=functools.partial(_ended_argv, _action, _settings),
             collect=_collect_ended,
-            sources=_SOURCES,
         )
     )
 
@@ -242,6 +239,5 @@ register(
         arms=(Arm(None, _damaged_argv, timeout_s=200, env=_ONE_THREAD),),
         prepare=_damaged_argv,
         collect=collect_probe,
-        sources=_SOURCES,
     )
 )

@@ -95,7 +95,6 @@ register(
         arms=(Arm(None, _timed_argv, timeout_s=120, stall_s=60, env=_ONE_THREAD),),
         prepare=_prepare,
         collect=_collect_timings,
-        sources=("q4kd.harness.probes_runs",),
     )
 )
 
@@ -161,6 +160,5 @@ register(
         arms=(_arm("smoke", "--max-steps", str(SMOKE_STEPS)), _arm("full")),
         prepare=_prepare,
         collect=_collect_smoke,
-        sources=("q4kd.harness.experiments_training",),
     )
 )

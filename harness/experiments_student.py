@@ -13,7 +13,6 @@ from q4kd.harness.experiments_teacher import collect_probe, demo_teacher, save_p
 from q4kd.harness.probes_student import RANKS, VARIANTS
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-_SOURCES = ("q4kd.harness.probes_student",)
 
 # --- student-steps: the trainer's step under settings that must not matter, with adapters, and on bfloat16 weights ---
 
@@ -50,7 +49,6 @@ register(
         needs=(),
         arms=(Arm(None, _steps_argv, timeout_s=120, env=_ONE_THREAD),),
         collect=_collect_steps,
-        sources=_SOURCES,
     )
 )
 
@@ -98,7 +96,6 @@ register(
             for kind in ("one", "copies", "shards")
         ),
         collect=_collect_ranks,
-        sources=_SOURCES,
     )
 )
 
@@ -112,6 +109,5 @@ register(
         needs=(),
         arms=(Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),),
         collect=collect_probe,
-        sources=_SOURCES,
     )
 )

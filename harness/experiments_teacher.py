@@ -106,7 +106,6 @@ for _name, _title, _arms in (
             arms=_arms,
             prepare=_prepare_load,
             collect=_collect_load,
-            sources=("q4kd.trainer.synthetic",),
         )
     )
 
@@ -180,7 +179,6 @@ register(
         ),
         prepare=_prepare_parity,
         collect=_collect_parity,
-        sources=("q4kd.harness.reference",),
     )
 )
 
@@ -207,7 +205,6 @@ register(
         arms=(Arm(None, _frozen_argv, timeout_s=60),),
         prepare=_prepare_parity,
         collect=collect_probe,
-        sources=("q4kd.harness.probes",),
     )
 )
 
@@ -271,6 +268,5 @@ register(
         arms=(Arm(None, _superblock_argv, timeout_s=60),),
         prepare=lambda inputs: _blocks(inputs) and None,
         collect=_collect_superblock,
-        sources=("q4kd.harness.probes", "q4kd.harness.block_spec"),
     )
 )

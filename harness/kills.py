@@ -6,7 +6,6 @@ is never believed: its raw runs are judged again each time.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,6 @@ import ast
 import hashlib
 import importlib.util
 import re
-import symtable
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -47,12 +46,12 @@ def read_source(module: str) -> Source | None:
     is_package = spec.submodule_search_locations is not None
     if spec.origin is None or not spec.origin.endswith(".py"):
         return Source("", True) if is_package and spec.origin is None else None
-    return Source(Path(spec.origin).read_text(encoding="utf-8"), is_package)
+    return Source(importlib.util.decode_source(Path(spec.origin).read_bytes()), is_package)
 
 
-def top_level(module: str) -> str:
-    """Return the top-level package of a module."""
-    return module.partition(".")[0]
+def top_level(name: str) -> str:
+    """Return the first part of a dotted name: the package of a module, the top-level definition of a qualified name."""
+    return name.partition(".")[0]
 
 
 @dataclass
@@ -61,7 +60,6 @@ class _Reading:
 
     Attributes:
         text: the tree, field by field. Empty fields are left out, so that it is the same for every Python version.
-        names: names, with the attributes that follow: ``("np", "random", "default_rng")``.
         strings: string constants, as written.
         experiments: names of experiments that it asks ``get_experiment`` for.
         imports: what its import statements bind.
@@ -71,7 +69,6 @@ class _Reading:
     shorten: Callable[[str], str]
     package: str
     text: list[str] = field(default_factory=list)
-    names: set[tuple[str, ...]] = field(default_factory=set)
     strings: set[str] = field(default_factory=set)
     experiments: set[str] = field(default_factory=set)
     imports: dict[str, Origin] = field(default_factory=dict)
@@ -81,15 +78,16 @@ class _Reading:
         if isinstance(value, list):
             self.text.append("[")
             for item in value:
+                before = len(self.text)
                 self.read(item)
-                self.text.append(",")
+                if len(self.text) > before:  # neither a docstring nor an import
+                    self.text.append(",")
             self.text.append("]")
         elif isinstance(value, ast.Import | ast.ImportFrom):
             self._bind(value)
         elif isinstance(value, ast.Constant):
             self._constant(value.value)
         elif isinstance(value, ast.Name | ast.Attribute) and (name := dotted(value)):
-            self.names.add(name)
             self.text.append(".".join(name))
         elif isinstance(value, ast.AST):
             self._node(value)
@@ -106,6 +104,8 @@ class _Reading:
         self.text.append(f"{type(node).__name__}(")
         for name in node._fields:
             part = getattr(node, name, None)
+            if isinstance(node, ast.JoinedStr):  # Python 3.12 has empty strings in it where others have none
+                part = [item for item in node.values if not (isinstance(item, ast.Constant) and item.value == "")]
             annotates = name == "annotation" and isinstance(node, ast.arg)
             if part is not None and part != [] and name not in _UNREAD and not annotates:
                 self.text.append(f"{name}=")
@@ -143,11 +143,61 @@ def dotted(node: ast.AST) -> tuple[str, ...]:
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
 
 
+def bound_in(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the names that statements bind in the scope they stand in, without those that imports bind."""
+    bound, outer, waiting = set(), set(), list(nodes)
+    while waiting:
+        node = waiting.pop()
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                bound.add(node.name)
+                continue
+            case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+                continue
+            case ast.Global():
+                outer |= set(node.names)
+            case ast.Name(ctx=ast.Store() | ast.Del()):
+                bound.add(node.id)
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                bound.add(name)
+            case ast.MatchMapping(rest=str(name)):
+                bound.add(name)
+        waiting += ast.iter_child_nodes(node)
+    return bound - outer
+
+
+def look_up(node: ast.AST, found: set[tuple[str, ...]], hidden: frozenset[str] = frozenset()) -> None:
+    """Collect the dotted names that a tree looks up and does not bind, ``("np", "random", "default_rng")`` for one.
+
+    Args:
+        node: the tree.
+        found: collects the names. Annotations of arguments and results are left out.
+        hidden: names that enclosing functions bind.
+    """
+    if name := dotted(node):
+        if name[0] not in hidden and (len(name) > 1 or isinstance(node.ctx, ast.Load)):  # type: ignore[attr-defined]
+            found.add(name)
+        return
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        arguments = node.args
+        for outer in (*getattr(node, "decorator_list", ()), *arguments.defaults, *filter(None, arguments.kw_defaults)):
+            look_up(outer, found, hidden)
+        children = node.body if isinstance(node.body, list) else [node.body]
+        parameters = {part.arg for part in ast.walk(arguments) if isinstance(part, ast.arg)}
+        hidden = hidden | parameters | bound_in(children)
+    elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        look_up(node.generators[0].iter, found, hidden)
+        hidden = hidden | bound_in(generator.target for generator in node.generators)
+    for child in children:
+        look_up(child, found, hidden)
+
+
 class Definition:
     """One top-level statement of a module, or one lambda in it."""
 
-    def __init__(self, module: "Module", node: ast.stmt | ast.Lambda, text: str) -> None:
-        self.module, self.node, self._text = module, node, text
+    def __init__(self, module: "Module", node: ast.stmt | ast.Lambda) -> None:
+        self.module, self.node = module, node
 
     @cached_property
     def reading(self) -> _Reading:
@@ -156,9 +206,10 @@ class Definition:
 
     @cached_property
     def names(self) -> tuple[tuple[str, ...], ...]:
-        """The dotted names that it looks up in its module, or imports itself."""
-        outside = _looked_up(symtable.symtable(self._text, self.module.name, "exec"), top=True)
-        return tuple(sorted(name for name in self.reading.names if name[0] in {*outside, *self.reading.imports}))
+        """The dotted names that it looks up: in its module, or where it imports them from itself."""
+        found: set[tuple[str, ...]] = set()
+        look_up(self.node, found)
+        return tuple(sorted(found))
 
     @cached_property
     def digest(self) -> str:
@@ -177,12 +228,6 @@ class Definition:
         return self.reading.imports.get(name) or self.module.imports.get(name)
 
 
-def _looked_up(table: symtable.SymbolTable, *, top: bool = False) -> set[str]:
-    """Return the names that a statement, or a scope within it, looks up in the module."""
-    names = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
-    return names.union(*map(_looked_up, table.get_children()))
-
-
 class Module:
     """The definitions and imports of one module.
 
@@ -197,23 +242,16 @@ class Module:
 
     def __init__(self, name: str, source: Source, shorten: Callable[[str], str]) -> None:
         self.name, self.is_package, self._shorten = name, source.is_package, shorten
-        self.tree, self._lines = ast.parse(source.text), source.text.splitlines(keepends=True)
+        self.tree = ast.parse(source.text)
         self.definitions: dict[str, list[Definition]] = {}
         outside = self.read([])
         for node in self.tree.body:
-            if isinstance(node, _DEFINITIONS):
-                names = {node.name}
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                outside.read(node)
-                continue
-            else:
-                names = self._bound(node)
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.Import | ast.ImportFrom):
-                        outside.read(inner)
-            definition = Definition(self, node, self._segment(node))
-            for bound in names:
-                self.definitions.setdefault(bound, []).append(definition)
+            definition = Definition(self, node)
+            for name in bound_in([node]) | _changed_by(node):
+                self.definitions.setdefault(name, []).append(definition)
+            for inner in ast.walk(node) if not isinstance(node, _DEFINITIONS) else ():
+                if isinstance(inner, ast.Import | ast.ImportFrom):
+                    outside.read(inner)
         self.imports, self.stars = outside.imports, outside.stars
 
     def read(self, node: ast.AST | list[ast.AST]) -> _Reading:
@@ -228,27 +266,25 @@ class Module:
         found: dict[int, list[Definition]] = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Lambda):
-                found.setdefault(node.lineno, []).append(Definition(self, node, ast.unparse(node)))
+                found.setdefault(node.lineno, []).append(Definition(self, node))
         return found
 
-    def _segment(self, node: ast.stmt) -> str:
-        first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))])
-        return "".join(self._lines[first - 1 : node.end_lineno])
 
-    def _bound(self, node: ast.stmt) -> set[str]:
-        """Return the names that a statement binds, and those whose objects it changes: ``TABLE["x"] = 1``."""
-        table = symtable.symtable(self._segment(node), self.name, "exec")
-        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}
-        for inner in ast.walk(node):
-            changed: ast.AST | None = None
-            if isinstance(inner, ast.Subscript | ast.Attribute) and not isinstance(inner.ctx, ast.Load):
-                changed = inner.value
-            elif isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
-                changed = inner.value.func if isinstance(inner.value.func, ast.Attribute) else None
-            while isinstance(changed, ast.Subscript):
-                changed = changed.value
-            names |= set(dotted(changed)[:1]) if changed is not None else set()
-        return names
+def _changed_by(node: ast.stmt) -> set[str]:
+    """Return the names whose objects a top-level statement changes: ``TABLE["x"] = 1``, ``CASES.append(x)``."""
+    changed: list[ast.expr] = []
+    for inner in ast.walk(node) if not isinstance(node, _DEFINITIONS) else ():
+        if isinstance(inner, ast.Subscript | ast.Attribute) and not isinstance(inner.ctx, ast.Load):
+            changed.append(inner.value)
+        elif isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
+            changed += [inner.value.func.value] if isinstance(inner.value.func, ast.Attribute) else []
+    return {name for expression in changed if (name := _base(expression)) is not None}
+
+
+def _base(expression: ast.expr) -> str | None:
+    while isinstance(expression, ast.Attribute | ast.Subscript):
+        expression = expression.value
+    return expression.id if isinstance(expression, ast.Name) else None
 
 
 class SyntaxTrees:
@@ -274,7 +310,7 @@ class SyntaxTrees:
     def shorten(self, text: str, packages: Iterable[str]) -> str:
         """Return ``:Qual.name`` for ``module:Qual.name`` and ``:`` for a module's name, any other text as it is."""
         match = _REFERENCE.fullmatch(text)
-        if match is None or top_level(match[1]) not in packages or match[1] == text and "." not in text:
+        if match is None or top_level(match[1]) not in packages or (match[1] == text and "." not in text):
             return text
         return text if self._read(match[1]) is None else match[2] or ":"
 
