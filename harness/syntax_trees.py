@@ -5,10 +5,12 @@ have the same tree. What imports bind is resolved, so that a definition is found
 """
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -88,7 +90,7 @@ class _Reading:
         elif isinstance(value, ast.Constant):
             self._constant(value.value)
         elif isinstance(value, ast.Name | ast.Attribute) and (name := dotted(value)):
-            self.text.append(".".join(name))
+            self.text.append(self._name(name))
         elif isinstance(value, ast.AST):
             self._node(value)
         else:
@@ -111,6 +113,14 @@ class _Reading:
                 self.text.append(f"{name}=")
                 self.read(part)
         self.text.append(")")
+
+    def _name(self, name: tuple[str, ...]) -> str:
+        """Return a dotted name, without the path of a module of ours where it begins with one."""
+        ours = name[0] in (PACKAGE, top_level(self.package))
+        for end in range(len(name), 1, -1) if ours else ():
+            if self.shorten(".".join(name[:end])) == ":":
+                return f":{'.'.join(name[end:])}"
+        return ".".join(name)
 
     def _constant(self, value: object) -> None:
         if isinstance(value, str):
@@ -287,6 +297,18 @@ def _base(expression: ast.expr) -> str | None:
     return expression.id if isinstance(expression, ast.Name) else None
 
 
+@contextmanager
+def _trees_kept() -> Iterator[None]:
+    """Pause the garbage collector: nothing of a new tree is garbage, and to find that out takes as long as to parse."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class SyntaxTrees:
     """Modules by name, each read and parsed once.
 
@@ -304,7 +326,8 @@ class SyntaxTrees:
         if name not in self._modules:
             source = self._read(name)
             packages = frozenset({PACKAGE, top_level(name)})
-            self._modules[name] = source and Module(name, source, lambda text: self.shorten(text, packages))
+            with _trees_kept():
+                self._modules[name] = source and Module(name, source, lambda text: self.shorten(text, packages))
         return self._modules[name]
 
     def shorten(self, text: str, packages: Iterable[str]) -> str:
