@@ -4,7 +4,6 @@ A digest is taken over the syntax trees of the definitions that something depend
 functions that were registered. Lambdas, partials and functions made by a factory count with the values they hold.
 """
 
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -20,8 +19,9 @@ from typing import Any
 from q4kd.harness.contract import Claim
 from q4kd.harness.experiment import Arm, Experiment, get_experiment
 from q4kd.harness.judge import judge_claim
+from q4kd.harness.normal_form import PACKAGE, bound_in, top_level
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, tested_packages
-from q4kd.harness.syntax_trees import PACKAGE, Definition, SyntaxTrees, top_level
+from q4kd.harness.syntax_trees import Definition, SyntaxTrees
 from q4kd.trainer.errors import InputError
 
 # The modules that decide what is measured and how it is judged, by the beginnings of their names: experiments, probes,
@@ -132,19 +132,10 @@ def target_tree(target: str) -> str:
     tree = TREES.module(module)
     node: Any = tree and tree.tree
     for part in qualname.split("."):
-        node = next((child for child in reversed(getattr(node, "body", ())) if part in _bound(child)), None)
+        node = next((child for child in reversed(getattr(node, "body", ())) if part in bound_in([child])), None)
     if tree is None or node is None:
         raise MissingTarget(target)
     return "".join(tree.read(node).text)
-
-
-def _bound(node: ast.AST) -> set[str]:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {node.name}
-    targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else []
-    if isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _sha256(text: str) -> str:
@@ -208,11 +199,9 @@ class _Closure:
         Raises:
             InputError: when it is not in its module's source.
         """
-        package = top_level(module)
-        if package in sys.stdlib_module_names or (package == PACKAGE and not module.startswith(DECIDING)):
+        if top_level(module) in sys.stdlib_module_names or not _is_followed(module):
             return
-        found = TREES.resolve(module, (name,))
-        tree = TREES.module(module)
+        found, tree = TREES.resolve(module, (name,)), TREES.module(module)
         if not found and tree is not None and line is not None:
             found = tree.lambdas.get(line, [])
         if not found:
@@ -229,8 +218,7 @@ class _Closure:
         waiting = list(definitions)
         while waiting:
             definition = waiting.pop()
-            module = definition.module.name
-            if definition in self._definitions or (top_level(module) == PACKAGE and not module.startswith(DECIDING)):
+            if definition in self._definitions or not _is_followed(definition.module.name):
                 continue
             self._definitions.add(definition)
             waiting += TREES.used_by(definition)
@@ -255,6 +243,11 @@ class _Closure:
         held = self.plain([cells, function.__defaults__, function.__kwdefaults__])
         self._open.discard(id(function))
         return [code.co_qualname, held]
+
+
+def _is_followed(module: str) -> bool:
+    """Say whether what a module defines counts; of another project's package everything may."""
+    return top_level(module) != PACKAGE or module.startswith(DECIDING)
 
 
 def _content(cell: types.CellType) -> object:

@@ -1,7 +1,6 @@
-"""Syntax trees of installed modules, read without importing them: what a definition says, and what it depends on.
+"""Syntax trees of installed modules, read without importing them: their definitions, and what each depends on.
 
-Two definitions that differ in comments, docstrings, annotations of arguments, import lines or the places of modules
-have the same tree. What imports bind is resolved, so that a definition is found wherever it lies.
+What imports bind is resolved, so that a definition is found wherever it lies.
 """
 
 import ast
@@ -9,17 +8,14 @@ import gc
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGE = "q4kd"
+from q4kd.harness.normal_form import PACKAGE, Origin, Reading, bound_in, look_up, top_level
+
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-# Fields that change nothing of what a program does: implied by a node's place, or read by type checkers alone.
-_UNREAD = frozenset({"ctx", "kind", "type_comment", "returns"})
 _REFERENCE = re.compile(r"(\w+(?:\.\w+)*)(:[\w.]*)?")
 
 
@@ -28,13 +24,6 @@ class Source(NamedTuple):
 
     text: str
     is_package: bool
-
-
-class Origin(NamedTuple):
-    """What an import binds: a name in a module, or the module itself where ``name`` is None."""
-
-    module: str
-    name: str | None
 
 
 def read_source(module: str) -> Source | None:
@@ -51,158 +40,6 @@ def read_source(module: str) -> Source | None:
     return Source(importlib.util.decode_source(Path(spec.origin).read_bytes()), is_package)
 
 
-def top_level(name: str) -> str:
-    """Return the first part of a dotted name: the package of a module, the top-level definition of a qualified name."""
-    return name.partition(".")[0]
-
-
-@dataclass
-class _Reading:
-    """One walk over a tree: its normal form, and what it mentions.
-
-    Attributes:
-        text: the tree, field by field. Empty fields are left out, so that it is the same for every Python version.
-        strings: string constants, as written.
-        experiments: names of experiments that it asks ``get_experiment`` for.
-        imports: what its import statements bind.
-        stars: modules whose names it imports by ``*``.
-    """
-
-    shorten: Callable[[str], str]
-    package: str
-    text: list[str] = field(default_factory=list)
-    strings: set[str] = field(default_factory=set)
-    experiments: set[str] = field(default_factory=set)
-    imports: dict[str, Origin] = field(default_factory=dict)
-    stars: list[str] = field(default_factory=list)
-
-    def read(self, value: object) -> None:
-        if isinstance(value, list):
-            self.text.append("[")
-            for item in value:
-                before = len(self.text)
-                self.read(item)
-                if len(self.text) > before:  # neither a docstring nor an import
-                    self.text.append(",")
-            self.text.append("]")
-        elif isinstance(value, ast.Import | ast.ImportFrom):
-            self._bind(value)
-        elif isinstance(value, ast.Constant):
-            self._constant(value.value)
-        elif isinstance(value, ast.Name | ast.Attribute) and (name := dotted(value)):
-            self.text.append(self._name(name))
-        elif isinstance(value, ast.AST):
-            self._node(value)
-        else:
-            self.text.append(repr(value))
-
-    def _node(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return  # a docstring
-        if isinstance(node, ast.Call) and dotted(node.func)[-1:] == ("get_experiment",):
-            self.experiments |= {
-                arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
-            }
-        self.text.append(f"{type(node).__name__}(")
-        for name in node._fields:
-            part = getattr(node, name, None)
-            if isinstance(node, ast.JoinedStr):  # Python 3.12 has empty strings in it where others have none
-                part = [item for item in node.values if not (isinstance(item, ast.Constant) and item.value == "")]
-            annotates = name == "annotation" and isinstance(node, ast.arg)
-            if part is not None and part != [] and name not in _UNREAD and not annotates:
-                self.text.append(f"{name}=")
-                self.read(part)
-        self.text.append(")")
-
-    def _name(self, name: tuple[str, ...]) -> str:
-        """Return a dotted name, without the path of a module of ours where it begins with one."""
-        ours = name[0] in (PACKAGE, top_level(self.package))
-        for end in range(len(name), 1, -1) if ours else ():
-            if self.shorten(".".join(name[:end])) == ":":
-                return f":{'.'.join(name[end:])}"
-        return ".".join(name)
-
-    def _constant(self, value: object) -> None:
-        if isinstance(value, str):
-            self.strings.add(value)
-            value = self.shorten(value)
-        self.text.append(repr(value))
-
-    def _bind(self, node: ast.Import | ast.ImportFrom) -> None:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                module = alias.name if alias.asname else top_level(alias.name)
-                self.imports[alias.asname or module] = Origin(module, None)
-            return
-        module = "." * node.level + (node.module or "")
-        if node.level:
-            module = importlib.util.resolve_name(module, self.package)
-        for alias in node.names:
-            if alias.name == "*":
-                self.stars.append(module)
-            else:
-                self.imports[alias.asname or alias.name] = Origin(module, alias.name)
-
-
-def dotted(node: ast.AST) -> tuple[str, ...]:
-    """Return the parts of ``a.b.c``, or nothing for another expression."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
-
-
-def bound_in(nodes: Iterable[ast.AST]) -> set[str]:
-    """Return the names that statements bind in the scope they stand in, without those that imports bind."""
-    bound, outer, waiting = set(), set(), list(nodes)
-    while waiting:
-        node = waiting.pop()
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                bound.add(node.name)
-                continue
-            case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-                continue
-            case ast.Global():
-                outer |= set(node.names)
-            case ast.Name(ctx=ast.Store() | ast.Del()):
-                bound.add(node.id)
-            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
-                bound.add(name)
-            case ast.MatchMapping(rest=str(name)):
-                bound.add(name)
-        waiting += ast.iter_child_nodes(node)
-    return bound - outer
-
-
-def look_up(node: ast.AST, found: set[tuple[str, ...]], hidden: frozenset[str] = frozenset()) -> None:
-    """Collect the dotted names that a tree looks up and does not bind, ``("np", "random", "default_rng")`` for one.
-
-    Args:
-        node: the tree.
-        found: collects the names. Annotations of arguments and results are left out.
-        hidden: names that enclosing functions bind.
-    """
-    if name := dotted(node):
-        if name[0] not in hidden and (len(name) > 1 or isinstance(node.ctx, ast.Load)):  # type: ignore[attr-defined]
-            found.add(name)
-        return
-    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        arguments = node.args
-        for outer in (*getattr(node, "decorator_list", ()), *arguments.defaults, *filter(None, arguments.kw_defaults)):
-            look_up(outer, found, hidden)
-        children = node.body if isinstance(node.body, list) else [node.body]
-        parameters = {part.arg for part in ast.walk(arguments) if isinstance(part, ast.arg)}
-        hidden = hidden | parameters | bound_in(children)
-    elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-        look_up(node.generators[0].iter, found, hidden)
-        hidden = hidden | bound_in(generator.target for generator in node.generators)
-    for child in children:
-        look_up(child, found, hidden)
-
-
 class Definition:
     """One top-level statement of a module, or one lambda in it."""
 
@@ -210,7 +47,7 @@ class Definition:
         self.module, self.node = module, node
 
     @cached_property
-    def reading(self) -> _Reading:
+    def reading(self) -> Reading:
         """Its normal form and what it mentions."""
         return self.module.read(self.node)
 
@@ -225,17 +62,10 @@ class Definition:
     def digest(self) -> str:
         """The SHA-256 of its normal form and of what it takes from packages that are not followed, by their names."""
         ours = {PACKAGE, top_level(self.module.name)}
-        origins = {name[0]: self.origin(name[0]) for name in self.names}
-        taken = sorted(
-            f"{name}={origin.module}:{origin.name or ''}"
-            for name, origin in origins.items()
-            if origin is not None and top_level(origin.module) not in ours
-        )
+        imports = {**self.module.imports, **self.reading.imports}
+        used = {name[0]: imports[name[0]] for name in self.names if name[0] in imports}
+        taken = [f"{name}={origin}" for name, origin in used.items() if top_level(origin.module) not in ours]
         return hashlib.sha256("\n".join(["".join(self.reading.text), *taken]).encode()).hexdigest()
-
-    def origin(self, name: str) -> Origin | None:
-        """Return what an import binds this name to, in the definition or in its module."""
-        return self.reading.imports.get(name) or self.module.imports.get(name)
 
 
 class Module:
@@ -264,9 +94,9 @@ class Module:
                     outside.read(inner)
         self.imports, self.stars = outside.imports, outside.stars
 
-    def read(self, node: ast.AST | list[ast.AST]) -> _Reading:
+    def read(self, node: ast.AST | list[ast.AST]) -> Reading:
         """Return a reading of a part of this module."""
-        reading = _Reading(self._shorten, self.name if self.is_package else self.name.rpartition(".")[0])
+        reading = Reading(self._shorten, self.name if self.is_package else self.name.rpartition(".")[0])
         reading.read(node)
         return reading
 
@@ -282,31 +112,18 @@ class Module:
 
 def _changed_by(node: ast.stmt) -> set[str]:
     """Return the names whose objects a top-level statement changes: ``TABLE["x"] = 1``, ``CASES.append(x)``."""
-    changed: list[ast.expr] = []
+    names = set()
     for inner in ast.walk(node) if not isinstance(node, _DEFINITIONS) else ():
-        if isinstance(inner, ast.Subscript | ast.Attribute) and not isinstance(inner.ctx, ast.Load):
-            changed.append(inner.value)
-        elif isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
-            changed += [inner.value.func.value] if isinstance(inner.value.func, ast.Attribute) else []
-    return {name for expression in changed if (name := _base(expression)) is not None}
-
-
-def _base(expression: ast.expr) -> str | None:
-    while isinstance(expression, ast.Attribute | ast.Subscript):
-        expression = expression.value
-    return expression.id if isinstance(expression, ast.Name) else None
-
-
-@contextmanager
-def _trees_kept() -> Iterator[None]:
-    """Pause the garbage collector: nothing of a new tree is garbage, and to find that out takes as long as to parse."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
+        match inner:
+            case (
+                ast.Subscript(value=changed, ctx=ast.Store() | ast.Del())
+                | ast.Attribute(value=changed, ctx=ast.Store() | ast.Del())
+                | ast.Expr(value=ast.Call(func=ast.Attribute(value=changed)))
+            ):
+                while isinstance(changed, ast.Attribute | ast.Subscript):
+                    changed = changed.value
+                names |= {changed.id} if isinstance(changed, ast.Name) else set()
+    return names
 
 
 class SyntaxTrees:
@@ -326,8 +143,13 @@ class SyntaxTrees:
         if name not in self._modules:
             source = self._read(name)
             packages = frozenset({PACKAGE, top_level(name)})
-            with _trees_kept():
+            collects = gc.isenabled()
+            gc.disable()  # nothing of a new tree is garbage, and to find that out takes as long as to parse it
+            try:
                 self._modules[name] = source and Module(name, source, lambda text: self.shorten(text, packages))
+            finally:
+                if collects:
+                    gc.enable()
         return self._modules[name]
 
     def shorten(self, text: str, packages: Iterable[str]) -> str:
