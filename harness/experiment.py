@@ -240,14 +240,13 @@ def declare(
     collect: Callable[[Path, Inputs], Facts] = _no_facts,
     exclusive: bool = False,
     parallel: int = 1,
-    sources: tuple[str, ...] = (),
 ) -> Experiment:
     """Register the experiment of these parts, which are ``Experiment``'s, and return it.
 
     Raises:
         ValueError: as ``register`` and ``Experiment`` do.
     """
-    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel, sources))
+    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel))
 
 
 def get_experiment(name: str) -> Experiment:
