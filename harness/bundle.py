@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.contract import contract_files
+from q4kd.harness.claims_folder import contract_files
 from q4kd.harness.dsse import ENVELOPE
 from q4kd.harness.environment import environment
 from q4kd.harness.interchange import write_interchange
@@ -18,9 +18,9 @@ from q4kd.harness.profile import profile_bytes
 from q4kd.harness.redact import redact
 from q4kd.harness.store import MAX_FILE, DirectoryStore, Store
 from q4kd.harness.tar_archive import REMEDY, safe_name
-from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.yaml_lines import MAX_BYTES
 
 __all__ = [
     "close",

@@ -135,7 +135,7 @@ def _diff(args: argparse.Namespace) -> int:
     from q4kd.harness.bundle_diff import compare_bundles
     from q4kd.harness.commands_contracts import console
     from q4kd.harness.raw import open_store
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     out = console()
     diff = compare_bundles(open_store(args.old), open_store(args.new))

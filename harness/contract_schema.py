@@ -5,20 +5,17 @@ asks the registries for the rest; a project with checks or experiments of its ow
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.contract_rules import read_schema, registered_names
+from q4kd.harness.json_types import JsonObject, JsonValue
 
 _WHOLE = ("required", "oneOf", "anyOf", "allOf", "if", "then", "else", "minProperties")
 
 
-def editor_schema() -> dict[str, Any]:
+def editor_schema() -> JsonObject:
     """Return the installed schema with ``$defs.registered`` made from the registries as they are now."""
-    schema = read_schema()
-    schema["$defs"]["registered"] = _registered()
-    return schema
+    return read_schema(_registered())
 
 
 def render_schema() -> str:
@@ -26,7 +23,7 @@ def render_schema() -> str:
     return json.dumps(editor_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _registered() -> dict[str, Any]:
+def _registered() -> JsonObject:
     names = registered_names()
     check = {"description": "A check.", "enum": sorted(CHECKS)}
     whole = {name: {"$ref": f"#/$defs/registered/$defs/{name}"} for name in sorted(CHECKS)}
@@ -50,14 +47,14 @@ def _registered() -> dict[str, Any]:
     }
 
 
-def _when(check: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+def _when(check: str, properties: JsonObject) -> JsonValue:
     return {
         "if": {"required": ["check"], "properties": {"check": {"const": check}}},
-        "then": {"properties": dict(properties)},
+        "then": {"properties": properties},
     }
 
 
-def _part(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _part(schema: JsonObject) -> JsonObject:
     """Return the schema of an override: any of the keys, null to remove one, and nothing that asks for all of them."""
     part = {key: value for key, value in schema.items() if key not in _WHOLE}
     if "properties" in part:

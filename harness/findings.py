@@ -9,7 +9,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.plan import Plan
 from q4kd.harness.store import MAX_DEPTH, depth
 from q4kd.harness.waivers import Waiver, applying, today

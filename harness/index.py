@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.harness.bundle import manifest_of, manifest_text
-from q4kd.harness.contract import Contract
+from q4kd.harness.claims_model import Contract
 from q4kd.harness.findings import parse_findings
 from q4kd.harness.index_trends import Measure, measures_of
 from q4kd.harness.loosening import Change, contract_changes

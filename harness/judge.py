@@ -6,7 +6,7 @@ from typing import Any
 
 from q4kd.harness.checks import CHECKS, Judgement
 from q4kd.harness.checks.judgement import inconclusive
-from q4kd.harness.contract import CheckUse, Claim
+from q4kd.harness.claims_model import CheckUse, Claim
 from q4kd.harness.raw import RawRun
 from q4kd.trainer.errors import InputError
 

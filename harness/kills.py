@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.harness.child import VOID_EXIT
-from q4kd.harness.contract import Claim
+from q4kd.harness.claims_model import Claim
 from q4kd.harness.experiment import EXPERIMENTS, get_experiment
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.mutations import NOT_SHOWN

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
-from q4kd.harness.contract import Claim
+from q4kd.harness.claims_model import Claim
 from q4kd.harness.judge import judge_claim, plain
 from q4kd.harness.raw import RawRun, array_file
 

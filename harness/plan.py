@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.feasibility import assess
 from q4kd.harness.given import ROLES
 from q4kd.harness.profile import Profile

@@ -17,8 +17,8 @@ from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_training import loss_plots, step_plots
 from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, moment_of, verdict_of
 from q4kd.harness.store import read_object
-from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import MAX_BYTES
 
 MAX_PAGE = 2_000_000
 # The first that gives a page below MAX_PAGE is used: a bundle may hold more than anybody could read.

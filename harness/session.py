@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.harness import bundle as bundles
-from q4kd.harness.contract import Claim, Contract, contract_files, load_contracts
+from q4kd.harness.claims_folder import contract_files
+from q4kd.harness.claims_model import Claim, Contract
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.findings import PROSE, assemble, headline, inconclusive, sabotage_lines
@@ -23,9 +25,9 @@ from q4kd.harness.plan import Plan, make_plan
 from q4kd.harness.profile import detect_profile, load_profile
 from q4kd.harness.runner import ExperimentRunner, HarnessError
 from q4kd.harness.waivers import Waiver, applying, expired_lines, load_waivers, today
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
+from q4kd.trainer.yaml_lines import printable
 
 HARNESS_ERROR = "harness error"
 _COLOURS = {"corroborated": "green", "falsified": "red", "inconclusive": "yellow"}

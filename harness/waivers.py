@@ -15,8 +15,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from q4kd.harness.yaml_lines import parse_yaml
 from q4kd.trainer.files import parse_json, read_bounded
+from q4kd.trainer.yaml_lines import parse_yaml
 
 _MAX_BYTES = 1 << 20
 

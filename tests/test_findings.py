@@ -8,7 +8,8 @@ from example_bundle import CAUGHT, CONTRACT, PROSE, register
 from jsonschema import Draft202012Validator
 
 from q4kd.harness import findings as module
-from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.claims_model import Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.findings import assemble, exit_code, headline, validate_findings
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile

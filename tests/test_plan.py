@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from example_bundle import CONTRACT, PROSE, register
 
-from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.claims_model import Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.plan import Plan, make_plan, parse_selection, plan_differences
 from q4kd.harness.profile import load_profile
 from q4kd.trainer.errors import InputError
