@@ -1,0 +1,9 @@
+"""The static types of JSON: what is written or handed on, and what is read by key."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+JsonObject: TypeAlias = Mapping[str, JsonValue]
+# An object whose fields are taken by key: a JSON Schema, or the code that takes a field, checks its type at run time.
+JsonRecord: TypeAlias = Mapping[str, Any]
