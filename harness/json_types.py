@@ -1,6 +1,9 @@
-"""The types of parsed JSON."""
+"""The static types of JSON: what is written or handed on, and what is read by key."""
 
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
-JsonValue: TypeAlias = "str | int | float | bool | list[JsonValue] | dict[str, JsonValue] | None"
-JsonObject: TypeAlias = dict[str, JsonValue]
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+JsonObject: TypeAlias = Mapping[str, JsonValue]
+# An object whose fields are taken by key: a JSON Schema, or the code that takes a field, checks its type at run time.
+JsonRecord: TypeAlias = Mapping[str, Any]
