@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast, get_args
 
-from q4kd.harness.checks import CHECKS, time_bounds
+from q4kd.harness import checks
 from q4kd.harness.claims_model import CheckUse, Falsifier, Status
 from q4kd.harness.contract_entries import KEYS, Entry
 from q4kd.harness.json_types import JsonObject
@@ -46,7 +46,7 @@ def read_schema(registered: JsonObject | bool) -> JsonObject:
     """Return ``contract.schema.json`` as installed, but with ``$defs.registered`` as given."""
     source = importlib.resources.files("q4kd.contracts") / "contract.schema.json"
     schema: JsonObject = parse_json(source.read_bytes(), "contract.schema.json")
-    return schema | {"$defs": {**cast("JsonObject", schema["$defs"]), "registered": registered}}
+    return {**schema, "$defs": {**cast("JsonObject", schema["$defs"]), "registered": registered}}
 
 
 @lru_cache(maxsize=1)
@@ -135,14 +135,14 @@ def _ratio(key: str, name: str) -> float:
     return difflib.SequenceMatcher(None, key, name).ratio()
 
 
-_PARAMS: dict[str, Schema] = {}
+_PARAMS: dict[str, tuple[JsonObject, Schema]] = {}
 
 
 def _params_schema(check: str, params: JsonObject) -> Schema:
     """Return the schema of a check's parameters, compiled once for each check."""
-    if check not in _PARAMS or _PARAMS[check].schema is not params:
-        _PARAMS[check] = Schema(params)
-    return _PARAMS[check]
+    if check not in _PARAMS or _PARAMS[check][0] is not params:
+        _PARAMS[check] = params, Schema(params)
+    return _PARAMS[check][1]
 
 
 def _check_params(document: Document, path: ValuePath, falsifier: Falsifier) -> None:
@@ -155,8 +155,8 @@ def _check_params(document: Document, path: ValuePath, falsifier: Falsifier) -> 
         here = (*path, "profiles", profile, "params")
         uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
     for check_path, params_path, use in uses:
-        _require_name(document, check_path, "checks", use.check, CHECKS)
-        error = _params_schema(use.check, CHECKS[use.check].PARAMS).error(use.params)
+        _require_name(document, check_path, "checks", use.check, checks.CHECKS)
+        error = _params_schema(use.check, checks.CHECKS[use.check].PARAMS).error(use.params)
         if error is not None:
             raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
 
@@ -186,8 +186,8 @@ def check_falsifier(
 
     ``has_work`` says whether the entry states its work, which claims about time must and others must not.
     """
-    checks = {use.check for use in falsifier.checks}
-    if "log_absent" in checks and checks <= _LOG_CHECKS:
+    used = {use.check for use in falsifier.checks}
+    if "log_absent" in used and used <= _LOG_CHECKS:
         raise document.error(
             (*path, "check"),
             expected="log_absent beside a check that does not read the log",
@@ -224,7 +224,7 @@ def check_falsifier(
 
 def _check_work(document: Document, path: ValuePath, falsifier: Falsifier, has_work: bool) -> None:
     """Require work where a check bounds a time, and only there: without it no bound could be found infeasible."""
-    timed = [use.check for use in falsifier.checks if time_bounds(use.check)]
+    timed = [use.check for use in falsifier.checks if checks.time_bounds(use.check)]
     if timed and not has_work:
         raise document.error(
             (*path, "check"),

@@ -8,7 +8,7 @@ import json
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.contract_rules import read_schema, registered_names
-from q4kd.harness.json_types import JsonObject, JsonValue
+from q4kd.harness.json_types import JsonObject, JsonRecord, JsonValue
 
 _WHOLE = ("required", "oneOf", "anyOf", "allOf", "if", "then", "else", "minProperties")
 
@@ -29,7 +29,7 @@ def _registered() -> JsonObject:
     whole = {name: {"$ref": f"#/$defs/registered/$defs/{name}"} for name in sorted(CHECKS)}
     part = {name: {"$ref": f"#/$defs/registered/$defs/{name}-override"} for name in sorted(CHECKS)}
     overrides = {name: {"additionalProperties": {"properties": {"params": part[name]}}} for name in part}
-    use = {"properties": {"check": check}, "allOf": [_when(name, {"params": whole[name]}) for name in whole]}
+    use: JsonValue = {"properties": {"check": check}, "allOf": [_when(name, {"params": whole[name]}) for name in whole]}
     return {
         "description": "Made by `q4kd contracts schema`: the registered names, and the parameters of each check.",
         "properties": {
@@ -54,12 +54,12 @@ def _when(check: str, properties: JsonObject) -> JsonValue:
     }
 
 
-def _part(schema: JsonObject) -> JsonObject:
+def _part(schema: JsonRecord) -> JsonObject:
     """Return the schema of an override: any of the keys, null to remove one, and nothing that asks for all of them."""
-    part = {key: value for key, value in schema.items() if key not in _WHOLE}
+    part: dict[str, JsonValue] = {key: value for key, value in schema.items() if key not in _WHOLE}
     if "properties" in part:
         part["properties"] = {
             name: {"description": below.get("description", ""), "anyOf": [_part(below), {"type": "null"}]}
-            for name, below in part["properties"].items()
+            for name, below in schema["properties"].items()
         }
     return part

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Schema:
     """A JSON Schema of 2020-12."""
 
-    def __init__(self, schema: JsonObject) -> None:
-        self.schema = schema
+    def __init__(self, schema: JsonObject | bool) -> None:
+        self.schema = schema if isinstance(schema, bool) else dict(schema)
 
     def error(self, value: object) -> "ValidationError | None":
         """Return what is most wrong with a value, or None when it obeys."""
@@ -27,7 +27,8 @@ class Schema:
         from jsonschema import Draft202012Validator
         from jsonschema.exceptions import best_match
 
-        return best_match(Draft202012Validator(self.schema).iter_errors(value))
+        worst: ValidationError | None = best_match(Draft202012Validator(self.schema).iter_errors(value))
+        return worst
 
     @cached_property
     def _is_valid(self) -> Callable[[object], bool]:

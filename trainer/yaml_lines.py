@@ -8,7 +8,7 @@ the lines, it keeps the last of two equal keys, and its YAML 1.1 scalars read ``
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import yaml
 
@@ -23,7 +23,7 @@ _TOO_DEEP = {"expected": f"at most {MAX_DEPTH} levels", "got": "deeper nesting",
 ValuePath: TypeAlias = tuple[str | int, ...]
 # Keys are almost always text, and typed so; a file may also use another scalar, so a reader of unchecked keys asks.
 YamlValue: TypeAlias = "str | int | float | bool | list[YamlValue] | dict[str, YamlValue] | None"
-_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those that a YAML reader counts
 _INT = re.compile(r"[-+]?[0-9]{1,40}")
 _RADIX = re.compile(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
@@ -98,9 +98,11 @@ def scalar_of_yaml_1_1(text: str) -> YamlValue:
     Raises:
         yaml.YAMLError: a YAML 1.1 scalar without a value, such as ``=``.
     """
-    loader = yaml.SafeLoader("")
-    node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-    return cast("YamlValue", loader.construct_object(node))
+    loader: Any = yaml.SafeLoader("")
+    value: YamlValue = loader.construct_object(
+        yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+    )
+    return value
 
 
 def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = plain_scalar) -> Document:
@@ -147,7 +149,7 @@ def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = pl
     return Document(origin=origin, value=builder.value, lines=builder.lines, text=text)
 
 
-def _events(source: str) -> Iterator[yaml.Event]:
+def _events(source: str) -> Iterator[Any]:
     loader = _LOADER(source)
     try:
         while loader.check_event():
@@ -187,7 +189,7 @@ class _Builder:
     def refuse(self, expected: str, got: str, remedy: str) -> InputError:
         return line_error(self.origin, self.line, self.text, expected=expected, got=got, remedy=remedy)
 
-    def take(self, event: yaml.Event) -> None:
+    def take(self, event: Any) -> None:
         self.line = event.start_mark.line + 1
         if isinstance(event, yaml.ScalarEvent):
             self.count(1)
@@ -264,7 +266,7 @@ class _Builder:
         elif value == "<<":
             raise self.refuse("plain keys", "a merge key `<<`", "write the keys out")
         elif value in frame.container:
-            first = self.lines.get((*frame.path, cast("str", value)), self.line)
+            first = self.lines.get((*frame.path, value), self.line)
             got = f"the key {value!r} again (first on line {first})"
             raise self.refuse("each key once", got, "keep one of the two")
         else:
