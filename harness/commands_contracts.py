@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _LONG = 4000
 _MAX_WARNINGS = 20
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``contracts`` and its three commands to the command line."""
     contracts = subparsers.add_parser("contracts", help="validate, show and compare contracts")
     commands = contracts.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from q4kd.harness.index import Collection, Entry, loosened_between
 from q4kd.harness.index_trends import MIN_EARLIER, WINDOW, Trend, trends_of
 from q4kd.harness.loosening import Change
 from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_verdict import MARKS, PLAIN
+from q4kd.harness.site_collection import Collection, Entry, loosened_between
 
 _COLUMNS = 24  # bundles of a claim's history
 _ROWS = 1000
