@@ -5,12 +5,11 @@ the day on which the findings were written, so that anyone can decide it again.
 """
 
 import importlib.resources
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
@@ -99,11 +98,11 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
     return tuple(waivers)
 
 
-def applying(waivers: Collection[Waiver], row: Mapping[str, Any], created: str) -> Waiver | None:
-    """Return the waiver of a finding, or None: it is for required claims that are inconclusive, until its last day."""
-    if row["verdict"] != "inconclusive" or row["scope"] != "required":
+def applying(waivers: Collection[Waiver], claim: str, verdict: str, scope: str, created: str) -> Waiver | None:
+    """Return the waiver of a claim, or None: it is for required claims that are inconclusive, until its last day."""
+    if verdict != "inconclusive" or scope != "required":
         return None
-    return next((waiver for waiver in waivers if waiver.claim == row["key"] and waiver.holds_on(created)), None)
+    return next((waiver for waiver in waivers if waiver.claim == claim and waiver.holds_on(created)), None)
 
 
 def expired_lines(waivers: Collection[Waiver], created: str) -> list[str]:

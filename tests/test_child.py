@@ -7,7 +7,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from q4kd.harness.child import VOID_EXIT
 from q4kd.harness.sabotage import registry
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, plant, register, replace, resolve
 
