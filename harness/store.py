@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.tar_archive import REMEDY, read_members, safe_name, too_large
@@ -183,7 +183,7 @@ class PrefixStore:
         return self.store.read(self.prefix + name, max_bytes)
 
 
-def parse_shallow(data: bytes, origin: str, max_bytes: int = MAX_FILE) -> object:
+def parse_shallow(data: bytes, origin: str, max_bytes: int = MAX_FILE) -> Any:
     """Parse strict JSON (see ``parse_json``) of at most 64 levels, which nothing that walks it can overflow on."""
     value = parse_json(data, origin, max_bytes)
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
