@@ -110,6 +110,16 @@ class RawRun:
         return self._object("harness_error.json") if "harness_error.json" in self.store.names() else None
 
     @property
+    def ending(self) -> JsonRecord:
+        """How the run ended, ``{"cause", "returncode"}``, as the checks put it into their observations."""
+        return {"cause": self.exit.get("cause"), "returncode": self.exit.get("returncode")}
+
+    @property
+    def same_boot(self) -> bool:
+        """Whether the machine did not restart during the run."""
+        return bool(self.exit.get("boot_id") == self.exit.get("boot_id_end"))
+
+    @property
     def fault(self) -> str | None:
         """The planted fault of this run, or None. A run with one can never support a clean verdict."""
         fault = self.argv.get("fault")
