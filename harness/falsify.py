@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from q4kd.harness.given import GivenFiles
 from q4kd.trainer.errors import InputError
@@ -185,8 +185,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 def exit_code(bundle: Path, pytest_status: int) -> int:
     """Return the findings' exit code; a pytest that crashed, or left no findings, is never better than inconclusive."""
     try:
-        findings: dict[str, Any] = read_json(bundle / "findings.json")
-        code = findings["exit_code"]
+        code = read_json(bundle / "findings.json")["exit_code"]
     except (InputError, KeyError, TypeError):
         return INCONCLUSIVE_EXIT
     if code not in (0, 1, 2):

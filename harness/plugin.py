@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args[:] = [str(folder)]
     # Each xdist worker builds its configuration from these options.
     config.option.noconftest = True
-    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
     try:
         session = Session.open(
             folder,

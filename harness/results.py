@@ -5,16 +5,14 @@ accepted, and gives back in ``to_json`` exactly what it was given.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
 from q4kd.harness.checks.judgement import Verdict
-from q4kd.harness.json_types import JsonObject, JsonRecord
+from q4kd.harness.json_types import JsonObject, JsonRecord, plain
 from q4kd.harness.waivers import Waiver
-
-STALE = "kill record stale"
 
 
 class KillStatus(StrEnum):
@@ -24,7 +22,7 @@ class KillStatus(StrEnum):
     MISSED = "missed"
     MISFIRE = "misfire"
     VOID = "VOID"
-    STALE = STALE
+    STALE = "kill record stale"  # no record of it belongs to this code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,11 @@ class KillOutcome:
     verdict: Verdict | None = None
     record: str | None = None
 
+    @staticmethod
+    def of(fault: str, status: KillStatus, seen: str) -> "KillOutcome":
+        """Return an outcome without a verdict or a record, whose detail is its status and what was seen."""
+        return KillOutcome(fault=fault, status=status, detail=f"{status}: {seen}")
+
     @property
     def caught(self) -> bool:
         """Return whether the sabotaged runs were judged falsified, as they had to be."""
@@ -95,16 +98,10 @@ class KillOutcome:
     @staticmethod
     def from_json(entry: JsonRecord) -> "KillOutcome":
         """Read what ``to_json`` wrote. The status follows from ``caught``, then from the first word of ``detail``."""
-        word = (entry["detail"] or "").partition(":")[0]
-        known = word in KillStatus.__members__.values() and word != KillStatus.CAUGHT
-        status = KillStatus.CAUGHT if entry["caught"] else KillStatus(word) if known else KillStatus.MISSED
-        return KillOutcome(
-            fault=entry["fault"],
-            status=status,
-            detail=entry["detail"],
-            verdict=entry["verdict"],
-            record=entry["record"],
-        )
+        fields = {name: value for name, value in entry.items() if name != "caught"}
+        told = next((status for status in KillStatus if (entry["detail"] or "").startswith(status)), KillStatus.MISSED)
+        status = KillStatus.CAUGHT if entry["caught"] else KillStatus.MISSED if told is KillStatus.CAUGHT else told
+        return KillOutcome(**fields, status=status)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +126,20 @@ class ClaimResult:
     sabotage: tuple[KillOutcome, ...] = ()
     seconds: float | None = None
 
+    @staticmethod
+    def inconclusive(reason: str, runs: Iterable[str] = ()) -> "ClaimResult":
+        """Return the result of a claim that could not be judged."""
+        return ClaimResult(verdict="inconclusive", reason=reason, runs=tuple(sorted(runs)))
+
     @property
     def deciding(self) -> CheckResult | None:
         """Return the first check whose verdict is the claim's, or None."""
         return next((check for check in self.checks if check.verdict == self.verdict), None)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return every field as JSON."""
-        return dataclasses.asdict(self) | {"sabotage": [kill.to_json() for kill in self.sabotage]}
+        fields = dataclasses.asdict(self) | {"sabotage": [kill.to_json() for kill in self.sabotage]}
+        return {name: plain(value) for name, value in fields.items()}
 
     @staticmethod
     def from_json(row: JsonRecord) -> "ClaimResult":
@@ -199,12 +202,9 @@ class Finding(ClaimResult):
             return f"{self.reason}: not noticed: {self.mutations.missed[0]}"
         return self.reason or self.verdict
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return the finding as it stands in ``findings.json``; ``waiver`` only where there is one."""
-        row = super().to_json()
-        if self.waiver is None:
-            del row["waiver"]
-        return row
+        return {name: value for name, value in super().to_json().items() if name != "waiver" or value is not None}
 
     @staticmethod
     def from_json(row: JsonRecord) -> "Finding":
@@ -247,10 +247,10 @@ class Findings:
     exit_code: int
     rows: tuple[Finding, ...]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """Return what ``findings.json`` holds."""
-        fields: dict[str, object] = {name: value for name, value in vars(self).items() if name != "rows"}
-        return {**fields, "summary": dict(self.summary), "findings": [row.to_json() for row in self.rows]}
+        fields = {name: plain(value) for name, value in vars(self).items() if name != "rows"}
+        return {**fields, "findings": [row.to_json() for row in self.rows]}
 
     @staticmethod
     def from_json(document: JsonRecord) -> "Findings":

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict, cast
 
-from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.schema_match import Schema
 from q4kd.trainer.files import parse_json, read_bounded
 from q4kd.trainer.yaml_lines import parse_yaml
@@ -109,11 +108,11 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
     return tuple(waivers)
 
 
-def applying(waivers: Collection[Waiver], row: JsonRecord, created: str) -> Waiver | None:
-    """Return the waiver of a finding, or None: it is for required claims that are inconclusive, until its last day."""
-    if row["verdict"] != "inconclusive" or row["scope"] != "required":
+def applying(waivers: Collection[Waiver], claim: str, verdict: str, scope: str, created: str) -> Waiver | None:
+    """Return the waiver of a claim, or None: it is for required claims that are inconclusive, until its last day."""
+    if verdict != "inconclusive" or scope != "required":
         return None
-    return next((waiver for waiver in waivers if waiver.claim == row["key"] and waiver.holds_on(created)), None)
+    return next((waiver for waiver in waivers if waiver.claim == claim and waiver.holds_on(created)), None)
 
 
 def expired_lines(waivers: Collection[Waiver], created: str) -> list[str]:
