@@ -7,19 +7,17 @@ the reason. Reports are rendered anew, never copied out of a bundle.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from q4kd.harness.bundle import manifest_of, manifest_text
 from q4kd.harness.claims_model import Contract
-from q4kd.harness.findings import parse_findings
+from q4kd.harness.findings import read_findings
 from q4kd.harness.index_pages import render_site
 from q4kd.harness.index_trends import measures_of
-from q4kd.harness.plan import Plan
 from q4kd.harness.raw import open_store
 from q4kd.harness.recheck import bundle_contracts, read_plan
 from q4kd.harness.report import render
@@ -100,7 +98,7 @@ def _bundles(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str]) -> Entry:
     store = open_store(path)
-    findings = parse_findings(store.read("findings.json"), "findings.json")
+    findings = read_findings(store)
     environment, plan = read_object(store, "environment.json"), read_plan(store)[0]
     digest = _contracts_digest(store)
     if digest not in contracts:
@@ -108,25 +106,21 @@ def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str])
             contracts[digest] = bundle_contracts(store)
         except InputError as error:
             contracts[digest] = str(error)
-    when = datetime.fromisoformat(findings["created"])
+    untested = {entry.key: "untested" for entry in plan.entries if entry.scope == "out_of_scope"}
+    when = datetime.fromisoformat(findings.created)
     return Entry(
         name=path.name,
         when=(when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp(),
         made=moment_of(findings),
-        profile=findings["profile"],
+        profile=findings.profile,
         commit=commit_of(environment),
         verdict=verdict_of(findings, plan, environment),
-        counts=findings["summary"],
-        verdicts=_verdicts(findings, plan),
+        counts=findings.summary,
+        verdicts=untested | {row.key: row.verdict for row in findings.rows},
         measures=tuple(measures_of(findings)),
         contracts=digest,
         report=_write_report(path, store, reports),
     )
-
-
-def _verdicts(findings: Mapping[str, Any], plan: Plan) -> dict[str, str]:
-    untested = {entry.key: "untested" for entry in plan.entries if entry.scope == "out_of_scope"}
-    return untested | {row["key"]: row["verdict"] for row in findings["findings"]}
 
 
 def _contracts_digest(store: Store) -> str:

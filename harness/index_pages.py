@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 from q4kd.harness.index_trends import MIN_EARLIER, WINDOW, Trend, trends_of
 from q4kd.harness.loosening import Change
@@ -11,10 +11,23 @@ from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_verdict import MARKS, PLAIN
 from q4kd.harness.site_collection import Collection, Entry, loosened_between
 
+Row: TypeAlias = dict[str, object]
 _COLUMNS = 24  # bundles of a claim's history
 _ROWS = 1000
 _TEXT = 300
 _ORDER = {"corroborated": 0, "untested": 1, "inconclusive": 2, "falsified": 3}
+
+
+class _Profile(TypedDict):
+    """What the page of one profile shows."""
+
+    bundles: list[Row]
+    regressions: list[Row]
+    loosened: list[Row]
+    history: list[Row]
+    columns: list[tuple[str, str]]
+    trends: list[Row]
+    machines: int
 
 
 def render_site(found: Collection) -> dict[str, str]:
@@ -65,7 +78,7 @@ def _numbered(stem: str, number: int) -> str:
     return f"{stem}.html" if number == 1 else f"{stem}-{number}.html"
 
 
-def _profile(found: Collection, profile: str) -> dict[str, Any]:
+def _profile(found: Collection, profile: str) -> _Profile:
     """Return what the page of one profile shows: its bundles, regressions, loosened bounds, history and trends."""
     entries = [entry for entry in found.entries if entry.profile == profile]
     trends = trends_of([(entry.verdict.machine, entry.measures) for entry in entries])
@@ -77,7 +90,7 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
         if mark == "worse"
     ]
     marked.sort(key=lambda pair: -pair[0])
-    bundles = []
+    bundles: list[Row] = []
     for number, entry in enumerate(entries):
         worse = _worse(entries[number - 1], entry) if number else []
         bundles.append(
@@ -117,7 +130,7 @@ def _worse(old: Entry, new: Entry) -> list[str]:
     return [key for key, was in old.verdicts.items() if was != "untested" and ranks[now[key]] > ranks[was]]
 
 
-def _regression(trend: Trend, source: int, entries: Sequence[Entry]) -> dict[str, Any]:
+def _regression(trend: Trend, source: int, entries: Sequence[Entry]) -> Row:
     at = trend.sources.index(source)
     earlier = trend.values[max(0, at - WINDOW) : at]
     return {
@@ -148,7 +161,7 @@ def _number(value: float, unit: str) -> str:
     return f"{100 * value:.3g} %" if unit == "of the way to the bound" else f"{value:.4g}"
 
 
-def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:
+def _loosened(old: Entry, new: Entry, change: Change | str) -> Row:
     return {
         "from": _short(old.made),
         "to": _short(new.made),
@@ -158,25 +171,21 @@ def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:
     }
 
 
-def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _history(entries: Sequence[Entry]) -> list[Row]:
     """Return, for every claim, its verdicts in the newest bundles: changed claims first, those out of scope last."""
     recent = entries[-_COLUMNS:]
     words = {**PLAIN, "untested": "out of scope", "absent": "not in the plan"}
     marks = {**MARKS, "untested": "-", "absent": ""}
-    rows = []
+    rows: list[tuple[int, Row]] = []
     for key in dict.fromkeys(key for entry in reversed(recent) for key in entry.verdicts):
         verdicts = [entry.verdicts.get(key, "absent") for entry in recent]
-        rows.append(
-            {
-                "claim": _parts(key),
-                "cells": [(verdict, marks[verdict], words[verdict]) for verdict in verdicts],
-                "rank": 0 if len(set(verdicts) - {"absent"}) > 1 else 2 if "untested" in verdicts else 1,
-            }
-        )
-    return sorted(rows, key=lambda row: row["rank"])[:_ROWS]
+        rank = 0 if len(set(verdicts) - {"absent"}) > 1 else 2 if "untested" in verdicts else 1
+        cells = [(verdict, marks[verdict], words[verdict]) for verdict in verdicts]
+        rows.append((rank, {"claim": _parts(key), "cells": cells}))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])[:_ROWS]]
 
 
-def _trend(trend: Trend) -> dict[str, Any]:
+def _trend(trend: Trend) -> Row:
     low, high = min(trend.values), max(trend.values)
     span = high - low
     shown = trend.values[-60:]

@@ -9,7 +9,6 @@ import hashlib
 import importlib.resources
 import re
 from functools import lru_cache
-from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,7 +36,7 @@ def cut(text: object, limit: int) -> str:
     return clean if len(clean) <= limit else f"{clean[: max(0, limit - 1)]}…"
 
 
-def render_page(name: str, **values: Any) -> str:
+def render_page(name: str, **values: object) -> str:
     """Render a template as a whole page under its policy.
 
     Args:
