@@ -69,7 +69,7 @@ def _environment() -> Environment:
     def visible(value: object) -> object:
         return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    return Environment(
+    environment = Environment(
         autoescape=True,
         finalize=visible,
         loader=FunctionLoader(_source),
@@ -77,3 +77,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.filters["cut"] = cut
+    return environment
