@@ -6,19 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast, get_args
+from typing import cast, get_args
 
 from q4kd.harness import checks
 from q4kd.harness.claims_model import CheckUse, Falsifier, Status
 from q4kd.harness.contract_entries import KEYS, Entry
 from q4kd.harness.json_types import JsonObject
 from q4kd.harness.schema_match import Schema
-from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 from q4kd.trainer.yaml_lines import Document, ValuePath, printable
-
-if TYPE_CHECKING:
-    from jsonschema.exceptions import ValidationError
 
 _LOG_CHECKS = frozenset({"log_absent", "log_present"})
 
@@ -64,32 +60,8 @@ def validate(document: Document) -> JsonObject:
             got=type(document.value).__name__,
             remedy="start with `metadata:` and `falsification_tests:`",
         )
-    error = _structure().error(document.value)
-    if error is not None:
-        raise _schema_error(document, (), error, "see contracts/contract.schema.json")
+    _structure().require(document, (), document.value, "see contracts/contract.schema.json")
     return document.value
-
-
-def _schema_error(document: Document, prefix: ValuePath, error: "ValidationError", remedy: str) -> InputError:
-    """Map a schema error to the line of the value, or of the unknown key, that it is about."""
-    path: ValuePath = (*prefix, *error.absolute_path)
-    expected = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
-    if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
-        known = list(error.schema.get("properties", {})) if isinstance(error.schema, Mapping) else []
-        unknown = [key for key in error.instance if key not in known]
-        if unknown:
-            path = (*path, unknown[0])
-            close = difflib.get_close_matches(str(unknown[0]), known, 1)
-            return document.error(
-                path,
-                expected=f"one of the keys {', '.join(sorted(known))}",
-                got=f"the unknown key {unknown[0]!r}",
-                remedy=f"did you mean {close[0]!r}?" if close else "remove it",
-            )
-    rule = f"{error.validator} {error.validator_value!r}" if error.validator != "if" else "the schema"
-    return document.error(
-        path, expected=f"{printable(rule)}{f' ({expected})' if expected else ''}", got=error.message, remedy=remedy
-    )
 
 
 def read_status(document: Document, metadata: JsonObject, executable: bool, warnings: list[str]) -> Status:
@@ -156,9 +128,8 @@ def _check_params(document: Document, path: ValuePath, falsifier: Falsifier) -> 
         uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
     for check_path, params_path, use in uses:
         _require_name(document, check_path, "checks", use.check, checks.CHECKS)
-        error = _params_schema(use.check, checks.CHECKS[use.check].PARAMS).error(use.params)
-        if error is not None:
-            raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
+        schema = _params_schema(use.check, checks.CHECKS[use.check].PARAMS)
+        schema.require(document, params_path, use.params, f"see the parameters of the check {use.check}")
 
 
 def require_finite(document: Document, path: ValuePath, value: object) -> None:

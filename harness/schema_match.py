@@ -4,11 +4,13 @@
 claim, and a thousand files have many.
 """
 
+import difflib
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from q4kd.harness.json_types import JsonObject
+from q4kd.trainer.yaml_lines import Document, ValuePath, printable
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -29,6 +31,31 @@ class Schema:
 
         worst: ValidationError | None = best_match(Draft202012Validator(self.schema).iter_errors(value))
         return worst
+
+    def require(self, document: Document, path: ValuePath, value: object, remedy: str) -> None:
+        """Refuse a value at ``path`` of a document that does not obey, by the line of what is most wrong with it.
+
+        Raises:
+            InputError: the line is that of the value, or of the unknown key with the known one that it resembles.
+        """
+        error = self.error(value)
+        if error is None:
+            return
+        path = (*path, *error.absolute_path)
+        schema = error.schema if isinstance(error.schema, dict) else {}
+        known, held = sorted(schema.get("properties", {})), error.instance if isinstance(error.instance, dict) else {}
+        unknown = [key for key in held if key not in known]
+        if error.validator == "additionalProperties" and unknown:
+            close = difflib.get_close_matches(str(unknown[0]), known, 1)
+            raise document.error(
+                (*path, unknown[0]),
+                expected=f"one of the keys {', '.join(known)}",
+                got=f"the unknown key {unknown[0]!r}",
+                remedy=f"did you mean {close[0]!r}?" if close else "remove it",
+            )
+        rule = f"{error.validator} {error.validator_value!r}" if error.validator != "if" else "the schema"
+        described = f" ({schema['description']})" if schema.get("description") else ""
+        raise document.error(path, expected=printable(rule) + described, got=error.message, remedy=remedy)
 
     @cached_property
     def _is_valid(self) -> Callable[[object], bool]:
