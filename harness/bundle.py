@@ -7,23 +7,22 @@ import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from q4kd.harness.contract import contract_files
+from q4kd.harness.claims_folder import contract_files
 from q4kd.harness.dsse import ENVELOPE
 from q4kd.harness.environment import environment
-from q4kd.harness.interchange import write_interchange
+from q4kd.harness.json_types import JsonObject
 from q4kd.harness.plan import Plan
 from q4kd.harness.profile import profile_bytes
 from q4kd.harness.redact import redact
+from q4kd.harness.results import Findings
 from q4kd.harness.store import MAX_FILE, DirectoryStore, Store
 from q4kd.harness.tar_archive import REMEDY, safe_name
-from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.yaml_lines import MAX_BYTES
 
 __all__ = [
-    "close",
     "environment",
     "manifest_of",
     "manifest_text",
@@ -41,7 +40,7 @@ FOLDERS = ("contracts/profiles", "runs", "sabotage")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs: Mapping[str, Any]) -> None:
+def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs: JsonObject) -> None:
     """Start a bundle: its folders, the contracts and profile as run, the plan, the machine and the inputs' digests.
 
     Args:
@@ -69,21 +68,9 @@ def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs:
     write_json(folder / "inputs.json", dict(inputs))
 
 
-def write_findings(folder: Path, findings: Mapping[str, Any]) -> None:
+def write_findings(folder: Path, findings: Findings) -> None:
     """Write ``findings.json`` atomically."""
-    write_json(folder / "findings.json", dict(findings))
-
-
-def close(folder: Path) -> None:
-    """Finish a bundle whose findings are written: interchange formats, the reports, then the seal over everything."""
-    from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
-    from q4kd.harness.report_markdown import FILE, render_markdown
-
-    store = DirectoryStore(folder)
-    write_interchange(folder, store)
-    write_atomic(folder / "report.html", render(store).encode())
-    write_atomic(folder / FILE, render_markdown(store).encode())
-    seal(folder)
+    write_json(folder / "findings.json", findings.to_json())
 
 
 def manifest_of(store: Store) -> dict[str, str]:

@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from q4kd.harness.findings import headline, parse_findings
+from q4kd.harness.findings import headline, read_findings
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.loosening import Change, contract_changes
 from q4kd.harness.plan import PlanEntry
 from q4kd.harness.recheck import bundle_contracts, read_plan
+from q4kd.harness.results import Finding
 from q4kd.harness.store import Store, read_object
 
 # From the best to the worst: a claim that nobody can judge any more is worse off than one that survives.
@@ -73,8 +74,8 @@ def compare_bundles(old: Store, new: Store) -> BundleDiff:
     Raises:
         InputError: when a file that is needed is missing or malformed.
     """
-    documents = [parse_findings(store.read("findings.json"), "findings.json") for store in (old, new)]
-    before, after = ({row["key"]: row for row in document["findings"]} for document in documents)
+    documents = [read_findings(store) for store in (old, new)]
+    before, after = ({row.key: row for row in document.rows} for document in documents)
     plans = [read_plan(store)[0] for store in (old, new)]
     flips: list[ClaimChange] = []
     moved: list[Moved] = []
@@ -96,38 +97,38 @@ def compare_bundles(old: Store, new: Store) -> BundleDiff:
     )
 
 
-def _is_worse(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
+def _is_worse(old: Finding | None, new: Finding | None) -> bool:
     if old is None or new is None:
         # A claim that was not there before is no worse than it was; what it says is the gate's affair.
         return new is None
-    lost_gate = (old["scope"], new["scope"]) == ("required", "not_gating")
-    lost_gate |= old.get("waiver") is None and new.get("waiver") is not None
-    return lost_gate or _ORDER.index(new["verdict"]) > _ORDER.index(old["verdict"])
+    lost_gate = old.required and not new.required
+    lost_gate |= old.waiver is None and new.waiver is not None
+    return lost_gate or _ORDER.index(new.verdict) > _ORDER.index(old.verdict)
 
 
-def _said(row: Mapping[str, Any] | None, entry: PlanEntry | None) -> str:
+def _said(row: Finding | None, entry: PlanEntry | None) -> str:
     if row is None:
         return OUT_OF_SCOPE if entry is not None and entry.scope == "out_of_scope" else "absent"
-    verdict = f"{row['verdict']}({row['reason']})" if row["reason"] else str(row["verdict"])
-    if (waiver := row.get("waiver")) is not None:
-        verdict += f" [waived by {waiver['owner']} until {waiver['expires']}]"
-    return verdict if row["scope"] == "required" else f"{verdict} [not gating]"
+    verdict = row.stated
+    if row.waiver is not None:
+        verdict += f" [waived by {row.waiver.owner} until {row.waiver.expires}]"
+    return verdict if row.required else f"{verdict} [not gating]"
 
 
-def _moved(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Moved]:
+def _moved(key: str, old: Finding, new: Finding) -> Iterator[Moved]:
     # Checks are paired by their order: it is the contract's, and a changed list of checks is shown as such.
-    for was, now in zip(old["checks"], new["checks"], strict=False):
-        if was["check"] != now["check"]:
+    for was, now in zip(old.checks, new.checks, strict=False):
+        if was.check != now.check:
             continue
-        old_text, new_text = was["measured"] or "nothing", now["measured"] or "nothing"
+        old_text, new_text = was.measured or "nothing", now.measured or "nothing"
         # The same text may stand for two values; the margin, measured over bound, is not rounded.
-        a, b = was["margin"], now["margin"]
+        a, b = was.margin, now.margin
         if old_text == new_text and (a is None or b is None or math.isclose(a, b, rel_tol=1e-9)):
             continue
         relative = _relative(old_text, new_text)
         if not relative and a is not None and b is not None:
             relative = f"{_change(a, b)} of the bound"
-        yield Moved(key=key, check=was["check"], old=old_text, new=new_text, relative=relative)
+        yield Moved(key=key, check=was.check, old=old_text, new=new_text, relative=relative)
 
 
 def _relative(old: str, new: str) -> str:
@@ -152,7 +153,7 @@ def _profile_changes(old: Store, new: Store) -> Iterator[Change]:
             yield Change(key=name.removeprefix("contracts/"), kind="changed", text="the profile's file differs")
 
 
-def _environment(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _environment(old: JsonRecord, new: JsonRecord) -> list[str]:
     before, after = dict(_values(old)), dict(_values(new))
     return [
         f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
@@ -161,7 +162,7 @@ def _environment(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _values(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _values(value: JsonRecord, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield ``(dotted name, value)`` of everything below a JSON object that is not an object itself."""
     for key, item in value.items():
         if isinstance(item, Mapping):

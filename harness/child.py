@@ -14,13 +14,12 @@ from typing import NoReturn
 
 from q4kd.trainer.errors import InputError
 
-VOID_EXIT = 97
 USAGE_EXIT = 2
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plant the named fault, if any, then run the command. Returns its exit code, or ``VOID_EXIT``."""
+    """Plant the named fault, if any, then run the command. Returns its exit code, or ``registry.VOID_EXIT``."""
     options, separator, command = _split(sys.argv[1:] if argv is None else argv)
     if not separator or not command or (options and (len(options) != 2 or options[0] != "--fault")):
         print("q4kd.harness.child: expected [--fault NAME] -- ARGUMENTS", file=sys.stderr)
@@ -46,7 +45,7 @@ def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _plant(name: str) -> int:
-    from q4kd.harness.sabotage.registry import MissingTarget, get_fault, plant
+    from q4kd.harness.sabotage.registry import VOID_EXIT, MissingTarget, get_fault, plant
 
     try:
         fault = get_fault(name)

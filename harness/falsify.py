@@ -15,14 +15,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from q4kd.harness.given import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 
 if TYPE_CHECKING:
-    from q4kd.harness.contract import Contract
+    from q4kd.harness.claims_model import Contract
 
 INCONCLUSIVE_EXIT = 2
 _GRACE_S = 30.0
@@ -97,7 +97,8 @@ def falsify(
     Raises:
         InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
     """
-    from q4kd.harness.contract import default_contracts_folder, load_contracts
+    from q4kd.harness.claims_folder import default_contracts_folder
+    from q4kd.harness.contract import load_contracts
     from q4kd.harness.profile import detect_profile, load_profile
 
     folder = (contracts or default_contracts_folder()).resolve()
@@ -184,8 +185,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 def exit_code(bundle: Path, pytest_status: int) -> int:
     """Return the findings' exit code; a pytest that crashed, or left no findings, is never better than inconclusive."""
     try:
-        findings: dict[str, Any] = read_json(bundle / "findings.json")
-        code = findings["exit_code"]
+        code = read_json(bundle / "findings.json")["exit_code"]
     except (InputError, KeyError, TypeError):
         return INCONCLUSIVE_EXIT
     if code not in (0, 1, 2):

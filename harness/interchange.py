@@ -11,10 +11,11 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from q4kd.harness.findings import read_findings
+from q4kd.harness.json_types import JsonObject, JsonRecord
+from q4kd.harness.results import Findings
 from q4kd.harness.store import Store, read_object
-from q4kd.harness.waivers import Waiver
 from q4kd.trainer.files import write_atomic, write_json
 
 _STATUS = {"corroborated": "passed", "falsified": "failed", "inconclusive": "other"}
@@ -23,21 +24,19 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def write_interchange(folder: Path, store: Store) -> None:
     """Write ``junit.xml``, ``ctrf.json`` and ``statement.intoto.json`` beside a bundle's findings."""
-    findings = read_object(store, "findings.json")
+    findings = read_findings(store)
     write_atomic(folder / "junit.xml", junit(findings))
     write_json(folder / "ctrf.json", ctrf(findings, read_object(store, "environment.json")))
-    write_json(folder / "statement.intoto.json", statement_of(store))
+    write_json(folder / "statement.intoto.json", statement_of(store, findings))
 
 
-def statement_of(store: Store) -> dict[str, Any]:
+def statement_of(store: Store, findings: Findings) -> JsonRecord:
     """Return the statement about a bundle's findings (see ``intoto_statement``)."""
-    findings, environment, inputs = (
-        read_object(store, name) for name in ("findings.json", "environment.json", "inputs.json")
-    )
+    environment, inputs = (read_object(store, name) for name in ("environment.json", "inputs.json"))
     return intoto_statement(findings, environment, inputs, digest_of(store, "findings.json"))
 
 
-def signed_statement(statement: Mapping[str, Any], manifest: bytes) -> dict[str, Any]:
+def signed_statement(statement: JsonRecord, manifest: bytes) -> JsonObject:
     """Return a bundle's statement as it is signed: its manifest, and so every file of it, is the first subject."""
     subject = {"name": "MANIFEST.sha256", "digest": {"sha256": hashlib.sha256(manifest).hexdigest()}}
     return {**statement, "subject": [subject, *statement["subject"]]}
@@ -48,53 +47,36 @@ def digest_of(store: Store, name: str) -> str:
     return hashlib.sha256(store.read(name)).hexdigest()
 
 
-def message_of(finding: Mapping[str, Any]) -> str:
-    """Return one line saying why a finding is not corroborated, or what was measured when it is; and who waived it."""
-    said, waiver = _why(finding), finding.get("waiver")
-    return said if waiver is None else f"{said}; {Waiver(**waiver)}"
-
-
-def _why(finding: Mapping[str, Any]) -> str:
-    for check in finding["checks"]:
-        if check["verdict"] == finding["verdict"]:
-            said = check["counterexample"] or f"measured {check['measured']}, bound {check['bound']}"
-            return f"{finding['reason']}: {said}" if finding["reason"] else str(said)
-    missed = (finding["mutations"] or {}).get("missed")
-    if missed:
-        return f"{finding['reason']}: not noticed: {missed[0]}"
-    return str(finding["reason"] or finding["verdict"])
-
-
-def junit(findings: Mapping[str, Any]) -> bytes:
+def junit(findings: Findings) -> bytes:
     """Return JUnit XML: falsified is a failure, inconclusive an error, claims out of scope are not emitted."""
-    rows = findings["findings"]
+    rows = findings.rows
     root = ElementTree.Element("testsuites", {"name": "q4kd"})
-    for contract in dict.fromkeys(row["contract"] for row in rows):
-        cases = [row for row in rows if row["contract"] == contract]
+    for contract in dict.fromkeys(row.contract for row in rows):
+        cases = [row for row in rows if row.contract == contract]
         suite = ElementTree.SubElement(
             root,
             "testsuite",
             {
                 "name": _xml(contract),
                 "tests": str(len(cases)),
-                "failures": str(sum(row["verdict"] == "falsified" for row in cases)),
-                "errors": str(sum(row["verdict"] == "inconclusive" for row in cases)),
+                "failures": str(sum(row.verdict == "falsified" for row in cases)),
+                "errors": str(sum(row.verdict == "inconclusive" for row in cases)),
                 "skipped": "0",
-                "time": f"{math.fsum(row['seconds'] or 0.0 for row in cases):.3f}",
-                "timestamp": findings["created"],
+                "time": f"{math.fsum(row.seconds or 0.0 for row in cases):.3f}",
+                "timestamp": findings.created,
             },
         )
         for row in cases:
             case = ElementTree.SubElement(
                 suite,
                 "testcase",
-                {"classname": _xml(contract), "name": _xml(row["id"]), "time": f"{row['seconds'] or 0.0:.3f}"},
+                {"classname": _xml(contract), "name": _xml(row.id), "time": f"{row.seconds or 0.0:.3f}"},
             )
-            if row["verdict"] != "corroborated":
-                kind = "failure" if row["verdict"] == "falsified" else "error"
-                text = _xml(message_of(row))
-                problem = ElementTree.SubElement(case, kind, {"type": row["verdict"], "message": text})
-                problem.text = _xml(f"{row['prediction']}\n{text}\nif it fails: {row['if_fails']}")
+            if row.verdict != "corroborated":
+                kind = "failure" if row.verdict == "falsified" else "error"
+                text = _xml(row.message)
+                problem = ElementTree.SubElement(case, kind, {"type": row.verdict, "message": text})
+                problem.text = _xml(f"{row.prediction}\n{text}\nif it fails: {row.if_fails}")
     ElementTree.indent(root)
     document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return document + b"\n"
@@ -104,16 +86,16 @@ def _xml(text: object) -> str:
     return _NOT_XML.sub("?", str(text))
 
 
-def ctrf(findings: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+def ctrf(findings: Findings, environment: JsonRecord) -> JsonObject:
     """Return a CTRF 1.0.0 report. Our own data is in ``extra`` only."""
-    rows = findings["findings"]
-    stop = int(datetime.fromisoformat(findings["created"]).timestamp() * 1000)
-    took = int(math.fsum(row["seconds"] or 0.0 for row in rows) * 1000)  # sum() of floats differs between Pythons
-    counts = {status: sum(_STATUS[row["verdict"]] == status for row in rows) for status in _STATUS.values()}
+    rows = findings.rows
+    stop = int(datetime.fromisoformat(findings.created).timestamp() * 1000)
+    took = int(math.fsum(row.seconds or 0.0 for row in rows) * 1000)  # sum() of floats differs between Pythons
+    counts = {status: sum(_STATUS[row.verdict] == status for row in rows) for status in _STATUS.values()}
     return {
         "reportFormat": "CTRF",
         "specVersion": "1.0.0",
-        "timestamp": findings["created"],
+        "timestamp": findings.created,
         "generatedBy": "q4kd",
         "results": {
             "tool": {"name": "q4kd", "version": str(environment.get("packages", {}).get("q4kd", "unknown"))},
@@ -125,23 +107,27 @@ def ctrf(findings: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[st
                 "start": stop - took,
                 "stop": stop,
                 "duration": took,
-                "extra": {"exit_code": findings["exit_code"], **findings["summary"]},
+                "extra": {"exit_code": findings.exit_code, **findings.summary},
             },
             "tests": [
                 {
-                    "name": row["key"],
-                    "status": _STATUS[row["verdict"]],
-                    "rawStatus": f"{row['verdict']}({row['reason']})" if row["reason"] else row["verdict"],
-                    "duration": int((row["seconds"] or 0.0) * 1000),
-                    "suite": [row["contract"]],
-                    "message": message_of(row),
-                    "extra": {"scope": row["scope"], "prediction": row["prediction"], "sabotage": row["sabotage"]},
+                    "name": row.key,
+                    "status": _STATUS[row.verdict],
+                    "rawStatus": row.stated,
+                    "duration": int((row.seconds or 0.0) * 1000),
+                    "suite": [row.contract],
+                    "message": row.message,
+                    "extra": {
+                        "scope": row.scope,
+                        "prediction": row.prediction,
+                        "sabotage": [kill.to_json() for kill in row.sabotage],
+                    },
                 }
                 for row in rows
             ],
             "environment": {
                 "commit": str(environment.get("commit")),
-                "testEnvironment": findings["profile"],
+                "testEnvironment": findings.profile,
                 "osPlatform": str(environment.get("platform", {}).get("system", "unknown")).lower(),
             },
         },
@@ -149,8 +135,8 @@ def ctrf(findings: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[st
 
 
 def intoto_statement(
-    findings: Mapping[str, Any], environment: Mapping[str, Any], inputs: Mapping[str, Any], findings_sha256: str
-) -> dict[str, Any]:
+    findings: Findings, environment: JsonRecord, inputs: JsonRecord, findings_sha256: str
+) -> JsonRecord:
     """Return an in-toto Statement v1 with a test-result v0.1 predicate.
 
     Its subjects are the findings, the inputs by digest and, when the checkout was clean, the commit. The manifest
@@ -165,20 +151,20 @@ def intoto_statement(
     ]
     if environment.get("commit") and environment.get("dirty") is False:
         subjects.append({"name": "q4kd", "digest": {"gitCommit": environment["commit"]}})
-    required = [row for row in findings["findings"] if row["scope"] == "required"]
+    required = [row for row in findings.rows if row.required]
 
-    passed = [row["key"] for row in required if row["verdict"] == "corroborated"]
-    waived = [row["key"] for row in required if row.get("waiver") is not None]
+    passed = [row.key for row in required if row.verdict == "corroborated"]
+    waived = [row.key for row in required if row.waiver is not None]
     good = "WARNED" if waived else "PASSED"
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subjects,
         "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
         "predicate": {
-            "result": good if findings["exit_code"] == 0 else "FAILED",
-            "configuration": [{"name": f"profile {findings['profile']}"}],
+            "result": good if findings.exit_code == 0 else "FAILED",
+            "configuration": [{"name": f"profile {findings.profile}"}],
             "passedTests": passed,
             "warnedTests": waived,
-            "failedTests": [row["key"] for row in required if row["key"] not in {*passed, *waived}],
+            "failedTests": [row.key for row in required if row.key not in {*passed, *waived}],
         },
     }

@@ -1,13 +1,13 @@
 """From a claim and its raw runs to a verdict. Pure: the same evidence gives the same verdict, here or years later."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from q4kd.harness.checks import CHECKS, Judgement
+from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import inconclusive
-from q4kd.harness.contract import CheckUse, Claim
+from q4kd.harness.claims_model import CheckUse, Claim
+from q4kd.harness.json_types import JsonRecord, plain
 from q4kd.harness.raw import RawRun
+from q4kd.harness.results import CheckResult, ClaimResult
 from q4kd.trainer.errors import InputError
 
 JUDGE_VERSION = 2
@@ -15,7 +15,7 @@ JUDGE_VERSION = 2
 _ORDER = ("falsified", "inconclusive", "corroborated")
 
 
-def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[str, Any]:
+def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> ClaimResult:
     """Judge one claim.
 
     Args:
@@ -24,27 +24,27 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[
         profile: name of the machine profile whose bounds apply.
 
     Returns:
-        ``{"verdict", "reason", "checks": [{"check", "params", "observation", "verdict", "reason", "measured",
-        "bound", "counterexample", "margin"}]}``. Whatever the checks say, evidence of another process or of two boots
-        supports no verdict, and neither a planted fault nor a run that was killed or failed supports ``corroborated``.
+        Its verdict and reason, and those of each check. Whatever the checks say, evidence of another process or of two
+        boots supports no verdict, and neither a planted fault nor a run that was killed or failed supports
+        ``corroborated``.
     """
     if claim.falsifier is None:
-        return {"verdict": "inconclusive", "reason": "prose", "checks": []}
+        return ClaimResult.inconclusive("prose", runs)
     falsifier = claim.falsifier.for_profile(profile)
     if not runs:
-        return {"verdict": "inconclusive", "reason": "not run", "checks": []}
+        return ClaimResult.inconclusive("not run")
     if any(run.harness_error is not None for run in runs.values()):
-        return {"verdict": "inconclusive", "reason": "harness error", "checks": []}
-    checks = [judge_check(use, runs, falsifier.min_observations) for use in falsifier.checks]
-    worst = min(checks, key=lambda check: _ORDER.index(check["verdict"]))
-    verdict, reason = worst["verdict"], worst["reason"]
+        return ClaimResult.inconclusive("harness error", runs)
+    checks = tuple(judge_check(use, runs, falsifier.min_observations) for use in falsifier.checks)
+    worst = min(checks, key=lambda check: _ORDER.index(check.verdict))
+    verdict, reason = worst.verdict, worst.reason
     if verdict != "inconclusive":
         found = next((why for run in runs.values() if (why := foreign(run)) is not None), None)
         if found is None and verdict == "corroborated":
             found = next((why for run in runs.values() if (why := unsupporting(run)) is not None), None)
         if found is not None:
             verdict, reason = "inconclusive", found
-    return {"verdict": verdict, "reason": reason, "checks": checks}
+    return ClaimResult(verdict=verdict, reason=reason, checks=checks, runs=tuple(sorted(runs)))
 
 
 def foreign(run: RawRun) -> str | None:
@@ -77,30 +77,17 @@ def unsupporting(run: RawRun) -> str | None:
     return None
 
 
-def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int) -> dict[str, Any]:
+def judge_check(use: CheckUse, runs: Mapping[str, RawRun], min_observations: int) -> CheckResult:
     """Extract one check's observation and judge it."""
     check = CHECKS[use.check]
-    observation: dict[str, Any] = {}
+    observation: JsonRecord = {}
     try:
         observation = check.extract(runs, use.params, min_observations)
-        judgement: Judgement = check.judge(observation, use.params, min_observations)
+        judgement = check.judge(observation, use.params, min_observations)
     except InputError as error:  # a record is missing or malformed
         judgement = inconclusive("evidence unreadable", str(error)[:300], "evidence that can be read")
     except Exception as error:  # the check itself failed: nothing was learnt about the claim
         message = f"{type(error).__name__}: {error}"[:300]
         judgement = inconclusive("harness error", message, "a check that can judge this record")
-    return {
-        "check": use.check,
-        "params": plain(use.params),
-        "observation": observation,
-        **dataclasses.asdict(judgement),
-    }
-
-
-def plain(value: Any) -> Any:
-    """Return mappings and sequences as the plain ones that JSON knows."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+    params = {name: plain(value) for name, value in use.params.items()}
+    return CheckResult(check=use.check, params=params, observation=observation, **vars(judgement))

@@ -4,31 +4,38 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 from q4kd.harness.bundle import pack_bytes
-from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.digests import record_key, record_parts
 from q4kd.harness.environment import PACKAGES
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import require_packages
 from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION
+from q4kd.harness.kill_records import KillRecord
 from q4kd.harness.kills import KillStore, default_kills, judge_faulted, rejudge
 from q4kd.harness.mutations import WatchedRun
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import detect_profile, load_profile
 from q4kd.harness.raw import RawRun
+from q4kd.harness.results import KillOutcome, KillStatus
 from q4kd.harness.runner import ExperimentRunner, HarnessError, prune
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import printable
 
-Mark = Literal["caught", "missed", "misfire", "VOID"]
-_COLOURS: Mapping[str, str] = {"caught": "green", "missed": "red", "misfire": "yellow", "VOID": "magenta"}
+_COLOURS: Mapping[KillStatus, str] = {
+    KillStatus.CAUGHT: "green",
+    KillStatus.MISSED: "red",
+    KillStatus.MISFIRE: "yellow",
+    KillStatus.VOID: "magenta",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Cell:
     claim: str
     experiment: str
     fault: str
-    mark: Mark
+    mark: KillStatus
     detail: str
     fresh: bool
 
@@ -92,7 +99,7 @@ def sabotage(
     if not cells:
         print("q4kd: no claim in scope names a fault", file=sys.stderr)
         return 2
-    return 0 if all(cell.mark == "caught" for cell in cells) else 1
+    return 0 if all(cell.mark is KillStatus.CAUGHT for cell in cells) else 1
 
 
 def kill_matrix(
@@ -107,12 +114,12 @@ def kill_matrix(
     cells: list[Cell] = []
     for claim in claims:
         assert claim.falsifier is not None
-        known = {entry["fault"]: entry for entry in rejudge(claim, profile, kills)} if changed else {}
+        outcomes = rejudge(claim, profile, kills) if changed else []
+        caught = {outcome.fault: outcome for outcome in outcomes if outcome.caught}
         for name in claim.falsifier.sabotage:
             get_fault(name)
-            if name in known and known[name]["caught"]:
-                detail = str(known[name]["detail"])
-                cells.append(Cell(claim.key, claim.falsifier.experiment, name, "caught", detail, False))
+            if name in caught:
+                cells.append(_cell(claim, claim.falsifier.experiment, caught[name], fresh=False))
             else:
                 groups.setdefault((claim.falsifier.experiment, name), []).append(claim)
     for number, ((experiment, name), asking) in enumerate(groups.items(), 1):
@@ -124,8 +131,9 @@ def kill_matrix(
 def _run_group(
     experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, kills: KillStore, runner: ExperimentRunner
 ) -> list[Cell]:
-    def all_of(mark: Mark, detail: str) -> list[Cell]:
-        return [Cell(claim.key, experiment, fault.name, mark, detail, True) for claim in claims]
+    def all_of(status: KillStatus, detail: str) -> list[Cell]:
+        outcome = KillOutcome(fault=fault.name, status=status, detail=detail)
+        return [_cell(claim, experiment, outcome) for claim in claims]
 
     try:
         for claim in claims:
@@ -135,38 +143,36 @@ def _run_group(
             experiment, fault=fault.name, timeout_s=max((t for t in limits if t is not None), default=None)
         )
     except MissingTarget as missing:
-        return all_of("VOID", f"{missing.target} is missing")
+        return all_of(KillStatus.VOID, f"{missing.target} is missing")
     except (HarnessError, InputError) as error:
-        return all_of("misfire", str(error))
+        return all_of(KillStatus.MISFIRE, str(error))
     watched = {run: WatchedRun(base) for run, base in runs.items()}
-    outcomes: list[dict[str, Any]] = []
-    for claim in claims:
-        try:
-            outcomes.append(judge_faulted(claim, fault, profile, watched))
-        except InputError as error:
-            outcomes.append({"caught": False, "detail": f"misfire: {error}"})
+    outcomes = [_judge_or_misfire(claim, fault, profile, watched) for claim in claims]
     needed = {f"runs/{run}/{file}" for run, base in watched.items() for file in base.files}
     needed |= kills.arrays_of_others(f"{fault.name}--{experiment}.tar.gz", {claim.key for claim in claims})
     raw = _archive(runner.faulted_root(experiment, fault.name), needed)
     cells = []
-    for claim, outcome in zip(claims, outcomes, strict=True):
-        mark = mark_of(outcome)
-        if mark != "VOID" and "verdict" in outcome:
+    for claim, (outcome, judged) in zip(claims, outcomes, strict=True):
+        if judged and outcome.status is not KillStatus.VOID:
             key = record_key(claim, fault, experiment, profile)
             try:
                 kills.add(key, _record(claim, fault, experiment, profile, outcome, runs), raw)
             except InputError as error:
-                outcome, mark = {"detail": str(error)}, "misfire"
-        cells.append(Cell(claim.key, experiment, fault.name, mark, str(outcome["detail"]), True))
+                outcome = replace(outcome, status=KillStatus.MISFIRE, detail=str(error))
+        cells.append(_cell(claim, experiment, outcome))
     return cells
 
 
-def mark_of(outcome: Mapping[str, Any]) -> Mark:
-    """Return the matrix's word for what ``judge_faulted`` found."""
-    if outcome["caught"]:
-        return "caught"
-    word = str(outcome["detail"]).partition(":")[0]
-    return "VOID" if word == "VOID" else "misfire" if word == "misfire" else "missed"
+def _judge_or_misfire(claim: Claim, fault: Fault, profile: str, runs: Mapping[str, RawRun]) -> tuple[KillOutcome, bool]:
+    """Return the outcome and whether it can be recorded: runs that cannot be read are a misfire and no evidence."""
+    try:
+        return judge_faulted(claim, fault, profile, runs), True
+    except InputError as error:
+        return KillOutcome.of(fault.name, KillStatus.MISFIRE, str(error)), False
+
+
+def _cell(claim: Claim, experiment: str, outcome: KillOutcome, *, fresh: bool = True) -> Cell:
+    return Cell(claim.key, experiment, outcome.fault, outcome.status, outcome.detail or "", fresh)
 
 
 def _archive(root: Path, needed: Set[str]) -> bytes:
@@ -180,8 +186,8 @@ def _archive(root: Path, needed: Set[str]) -> bytes:
 
 
 def _record(
-    claim: Claim, fault: Fault, experiment: str, profile: str, outcome: Mapping[str, Any], runs: Mapping[str, RawRun]
-) -> dict[str, Any]:
+    claim: Claim, fault: Fault, experiment: str, profile: str, outcome: KillOutcome, runs: Mapping[str, RawRun]
+) -> KillRecord:
     import importlib.metadata
 
     versions = {}
@@ -190,22 +196,22 @@ def _record(
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "contract": claim.contract,
-        "id": claim.id,
-        "fault": fault.name,
-        "experiment": experiment,
-        "profile": profile,
-        "parts": record_parts(claim, fault, experiment, profile),
-        "verdict": outcome["verdict"],
-        "caught": outcome["caught"],
-        "detail": outcome["detail"],
-        "runs": sorted(runs),
-        "raw": f"{fault.name}--{experiment}.tar.gz",
-        "judge_version": JUDGE_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
+    return KillRecord(
+        contract=claim.contract,
+        id=claim.id,
+        fault=fault.name,
+        experiment=experiment,
+        profile=profile,
+        parts=record_parts(claim, fault, experiment, profile),
+        verdict=outcome.verdict,
+        caught=outcome.caught,
+        detail=outcome.detail,
+        runs=sorted(runs),
+        raw=f"{fault.name}--{experiment}.tar.gz",
+        judge_version=JUDGE_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+    )
 
 
 def show(cells: Sequence[Cell], profile: str) -> None:

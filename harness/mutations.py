@@ -6,15 +6,14 @@ checks were seen to read. Each check adds its own (``mutate``): just over each b
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-from numpy.typing import NDArray
+from dataclasses import replace
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
-from q4kd.harness.contract import Claim
-from q4kd.harness.judge import judge_claim, plain
-from q4kd.harness.raw import RawRun, array_file
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.judge import judge_claim
+from q4kd.harness.raw import Arrays, RawRun, array_file
+from q4kd.harness.results import ClaimResult, Mutations
 
 NOT_SHOWN = "not shown to fail"
 _MAX_MISSED = 20
@@ -29,13 +28,13 @@ class WatchedRun(RawRun):
         self.seen: set[str] = set()
         self.files: set[str] = set()
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> object:
         """Note the property that is being read."""
         if name in READABLE or name == "array":
             object.__getattribute__(self, "seen").add("arrays" if name == "array" else name)
         return object.__getattribute__(self, name)
 
-    def array(self, name: str) -> dict[str, NDArray[Any]]:
+    def array(self, name: str) -> Arrays:
         """Return the arrays of ``base``, and note their file."""
         self.files.add(array_file(name))
         return super().array(name)
@@ -44,13 +43,13 @@ class WatchedRun(RawRun):
 class SpoiltRun(RawRun):
     """A run with some of its records replaced, and its arrays cut to ``rows``; everything else is that of ``base``."""
 
-    def __init__(self, base: RawRun, records: Mapping[str, Any], rows: int | None = None) -> None:
+    def __init__(self, base: RawRun, records: Mapping[str, object], rows: int | None = None) -> None:
         """Put ``records``, by property name, in the place of what was read."""
         vars(self).update(vars(base))
         vars(self).update(records)
         self._rows = rows
 
-    def array(self, name: str) -> dict[str, NDArray[Any]]:
+    def array(self, name: str) -> Arrays:
         """Return the arrays of ``base``, cut short where that is what is spoilt."""
         arrays = super().array(name)
         if self._rows is None:
@@ -58,10 +57,8 @@ class SpoiltRun(RawRun):
         return {key: value[: self._rows] if value.ndim else value for key, value in arrays.items()}
 
 
-def apply_mutation_rule(
-    claim: Claim, runs: Mapping[str, RawRun], profile: str, result: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what ``judge_claim`` found with ``mutations``, and without a corroboration that did not turn.
+def apply_mutation_rule(claim: Claim, runs: Mapping[str, RawRun], profile: str, result: ClaimResult) -> ClaimResult:
+    """Return what ``judge_claim`` found with its ``mutations``, and without a corroboration that did not turn.
 
     Args:
         claim: the claim judged.
@@ -70,20 +67,20 @@ def apply_mutation_rule(
         result: what ``judge_claim`` returned for these.
 
     Returns:
-        ``result`` with ``"mutations": {"tried", "caught", "missed": [name, …]}``, or None there when the claim was not
-        corroborated. With a mutation that still gives ``corroborated`` it is ``inconclusive(not shown to fail)``.
+        ``result`` with its mutations, or None there when the claim was not corroborated. With a mutation that still
+        gives ``corroborated`` it is ``inconclusive(not shown to fail)``.
     """
-    if claim.falsifier is None or result["verdict"] != "corroborated":
-        return {**result, "mutations": None}
+    if claim.falsifier is None or result.verdict != "corroborated":
+        return result
     tried, missed = 0, []
     for name, verdict in (*_raw(claim, runs, profile), *_observed(claim, profile, result)):
         tried += 1
         if verdict == "corroborated":
             missed.append(name[:200])
-    mutations = {"tried": tried, "caught": tried - len(missed), "missed": missed[:_MAX_MISSED]}
+    mutations = Mutations(tried=tried, caught=tried - len(missed), missed=tuple(missed[:_MAX_MISSED]))
     if missed or not tried:
-        return {**result, "verdict": "inconclusive", "reason": NOT_SHOWN, "mutations": mutations}
-    return {**result, "mutations": mutations}
+        return replace(result, verdict="inconclusive", reason=NOT_SHOWN, mutations=mutations)
+    return replace(result, mutations=mutations)
 
 
 def reads(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> dict[str, dict[str, set[str]]]:
@@ -112,7 +109,7 @@ def _raw(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> Iterator[tup
     for name, run in runs.items():
         kinds = set().union(*(by_run[name] for by_run in seen.values()))
         for what, spoilt in spoil(run, kinds, least):
-            yield f"{name}: {what}", judge_claim(claim, {**runs, name: spoilt}, profile)["verdict"]
+            yield f"{name}: {what}", judge_claim(claim, {**runs, name: spoilt}, profile).verdict
 
 
 def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRun]]:
@@ -150,18 +147,18 @@ def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRu
         yield "arrays cut short", SpoiltRun(run, {}, rows=max(least - 1, 0))
 
 
-def _observed(claim: Claim, profile: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _observed(claim: Claim, profile: str, result: ClaimResult) -> Iterator[tuple[str, str]]:
     """Spoil each check's observation; yield the name of each mutation with the verdict it gave."""
     assert claim.falsifier is not None
     falsifier = claim.falsifier.for_profile(profile)
-    for use, found in zip(falsifier.checks, result["checks"], strict=True):
-        check, params = CHECKS[use.check], plain(use.params)
-        mutations = check.mutate(found["observation"], params, falsifier.min_observations)
+    for use, found in zip(falsifier.checks, result.checks, strict=True):
+        check, params = CHECKS[use.check], found.params
+        mutations = check.mutate(found.observation or {}, params, falsifier.min_observations)
         if not mutations:
             yield f"{use.check} has no mutations of its own", "corroborated"
         for name, observation in mutations:
             try:
-                verdict = check.judge(observation, params, falsifier.min_observations).verdict
+                verdict: str = check.judge(observation, params, falsifier.min_observations).verdict
             except Exception as error:  # a mutation that only breaks the judge shows nothing
                 name, verdict = f"{name}: {type(error).__name__}", "corroborated"
-            yield f"{use.check}: {name}", str(verdict)
+            yield f"{use.check}: {name}", verdict

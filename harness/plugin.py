@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # at run time these come with the first contract, not with every pytest that has q4kd installed
-    from q4kd.harness.contract import Claim, Contract
+    from q4kd.harness.claims_model import Claim, Contract
     from q4kd.harness.session import Outcome, Session
 
 _SESSION = pytest.StashKey["Session"]()
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args[:] = [str(folder)]
     # Each xdist worker builds its configuration from these options.
     config.option.noconftest = True
-    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
     try:
         session = Session.open(
             folder,

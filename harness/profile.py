@@ -4,19 +4,42 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from q4kd.harness.contract import default_contracts_folder
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.json_types import JsonObject, JsonRecord
+from q4kd.harness.schema_match import Schema
 from q4kd.harness.store import Store
-from q4kd.harness.yaml_lines import Document, parse_yaml
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import parse_yaml
 
 CAPABILITIES = frozenset({"cpu", "cuda", "unified"})
-_KEYS = frozenset({"description", "provides", "rooflines"})
-_ROOFLINE_KEYS = frozenset({"value", "unit", "measured", "source"})
 _GPU_PROFILES = {"GB10": "gb10", "H200": "h200", "H100": "h200"}
 _MAX_BYTES = 1 << 20
+_ROOFLINE: JsonObject = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["value", "unit", "measured", "source"],
+    "properties": {
+        "value": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e30, "description": "a positive rate"},
+        "unit": True,
+        "measured": {"type": "boolean", "description": "true or false: was it measured on this machine class?"},
+        "source": True,
+    },
+}
+_SCHEMA = Schema(
+    {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["description", "provides", "rooflines"],
+        "properties": {
+            "description": True,
+            "provides": {"type": "array", "minItems": 1, "items": {"enum": sorted(CAPABILITIES)}},
+            "rooflines": {"type": "object", "additionalProperties": _ROOFLINE},
+        },
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,67 +120,20 @@ def parse_profile(name: str, data: bytes, origin: str) -> Profile:
         InputError: quoting the line, for an unknown key, an unknown capability or a roofline without a source.
     """
     document = parse_yaml(data, origin)
-    value = _mapping(document, (), document.value, _KEYS, _KEYS)
-    provides = value["provides"]
-    if not isinstance(provides, list) or not provides or not CAPABILITIES.issuperset(map(str, provides)):
-        raise document.error(
-            ("provides",),
-            expected=f"a list of {', '.join(sorted(CAPABILITIES))}",
-            got=repr(provides),
-            remedy="list what this machine class has",
+    _SCHEMA.require(document, (), document.value, "write it as those in contracts/profiles are written")
+    value = cast("JsonRecord", document.value)
+    rooflines = {
+        str(key): Roofline(
+            value=float(roof["value"]), unit=str(roof["unit"]), measured=roof["measured"], source=str(roof["source"])
         )
-    rooflines: dict[str, Roofline] = {}
-    for key, entry in _mapping(document, ("rooflines",), value["rooflines"], None, frozenset()).items():
-        roof = _mapping(document, ("rooflines", key), entry, _ROOFLINE_KEYS, _ROOFLINE_KEYS)
-        rate = roof["value"]
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e30:
-            raise document.error(
-                ("rooflines", key, "value"), expected="a positive rate", got=repr(rate), remedy="measure it"
-            )
-        rooflines[str(key)] = Roofline(
-            value=float(rate),
-            unit=str(roof["unit"]),
-            measured=_measured(document, key, roof),
-            source=str(roof["source"]),
-        )
+        for key, roof in value["rooflines"].items()
+    }
     return Profile(
         name=name,
         description=str(value["description"]),
-        provides=frozenset(map(str, provides)),
+        provides=frozenset(value["provides"]),
         rooflines=rooflines,
     )
-
-
-def _measured(document: Document, key: object, roof: Mapping[str, Any]) -> bool:
-    if not isinstance(roof["measured"], bool):
-        raise document.error(
-            ("rooflines", str(key), "measured"),
-            expected="true or false",
-            got=repr(roof["measured"]),
-            remedy="say whether somebody measured it on this machine class",
-        )
-    return roof["measured"]
-
-
-def _mapping(
-    document: Document,
-    path: tuple[str | int, ...],
-    value: object,
-    allowed: frozenset[str] | None,
-    required: frozenset[str],
-) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise document.error(path, expected="a mapping", got=type(value).__name__, remedy="see contracts/profiles")
-    unknown = sorted(str(key) for key in value if allowed is not None and key not in allowed)
-    missing = sorted(required - value.keys())
-    if unknown or missing:
-        raise document.error(
-            (*path, unknown[0]) if unknown else path,
-            expected=f"the keys {', '.join(sorted(allowed or required))}",
-            got=f"the unknown key {unknown[0]!r}" if unknown else f"no {missing[0]!r}",
-            remedy="see contracts/profiles",
-        )
-    return value
 
 
 def detect_profile(probe: Callable[[], GpuProbe] | None = None) -> str:

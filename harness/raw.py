@@ -9,12 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.store import DirectoryStore, PrefixStore, Store, TarStore, open_store, parse_shallow
+from q4kd.harness.json_types import JsonRecord
+from q4kd.harness.store import DirectoryStore, PrefixStore, Store, TarStore, open_store, parse_shallow, read_object
 from q4kd.harness.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
 
@@ -31,6 +32,7 @@ __all__ = [
     "runs_of",
 ]
 
+Arrays: TypeAlias = dict[str, NDArray[Any]]  # by name; of any plain dtype and shape
 MAX_LOG = 4 << 20
 MAX_ARRAY_FILE = 8 << 20
 MAX_ARRAY_BYTES = 64 << 20
@@ -52,14 +54,11 @@ class RawRun:
         self.name = safe_name(name, "run name")
         self.store = PrefixStore(store, f"runs/{name}")
 
-    def _object(self, name: str) -> dict[str, Any]:
-        value = parse_shallow(self.store.read(name), f"{self.name}/{name}")
-        if not isinstance(value, dict):
-            raise InputError(f"{self.name}/{name}", expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
-        return value
+    def _object(self, name: str) -> JsonRecord:
+        return read_object(self.store, name, f"{self.name}/{name}")
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
+    def _lines(self, name: str) -> list[JsonRecord]:
+        rows: list[JsonRecord] = []
         for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
             if line.strip():
                 row = parse_shallow(line, f"{self.name}/{name}:{number}", 1 << 20)
@@ -71,7 +70,7 @@ class RawRun:
         return rows
 
     @cached_property
-    def argv(self) -> dict[str, Any]:
+    def argv(self) -> JsonRecord:
         """The command as run: ``{"argv": […], "fault": null | name, "cwd": …}``."""
         return self._object("argv.json")
 
@@ -86,29 +85,39 @@ class RawRun:
         return self.store.read("stderr.log", MAX_LOG + 4096).decode("utf-8", "replace")
 
     @cached_property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[JsonRecord]:
         """The trainer's events in order. A malformed line is an error, never skipped."""
         return self._lines("events.jsonl")
 
     @cached_property
-    def memory(self) -> list[dict[str, Any]]:
+    def memory(self) -> list[JsonRecord]:
         """The supervisor's samples in order: ``t`` seconds (monotonic), ``rss`` bytes, …"""
         return self._lines("memory.jsonl")
 
     @cached_property
-    def exit(self) -> dict[str, Any]:
+    def exit(self) -> JsonRecord:
         """How the run ended, with the evidence for the cause."""
         return self._object("exit.json")
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonRecord:
         """What the harness itself measured about inputs and outputs."""
         return self._object("facts.json")
 
     @cached_property
-    def harness_error(self) -> dict[str, Any] | None:
+    def harness_error(self) -> JsonRecord | None:
         """What broke in the harness around this run, or None. With an error there is nothing to judge."""
         return self._object("harness_error.json") if "harness_error.json" in self.store.names() else None
+
+    @property
+    def ending(self) -> JsonRecord:
+        """How the run ended, ``{"cause", "returncode"}``, as the checks put it into their observations."""
+        return {"cause": self.exit.get("cause"), "returncode": self.exit.get("returncode")}
+
+    @property
+    def same_boot(self) -> bool:
+        """Whether the machine did not restart during the run."""
+        return bool(self.exit.get("boot_id") == self.exit.get("boot_id_end"))
 
     @property
     def fault(self) -> str | None:
@@ -116,15 +125,15 @@ class RawRun:
         fault = self.argv.get("fault")
         return None if fault is None else str(fault)
 
-    def event(self, name: str) -> dict[str, Any] | None:
+    def event(self, name: str) -> JsonRecord | None:
         """Return the first event of that name, or None."""
         return next((event for event in self.events if event.get("event") == name), None)
 
-    def events_named(self, name: str) -> list[dict[str, Any]]:
+    def events_named(self, name: str) -> list[JsonRecord]:
         """Return all events of that name in order."""
         return [event for event in self.events if event.get("event") == name]
 
-    def array(self, name: str) -> dict[str, NDArray[Any]]:
+    def array(self, name: str) -> Arrays:
         """Return the arrays of ``arrays/<name>.npz`` (or ``name`` itself when it ends in ``.npz``).
 
         Raises:
@@ -140,7 +149,7 @@ def array_file(name: str) -> str:
     return file if file.startswith("arrays/") else f"arrays/{file}"
 
 
-def load_arrays(data: bytes, origin: str) -> dict[str, NDArray[Any]]:
+def load_arrays(data: bytes, origin: str) -> Arrays:
     """Read an npz without pickle, after checking that each header announces what its member really holds.
 
     Raises:
@@ -159,14 +168,14 @@ def load_arrays(data: bytes, origin: str) -> dict[str, NDArray[Any]]:
         raise InputError(origin, expected="an npz of plain arrays", got=str(error)[:200], remedy=REMEDY) from error
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as file:
         content = file.read(info.file_size + 1)
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version}")
-    read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(stream, max_header_size=10_000)
     if dtype.hasobject or dtype.names is not None or dtype.kind not in "biufSU":
         raise ValueError(f"dtype {dtype}")

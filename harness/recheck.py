@@ -4,21 +4,26 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from q4kd.harness.contract import Claim, Contract, contract_files, parse_contract
+from q4kd.harness.claims_folder import contract_files
+from q4kd.harness.claims_model import Claim, Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.interchange import ctrf, digest_of, junit, statement_of
+from q4kd.harness.json_types import JsonRecord, JsonValue
+from q4kd.harness.kill_records import KillRecord, read_kill_records
 from q4kd.harness.plan import Plan
 from q4kd.harness.profile import profile_bytes
 from q4kd.harness.raw import RawRun, Store, TarStore, read_runs
+from q4kd.harness.results import Findings, KillOutcome, KillStatus
 from q4kd.harness.store import read_object
 from q4kd.harness.tar_archive import REMEDY
 from q4kd.harness.waivers import expired_lines
-from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import MAX_BYTES, printable
 
 KILLS = "sabotage/kills.json"
 # For all archives of a bundle together: a few hundred small ones could otherwise unpack to more than any memory.
@@ -35,14 +40,11 @@ class KillReplay:
         self._left = MAX_UNPACKED
 
     @cached_property
-    def _records(self) -> Mapping[str, Any]:
-        records = read_object(self.store, KILLS).get("records")
-        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-            raise InputError(KILLS, expected="kill records by key", got="something else", remedy=REMEDY)
-        return records
+    def _records(self) -> Mapping[str, KillRecord]:
+        return read_kill_records(read_object(self.store, KILLS), KILLS)
 
-    def judge_again(self, claim: Claim, profile: str, recorded: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return the sabotage entries that the bundle should hold for a claim, one for each fault it names.
+    def judge_again(self, claim: Claim, profile: str, recorded: Sequence[KillOutcome]) -> list[KillOutcome]:
+        """Return the outcomes that the bundle should hold for a claim, one for each fault it names.
 
         A record whose code has changed since is still judged: its raw runs are what was seen then. A fault recorded
         without a record stays as it was recorded, which cannot support a corroboration.
@@ -50,7 +52,7 @@ class KillReplay:
         Args:
             claim: a claim with a falsifier.
             profile: the profile judged on.
-            recorded: the finding's ``sabotage`` entries.
+            recorded: the finding's outcomes.
 
         Raises:
             InputError: a record is missing, or is for another claim, or its archive is not the one recorded.
@@ -59,35 +61,36 @@ class KillReplay:
         from q4kd.harness.sabotage.registry import get_fault
 
         assert claim.falsifier is not None
-        by_fault = {str(entry["fault"]): entry for entry in recorded}
-        results: list[dict[str, Any]] = []
+        by_fault = {outcome.fault: outcome for outcome in recorded}
+        results: list[KillOutcome] = []
         for name in claim.falsifier.sabotage:
-            entry = by_fault.get(name)
-            if entry is None:
+            outcome = by_fault.get(name)
+            if outcome is None:
                 raise InputError(
                     claim.key, expected=f"a record for the fault {name}", got="none", remedy="run falsify again"
                 )
-            if entry["record"] is None:
-                results.append({**entry, "caught": False, "verdict": None})
+            if outcome.record is None:
+                status = KillStatus.MISSED if outcome.caught else outcome.status
+                results.append(replace(outcome, status=status, verdict=None))
                 continue
-            record = self._records.get(entry["record"], {})
+            record = self._records.get(outcome.record)
             identity = (claim.contract, claim.id, name, claim.falsifier.experiment)
-            if tuple(record.get(part) for part in ("contract", "id", "fault", "experiment")) != identity:
+            if record is None or (*record.subject, record.experiment) != identity:
                 raise InputError(KILLS, expected=f"a record of {identity}", got="none", remedy="run falsify again")
-            outcome = judge_faulted(claim, get_fault(name), profile, self._archive(record))
-            results.append({"fault": name, "record": entry["record"], **outcome})
+            judged = judge_faulted(claim, get_fault(name), profile, self._archive(record))
+            results.append(replace(judged, record=outcome.record))
         return results
 
-    def _archive(self, record: Mapping[str, Any]) -> Mapping[str, RawRun]:
-        name = f"sabotage/{record.get('raw')}"
+    def _archive(self, record: KillRecord) -> Mapping[str, RawRun]:
+        name = f"sabotage/{record.raw}"
         if name not in self._runs:
             data = self.store.read(name)
-            if hashlib.sha256(data).hexdigest() != record.get("raw_sha256"):
+            if hashlib.sha256(data).hexdigest() != record.raw_sha256:
                 raise InputError(name, expected="the archive recorded", got="another", remedy="run falsify again")
             archive = TarStore(data, name, self._left)
             self._left -= archive.unpacked
             self._runs[name] = read_runs(archive)
-        elif digest_of(self.store, name) != record.get("raw_sha256"):
+        elif digest_of(self.store, name) != record.raw_sha256:
             raise InputError(name, expected="the archive recorded", got="another", remedy="run falsify again")
         return self._runs[name]
 
@@ -110,7 +113,7 @@ def bundle_contracts(store: Store) -> list[Contract]:
     return [parse_contract(name.split("/")[1].rsplit(".", 1)[0], store.read(name, MAX_BYTES), name) for name in names]
 
 
-def read_plan(store: Store) -> tuple[Plan, dict[str, Any]]:
+def read_plan(store: Store) -> tuple[Plan, JsonRecord]:
     """Return ``plan.json`` as a plan and as it is written (InputError when a field is not text)."""
     value = read_object(store, "plan.json")
     plan = Plan.from_json(value)
@@ -120,7 +123,7 @@ def read_plan(store: Store) -> tuple[Plan, dict[str, Any]]:
     return plan, value
 
 
-def given_differences(plan: Plan, inputs: Mapping[str, Any]) -> list[str]:
+def given_differences(plan: Plan, inputs: JsonRecord) -> list[str]:
     """Return, one line each, where the files given by name in the plan are not those digested in ``inputs.json``."""
     named = {f"given/{role}/{name}" for role, name in plan.given.items()}
     digested = {"/".join(name.split("/")[:3]) for name in inputs if name.startswith("given/")}
@@ -152,10 +155,10 @@ def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:
     return lines
 
 
-def interchange_differences(store: Store, findings: Mapping[str, Any]) -> list[str]:
+def interchange_differences(store: Store, findings: Findings) -> list[str]:
     """Derive the other formats again, which are what other tools believe; return how those kept differ."""
     try:
-        statement = statement_of(store)
+        statement = statement_of(store, findings)
         report = ctrf(findings, read_object(store, "environment.json"))
     except (AttributeError, TypeError) as error:
         return [f"environment.json or inputs.json: not what a bundle holds: {error}"]
@@ -172,12 +175,13 @@ def interchange_differences(store: Store, findings: Mapping[str, Any]) -> list[s
     return lines
 
 
-def as_json(value: object) -> Any:
+def as_json(value: object) -> JsonValue:
     """Return ``value`` as it reads after being written to JSON."""
-    return json.loads(json.dumps(value, allow_nan=False))
+    parsed: JsonValue = json.loads(json.dumps(value, allow_nan=False))
+    return parsed
 
 
-def difference(recorded: Any, recomputed: Any, path: str = "") -> str | None:
+def difference(recorded: JsonValue, recomputed: JsonValue, path: str = "") -> str | None:
     """Return where two JSON values differ, or None. Numbers may differ by rounding across machines (1e-9 relative)."""
     if isinstance(recorded, dict) and isinstance(recomputed, dict):
         for key in sorted({*recorded, *recomputed}):
@@ -192,11 +196,10 @@ def difference(recorded: Any, recomputed: Any, path: str = "") -> str | None:
             return f"{path}: {len(recorded)} recorded, {len(recomputed)} recomputed"
         pairs = enumerate(zip(recorded, recomputed, strict=True))
         return next((d for i, (a, b) in pairs if (d := difference(a, b, f"{path}[{i}]")) is not None), None)
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (recorded, recomputed))
-    if numbers:
+    same = recorded == recomputed and isinstance(recorded, bool) == isinstance(recomputed, bool)
+    booleans = isinstance(recorded, bool) or isinstance(recomputed, bool)
+    if not booleans and isinstance(recorded, int | float) and isinstance(recomputed, int | float):
         same = math.isclose(recorded, recomputed, rel_tol=1e-9, abs_tol=1e-15)
-    else:
-        same = recorded == recomputed and isinstance(recorded, bool) == isinstance(recomputed, bool)
     return None if same else f"{path}: recorded {_shown(recorded)}, recomputed {_shown(recomputed)}"
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from q4kd.harness.experiment import Arm, Experiment, Inputs, get_experiment
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import DirectoryStore, RawRun
 from q4kd.harness.redact import redact
 from q4kd.harness.supervise import SETTABLE, run_supervised
@@ -216,5 +216,5 @@ def _check_arrays(folder: Path) -> None:
 def _raise_recorded(folder: Path) -> None:
     recorded = folder / "harness_error.json"
     if recorded.is_file():
-        value: dict[str, Any] = read_json(recorded, 1 << 16)
+        value: JsonRecord = read_json(recorded, 1 << 16)
         raise HarnessError(str(value.get("stage")), str(value.get("error")).removeprefix(f"{value.get('stage')}: "))

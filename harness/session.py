@@ -6,26 +6,30 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from q4kd.harness import bundle as bundles
-from q4kd.harness.contract import Claim, Contract, contract_files, load_contracts
+from q4kd.harness.claims_folder import contract_files
+from q4kd.harness.claims_model import Claim, Contract
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
-from q4kd.harness.findings import PROSE, assemble, headline, inconclusive, sabotage_lines
+from q4kd.harness.findings import PROSE, assemble, headline, sabotage_lines
 from q4kd.harness.given import GivenFiles
+from q4kd.harness.interchange import write_interchange
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
 from q4kd.harness.mutations import apply_mutation_rule
 from q4kd.harness.plan import Plan, make_plan
 from q4kd.harness.profile import detect_profile, load_profile
+from q4kd.harness.results import ClaimResult, Findings
 from q4kd.harness.runner import ExperimentRunner, HarnessError
-from q4kd.harness.waivers import Waiver, applying, expired_lines, load_waivers, today
-from q4kd.harness.yaml_lines import printable
+from q4kd.harness.store import DirectoryStore
+from q4kd.harness.waivers import applying, expired_lines, load_waivers, today
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json, write_json
+from q4kd.trainer.files import read_json, write_atomic, write_json
+from q4kd.trainer.yaml_lines import printable
 
 HARNESS_ERROR = "harness error"
 _COLOURS = {"corroborated": "green", "falsified": "red", "inconclusive": "yellow"}
@@ -57,7 +61,7 @@ class Session:
     owns_inputs: bool
     by_path: Mapping[Path, Contract] = field(init=False)
     claims: Mapping[str, Claim] = field(init=False)
-    findings: dict[str, Any] | None = None
+    findings: Findings | None = None
     trouble: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class Session:
         bundle: str | None,
         kills: str | None,
         waivers: str | None = None,
-        worker: Mapping[str, Any] | None,
+        worker: Mapping[str, str] | None,
         dry: bool,
         given: GivenFiles | None = None,
         inputs: str | None = None,
@@ -88,7 +92,7 @@ class Session:
         """
         contracts = load_contracts(folder)
         if worker is not None:
-            name, target, made = str(worker["q4kd_profile"]), Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
+            name, target, made = worker["q4kd_profile"], Path(worker["q4kd_bundle"]), Path(worker["q4kd_inputs"])
         else:
             name = profile or detect_profile()
             target = refuse_used(Path(bundle) if bundle else new_bundle_path(name)).resolve()
@@ -127,24 +131,23 @@ class Session:
         try:
             result = self._judge(claim)
         except Exception as problem:  # the harness failed, so nothing was learnt about the claim
-            result = inconclusive(HARNESS_ERROR)
+            result = ClaimResult.inconclusive(HARNESS_ERROR)
             told = isinstance(problem, (HarnessError, InputError))
             error = str(problem) if told else "".join(traceback.format_exception(problem)[-8:])
-        result["seconds"] = round(time.monotonic() - started, 3)
+        result = replace(result, seconds=round(time.monotonic() - started, 3))
         partial = self.bundle / ".partial" / f"{hashlib.sha256(claim.key.encode()).hexdigest()}.json"
         partial.parent.mkdir(exist_ok=True)
-        write_json(partial, {"key": claim.key, "result": result})
+        write_json(partial, {"key": claim.key, "result": result.to_json()})
         return self._outcome(claim, result, error)
 
-    def _judge(self, claim: Claim) -> dict[str, Any]:
+    def _judge(self, claim: Claim) -> ClaimResult:
         if claim.falsifier is None:
-            return inconclusive(PROSE)
+            return ClaimResult.inconclusive(PROSE)
         assert self.runner is not None
         name = claim.falsifier.experiment
         runs = self.runner.run(name, timeout_s=self._timeout(name))
         judged = apply_mutation_rule(claim, runs, self.profile, judge_claim(claim, runs, self.profile))
-        result = {**judged, "runs": sorted(runs)}
-        return apply_kill_rule(result, rejudge(claim, self.profile, self.kills))
+        return apply_kill_rule(judged, rejudge(claim, self.profile, self.kills))
 
     def _timeout(self, experiment: str) -> float | None:
         """An experiment shared by several claims gets the longest time that any of them allows."""
@@ -152,32 +155,24 @@ class Session:
         times = [f.timeout_s for f in falsifiers if f.experiment == experiment and f.timeout_s is not None]
         return max(times, default=None)
 
-    def _outcome(self, claim: Claim, result: Mapping[str, Any], error: str) -> Outcome:
+    def _outcome(self, claim: Claim, result: ClaimResult, error: str) -> Outcome:
         entry = self.plan.entry(claim.key)
-        verdict = str(result["verdict"])
-        what = verdict if result.get("reason") is None else f"{verdict} ({result['reason']})"
+        verdict = result.verdict
+        what = verdict if result.reason is None else f"{verdict} ({result.reason})"
         lines = [f"{claim.key}: {what}", f"  claim     {claim.rule}", f"  predicts  {claim.prediction}"]
-        for check in result.get("checks", []):
-            lines.append(
-                f"  {check['check']}: {check['verdict']}: measured {check['measured']}, bound {check['bound']}"
-            )
-            if check.get("counterexample"):
-                lines.append(f"    counterexample: {check['counterexample']}")
-            if check.get("reason"):
-                lines.append(f"    reason: {check['reason']}")
-        for name in (result.get("mutations") or {}).get("missed", []):
-            lines.append(f"  mutation not noticed: {name}")
-        for kill in result.get("sabotage", []):
-            if not kill["caught"]:
-                lines.append(f"  fault {kill['fault']}: {kill['detail']}")
-        if error:
-            lines += [f"  {line}" for line in error.splitlines()]
+        for check in result.checks:
+            lines.append(f"  {check.check}: {check.verdict}: measured {check.measured}, bound {check.bound}")
+            lines += [f"    counterexample: {check.counterexample}"] if check.counterexample else []
+            lines += [f"    reason: {check.reason}"] if check.reason else []
+        lines += [f"  mutation not noticed: {name}" for name in (result.mutations.missed if result.mutations else ())]
+        lines += [f"  fault {kill.fault}: {kill.detail}" for kill in result.sabotage if not kill.caught]
+        lines += [f"  {line}" for line in error.splitlines()]
         if verdict == "falsified" and claim.if_fails:
             lines.append(f"  if this fails: {claim.if_fails}")
-        lines += [f"  evidence  {self.bundle / 'runs' / run}" for run in result.get("runs", [])]
+        lines += [f"  evidence  {self.bundle / 'runs' / run}" for run in result.runs]
         gating = entry is None or entry.scope == "required"
-        row = {"key": claim.key, "verdict": verdict, "scope": "required" if gating else "not_gating"}
-        if (waiver := applying(self.plan.waivers, row, today())) is not None:
+        scope = "required" if gating else "not_gating"
+        if (waiver := applying(self.plan.waivers, claim.key, verdict, scope, today())) is not None:
             lines[0] += f"; {waiver}"
         clean = [printable(line) for line in lines]
         return Outcome(verdict, gating, clean[0], "\n".join(clean), waived=waiver is not None)
@@ -187,43 +182,39 @@ class Session:
         results = {}
         for path in sorted((self.bundle / ".partial").glob("*.json")):
             record = read_json(path)
-            results[record["key"]] = record["result"]
+            results[record["key"]] = ClaimResult.from_json(record["result"])
         self.findings = assemble(self.plan, self.contracts, results, judge_version=JUDGE_VERSION)
         for scratch in (".partial", ".locks"):
             shutil.rmtree(self.bundle / scratch, ignore_errors=True)
-        used = [
-            kill["record"] for finding in self.findings["findings"] for kill in finding["sabotage"] if kill["record"]
-        ]
+        used = [kill.record for finding in self.findings.rows for kill in finding.sabotage if kill.record]
         self.kills.copy_to(self.bundle / "sabotage", used)
         if self.runner is not None:
             write_json(self.bundle / "inputs.json", self.runner.inputs.digests())
         bundles.write_findings(self.bundle, self.findings)
         try:
-            bundles.close(self.bundle)
+            close_bundle(self.bundle)
         except Exception as problem:  # without report or seal the findings stand, but the bundle cannot be handed on
             self.trouble = f"the bundle could not be finished: {type(problem).__name__}: {problem}"
-            return int(self.findings["exit_code"]) or 2
-        return int(self.findings["exit_code"])
+            return self.findings.exit_code or 2
+        return self.findings.exit_code
 
     def summary_lines(self) -> list[tuple[str, str | None]]:
         """Return the lines of the final table, each with its colour."""
         if self.findings is None:
             return [("no findings were written", "red")]
         lines: list[tuple[str, str | None]] = []
-        for finding in self.findings["findings"]:
-            why = finding["reason"] or next((c["counterexample"] or c["measured"] for c in finding["checks"]), "") or ""
-            if finding["verdict"] != "inconclusive":
-                at = next((c for c in finding["checks"] if c["verdict"] == finding["verdict"]), None)
-                why = (at and (at["counterexample"] or at["measured"])) or why
-            missed = (finding["mutations"] or {}).get("missed")
-            if missed:
-                why = f"{why}: not noticed: {missed[0]}"
-            mark = "" if finding["scope"] == "required" else " [not gating]"
-            text = f"{finding['verdict']:<13} {finding['key']}{mark}  {why}"
-            lines.append((printable(text), _COLOURS[finding["verdict"]]))
-            if finding.get("waiver") is not None:
-                lines.append((printable(f"{'':<13} {Waiver(**finding['waiver'])}"), "yellow"))
-        lines += [(printable(line), "red") for line in expired_lines(self.plan.waivers, self.findings["created"])]
+        for finding in self.findings.rows:
+            why = finding.reason or next((c.counterexample or c.measured for c in finding.checks), "") or ""
+            if finding.verdict != "inconclusive" and (at := finding.deciding) is not None:
+                why = at.counterexample or at.measured or why
+            if finding.mutations is not None and finding.mutations.missed:
+                why = f"{why}: not noticed: {finding.mutations.missed[0]}"
+            mark = "" if finding.required else " [not gating]"
+            text = f"{finding.verdict:<13} {finding.key}{mark}  {why}"
+            lines.append((printable(text), _COLOURS[finding.verdict]))
+            if finding.waiver is not None:
+                lines.append((printable(f"{'':<13} {finding.waiver}"), "yellow"))
+        lines += [(printable(line), "red") for line in expired_lines(self.plan.waivers, self.findings.created)]
         for entry in self.plan.entries:
             if entry.scope == "out_of_scope":
                 lines.append((printable(f"{'out of scope':<13} {entry.key}  {entry.reason}"), None))
@@ -238,3 +229,15 @@ class Session:
         """Remove the inputs, which are large and which their digests describe."""
         if self.owns_inputs and self.runner is not None:
             shutil.rmtree(self.runner.inputs.folder, ignore_errors=True)
+
+
+def close_bundle(folder: Path) -> None:
+    """Finish a bundle whose findings are written: interchange formats, the reports, then the seal over everything."""
+    from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
+    from q4kd.harness.report_markdown import FILE, render_markdown
+
+    store = DirectoryStore(folder)
+    write_interchange(folder, store)
+    write_atomic(folder / "report.html", render(store).encode())
+    write_atomic(folder / FILE, render_markdown(store).encode())
+    bundles.seal(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from q4kd.harness.bundle import MANIFEST, pack_store
 from q4kd.harness.dsse import ENVELOPE, encode_payload, fingerprint, load_private_key, read_envelope, sign
+from q4kd.harness.findings import read_findings
 from q4kd.harness.interchange import signed_statement, statement_of
 from q4kd.harness.store import MemoryStore, Store, open_store, snapshot
 from q4kd.harness.verify import verify_store
@@ -44,7 +45,7 @@ def sign_bundle(path: Path, key: Path) -> str:
             got=f"{result.status}: {result.problems[0]}",
             remedy="see `q4kd evidence verify`; sign what it accepts",
         )
-    payload = encode_payload(signed_statement(statement_of(store), store.read(MANIFEST)))
+    payload = encode_payload(signed_statement(statement_of(store, read_findings(store)), store.read(MANIFEST)))
     envelope = sign(payload, private, _others(store))
     if path.is_dir():
         write_atomic(path / ENVELOPE, envelope)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.tar_archive import REMEDY, read_members, safe_name, too_large
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
@@ -190,7 +191,7 @@ def parse_shallow(data: bytes, origin: str, max_bytes: int = MAX_FILE) -> Any:
     return value
 
 
-def depth(value: Any) -> int:
+def depth(value: object) -> int:
     """Return how deep a JSON value is nested, without recursion."""
     deepest, pending = 0, [(value, 1)]
     while pending:
@@ -201,11 +202,11 @@ def depth(value: Any) -> int:
     return deepest
 
 
-def read_object(store: Store, name: str) -> dict[str, Any]:
-    """Return a JSON file whose top is an object (InputError when it is anything else)."""
-    value = parse_shallow(store.read(name), name)
+def read_object(store: Store, name: str, origin: str = "") -> JsonRecord:
+    """Return a JSON file whose top is an object (InputError, by ``origin`` or else ``name``, for anything else)."""
+    value = parse_shallow(store.read(name), origin or name)
     if not isinstance(value, dict):
-        raise InputError(name, expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
+        raise InputError(origin or name, expected="a JSON object", got=type(value).__name__, remedy=REMEDY)
     return value
 
 

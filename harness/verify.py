@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from q4kd.harness.bundle import MANIFEST, seal_problems
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.dsse import (
     ENVELOPE,
     Envelope,
@@ -20,7 +20,7 @@ from q4kd.harness.dsse import (
     read_envelope,
     unsigned_by,
 )
-from q4kd.harness.findings import NOT_RUN, PROSE, exit_code, headline, inconclusive, parse_findings, summary
+from q4kd.harness.findings import NOT_RUN, PROSE, exit_code, headline, read_findings, summary
 from q4kd.harness.interchange import signed_statement, statement_of
 from q4kd.harness.plan import Plan, make_plan, plan_differences
 from q4kd.harness.profile import read_profile
@@ -37,10 +37,11 @@ from q4kd.harness.recheck import (
     read_plan,
     waiver_lines,
 )
+from q4kd.harness.results import ClaimResult, Finding, Findings
 from q4kd.harness.store import read_object, snapshot
 from q4kd.harness.waivers import applying
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import printable
 
 Status = Literal["consistent", "mismatch", "unverifiable"]
 _EXIT_CODES: Mapping[Status, int] = {"consistent": 0, "mismatch": 1, "unverifiable": 2}
@@ -170,38 +171,36 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envel
     if version != JUDGE_VERSION:
         notes.unknowns.append(f"judge version {version!r} is unknown here; this program judges by {JUDGE_VERSION}")
         return
-    findings = parse_findings(store.read("findings.json"), "findings.json")
+    findings = read_findings(store)
     notes.headline = printable(headline(findings), 300)
     contracts = bundle_contracts(store)
-    profile = read_profile(findings["profile"], store)
+    profile = read_profile(findings.profile, store)
     recorded, written = read_plan(store)
     plan = make_plan(contracts, profile, recorded.select, given=recorded.given, waivers=recorded.waivers)
     notes.mismatches += plan_differences(recorded, plan)
-    wrong, said = waiver_lines(plan, contracts, findings["created"])
+    wrong, said = waiver_lines(plan, contracts, findings.created)
     notes.mismatches += wrong
     notes.caveats += said
     notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
     notes.mismatches += given_differences(recorded, read_object(store, "inputs.json"))
-    if findings["scope"] != plan.scope:
-        notes.mismatches.append(f"scope recorded as {findings['scope']}, expected {plan.scope}")
-    if read_object(store, "environment.json").get("profile") != findings["profile"]:
+    if findings.scope != plan.scope:
+        notes.mismatches.append(f"scope recorded as {findings.scope}, expected {plan.scope}")
+    if read_object(store, "environment.json").get("profile") != findings.profile:
         notes.mismatches.append("environment.json: made on another profile than the findings")
     _check_findings(store, findings, contracts, plan, notes)
     if contracts_folder is not None:
-        notes.mismatches += contract_differences(store, contracts_folder, findings["profile"])
+        notes.mismatches += contract_differences(store, contracts_folder, findings.profile)
     notes.mismatches += interchange_differences(store, findings)
     if envelope is not None:
-        expected = signed_statement(statement_of(store), store.read(MANIFEST))
+        expected = signed_statement(statement_of(store, findings), store.read(MANIFEST))
         if envelope.payload != encode_payload(expected):
             notes.mismatches.append(f"{ENVELOPE}: the signed statement is not the one that the findings give")
 
 
-def _check_findings(
-    store: Store, findings: Mapping[str, Any], contracts: list[Contract], plan: Plan, notes: _Notes
-) -> None:
+def _check_findings(store: Store, findings: Findings, contracts: list[Contract], plan: Plan, notes: _Notes) -> None:
     claims = {claim.key: claim for contract in contracts for claim in contract.claims}
     wanted = {entry.key: entry for entry in plan.entries if entry.scope != "out_of_scope"}
-    keys = [row["key"] for row in findings["findings"]]
+    keys = [row.key for row in findings.rows]
     notes.mismatches += [f"{key}: required by the plan and without a finding" for key in wanted if key not in keys]
     notes.mismatches += [f"{key}: a finding that is not in the plan" for key in keys if key not in wanted]
     if len(keys) != len(set(keys)):
@@ -209,20 +208,19 @@ def _check_findings(
     runs = read_runs(store)
     _check_runs(runs, claims, notes)
     kills = KillReplay(store)
-    for row in findings["findings"]:
-        if row["key"] in wanted:
-            if row["scope"] != wanted[row["key"]].scope:
-                notes.mismatches.append(f"{row['key']}: scope recorded as {row['scope']}")
-            _check_finding(row, claims[row["key"]], runs, findings["profile"], kills, notes)
-            waiver = applying(plan.waivers, row, findings["created"])
-            if row.get("waiver") != (None if waiver is None else vars(waiver)):
-                notes.mismatches.append(f"{row['key']}: the waiver recorded is not what the plan gives")
-    code = exit_code(findings["findings"], findings["scope"])
-    if findings["exit_code"] != code:
-        notes.mismatches.append(f"exit code recorded as {findings['exit_code']}, recomputed {code}")
-    counts = summary(plan, findings["findings"])
-    if findings["summary"] != counts:
-        notes.mismatches.append(f"summary recorded as {findings['summary']}, recomputed {counts}")
+    for row in findings.rows:
+        if row.key in wanted:
+            if row.scope != wanted[row.key].scope:
+                notes.mismatches.append(f"{row.key}: scope recorded as {row.scope}")
+            _check_finding(row, claims[row.key], runs, findings.profile, kills, notes)
+            if row.waiver != applying(plan.waivers, row.key, row.verdict, row.scope, findings.created):
+                notes.mismatches.append(f"{row.key}: the waiver recorded is not what the plan gives")
+    code = exit_code(findings.rows, findings.scope)
+    if findings.exit_code != code:
+        notes.mismatches.append(f"exit code recorded as {findings.exit_code}, recomputed {code}")
+    counts = summary(plan, findings.rows)
+    if findings.summary != counts:
+        notes.mismatches.append(f"summary recorded as {findings.summary}, recomputed {counts}")
 
 
 def _check_runs(runs: Mapping[str, RawRun], claims: Mapping[str, Claim], notes: _Notes) -> None:
@@ -239,7 +237,7 @@ def _check_runs(runs: Mapping[str, RawRun], claims: Mapping[str, Claim], notes: 
 
 
 def _check_finding(
-    row: Mapping[str, Any],
+    row: Finding,
     claim: Claim,
     runs: Mapping[str, RawRun],
     profile: str,
@@ -247,44 +245,46 @@ def _check_finding(
     notes: _Notes,
 ) -> None:
     for name in ("contract", "id", "rule", "prediction", "if_fails"):
-        if row[name] != getattr(claim, name):
+        if getattr(row, name) != getattr(claim, name):
             notes.mismatches.append(f"{claim.key}: {name} differs from the contract")
     experiment = claim.falsifier.experiment if claim.falsifier else None
-    if row["experiment"] != experiment:
+    if row.experiment != experiment:
         notes.mismatches.append(f"{claim.key}: experiment differs from the contract")
     mine = runs_of(experiment, runs) if experiment else {}
-    not_judged = row["verdict"] == "inconclusive" and row["reason"] in _NOT_JUDGED and not row["runs"]
+    not_judged = row.verdict == "inconclusive" and row.reason in _NOT_JUDGED and not row.runs
     if not not_judged:
-        if sorted(row["runs"]) != sorted(mine):
-            notes.mismatches.append(f"{claim.key}: judged on {row['runs']}, the bundle holds {sorted(mine)}")
+        if sorted(row.runs) != sorted(mine):
+            notes.mismatches.append(f"{claim.key}: judged on {list(row.runs)}, the bundle holds {sorted(mine)}")
         if absent := arms_of(experiment) - set(mine):
             notes.mismatches.append(f"{claim.key}: judged without the runs {sorted(absent)} of its experiment")
-    elif row["checks"] or row["sabotage"]:
-        notes.mismatches.append(f"{claim.key}: recorded as {row['reason']}, with checks or faults all the same")
+    elif row.checks or row.sabotage:
+        notes.mismatches.append(f"{claim.key}: recorded as {row.reason}, with checks or faults all the same")
     try:
-        result = as_json(_recompute(row, claim, mine, profile, kills))
+        result = _recompute(row, claim, mine, profile, kills)
+        recomputed = {name: as_json(value) for name, value in result.to_json().items()} if result is not None else {}
     except Exception as error:  # a check met raw files it was never meant to: that is a finding, not a crash
         notes.mismatches.append(f"{claim.key}: cannot be judged again: {type(error).__name__}: {error}")
         return
     if result is None:
         if not not_judged:
-            notes.mismatches.append(f"{claim.key}: recorded as {row['verdict']}, but it was never run to the end")
+            notes.mismatches.append(f"{claim.key}: recorded as {row.verdict}, but it was never run to the end")
         return
-    if not_judged and result["verdict"] != "falsified":
+    if not_judged and result.verdict != "falsified":
         return  # stopped before it was judged: less is claimed than the raw files show, and no refutation is hidden
     notes.recomputed += 1
+    recorded = row.to_json()
     for name in ("verdict", "reason", "checks", "mutations", "sabotage"):
-        where = difference(row[name], result.get(name))
+        where = difference(recorded[name], recomputed[name])
         if where is not None:
             notes.mismatches.append(f"{claim.key}: {name}{where}")
 
 
 def _recompute(
-    row: Mapping[str, Any], claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: KillReplay
-) -> dict[str, Any] | None:
+    row: Finding, claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: KillReplay
+) -> ClaimResult | None:
     """Judge a claim again; None when its experiment was not run to the end and there is nothing to judge."""
     if claim.falsifier is None:
-        return {**inconclusive(PROSE), "mutations": None, "sabotage": []}
+        return ClaimResult.inconclusive(PROSE)
     if not runs or any(run.harness_error is not None for run in runs.values()):
         return None
     from q4kd.harness.judge import judge_claim
@@ -292,7 +292,7 @@ def _recompute(
     from q4kd.harness.mutations import apply_mutation_rule
 
     result = judge_claim(claim, runs, profile)
-    if not row["runs"]:
+    if not row.runs:
         return result
     result = apply_mutation_rule(claim, runs, profile, result)
-    return apply_kill_rule(result, kills.judge_again(claim, profile, row["sabotage"]))
+    return apply_kill_rule(result, kills.judge_again(claim, profile, row.sabotage))

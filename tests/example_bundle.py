@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from q4kd.harness import bundle
 from q4kd.harness.checks import Judgement
-from q4kd.harness.contract import Claim, load_contracts
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import Arm, Experiment
 from q4kd.harness.findings import assemble
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim
@@ -21,7 +23,9 @@ from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, read_runs, runs_of
 from q4kd.harness.recheck import KillReplay
+from q4kd.harness.results import KillOutcome, KillStatus
 from q4kd.harness.sabotage.registry import Fault
+from q4kd.harness.session import close_bundle
 from q4kd.harness.waivers import Waiver
 
 CONTRACT = """\
@@ -204,11 +208,11 @@ def build(
     for claim in judged:
         assert claim.falsifier is not None
         mine = runs_of(claim.falsifier.experiment, runs)
-        kills = replay.judge_again(claim, "cpu", [{"fault": "ballast", "record": keys[claim.key]}])
-        judged = apply_mutation_rule(claim, mine, "cpu", judge_claim(claim, mine, "cpu"))
-        result = apply_kill_rule(judged, kills)
-        results[claim.key] = {**result, "runs": list(mine), "seconds": 1.25}
+        filed = KillOutcome(fault="ballast", status=KillStatus.CAUGHT, detail=None, record=keys[claim.key])
+        kills = replay.judge_again(claim, "cpu", [filed])
+        result = apply_mutation_rule(claim, mine, "cpu", judge_claim(claim, mine, "cpu"))
+        results[claim.key] = replace(apply_kill_rule(result, kills), seconds=1.25)
     created = "2026-11-23T12:00:00+00:00"
     bundle.write_findings(folder, assemble(plan, loaded, results, judge_version=JUDGE_VERSION, created=created))
-    bundle.close(folder)
+    close_bundle(folder)
     return folder

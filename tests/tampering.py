@@ -17,6 +17,7 @@ from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import read_profile
 from q4kd.harness.raw import read_runs, runs_of
 from q4kd.harness.recheck import KillReplay
+from q4kd.harness.results import Finding, Findings
 from q4kd.harness.store import MemoryStore
 
 Files = dict[str, bytes]
@@ -65,10 +66,11 @@ def dumps(value: Any) -> bytes:
 
 def derive(files: Files) -> None:
     """Write the other formats anew, as whoever edits the findings would."""
-    store, findings = MemoryStore(files, "bundle"), loads(files, "findings.json")
+    store = MemoryStore(files, "bundle")
+    findings = Findings.from_json(loads(files, "findings.json"))
     files["junit.xml"] = junit(findings)
     files["ctrf.json"] = dumps(ctrf(findings, loads(files, "environment.json")))
-    files["statement.intoto.json"] = dumps(statement_of(store))
+    files["statement.intoto.json"] = dumps(statement_of(store, findings))
 
 
 def seal(files: Files) -> Files:
@@ -105,7 +107,7 @@ def verdict_edited(draw: random.Random, files: Files) -> None:
         )
         if draw.random() < 0.5:
             row["checks"][0].update(verdict=row["verdict"], reason=row["reason"])
-        document["exit_code"] = exit_code(document["findings"], document["scope"])
+        document["exit_code"] = exit_code(map(Finding.from_json, document["findings"]), document["scope"])
         for name in ("corroborated", "falsified", "inconclusive"):
             document["summary"][name] = sum(row["verdict"] == name for row in document["findings"])
 
@@ -170,7 +172,7 @@ def finding_dropped_or_repeated(draw: random.Random, files: Files) -> None:
         rows = document["findings"]
         row = draw.choice(rows)
         rows.append(copy.deepcopy(row)) if draw.random() < 0.3 else rows.remove(row)
-        document["exit_code"] = exit_code(rows, document["scope"])
+        document["exit_code"] = exit_code(map(Finding.from_json, rows), document["scope"])
 
     edit_findings(files, change)
 
@@ -314,17 +316,18 @@ def judge_again(files: Files) -> None:
     store = MemoryStore(files, "bundle")
     contract = parse_contract("demo-v1", files["contracts/demo-v1.yaml"], "demo-v1.yaml")
     plan = make_plan([contract], read_profile("cpu", store))
-    recorded = {row["key"]: row for row in loads(files, "findings.json")["findings"]}
+    recorded = {row.key: row for row in Findings.from_json(loads(files, "findings.json")).rows}
     runs, replay = read_runs(store), KillReplay(store)
     results = {}
     for claim in contract.claims:
         if claim.falsifier is None or claim.key not in recorded:
             continue
         mine = runs_of(claim.falsifier.experiment, runs)
-        kills = replay.judge_again(claim, "cpu", recorded[claim.key]["sabotage"])
+        kills = replay.judge_again(claim, "cpu", recorded[claim.key].sabotage)
         judged = apply_mutation_rule(claim, mine, "cpu", judge_claim(claim, mine, "cpu"))
-        results[claim.key] = {**apply_kill_rule(judged, kills), "runs": list(mine)}
+        results[claim.key] = apply_kill_rule(judged, kills)
     files["plan.json"] = dumps(plan.to_json())
     created = "2026-11-23T12:00:00+00:00"
-    files["findings.json"] = dumps(assemble(plan, [contract], results, judge_version=JUDGE_VERSION, created=created))
+    findings = assemble(plan, [contract], results, judge_version=JUDGE_VERSION, created=created)
+    files["findings.json"] = dumps(findings.to_json())
     derive(files)

@@ -7,9 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from q4kd.harness.child import VOID_EXIT
 from q4kd.harness.sabotage import registry
-from q4kd.harness.sabotage.registry import Fault, MissingTarget, plant, register, replace, resolve
+from q4kd.harness.sabotage.registry import VOID_EXIT, Fault, MissingTarget, plant, register, replace, resolve
 
 TESTS = str(Path(__file__).parent)
 

@@ -5,9 +5,14 @@ from pathlib import Path
 import pytest
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.bundle import write_findings
+from q4kd.harness.findings import read_findings
+from q4kd.harness.kill_records import kill_records, read_kill_records
 from q4kd.harness.raw import open_store
+from q4kd.harness.recheck import KILLS
 from q4kd.harness.store import read_object
 from q4kd.harness.verify import verify_bundle
+from q4kd.trainer.files import write_json
 
 FOLDER = Path(__file__).parents[1] / "evidence" / "bundles"
 BUNDLES = sorted(FOLDER.glob("*.tar.gz"))
@@ -27,3 +32,12 @@ def test_a_committed_bundle_still_verifies(path: Path, capsys: pytest.CaptureFix
     findings = read_object(open_store(path), "findings.json")["findings"]
     # Every verdict of the bundle, and not only those that are still understood.
     assert result.recomputed == len(findings) > 0
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.name)
+def test_findings_and_kill_records_are_written_as_they_were_read(path: Path, tmp_path: Path) -> None:
+    store = open_store(path)
+    write_findings(tmp_path, read_findings(store))
+    write_json(tmp_path / "kills.json", kill_records(read_kill_records(read_object(store, KILLS), KILLS)))
+    assert (tmp_path / "findings.json").read_bytes() == store.read("findings.json")
+    assert (tmp_path / "kills.json").read_bytes() == store.read(KILLS)

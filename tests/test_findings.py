@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,17 +9,24 @@ from example_bundle import CAUGHT, CONTRACT, PROSE, register
 from jsonschema import Draft202012Validator
 
 from q4kd.harness import findings as module
-from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.claims_model import Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.findings import assemble, exit_code, headline, validate_findings
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
+from q4kd.harness.results import CheckResult, ClaimResult, Finding, Findings, KillOutcome
 from q4kd.trainer.errors import InputError
 
-CHECK = {
+CHECK: dict[str, Any] = {
     "check": "peak", "params": {"limit": 1}, "observation": {"peak": 0.5}, "verdict": "corroborated", "reason": None,
     "measured": "0.5", "bound": "<= 1", "counterexample": None, "margin": 0.5,
 }  # fmt: skip
-HELD = {"verdict": "corroborated", "reason": None, "checks": [CHECK], "runs": ["demo"], "sabotage": [CAUGHT]}
+HELD = ClaimResult(
+    verdict="corroborated",
+    checks=(CheckResult(**CHECK),),
+    runs=("demo",),
+    sabotage=(KillOutcome.from_json(CAUGHT),),
+)
 
 
 @pytest.fixture
@@ -27,37 +35,38 @@ def contracts(monkeypatch: pytest.MonkeyPatch) -> list[Contract]:
     return [parse_contract("demo-v1", CONTRACT.encode(), "demo-v1.yaml")]
 
 
-def make(contracts: list[Contract], results: dict[str, Any], select: str | None = None) -> dict[str, Any]:
+def make(contracts: list[Contract], results: dict[str, ClaimResult], select: str | None = None) -> Findings:
     plan = make_plan(contracts, load_profile("cpu"), select)
     return assemble(plan, contracts, results, judge_version=1, created="2026-11-23T12:00:00+00:00")
 
 
 def test_every_required_claim_gets_a_finding(contracts: list[Contract]) -> None:
     document = make(contracts, {"demo-v1::DEMO-001": HELD})
-    assert [row["key"] for row in document["findings"]] == ["demo-v1::DEMO-001"]
-    assert document["exit_code"] == 0
+    assert [row.key for row in document.rows] == ["demo-v1::DEMO-001"]
+    assert document.exit_code == 0
     assert headline(document) == "1 claim corroborated on profile cpu; 1 out of scope"
 
 
 def test_a_claim_without_a_result_is_inconclusive_and_not_green(contracts: list[Contract]) -> None:
     document = make(contracts, {})
-    assert document["findings"][0]["reason"] == "not run" and document["exit_code"] == 2
+    assert document.rows[0].reason == "not run" and document.exit_code == 2
 
 
 def test_prose_is_inconclusive_whatever_result_is_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     contract = parse_contract("demo-v1", (CONTRACT + PROSE).encode(), "demo-v1.yaml")
     document = make([contract], {"demo-v1::DEMO-001": HELD, "demo-v1::DEMO-003": HELD})
-    assert document["findings"][1]["reason"] == "prose" and document["exit_code"] == 2
+    assert document.rows[1].reason == "prose" and document.exit_code == 2
 
 
 def test_a_partial_scope_cannot_pass(contracts: list[Contract]) -> None:
     document = make(contracts, {"demo-v1::DEMO-001": HELD}, "demo")
-    assert document["exit_code"] == 2 and "partial" in headline(document)
+    assert document.exit_code == 2 and "partial" in headline(document)
 
 
-def row(verdict: str, scope: str = "required") -> dict[str, str]:
-    return {"verdict": verdict, "scope": scope}
+def row(verdict: Any, scope: Any = "required") -> Finding:
+    texts = dict.fromkeys(("contract", "id", "key", "rule", "prediction", "if_fails"), "")
+    return Finding(verdict=verdict, scope=scope, experiment=None, **texts)
 
 
 def test_the_exit_code_over_every_set_of_verdicts() -> None:
@@ -95,19 +104,19 @@ def test_the_exit_code_over_every_set_of_verdicts() -> None:
 )
 def test_the_schema_refuses_what_is_not_a_finding(contracts: list[Contract], path: tuple[Any, ...], value: Any) -> None:
     document = make(contracts, {"demo-v1::DEMO-001": HELD})
-    changed = copy.deepcopy(document)
+    changed = copy.deepcopy(document.to_json())
     place: Any = changed
     for part in path[:-1]:
         place = place[part]
     place[path[-1]] = value
-    assert validate_findings(document, "f") == document
+    assert validate_findings(document.to_json(), "f") == document
     with pytest.raises(InputError):
         validate_findings(changed, "f")
 
 
 def test_a_malformed_result_cannot_be_written(contracts: list[Contract]) -> None:
     with pytest.raises(InputError):
-        make(contracts, {"demo-v1::DEMO-001": {**HELD, "verdict": "inconclusive"}})
+        make(contracts, {"demo-v1::DEMO-001": replace(HELD, verdict="inconclusive")})
 
 
 def test_the_schema_is_one() -> None:

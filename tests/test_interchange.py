@@ -10,7 +10,8 @@ import xmlschema
 from example_bundle import CONTRACT, PROSE, build, register
 from jsonschema import Draft202012Validator, FormatChecker
 
-from q4kd.harness.interchange import ctrf, intoto_statement, junit, message_of
+from q4kd.harness.interchange import ctrf, intoto_statement, junit
+from q4kd.harness.results import Findings
 from q4kd.harness.waivers import Waiver
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -23,6 +24,10 @@ def findings(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     value: dict[str, Any] = json.loads((folder / "findings.json").read_text())
     value["folder"] = folder
     return value
+
+
+def typed(findings: dict[str, Any]) -> Findings:
+    return Findings.from_json({name: value for name, value in findings.items() if name != "folder"})
 
 
 def test_junit_has_no_skips_and_unknown_is_an_error(findings: dict[str, Any]) -> None:
@@ -40,7 +45,7 @@ def test_junit_has_no_skips_and_unknown_is_an_error(findings: dict[str, Any]) ->
 
 def test_junit_survives_text_that_xml_cannot_hold(findings: dict[str, Any]) -> None:
     findings["findings"][0].update(verdict="falsified", id="a\x00\ud800<&", if_fails="\x1b[31m]]>")
-    ElementTree.fromstring(junit(findings))
+    ElementTree.fromstring(junit(typed(findings)))
 
 
 def test_ctrf_says_other_with_the_raw_status(findings: dict[str, Any]) -> None:
@@ -66,7 +71,7 @@ def test_both_formats_fit_their_schemas(findings: dict[str, Any]) -> None:
     ctrf_schema().validate(report)
     for name in ("DEMO-003", 'a "b" <c>&', "é\u2028"):
         findings["findings"][1]["id"] = name
-        junit_schema.validate(junit(findings).decode())
+        junit_schema.validate(junit(typed(findings)).decode())
 
 
 def test_both_formats_of_a_waived_claim_fit_their_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,19 +88,19 @@ def test_both_formats_of_a_waived_claim_fit_their_schemas(tmp_path: Path, monkey
 def test_an_inconclusive_claim_is_neither_passed_nor_skipped_in_any_format(findings: dict[str, Any]) -> None:
     for row in findings["findings"]:
         row.update(verdict="inconclusive", reason="not run")
-    document = junit(findings).decode()
+    document = junit(typed(findings)).decode()
     assert document.count("<error ") == len(findings["findings"]) and "<skipped" not in document
-    report = ctrf(findings, {})["results"]
+    report = ctrf(typed(findings), {})["results"]
     assert {test["status"] for test in report["tests"]} == {"other"}
     assert report["summary"]["skipped"] == report["summary"]["passed"] == report["summary"]["pending"] == 0
-    predicate = intoto_statement(findings, {}, {}, "f" * 64)["predicate"]
+    predicate = intoto_statement(typed(findings), {}, {}, "f" * 64)["predicate"]
     assert predicate["passedTests"] == predicate["warnedTests"] == []
     assert len(predicate["failedTests"]) == len(findings["findings"])
 
 
 def test_the_schemas_can_refuse(findings: dict[str, Any]) -> None:
     junit_schema = xmlschema.XMLSchema(str(SCHEMAS / "junit.xsd"))
-    good = junit(findings).decode()
+    good = junit(typed(findings)).decode()
     for old, new in (
         ('tests="2"', 'tests="many"'),
         ('name="DEMO-003"', 'title="DEMO-003"'),
@@ -106,7 +111,7 @@ def test_the_schemas_can_refuse(findings: dict[str, Any]) -> None:
     ):
         assert old in good
         assert not junit_schema.is_valid(good.replace(old, new)), new
-    report = ctrf(findings, {})
+    report = ctrf(typed(findings), {})
     for path, value in (
         (("reportFormat",), "JUnit"),
         (("specVersion",), "1"),
@@ -136,15 +141,15 @@ def test_the_statement_passes_only_with_exit_code_zero(findings: dict[str, Any])
     assert {subject["name"] for subject in statement["subject"]} >= {"findings.json", "teacher.gguf"}
     good = {**findings, "exit_code": 0}
     clean = {"commit": "c" * 40, "dirty": False}
-    made = intoto_statement(good, clean, {}, "f" * 64)
+    made = intoto_statement(typed(good), clean, {}, "f" * 64)
     assert made["predicate"]["result"] == "PASSED"
     assert {"name": "q4kd", "digest": {"gitCommit": "c" * 40}} in made["subject"]
-    dirty = intoto_statement(good, {**clean, "dirty": True}, {}, "f" * 64)
+    dirty = intoto_statement(typed(good), {**clean, "dirty": True}, {}, "f" * 64)
     assert all("gitCommit" not in subject["digest"] for subject in dirty["subject"])
 
 
 def test_the_message_says_why(findings: dict[str, Any]) -> None:
-    first, prose = findings["findings"]
-    expected = "300.0 is over" if first["verdict"] == "falsified" else "measured 100.0, bound <= 100.5"
-    assert (message_of(first), message_of(prose)) == (expected, "prose")
-    assert ctrf(findings, {})["results"]["tests"][0]["message"] == expected
+    first, prose = typed(findings).rows
+    expected = "300.0 is over" if first.verdict == "falsified" else "measured 100.0, bound <= 100.5"
+    assert (first.message, prose.message) == (expected, "prose")
+    assert ctrf(typed(findings), {})["results"]["tests"][0]["message"] == expected

@@ -10,8 +10,9 @@ from fakeworld import plugin as world
 
 from q4kd.harness import digests, matrix
 from q4kd.harness import kills as kills_module
-from q4kd.harness.contract import Claim, Falsifier
+from q4kd.harness.claims_model import Claim, Falsifier
 from q4kd.harness.experiment import Inputs
+from q4kd.harness.kill_records import KillRecord
 from q4kd.harness.kills import (
     KillStore,
     apply_kill_rule,
@@ -20,6 +21,7 @@ from q4kd.harness.kills import (
     rejudge,
 )
 from q4kd.harness.matrix import kill_matrix, show
+from q4kd.harness.results import ClaimResult, KillOutcome, KillStatus
 from q4kd.harness.runner import ExperimentRunner
 from q4kd.harness.sabotage.registry import get_fault
 from q4kd.trainer.errors import InputError
@@ -61,13 +63,13 @@ def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store):
         ("FT-1", "die"): "caught",
         ("FT-1", "die-undeclared"): "misfire",
     }
-    again = {entry["fault"]: entry for entry in rejudge(one, "cpu", KillStore(store.folder))}
-    assert {name for name, entry in again.items() if entry["caught"]} == {"inflate", "die"}
-    assert again["inflate"]["verdict"] == "falsified"
-    assert again["inflate"]["detail"] == "caught: measure measured 100"
-    assert again["harmless"]["detail"].startswith("missed: ")
-    assert again["absent"]["detail"] == "kill record stale: this fault was never run"
-    assert all("VOID" not in record["detail"] for record in store.records.values())
+    again = {entry.fault: entry for entry in rejudge(one, "cpu", KillStore(store.folder))}
+    assert {name for name, entry in again.items() if entry.caught} == {"inflate", "die"}
+    assert again["inflate"].verdict == "falsified"
+    assert again["inflate"].detail == "caught: measure measured 100"
+    assert again["harmless"].detail.startswith("missed: ")
+    assert again["absent"].detail == "kill record stale: this fault was never run"
+    assert all("VOID" not in record.detail for record in store.records.values())
 
 
 def test_a_verdict_that_a_faulted_run_supports_is_still_missed(runner, store):
@@ -142,17 +144,17 @@ def test_an_archive_keeps_the_arrays_that_its_verdicts_rest_on(runner, store, mo
 
 def stale(one, store):
     (entry,) = rejudge(one, "cpu", store)
-    assert entry["caught"] is False
-    assert entry["record"] is None
-    assert entry["detail"].startswith("kill record stale: ")
-    return entry["detail"].removeprefix("kill record stale: ")
+    assert entry.caught is False
+    assert entry.record is None
+    assert entry.detail.startswith("kill record stale: ")
+    return entry.detail.removeprefix("kill record stale: ")
 
 
 def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypatch):
     one = claim("inflate")
     assert stale(one, store) == "this fault was never run"
     kill_matrix([one], "cpu", store, runner, changed=False)
-    assert rejudge(one, "cpu", store)[0]["caught"]
+    assert rejudge(one, "cpu", store)[0].caught
 
     assert stale(claim("inflate", ceiling=51.0), store) == "changed since: falsifier"
     assert stale(claim("inflate", min_observations=2), store) == "changed since: falsifier"
@@ -181,8 +183,8 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
     monkeypatch.setattr(kills_module, "get_fault", lambda name: fault)
 
     # What does not bear on the catch does not age it.
-    assert rejudge(claim("inflate", timeout_s=9.0), "cpu", store)[0]["caught"]
-    assert rejudge(dataclasses.replace(one, rule="reworded"), "cpu", store)[0]["caught"]
+    assert rejudge(claim("inflate", timeout_s=9.0), "cpu", store)[0].caught
+    assert rejudge(dataclasses.replace(one, rule="reworded"), "cpu", store)[0].caught
 
 
 def test_records_are_not_believed(runner, store):
@@ -193,22 +195,22 @@ def test_records_are_not_believed(runner, store):
     for record in value["records"].values():
         record |= {"caught": True, "verdict": "falsified", "detail": "caught: trust me"}
     path.write_text(json.dumps(value))
-    assert [entry["caught"] for entry in rejudge(one, "cpu", KillStore(store.folder))] == [True, False]
+    assert [entry.caught for entry in rejudge(one, "cpu", KillStore(store.folder))] == [True, False]
     # The archive of another fault in its place: the digest, and failing that argv.json, give it away.
     (store.folder / "harmless--measure.tar.gz").write_bytes((store.folder / "inflate--measure.tar.gz").read_bytes())
-    assert "not the one recorded" in rejudge(one, "cpu", KillStore(store.folder))[1]["detail"]
+    assert "not the one recorded" in rejudge(one, "cpu", KillStore(store.folder))[1].detail
     for record in value["records"].values():
         record["raw_sha256"] = KillStore(store.folder).archive("inflate--measure.tar.gz")[1]
     path.write_text(json.dumps(value))
     entry = rejudge(one, "cpu", KillStore(store.folder))[1]
-    assert (entry["caught"], entry["detail"]) == (False, "misfire: run measure names another fault")
+    assert (entry.caught, entry.detail) == (False, "misfire: run measure names another fault")
 
 
 def test_a_clean_run_is_never_a_catch(runner):
     one = claim("inflate", ceiling=1.0)  # falsified by the clean program too
     outcome = judge_faulted(one, get_fault("inflate"), "cpu", runner.run("measure"))
-    assert not outcome["caught"]
-    assert judge_faulted(one, get_fault("inflate"), "cpu", {})["detail"].startswith("misfire")
+    assert not outcome.caught
+    assert judge_faulted(one, get_fault("inflate"), "cpu", {}).detail.startswith("misfire")
 
 
 def test_a_missing_or_unsafe_archive_is_stale_not_an_error(runner, store):
@@ -218,12 +220,12 @@ def test_a_missing_or_unsafe_archive_is_stale_not_an_error(runner, store):
     (store.folder / "inflate--measure.tar.gz").unlink()
     assert "inflate--measure.tar.gz" in stale(one, KillStore(store.folder))
     again = KillStore(store.folder)
-    again.records[key]["raw"] = "../../etc/x.tar.gz"
+    again.records[key] = dataclasses.replace(again.records[key], raw="../../etc/x.tar.gz")
     assert "a plain *.tar.gz name" in stale(one, again)
 
 
 def test_an_archive_over_two_megabytes_is_refused(store):
-    record = {"contract": "c", "id": "i", "fault": "f", "experiment": "e", "raw": "f--e.tar.gz"}
+    record = KillRecord(contract="c", id="i", fault="f", experiment="e", raw="f--e.tar.gz")
     with pytest.raises(InputError, match="at most"):
         store.add("k", record, b"x" * ((2 << 20) + 1))
     assert store.records == {}
@@ -235,9 +237,9 @@ def test_another_format_is_refused(tmp_path):
         KillStore(tmp_path)
 
 
-CAUGHT = {"fault": "a", "caught": True, "detail": "caught: x"}
-MISSED = {"fault": "b", "caught": False, "detail": "missed: x"}
-STALE = {"fault": "c", "caught": False, "detail": "kill record stale: never run"}
+CAUGHT = KillOutcome.of("a", KillStatus.CAUGHT, "x")
+MISSED = KillOutcome.of("b", KillStatus.MISSED, "x")
+STALE = KillOutcome.of("c", KillStatus.STALE, "never run")
 
 
 @pytest.mark.parametrize(
@@ -254,26 +256,26 @@ STALE = {"fault": "c", "caught": False, "detail": "kill record stale: never run"
     ],
 )
 def test_the_kill_rule(verdict, kills, result):
-    finding = apply_kill_rule({"verdict": verdict, "reason": None}, kills)
-    assert (finding["verdict"], finding["reason"]) == result
-    assert finding["sabotage"] == kills
+    ruled = apply_kill_rule(ClaimResult(verdict=verdict), kills)
+    assert (ruled.verdict, ruled.reason) == result
+    assert ruled.sabotage == tuple(kills)
 
 
 def test_the_kill_rule_keeps_the_reason_of_an_inconclusive_finding():
-    assert apply_kill_rule({"verdict": "inconclusive", "reason": "prose"}, [STALE])["reason"] == "prose"
+    assert apply_kill_rule(ClaimResult.inconclusive("prose"), [STALE]).reason == "prose"
 
 
 def test_a_bundle_gets_the_records_it_used(runner, store, tmp_path):
     one, two = claim("inflate"), claim("harmless", claim_id="FT-2")
     kill_matrix([one, two], "cpu", store, runner, changed=False)
-    key = rejudge(one, "cpu", store)[0]["record"]
+    key = rejudge(one, "cpu", store)[0].record
     store.copy_to(tmp_path / "sabotage", [key])
     assert {path.name for path in (tmp_path / "sabotage").iterdir()} == {"kills.json", "inflate--measure.tar.gz"}
     assert list(json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"]) == [key]
 
 
 def test_the_matrix_is_printed(capsys):
-    cell = matrix.Cell("c::FT-1", "measure", "inflate", "missed", "missed: 10 \x1b[31m", True)
+    cell = matrix.Cell("c::FT-1", "measure", "inflate", KillStatus.MISSED, "missed: 10 \x1b[31m", True)
     show([cell], "cpu")
     out = capsys.readouterr().out
     assert "FT-1" in out

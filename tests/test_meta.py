@@ -17,11 +17,12 @@ from q4kd.harness.checks.judgement import Judgement
 from q4kd.harness.contract import load_contracts
 from q4kd.harness.digests import record_key, record_parts
 from q4kd.harness.experiment import EXPERIMENTS, Arm, Experiment
-from q4kd.harness.interchange import message_of
+from q4kd.harness.kill_records import KillRecord
 from q4kd.harness.kills import KillStore, judge_faulted
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, RawRun, TarStore, read_runs, run_names, runs_of
+from q4kd.harness.results import Finding, KillOutcome, KillStatus
 from q4kd.harness.sabotage.registry import _FAULTS, Fault, all_faults
 from q4kd.harness.session import Session
 
@@ -49,7 +50,7 @@ def entry(check: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, dict[str, Any]]]:
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, dict[str, Finding]]]:
     """Return a falsification over recorded runs, one claim for each check, every fault caught when it was recorded."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     folder, bundle, kills = tmp_path / "contracts", tmp_path / "bundle", KillStore(tmp_path / "kills")
@@ -75,56 +76,58 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tu
         faulted = tmp_path / "faulted" / check
         bad_runs(faulted, check, name, **(CASES["table"][2] if check == "log_absent" else {}))
         identity = {"contract": claim.contract, "id": claim.id, "fault": FAULT.name, "experiment": name}
-        record = {**identity, "raw": f"planted--{name}.tar.gz", "parts": record_parts(claim, FAULT, name, "cpu")}
+        parts = record_parts(claim, FAULT, name, "cpu")
+        record = KillRecord(**identity, raw=f"planted--{name}.tar.gz", parts=parts)
         kills.add(record_key(claim, FAULT, name, "cpu"), record, pack_bytes(faulted))
 
     plan = make_plan(contracts, load_profile("cpu", folder), None)
 
-    def falsify() -> tuple[int, dict[str, Any]]:
+    def falsify() -> tuple[int, dict[str, Finding]]:
         runs = read_runs(DirectoryStore(bundle))
         runner = SimpleNamespace(run=lambda name, timeout_s=None: runs_of(name, runs))
         runner.inputs = SimpleNamespace(digests=dict)
         open_bundle(bundle, folder, "cpu", plan, {})
-        monkeypatch.setattr(sessions.bundles, "close", lambda _: None)
+        monkeypatch.setattr(sessions, "close_bundle", lambda _: None)
         session = Session(folder, "cpu", contracts, plan, bundle, kills, runner, True, False)  # type: ignore[arg-type]
         for claim in contracts[0].claims:
             session.evaluate(claim)
         code = session.finish()
         assert session.findings is not None
-        return code, {row["id"].removeprefix("FT-"): row for row in session.findings["findings"]}
+        return code, {row.id.removeprefix("FT-"): row for row in session.findings.rows}
 
     return falsify
 
 
-def test_the_recorded_falsification_is_green(recorded: Callable[[], tuple[int, dict[str, Any]]]) -> None:
+def test_the_recorded_falsification_is_green(recorded: Callable[[], tuple[int, dict[str, Finding]]]) -> None:
     code, rows = recorded()
-    assert {check: row["reason"] for check, row in rows.items() if row["verdict"] != "corroborated"} == {}
+    assert {check: row.reason for check, row in rows.items() if row.verdict != "corroborated"} == {}
     assert (code, set(rows)) == (0, set(CHECKS))
-    assert all(row["mutations"]["tried"] > 10 and row["sabotage"][0]["caught"] for row in rows.values())
+    assert all(row.mutations and row.mutations.tried > 10 and row.sabotage[0].caught for row in rows.values())
 
 
 @pytest.mark.parametrize("level", ["both levels", "level 1", "level 2"])
 @pytest.mark.parametrize("check", CASES)
 def test_a_check_that_always_passes_turns_the_suite_red(
-    recorded: Callable[[], tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, check: str, level: str
+    recorded: Callable[[], tuple[int, dict[str, Finding]]], monkeypatch: pytest.MonkeyPatch, check: str, level: str
 ) -> None:
     monkeypatch.setattr(CHECKS[check], "judge", always)
     if level == "level 1":
-        caught = {"fault": "planted", "caught": True, "verdict": "falsified", "record": None, "detail": "caught: x"}
+        caught = KillOutcome.of("planted", KillStatus.CAUGHT, "x")
         monkeypatch.setattr(sessions, "rejudge", lambda *_: [caught])
     if level == "level 2":
-        monkeypatch.setattr(sessions, "apply_mutation_rule", lambda *given: {**given[-1], "mutations": None})
+        monkeypatch.setattr(sessions, "apply_mutation_rule", lambda *given: given[-1])
     code, rows = recorded()
     assert code == 2
-    unsure = {name for name, row in rows.items() if row["verdict"] != "corroborated"}
+    unsure = {name for name, row in rows.items() if row.verdict != "corroborated"}
     # Its second check is not what catches the fault of log_absent.
     assert unsure == ({check, "log_absent"} if check == "table" and level != "level 2" else {check})
-    assert (rows[check]["verdict"], rows[check]["reason"]) == ("inconclusive", "not shown to fail")
+    assert (rows[check].verdict, rows[check].reason) == ("inconclusive", "not shown to fail")
     if level != "level 2":
-        assert any(name.startswith(f"{check}: ") for name in rows[check]["mutations"]["missed"])
-        assert f"not shown to fail: not noticed: {rows[check]['mutations']['missed'][0]}" == message_of(rows[check])
+        mutations = rows[check].mutations
+        assert mutations is not None and any(name.startswith(f"{check}: ") for name in mutations.missed)
+        assert f"not shown to fail: not noticed: {mutations.missed[0]}" == rows[check].message
     if level != "level 1":
-        assert rows[check]["sabotage"][0]["detail"].startswith("missed: ")
+        assert rows[check].sabotage[0].status is KillStatus.MISSED
 
 
 @pytest.mark.parametrize("check", CASES)
@@ -134,9 +137,9 @@ def test_a_recorded_fault_is_caught_by_the_check_and_by_nothing_else(
     runs: Mapping[str, RawRun] = bad_runs(tmp_path, check, "exp")
     arms = tuple(Arm(name.partition(".")[2] or None, lambda _: []) for name in runs)
     monkeypatch.setitem(EXPERIMENTS._known, "exp", Experiment("exp", "recorded", (), arms))
-    assert judge_faulted(claim_of(check), FAULT, "cpu", runs)["detail"].startswith("caught: ")
+    assert judge_faulted(claim_of(check), FAULT, "cpu", runs).caught
     monkeypatch.setattr(CHECKS[check], "judge", always)
-    assert not judge_faulted(claim_of(check), FAULT, "cpu", runs)["caught"]
+    assert not judge_faulted(claim_of(check), FAULT, "cpu", runs).caught
 
 
 def test_every_kill_record_that_is_shipped_notices_checks_that_always_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,20 +154,20 @@ def test_every_kill_record_that_is_shipped_notices_checks_that_always_pass(monke
     for profile in sorted(path for path in root.iterdir() if (path / "records.json").is_file()):
         store, archives = KillStore(profile), {}
         for record in store.records.values():
-            claim = claims.get(f"{record['contract']}::{record['id']}")
-            if claim is None or claim.falsifier is None or record["fault"] not in all_faults():
+            claim = claims.get(record.claim)
+            if claim is None or claim.falsifier is None or record.fault not in all_faults():
                 continue
-            if record["raw"] not in archives:
-                archives[record["raw"]] = read_runs(TarStore((profile / record["raw"]).read_bytes()))
-            fault = dataclasses.replace(all_faults()[record["fault"]])
+            if record.raw not in archives:
+                archives[record.raw] = read_runs(TarStore((profile / record.raw).read_bytes()))
+            fault = dataclasses.replace(all_faults()[record.fault])
             experiment = EXPERIMENTS.get(claim.falsifier.experiment)
             if experiment is not None:
                 judged += 1
-                assert not judge_faulted(claim, fault, profile.name, archives[record["raw"]])["caught"], record
+                assert not judge_faulted(claim, fault, profile.name, archives[record.raw]).caught, record
     assert judged > 0
 
 
 def contracts_folder() -> Path:
-    from q4kd.harness.contract import default_contracts_folder
+    from q4kd.harness.claims_folder import default_contracts_folder
 
     return default_contracts_folder()

@@ -14,11 +14,12 @@ from q4kd.harness.checks.judgement import READABLE, Judgement, inconclusive
 from q4kd.harness.judge import judge_claim, unsupporting
 from q4kd.harness.mutations import NOT_SHOWN, apply_mutation_rule, reads, spoil
 from q4kd.harness.raw import RawRun
+from q4kd.harness.results import ClaimResult
 
 EVERYTHING = set(READABLE)
 
 
-def level_one(check: str, runs: Mapping[str, RawRun]) -> dict[str, Any]:
+def level_one(check: str, runs: Mapping[str, RawRun]) -> ClaimResult:
     claim = claim_of(check)
     return apply_mutation_rule(claim, runs, "cpu", judge_claim(claim, runs, "cpu"))
 
@@ -30,8 +31,8 @@ def test_every_check_has_a_case() -> None:
 @pytest.mark.parametrize("check", CASES)
 def test_every_mutation_of_good_evidence_turns(tmp_path: Path, check: str) -> None:
     result = level_one(check, good_runs(tmp_path, check))
-    assert (result["verdict"], result["mutations"]["missed"]) == ("corroborated", [])
-    assert result["mutations"]["caught"] == result["mutations"]["tried"] > 10
+    assert result.verdict == "corroborated" and result.mutations is not None and result.mutations.missed == ()
+    assert result.mutations.caught == result.mutations.tried > 10
 
 
 @pytest.mark.parametrize("check", CASES)
@@ -44,12 +45,12 @@ def test_a_check_reads_what_it_declares_and_nothing_else(tmp_path: Path, check: 
 def test_mutations_of_a_check_have_names_of_their_own_and_change_something(tmp_path: Path, check: str) -> None:
     runs, claim = good_runs(tmp_path, check), claim_of(check)
     assert claim.falsifier is not None
-    (found,) = judge_claim(claim, runs, "cpu")["checks"]
+    (found,) = judge_claim(claim, runs, "cpu").checks
     least = claim.falsifier.min_observations
-    mutations = CHECKS[check].mutate(found["observation"], found["params"], least)
+    mutations = CHECKS[check].mutate(found.observation, found.params, least)
     assert len({name for name, _ in mutations}) == len(mutations) >= 5
     for name, observation in mutations:
-        assert observation != found["observation"], name
+        assert observation != found.observation, name
 
 
 class Deaf:
@@ -69,9 +70,10 @@ def put(monkeypatch: pytest.MonkeyPatch, check: str, **changed: Any) -> None:
 
 def missed(check: str, runs: Mapping[str, RawRun]) -> list[str]:
     result = level_one(check, runs)
-    assert (result["verdict"], result["reason"]) == ("inconclusive", NOT_SHOWN)
-    names: list[str] = result["mutations"]["missed"]
-    assert result["mutations"]["caught"] == result["mutations"]["tried"] - len(names)
+    assert (result.verdict, result.reason) == ("inconclusive", NOT_SHOWN)
+    assert result.mutations is not None
+    names = list(result.mutations.missed)
+    assert result.mutations.caught == result.mutations.tried - len(names)
     return names
 
 
@@ -137,9 +139,9 @@ def test_without_a_universal_guard_its_mutations_are_missed(
 def test_each_arm_that_is_read_is_spoilt_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 
-    def watch(claim: Any, runs: Mapping[str, RawRun], profile: str) -> dict[str, Any]:
+    def watch(claim: Any, runs: Mapping[str, RawRun], profile: str) -> ClaimResult:
         tried.append(next(name for name, run in runs.items() if type(run) is not RawRun))
-        return {"verdict": "inconclusive"}
+        return ClaimResult.inconclusive("constant")
 
     runs = good_runs(tmp_path, "improves")
     claim = claim_of("improves")
@@ -163,9 +165,10 @@ def test_spoiling_leaves_the_evidence_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verdict", ["falsified", "inconclusive"])
-def test_what_is_not_corroborated_is_not_spoilt(tmp_path: Path, verdict: str) -> None:
-    result = {"verdict": verdict, "reason": None, "checks": []}
-    assert apply_mutation_rule(claim_of("table"), {}, "cpu", result) == {**result, "mutations": None}
+def test_what_is_not_corroborated_is_not_spoilt(verdict: Any) -> None:
+    result = ClaimResult(verdict=verdict)
+    judged = apply_mutation_rule(claim_of("table"), {}, "cpu", result)
+    assert judged == result and judged.mutations is None
 
 
 GUARDED = [
@@ -188,8 +191,8 @@ def test_guards_hold_whatever_a_check_says(
     held.extract = lambda *_: {}
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", {"table": held})
     runs = good_runs(tmp_path, "table", **options)
-    assert judge_claim(claim_of("table"), runs, "cpu")["reason"] == reason
-    assert judge_claim(claim_of("table"), good_runs(tmp_path / "good", "table"), "cpu")["verdict"] == "corroborated"
+    assert judge_claim(claim_of("table"), runs, "cpu").reason == reason
+    assert judge_claim(claim_of("table"), good_runs(tmp_path / "good", "table"), "cpu").verdict == "corroborated"
 
 
 @pytest.mark.parametrize(("options", "reason"), GUARDED)
@@ -201,7 +204,7 @@ def test_a_foreign_run_refutes_nothing_and_a_faulted_one_may(
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", {"table": refuted})
     result = judge_claim(claim_of("table"), good_runs(tmp_path, "table", **options), "cpu")
     may = reason in ("faulted run", "run incomplete")
-    assert (result["verdict"], result["reason"]) == (("falsified", None) if may else ("inconclusive", reason))
+    assert (result.verdict, result.reason) == (("falsified", None) if may else ("inconclusive", reason))
 
 
 def test_an_exit_code_that_the_arm_declares_is_normal(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_an_unknown_stays_the_unknown_it_was(tmp_path: Path, monkeypatch: pytest
     unknown = SimpleNamespace(extract=lambda *_: {}, judge=lambda *_: inconclusive("constant", "", ""))
     monkeypatch.setattr("q4kd.harness.judge.CHECKS", {"table": unknown})
     runs = good_runs(tmp_path, "table", fault="ballast")
-    assert judge_claim(claim_of("table"), runs, "cpu")["reason"] == "constant"
+    assert judge_claim(claim_of("table"), runs, "cpu").reason == "constant"
 
 
 def test_the_profile_decides_how_far_arrays_are_cut(tmp_path: Path) -> None:
@@ -224,4 +227,4 @@ def test_the_profile_decides_how_far_arrays_are_cut(tmp_path: Path) -> None:
     fewer = dataclasses.replace(claim, falsifier=dataclasses.replace(claim.falsifier, min_observations=1))
     runs = good_runs(tmp_path, "parity")
     result = apply_mutation_rule(fewer, runs, "cpu", judge_claim(fewer, runs, "cpu"))
-    assert result["mutations"]["missed"] == []
+    assert result.mutations is not None and result.mutations.missed == ()

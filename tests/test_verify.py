@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from example_bundle import CAUGHT, CONTRACT, PAIR, PROSE, build, register, write_run
 
-from q4kd.harness import bundle as bundle_module
 from q4kd.harness.bundle import pack, pack_bytes, seal
 from q4kd.harness.recheck import difference
+from q4kd.harness.session import close_bundle
 from q4kd.harness.verify import verify_bundle
 from q4kd.trainer.errors import InputError
 
@@ -259,7 +259,7 @@ def test_an_interrupted_claim_stays_inconclusive_and_consistent(bundle: Path) ->
     counts = {"corroborated": 0, "falsified": 0, "inconclusive": 1, "out_of_scope": 1, "not_gating": 0}
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
     edit(bundle / "findings.json", lambda d: d.update(exit_code=2, summary=counts))
-    bundle_module.close(bundle)
+    close_bundle(bundle)
     assert verify_bundle(bundle).problems == ()
 
 
@@ -385,8 +385,8 @@ def test_a_claim_that_was_not_judged_may_rest_on_good_runs(bundle: Path) -> None
     counts = {"corroborated": 0, "falsified": 0, "inconclusive": 1, "out_of_scope": 1, "not_gating": 0}
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(row))
     edit(bundle / "findings.json", lambda d: d.update(exit_code=2, summary=counts))
-    bundle_module.close(bundle)
+    close_bundle(bundle)
     assert verify_bundle(bundle).problems == ()
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(sabotage=[CAUGHT]))
-    bundle_module.close(bundle)
+    close_bundle(bundle)
     assert any("all the same" in problem for problem in verify_bundle(bundle).problems)

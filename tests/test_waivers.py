@@ -14,6 +14,7 @@ from q4kd.harness.findings import exit_code, headline, parse_findings
 from q4kd.harness.interchange import write_interchange
 from q4kd.harness.report import render
 from q4kd.harness.report_markdown import render_markdown
+from q4kd.harness.results import Finding, Findings
 from q4kd.harness.store import DirectoryStore, open_store
 from q4kd.harness.verify import VerifyResult, verify_bundle
 from q4kd.harness.waivers import Waiver, load_waivers
@@ -88,7 +89,12 @@ def test_it_holds_to_the_end_of_its_last_day(created: str, holds: bool) -> None:
     ],
 )
 def test_the_exit_code_forgives_only_what_is_inconclusive(verdicts: Any, code: int) -> None:
-    rows = [{"scope": "required", "verdict": v, **({"waiver": GOOD} if w else {})} for v, w in verdicts]
+    texts = dict.fromkeys(("contract", "id", "key", "rule", "prediction", "if_fails"), "")
+    waiver = Waiver(**GOOD)
+    rows = [
+        Finding(scope="required", verdict=v, waiver=waiver if w else None, experiment=None, **texts)
+        for v, w in verdicts
+    ]
     assert exit_code(rows, "full") == code
     assert exit_code(rows, "partial") == max(code, 2) if code != 1 else exit_code(rows, "partial") == 1
 
@@ -105,15 +111,15 @@ def made(root: Path, **changes: Any) -> Path:
     return build(root, text=CONTRACT + PROSE, waivers=(Waiver(**{**GOOD, **changes}),))
 
 
-def findings_of(bundle: Path) -> dict[str, Any]:
+def findings_of(bundle: Path) -> Findings:
     return parse_findings((bundle / "findings.json").read_bytes(), "findings.json")
 
 
 def test_a_waived_bundle_verifies_and_says_so_everywhere(tmp_path: Path) -> None:
     bundle = made(tmp_path)
     findings = findings_of(bundle)
-    rows = {row["id"]: row for row in findings["findings"]}
-    assert (findings["exit_code"], findings["summary"]["waived"], findings["summary"]["inconclusive"]) == (0, 1, 0)
+    rows = {row.id: row.to_json() for row in findings.rows}
+    assert (findings.exit_code, findings.summary["waived"], findings.summary["inconclusive"]) == (0, 1, 0)
     assert rows["DEMO-003"]["waiver"] == GOOD and "waiver" not in rows["DEMO-001"]
     assert "1 inconclusive and waived" in headline(findings)
     predicate = json.loads((bundle / "statement.intoto.json").read_text())["predicate"]
@@ -162,7 +168,7 @@ def test_hostile_waivers_are_escaped_and_one_without_a_day_is_refused(tmp_path: 
 def test_an_expired_waiver_is_on_record_and_excuses_nothing(tmp_path: Path) -> None:
     bundle = made(tmp_path, expires="2026-11-22")
     findings = findings_of(bundle)
-    assert (findings["exit_code"], findings["summary"]["waived"], findings["summary"]["inconclusive"]) == (2, 0, 1)
+    assert (findings.exit_code, findings.summary["waived"], findings.summary["inconclusive"]) == (2, 0, 1)
     result = verify_bundle(bundle, tmp_path / "contracts")
     assert result.status == "consistent"
     assert any("expired on 2026-11-22 and does not apply" in caveat for caveat in result.caveats)
@@ -172,7 +178,7 @@ def test_a_waiver_of_a_falsified_claim_excuses_nothing(tmp_path: Path) -> None:
     waiver = Waiver(**{**GOOD, "claim": "demo-v1::DEMO-001"})
     bundle = build(tmp_path, peak=900, waivers=(waiver,))
     findings = findings_of(bundle)
-    assert findings["exit_code"] == 1 and "waiver" not in findings["findings"][0]
+    assert findings.exit_code == 1 and findings.rows[0].waiver is None
     assert verify_bundle(bundle).status == "consistent"
 
 

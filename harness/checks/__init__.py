@@ -11,15 +11,16 @@ Another project adds a check, a module or an object of this form, by an entry po
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from jsonschema import Draft202012Validator
 
 from q4kd.harness.checks.judgement import READABLE, REASONS, Judgement, Mutation
 from q4kd.harness.extensions import load_extensions
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
-__all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation"]
+__all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation", "time_bounds"]
 
 _NAMES = (
     "error_ratio",
@@ -42,20 +43,20 @@ class Check(Protocol):
     """What a check module provides."""
 
     NAME: str
-    PARAMS: dict[str, Any]
+    PARAMS: JsonRecord
     DIRECTIONS: dict[str, str]
     READS: tuple[str, ...]
 
     @staticmethod
-    def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+    def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
         """Reduce raw runs to the numbers that the judgement needs (JSON-able)."""
 
     @staticmethod
-    def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+    def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
         """Decide, from the observation alone."""
 
     @staticmethod
-    def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+    def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
         """Spoil a corroborated observation in every way that ``judge`` must notice, each with its name."""
 
 
@@ -82,8 +83,7 @@ class _Checks(Mapping[str, Check]):
         if name not in self._names:
             return self._extensions()[name]
         if name not in self._modules:
-            module: Any = import_module(f"q4kd.harness.checks.{name}")
-            self._modules[name] = module
+            self._modules[name] = cast("Check", import_module(f"q4kd.harness.checks.{name}"))
         return self._modules[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +93,7 @@ class _Checks(Mapping[str, Check]):
         return len(self._names) + len(self._extensions())
 
 
-def _usable(name: str, check: Any) -> Check:
+def _usable(name: str, check: Check) -> Check:
     """Return a foreign check that has all of a check's parts (ValueError or AttributeError naming the one it lacks)."""
     if name != check.NAME:
         raise ValueError(f"NAME is {check.NAME!r}")
@@ -105,8 +105,13 @@ def _usable(name: str, check: Any) -> Check:
     for part in ("extract", "judge", "mutate"):
         if not callable(getattr(check, part)):
             raise ValueError(f"{part} is not a function")
-    usable: Check = check
-    return usable
+    return check
 
 
 CHECKS: Mapping[str, Check] = _Checks(_NAMES)
+
+
+def time_bounds(check: str) -> Mapping[str, str]:
+    """Return the parameters by which a check bounds a time, path → ``seconds`` or ``per_second``; empty for others."""
+    bounds: Mapping[str, str] = getattr(CHECKS.get(check), "TIME_BOUNDS", {})
+    return bounds

@@ -8,16 +8,17 @@ counts.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "error_ratio"
 _ARM = {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$"}
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["subject", "peer", "array", "max", "peer_max", "min_sequences"],
@@ -41,19 +42,16 @@ READS = ("facts", "arrays", "exit")
 _OTHER_PRECISION = 8.0
 
 
-def _sides(runs: Mapping[str, RawRun], params: Mapping[str, Any]) -> dict[str, RawRun]:
+def _sides(runs: Mapping[str, RawRun], params: JsonRecord) -> dict[str, RawRun]:
     return {side: pick_run(runs, params[side]) for side in ("subject", "peer")}
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce both arms to their errors by position; ``shapes`` is None when a run left nothing to compare."""
     sides = _sides(runs, params)
     sources = {side: run.facts.get("comparators", {}).get(params["array"], {}) for side, run in sides.items()}
-    observation: dict[str, Any] = {
-        "ended": {
-            side: {"cause": run.exit.get("cause"), "returncode": run.exit.get("returncode")}
-            for side, run in sides.items()
-        },
+    observation: dict[str, object] = {
+        "ended": {side: run.ending for side, run in sides.items()},
         "sources": {side: source.get("subject") for side, source in sources.items()},
         "reference_sources": [source.get("reference") for source in sources.values()],
         "shapes": None,
@@ -85,14 +83,16 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     return observation
 
 
-def _errors(found: Any, exact: Any) -> Any:
+def _errors(found: NDArray[np.generic], exact: NDArray[np.generic]) -> NDArray[np.float64]:
     """Return the root mean square over sequences of the relative error at each position, float64 ``[positions]``."""
-    exact = exact.astype(np.float64)
-    norms = np.maximum(np.linalg.norm(exact, axis=-1), np.finfo(np.float64).tiny)
-    return np.sqrt(((np.linalg.norm(found.astype(np.float64) - exact, axis=-1) / norms) ** 2).mean(0))
+    wide = exact.astype(np.float64)
+    norms = np.maximum(np.linalg.norm(wide, axis=-1), np.finfo(np.float64).tiny)
+    relative = np.linalg.norm(found.astype(np.float64) - wide, axis=-1) / norms
+    result: NDArray[np.float64] = np.sqrt((relative**2).mean(0))
+    return result
 
 
-def _compare(mine: Any, theirs: Any) -> dict[str, Any]:
+def _compare(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str, object]:
     ratios = mine / np.maximum(theirs, np.finfo(np.float64).tiny)
     worst = int(ratios.argmax())
     return {
@@ -106,7 +106,7 @@ def _compare(mine: Any, theirs: Any) -> dict[str, Any]:
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by one position whose error is too many times the peer's, or by a value that is not finite."""
     bound = f"error at every position ≤ {params['max']:g} x the peer's"
     if observation["shapes"] is None:
@@ -124,24 +124,17 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     mine, theirs, exact = observation["shapes"]
     if mine != exact and theirs == exact:
         shapes = f"shape {mine} for {exact}"
-        return Judgement(verdict="falsified", measured=shapes, bound=bound, counterexample=shapes)
+        return Judgement.falsified(shapes, bound, shapes)
     if not observation["positions"]:
         return inconclusive("too few observations", f"shapes {mine}, {theirs}, {exact}", bound)
     if not observation["exact_finite"]:
         return inconclusive("reference not finite", "the reference or the peer holds NaN or infinity", bound)
     if (bad := observation["first_bad_position"]) is not None:
-        return Judgement(
-            verdict="falsified",
-            measured="not finite",
-            bound=bound,
-            counterexample=f"position {bad} holds NaN or infinity",
-        )
+        return Judgement.falsified("not finite", bound, f"position {bad} holds NaN or infinity")
     return _judge_errors(observation, params, min_observations, bound)
 
 
-def _judge_errors(
-    observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int, bound: str
-) -> Judgement:
+def _judge_errors(observation: JsonRecord, params: JsonRecord, min_observations: int, bound: str) -> Judgement:
     worst, rms, peer = float(observation["worst_ratio"]), float(observation["rms"]), float(observation["peer_rms"])
     measured = (
         f"worst {worst:.3g} x, median {observation['median_ratio']:.3g} x "
@@ -161,15 +154,15 @@ def _judge_errors(
     margin = worst / params["max"]
     if worst > params["max"]:
         at = f"position {observation['worst_position']}: {worst:.4g} x the error of the peer"
-        return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=at, margin=margin)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+        return Judgement.falsified(measured, bound, at, margin)
+    return Judgement.corroborated(measured, bound, margin)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Move the worst ratio just over; a peer that is wrong, exact or the subject itself; too little of anything."""
     subject, peer = observation["sources"]["subject"], observation["sources"]["peer"]
     shape = observation["shapes"][2]
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("worst ratio just over", {"worst_ratio": just_over(params["max"])}),
         ("one position too few", {"positions": min_observations - 1}),
         ("no positions", {"positions": 0}),

@@ -7,7 +7,6 @@ span a stated number of steps.
 from collections.abc import Mapping
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
@@ -20,12 +19,13 @@ from q4kd.harness.checks.judgement import (
     just_under,
     pick_run,
 )
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "gpu_utilization"
 # NVML averages over up to a second, and has nothing to say of a process between two averages.
 MAX_GAP_S = 2.0
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["min_percent", "event", "min_events"],
@@ -44,11 +44,11 @@ DIRECTIONS = {"min_percent": "lower", "min_events": "lower"}
 READS = ("events", "memory", "exit")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Take this process tree's samples between the first and the last finished piece of work."""
     run = pick_run(runs, params.get("arm"))
     marks = [float(event["t"]) for event in run.events_named(params["event"])]
-    observation: dict[str, Any] = completion(run) | {"events": len(marks), "samples": 0, "silent": 0}
+    observation: dict[str, object] = completion(run) | {"events": len(marks), "samples": 0, "silent": 0}
     if len(marks) < 2:
         return observation
     inside = [sample for sample in run.memory if marks[0] <= sample["t"] <= marks[-1]]
@@ -65,7 +65,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a median under the bound while work was done; inconclusive where NVML names no process."""
     bound = f"median ≥ {params['min_percent']:g} % over {params['min_events']} or more {params['event']} events"
     if observation["events"] < params["min_events"]:
@@ -77,25 +77,20 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if observation["samples"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     if observation["median_percent"] < params["min_percent"]:
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"the GPU was {observation['median_percent']:g} % busy with this program for "
-            f"{observation['span_s']:.1f} s",
-            margin=params["min_percent"] / max(float(observation["median_percent"]), 1e-9),
-        )
+        busy = f"the GPU was {observation['median_percent']:g} % busy with this program"
+        margin = params["min_percent"] / max(float(observation["median_percent"]), 1e-9)
+        return Judgement.falsified(measured, bound, f"{busy} for {observation['span_s']:.1f} s", margin)
     if not observation["completed"]:
         return inconclusive("run incomplete", describe_exit(observation), bound)
     if observation["largest_gap_s"] > MAX_GAP_S:
         return inconclusive("phase not covered", measured, bound)
     margin = params["min_percent"] / float(observation["median_percent"])
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+    return Judgement.corroborated(measured, bound, margin)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Lower the median just under the bound; do less work; leave too few samples, a gap or none; do not end."""
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("median just under the bound", {"median_percent": just_under(params["min_percent"])}),
         ("no work", {"events": 0}),
         ("one event too few", {"events": params["min_events"] - 1}),

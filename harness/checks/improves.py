@@ -8,15 +8,15 @@ margin above ``margin_se`` standard errors.
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, completion, inconclusive
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "improves"
 _SEED = re.compile(r"([a-z0-9_]{1,40})-seed([0-9]{1,6})")
 _LAST_STEPS = 10
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["metric", "better", "treatment", "control", "min_seeds"],
@@ -52,7 +52,7 @@ def _ends(run: RawRun, metric: str) -> tuple[float, float] | None:
     return values[0], sum(tail) / len(tail)
 
 
-def _budget(run: RawRun) -> dict[str, Any]:
+def _budget(run: RawRun) -> JsonRecord:
     """Return what must be equal between paired arms: from outside (argv) and from the events."""
     plan = run.event("run_plan") or {}
     words = [str(word) for word in run.argv["argv"]]
@@ -74,7 +74,7 @@ def _budget(run: RawRun) -> dict[str, Any]:
     }
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Pair the arms by seed."""
     arms: dict[tuple[str, int], RawRun] = {}
     for name, run in runs.items():
@@ -85,30 +85,25 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     for (arm, seed), run in sorted(arms.items()):
         if arm != params["treatment"]:
             continue
-        ends = _ends(run, params["metric"])
-        pair: dict[str, Any] = {
-            "seed": seed,
-            "treatment": ends,
-            "completed": completion(run)["completed"],
-            "steps": len(run.events_named("step")),
-            "wall_s": [run.exit.get("wall_s")],
-            "same_budget": True,
-        }
-        if params["control"] == "start":
-            pair["control"] = ends and ends[0]
-        else:
-            other = arms.get((params["control"], seed))
-            other_ends = other and _ends(other, params["metric"])
-            pair["control"] = other_ends and other_ends[1]
-            if other is not None:
-                pair["completed"] = pair["completed"] and completion(other)["completed"]
-                pair["same_budget"] = _budget(run) == _budget(other)
-                pair["wall_s"].append(other.exit.get("wall_s"))
-        pairs.append(pair)
+        ends, alone = _ends(run, params["metric"]), params["control"] == "start"
+        other = None if alone else arms.get((params["control"], seed))
+        other_ends = other and _ends(other, params["metric"])
+        paired = [run] if other is None else [run, other]
+        pairs.append(
+            {
+                "seed": seed,
+                "treatment": ends,
+                "control": ends and ends[0] if alone else other_ends and other_ends[1],
+                "completed": all(completion(one)["completed"] for one in paired),
+                "steps": len(run.events_named("step")),
+                "wall_s": [one.exit.get("wall_s") for one in paired],
+                "same_budget": other is None or _budget(run) == _budget(other),
+            }
+        )
     return {"pairs": pairs}
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Apply the module's rule."""
     sign = 1.0 if params["better"] == "higher" else -1.0
     needed = float(params.get("margin_se", 2.0))
@@ -137,11 +132,11 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     ]
     if bad or not mean > needed * error:
         counterexample = bad[0] if bad else f"mean margin {mean:.5f} is within {needed:g} x {error:.5f}"
-        return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=counterexample)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+        return Judgement.falsified(measured, bound, counterexample)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Let each pair in turn not improve, not complete or differ in budget; drop pairs; let one seed carry it all."""
     pairs = [dict(pair) for pair in observation["pairs"]]
     sign = 1.0 if params["better"] == "higher" else -1.0
@@ -151,7 +146,7 @@ def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observ
     ]
     for at, pair in enumerate(pairs):
         first, last = pair["treatment"]
-        changes: dict[str, dict[str, Any]] = {
+        changes: dict[str, JsonRecord] = {
             "no better than its control": {"control": last},
             "no better than its start": {"treatment": [first, first]},
             "worse than its start": {"treatment": [first, first - sign]},

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, nextafter
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 from q4kd.trainer.errors import InputError
 
 Verdict = Literal["corroborated", "falsified", "inconclusive"]
-# A changed observation and what was changed: the judgement of it must not be "corroborated".
-Mutation = tuple[str, dict[str, Any]]
+# What was changed and the changed observation: the judgement of it must not be "corroborated".
+Mutation: TypeAlias = tuple[str, JsonRecord]
 
 ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}
 
@@ -73,6 +74,17 @@ class Judgement:
         if (self.verdict == "falsified") != (self.counterexample is not None):
             raise ValueError(f"verdict {self.verdict} with counterexample {self.counterexample!r}")
 
+    @staticmethod
+    def corroborated(measured: str, bound: str, margin: float | None = None) -> "Judgement":
+        """Return the judgement of a prediction that held."""
+        return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+
+    @staticmethod
+    def falsified(measured: str, bound: str, counterexample: str, margin: float | None = None) -> "Judgement":
+        """Return the judgement of a prediction that the counterexample refutes."""
+        seen = {"measured": measured, "bound": bound, "counterexample": counterexample}
+        return Judgement(verdict="falsified", margin=margin, **seen)
+
 
 def inconclusive(reason: str, measured: str, bound: str) -> Judgement:
     """Return an inconclusive judgement."""
@@ -98,17 +110,13 @@ def pick_run(runs: Mapping[str, RawRun], arm: str | None) -> RawRun:
     )
 
 
-def completion(run: RawRun) -> dict[str, Any]:
+def completion(run: RawRun) -> dict[str, object]:
     """Return ``{"completed", "cause", "returncode"}``; completed means exit code 0 and a ``done`` event."""
-    cause, code = run.exit.get("cause"), run.exit.get("returncode")
-    return {
-        "completed": cause == "exited" and code == 0 and run.event("done") is not None,
-        "cause": cause,
-        "returncode": code,
-    }
+    normal = run.ending == {"cause": "exited", "returncode": 0}
+    return {"completed": normal and run.event("done") is not None, **run.ending}
 
 
-def describe_exit(ending: Mapping[str, Any]) -> str:
+def describe_exit(ending: JsonRecord) -> str:
     """Say how a run ended, in words."""
     return f"ended: {str(ending['cause']).replace('_', ' ')}, exit code {ending['returncode']}"
 

@@ -5,15 +5,15 @@ must agree: work that began before the program or ended after it was not measure
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "latency"
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["array", "max_s"],
@@ -29,14 +29,12 @@ TIME_BOUNDS = {"max_s": "seconds"}
 _CLOCK_S = 1e-3
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the times to their median and spread, and compare their clock with the supervisor's."""
     run = pick_run(runs, params.get("arm"))
-    ending = run.exit
-    observation: dict[str, Any] = {
-        "cause": ending.get("cause"),
-        "returncode": ending.get("returncode"),
-        "same_boot": ending.get("boot_id") == ending.get("boot_id_end"),
+    observation: dict[str, object] = {
+        **run.ending,
+        "same_boot": run.same_boot,
         "count": 0,
     }
     if f"arrays/{params['array']}.npz" not in run.store.names():
@@ -50,7 +48,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     if not (np.isfinite(seconds).all() and np.isfinite(start).all() and (seconds > 0).all()):
         return observation | {"not_positive": True}
     end = start + seconds
-    inside = ending["start_t"] <= start[0] and end[-1] <= ending["end_t"] + _CLOCK_S
+    inside = run.exit["start_t"] <= start[0] and end[-1] <= run.exit["end_t"] + _CLOCK_S
     return observation | {
         "count": len(seconds),
         "median": float(np.median(seconds)),
@@ -61,7 +59,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a median over the bound; inconclusive for times that overlap or lie outside the run."""
     limit = float(params["max_s"])
     bound = f"median ≤ {limit:g} s"
@@ -78,23 +76,19 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     if not observation["in_turn"]:
         return inconclusive("evidence unreadable", f"{measured}: times overlap or lie outside the run", bound)
     if median > limit:
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"median {median:.4g} s, {median / limit:.2f} x the bound",
-            margin=median / limit,
+        return Judgement.falsified(
+            measured, bound, f"median {median:.4g} s, {median / limit:.2f} x the bound", median / limit
         )
     if observation["count"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     if observation["distinct"] < 2:
         return inconclusive("constant", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=median / limit)
+    return Judgement.corroborated(measured, bound, median / limit)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Move the median just over its bound; repeat one value; overlap the times; leave too few or none."""
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("median just over the bound", {"median": just_over(params["max_s"])}),
         ("no times", {"count": 0}),
         ("one time too few", {"count": min_observations - 1}),

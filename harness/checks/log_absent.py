@@ -8,14 +8,14 @@ regular expression: matching fragments is linear in the log, whatever a contract
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "log_absent"
 _FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["absent", "completion", "known_positive"],
@@ -44,11 +44,11 @@ def _lines(run: RawRun) -> list[str]:
     return [*run.stdout.splitlines(), *run.stderr.splitlines()]
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Search stdout and stderr of one run and, where one is named, of the control."""
     lines = _lines(pick_run(runs, params.get("arm")))
     hits = _find_any(lines, params["absent"])
-    control: dict[str, Any] = {}
+    control: dict[str, int] = {}
     if "control" in params:
         control["control_hits"] = len(_find_any(_lines(pick_run(runs, params["control"])), params["absent"]))
     return {
@@ -61,14 +61,12 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a hit; inconclusive unless both markers are there, and the line is in the control's log."""
     bound = f"no line like {' or '.join('…'.join(pattern) for pattern in params['absent'])}"
     measured = f"{observation['hits']} of {observation['lines']} log lines"
     if observation["hits"]:
-        return Judgement(
-            verdict="falsified", measured=measured, bound=bound, counterexample=str(observation["first_hit"])
-        )
+        return Judgement.falsified(measured, bound, str(observation["first_hit"]))
     if not observation["completion_lines"]:
         return inconclusive("no completion marker", measured, bound)
     if not observation["known_positive_lines"]:
@@ -78,12 +76,12 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("no known positive", silent, bound)
     if observation["lines"] < min_observations:
         return inconclusive("too few observations", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Let the line occur, and take away either marker or all lines."""
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("the line occurs", {"hits": 1, "first_hit": "line 1: " + " ".join(params["absent"][0])}),
         ("no completion marker", {"completion_lines": 0}),
         ("no known positive", {"known_positive_lines": 0}),

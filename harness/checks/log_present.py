@@ -6,7 +6,6 @@ compared with the events, which the harness reads apart from the log.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
@@ -17,11 +16,12 @@ from q4kd.harness.checks.judgement import (
     inconclusive,
     pick_run,
 )
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "log_present"
 _FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["lines", "completion"],
@@ -73,7 +73,7 @@ def _stated_loss(line: str) -> tuple[int, float] | None:
         return int(step), float("nan")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Count the lines of stdout, and compare stated losses with the events."""
     run = pick_run(runs, params.get("arm"))
     lines = run.stdout.splitlines()
@@ -93,7 +93,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a count that differs or a loss that is not the event's; inconclusive without a complete log."""
     wanted = params["lines"]
     bound = "; ".join(f"{'…'.join(line['fragments'])} x {line['times']}" for line in wanted)
@@ -105,26 +105,19 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     for line, count in zip(wanted, observation["counts"], strict=True):
         if count != line["times"]:
             pattern = "…".join(line["fragments"])
-            return Judgement(
-                verdict="falsified",
-                measured=measured,
-                bound=bound,
-                counterexample=f"{count} lines like {pattern}, expected {line['times']}",
-            )
+            return Judgement.falsified(measured, bound, f"{count} lines like {pattern}, expected {line['times']}")
     if params.get("losses") and observation["wrong_losses"]:
-        return Judgement(
-            verdict="falsified", measured=measured, bound=bound, counterexample=observation["wrong_losses"][0]
-        )
+        return Judgement.falsified(measured, bound, observation["wrong_losses"][0])
     if params.get("losses") and not observation["losses_stated"]:
         return inconclusive("too few observations", "no line states a loss", bound)
     if observation["lines"] < min_observations:
         return inconclusive("too few observations", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Add and remove a line of each pattern, take away the end, and let a stated loss differ."""
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("not completed", {"completed": False}),
         ("no completion marker", {"completion_lines": 0}),
         ("one line too few", {"lines": min_observations - 1}),

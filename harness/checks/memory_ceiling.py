@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
@@ -15,12 +14,13 @@ from q4kd.harness.checks.judgement import (
     just_over,
     pick_run,
 )
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "memory_ceiling"
 MAX_EDGE_S = 0.5
 MAX_GAP_S = 1.0
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["series", "phase", "ceiling"],
@@ -58,7 +58,7 @@ DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_
 READS = ("events", "memory", "facts", "exit")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Take the samples of the phase."""
     run = pick_run(runs, params.get("arm"))
     first, last = (run.event(name) for name in params["phase"])
@@ -69,7 +69,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
         baseline = baseline_rss(run)
     elif series == "mem_available_drop":
         baseline = _available_before(run)
-    observation: dict[str, Any] = completion(run) | {"baseline": baseline, "samples": 0}
+    observation: dict[str, object] = completion(run) | {"baseline": baseline, "samples": 0}
     fact = params["ceiling"].get("of")
     observation["of_bytes"] = run.facts.get(fact) if fact else None
     if first is None or last is None or baseline is None:
@@ -107,7 +107,7 @@ def _peak(values: list[float], baseline: float, field: str) -> float:
     return baseline - min(values) if field == "mem_available" else max(values) - baseline
 
 
-def _ceiling(observation: Mapping[str, Any], ceiling: Mapping[str, Any]) -> float | None:
+def _ceiling(observation: JsonRecord, ceiling: JsonRecord) -> float | None:
     if "bytes" in ceiling:
         return float(ceiling["bytes"]) + float(ceiling.get("plus_bytes", 0))
     if not observation["of_bytes"]:
@@ -115,7 +115,7 @@ def _ceiling(observation: Mapping[str, Any], ceiling: Mapping[str, Any]) -> floa
     return float(ceiling["times"]) * float(observation["of_bytes"]) + float(ceiling.get("plus_bytes", 0))
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by any sample over the ceiling; corroborated only when samples span the phase."""
     limit = _ceiling(observation, params["ceiling"])
     bound = f"≤ {limit / 1e6:.1f} MB" if limit else "unknown: the fact it refers to was not measured"
@@ -127,13 +127,8 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     peak = float(observation["peak"])
     measured = f"peak {peak / 1e6:.1f} MB over {observation['samples']} samples"
     if peak > limit:
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"{peak / 1e6:.1f} MB resident ({params['series']}), {peak / limit:.2f} x the ceiling",
-            margin=peak / limit,
-        )
+        over = f"{peak / 1e6:.1f} MB resident ({params['series']}), {peak / limit:.2f} x the ceiling"
+        return Judgement.falsified(measured, bound, over, peak / limit)
     if not observation["completed"]:
         return inconclusive("run incomplete", describe_exit(observation), bound)
     if observation["samples"] < min_observations:
@@ -141,13 +136,13 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     edges = max(observation["late_start_s"], observation["early_end_s"])
     if edges > MAX_EDGE_S or observation["largest_gap_s"] > MAX_GAP_S:
         return inconclusive("phase not covered", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=peak / limit)
+    return Judgement.corroborated(measured, bound, peak / limit)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Raise the peak just over the ceiling; uncover the phase; leave too few samples or none; let the run not end."""
     limit = _ceiling(observation, params["ceiling"])
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("peak just over the ceiling", {"peak": just_over(limit if limit is not None else 0.0)}),
         ("no samples", {"samples": 0}),
         ("one sample too few", {"samples": min_observations - 1}),
@@ -158,5 +153,5 @@ def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observ
     ]
     if "of" in params["ceiling"]:
         mutations.append(("the ceiling's fact was not measured", {"of_bytes": None}))
-    changed: list[Mutation] = [(name, {**observation, **values}) for name, values in mutations]
-    return [*changed, ("no phase", {key: value for key, value in observation.items() if key != "peak"})]
+    unphased = {key: value for key, value in observation.items() if key != "peak"}
+    return [*((name, {**observation, **changed}) for name, changed in mutations), ("no phase", unphased)]

@@ -5,16 +5,17 @@ engine), each ``[rows, …]``; ``facts.json`` names both sources under ``compara
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "parity"
 METRICS = ("relative_frobenius", "cosine", "max_abs", "bit_equal")
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["array", "metric"],
@@ -37,27 +38,29 @@ DIRECTIONS = {"max": "upper", "min": "lower"}
 READS = ("facts", "arrays", "exit")
 
 
-def _row_values(metric: str, subject: Any, reference: Any) -> Any:
+def _row_values(metric: str, subject: NDArray[np.generic], reference: NDArray[np.generic]) -> NDArray[np.float64]:
     if metric == "bit_equal":
         return np.array([a.tobytes() != b.tobytes() for a, b in zip(subject, reference, strict=True)], np.float64)
     a, b = subject.astype(np.float64), reference.astype(np.float64)
+    tiny, norms = np.finfo(np.float64).tiny, np.linalg.norm(b, axis=1)
+    values: NDArray[np.float64]
     if metric == "max_abs":
-        return np.abs(a - b).max(1)
-    norm_b = np.linalg.norm(b, axis=1)
-    if metric == "relative_frobenius":
-        return np.linalg.norm(a - b, axis=1) / np.maximum(norm_b, np.finfo(np.float64).tiny)
-    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * norm_b, np.finfo(np.float64).tiny)
+        values = np.abs(a - b).max(1)
+    elif metric == "relative_frobenius":
+        values = np.linalg.norm(a - b, axis=1) / np.maximum(norms, tiny)
+    else:
+        values = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * norms, tiny)
+    return values
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Compute the metric of every row."""
     run = pick_run(runs, params.get("arm"))
     sources = run.facts.get("comparators", {}).get(params["array"], {})
-    observation: dict[str, Any] = {
+    observation: dict[str, object] = {
         "subject_source": sources.get("subject"),
         "reference_source": sources.get("reference"),
-        "cause": run.exit.get("cause"),
-        "returncode": run.exit.get("returncode"),
+        **run.ending,
         "rows": 0,
     }
     if not sources:
@@ -83,7 +86,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     return observation
 
 
-def _bound(params: Mapping[str, Any]) -> str:
+def _bound(params: JsonRecord) -> str:
     metric = str(params["metric"]).replace("_", " ")
     if params["metric"] == "bit_equal":
         return "every row bit-equal"
@@ -91,7 +94,7 @@ def _bound(params: Mapping[str, Any]) -> str:
     return f"{metric} {limit} in every row"
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by one row out of bounds, another shape, or a value that is not finite."""
     bound, metric = _bound(params), params["metric"]
     ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
@@ -99,21 +102,15 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("run incomplete", ended, bound)
     if observation["subject_source"] == observation["reference_source"]:
         return inconclusive("self comparison", f"both from {observation['subject_source']}", bound)
-
-    def falsified(measured: str, counterexample: str, margin: float | None = None) -> Judgement:
-        return Judgement(
-            verdict="falsified", measured=measured, bound=bound, counterexample=counterexample, margin=margin
-        )
-
     if observation["subject_shape"] != observation["reference_shape"]:
         shapes = f"shape {observation['subject_shape']} for {observation['reference_shape']}"
-        return falsified(shapes, shapes)
+        return Judgement.falsified(shapes, bound, shapes)
     if not observation["rows"]:
         return inconclusive("too few observations", "no rows", bound)
     if not observation["reference_finite"]:
         return inconclusive("reference not finite", "the reference holds NaN or infinity", bound)
     if observation["first_bad_row"] is not None:
-        return falsified("not finite", f"row {observation['first_bad_row']} holds NaN or infinity")
+        return Judgement.falsified("not finite", bound, f"row {observation['first_bad_row']} holds NaN or infinity")
     worst, row = float(observation["worst"]), observation["worst_row"]
     label = metric.replace("_", " ")
     if metric == "bit_equal":
@@ -127,7 +124,7 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         margin = None if metric == "cosine" or not params["max"] else worst / params["max"]
         counterexample = f"row {row}: {label} {worst:.6g} against {observation['reference_source']}"
     if failed:
-        return falsified(measured, counterexample, margin)
+        return Judgement.falsified(measured, bound, counterexample, margin)
     if observation["rows"] < min_observations:
         return inconclusive("too few observations", measured, bound)
     if observation["reference_distinct_values"] < 2 and metric != "max_abs":
@@ -135,16 +132,16 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     # Two different float programs never agree to the last bit everywhere; if they do, one was copied from the other.
     if metric in ("relative_frobenius", "cosine") and observation["same_bytes"]:
         return inconclusive("self comparison", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+    return Judgement.corroborated(measured, bound, margin)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Move the worst row just out of bounds; compare with itself, a constant, another shape, too few rows or none."""
-    worst: dict[str, dict[str, Any]] = {
+    worst: dict[str, dict[str, float]] = {
         "cosine": {"worst": just_under(params["min"])} if "min" in params else {},
         "bit_equal": {"worst": 1.0, "rows_differing": 1},
     }
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("one row just out of bounds", worst.get(params["metric"]) or {"worst": just_over(params["max"])}),
         ("compared with itself", {"reference_source": observation["subject_source"]}),
         ("no source named", {"subject_source": None}),

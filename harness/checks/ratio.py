@@ -6,15 +6,15 @@ slows down hits both sides of a pair.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "ratio"
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["array"],
@@ -31,13 +31,12 @@ READS = ("arrays", "exit")
 _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the pairs to their ratios and their order in time."""
     run = pick_run(runs, params.get("arm"))
-    observation: dict[str, Any] = {
-        "cause": run.exit.get("cause"),
-        "returncode": run.exit.get("returncode"),
-        "same_boot": run.exit.get("boot_id") == run.exit.get("boot_id_end"),
+    observation: dict[str, object] = {
+        **run.ending,
+        "same_boot": run.same_boot,
         "pairs": 0,
     }
     if f"arrays/{params['array']}.npz" not in run.store.names():
@@ -63,7 +62,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a median on the wrong side of the bound; inconclusive for pairs that were not interleaved."""
     upper = "max" in params
     limit = float(params["max"] if upper else params["min"])
@@ -86,20 +85,16 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("constant", measured, bound)
     margin = median / limit if upper else limit / median if median > 0 else None
     if (median > limit) if upper else (median < limit):
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"median ratio {median:.4g}, {'over' if upper else 'under'} {limit:g}",
-            margin=margin,
+        return Judgement.falsified(
+            measured, bound, f"median ratio {median:.4g}, {'over' if upper else 'under'} {limit:g}", margin
         )
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=margin)
+    return Judgement.corroborated(measured, bound, margin)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Move the median just over its bound; repeat one value; overlap the pairs; leave too few or none."""
     over = just_over(params["max"]) if "max" in params else just_under(params["min"])
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("median just out of bounds", {"median": over}),
         ("no pairs", {"pairs": 0}),
         ("one pair too few", {"pairs": min_observations - 1}),

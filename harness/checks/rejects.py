@@ -4,13 +4,13 @@ The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "rejects"
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["error", "cases"],
@@ -29,17 +29,16 @@ DIRECTIONS = {"cases": "lower"}
 READS = ("facts", "exit")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded cases."""
     run = pick_run(runs, params.get("arm"))
     return {
         "cases": list(run.facts.get("cases") or []),
-        "cause": run.exit.get("cause"),
-        "returncode": run.exit.get("returncode"),
+        **run.ending,
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a case that passed or raised something else; inconclusive when the twin was refused too."""
     cases = {str(case["case"]): case for case in observation["cases"]}
     bound = f"{', '.join(params['cases'])}: each {params['error']}, its twin accepted"
@@ -48,29 +47,24 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     wrong = [case for name, case in cases.items() if name in params["cases"] and case["error"] != params["error"]]
     if wrong:
         got = wrong[0]["error"] or "no error"
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"{wrong[0]['case']}: {got} instead of {params['error']}",
-        )
+        return Judgement.falsified(measured, bound, f"{wrong[0]['case']}: {got} instead of {params['error']}")
     if not set(params["cases"]) <= set(cases):
         return inconclusive("run incomplete", f"{measured}; run {observation['cause']}", bound)
     if any(case["twin_error"] for case in cases.values()):
         return inconclusive("twin refused", measured, bound)
     if len(cases) < min_observations:
         return inconclusive("too few observations", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Let each case pass, raise another error, lack its record, and have its twin refused."""
     cases = [dict(case) for case in observation["cases"]]
     mutations: list[Mutation] = [("no cases", {**observation, "cases": []})]
     for at, case in enumerate(cases):
         before, after = cases[:at], cases[at + 1 :]
 
-        def put(**changed: Any) -> dict[str, Any]:
+        def put(**changed: str | None) -> JsonRecord:
             return {**observation, "cases": [*before, {**case, **changed}, *after]}  # noqa: B023 - called at once
 
         mutations.append((f"twin of {case['case']} refused", put(twin_error=params["error"])))

@@ -4,7 +4,7 @@ The teacher's account alone proves nothing: a fault may dequantise and keep sile
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from q4kd.harness.checks.judgement import (
     ARM_PARAM,
@@ -17,11 +17,12 @@ from q4kd.harness.checks.judgement import (
     just_over,
     pick_run,
 )
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "residency"
 MAX_EDGE_S = 0.5
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["max_dense_bytes", "max_ratio", "outside"],
@@ -63,7 +64,7 @@ DIRECTIONS = {
 READS = ("events", "memory", "facts", "exit")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Put the teacher's account, the harness's reading of the file and the outside samples side by side."""
     run = pick_run(runs, params.get("arm"))
     ready, baseline = run.event("teacher_ready"), baseline_rss(run)
@@ -87,7 +88,7 @@ def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observati
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by dense bytes, by a type that is not held as the file holds it, or by growth seen from outside."""
     tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
     bound = (
@@ -104,22 +105,17 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         if growth is not None
         else f"{dense} dense bytes, no outside sample"
     )
-
-    def falsified(counterexample: str, margin: float | None = None) -> Judgement:
-        return Judgement(
-            verdict="falsified", measured=measured, bound=bound, counterexample=counterexample, margin=margin
-        )
-
+    refuted = partial(Judgement.falsified, measured, bound)
     if dense > params["max_dense_bytes"]:
-        return falsified(f"{dense} bytes of K-quant tensors are held decoded")
+        return refuted(f"{dense} bytes of K-quant tensors are held decoded")
     if resident > params["max_ratio"] * tensor_bytes:
-        return falsified(f"{resident} bytes resident for {tensor_bytes} in the file", resident / tensor_bytes)
+        return refuted(f"{resident} bytes resident for {tensor_bytes} in the file", resident / tensor_bytes)
     for name, count in (observation["file_bytes_by_type"] or {}).items():
         if name.endswith("_K") and held.get(name, 0) != count:
-            return falsified(f"{name}: {held.get(name, 0)} bytes held of {count} in the file")
+            return refuted(f"{name}: {held.get(name, 0)} bytes held of {count} in the file")
     limit = params["outside"]["times"] * tensor_bytes + params["outside"]["plus_bytes"]
     if growth is not None and growth > limit:
-        return falsified(
+        return refuted(
             f"the teacher reports {resident / 1e6:.1f} MB, but the process grew by {growth / 1e6:.1f} MB "
             f"(limit {limit / 1e6:.1f} MB)",
             growth / limit,
@@ -132,15 +128,15 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
         return inconclusive("too few observations", measured, bound)
     if max(observation["late_start_s"], observation["early_end_s"]) > MAX_EDGE_S:
         return inconclusive("phase not covered", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound, margin=growth / limit)
+    return Judgement.corroborated(measured, bound, growth / limit)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Hold one byte too many or too few of each kind; grow just over the limit; uncover the phase; do not end."""
     tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
     over = int(params["max_ratio"] * tensor_bytes) + 1 - sum(held.values())
     limit = params["outside"]["times"] * tensor_bytes + params["outside"]["plus_bytes"]
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("one dense byte over the bound", {"dense_bytes": params["max_dense_bytes"] + 1}),
         ("one resident byte over the bound", {"resident_bytes": {**held, "F32": held.get("F32", 0) + over}}),
         ("growth just over the limit", {"outside_growth": just_over(limit)}),

@@ -4,13 +4,14 @@ The step counter is the program's word; the harness's own reading of the last ch
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "survives"
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["steps", "checkpoint"],
@@ -24,57 +25,52 @@ DIRECTIONS = {"steps": "lower", "checkpoint": "lower"}
 READS = ("events", "exit", "facts")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Count steps, read how the run ended, and take the harness's reading of the last checkpoint."""
     run = pick_run(runs, params.get("arm"))
     steps = [event.get("step") for event in run.events_named("step")]
-    ending = run.exit
     return {
         "steps": len(steps),
         "contiguous": steps == list(range(1, len(steps) + 1)),
-        "cause": ending.get("cause"),
-        "returncode": ending.get("returncode"),
-        "same_boot": ending.get("boot_id") == ending.get("boot_id_end"),
-        "wall_s": ending.get("wall_s"),
+        **run.ending,
+        "same_boot": run.same_boot,
+        "wall_s": run.exit.get("wall_s"),
         "done": run.event("done") is not None,
         "checkpoint": run.facts.get("checkpoint") if params["checkpoint"] else None,
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a missing step, another end than exit 0, or a checkpoint that tells another story."""
     wanted = params["steps"]
     cause = str(observation["cause"]).replace("_", " ")
     ended = f"{cause}, exit code {observation['returncode']}"
     measured = f"{observation['steps']} steps, {ended}"
     bound = f"{wanted} steps, exit 0" + (", a checkpoint of the last" if params["checkpoint"] else "")
-
-    def falsified(counterexample: str) -> Judgement:
-        return Judgement(verdict="falsified", measured=measured, bound=bound, counterexample=counterexample)
-
+    refuted = partial(Judgement.falsified, measured, bound)
     if not observation["same_boot"]:
         return inconclusive("machine restarted", measured, bound)
     if observation["steps"] < wanted or not observation["contiguous"]:
-        return falsified(f"{observation['steps']} of {wanted} steps in {observation['wall_s']:.0f} s; the run {ended}")
+        return refuted(f"{observation['steps']} of {wanted} steps in {observation['wall_s']:.0f} s; the run {ended}")
     if observation["cause"] != "exited" or observation["returncode"] != 0 or not observation["done"]:
-        return falsified(f"all steps were taken, but the run {ended}")
+        return refuted(f"all steps were taken, but the run {ended}")
     if params["checkpoint"]:
         found = observation["checkpoint"]
         if not found:
-            return falsified("no checkpoint was left")
+            return refuted("no checkpoint was left")
         counters = [found["step"], found["optimizer_step_min"], found["optimizer_step_max"]]
         if counters != [observation["steps"]] * 3:
-            return falsified(f"the checkpoint counts steps {counters}, the events {observation['steps']}")
+            return refuted(f"the checkpoint counts steps {counters}, the events {observation['steps']}")
         if not found["finite"] or not found["digests_match"]:
-            return falsified("the checkpoint's tensors are not finite or do not match their digests")
+            return refuted("the checkpoint's tensors are not finite or do not match their digests")
     if observation["steps"] < min_observations:
         return inconclusive("too few observations", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Take fewer steps, or none; end otherwise; leave another checkpoint."""
-    mutations: list[tuple[str, dict[str, Any]]] = [
+    mutations: list[Mutation] = [
         ("zero steps", {"steps": 0}),
         ("one step too few", {"steps": params["steps"] - 1}),
         ("a step counted twice", {"contiguous": False}),

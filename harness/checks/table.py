@@ -1,13 +1,13 @@
 """A table that the program filled equals the expected one, entry by entry, with nothing left out and nothing added."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
 NAME = "table"
-PARAMS: dict[str, Any] = {
+PARAMS: JsonRecord = {
     "type": "object",
     "additionalProperties": False,
     "required": ["table", "expected"],
@@ -26,17 +26,16 @@ DIRECTIONS: dict[str, str] = {}
 READS = ("facts", "exit")
 
 
-def extract(runs: Mapping[str, RawRun], params: Mapping[str, Any], min_observations: int) -> dict[str, Any]:
+def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded table."""
     run = pick_run(runs, params.get("arm"))
     return {
         "table": run.facts.get("tables", {}).get(params["table"]),
-        "cause": run.exit.get("cause"),
-        "returncode": run.exit.get("returncode"),
+        **run.ending,
     }
 
 
-def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> Judgement:
+def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by the first entry that differs, is missing or is extra."""
     expected, table = params["expected"], observation["table"]
     bound = f"{len(expected)} entries as expected"
@@ -46,18 +45,13 @@ def judge(observation: Mapping[str, Any], params: Mapping[str, Any], min_observa
     measured = f"{len(table)} entries, {len(wrong)} wrong"
     if wrong:
         key = wrong[0]
-        return Judgement(
-            verdict="falsified",
-            measured=measured,
-            bound=bound,
-            counterexample=f"{key}: {table.get(key)!r} instead of {expected.get(key)!r}",
-        )
+        return Judgement.falsified(measured, bound, f"{key}: {table.get(key)!r} instead of {expected.get(key)!r}")
     if len(table) < min_observations:
         return inconclusive("too few observations", measured, bound)
-    return Judgement(verdict="corroborated", measured=measured, bound=bound)
+    return Judgement.corroborated(measured, bound)
 
 
-def mutate(observation: Mapping[str, Any], params: Mapping[str, Any], min_observations: int) -> list[Mutation]:
+def mutate(observation: JsonRecord, params: JsonRecord, min_observations: int) -> list[Mutation]:
     """Change, remove and add an entry, each in turn."""
     table = dict(observation["table"])
     changed = {key: not value if isinstance(value, bool) else f"not {value}" for key, value in table.items()}

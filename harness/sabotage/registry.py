@@ -32,6 +32,8 @@ Family = Literal[
 Call = Callable[..., object]
 _Replacement = TypeVar("_Replacement", bound=Call)
 
+VOID_EXIT = 97  # of a child whose fault could not be planted: nothing was tested
+
 
 class MissingTarget(Exception):  # noqa: N818 - it makes a fault VOID, which is an outcome and not a program error
     """A fault names an object that does not exist (any more): the fault tests nothing."""
