@@ -14,11 +14,10 @@ from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from q4kd.harness.bundle import manifest_of, manifest_text
 from q4kd.harness.contract import Contract
-from q4kd.harness.findings import parse_findings
+from q4kd.harness.findings import read_findings
 from q4kd.harness.index_trends import Measure, measures_of
 from q4kd.harness.loosening import Change, contract_changes
 from q4kd.harness.plan import Plan
@@ -26,6 +25,7 @@ from q4kd.harness.raw import open_store
 from q4kd.harness.recheck import bundle_contracts, read_plan
 from q4kd.harness.report import render
 from q4kd.harness.report_verdict import Verdict, commit_of, moment_of, verdict_of
+from q4kd.harness.results import Findings
 from q4kd.harness.store import Store, read_object
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
@@ -143,7 +143,7 @@ def _bundles(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str]) -> Entry:
     store = open_store(path)
-    findings = parse_findings(store.read("findings.json"), "findings.json")
+    findings = read_findings(store)
     environment, plan = read_object(store, "environment.json"), read_plan(store)[0]
     digest = _contracts_digest(store)
     if digest not in contracts:
@@ -151,15 +151,15 @@ def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str])
             contracts[digest] = bundle_contracts(store)
         except InputError as error:
             contracts[digest] = str(error)
-    when = datetime.fromisoformat(findings["created"])
+    when = datetime.fromisoformat(findings.created)
     return Entry(
         name=path.name,
         when=(when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp(),
         made=moment_of(findings),
-        profile=findings["profile"],
+        profile=findings.profile,
         commit=commit_of(environment),
         verdict=verdict_of(findings, plan, environment),
-        counts=findings["summary"],
+        counts=findings.summary,
         verdicts=_verdicts(findings, plan),
         measures=tuple(measures_of(findings)),
         contracts=digest,
@@ -167,9 +167,9 @@ def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str])
     )
 
 
-def _verdicts(findings: Mapping[str, Any], plan: Plan) -> dict[str, str]:
+def _verdicts(findings: Findings, plan: Plan) -> dict[str, str]:
     untested = {entry.key: "untested" for entry in plan.entries if entry.scope == "out_of_scope"}
-    return untested | {row["key"]: row["verdict"] for row in findings["findings"]}
+    return untested | {row.key: row.verdict for row in findings.rows}
 
 
 def _contracts_digest(store: Store) -> str:

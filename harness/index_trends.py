@@ -14,10 +14,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
+
+from q4kd.harness.results import CheckResult, Findings
 
 MIN_EARLIER = 3
 WINDOW = 20
@@ -70,19 +72,19 @@ class Trend:
     before: int
 
 
-def measures_of(findings: Mapping[str, Any]) -> Iterator[Measure]:
+def measures_of(findings: Findings) -> Iterator[Measure]:
     """Yield the measures of a bundle's findings: every judged check with a margin, or a number of known direction."""
-    for row in findings["findings"]:
+    for row in findings.rows:
         seen: dict[str, int] = {}
-        for check in row["checks"]:
-            name = check["check"]
+        for check in row.checks:
+            name = check.check
             seen[name] = seen.get(name, 0) + 1
-            found = _value_of(check) if check["verdict"] != "inconclusive" else None
+            found = _value_of(check) if check.verdict != "inconclusive" else None
             if found is not None:
                 value, lower, unit = found
-                stated = json.dumps(check["params"], sort_keys=True).encode("utf-8", "surrogatepass")
+                stated = json.dumps(check.params, sort_keys=True).encode("utf-8", "surrogatepass")
                 yield Measure(
-                    key=row["key"],
+                    key=row.key,
                     check=name if seen[name] == 1 else f"{name} #{seen[name]}",
                     value=value,
                     lower=lower,
@@ -91,8 +93,8 @@ def measures_of(findings: Mapping[str, Any]) -> Iterator[Measure]:
                 )
 
 
-def _value_of(check: Mapping[str, Any]) -> tuple[float, bool, str] | None:
-    margin = check["margin"]
+def _value_of(check: CheckResult) -> tuple[float, bool, str] | None:
+    margin = check.margin
     if margin is not None:
         return (
             (float(margin), True, "of the way to the bound")
@@ -100,11 +102,11 @@ def _value_of(check: Mapping[str, Any]) -> tuple[float, bool, str] | None:
             else None
         )
     # Of checks without a margin, these two state first a number of which more is better.
-    better_higher = check["check"] == "improves" or check["params"].get("metric") == "cosine"
-    number = _NUMBER.search(check["measured"] or "") if better_higher else None
+    better_higher = check.check == "improves" or check.params.get("metric") == "cosine"
+    number = _NUMBER.search(check.measured or "") if better_higher else None
     if number is None or not abs(float(number[0])) < _LARGEST:
         return None
-    return float(number[0]), False, "margin" if check["check"] == "improves" else "cosine"
+    return float(number[0]), False, "margin" if check.check == "improves" else "cosine"
 
 
 def trends_of(bundles: Sequence[tuple[str, Sequence[Measure]]]) -> list[Trend]:

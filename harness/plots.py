@@ -7,6 +7,7 @@ from typing import Any
 
 from q4kd.harness.raw import RawRun
 from q4kd.harness.report_page import shown
+from q4kd.harness.results import CheckResult, Finding, Findings
 from q4kd.trainer.errors import InputError
 
 MIN_SAMPLES = 20
@@ -49,15 +50,15 @@ class Plot:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
+def memory_plots(findings: Findings, runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
     """Plot the memory of every run that a memory claim was judged on, in that claim's series, under its ceiling.
 
     Runs that are missing, malformed or short of 20 samples draw nothing; at most ``most`` plots are made.
     """
     ceilings: dict[tuple[str, str], dict[Phase, float | None]] = {}
-    for row in findings["findings"]:
-        for check in row["checks"]:
-            if check["check"] not in ("memory_ceiling", "residency"):
+    for row in findings.rows:
+        for check in row.checks:
+            if check.check not in ("memory_ceiling", "residency"):
                 continue
             series, phase = _series_and_phase(check)
             for name in _runs_judged(row, check):
@@ -73,17 +74,17 @@ def memory_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: 
     return plots
 
 
-def _series_and_phase(check: Mapping[str, Any]) -> tuple[str, Phase]:
+def _series_and_phase(check: CheckResult) -> tuple[str, Phase]:
     """Return the series that a memory check judges and the events its ceiling holds between (None: to the end)."""
-    if check["check"] == "residency":
-        return "rss_above_baseline", ("teacher_ready", check["params"].get("outside", {}).get("until"))
-    first, last = check["params"].get("phase") or (None, None)
-    return str(check["params"].get("series")), (str(first), str(last))
+    if check.check == "residency":
+        return "rss_above_baseline", ("teacher_ready", check.params.get("outside", {}).get("until"))
+    first, last = check.params.get("phase") or (None, None)
+    return str(check.params.get("series")), (str(first), str(last))
 
 
-def _runs_judged(row: Mapping[str, Any], check: Mapping[str, Any]) -> list[str]:
-    arm = check["params"].get("arm")
-    return [name for name in row["runs"] if arm is None or name.partition(".")[2] == arm]
+def _runs_judged(row: Finding, check: CheckResult) -> list[str]:
+    arm = check.params.get("arm")
+    return [name for name in row.runs if arm is None or name.partition(".")[2] == arm]
 
 
 def _drawn(draw: Callable[[], Plot | None]) -> Plot | None:
@@ -94,10 +95,10 @@ def _drawn(draw: Callable[[], Plot | None]) -> Plot | None:
         return None
 
 
-def ceiling_bytes(check: Mapping[str, Any]) -> float | None:
+def ceiling_bytes(check: CheckResult) -> float | None:
     """Return the ceiling that a memory check set, in bytes: a constant, or times a fact that was observed; or None."""
-    params, observation = check["params"], check["observation"] or {}
-    residency = check["check"] == "residency"
+    params, observation = check.params, check.observation or {}
+    residency = check.check == "residency"
     bound = params.get("outside", {}) if residency else params.get("ceiling", {})
     fact = observation.get("tensor_bytes" if residency else "of_bytes")
     if isinstance(bound.get("bytes"), (int, float)):
@@ -207,16 +208,16 @@ def memory_series(
     return [(t, y) for t, y in points if t >= -0.5], marks
 
 
-def utilisation_plots(findings: Mapping[str, Any], runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
+def utilisation_plots(findings: Findings, runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
     """Plot NVML's utilisation by this process for every run that a utilisation claim was judged on."""
     plots: list[Plot] = []
-    for row in findings["findings"]:
-        for check in row["checks"]:
-            if check["check"] != "gpu_utilization":
+    for row in findings.rows:
+        for check in row.checks:
+            if check.check != "gpu_utilization":
                 continue
             for name in _runs_judged(row, check):
                 if name in runs and len(plots) < most and not any(plot.title == name for plot in plots):
-                    least = check["params"].get("min_percent")
+                    least = check.params.get("min_percent")
                     plot = _drawn(lambda n=name, p=least: _utilisation_plot(n, runs[n], p))  # type: ignore[misc]
                     plots += [plot] if plot else []
     return plots

@@ -3,11 +3,11 @@
 import hashlib
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from markupsafe import Markup
 
-from q4kd.harness.findings import headline, parse_findings
+from q4kd.harness.findings import headline, read_findings
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.plan import Plan
 from q4kd.harness.plots import Plot, memory_plots, utilisation_plots
 from q4kd.harness.raw import RawRun, Store, read_runs
@@ -16,6 +16,7 @@ from q4kd.harness.report_claims import Limits, contract_groups, link_to
 from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_training import loss_plots, step_plots
 from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, moment_of, verdict_of
+from q4kd.harness.results import Findings
 from q4kd.harness.store import read_object
 from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
@@ -48,7 +49,7 @@ def render(store: Store, raw: str | None = "") -> str:
     Raises:
         InputError: when the findings, the plan or the environment are missing or malformed.
     """
-    findings = parse_findings(store.read("findings.json"), "findings.json")
+    findings = read_findings(store)
     plan = Plan.from_json(read_object(store, "plan.json"))
     environment, inputs = read_object(store, "environment.json"), read_object(store, "inputs.json")
     page = ""
@@ -67,28 +68,28 @@ def render(store: Store, raw: str | None = "") -> str:
     return page
 
 
-def _summary(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    counts = findings["summary"]
+def _summary(findings: Findings, plan: Plan, environment: JsonRecord, limits: Limits) -> dict[str, object]:
+    counts = findings.summary
     waived = counts.get("waived", 0)
     counts = {**counts, "inconclusive": counts["inconclusive"] + waived}  # the tile says how many of them are excused
     tiles = [(verdict, MARKS[verdict], PLAIN[verdict], counts[verdict]) for verdict in MARKS]
     return {
         "headline": limits.cut(headline(findings)),
-        "gate": _GATE[findings["exit_code"]],
+        "gate": _GATE[findings.exit_code],
         "verdict": verdict_of(findings, plan, environment),
         "tiles": tiles,
         "waived": waived,
         "out_of_scope": counts["out_of_scope"],
         "not_gating": counts["not_gating"],
         "shares": _shares(counts),
-        "profile": limits.cut(findings["profile"]),
+        "profile": limits.cut(findings.profile),
         "commit": limits.cut(commit_of(environment)),
         "made": moment_of(findings),
-        "judge_version": findings["judge_version"],
-        "scope": findings["scope"],
+        "judge_version": findings.judge_version,
+        "scope": findings.scope,
         "select": limits.cut(plan.select) if plan.select else None,
         "untested": [entry for entry in plan.entries if entry.scope == "out_of_scope"][: limits.rows],
-        "anchors": {row["key"]: f"claim-{number}" for number, row in enumerate(findings["findings"], 1)},
+        "anchors": {row.key: f"claim-{number}" for number, row in enumerate(findings.rows, 1)},
     }
 
 
@@ -105,7 +106,7 @@ def _shares(counts: Mapping[str, int]) -> list[tuple[str, str, float, float]]:
     return found
 
 
-def _evidence(store: Store, findings: Mapping[str, Any], raw: str | None, limits: Limits) -> dict[str, Any]:
+def _evidence(store: Store, findings: Findings, raw: str | None, limits: Limits) -> dict[str, object]:
     runs = read_runs(store)
     plots = {
         "memory": memory_plots(findings, runs, limits.plots),
@@ -122,12 +123,12 @@ def _evidence(store: Store, findings: Mapping[str, Any], raw: str | None, limits
     }
 
 
-def _plot(plot: Plot) -> dict[str, Any]:
+def _plot(plot: Plot) -> dict[str, object]:
     svg = Markup(plot.svg)  # noqa: S704 - made by report_svg.py, which serialises a tree
     return {**vars(plot), "svg": svg}
 
 
-def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, Any]:
+def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, object]:
     """Return a run as a row: its command, its end and its files. What cannot be read says so."""
     try:
         argv = run.argv.get("argv")
@@ -147,7 +148,7 @@ def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterable[dict[str, Any]]:
+def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterable[dict[str, object]]:
     """Yield the contracts and profiles as run: name, description, digest and text."""
     try:
         described = {contract.path: contract for contract in bundle_contracts(store)}
@@ -168,7 +169,7 @@ def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterable[dict[s
         }
 
 
-def _facts(environment: Mapping[str, Any], limits: Limits) -> list[tuple[str, str]]:
+def _facts(environment: JsonRecord, limits: Limits) -> list[tuple[str, str]]:
     """Return the environment as pairs for a table; an unread value says so."""
 
     def said(value: object) -> str:

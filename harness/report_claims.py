@@ -4,14 +4,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
-from q4kd.harness.interchange import message_of
 from q4kd.harness.raw import RawRun
 from q4kd.harness.report_page import cut
 from q4kd.harness.report_verdict import MARKS, PLAIN, meaning, ordered
-from q4kd.harness.waivers import Waiver
+from q4kd.harness.results import CheckResult, Finding, Findings, KillOutcome
 
 # Property of a run that a check reads → its file, in the order in which a person would open them.
 _FILES = {
@@ -72,8 +70,8 @@ def bar_of(margin: float | None) -> Bar | None:
 
 
 def contract_groups(
-    findings: Mapping[str, Any], runs: Mapping[str, RawRun], raw: str | None, limits: Limits
-) -> list[dict[str, Any]]:
+    findings: Findings, runs: Mapping[str, RawRun], raw: str | None, limits: Limits
+) -> list[dict[str, object]]:
     """Return the contracts in order, each with its claims as rows and its kill matrix.
 
     Args:
@@ -82,22 +80,22 @@ def contract_groups(
         raw: where the bundle's files lie, as the beginning of a link; None when nothing can be linked to.
         limits: how much to show.
     """
-    shown = ordered(findings["findings"])[: limits.rows]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in findings["findings"]:
-        groups.setdefault(row["contract"], [])
+    shown = ordered(findings.rows)[: limits.rows]
+    groups: dict[str, list[Finding]] = {}
+    for row in findings.rows:
+        groups.setdefault(row.contract, [])
     for row in shown:
-        groups[row["contract"]].append(row)
-    numbers = {row["key"]: number for number, row in enumerate(findings["findings"], 1)}
+        groups[row.contract].append(row)
+    numbers = {row.key: number for number, row in enumerate(findings.rows, 1)}
     return [
         {
             "name": limits.cut(name),
             "counts": [
                 (verdict, PLAIN[verdict], count)
                 for verdict in MARKS
-                if (count := sum(row["verdict"] == verdict for row in rows))
+                if (count := sum(row.verdict == verdict for row in rows))
             ],
-            "rows": [_row(row, numbers[row["key"]], runs, raw, limits) for row in rows],
+            "rows": [_row(row, numbers[row.key], runs, raw, limits) for row in rows],
             "matrix": _matrix(rows, numbers, limits),
         }
         for name, rows in groups.items()
@@ -105,77 +103,75 @@ def contract_groups(
     ]
 
 
-def _row(
-    row: Mapping[str, Any], number: int, runs: Mapping[str, RawRun], raw: str | None, limits: Limits
-) -> dict[str, Any]:
-    checks = row["checks"]
-    deciding = next((check for check in checks if check["verdict"] == row["verdict"]), checks[0] if checks else None)
-    files = [file for name in row["runs"][: limits.parts] if name in runs for file in _files(row, runs[name], raw)]
+def _row(row: Finding, number: int, runs: Mapping[str, RawRun], raw: str | None, limits: Limits) -> dict[str, object]:
+    checks = row.checks
+    deciding = row.deciding or next(iter(checks), None)
+    files = [file for name in row.runs[: limits.parts] if name in runs for file in _files(row, runs[name], raw)]
     return {
         "anchor": f"claim-{number}",
-        "verdict": row["verdict"],
-        "mark": MARKS[row["verdict"]],
-        "plain": PLAIN[row["verdict"]],
-        "gates": row["scope"] == "required",
-        "open": row["verdict"] == "falsified",
-        "id": limits.cut(row["id"]),
-        "rule": limits.cut(row["rule"]),
-        "prediction": limits.cut(row["prediction"]),
-        "if_fails": limits.cut(row["if_fails"]),
-        "message": limits.cut(message_of(row)),
-        "reason": limits.cut(row["reason"]) if row["reason"] else None,
-        "waiver": limits.cut(Waiver(**row["waiver"])) if row.get("waiver") else None,
-        "meaning": meaning(row["reason"]) if row["reason"] else "",
+        "verdict": row.verdict,
+        "mark": MARKS[row.verdict],
+        "plain": PLAIN[row.verdict],
+        "gates": row.required,
+        "open": row.verdict == "falsified",
+        "id": limits.cut(row.id),
+        "rule": limits.cut(row.rule),
+        "prediction": limits.cut(row.prediction),
+        "if_fails": limits.cut(row.if_fails),
+        "message": limits.cut(row.message),
+        "reason": limits.cut(row.reason) if row.reason else None,
+        "waiver": limits.cut(row.waiver) if row.waiver else None,
+        "meaning": meaning(row.reason) if row.reason else "",
         "counterexamples": [
-            limits.cut(check["counterexample"]) for check in checks[: limits.parts] if check["counterexample"]
+            limits.cut(check.counterexample) for check in checks[: limits.parts] if check.counterexample
         ],
-        "measured": limits.cut((deciding or {}).get("measured") or "nothing"),
-        "bound": limits.cut((deciding or {}).get("bound") or "no bound"),
-        "bar": bar_of(deciding["margin"]) if deciding else None,
+        "measured": limits.cut((deciding and deciding.measured) or "nothing"),
+        "bound": limits.cut((deciding and deciding.bound) or "no bound"),
+        "bar": bar_of(deciding.margin) if deciding else None,
         "more": max(0, len(checks) - 1),
-        "mutations": row["mutations"],
-        "missed": [limits.cut(name) for name in (row["mutations"] or {}).get("missed", [])[: limits.parts]],
-        "faults": [_fault(record, limits) for record in row["sabotage"][: limits.parts]],
-        "caught": sum(record["caught"] for record in row["sabotage"]),
-        "planted": len(row["sabotage"]),
+        "mutations": row.mutations,
+        "missed": [limits.cut(name) for name in (row.mutations.missed if row.mutations else ())[: limits.parts]],
+        "faults": [_fault(kill, limits) for kill in row.sabotage[: limits.parts]],
+        "caught": sum(kill.caught for kill in row.sabotage),
+        "planted": len(row.sabotage),
         "checks": [_check(check, limits) for check in checks[: limits.parts]],
-        "experiment": limits.cut(row["experiment"]) if row["experiment"] else None,
-        "runs": [limits.cut(name) for name in row["runs"][: limits.parts]],
+        "experiment": limits.cut(row.experiment) if row.experiment else None,
+        "runs": [limits.cut(name) for name in row.runs[: limits.parts]],
         "files": files[: 2 * limits.parts],
-        "seconds": row["seconds"],
+        "seconds": row.seconds,
     }
 
 
-def _fault(record: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def _fault(kill: KillOutcome, limits: Limits) -> dict[str, object]:
     return {
-        "fault": limits.cut(record["fault"]),
-        "caught": record["caught"],
-        "detail": limits.cut(str(record["detail"] or "").removeprefix("caught: ")),
+        "fault": limits.cut(kill.fault),
+        "caught": kill.caught,
+        "detail": limits.cut((kill.detail or "").removeprefix("caught: ")),
     }
 
 
-def _check(check: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def _check(check: CheckResult, limits: Limits) -> dict[str, object]:
     def text(value: object) -> str | None:
         return cut(json.dumps(value, ensure_ascii=False, indent=1), limits.detail) if limits.detail else None
 
     return {
-        "check": limits.cut(check["check"]),
-        "verdict": check["verdict"],
-        "plain": PLAIN[check["verdict"]],
-        "reason": limits.cut(check["reason"]) if check["reason"] else None,
-        "measured": limits.cut(check["measured"] or "nothing"),
-        "bound": limits.cut(check["bound"] or "no bound"),
-        "bar": bar_of(check["margin"]),
-        "params": text(check["params"]),
-        "observation": text(check["observation"]),
+        "check": limits.cut(check.check),
+        "verdict": check.verdict,
+        "plain": PLAIN[check.verdict],
+        "reason": limits.cut(check.reason) if check.reason else None,
+        "measured": limits.cut(check.measured or "nothing"),
+        "bound": limits.cut(check.bound or "no bound"),
+        "bar": bar_of(check.margin),
+        "params": text(check.params),
+        "observation": text(check.observation),
     }
 
 
-def _files(row: Mapping[str, Any], run: RawRun, raw: str | None) -> Iterable[dict[str, Any]]:
+def _files(row: Finding, run: RawRun, raw: str | None) -> Iterable[dict[str, object]]:
     """Yield the files of a run that a claim's checks read, the most telling first; all when a check is not known."""
     from q4kd.harness.checks import CHECKS
 
-    known = [CHECKS[check["check"]].READS for check in row["checks"] if check["check"] in CHECKS]
+    known = [CHECKS[check.check].READS for check in row.checks if check.check in CHECKS]
     read = {name for reads in known for name in reads} or set(_FILES)
     names = run.store.names()
     for prefix in (file for name, file in _FILES.items() if name in read):
@@ -189,21 +185,21 @@ def link_to(raw: str | None, name: str) -> str | None:
     return None if raw is None else quote(f"{raw}{name}")
 
 
-def _matrix(rows: list[Mapping[str, Any]], numbers: Mapping[str, int], limits: Limits) -> dict[str, Any] | None:
+def _matrix(rows: list[Finding], numbers: Mapping[str, int], limits: Limits) -> dict[str, object] | None:
     """Return the kill matrix of one contract: its claims down, the faults they name across, level 1 beside them."""
-    asking = [row for row in rows if row["sabotage"] or row["mutations"]]
-    faults = list(dict.fromkeys(record["fault"] for row in asking for record in row["sabotage"]))[: limits.rows // 10]
+    asking = [row for row in rows if row.sabotage or row.mutations]
+    faults = list(dict.fromkeys(kill.fault for row in asking for kill in row.sabotage))[: limits.rows // 10]
     if not asking:
         return None
     lines = []
     for row in asking:
-        seen = {record["fault"]: record for record in row["sabotage"]}
+        seen = {kill.fault: kill.caught for kill in row.sabotage}
         lines.append(
             {
-                "anchor": f"claim-{numbers[row['key']]}",
-                "id": limits.cut(row["id"]),
-                "mutations": row["mutations"],
-                "cells": [None if fault not in seen else bool(seen[fault]["caught"]) for fault in faults],
+                "anchor": f"claim-{numbers[row.key]}",
+                "id": limits.cut(row.id),
+                "mutations": row.mutations,
+                "cells": [seen.get(fault) for fault in faults],
             }
         )
     return {"faults": [limits.cut(fault) for fault in faults], "lines": lines}

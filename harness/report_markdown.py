@@ -4,14 +4,12 @@ Text of a bundle stands in code spans only: there no HTML, link, mention or refe
 span or a table's cell is spelt out.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from q4kd.harness.findings import parse_findings
-from q4kd.harness.interchange import message_of
+from q4kd.harness.findings import read_findings
+from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.plan import Plan
 from q4kd.harness.report_page import shown
 from q4kd.harness.report_verdict import MARKS, Verdict, commit_of, counted, meaning, moment_of, verdict_of
+from q4kd.harness.results import Findings
 from q4kd.harness.store import Store, read_object
 
 FILE = "findings.md"
@@ -41,7 +39,7 @@ def render_markdown(store: Store) -> str:
     Raises:
         InputError: when the findings, the plan or the environment are missing or malformed.
     """
-    findings = parse_findings(store.read("findings.json"), "findings.json")
+    findings = read_findings(store)
     plan = Plan.from_json(read_object(store, "plan.json"))
     environment = read_object(store, "environment.json")
     verdict = verdict_of(findings, plan, environment)
@@ -56,8 +54,8 @@ def render_markdown(store: Store) -> str:
     return text
 
 
-def _head(findings: Mapping[str, Any], verdict: Verdict, environment: Mapping[str, Any], limit: int) -> list[str]:
-    where = f"profile {code(findings['profile'], limit)}, commit {code(commit_of(environment), limit)}"
+def _head(findings: Findings, verdict: Verdict, environment: JsonRecord, limit: int) -> list[str]:
+    where = f"profile {code(findings.profile, limit)}, commit {code(commit_of(environment), limit)}"
     return [
         f"## {MARKS[verdict.tone]} {verdict.title}",
         "",
@@ -66,17 +64,17 @@ def _head(findings: Mapping[str, Any], verdict: Verdict, environment: Mapping[st
     ]
 
 
-def _table(findings: Mapping[str, Any], plan: Plan, rows: int, limit: int) -> list[str]:
+def _table(findings: Findings, plan: Plan, rows: int, limit: int) -> list[str]:
     names = list(dict.fromkeys(entry.contract for entry in plan.entries))
     lines = [
         "| contract | survived | fell | undecided | out of scope | faults caught |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in names[:rows]:
-        mine = [row for row in findings["findings"] if row["contract"] == name]
-        counts = [sum(row["verdict"] == verdict for row in mine) for verdict in MARKS]
+        mine = [row for row in findings.rows if row.contract == name]
+        counts = [sum(row.verdict == verdict for row in mine) for verdict in MARKS]
         outside = sum(entry.contract == name and entry.scope == "out_of_scope" for entry in plan.entries)
-        faults = [record["caught"] for row in mine for record in row["sabotage"]]
+        faults = [kill.caught for row in mine for kill in row.sabotage]
         caught = f"{sum(faults)} of {len(faults)}" if faults else "none"
         lines.append(f"| {code(name, limit)} | {' | '.join(map(str, (*counts, outside)))} | {caught} |")
     return [*lines, *_rest(len(names), rows, "contract"), ""]
@@ -86,9 +84,9 @@ def _fallen(verdict: Verdict, rows: int, limit: int) -> list[str]:
     lines = ["### Fell", ""] if verdict.fell else []
     for row in verdict.fell[:rows]:
         lines += [
-            f"- **{code(row['key'], limit)}** {code(row['rule'], limit)}",
-            f"  - counterexample: {code(message_of(row), limit)}",
-            f"  - most likely means: {code(row['if_fails'], limit)}",
+            f"- **{code(row.key, limit)}** {code(row.rule, limit)}",
+            f"  - counterexample: {code(row.message, limit)}",
+            f"  - most likely means: {code(row.if_fails, limit)}",
         ]
     return [*lines, *_rest(len(verdict.fell), rows, "claim"), ""] if lines else []
 
@@ -98,7 +96,7 @@ def _undecided(verdict: Verdict, rows: int, limit: int) -> list[str]:
     for reason, found in list(verdict.undecided.items())[:rows]:
         said = f" ({meaning(reason)})" if meaning(reason) else ""
         lines.append(f"- {code(reason, limit)}{said}: {counted(len(found), 'claim')}")
-        lines += [f"  - {code(row['key'], limit)}" for row in found[:rows]]
+        lines += [f"  - {code(row.key, limit)}" for row in found[:rows]]
         lines += [f"  {line}" for line in _rest(len(found), rows, "claim")]
     return [*lines, ""] if lines else []
 
@@ -106,9 +104,10 @@ def _undecided(verdict: Verdict, rows: int, limit: int) -> list[str]:
 def _waived(verdict: Verdict, rows: int, limit: int) -> list[str]:
     lines = ["### Could not be judged, and waived", ""] if verdict.waived or verdict.expired else []
     for row in verdict.waived[:rows]:
-        owner, reason = (code(row["waiver"][name], limit) for name in ("owner", "reason"))
-        lines.append(f"- {code(row['key'], limit)}: {code(row['reason'], limit)}")
-        lines.append(f"  - by {owner} until {row['waiver']['expires']}: {reason}")
+        lines.append(f"- {code(row.key, limit)}: {code(row.reason, limit)}")
+        if (waiver := row.waiver) is not None:
+            by, why = code(waiver.owner, limit), code(waiver.reason, limit)
+            lines.append(f"  - by {by} until {waiver.expires}: {why}")
     lines += _rest(len(verdict.waived), rows, "claim")
     lines += [f"- {code(line, limit)}" for line in verdict.expired[:rows]]
     return [*lines, ""] if lines else []

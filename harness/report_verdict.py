@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from q4kd.harness.checks.judgement import REASONS
 from q4kd.harness.findings import sabotage_lines
-from q4kd.harness.plan import Plan
+from q4kd.harness.json_types import JsonRecord
+from q4kd.harness.plan import Plan, PlanEntry
+from q4kd.harness.results import Finding, Findings
 from q4kd.harness.waivers import expired_lines
 
 MARKS = {"corroborated": "✓", "falsified": "✗", "inconclusive": "?"}
@@ -39,42 +40,42 @@ class Verdict:
     title: str
     scale: str
     machine: str
-    fell: tuple[Mapping[str, Any], ...]
-    undecided: Mapping[str, list[Mapping[str, Any]]]
-    waived: tuple[Mapping[str, Any], ...]
+    fell: tuple[Finding, ...]
+    undecided: Mapping[str, list[Finding]]
+    waived: tuple[Finding, ...]
     expired: tuple[str, ...]
-    untested: Mapping[str, list[Any]]
+    untested: Mapping[str, list[PlanEntry]]
     shown_to_fail: tuple[str, ...]
     unnoticed: int
 
 
-def verdict_of(findings: Mapping[str, Any], plan: Plan, environment: Mapping[str, Any]) -> Verdict:
+def verdict_of(findings: Findings, plan: Plan, environment: JsonRecord) -> Verdict:
     """Sum up a bundle from its findings, its plan and its environment."""
-    required = [row for row in findings["findings"] if row["scope"] == "required"]
-    fell = tuple(row for row in required if row["verdict"] == "falsified")
-    waived = tuple(row for row in required if row["verdict"] == "inconclusive" and row.get("waiver") is not None)
-    undecided: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    required = [row for row in findings.rows if row.required]
+    fell = tuple(row for row in required if row.verdict == "falsified")
+    waived = tuple(row for row in required if row.waived)
+    undecided: dict[str, list[Finding]] = defaultdict(list)
     for row in required:
-        if row["verdict"] == "inconclusive" and row not in waived:
-            undecided[row["reason"]].append(row)
-    untested: dict[str, list[Any]] = defaultdict(list)
+        if row.verdict == "inconclusive" and not row.waived:
+            undecided[str(row.reason)].append(row)
+    untested: dict[str, list[PlanEntry]] = defaultdict(list)
     for entry in plan.entries:
         if entry.scope == "out_of_scope":
             untested[str(entry.reason)].append(entry)
     contracts = len({entry.contract for entry in plan.entries})
     scale = f"{counted(len(plan.entries), 'claim')} of {counted(contracts, 'contract')}"
     return Verdict(
-        tone=_TONES[findings["exit_code"]],
-        title=_title(findings["scope"], len(required), len(fell), sum(map(len, undecided.values())), len(waived)),
+        tone=_TONES[findings.exit_code],
+        title=_title(findings.scope, len(required), len(fell), sum(map(len, undecided.values())), len(waived)),
         scale=scale,
         machine=machine_of(environment),
         fell=fell,
         undecided=undecided,
         waived=waived,
-        expired=tuple(expired_lines(plan.waivers, findings["created"])),
+        expired=tuple(expired_lines(plan.waivers, findings.created)),
         untested=untested,
         shown_to_fail=tuple(sabotage_lines(findings)),
-        unnoticed=sum(map(_unnoticed, findings["findings"])),
+        unnoticed=sum(map(_unnoticed, findings.rows)),
     )
 
 
@@ -93,9 +94,9 @@ def _title(scope: str, required: int, fell: int, undecided: int, waived: int) ->
     return f"Passed: {survived}"
 
 
-def _unnoticed(row: Mapping[str, Any]) -> int:
-    mutations = row["mutations"] or {"tried": 0, "caught": 0}
-    return int(mutations["tried"] - mutations["caught"]) + sum(not record["caught"] for record in row["sabotage"])
+def _unnoticed(row: Finding) -> int:
+    mutations = row.mutations.tried - row.mutations.caught if row.mutations else 0
+    return mutations + sum(not kill.caught for kill in row.sabotage)
 
 
 def counted(count: int, noun: str) -> str:
@@ -108,7 +109,7 @@ def meaning(reason: str) -> str:
     return REASONS.get(reason, "")
 
 
-def machine_of(environment: Mapping[str, Any]) -> str:
+def machine_of(environment: JsonRecord) -> str:
     """Return the machine in a few words: its GPUs or none, processor, cores and memory. What is unknown is left out."""
     gpu, cpu = (_mapping(environment.get(name)) for name in ("gpu", "cpu"))
     listed = gpu.get("names")
@@ -126,27 +127,27 @@ def machine_of(environment: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def commit_of(environment: Mapping[str, Any]) -> str:
+def commit_of(environment: JsonRecord) -> str:
     """Return the commit in 12 digits, with what is known of changes beside it."""
     commit = str(environment.get("commit") or "unknown")[:12]
     return f"{commit} with uncommitted changes" if environment.get("dirty") else commit
 
 
-def moment_of(findings: Mapping[str, Any]) -> str:
+def moment_of(findings: Findings) -> str:
     """Return when the findings were written, as ``2026-11-24 00:14 UTC``."""
-    made = datetime.fromisoformat(findings["created"])
+    made = datetime.fromisoformat(findings.created)
     try:
         made = made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
     except OverflowError:  # the first or the last day there is
-        return str(findings["created"])
+        return findings.created
     return f"{made:%Y-%m-%d %H:%M} UTC"
 
 
-def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def ordered(rows: Iterable[Finding]) -> list[Finding]:
     """Return findings with what needs a person first: fallen, undecided, survived; those that do not gate last."""
     order = {"falsified": 0, "inconclusive": 1, "corroborated": 2}
-    return sorted(rows, key=lambda row: (row["scope"] != "required", order[row["verdict"]]))
+    return sorted(rows, key=lambda row: (not row.required, order[row.verdict]))
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def _mapping(value: object) -> JsonRecord:
     return value if isinstance(value, Mapping) else {}
