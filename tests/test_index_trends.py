@@ -1,6 +1,7 @@
 import random
 
 import pytest
+from typed_findings import check_result, finding, findings
 
 from q4kd.harness.index_trends import Measure, marks_of, measures_of, spread_of, trends_of
 
@@ -55,22 +56,18 @@ def test_values_by_other_bounds_or_on_another_machine_are_not_compared() -> None
     assert [(trend.machine, trend.marks[-1]) for trend in moved] == [("m", ""), ("n", "few")]
 
 
-def check(**fields: object) -> dict[str, object]:
-    return {"check": "parity", "params": {}, "verdict": "corroborated", "margin": None, "measured": None, **fields}
-
-
 def test_what_is_measured_is_a_margin_or_a_number_of_known_direction() -> None:
     checks = [
-        check(margin=0.25),
-        check(margin=0.5),
-        check(measured="worst cosine 0.9998 over 96 rows", params={"metric": "cosine"}),
-        check(check="improves", measured="margin 0.3946 ± 0.0263 SE over 3 seeds"),
-        check(check="table", measured="2 entries, 0 wrong"),
-        check(margin=0.7, verdict="inconclusive"),
-        check(margin=1e300),
-        check(check="improves", measured="margin 1e999"),
+        check_result("parity", margin=0.25),
+        check_result("parity", margin=0.5),
+        check_result("parity", measured="worst cosine 0.9998 over 96 rows", params={"metric": "cosine"}),
+        check_result("improves", measured="margin 0.3946 ± 0.0263 SE over 3 seeds"),
+        check_result("table", measured="2 entries, 0 wrong"),
+        check_result("parity", margin=0.7, verdict="inconclusive"),
+        check_result("parity", margin=1e300),
+        check_result("improves", measured="margin 1e999"),
     ]
-    found = list(measures_of({"findings": [{"key": "c::A", "checks": checks}]}))
+    found = list(measures_of(findings(finding(*checks, key="c::A"))))
     assert [(m.check, m.value, m.lower, m.unit) for m in found] == [
         ("parity", 0.25, True, "of the way to the bound"),
         ("parity #2", 0.5, True, "of the way to the bound"),

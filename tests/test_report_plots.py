@@ -1,14 +1,18 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from example_bundle import write_run
+from typed_findings import check_result, findings
+from typed_findings import finding as typed_finding
 
 from q4kd.harness.plots import ceiling_bytes, memory_plots, thin, utilisation_plots
 from q4kd.harness.raw import DirectoryStore, RawRun, read_runs
 from q4kd.harness.report_training import loss_plots, step_plots
+from q4kd.harness.results import CheckResult, Findings
 
 
 def write_arm(folder: Path, slope: float, seed: int) -> None:
@@ -22,11 +26,14 @@ def write_arm(folder: Path, slope: float, seed: int) -> None:
     (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def memory_finding(**observation: float) -> dict[str, object]:
+def memory_check(**observation: float) -> CheckResult:
     ceiling = {"times": 2.0, "of": "gguf_tensor_bytes", "plus_bytes": 50}
     params = {"series": "rss_above_baseline", "phase": ["a", "b"], "ceiling": ceiling}
-    check = {"check": "memory_ceiling", "params": params, "observation": observation}
-    return {"findings": [{"runs": ["demo"], "checks": [check]}]}
+    return check_result("memory_ceiling", params=params, observation=observation)
+
+
+def memory_finding(**observation: float) -> Findings:
+    return findings(typed_finding(memory_check(**observation), runs=("demo",)))
 
 
 def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_path: Path) -> None:
@@ -40,12 +47,12 @@ def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_pat
 
 
 def test_the_ceiling_drawn_is_the_one_judged_by() -> None:
-    check = memory_finding(of_bytes=100)["findings"][0]["checks"][0]  # type: ignore[index]
+    check = memory_check(of_bytes=100)
     assert ceiling_bytes(check) == 250
-    assert ceiling_bytes({**check, "observation": {}}) is None
-    assert ceiling_bytes({**check, "params": {"series": "rss", "ceiling": {"bytes": 5}}}) == 5
+    assert ceiling_bytes(replace(check, observation={})) is None
+    assert ceiling_bytes(replace(check, params={"series": "rss", "ceiling": {"bytes": 5}})) == 5
     outside = {"outside": {"times": 3, "plus_bytes": 1}}
-    assert ceiling_bytes({"check": "residency", "params": outside, "observation": {"tensor_bytes": 10}}) == 31
+    assert ceiling_bytes(check_result("residency", params=outside, observation={"tensor_bytes": 10})) == 31
 
 
 def test_too_few_samples_or_none_draw_nothing(tmp_path: Path) -> None:
@@ -111,8 +118,8 @@ def write_samples(folder: Path, events: list[tuple[str, float]], rows: list[dict
     (folder / "memory.jsonl").write_text("\n".join(json.dumps({"pid": 7, **row}) for row in rows))
 
 
-def finding(check: str, params: dict[str, Any]) -> dict[str, Any]:
-    return {"findings": [{"runs": ["demo"], "checks": [{"check": check, "params": params, "observation": {}}]}]}
+def finding(check: str, params: dict[str, Any]) -> Findings:
+    return findings(typed_finding(check_result(check, params=params), runs=("demo",)))
 
 
 def test_a_ceiling_holds_in_its_phase_and_nowhere_else(tmp_path: Path) -> None:
