@@ -17,6 +17,7 @@ from example_bundle import CONTRACT, PAIR, PROSE, build, register
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.bundle import MANIFEST, manifest_of, manifest_text, seal
+from q4kd.harness.interchange import write_interchange
 from q4kd.harness.store import MemoryStore, TarStore, open_store, parse_shallow, snapshot
 from q4kd.harness.verify import verify_bundle, verify_store
 from q4kd.trainer.errors import InputError
