@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from q4kd.harness.contract import contract_files
+from q4kd.harness.claims_folder import contract_files
 from q4kd.harness.dsse import ENVELOPE
 from q4kd.harness.environment import environment
 from q4kd.harness.json_types import JsonObject
@@ -18,9 +18,9 @@ from q4kd.harness.redact import redact
 from q4kd.harness.results import Findings
 from q4kd.harness.store import MAX_FILE, DirectoryStore, Store
 from q4kd.harness.tar_archive import REMEDY, safe_name
-from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.yaml_lines import MAX_BYTES
 
 __all__ = [
     "environment",

@@ -1,8 +1,11 @@
 """The first screen of ``q4kd --help``: every command in one line, by what people come for."""
 
+import argparse
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 # What is not named here is listed last, so that no command is hidden.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -16,6 +19,30 @@ _OTHER = "more"
 _USAGE = "usage: q4kd [--help] [--version] [--debug] COMMAND ..."
 _FOOT = "q4kd COMMAND --help: options. Exit: 0 yes, 1 no, 2 bad input or no verdict"
 _LEAST_WIDTH = 40
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+
+
+class Commands:
+    """The commands as they are added, by name: their parsers, and the summary that each gives of itself."""
+
+    def __init__(self, subparsers: "argparse._SubParsersAction[Any]") -> None:
+        self._subparsers = subparsers
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
+        self.summaries: dict[str, str] = {}
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        """Add a command and return its parser (see ``argparse``)."""
+        self.summaries[name] = options.get("help", "")
+        self.parsers[name] = self._subparsers.add_parser(name, **options)
+        return self.parsers[name]
+
+    def options_of(self, command: str | None) -> list[str]:
+        """Return a command's options, which only its help lists: ``argparse`` has no other public list of them."""
+        parser = self.parsers.get(command or "")
+        lines = _COLOUR.sub("", parser.format_help()).splitlines() if parser else []
+        given = (line.strip().partition("  ")[0] for line in lines if line.startswith("  -"))
+        return [word for invocation in given for word in _OPTION.findall(invocation)]
 
 
 def format_commands(description: str, summaries: Mapping[str, str], width: int | None = None) -> str:

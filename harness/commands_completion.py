@@ -2,8 +2,8 @@
 
 import argparse
 import os
-from typing import Any
 
+from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -13,7 +13,7 @@ fish: q4kd completion fish > ~/.config/fish/completions/q4kd.fish
 """
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``completion`` to the command line."""
     completion = subparsers.add_parser(
         "completion",

@@ -4,14 +4,15 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from q4kd.harness.contract import Claim, Contract
+    from q4kd.harness.claims_model import Claim, Contract
     from q4kd.harness.profile import Profile
 
 _STYLE = {"loosened": "bold red", "tightened": "green", "changed": "yellow", "added": "cyan"}
@@ -19,7 +20,7 @@ _LONG = 4000
 _MAX_WARNINGS = 20
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``contracts`` and its three commands to the command line."""
     contracts = subparsers.add_parser("contracts", help="validate, show and compare contracts")
     commands = contracts.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -61,14 +62,16 @@ def console() -> "Console":
 
 def load_paths(paths: list[Path]) -> "list[Contract]":
     """Load contract files and folders of them; claims must be unique over the whole set (InputError)."""
-    from q4kd.harness.contract import check_identities, contract_files, load_contract
+    from q4kd.harness.claims_folder import contract_files
+    from q4kd.harness.contract import check_identities, load_contract
 
     files = [file for path in paths for file in (contract_files(path) if path.is_dir() else [path])]
     return check_identities([load_contract(file) for file in dict.fromkeys(files)])
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from q4kd.harness.contract import check_identities, contract_files, known_profiles, load_contract
+    from q4kd.harness.claims_folder import contract_files, known_profiles
+    from q4kd.harness.contract import check_identities, load_contract
     from q4kd.harness.contract_rules import registered_names
     from q4kd.harness.profile import load_profiles
 
@@ -109,7 +112,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _complain(error: InputError) -> None:
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     print(f"q4kd: {printable(str(error), 1000)}", file=sys.stderr)
 
@@ -150,9 +153,10 @@ def _counts(contracts: "list[Contract]", claims: "list[Claim]", failed: int, inf
 
 
 def _show(args: argparse.Namespace) -> int:
-    from q4kd.harness.contract import default_contracts_folder, load_contracts
+    from q4kd.harness.claims_folder import default_contracts_folder
+    from q4kd.harness.contract import load_contracts
     from q4kd.harness.profile import load_profiles
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     contracts = load_contracts(args.contracts or default_contracts_folder())
     name, _, claim_id = args.name.partition("::")
@@ -179,7 +183,7 @@ def _show_claim(out: "Console", path: str, claim: "Claim", profiles: "list[Profi
     import json
 
     from q4kd.harness.feasibility import assess
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     out.print()
     out.print(f"{claim.id}  {printable(claim.rule, _LONG)}", style="bold")
@@ -205,7 +209,7 @@ def _show_claim(out: "Console", path: str, claim: "Claim", profiles: "list[Profi
 def _diff(args: argparse.Namespace) -> int:
     from q4kd.harness.loosening import contract_changes, profile_changes
     from q4kd.harness.profile import load_profiles
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     folders = [path if path.is_dir() else path.parent for path in (args.old, args.new)]
     changes = contract_changes(load_paths([args.old]), load_paths([args.new]))

@@ -4,15 +4,15 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
 
 # A damaged bundle may have thousands of problems; a screen of them says as much.
 _SHOWN = 50
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``evidence`` and its five commands to the command line."""
     evidence = subparsers.add_parser("evidence", help="verify, sign, show and compare evidence bundles")
     commands = evidence.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -135,7 +135,7 @@ def _diff(args: argparse.Namespace) -> int:
     from q4kd.harness.bundle_diff import compare_bundles
     from q4kd.harness.commands_contracts import console
     from q4kd.harness.raw import open_store
-    from q4kd.harness.yaml_lines import printable
+    from q4kd.trainer.yaml_lines import printable
 
     out = console()
     diff = compare_bundles(open_store(args.old), open_store(args.new))

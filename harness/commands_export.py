@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
 
 _TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m")
@@ -20,7 +21,7 @@ that is already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k
 """
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``export`` to the command line."""
     export = subparsers.add_parser(
         "export",

@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from q4kd.harness.command_help import Commands
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add the three commands to the command line."""
     falsify = subparsers.add_parser(
         "falsify",

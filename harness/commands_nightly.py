@@ -2,13 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from q4kd.harness.command_help import Commands
 
 UNITS = ("service", "timer")
 _GB = 10**9
 
 
-def add_commands(subparsers: Any) -> None:
+def add_commands(subparsers: Commands) -> None:
     """Add ``nightly`` to the command line."""
     nightly = subparsers.add_parser(
         "nightly",

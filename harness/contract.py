@@ -4,149 +4,48 @@
 """
 
 import hashlib
-import importlib.resources
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
+from q4kd.harness.claims_folder import contract_files, known_profiles
+from q4kd.harness.claims_model import CheckUse, Claim, Contract, Falsifier, Override, Status
 from q4kd.harness.contract_entries import Entry, read_entries, text
 from q4kd.harness.contract_rules import (
     KnownNames,
-    Status,
     check_falsifier,
     near_misses,
     read_status,
     require_finite,
     validate,
 )
-from q4kd.harness.yaml_lines import MAX_BYTES, Document, Path_, parse_yaml, printable
+from q4kd.harness.json_types import JsonObject
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import MAX_BYTES, Document, parse_yaml, printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-KNOWN_PROFILES = ("cpu", "h200", "gb10")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckUse:
-    """One check with the parameters it is used with."""
+class _CheckEntry(TypedDict, total=False):
+    """A check as a contract writes it, once the schema has accepted it."""
 
     check: str
-    params: Mapping[str, Any]
+    params: JsonObject
 
 
-@dataclass(frozen=True, kw_only=True)
-class Falsifier:
-    """The executable form of a claim. All of ``checks`` must survive; ``sabotage`` must be caught."""
+class _FalsifierEntry(_CheckEntry, total=False):
+    """A falsifier as a contract writes it, once the schema has accepted it."""
 
-    check: str
     experiment: str
-    params: Mapping[str, Any]
-    also: tuple[CheckUse, ...] = ()
-    profiles: Mapping[str, Mapping[str, Any]]
-    needs: tuple[str, ...] = ()
-    min_observations: int = 1
-    timeout_s: float | None = None
-    sabotage: tuple[str, ...] = ()
-
-    @property
-    def checks(self) -> tuple[CheckUse, ...]:
-        """Return every check, the primary one first."""
-        return (CheckUse(check=self.check, params=self.params), *self.also)
-
-    def for_profile(self, name: str) -> "Falsifier":
-        """Return the falsifier as it applies on profile ``name``: its overrides merged in, and none left to apply."""
-        override = self.profiles.get(name, {})
-        return replace(
-            self,
-            params=merge(self.params, override.get("params", {})),
-            timeout_s=override.get("timeout_s", self.timeout_s),
-            min_observations=override.get("min_observations", self.min_observations),
-            profiles={},
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One entry of ``falsification_tests``.
-
-    ``falsifier`` is None for a prose claim; ``prose`` is the entry as read, a bare string under ``rule``. ``work`` is
-    what ``falsifier.work`` says: it stands apart because it bounds what may be claimed, not what a run shows.
-    """
-
-    contract: str
-    id: str
-    rule: str
-    prediction: str
-    if_fails: str
-    line: int
-    falsifier: Falsifier | None
-    prose: Mapping[str, Any]
-    work: Mapping[str, Any] | None = None
-
-    @property
-    def key(self) -> str:
-        """Return the claim's identity, ``contract::id``."""
-        return f"{self.contract}::{self.id}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contract:
-    """One contract file. ``raw`` is the whole document; ``warnings`` are things that load but are probably mistakes."""
-
-    name: str
-    path: str
-    status: Status
-    superseded_by: str | None
-    description: str
-    claims: tuple[Claim, ...]
-    raw: Mapping[str, Any]
-    sha256: str
-    warnings: tuple[str, ...] = ()
-
-
-def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge mappings key by key (RFC 7386): mappings merge, null removes the key, anything else replaces it."""
-    result = dict(base)
-    for key, value in override.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, Mapping):
-            below = result.get(key)
-            result[key] = merge(below if isinstance(below, Mapping) else {}, value)
-        else:
-            result[key] = value
-    return result
-
-
-def default_contracts_folder() -> Path:
-    """Return the folder of the contracts installed with the package."""
-    return Path(str(importlib.resources.files("q4kd.contracts")))
-
-
-def contract_files(folder: Path) -> list[Path]:
-    """Return the contract files directly inside ``folder``, sorted by name.
-
-    Raises:
-        InputError: when it is not a folder or holds no contract: a set of nothing would pass everything.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            str(folder), expected="a folder of contracts", got="no such folder", remedy="name one with --contracts"
-        )
-    found = sorted(
-        path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
-    )
-    if not found:
-        raise InputError(
-            str(folder),
-            expected="at least one *.yaml contract",
-            got="none",
-            remedy="name a folder that holds contracts",
-        )
-    return found
+    also: list[_CheckEntry]
+    profiles: dict[str, Override]
+    needs: list[str]
+    min_observations: int
+    timeout_s: float | None
+    sabotage: list[str]
+    work: dict[str, str | float]
 
 
 def load_contracts(folder: Path) -> list[Contract]:
@@ -172,11 +71,6 @@ def check_identities(contracts: list[Contract]) -> list[Contract]:
             )
         seen[contract.name] = contract.path
     return contracts
-
-
-def known_profiles(folder: Path) -> tuple[str, ...]:
-    """Return the names of the installed profiles and of those that a contracts folder brings itself."""
-    return KNOWN_PROFILES + tuple(file.stem for file in sorted((folder / "profiles").glob("*.yaml")))
 
 
 def load_contract(path: Path, names: KnownNames | None = None, profiles: Sequence[str] | None = None) -> Contract:
@@ -208,9 +102,8 @@ def parse_contract(
             remedy="rename the file",
         )
     document = parse_yaml(data, origin)
-    validate(document)
-    raw: Mapping[str, Any] = document.value
-    metadata = raw.get("metadata") or {}
+    raw = validate(document)
+    metadata = cast("JsonObject", raw.get("metadata") or {})
     warnings: list[str] = []
     entries = read_entries(document, warnings)
     near_misses(document, raw, entries, warnings)
@@ -222,7 +115,7 @@ def parse_contract(
         name=name,
         path=origin,
         status=status,
-        superseded_by=metadata.get("superseded_by"),
+        superseded_by=cast("str | None", metadata.get("superseded_by")),
         description=text(metadata.get("description")),
         claims=claims,
         raw=raw,
@@ -239,9 +132,13 @@ def _claim(
     profiles: Sequence[str] | None,
     names: KnownNames | None,
 ) -> Claim:
+    stated = cast("_FalsifierEntry | None", entry.value.get("falsifier"))
     falsifier = None
-    if "falsifier" in entry.value:
-        falsifier = _falsifier(document, (*entry.path, "falsifier"), entry.value["falsifier"], status, profiles, names)
+    if stated is not None:
+        path = (*entry.path, "falsifier")
+        require_finite(document, path, stated)
+        falsifier = _falsifier(stated)
+        check_falsifier(document, path, falsifier, status, profiles, "work" in stated, names)
     return Claim(
         contract=contract,
         id=entry.id,
@@ -251,20 +148,13 @@ def _claim(
         line=document.line(entry.path),
         falsifier=falsifier,
         prose=entry.value,
-        work=entry.value["falsifier"].get("work") if falsifier else None,
+        work=stated.get("work") if stated is not None else None,
     )
 
 
-def _falsifier(
-    document: Document,
-    path: Path_,
-    entry: Mapping[str, Any],
-    status: Status,
-    profiles: Sequence[str] | None,
-    names: KnownNames | None,
-) -> Falsifier:
-    require_finite(document, path, entry)
-    falsifier = Falsifier(
+def _falsifier(entry: _FalsifierEntry) -> Falsifier:
+    timeout = entry.get("timeout_s")
+    return Falsifier(
         check=entry["check"],
         experiment=entry["experiment"],
         params=entry.get("params", {}),
@@ -272,8 +162,6 @@ def _falsifier(
         profiles=entry.get("profiles", {}),
         needs=tuple(entry.get("needs", [])),
         min_observations=entry.get("min_observations", 1),
-        timeout_s=None if entry.get("timeout_s") is None else float(entry["timeout_s"]),
+        timeout_s=None if timeout is None else float(timeout),
         sabotage=tuple(entry.get("sabotage", [])),
     )
-    check_falsifier(document, path, falsifier, status, profiles, "work" in entry, names)
-    return falsifier

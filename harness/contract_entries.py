@@ -3,11 +3,11 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-from q4kd.harness.yaml_lines import Document, Path_, printable
+from q4kd.harness.json_types import JsonObject
+from q4kd.trainer.yaml_lines import Document, ValuePath, printable
 
 KEYS = ("falsification_tests", "falsification_test")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/#+-]{0,119}")
@@ -23,12 +23,12 @@ class Entry:
     A bare sentence is read as a mapping with that ``rule``.
     """
 
-    path: Path_
+    path: ValuePath
     id: str
     rule: str
     prediction: str
     if_fails: str
-    value: Mapping[str, Any]
+    value: JsonObject
 
 
 def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
@@ -40,7 +40,8 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
     Raises:
         InputError: the entries stand under both of their names, or an id is given twice.
     """
-    present = [key for key in KEYS if document.value.get(key) is not None]
+    raw = cast("dict[str, list[JsonObject | str | None] | None]", document.value)
+    present = [key for key in KEYS if raw.get(key) is not None]
     if len(present) == 2:
         raise document.error(
             (KEYS[1],),
@@ -52,8 +53,8 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
     repeats: Counter[str] = Counter()
     entries: list[Entry] = []
     for key in present:
-        for index, item in enumerate(document.value[key]):
-            path: Path_ = (key, index)
+        for index, item in enumerate(raw[key] or ()):
+            path: ValuePath = (key, index)
             if item is None:
                 warnings.append(f"line {document.line(path)}: an empty entry claims nothing")
                 continue
@@ -70,9 +71,7 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
     return entries
 
 
-def _entry(
-    document: Document, path: Path_, value: Mapping[str, Any], repeats: Counter[str], warnings: list[str]
-) -> Entry:
+def _entry(document: Document, path: ValuePath, value: JsonObject, repeats: Counter[str], warnings: list[str]) -> Entry:
     rule, prediction, if_fails = (_first(value, names) for names in (_RULE, _PREDICTION, _IF_FAILS))
     given = value.get("id")
     usable = isinstance(given, (str, int)) and not isinstance(given, bool) and _ID.fullmatch(str(given)) is not None
@@ -87,7 +86,7 @@ def _entry(
     return Entry(path=path, id=name, rule=rule, prediction=prediction, if_fails=if_fails, value=value)
 
 
-def _first(value: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _first(value: JsonObject, names: tuple[str, ...]) -> str:
     return next((text(value[name]) for name in names if value.get(name) is not None), "")
 
 

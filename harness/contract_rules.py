@@ -6,21 +6,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, cast, get_args
 
-from jsonschema.exceptions import ValidationError
-
+from q4kd.harness import checks
+from q4kd.harness.claims_model import CheckUse, Falsifier, Status
 from q4kd.harness.contract_entries import KEYS, Entry
+from q4kd.harness.json_types import JsonObject
 from q4kd.harness.schema_match import Schema
-from q4kd.harness.yaml_lines import Document, Path_, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
+from q4kd.trainer.yaml_lines import Document, ValuePath, printable
 
 if TYPE_CHECKING:
-    from q4kd.harness.contract import CheckUse, Falsifier
+    from jsonschema.exceptions import ValidationError
 
-Status = Literal["active", "demoted", "retired"]
-_STATUSES: tuple[Status, ...] = ("active", "demoted", "retired")
 _LOG_CHECKS = frozenset({"log_absent", "log_present"})
 
 
@@ -43,23 +42,21 @@ def registered_names() -> KnownNames:
     return KnownNames(experiments=frozenset(EXPERIMENTS), faults=frozenset(all_faults()))
 
 
-def read_schema() -> dict[str, Any]:
-    """Return ``contract.schema.json`` as installed."""
+def read_schema(registered: JsonObject | bool) -> JsonObject:
+    """Return ``contract.schema.json`` as installed, but with ``$defs.registered`` as given."""
     source = importlib.resources.files("q4kd.contracts") / "contract.schema.json"
-    schema: dict[str, Any] = parse_json(source.read_bytes(), "contract.schema.json")
-    return schema
+    schema: JsonObject = parse_json(source.read_bytes(), "contract.schema.json")
+    return {**schema, "$defs": {**cast("JsonObject", schema["$defs"]), "registered": registered}}
 
 
 @lru_cache(maxsize=1)
 def _structure() -> Schema:
-    schema = read_schema()
     # Names and parameters are checked below against the registries themselves, which say what was meant instead.
-    schema["$defs"]["registered"] = True
-    return Schema(schema)
+    return Schema(read_schema(registered=True))
 
 
-def validate(document: Document) -> None:
-    """Validate a document against ``contract.schema.json``."""
+def validate(document: Document) -> JsonObject:
+    """Return a document's mapping when it obeys ``contract.schema.json`` (InputError when it does not)."""
     if not isinstance(document.value, dict):
         raise document.error(
             (),
@@ -70,11 +67,12 @@ def validate(document: Document) -> None:
     error = _structure().error(document.value)
     if error is not None:
         raise _schema_error(document, (), error, "see contracts/contract.schema.json")
+    return document.value
 
 
-def _schema_error(document: Document, prefix: Path_, error: ValidationError, remedy: str) -> InputError:
+def _schema_error(document: Document, prefix: ValuePath, error: "ValidationError", remedy: str) -> InputError:
     """Map a schema error to the line of the value, or of the unknown key, that it is about."""
-    path: Path_ = (*prefix, *error.absolute_path)
+    path: ValuePath = (*prefix, *error.absolute_path)
     expected = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
     if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
         known = list(error.schema.get("properties", {})) if isinstance(error.schema, Mapping) else []
@@ -94,12 +92,11 @@ def _schema_error(document: Document, prefix: Path_, error: ValidationError, rem
     )
 
 
-def read_status(document: Document, metadata: Mapping[str, Any], executable: bool, warnings: list[str]) -> Status:
+def read_status(document: Document, metadata: JsonObject, executable: bool, warnings: list[str]) -> Status:
     """Return the contract's status. An unknown one is an error, or a warning where every claim is prose anyway."""
     given = metadata.get("status", "active")
-    for status in _STATUSES:
-        if given == status:
-            return status
+    if given in get_args(Status):
+        return cast("Status", given)
     if executable:
         raise document.error(
             ("metadata", "status"),
@@ -111,7 +108,7 @@ def read_status(document: Document, metadata: Mapping[str, Any], executable: boo
     return "active"
 
 
-def near_misses(document: Document, raw: Mapping[str, Any], entries: Sequence[Entry], warnings: list[str]) -> None:
+def near_misses(document: Document, raw: JsonObject, entries: Sequence[Entry], warnings: list[str]) -> None:
     """A misspelt key would make claims vanish: refuse it in an entry, warn about it at the top level."""
     for key in raw:
         if key not in KEYS and _resembles(str(key), KEYS[0], 0.7):
@@ -124,7 +121,7 @@ def near_misses(document: Document, raw: Mapping[str, Any], entries: Sequence[En
                     (*entry.path, key),
                     expected="the key 'falsifier'",
                     got=repr(key),
-                    remedy="correct the spelling; as it stands the claim would be prose",
+                    remedy="write 'falsifier'; as it stands the claim would be prose",
                 )
 
 
@@ -138,35 +135,33 @@ def _ratio(key: str, name: str) -> float:
     return difflib.SequenceMatcher(None, key, name).ratio()
 
 
-_PARAMS: dict[str, tuple[Mapping[str, Any], Schema]] = {}
+_PARAMS: dict[str, tuple[JsonObject, Schema]] = {}
 
 
-def _params_schema(check: str, params: Mapping[str, Any]) -> Schema:
-    """Return the compiled schema of a check's parameters, made once for each check."""
+def _params_schema(check: str, params: JsonObject) -> Schema:
+    """Return the schema of a check's parameters, compiled once for each check."""
     if check not in _PARAMS or _PARAMS[check][0] is not params:
         _PARAMS[check] = params, Schema(params)
     return _PARAMS[check][1]
 
 
-def _check_params(document: Document, path: Path_, falsifier: "Falsifier") -> None:
+def _check_params(document: Document, path: ValuePath, falsifier: Falsifier) -> None:
     """Validate the parameters of every check, and of the primary one under every profile's overrides."""
-    from q4kd.harness.checks import CHECKS  # imported late: the checks import this module's types
-
-    uses: list[tuple[Path_, Path_, CheckUse]] = [((*path, "check"), (*path, "params"), falsifier.checks[0])]
+    uses: list[tuple[ValuePath, ValuePath, CheckUse]] = [((*path, "check"), (*path, "params"), falsifier.checks[0])]
     for index, use in enumerate(falsifier.also):
-        here: Path_ = (*path, "also", index)
+        here: ValuePath = (*path, "also", index)
         uses.append(((*here, "check"), (*here, "params"), use))
     for profile in falsifier.profiles:
         here = (*path, "profiles", profile, "params")
         uses.append(((*path, "check"), here, falsifier.for_profile(profile).checks[0]))
     for check_path, params_path, use in uses:
-        _require_name(document, check_path, "checks", use.check, CHECKS)
-        error = _params_schema(use.check, CHECKS[use.check].PARAMS).error(use.params)
+        _require_name(document, check_path, "checks", use.check, checks.CHECKS)
+        error = _params_schema(use.check, checks.CHECKS[use.check].PARAMS).error(use.params)
         if error is not None:
             raise _schema_error(document, params_path, error, f"see the parameters of the check {use.check}")
 
 
-def require_finite(document: Document, path: Path_, value: object) -> None:
+def require_finite(document: Document, path: ValuePath, value: object) -> None:
     """Refuse infinities and NaN anywhere in ``value``."""
     if isinstance(value, float) and not math.isfinite(value):
         raise document.error(path, expected="a finite number", got=str(value), remedy="a bound must be a real number")
@@ -180,8 +175,8 @@ def require_finite(document: Document, path: Path_, value: object) -> None:
 
 def check_falsifier(
     document: Document,
-    path: Path_,
-    falsifier: "Falsifier",
+    path: ValuePath,
+    falsifier: Falsifier,
     status: Status,
     profiles: Sequence[str] | None,
     has_work: bool,
@@ -191,8 +186,8 @@ def check_falsifier(
 
     ``has_work`` says whether the entry states its work, which claims about time must and others must not.
     """
-    checks = {use.check for use in falsifier.checks}
-    if "log_absent" in checks and checks <= _LOG_CHECKS:
+    used = {use.check for use in falsifier.checks}
+    if "log_absent" in used and used <= _LOG_CHECKS:
         raise document.error(
             (*path, "check"),
             expected="log_absent beside a check that does not read the log",
@@ -217,7 +212,7 @@ def check_falsifier(
                 (*path, "profiles", name),
                 expected=f"a profile among {', '.join(sorted(set(profiles)))}",
                 got=repr(name),
-                remedy="correct the name, or add its file to the profiles folder",
+                remedy=f"name one of them, or add profiles/{name}.yaml beside the contract",
             )
     _check_params(document, path, falsifier)
     _check_work(document, path, falsifier, has_work)
@@ -227,11 +222,9 @@ def check_falsifier(
             _require_name(document, (*path, "sabotage", index), "faults", fault, names.faults)
 
 
-def _check_work(document: Document, path: Path_, falsifier: "Falsifier", has_work: bool) -> None:
+def _check_work(document: Document, path: ValuePath, falsifier: Falsifier, has_work: bool) -> None:
     """Require work where a check bounds a time, and only there: without it no bound could be found infeasible."""
-    from q4kd.harness.feasibility import time_bounds  # imported late, as the checks are
-
-    timed = [use.check for use in falsifier.checks if time_bounds(use.check)]
+    timed = [use.check for use in falsifier.checks if checks.time_bounds(use.check)]
     if timed and not has_work:
         raise document.error(
             (*path, "check"),
@@ -248,7 +241,7 @@ def _check_work(document: Document, path: Path_, falsifier: "Falsifier", has_wor
         )
 
 
-def _require_name(document: Document, path: Path_, kind: str, name: str, known: Iterable[str]) -> None:
+def _require_name(document: Document, path: ValuePath, kind: str, name: str, known: Iterable[str]) -> None:
     """Refuse a name that is not in a registry, with the nearest one that is."""
     registered = sorted(known)
     if name not in registered:

@@ -5,20 +5,17 @@ asks the registries for the rest; a project with checks or experiments of its ow
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.contract_rules import read_schema, registered_names
+from q4kd.harness.json_types import JsonObject, JsonRecord, JsonValue
 
 _WHOLE = ("required", "oneOf", "anyOf", "allOf", "if", "then", "else", "minProperties")
 
 
-def editor_schema() -> dict[str, Any]:
+def editor_schema() -> JsonObject:
     """Return the installed schema with ``$defs.registered`` made from the registries as they are now."""
-    schema = read_schema()
-    schema["$defs"]["registered"] = _registered()
-    return schema
+    return read_schema(_registered())
 
 
 def render_schema() -> str:
@@ -26,13 +23,13 @@ def render_schema() -> str:
     return json.dumps(editor_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _registered() -> dict[str, Any]:
+def _registered() -> JsonObject:
     names = registered_names()
     check = {"description": "A check.", "enum": sorted(CHECKS)}
     whole = {name: {"$ref": f"#/$defs/registered/$defs/{name}"} for name in sorted(CHECKS)}
     part = {name: {"$ref": f"#/$defs/registered/$defs/{name}-override"} for name in sorted(CHECKS)}
     overrides = {name: {"additionalProperties": {"properties": {"params": part[name]}}} for name in part}
-    use = {"properties": {"check": check}, "allOf": [_when(name, {"params": whole[name]}) for name in whole]}
+    use: JsonValue = {"properties": {"check": check}, "allOf": [_when(name, {"params": whole[name]}) for name in whole]}
     return {
         "description": "Made by `q4kd contracts schema`: the registered names, and the parameters of each check.",
         "properties": {
@@ -50,19 +47,19 @@ def _registered() -> dict[str, Any]:
     }
 
 
-def _when(check: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+def _when(check: str, properties: JsonObject) -> JsonValue:
     return {
         "if": {"required": ["check"], "properties": {"check": {"const": check}}},
-        "then": {"properties": dict(properties)},
+        "then": {"properties": properties},
     }
 
 
-def _part(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _part(schema: JsonRecord) -> JsonObject:
     """Return the schema of an override: any of the keys, null to remove one, and nothing that asks for all of them."""
-    part = {key: value for key, value in schema.items() if key not in _WHOLE}
+    part: dict[str, JsonValue] = {key: value for key, value in schema.items() if key not in _WHOLE}
     if "properties" in part:
         part["properties"] = {
             name: {"description": below.get("description", ""), "anyOf": [_part(below), {"type": "null"}]}
-            for name, below in part["properties"].items()
+            for name, below in schema["properties"].items()
         }
     return part

@@ -22,7 +22,7 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 
 if TYPE_CHECKING:
-    from q4kd.harness.contract import Contract
+    from q4kd.harness.claims_model import Contract
 
 INCONCLUSIVE_EXIT = 2
 _GRACE_S = 30.0
@@ -97,7 +97,8 @@ def falsify(
     Raises:
         InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
     """
-    from q4kd.harness.contract import default_contracts_folder, load_contracts
+    from q4kd.harness.claims_folder import default_contracts_folder
+    from q4kd.harness.contract import load_contracts
     from q4kd.harness.profile import detect_profile, load_profile
 
     folder = (contracts or default_contracts_folder()).resolve()

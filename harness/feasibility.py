@@ -8,12 +8,12 @@ model, Williams, Waterman and Patterson 2009), so a bound below ``max(FLOP / FLO
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+from q4kd.harness.checks import time_bounds
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.json_types import JsonObject, JsonValue
 from q4kd.harness.profile import Profile
-
-if TYPE_CHECKING:
-    from q4kd.harness.contract import Claim
 
 Outcome = Literal["feasible", "infeasible", "unknown"]
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -68,9 +68,9 @@ class Feasibility:
     arithmetic: str
 
 
-def read_work(entry: Mapping[str, Any]) -> Work:
+def read_work(entry: Mapping[str, str | float]) -> Work:
     """Return the work that a validated ``work:`` mapping states."""
-    formula = FORMULAS[entry["formula"]] if "formula" in entry else None
+    formula = FORMULAS[str(entry["formula"])] if "formula" in entry else None
     if formula is None:
         return Work(flops=float(entry.get("flops", 0)), bytes=float(entry.get("bytes", 0)), counted="")
     numbers = {key: float(entry[key]) for key in formula.keys}
@@ -79,15 +79,7 @@ def read_work(entry: Mapping[str, Any]) -> Work:
     return Work(flops=flops, bytes=float(entry.get("bytes", 0)), counted=counted)
 
 
-def time_bounds(check: str) -> Mapping[str, str]:
-    """Return the parameters by which a check bounds a time, path → ``seconds`` or ``per_second``; empty for others."""
-    from q4kd.harness.checks import CHECKS  # imported late: the checks import modules that import this one
-
-    bounds: Mapping[str, str] = getattr(CHECKS.get(check), "TIME_BOUNDS", {})
-    return bounds
-
-
-def assess(claim: "Claim", profile: Profile) -> list[Feasibility]:
+def assess(claim: Claim, profile: Profile) -> list[Feasibility]:
     """Return the feasibility of every time bound of a claim on a profile; none where it is out of scope."""
     if claim.falsifier is None or claim.work is None or set(claim.falsifier.needs) - profile.provides:
         return []
@@ -99,11 +91,11 @@ def assess(claim: "Claim", profile: Profile) -> list[Feasibility]:
     ]
 
 
-def _allowed_seconds(check: str, params: Mapping[str, Any]) -> Iterator[float]:
+def _allowed_seconds(check: str, params: JsonObject) -> Iterator[float]:
     for path, unit in time_bounds(check).items():
-        value: Any = params
+        value: JsonValue = params
         for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
+            value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, (int, float)):
             continue
         if unit == "seconds":

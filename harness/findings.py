@@ -10,7 +10,7 @@ from typing import Literal, cast
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.plan import Plan
 from q4kd.harness.results import ClaimResult, Finding, Findings

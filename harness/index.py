@@ -7,25 +7,22 @@ the reason. Reports are rendered anew, never copied out of a bundle.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 
 from q4kd.harness.bundle import manifest_of, manifest_text
-from q4kd.harness.contract import Contract
+from q4kd.harness.claims_model import Contract
 from q4kd.harness.findings import read_findings
-from q4kd.harness.index_trends import Measure, measures_of
-from q4kd.harness.loosening import Change, contract_changes
-from q4kd.harness.plan import Plan
+from q4kd.harness.index_pages import render_site
+from q4kd.harness.index_trends import measures_of
 from q4kd.harness.raw import open_store
 from q4kd.harness.recheck import bundle_contracts, read_plan
 from q4kd.harness.report import render
-from q4kd.harness.report_verdict import Verdict, commit_of, moment_of, verdict_of
-from q4kd.harness.results import Findings
+from q4kd.harness.report_verdict import commit_of, moment_of, verdict_of
+from q4kd.harness.site_collection import Collection, Entry
 from q4kd.harness.store import Store, read_object
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
@@ -33,46 +30,6 @@ from q4kd.trainer.files import write_atomic
 MAX_BUNDLES = 1000
 _ARCHIVES = (".tar.gz", ".tgz")
 _REPORT = re.compile(r"[A-Za-z0-9-]{1,60}-[0-9a-f]{12}\.html")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What the site keeps of one bundle.
-
-    Attributes:
-        name: file name of the bundle.
-        when: time of its findings, in seconds since 1970.
-        made: the same for a person.
-        profile: the profile judged on.
-        commit: the commit judged.
-        verdict: its verdict, see ``report_verdict``.
-        counts: the findings' summary.
-        verdicts: claim key → verdict, or ``untested`` for a claim out of scope.
-        measures: what its checks measured.
-        contracts: digest of the contracts as run.
-        report: link to its report.
-    """
-
-    name: str
-    when: float
-    made: str
-    profile: str
-    commit: str
-    verdict: Verdict
-    counts: Mapping[str, int]
-    verdicts: Mapping[str, str]
-    measures: tuple[Measure, ...]
-    contracts: str
-    report: str
-
-
-@dataclass
-class Collection:
-    """The bundles of a folder, oldest first; what could not be read and why; parsed contracts by digest."""
-
-    entries: list[Entry] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    contracts: dict[str, list[Contract] | str] = field(default_factory=dict)
 
 
 def write_site(folder: Path, site: Path) -> tuple[int, int]:
@@ -90,8 +47,6 @@ def write_site(folder: Path, site: Path) -> tuple[int, int]:
     Raises:
         InputError: no bundle can be read, there are more than 1,000, or ``site`` cannot be a folder.
     """
-    from q4kd.harness.index_pages import render_site
-
     if site.exists() and not site.is_dir():
         raise InputError(str(site), expected="a folder for the site", got="a file", remedy="choose another --out")
     if not site.parent.is_dir():
@@ -151,6 +106,7 @@ def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str])
             contracts[digest] = bundle_contracts(store)
         except InputError as error:
             contracts[digest] = str(error)
+    untested = {entry.key: "untested" for entry in plan.entries if entry.scope == "out_of_scope"}
     when = datetime.fromisoformat(findings.created)
     return Entry(
         name=path.name,
@@ -160,16 +116,11 @@ def _read(path: Path, reports: Path, contracts: dict[str, list[Contract] | str])
         commit=commit_of(environment),
         verdict=verdict_of(findings, plan, environment),
         counts=findings.summary,
-        verdicts=_verdicts(findings, plan),
+        verdicts=untested | {row.key: row.verdict for row in findings.rows},
         measures=tuple(measures_of(findings)),
         contracts=digest,
         report=_write_report(path, store, reports),
     )
-
-
-def _verdicts(findings: Findings, plan: Plan) -> dict[str, str]:
-    untested = {entry.key: "untested" for entry in plan.entries if entry.scope == "out_of_scope"}
-    return untested | {row.key: row.verdict for row in findings.rows}
 
 
 def _contracts_digest(store: Store) -> str:
@@ -197,18 +148,3 @@ def _program() -> str:
     made_of = [file for file in files if file.name.startswith(("plots", "report", "page", "style"))]
     digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(made_of, key=lambda file: file.name))
     return "".join(digests)
-
-
-def loosened_between(entries: Sequence[Entry], found: Collection) -> list[tuple[Entry, Entry, Change | str]]:
-    """Return what each bundle's contracts loosened against the one before it, newest first; or why nobody can tell."""
-    changes: list[tuple[Entry, Entry, Change | str]] = []
-    for old, new in pairwise(entries):
-        if old.contracts == new.contracts:
-            continue
-        was, now = found.contracts[old.contracts], found.contracts[new.contracts]
-        if isinstance(was, str) or isinstance(now, str):
-            reason = was if isinstance(was, str) else now
-            changes.append((old, new, f"the contracts cannot be compared: {reason}"))
-            continue
-        changes += [(old, new, change) for change in contract_changes(was, now) if change.kind == "loosened"]
-    return changes[::-1]

@@ -2,19 +2,65 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
-from q4kd.harness.index import Collection, Entry, loosened_between
 from q4kd.harness.index_trends import MIN_EARLIER, WINDOW, Trend, trends_of
 from q4kd.harness.loosening import Change
 from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_verdict import MARKS, PLAIN
+from q4kd.harness.site_collection import Collection, Entry, loosened_between
 
 _COLUMNS = 24  # bundles of a claim's history
 _ROWS = 1000
+_POINTS = 60  # of a trend's line
 _TEXT = 300
 _ORDER = {"corroborated": 0, "untested": 1, "inconclusive": 2, "falsified": 3}
+_WORDS = {**PLAIN, "untested": "out of scope", "absent": "not in the plan"}
+_SIGNS = {**MARKS, "untested": "-", "absent": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle as a row: what became worse in it, and how many of its measurements and bounds did."""
+
+    entry: Entry
+    regressions: int
+    loosened: int
+    worse: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """One marked value of a trend: the run that measured it, and the median of the runs before it."""
+
+    trend: Trend
+    entry: Entry
+    before: float
+    now: float
+    newest: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A trend as a line within 120 x 30 units, with the points that are regressions."""
+
+    trend: Trend
+    points: list[tuple[float, float]]
+    flagged: list[tuple[float, float]]
+
+
+class _Profile(TypedDict):
+    """What the page of one profile shows. A cell of the history is a verdict, its mark and its words."""
+
+    bundles: list[Bundle]
+    regressions: list[Regression]
+    loosened: list[tuple[Entry, Entry, str, str]]
+    history: list[tuple[str, list[tuple[str, str, str]]]]
+    columns: list[Entry]
+    trends: list[Line]
+    machines: int
 
 
 def render_site(found: Collection) -> dict[str, str]:
@@ -22,31 +68,26 @@ def render_site(found: Collection) -> dict[str, str]:
     profiles = sorted({entry.profile for entry in found.entries})
     files = _file_names(profiles)
     parts = {profile: _profile(found, profile) for profile in profiles}
-    nav = [(cut(profile, 60), files[profile]) for profile in profiles]
-    flags = {row["entry"]: row for part in parts.values() for row in part["bundles"]}
-    newest = [(nav[i][0], nav[i][1], parts[profile]) for i, profile in enumerate(profiles)]
+    rows = {row.entry.name: row for part in parts.values() for row in part["bundles"]}
+
+    def page(template: str, here: str, **values: object) -> str:
+        return render_page(
+            template, nav=files, here=here, marks=MARKS, short=_short, number=_number, claim=_parts, **values
+        )
+
     pages = {
-        "index.html": render_page(
+        "index.html": page(
             "index.html.j2",
-            title="Evidence",
-            nav=nav,
-            here="index.html",
-            newest=newest,
-            bundles=[flags[entry.name] for entry in reversed(found.entries)],
-            unreadable=[(cut(name, _TEXT), cut(reason, _TEXT)) for name, reason in found.unreadable],
+            "index.html",
+            newest=[(profile, files[profile], parts[profile]["bundles"]) for profile in profiles],
+            bundles=[rows[entry.name] for entry in reversed(found.entries)],
+            unreadable=found.unreadable,
         )
     }
     for profile in profiles:
-        name = cut(profile, 60)
-        pages[files[profile]] = render_page(
-            "profile.html.j2",
-            title=f"Evidence on {name}",
-            profile=name,
-            nav=nav,
-            here=files[profile],
-            earlier=MIN_EARLIER,
-            window=WINDOW,
-            **parts[profile],
+        here = files[profile]
+        pages[here] = page(
+            "profile.html.j2", here, profile=profile, earlier=MIN_EARLIER, window=WINDOW, **parts[profile]
         )
     return pages
 
@@ -65,7 +106,7 @@ def _numbered(stem: str, number: int) -> str:
     return f"{stem}.html" if number == 1 else f"{stem}-{number}.html"
 
 
-def _profile(found: Collection, profile: str) -> dict[str, Any]:
+def _profile(found: Collection, profile: str) -> _Profile:
     """Return what the page of one profile shows: its bundles, regressions, loosened bounds, history and trends."""
     entries = [entry for entry in found.entries if entry.profile == profile]
     trends = trends_of([(entry.verdict.machine, entry.measures) for entry in entries])
@@ -77,34 +118,25 @@ def _profile(found: Collection, profile: str) -> dict[str, Any]:
         if mark == "worse"
     ]
     marked.sort(key=lambda pair: -pair[0])
-    bundles = []
-    for number, entry in enumerate(entries):
-        worse = _worse(entries[number - 1], entry) if number else []
-        bundles.append(
-            {
-                "entry": entry.name,
-                "name": cut(entry.name, 120),
-                "made": _short(entry.made),
-                "profile": cut(entry.profile, 60),
-                "machine": cut(entry.verdict.machine, 120),
-                "commit": cut(entry.commit.replace(" with uncommitted changes", " + changes"), 60),
-                "tone": entry.verdict.tone,
-                "mark": MARKS[entry.verdict.tone],
-                "title": entry.verdict.title,
-                "counts": entry.counts,
-                "report": entry.report,
-                "regressions": sum(source == number for source, _ in marked),
-                "loosened": sum(isinstance(change, Change) and new is entry for _, new, change in loosened),
-                "worse": [cut(key, _TEXT) for key in worse],
-            }
+    bundles = [
+        Bundle(
+            entry=entry,
+            regressions=sum(source == number for source, _ in marked),
+            loosened=sum(isinstance(change, Change) and new is entry for _, new, change in loosened),
+            worse=_worse(entries[number - 1], entry) if number else [],
         )
+        for number, entry in enumerate(entries)
+    ]
     return {
         "bundles": bundles[::-1],
         "regressions": [_regression(trend, source, entries) for source, trend in marked[:_ROWS]],
-        "loosened": [_loosened(*change) for change in loosened[:_ROWS]],
-        "history": _history(entries),
-        "columns": [(_short(entry.made), entry.report) for entry in entries[-_COLUMNS:]],
-        "trends": [_trend(trend) for trend in trends[:_ROWS]],
+        "loosened": [
+            (old, new, change.key, change.text) if isinstance(change, Change) else (old, new, "every claim", change)
+            for old, new, change in loosened[:_ROWS]
+        ],
+        "history": _history(entries[-_COLUMNS:]),
+        "columns": entries[-_COLUMNS:],
+        "trends": [_line(trend) for trend in trends[:_ROWS]],
         "machines": len({entry.verdict.machine for entry in entries}),
     }
 
@@ -117,20 +149,15 @@ def _worse(old: Entry, new: Entry) -> list[str]:
     return [key for key, was in old.verdicts.items() if was != "untested" and ranks[now[key]] > ranks[was]]
 
 
-def _regression(trend: Trend, source: int, entries: Sequence[Entry]) -> dict[str, Any]:
+def _regression(trend: Trend, source: int, entries: Sequence[Entry]) -> Regression:
     at = trend.sources.index(source)
-    earlier = trend.values[max(0, at - WINDOW) : at]
-    return {
-        "claim": _parts(trend.key),
-        "check": cut(trend.check, 80),
-        "machine": cut(trend.machine, 120),
-        "made": _short(entries[source].made),
-        "report": entries[source].report,
-        "before": _number(median(earlier), trend.unit),
-        "now": _number(trend.values[at], trend.unit),
-        "runs": len(earlier),
-        "newest": at == len(trend.values) - 1,
-    }
+    return Regression(
+        trend=trend,
+        entry=entries[source],
+        before=median(trend.values[max(0, at - WINDOW) : at]),
+        now=trend.values[at],
+        newest=at == len(trend.values) - 1,
+    )
 
 
 def _short(moment: str) -> str:
@@ -148,65 +175,23 @@ def _number(value: float, unit: str) -> str:
     return f"{100 * value:.3g} %" if unit == "of the way to the bound" else f"{value:.4g}"
 
 
-def _loosened(old: Entry, new: Entry, change: Change | str) -> dict[str, Any]:
-    return {
-        "from": _short(old.made),
-        "to": _short(new.made),
-        "report": new.report,
-        "claim": _parts(change.key if isinstance(change, Change) else "every claim"),
-        "text": cut(change.text if isinstance(change, Change) else change, _TEXT),
-    }
-
-
-def _history(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _history(recent: Sequence[Entry]) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Return, for every claim, its verdicts in the newest bundles: changed claims first, those out of scope last."""
-    recent = entries[-_COLUMNS:]
-    words = {**PLAIN, "untested": "out of scope", "absent": "not in the plan"}
-    marks = {**MARKS, "untested": "-", "absent": ""}
     rows = []
     for key in dict.fromkeys(key for entry in reversed(recent) for key in entry.verdicts):
         verdicts = [entry.verdicts.get(key, "absent") for entry in recent]
-        rows.append(
-            {
-                "claim": _parts(key),
-                "cells": [(verdict, marks[verdict], words[verdict]) for verdict in verdicts],
-                "rank": 0 if len(set(verdicts) - {"absent"}) > 1 else 2 if "untested" in verdicts else 1,
-            }
-        )
-    return sorted(rows, key=lambda row: row["rank"])[:_ROWS]
+        rank = 0 if len(set(verdicts) - {"absent"}) > 1 else 2 if "untested" in verdicts else 1
+        rows.append((rank, key, [(verdict, _SIGNS[verdict], _WORDS[verdict]) for verdict in verdicts]))
+    return [(key, cells) for _, key, cells in sorted(rows, key=lambda row: row[0])[:_ROWS]]
 
 
-def _trend(trend: Trend) -> dict[str, Any]:
-    low, high = min(trend.values), max(trend.values)
-    span = high - low
-    shown = trend.values[-60:]
-    offset = len(trend.values) - len(shown)
+def _line(trend: Trend) -> Line:
+    low, span = min(trend.values), max(trend.values) - min(trend.values)
+    shown, marks = trend.values[-_POINTS:], trend.marks[-_POINTS:]
     step = 112 / max(1, len(shown) - 1)
     points = [
         (round(4 + step * i, 1), round(26 - 22 * ((value - low) / span if span else 0.5), 1))
         for i, value in enumerate(shown)
     ]
-    flagged = [points[i] for i in range(len(shown)) if trend.marks[offset + i] == "worse"]
-    latest = trend.marks[-1]
-    said = {
-        "worse": "regression",
-        "better": "better than the spread",
-        "few": f"{len(trend.values)} of {MIN_EARLIER + 1} runs needed",
-        "": "within the spread",
-    }[latest]
-    return {
-        "claim": _parts(trend.key),
-        "check": cut(trend.check, 80),
-        "machine": cut(trend.machine, 120),
-        "points": " ".join(f"{x},{y}" for x, y in points),
-        "last": points[-1],
-        "flagged": flagged,
-        "runs": len(trend.values),
-        "latest": _number(trend.values[-1], trend.unit),
-        "range": f"{_number(low, trend.unit)} to {_number(high, trend.unit)}" if len(trend.values) > 1 else "one run",
-        "unit": trend.unit,
-        "direction": "lower is better" if trend.lower else "higher is better",
-        "mark": latest,
-        "said": said,
-        "before": trend.before,
-    }
+    flagged = [point for point, mark in zip(points, marks, strict=True) if mark == "worse"]
+    return Line(trend=trend, points=points, flagged=flagged)

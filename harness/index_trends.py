@@ -12,7 +12,6 @@ On normal noise alone about 1 % of values are so marked after 3 runs and 0.5 % f
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,13 +93,8 @@ def measures_of(findings: Findings) -> Iterator[Measure]:
 
 
 def _value_of(check: CheckResult) -> tuple[float, bool, str] | None:
-    margin = check.margin
-    if margin is not None:
-        return (
-            (float(margin), True, "of the way to the bound")
-            if math.isfinite(margin) and abs(margin) < _LARGEST
-            else None
-        )
+    if (margin := check.margin) is not None:
+        return (float(margin), True, "of the way to the bound") if abs(margin) < _LARGEST else None
     # Of checks without a margin, these two state first a number of which more is better.
     better_higher = check.check == "improves" or check.params.get("metric") == "cosine"
     number = _NUMBER.search(check.measured or "") if better_higher else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import inconclusive
-from q4kd.harness.contract import CheckUse, Claim
+from q4kd.harness.claims_model import CheckUse, Claim
 from q4kd.harness.json_types import JsonRecord, plain
 from q4kd.harness.raw import RawRun
 from q4kd.harness.results import CheckResult, ClaimResult

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.contract import Claim
+from q4kd.harness.claims_model import Claim
 from q4kd.harness.experiment import EXPERIMENTS, get_experiment
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.kill_records import KillRecord, kill_records, read_kill_records

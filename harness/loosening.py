@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from q4kd.harness.contract import CheckUse, Claim, Contract, Falsifier
+from q4kd.harness.claims_model import CheckUse, Claim, Contract, Falsifier
 from q4kd.harness.feasibility import read_work
 from q4kd.harness.profile import Profile
 

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from q4kd.harness.bundle import pack_bytes
-from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.environment import PACKAGES
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import require_packages
@@ -24,8 +26,8 @@ from q4kd.harness.raw import RawRun
 from q4kd.harness.results import KillOutcome, KillStatus
 from q4kd.harness.runner import ExperimentRunner, HarnessError, prune
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import printable
 
 _COLOURS: Mapping[KillStatus, str] = {
     KillStatus.CAUGHT: "green",

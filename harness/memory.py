@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,15 +24,11 @@ class MemoryLog:
     def __init__(self, path: Path, pid: int) -> None:
         self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
         self._pid = pid
-        self._root: psutil.Process | None = None
         self._walked = 0.0
         self.tree: dict[int, psutil.Process] = {}
         self._gpu = GpuMeter.open()
-        try:
-            self._root = psutil.Process(pid)
-            self.tree[pid] = self._root
-        except psutil.NoSuchProcess:
-            pass
+        with suppress(psutil.NoSuchProcess):
+            self.tree[pid] = psutil.Process(pid)
 
     def sample(self) -> None:
         """Measure once and write one line; writes nothing when the whole tree is gone."""
@@ -40,13 +37,18 @@ class MemoryLog:
             self._walk()
             self._walked = now
         resident = anonymous = alive = 0
-        for pid in self.tree:
-            sizes = resident_bytes(pid)
-            if sizes is not None:
+        for process in self.tree.values():
+            if (sizes := resident_bytes(process)) is not None:
                 resident, anonymous, alive = resident + sizes[0], anonymous + sizes[1], alive + 1
         if not resident:
             return
-        line: dict[str, Any] = {"t": now, "pid": self._pid, "rss": resident, "rss_anon": anonymous, "processes": alive}
+        line: dict[str, float | None] = {
+            "t": now,
+            "pid": self._pid,
+            "rss": resident,
+            "rss_anon": anonymous,
+            "processes": alive,
+        }
         line["mem_available"] = psutil.virtual_memory().available
         if self._gpu is not None:
             line |= self._gpu.sample(set(self.tree))
@@ -59,7 +61,7 @@ class MemoryLog:
                     self.tree.setdefault(child.pid, child)
             except psutil.Error:
                 continue
-            if process is self._root:
+            if process.pid == self._pid:
                 break  # while the root lives its recursive children are the whole tree
 
     def close(self) -> None:
@@ -69,18 +71,13 @@ class MemoryLog:
             self._gpu.close()
 
 
-def resident_bytes(pid: int) -> tuple[int, int] | None:
-    """Return (VmRSS, RssAnon) of one process in bytes from /proc, or None when it is gone or a zombie."""
+def resident_bytes(process: psutil.Process) -> tuple[int, int] | None:
+    """Return (resident, resident without mapped files and shared memory) bytes; None when it is gone or a zombie."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        size = process.memory_info()
+    except psutil.Error:
         return None
-    found = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("VmRSS", "RssAnon"):
-            found[name] = int(rest.split()[0]) * 1024
-    return (found["VmRSS"], found.get("RssAnon", 0)) if "VmRSS" in found else None
+    return (size.rss, size.rss - size.shared) if size.rss else None
 
 
 class GpuMeter:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
-from q4kd.harness.contract import Claim
+from q4kd.harness.claims_model import Claim
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.raw import Arrays, RawRun, array_file
 from q4kd.harness.results import ClaimResult, Mutations

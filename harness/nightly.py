@@ -96,7 +96,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def night_key(options: NightlyOptions) -> dict[str, Any]:
     """Return what makes two nights the same work. Reads every given file and every source once, for their digests."""
-    from q4kd.harness.contract import contract_files, default_contracts_folder
+    from q4kd.harness.claims_folder import contract_files, default_contracts_folder
 
     package = Path(__file__).resolve().parent
     contracts = options.contracts or default_contracts_folder()

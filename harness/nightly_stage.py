@@ -13,8 +13,8 @@ from typing import IO
 
 import psutil
 
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import printable
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness")
 _PR_SET_PDEATHSIG = 1

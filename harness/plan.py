@@ -1,18 +1,20 @@
 """The plan: which claims count on a profile, decided before anything runs and kept in ``plan.json``."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.feasibility import assess
 from q4kd.harness.given import ROLES
+from q4kd.harness.json_types import JsonRecord, JsonValue
 from q4kd.harness.profile import Profile
 from q4kd.harness.waivers import Waiver
 from q4kd.trainer.errors import InputError
 
 Scope = Literal["required", "out_of_scope", "not_gating"]
+Predicate: TypeAlias = Callable[[str], bool]
 SCHEMA = "q4kd-plan/1"
 _TOKEN = re.compile(r"\s*(\(|\)|[^\s()]+)")
 
@@ -52,9 +54,8 @@ class Plan:
         """Return the entry of a claim, or None when the plan leaves it out."""
         return next((entry for entry in self.entries if entry.key == key), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``plan.json`` holds; ``waivers`` only where there are any."""
-        waived = {"waivers": [dict(vars(waiver)) for waiver in self.waivers]} if self.waivers else {}
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return what ``plan.json`` holds; ``given`` and ``waivers`` only where there are any."""
         return {
             "schema": SCHEMA,
             "profile": self.profile,
@@ -62,11 +63,11 @@ class Plan:
             "select": self.select,
             "entries": [dict(vars(entry)) for entry in self.entries],
             **({"given": dict(self.given)} if self.given else {}),
-            **waived,
+            **({"waivers": [dict(vars(waiver)) for waiver in self.waivers]} if self.waivers else {}),
         }
 
     @staticmethod
-    def from_json(value: Any) -> "Plan":
+    def from_json(value: JsonRecord) -> "Plan":
         """Read what ``to_json`` wrote (InputError when it is something else)."""
         try:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
@@ -151,8 +152,12 @@ def _entry(contract: Contract, claim: Claim, profile: Profile) -> PlanEntry:
     )
 
 
-def parse_selection(text: str) -> Callable[[str], bool]:
-    """Return the predicate over claim keys that a ``-k`` expression means (InputError when malformed)."""
+def parse_selection(text: str) -> Predicate:
+    """Return the predicate over claim keys that a ``-k`` expression means (InputError when malformed).
+
+    pytest's own compiler is not used: it is private, evaluates with ``eval`` what a hostile plan may say, and knows no
+    ``#``, which a claim's id may hold.
+    """
     parser = _Selection(_TOKEN.findall(text))
     try:
         if len(text) > 1000:
@@ -162,34 +167,35 @@ def parse_selection(text: str) -> Callable[[str], bool]:
             raise ValueError(f"unexpected {parser.tokens[0]!r}")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            "-k", expected="words joined by and, or, not, ( )", got=f"{text[:80]!r}: {error}", remedy="correct it"
+            "-k",
+            expected="words joined by and, or, not, ( )",
+            got=f"{text[:80]!r}: {error}",
+            remedy="for example -k 'memory and not (gpu or cuda)'",
         ) from error
     return predicate
 
 
 class _Selection:
+    """A recursive-descent parser: ``not`` binds more tightly than ``and``, and that more tightly than ``or``."""
+
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
 
     def next_is(self, word: str) -> bool:
-        if self.tokens and self.tokens[0] == word:
-            self.tokens.pop(0)
-            return True
-        return False
+        found = self.tokens[:1] == [word]
+        del self.tokens[:found]
+        return found
 
-    def either(self) -> Callable[[str], bool]:
-        left = self.both()
-        while self.next_is("or"):
-            left = _either(left, self.both())
-        return left
+    def joined(self, word: str, operand: Callable[[], Predicate], holds: Callable[[Iterable[bool]], bool]) -> Predicate:
+        parts = [operand()]
+        while self.next_is(word):
+            parts.append(operand())
+        return parts[0] if len(parts) == 1 else lambda key: holds(part(key) for part in parts)
 
-    def both(self) -> Callable[[str], bool]:
-        left = self.single()
-        while self.next_is("and"):
-            left = _both(left, self.single())
-        return left
+    def either(self) -> Predicate:
+        return self.joined("or", lambda: self.joined("and", self.single, all), any)
 
-    def single(self) -> Callable[[str], bool]:
+    def single(self) -> Predicate:
         if self.next_is("not"):
             inner = self.single()
             return lambda key: not inner(key)
@@ -202,14 +208,6 @@ class _Selection:
             raise ValueError("a word is missing")
         word = self.tokens.pop(0).lower()
         return lambda key: word in key.lower()
-
-
-def _either(left: Callable[[str], bool], right: Callable[[str], bool]) -> Callable[[str], bool]:
-    return lambda key: left(key) or right(key)
-
-
-def _both(left: Callable[[str], bool], right: Callable[[str], bool]) -> Callable[[str], bool]:
-    return lambda key: left(key) and right(key)
 
 
 def plan_differences(recorded: Plan, expected: Plan) -> list[str]:

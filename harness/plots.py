@@ -1,14 +1,18 @@
 """Plots of a bundle's runs over time: memory below its ceiling, and how busy the GPU was. Both from outside samples."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from q4kd.harness.raw import RawRun
 from q4kd.harness.report_page import shown
 from q4kd.harness.results import CheckResult, Finding, Findings
 from q4kd.trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MIN_SAMPLES = 20
 _MAX_POINTS = 800
@@ -56,22 +60,23 @@ def memory_plots(findings: Findings, runs: Mapping[str, RawRun], most: int = 100
     Runs that are missing, malformed or short of 20 samples draw nothing; at most ``most`` plots are made.
     """
     ceilings: dict[tuple[str, str], dict[Phase, float | None]] = {}
-    for row in findings.rows:
-        for check in row.checks:
-            if check.check not in ("memory_ceiling", "residency"):
-                continue
-            series, phase = _series_and_phase(check)
-            for name in _runs_judged(row, check):
-                if series in _SERIES:
-                    found = ceilings.setdefault((name, series), {})
-                    stated = [v for v in (ceiling_bytes(check), found.get(phase)) if v is not None]
-                    found[phase] = min(stated, default=None)
+    for row, check in _checks(findings, "memory_ceiling", "residency"):
+        series, phase = _series_and_phase(check)
+        for name in _runs_judged(row, check):
+            if series in _SERIES:
+                found = ceilings.setdefault((name, series), {})
+                stated = [v for v in (ceiling_bytes(check), found.get(phase)) if v is not None]
+                found[phase] = min(stated, default=None)
     plots: list[Plot] = []
     for (name, series), bounds in sorted(ceilings.items()):
         if name in runs and len(plots) < most:
-            plot = _drawn(lambda n=name, s=series, b=bounds: _memory_plot(n, runs[n], s, b))  # type: ignore[misc]
-            plots += [plot] if plot else []
+            plots += _drawn(partial(_memory_plot, name, runs[name], series, bounds))
     return plots
+
+
+def _checks(findings: Findings, *names: str) -> Iterator[tuple[Finding, CheckResult]]:
+    """Yield every use of the checks ``names``, with the finding that it belongs to."""
+    return ((row, check) for row in findings.rows for check in row.checks if check.check in names)
 
 
 def _series_and_phase(check: CheckResult) -> tuple[str, Phase]:
@@ -87,12 +92,13 @@ def _runs_judged(row: Finding, check: CheckResult) -> list[str]:
     return [name for name in row.runs if arm is None or name.partition(".")[2] == arm]
 
 
-def _drawn(draw: Callable[[], Plot | None]) -> Plot | None:
-    """Return the plot, or None when its raw files are not what a run leaves: the claim says what is wrong with them."""
+def _drawn(draw: Callable[[], Plot | None]) -> list[Plot]:
+    """Return the plot, or none when its raw files are not what a run leaves: the claim says what is wrong with them."""
     try:
-        return draw()
+        plot = draw()
     except (InputError, KeyError, TypeError, ValueError, OverflowError):
-        return None
+        return []
+    return [plot] if plot else []
 
 
 def ceiling_bytes(check: CheckResult) -> float | None:
@@ -115,8 +121,9 @@ def _memory_plot(name: str, run: RawRun, series: str, ceilings: Mapping[Phase, f
     if len(points) < MIN_SAMPLES:
         return None
     figure, axes = new_figure("seconds after the imports", _SERIES[series][1])
-    axes.plot(*zip(*thin(points), strict=True), color=SERIES[0], linewidth=1.6)
-    axes.fill_between(*zip(*thin(points), strict=True), color=SERIES[0], alpha=0.12, linewidth=0)
+    seconds, megabytes = zip(*thin(points), strict=True)
+    axes.plot(seconds, megabytes, color=SERIES[0], linewidth=1.6)
+    axes.fill_between(seconds, megabytes, color=SERIES[0], alpha=0.12, linewidth=0)
     top = max([1.0, *(y for _, y in points), *(limit / _MB for limit in ceilings.values() if limit is not None)])
     lowest = min(0.0, *(y for _, y in points))
     axes.set_ylim(lowest - (top - lowest) / 40, lowest + (top - lowest) * 1.34)
@@ -150,7 +157,7 @@ def _phase_name(event: str) -> str:
     return _PHASE_NAMES.get(event, event.replace("_", " "))
 
 
-def _mark_phases(axes: Any, marks: Mapping[str, float], points: Points) -> None:
+def _mark_phases(axes: "Axes", marks: Mapping[str, float], points: Points) -> None:
     """Draw a line where each phase begins, labelled above the data on as many levels as keep the labels apart."""
     from q4kd.harness.report_svg import INK, SOFT
 
@@ -211,15 +218,10 @@ def memory_series(
 def utilisation_plots(findings: Findings, runs: Mapping[str, RawRun], most: int = 100) -> list[Plot]:
     """Plot NVML's utilisation by this process for every run that a utilisation claim was judged on."""
     plots: list[Plot] = []
-    for row in findings.rows:
-        for check in row.checks:
-            if check.check != "gpu_utilization":
-                continue
-            for name in _runs_judged(row, check):
-                if name in runs and len(plots) < most and not any(plot.title == name for plot in plots):
-                    least = check.params.get("min_percent")
-                    plot = _drawn(lambda n=name, p=least: _utilisation_plot(n, runs[n], p))  # type: ignore[misc]
-                    plots += [plot] if plot else []
+    for row, check in _checks(findings, "gpu_utilization"):
+        for name in _runs_judged(row, check):
+            if name in runs and len(plots) < most and not any(plot.title == name for plot in plots):
+                plots += _drawn(partial(_utilisation_plot, name, runs[name], check.params.get("min_percent")))
     return plots
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # at run time these come with the first contract, not with every pytest that has q4kd installed
-    from q4kd.harness.contract import Claim, Contract
+    from q4kd.harness.claims_model import Claim, Contract
     from q4kd.harness.session import Outcome, Session
 
 _SESSION = pytest.StashKey["Session"]()

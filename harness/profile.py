@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.contract import default_contracts_folder
+from q4kd.harness.claims_folder import default_contracts_folder
 from q4kd.harness.store import Store
-from q4kd.harness.yaml_lines import Document, parse_yaml
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import Document, parse_yaml
 
 CAPABILITIES = frozenset({"cpu", "cuda", "unified"})
 _KEYS = frozenset({"description", "provides", "rooflines"})

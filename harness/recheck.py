@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from q4kd.harness.contract import Claim, Contract, contract_files, parse_contract
+from q4kd.harness.claims_folder import contract_files
+from q4kd.harness.claims_model import Claim, Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.interchange import ctrf, digest_of, junit, statement_of
 from q4kd.harness.json_types import JsonRecord, JsonValue
 from q4kd.harness.kill_records import KillRecord, read_kill_records
@@ -19,9 +21,9 @@ from q4kd.harness.results import Findings, KillOutcome, KillStatus
 from q4kd.harness.store import read_object
 from q4kd.harness.tar_archive import REMEDY
 from q4kd.harness.waivers import expired_lines
-from q4kd.harness.yaml_lines import MAX_BYTES, printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import MAX_BYTES, printable
 
 KILLS = "sabotage/kills.json"
 # For all archives of a bundle together: a few hundred small ones could otherwise unpack to more than any memory.

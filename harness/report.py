@@ -2,24 +2,25 @@
 
 import hashlib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from q4kd.harness.claims_model import Contract
 from q4kd.harness.findings import headline, read_findings
-from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.plan import Plan
 from q4kd.harness.plots import Plot, memory_plots, utilisation_plots
 from q4kd.harness.raw import RawRun, Store, read_runs
 from q4kd.harness.recheck import bundle_contracts
-from q4kd.harness.report_claims import Limits, contract_groups, link_to
+from q4kd.harness.report_claims import Limits, bar_of, contract_groups, link_to
 from q4kd.harness.report_page import cut, render_page
 from q4kd.harness.report_training import loss_plots, step_plots
-from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, moment_of, verdict_of
+from q4kd.harness.report_verdict import MARKS, PLAIN, commit_of, meaning, moment_of, verdict_of
 from q4kd.harness.results import Findings
 from q4kd.harness.store import read_object
-from q4kd.harness.yaml_lines import MAX_BYTES
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import MAX_BYTES
 
 MAX_PAGE = 2_000_000
 # The first that gives a page below MAX_PAGE is used: a bundle may hold more than anybody could read.
@@ -52,45 +53,40 @@ def render(store: Store, raw: str | None = "") -> str:
     findings = read_findings(store)
     plan = Plan.from_json(read_object(store, "plan.json"))
     environment, inputs = read_object(store, "environment.json"), read_object(store, "inputs.json")
+    # The tile of what is undecided says how many of them are excused.
+    counts = {**findings.summary, "inconclusive": findings.summary["inconclusive"] + findings.summary.get("waived", 0)}
     page = ""
     for limits in _LIMITS:
         page = render_page(
             "report.html.j2",
-            **_summary(findings, plan, environment, limits),
+            findings=findings,
+            plan=plan,
+            headline=headline(findings),
+            gate=_GATE[findings.exit_code],
+            verdict=verdict_of(findings, plan, environment),
+            counts=counts,
+            shares=_shares(counts),
+            commit=commit_of(environment),
+            made=moment_of(findings),
+            anchors={row.key: f"claim-{number}" for number, row in enumerate(findings.rows, 1)},
+            untested=[entry for entry in plan.entries if entry.scope == "out_of_scope"][: limits.rows],
             **_evidence(store, findings, raw, limits),
-            environment=_facts(environment, limits),
-            inputs=[_input(*item, limits) for item in sorted(inputs.items())[: limits.rows]],
+            marks=MARKS,
+            plain=PLAIN,
+            meaning=meaning,
+            bar_of=bar_of,
+            said=_said,
+            environment=[(key, value) for key, value in list(environment.items())[: limits.rows] if key != "schema"],
+            inputs=[
+                (name, entry if isinstance(entry, Mapping) else {})
+                for name, entry in sorted(inputs.items())[: limits.rows]
+            ],
             whole=limits is _LIMITS[0],
             limits=limits,
         )
         if len(page.encode()) < MAX_PAGE:
             break
     return page
-
-
-def _summary(findings: Findings, plan: Plan, environment: JsonRecord, limits: Limits) -> dict[str, object]:
-    counts = findings.summary
-    waived = counts.get("waived", 0)
-    counts = {**counts, "inconclusive": counts["inconclusive"] + waived}  # the tile says how many of them are excused
-    tiles = [(verdict, MARKS[verdict], PLAIN[verdict], counts[verdict]) for verdict in MARKS]
-    return {
-        "headline": limits.cut(headline(findings)),
-        "gate": _GATE[findings.exit_code],
-        "verdict": verdict_of(findings, plan, environment),
-        "tiles": tiles,
-        "waived": waived,
-        "out_of_scope": counts["out_of_scope"],
-        "not_gating": counts["not_gating"],
-        "shares": _shares(counts),
-        "profile": limits.cut(findings.profile),
-        "commit": limits.cut(commit_of(environment)),
-        "made": moment_of(findings),
-        "judge_version": findings.judge_version,
-        "scope": findings.scope,
-        "select": limits.cut(plan.select) if plan.select else None,
-        "untested": [entry for entry in plan.entries if entry.scope == "out_of_scope"][: limits.rows],
-        "anchors": {row.key: f"claim-{number}" for number, row in enumerate(findings.rows, 1)},
-    }
 
 
 def _shares(counts: Mapping[str, int]) -> list[tuple[str, str, float, float]]:
@@ -115,7 +111,7 @@ def _evidence(store: Store, findings: Findings, raw: str | None, limits: Limits)
         "utilisation": utilisation_plots(findings, runs, limits.plots),
     }
     return {
-        "plots": {kind: [_plot(plot) for plot in made] for kind, made in plots.items()},
+        "plots": {kind: [_inline(plot) for plot in made] for kind, made in plots.items()},
         "groups": contract_groups(findings, runs, raw, limits),
         "runs": [_run(run, raw, limits) for run in list(runs.values())[: limits.rows]],
         "contracts": list(_contracts(store, raw, limits)),
@@ -123,9 +119,8 @@ def _evidence(store: Store, findings: Findings, raw: str | None, limits: Limits)
     }
 
 
-def _plot(plot: Plot) -> dict[str, object]:
-    svg = Markup(plot.svg)  # noqa: S704 - made by report_svg.py, which serialises a tree
-    return {**vars(plot), "svg": svg}
+def _inline(plot: Plot) -> Plot:
+    return replace(plot, svg=Markup(plot.svg))  # noqa: S704 - made by report_svg.py, which serialises a tree
 
 
 def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, object]:
@@ -148,48 +143,35 @@ def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, object]:
     }
 
 
-def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterable[dict[str, object]]:
-    """Yield the contracts and profiles as run: name, description, digest and text."""
+@dataclass(frozen=True)
+class _Text:
+    """A contract or a profile as it was run. ``contract`` is None when it cannot be read, and for a profile."""
+
+    name: str
+    link: str | None
+    contract: Contract | None
+    sha256: str
+    text: str | None
+
+
+def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterator[_Text]:
     try:
         described = {contract.path: contract for contract in bundle_contracts(store)}
     except InputError:  # they are shown as they are; what is wrong with them is for verify to say
         described = {}
-    names = [name for name in store.names() if name.startswith("contracts/")][: limits.rows]
-    for name in names:
+    for name in [name for name in store.names() if name.startswith("contracts/")][: limits.rows]:
         data = store.read(name, MAX_BYTES)
-        contract = described.get(name)
-        yield {
-            "name": limits.cut(name.removeprefix("contracts/")),
-            "link": link_to(raw, name),
-            "description": limits.cut(contract.description) if contract else "",
-            "status": contract.status if contract else None,
-            "claims": len(contract.claims) if contract else None,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "text": cut(data.decode("utf-8", "replace"), limits.detail) if limits.detail else None,
-        }
+        text = cut(data.decode("utf-8", "replace"), limits.detail) if limits.detail else None
+        digest = hashlib.sha256(data).hexdigest()
+        yield _Text(name.removeprefix("contracts/"), link_to(raw, name), described.get(name), digest, text)
 
 
-def _facts(environment: JsonRecord, limits: Limits) -> list[tuple[str, str]]:
-    """Return the environment as pairs for a table; an unread value says so."""
-
-    def said(value: object) -> str:
-        if isinstance(value, Mapping):
-            return ", ".join(f"{key} {said(item)}" for key, item in value.items() if item is not None)
-        if isinstance(value, list):
-            return ", ".join(map(said, value)) or "none"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return "unknown" if value is None else str(value)
-
-    pairs = list(environment.items())[: limits.rows]
-    return [(limits.cut(key).replace("_", " "), limits.cut(said(value))) for key, value in pairs if key != "schema"]
-
-
-def _input(name: str, value: object, limits: Limits) -> dict[str, str]:
-    entry = value if isinstance(value, Mapping) else {}
-    size = entry.get("bytes")
-    return {
-        "name": limits.cut(name),
-        "bytes": f"{size:,}" if isinstance(size, int) else "unknown",
-        "sha256": limits.cut(entry.get("sha256") or "unknown"),
-    }
+def _said(value: object) -> str:
+    """Return a value of the environment in words; an unread one says so."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_said(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return ", ".join(map(_said, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "unknown" if value is None else str(value)

@@ -104,10 +104,10 @@ def _undecided(verdict: Verdict, rows: int, limit: int) -> list[str]:
 def _waived(verdict: Verdict, rows: int, limit: int) -> list[str]:
     lines = ["### Could not be judged, and waived", ""] if verdict.waived or verdict.expired else []
     for row in verdict.waived[:rows]:
+        assert row.waiver is not None
+        owner, reason = code(row.waiver.owner, limit), code(row.waiver.reason, limit)
         lines.append(f"- {code(row.key, limit)}: {code(row.reason, limit)}")
-        if (waiver := row.waiver) is not None:
-            by, why = code(waiver.owner, limit), code(waiver.reason, limit)
-            lines.append(f"  - by {by} until {waiver.expires}: {why}")
+        lines.append(f"  - by {owner} until {row.waiver.expires}: {reason}")
     lines += _rest(len(verdict.waived), rows, "claim")
     lines += [f"- {code(line, limit)}" for line in verdict.expired[:rows]]
     return [*lines, ""] if lines else []

@@ -9,7 +9,6 @@ import hashlib
 import importlib.resources
 import re
 from functools import lru_cache
-from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,7 +36,7 @@ def cut(text: object, limit: int) -> str:
     return clean if len(clean) <= limit else f"{clean[: max(0, limit - 1)]}…"
 
 
-def render_page(name: str, **values: Any) -> str:
+def render_page(name: str, **values: object) -> str:
     """Render a template as a whole page under its policy.
 
     Args:
@@ -70,7 +69,7 @@ def _environment() -> Environment:
     def visible(value: object) -> object:
         return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    return Environment(
+    environment = Environment(
         autoescape=True,
         finalize=visible,
         loader=FunctionLoader(_source),
@@ -78,3 +77,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.filters["cut"] = cut
+    return environment

@@ -7,9 +7,13 @@ the figure is written: the page's custom properties then decide them, in light a
 import io
 import re
 import xml.etree.ElementTree as ElementTree
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q4kd.harness.report_page import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 SOFT = "#010204"
@@ -29,7 +33,7 @@ _DECIMALS = re.compile(r"(-?\d+\.\d\d)\d+")  # hundredths of a point are more th
 _FONT_SIZE = re.compile(r"([\d.]+)px")
 
 
-def new_figure(x_label: str, y_label: str, *, height: float = 2.7) -> tuple[Any, Any]:
+def new_figure(x_label: str, y_label: str, *, height: float = 2.7) -> tuple["Figure", "Axes"]:
     """Return a figure of 4.5 x ``height`` inches and its axes, both labelled, in stand-in colours."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -64,7 +68,7 @@ def _style() -> Any:
     }
 
 
-def to_svg(figure: Any, name: str, title: str) -> str:
+def to_svg(figure: "Figure", name: str, title: str) -> str:
     """Write the figure as an ``<svg>`` element with its own ids, ``role="img"`` and a title."""
     import matplotlib
 

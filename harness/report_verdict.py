@@ -95,8 +95,8 @@ def _title(scope: str, required: int, fell: int, undecided: int, waived: int) ->
 
 
 def _unnoticed(row: Finding) -> int:
-    mutations = row.mutations.tried - row.mutations.caught if row.mutations else 0
-    return mutations + sum(not kill.caught for kill in row.sabotage)
+    passed = row.mutations.tried - row.mutations.caught if row.mutations is not None else 0
+    return passed + sum(not kill.caught for kill in row.sabotage)
 
 
 def counted(count: int, noun: str) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from q4kd.harness import bundle as bundles
-from q4kd.harness.contract import Claim, Contract, contract_files, load_contracts
+from q4kd.harness.claims_folder import contract_files
+from q4kd.harness.claims_model import Claim, Contract
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.findings import PROSE, assemble, headline, sabotage_lines
@@ -25,9 +27,9 @@ from q4kd.harness.results import ClaimResult, Findings
 from q4kd.harness.runner import ExperimentRunner, HarnessError
 from q4kd.harness.store import DirectoryStore
 from q4kd.harness.waivers import applying, expired_lines, load_waivers, today
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_atomic, write_json
+from q4kd.trainer.yaml_lines import printable
 
 HARNESS_ERROR = "harness error"
 _COLOURS = {"corroborated": "green", "falsified": "red", "inconclusive": "yellow"}

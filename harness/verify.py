@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from q4kd.harness.bundle import MANIFEST, seal_problems
-from q4kd.harness.contract import Claim, Contract
+from q4kd.harness.claims_model import Claim, Contract
 from q4kd.harness.dsse import (
     ENVELOPE,
     Envelope,
@@ -40,8 +40,8 @@ from q4kd.harness.recheck import (
 from q4kd.harness.results import ClaimResult, Finding, Findings
 from q4kd.harness.store import read_object, snapshot
 from q4kd.harness.waivers import applying
-from q4kd.harness.yaml_lines import printable
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import printable
 
 Status = Literal["consistent", "mismatch", "unverifiable"]
 _EXIT_CODES: Mapping[Status, int] = {"consistent": 0, "mismatch": 1, "unverifiable": 2}

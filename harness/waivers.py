@@ -4,18 +4,18 @@ A waiver never applies to a falsified claim, and an expired one applies to nothi
 the day on which the findings were written, so that anyone can decide it again.
 """
 
+import difflib
 import importlib.resources
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict, cast
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
-from q4kd.harness.yaml_lines import parse_yaml
+from q4kd.harness.schema_match import Schema
 from q4kd.trainer.files import parse_json, read_bounded
+from q4kd.trainer.yaml_lines import parse_yaml
 
 _MAX_BYTES = 1 << 20
 
@@ -52,9 +52,15 @@ def today() -> str:
 
 
 @lru_cache(maxsize=1)
-def _schema() -> Draft202012Validator:
+def _schema() -> Schema:
     source = importlib.resources.files("q4kd.harness") / "waivers.schema.json"
-    return Draft202012Validator(parse_json(source.read_bytes(), "waivers.schema.json"))
+    return Schema(parse_json(source.read_bytes(), "waivers.schema.json"))
+
+
+class _File(TypedDict):
+    """A file of waivers, once the schema has accepted it."""
+
+    waivers: list[dict[str, str]]
 
 
 def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
@@ -69,7 +75,7 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
             does not exist or that is waived twice.
     """
     document = parse_yaml(read_bounded(path, _MAX_BYTES), path.name)
-    problem = best_match(_schema().iter_errors(document.value))
+    problem = _schema().error(document.value)
     if problem is not None:
         raise document.error(
             tuple(problem.absolute_path),
@@ -78,7 +84,7 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
             remedy="say who answers for it, why, and until when",
         )
     waivers: list[Waiver] = []
-    for index, entry in enumerate(document.value["waivers"]):
+    for index, entry in enumerate(cast("_File", document.value)["waivers"]):
         at = ("waivers", index)
         try:
             waiver = Waiver(**entry)
@@ -87,8 +93,12 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
                 (*at, "expires"), expected="a day of the calendar", got=str(error), remedy="write it as YYYY-MM-DD"
             ) from error
         if waiver.claim not in claims:
+            close = difflib.get_close_matches(waiver.claim, claims, 1)
             raise document.error(
-                (*at, "claim"), expected="contract::id of a claim", got=repr(waiver.claim), remedy="check the spelling"
+                (*at, "claim"),
+                expected="contract::id of a claim",
+                got=repr(waiver.claim),
+                remedy=f"did you mean {close[0]!r}?" if close else "`q4kd contracts show NAME` lists them",
             )
         if any(known.claim == waiver.claim for known in waivers):
             raise document.error(

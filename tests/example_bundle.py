@@ -12,7 +12,8 @@ import pytest
 
 from q4kd.harness import bundle
 from q4kd.harness.checks import Judgement
-from q4kd.harness.contract import Claim, load_contracts
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import Arm, Experiment
 from q4kd.harness.findings import assemble
 from q4kd.harness.judge import JUDGE_VERSION, judge_claim

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from raw_runs import event, samples, write_run
 
-from q4kd.harness.contract import Claim, Falsifier
+from q4kd.harness.claims_model import Claim, Falsifier
 from q4kd.harness.raw import RawRun
 
 MB = 1_000_000

@@ -11,7 +11,8 @@ from jsonschema import Draft202012Validator
 from raw_runs import KILLED, event, samples, write_run
 
 from q4kd.harness.checks import CHECKS, REASONS, Judgement
-from q4kd.harness.contract import default_contracts_folder, load_contracts
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.raw import RawRun
 from q4kd.trainer.errors import InputError
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from q4kd.harness import __main__ as entry
+from q4kd.harness import cli_main as entry
 from q4kd.trainer.errors import InputError, StoppedError, TrainingAborted
 
 
@@ -100,7 +100,7 @@ def test_help_and_version(main, capsys):
 def test_a_closed_pipe_is_not_an_error():
     code = """
 import sys
-from q4kd.harness import __main__ as entry
+from q4kd.harness import cli_main as entry
 import types
 module = types.ModuleType("m")
 def run(args):

@@ -38,6 +38,14 @@ def test_the_real_screen_names_every_command_with_its_whole_summary(
         assert choice.dest in text and choice.help in text
 
 
+def test_the_options_of_a_command_are_those_that_its_parser_holds() -> None:
+    parser = build_parser()
+    for command, known in parser.commands.parsers.items():
+        expected = {word for action in known._actions for word in action.option_strings}
+        assert set(parser.commands.options_of(command)) == expected
+    assert parser.commands.options_of("nothing") == parser.commands.options_of(None) == []
+
+
 def test_other_helps_are_argparses_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evidence", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: q4kd evidence")

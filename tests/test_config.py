@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from q4kd.trainer.config import make_config
 from q4kd.trainer.config_file import parse_assignment, read_run_file
@@ -65,8 +66,19 @@ def test_run_file(tmp_path: Path) -> None:
         read_run_file(tmp_path / "none.yaml")
 
 
+def test_the_words_of_yaml_1_1_mean_in_a_run_file_what_they_always_did(tmp_path: Path) -> None:
+    path = tmp_path / "RUN.yaml"
+    text = "compile: no\neval: on\nsteps: 1_000\nseed: 0x10\nlr: 1e-4\nnote: 'no'\nout:\n"
+    path.write_text(text)
+    assert read_run_file(path) == yaml.safe_load(text)
+    for text in ("created: 2026-13-01\n", "lr: =\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"RUN\.yaml:1: .*well-formed YAML"):
+            read_run_file(path)
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "RUN.yaml"
     path.write_text("lr: 1.0e-4\nsteps: 3\nlr: 1.0\n")
-    with pytest.raises(InputError, match="lr is given twice"):
+    with pytest.raises(InputError, match=r"RUN.yaml:3: `lr: 1.0`: .*the key 'lr' again \(first on line 1\)"):
         read_run_file(path)

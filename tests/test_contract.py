@@ -6,9 +6,10 @@ from example_bundle import CONTRACT, PROSE, register
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q4kd.harness.contract import load_contract, load_contracts, merge, parse_contract
-from q4kd.harness.yaml_lines import parse_yaml, plain_scalar
+from q4kd.harness.claims_model import merge
+from q4kd.harness.contract import load_contract, load_contracts, parse_contract
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import parse_yaml, plain_scalar
 
 
 @pytest.fixture(autouse=True)

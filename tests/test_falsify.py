@@ -39,7 +39,7 @@ from q4kd.harness import falsify
 from q4kd.harness.__main__ import main
 real = falsify.pytest_command
 falsify.pytest_command = lambda *args: [*real(*args), "-p", "fakeworld.plugin"]
-import q4kd.harness.__main__ as entry
+import q4kd.harness.cli_main as entry
 entry.COMMAND_MODULES = ("q4kd.harness.commands_falsify",)
 sys.exit(main(sys.argv[1:]))
 """

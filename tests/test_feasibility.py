@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.checks import CHECKS
-from q4kd.harness.contract import Claim, load_contract, parse_contract
+from q4kd.harness.claims_model import Claim
+from q4kd.harness.contract import load_contract, parse_contract
 from q4kd.harness.contract_rules import read_schema
 from q4kd.harness.feasibility import FORMULAS, assess, read_work
 from q4kd.harness.plan import make_plan
@@ -177,7 +178,7 @@ def test_work_is_required_and_must_be_stated_well(work: str, said: str) -> None:
 
 
 def test_the_formulas_are_those_of_the_schema() -> None:
-    work = read_schema()["$defs"]["work"]
+    work = read_schema(registered=True)["$defs"]["work"]
     assert work["properties"]["formula"]["enum"] == list(FORMULAS)
     required = {
         rule["if"]["properties"]["formula"]["const"]: rule["then"]["required"]

@@ -10,7 +10,8 @@ from jsonschema import Draft202012Validator
 from typed_findings import check_result, finding
 
 from q4kd.harness import findings as module
-from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.claims_model import Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.findings import assemble, exit_code, headline, validate_findings
 from q4kd.harness.kill_records import RECORDS_FORMAT, KillRecord, read_kill_records
 from q4kd.harness.plan import make_plan

@@ -9,7 +9,7 @@ from fakeworld import plugin as world
 
 from q4kd.harness import kills as kills_module
 from q4kd.harness import matrix
-from q4kd.harness.contract import Claim, Falsifier
+from q4kd.harness.claims_model import Claim, Falsifier
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.kill_records import KillRecord
 from q4kd.harness.kills import (

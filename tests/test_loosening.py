@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.checks import CHECKS
-from q4kd.harness.contract import default_contracts_folder, load_contracts, parse_contract
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.contract import load_contracts, parse_contract
 from q4kd.harness.loosening import Change, contract_changes, profile_changes
 from q4kd.harness.profile import Profile, Roofline, load_profiles
 

@@ -167,6 +167,6 @@ def test_every_kill_record_that_is_shipped_notices_checks_that_always_pass(monke
 
 
 def contracts_folder() -> Path:
-    from q4kd.harness.contract import default_contracts_folder
+    from q4kd.harness.claims_folder import default_contracts_folder
 
     return default_contracts_folder()

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from example_bundle import CONTRACT, PROSE, register
 
-from q4kd.harness.contract import Contract, parse_contract
+from q4kd.harness.claims_model import Contract
+from q4kd.harness.contract import parse_contract
 from q4kd.harness.plan import Plan, make_plan, parse_selection, plan_differences
 from q4kd.harness.profile import load_profile
 from q4kd.trainer.errors import InputError
@@ -42,9 +43,28 @@ def test_a_malformed_selection_is_refused(text: str) -> None:
         parse_selection(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("a or b and not c", "a ab ac abc b"),
+        ("(a or b) and not c", "a ab b"),
+        ("not a and not b or c", "ac abc c bc"),
+        ("not not B", "ab abc b bc"),
+        ("a and b and c", "abc"),
+        ("# or ::c", ""),
+    ],
+)
+def test_not_binds_before_and_and_that_before_or(text: str, chosen: str) -> None:
+    keys = ["a", "ab", "ac", "abc", "b", "bc", "c"]
+    assert {key for key in keys if parse_selection(text)(key)} == set(chosen.split())
+    assert parse_selection("x#2 and not y")("claims::x#2")
+
+
 def test_a_deep_selection_is_refused_not_overflowed() -> None:
     with pytest.raises(InputError):
         parse_selection("(" * 900)
+    deep = parse_selection("not " * 100 + "(" * 60 + "a and b" + ")" * 60)
+    assert deep("ab") and not deep("a")
 
 
 def test_json_round_trip(contract: Contract) -> None:

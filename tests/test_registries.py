@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from q4kd.harness.checks import REASONS
-from q4kd.harness.contract import default_contracts_folder, load_contracts
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import EXPERIMENTS
 from q4kd.harness.findings import NOT_RUN, PROSE
 from q4kd.harness.kills import NOT_SHOWN, STALE

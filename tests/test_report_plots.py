@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from example_bundle import write_run
-from typed_findings import check_result, findings
-from typed_findings import finding as typed_finding
+from report_bundles import findings_of, result_of
 
 from q4kd.harness.plots import ceiling_bytes, memory_plots, thin, utilisation_plots
 from q4kd.harness.raw import DirectoryStore, RawRun, read_runs
 from q4kd.harness.report_training import loss_plots, step_plots
-from q4kd.harness.results import CheckResult, Findings
+from q4kd.harness.results import Findings
 
 
 def write_arm(folder: Path, slope: float, seed: int) -> None:
@@ -26,14 +25,10 @@ def write_arm(folder: Path, slope: float, seed: int) -> None:
     (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def memory_check(**observation: float) -> CheckResult:
+def memory_finding(**observation: float) -> Findings:
     ceiling = {"times": 2.0, "of": "gguf_tensor_bytes", "plus_bytes": 50}
     params = {"series": "rss_above_baseline", "phase": ["a", "b"], "ceiling": ceiling}
-    return check_result("memory_ceiling", params=params, observation=observation)
-
-
-def memory_finding(**observation: float) -> Findings:
-    return findings(typed_finding(memory_check(**observation), runs=("demo",)))
+    return findings_of(result_of("memory_ceiling", params=params, observation=observation))
 
 
 def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_path: Path) -> None:
@@ -47,12 +42,12 @@ def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_pat
 
 
 def test_the_ceiling_drawn_is_the_one_judged_by() -> None:
-    check = memory_check(of_bytes=100)
+    check = memory_finding(of_bytes=100).rows[0].checks[0]
     assert ceiling_bytes(check) == 250
     assert ceiling_bytes(replace(check, observation={})) is None
     assert ceiling_bytes(replace(check, params={"series": "rss", "ceiling": {"bytes": 5}})) == 5
     outside = {"outside": {"times": 3, "plus_bytes": 1}}
-    assert ceiling_bytes(check_result("residency", params=outside, observation={"tensor_bytes": 10})) == 31
+    assert ceiling_bytes(result_of("residency", params=outside, observation={"tensor_bytes": 10})) == 31
 
 
 def test_too_few_samples_or_none_draw_nothing(tmp_path: Path) -> None:
@@ -119,7 +114,7 @@ def write_samples(folder: Path, events: list[tuple[str, float]], rows: list[dict
 
 
 def finding(check: str, params: dict[str, Any]) -> Findings:
-    return findings(typed_finding(check_result(check, params=params), runs=("demo",)))
+    return findings_of(result_of(check, params=params))
 
 
 def test_a_ceiling_holds_in_its_phase_and_nowhere_else(tmp_path: Path) -> None:

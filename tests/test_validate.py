@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.contract import default_contracts_folder, load_contract, parse_contract
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.contract import load_contract, parse_contract
 from q4kd.harness.contract_schema import render_schema
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.results import ClaimResult
-from q4kd.harness.yaml_lines import parse_yaml
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.yaml_lines import parse_yaml
 
 PROVABLE = Path(__file__).parent / "provable"
 CLAIMS = {

@@ -12,21 +12,9 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 from q4kd.trainer.setting_value import kind_of
+from q4kd.trainer.yaml_lines import parse_yaml, scalar_of_yaml_1_1
 
 MAX_CONFIG_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node; its keys are all different."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value[:60]} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def read_run_file(path: Path) -> dict[str, object]:
@@ -35,15 +23,10 @@ def read_run_file(path: Path) -> dict[str, object]:
     Raises:
         InputError: when it is not such a mapping.
     """
-    try:
-        content = yaml.load(read_bounded(path, MAX_CONFIG_BYTES), _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-        raise InputError(
-            str(path), expected="YAML", got=str(error).replace("\n", " ")[:160], remedy="correct the file"
-        ) from error
+    content = parse_yaml(read_bounded(path, MAX_CONFIG_BYTES), str(path), scalar_of_yaml_1_1).value
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(str(path), expected="a mapping of settings", got=type(content).__name__, remedy="see the docs")
-    return content
+    return dict(content)
 
 
 def parse_assignment(text: str) -> tuple[str, object]:

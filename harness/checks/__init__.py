@@ -20,7 +20,7 @@ from q4kd.harness.extensions import load_extensions
 from q4kd.harness.json_types import JsonRecord
 from q4kd.harness.raw import RawRun
 
-__all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation"]
+__all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation", "time_bounds"]
 
 _NAMES = (
     "error_ratio",
@@ -109,3 +109,9 @@ def _usable(name: str, check: Check) -> Check:
 
 
 CHECKS: Mapping[str, Check] = _Checks(_NAMES)
+
+
+def time_bounds(check: str) -> Mapping[str, str]:
+    """Return the parameters by which a check bounds a time, path → ``seconds`` or ``per_second``; empty for others."""
+    bounds: Mapping[str, str] = getattr(CHECKS.get(check), "TIME_BOUNDS", {})
+    return bounds

@@ -6,9 +6,9 @@ the lines, it keeps the last of two equal keys, and its YAML 1.1 scalars read ``
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import yaml
 
@@ -20,13 +20,15 @@ MAX_NODES = 200_000
 MAX_ALIAS_NODES = 10_000
 _TOO_DEEP = {"expected": f"at most {MAX_DEPTH} levels", "got": "deeper nesting", "remedy": "flatten the document"}
 
-Path_ = tuple[str | int, ...]
+ValuePath: TypeAlias = tuple[str | int, ...]
+# Keys are almost always text, and typed so; a file may also use another scalar, so a reader of unchecked keys asks.
+YamlValue: TypeAlias = "str | int | float | bool | list[YamlValue] | dict[str, YamlValue] | None"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those that a YAML reader counts
 _INT = re.compile(r"[-+]?[0-9]{1,40}")
 _RADIX = re.compile(r"0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_WORDS: Mapping[str, object] = {
+_WORDS: Mapping[str, bool | float | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
@@ -48,17 +50,17 @@ class Document:
     """
 
     origin: str
-    value: Any
-    lines: Mapping[Path_, int]
+    value: YamlValue
+    lines: Mapping[ValuePath, int]
     text: tuple[str, ...]
 
-    def line(self, path: Path_) -> int:
+    def line(self, path: ValuePath) -> int:
         """Return the line of the value at ``path``, or of its nearest enclosing value that is known."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
 
-    def error(self, path: Path_, *, expected: str, got: str, remedy: str) -> InputError:
+    def error(self, path: ValuePath, *, expected: str, got: str, remedy: str) -> InputError:
         """Return the error for the value at ``path``, quoting the file, the line and the line's text."""
         return line_error(self.origin, self.line(path), self.text, expected=expected, got=got, remedy=remedy)
 
@@ -77,8 +79,39 @@ def line_error(origin: str, line: int, text: tuple[str, ...], *, expected: str, 
     )
 
 
-def parse_yaml(data: bytes, origin: str) -> Document:
+def plain_scalar(text: str) -> YamlValue:
+    """Return the value of an unquoted YAML 1.2 core-schema scalar: null, bool, int, float, else the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    if _RADIX.fullmatch(text):
+        return int(text, 0)
+    if len(text) <= 64 and _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def scalar_of_yaml_1_1(text: str) -> YamlValue:
+    """Return the value of an unquoted YAML 1.1 scalar, as ``yaml.safe_load`` reads it: ``yes`` is true.
+
+    Raises:
+        yaml.YAMLError: a YAML 1.1 scalar without a value, such as ``=``.
+    """
+    loader: Any = yaml.SafeLoader("")
+    value: YamlValue = loader.construct_object(
+        yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+    )
+    return value
+
+
+def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = plain_scalar) -> Document:
     """Parse one YAML document.
+
+    Args:
+        data: the file's bytes.
+        origin: how to name the file in errors.
+        scalar: gives the value of an unquoted scalar's text.
 
     Raises:
         InputError: not UTF-8, not one YAML document, a duplicate key, a merge key or custom tag, or beyond a bound
@@ -96,13 +129,13 @@ def parse_yaml(data: bytes, origin: str) -> Document:
             f"{origin}:{line}", expected="UTF-8 text", got=f"byte {data[error.start]:#04x}", remedy="save it as UTF-8"
         ) from error
     text = tuple(_LINE_BREAK.split(source))
-    builder = _Builder(origin, text)
+    builder = _Builder(origin, text, scalar)
     try:
         for event in _events(source):
             builder.take(event)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2026-13-01 is no day
         mark = getattr(error, "problem_mark", None)
-        line = min(mark.line + 1, len(text)) if mark is not None else 1
+        line = min(mark.line + 1, len(text)) if mark is not None else builder.line
         problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
         if "nesting depth" in problem:  # a libyaml with a limit of its own reads ahead of our count
             raise line_error(origin, line, text, **_TOO_DEEP) from error
@@ -111,7 +144,7 @@ def parse_yaml(data: bytes, origin: str) -> Document:
         ) from error
     if not builder.done:
         raise InputError(
-            origin, expected="a YAML document", got="an empty file", remedy="write a contract or remove it"
+            origin, expected="a YAML document", got="an empty file", remedy="write its first keys, or remove the file"
         )
     return Document(origin=origin, value=builder.value, lines=builder.lines, text=text)
 
@@ -129,141 +162,118 @@ def _events(source: str) -> Iterator[Any]:
 class _Frame:
     """One mapping or list being filled. ``nodes`` counts it and everything below it, aliases expanded."""
 
-    container: Any
-    path: Path_
+    container: dict[str, YamlValue] | list[YamlValue]
+    path: ValuePath
     line: int
     anchor: str | None
     nodes: int = 1
-    key: Any = None
+    key: str = ""
     has_key: bool = False
 
 
 @dataclass
 class _Builder:
+    """Builds the document from its events. ``line`` is where the value at hand begins."""
+
     origin: str
     text: tuple[str, ...]
-    value: Any = None
+    plain: Callable[[str], YamlValue]
+    value: YamlValue = None
     done: bool = False
-    lines: dict[Path_, int] = field(default_factory=dict)
+    lines: dict[ValuePath, int] = field(default_factory=dict)
     stack: list[_Frame] = field(default_factory=list)
-    anchors: dict[str, tuple[Any, int] | None] = field(default_factory=dict)
+    anchors: dict[str, tuple[YamlValue, int] | None] = field(default_factory=dict)
     nodes: int = 0
+    line: int = 1
 
-    def refuse(self, line: int, *, expected: str, got: str, remedy: str) -> InputError:
-        return line_error(self.origin, line, self.text, expected=expected, got=got, remedy=remedy)
+    def refuse(self, expected: str, got: str, remedy: str) -> InputError:
+        return line_error(self.origin, self.line, self.text, expected=expected, got=got, remedy=remedy)
 
     def take(self, event: Any) -> None:
-        line = event.start_mark.line + 1
+        self.line = event.start_mark.line + 1
         if isinstance(event, yaml.ScalarEvent):
-            self.count(1, line)
-            value = self.scalar(event, line)
+            self.count(1)
+            value = self.scalar(event)
             if event.anchor:
                 self.anchors[event.anchor] = (value, 1)
-            self.place(value, 1, line)
+            self.place(value, 1)
         elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-            self.open(event, line)
+            self.open(event)
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             frame = self.stack.pop()
             if frame.anchor:
                 self.anchors[frame.anchor] = (frame.container, frame.nodes)
-            self.place(frame.container, frame.nodes, frame.line)
+            self.line = frame.line
+            self.place(frame.container, frame.nodes)
         elif isinstance(event, yaml.AliasEvent):
-            self.alias(event.anchor, line)
+            self.alias(event.anchor)
 
-    def open(self, event: Any, line: int) -> None:
-        self.count(1, line)
+    def open(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent) -> None:
+        self.count(1)
         mapping = isinstance(event, yaml.MappingStartEvent)
-        if event.tag not in (None, "!", "tag:yaml.org,2002:map" if mapping else "tag:yaml.org,2002:seq"):
-            raise self.refuse(line, expected="plain YAML", got=f"the tag {event.tag}", remedy="remove the tag")
+        self.check_tag(event.tag, "map" if mapping else "seq")
         if len(self.stack) >= MAX_DEPTH:
-            raise self.refuse(line, **_TOO_DEEP)
-        path: Path_ = ()
+            raise self.refuse(**_TOO_DEEP)
+        path: ValuePath = ()
         if self.stack:
             parent = self.stack[-1]
             if isinstance(parent.container, dict) and not parent.has_key:
-                raise self.refuse(line, expected="a scalar key", got="a collection as key", remedy="use a plain key")
+                raise self.refuse("a scalar key", "a collection as key", "use a plain key")
             path = (*parent.path, parent.key if parent.has_key else len(parent.container))
         if event.anchor:
             self.anchors[event.anchor] = None
-        self.stack.append(_Frame({} if mapping else [], path, line, event.anchor))
+        self.stack.append(_Frame({} if mapping else [], path, self.line, event.anchor))
 
-    def alias(self, anchor: str | None, line: int) -> None:
+    def alias(self, anchor: str | None) -> None:
         if anchor is None or anchor not in self.anchors:
-            raise self.refuse(line, expected="a known anchor", got=f"*{anchor}", remedy="define the anchor before it")
+            raise self.refuse("a known anchor", f"*{anchor}", "define the anchor before it")
         known = self.anchors[anchor]
         if known is None:
-            raise self.refuse(
-                line, expected="an alias to a finished value", got=f"*{anchor} inside itself", remedy="write it out"
-            )
+            raise self.refuse("an alias to a finished value", f"*{anchor} inside itself", "write it out")
         value, nodes = known
         if nodes > MAX_ALIAS_NODES:
-            raise self.refuse(
-                line,
-                expected=f"an alias of at most {MAX_ALIAS_NODES} nodes",
-                got=f"*{anchor}, which expands to {nodes}",
-                remedy="write the values out",
-            )
-        self.count(nodes, line)
-        self.place(value, nodes, line)
+            limit = f"an alias of at most {MAX_ALIAS_NODES} nodes"
+            raise self.refuse(limit, f"*{anchor}, which expands to {nodes}", "write the values out")
+        self.count(nodes)
+        self.place(value, nodes)
 
-    def count(self, nodes: int, line: int) -> None:
+    def count(self, nodes: int) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
-            raise self.refuse(line, expected=f"at most {MAX_NODES} values", got="more", remedy="split the file")
+            raise self.refuse(f"at most {MAX_NODES} values", "more", "split the file")
 
-    def place(self, value: Any, nodes: int, line: int) -> None:
+    def check_tag(self, tag: str | None, kind: str) -> None:
+        if tag not in (None, "!", f"tag:yaml.org,2002:{kind}"):
+            raise self.refuse("plain YAML", f"the tag {tag}", "remove the tag")
+
+    def place(self, value: YamlValue, nodes: int) -> None:
         """Put a finished value where it belongs: the document, a list, or a mapping's key or value."""
         if not self.stack:
             if self.done:
-                raise self.refuse(
-                    line, expected="one YAML document", got="a second one", remedy="use one file for each"
-                )
+                raise self.refuse("one YAML document", "a second one", "use one file for each")
             self.value, self.done = value, True
             return
         frame = self.stack[-1]
         frame.nodes += nodes
         if isinstance(frame.container, list):
-            self.lines[(*frame.path, len(frame.container))] = line
+            self.lines[(*frame.path, len(frame.container))] = self.line
             frame.container.append(value)
         elif frame.has_key:
             frame.container[frame.key] = value
             frame.has_key = False
+        elif isinstance(value, (dict, list)):
+            raise self.refuse("a scalar key", "a collection as key", "use a plain key")
+        elif value == "<<":
+            raise self.refuse("plain keys", "a merge key `<<`", "write the keys out")
+        elif value in frame.container:
+            first = self.lines.get((*frame.path, value), self.line)
+            got = f"the key {value!r} again (first on line {first})"
+            raise self.refuse("each key once", got, "keep one of the two")
         else:
-            self.put_key(frame, value, line)
+            frame.key, frame.has_key = cast("str", value), True
+            self.lines[(*frame.path, frame.key)] = self.line
 
-    def put_key(self, frame: _Frame, key: Any, line: int) -> None:
-        if isinstance(key, (dict, list)):
-            raise self.refuse(line, expected="a scalar key", got="a collection as key", remedy="use a plain key")
-        if key == "<<":
-            raise self.refuse(line, expected="plain keys", got="a merge key `<<`", remedy="write the keys out")
-        if key in frame.container:
-            first = self.lines.get((*frame.path, key), line)
-            raise self.refuse(
-                line,
-                expected="each key once",
-                got=f"the key {key!r} again (first on line {first})",
-                remedy="keep one of the two",
-            )
-        self.lines[(*frame.path, key)] = line
-        frame.key, frame.has_key = key, True
-
-    def scalar(self, event: Any, line: int) -> Any:
-        if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
-            raise self.refuse(line, expected="plain YAML", got=f"the tag {event.tag}", remedy="remove the tag")
-        text: str = event.value
-        if event.tag is not None or event.style not in (None, ""):
-            return text
-        return plain_scalar(text)
-
-
-def plain_scalar(text: str) -> Any:
-    """Return the value of an unquoted YAML 1.2 core-schema scalar: null, bool, int, float, else the text itself."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INT.fullmatch(text):
-        return int(text)
-    if _RADIX.fullmatch(text):
-        return int(text, 0)
-    if len(text) <= 64 and _FLOAT.fullmatch(text):
-        return float(text)
-    return text
+    def scalar(self, event: yaml.ScalarEvent) -> YamlValue:
+        self.check_tag(event.tag, "str")
+        quoted = event.tag is not None or event.style not in (None, "")
+        return event.value if quoted else self.plain(event.value)
