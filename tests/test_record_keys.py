@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from edited_sources import edited, reworded
+from edited_sources import edited, reworded, with_moved
 
 from q4kd.harness import digests
 from q4kd.harness.contract import Claim, Falsifier, default_contracts_folder, load_contracts
