@@ -1,7 +1,6 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
-
-# Nothing is fetched: a student is a folder. Set before transformers is imported, which reads it once.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
