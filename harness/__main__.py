@@ -21,7 +21,7 @@ DEFECT_EXIT = 3
 INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
-    "q4kd.trainer.commands_plan",
+    "q4kd.trainer.commands_distill",
     "q4kd.trainer.commands_cache",
     "q4kd.trainer.commands_bench",
     "q4kd.trainer.commands_fidelity",

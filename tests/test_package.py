@@ -219,7 +219,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
 
 
 def test_importing_changes_nothing_in_the_process() -> None:
-    # torch's compiler, which transformers imports, names a cache folder of its own: it is imported before the first look.
+    # The compiler of torch, which transformers imports, names a cache folder of its own; it is imported beforehand.
     code = (
         "import importlib, os, pkgutil, sys, torch._dynamo, q4kd.harness, q4kd.trainer\n"
         "before, where, absent = dict(os.environ), os.getcwd(), []\n"

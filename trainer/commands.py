@@ -1,4 +1,4 @@
-"""The trainer's commands: ``q4kd inspect``, ``q4kd logits`` and ``q4kd distill``."""
+"""The commands that look at a teacher: ``q4kd inspect`` and ``q4kd logits``."""
 
 import argparse
 import io
@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.run_arguments import add_run_arguments, read_run_arguments
+from q4kd.trainer.errors import InputError, unwritable
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the trainer's sub-commands; each sets ``run`` to a function from parsed arguments to an exit code."""
+    """Register the commands; each sets ``run`` to a function from parsed arguments to an exit code."""
     inspect = subparsers.add_parser("inspect", help="a model file: architecture, types, sizes, backend")
     inspect.add_argument("model", type=Path, metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -28,14 +27,6 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     logits.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     logits.add_argument("--events", type=Path, help="append events as JSON lines to this file")
     logits.set_defaults(run=_logits)
-
-    distill = subparsers.add_parser("distill", help="train a student from a frozen quantised teacher")
-    add_run_arguments(distill)
-    distill.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    distill.add_argument("--events", type=Path, help="append events to this file instead of OUT/events.jsonl")
-    distill.add_argument("--print-config", action="store_true", help="print the settings as RUN.yaml and stop")
-    distill.add_argument("--print-schema", action="store_true", help="print the JSON Schema of RUN.yaml and stop")
-    distill.set_defaults(run=_distill)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -122,26 +113,7 @@ def _logits(args: argparse.Namespace) -> int:
         with replacing(args.out) as file:
             np.lib.format.write_array(file, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
     except OSError as error:
-        raise InputError(
-            f"--out {args.out}", expected="a writable path", got=str(error.strerror), remedy="choose another folder"
-        ) from error
+        raise unwritable(f"--out {args.out}", error, "a writable path") from error
     print(f"logits: {ids.size} positions x {logits.shape[-1]} in {time.monotonic() - started:.2f} s -> {args.out}")
     events.emit("done", step=0)
-    return 0
-
-
-def _distill(args: argparse.Namespace) -> int:
-    from q4kd.trainer.config_file import format_config, run_schema
-
-    if args.print_schema:
-        print(run_schema(), end="")
-        return 0
-    config = read_run_arguments(args)
-    if args.print_config:
-        print(format_config(config), end="")
-        return 0
-
-    from q4kd.trainer.distill import distill
-
-    distill(config, resume=args.resume, events_path=args.events)
     return 0
