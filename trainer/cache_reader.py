@@ -16,7 +16,7 @@ class CacheReader:
     """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
 
     Args:
-        index: of a complete cache.
+        index: index of a complete cache.
 
     Raises:
         InputError: when the cache is not complete.

@@ -1,4 +1,4 @@
-"""The whole of ``q4kd cache``, top to bottom."""
+"""The whole of ``q4kd cache``, from top to bottom."""
 
 import shutil
 import time
@@ -38,9 +38,9 @@ def make_cache(
     """Write the cache of a run's training windows to ``config.out``, or finish one that was begun.
 
     Args:
-        config: of the run that will train on it; ``out`` is the cache's folder.
+        config: settings of the run that will train on it; ``out`` is the cache's folder.
         k: tokens listed at each position.
-        sample_tokens: on which KL is compared with online before a new cache is begun; 0 skips it.
+        sample_tokens: tokens on which KL is compared with online before a new cache is begun; 0 skips it.
         shard_bytes: about the size of a shard.
         table_ks: numbers of listed tokens that are compared, beside ``k``.
         events_path: where events go; None drops them.

@@ -34,7 +34,7 @@ from q4kd.trainer.files import check_fields, parse_json, read_bounded, sha256_fi
 
 CACHE_VERSION = 1
 INDEX_FILE = "cache.json"
-# Shards are cut so that one is about this large: few files, and little lost when writing is interrupted.
+# A shard is about this large, so that files are few and little is lost when writing is interrupted.
 SHARD_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 30
 _MAX_INDEX_BYTES = 64 << 20
@@ -46,9 +46,9 @@ class CacheKey:
     """What a cache belongs to: with any other value its signals would be wrong.
 
     Attributes:
-        teacher_sha256: of the teacher's file.
-        tokenizer_sha256: of the student tokenizer's token -> id map.
-        data_sha256: of the training tokens, the borders of documents, and which tokens have a label.
+        teacher_sha256: digest of the teacher's file.
+        tokenizer_sha256: digest of the student tokenizer's token -> id map.
+        data_sha256: digest of the training tokens, the borders of documents, and which tokens have a label.
         rows: student's vocabulary rows, to which the teacher's logits were cut before softmax.
         seq_len: T.
         windows: how many windows there are.
@@ -83,7 +83,7 @@ class CacheIndex:
     """``cache.json``: the key, the layout and the finished shards.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         key: what it belongs to.
         k: listed tokens of a position.
         shards: ``{file name: {"sha256", "bytes", "tail_mass"}}`` of those that are finished.

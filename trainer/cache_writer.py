@@ -23,7 +23,7 @@ from q4kd.trainer.packing import Windows
 from q4kd.trainer.teacher import Teacher
 
 _SAY_EVERY_S = 5.0
-# Beside the shards: cache.json, and a temporary copy of a shard.
+# Beside the shards, the disk holds cache.json and a temporary copy of a shard.
 _DISK_MARGIN = 1.01
 
 

@@ -1,4 +1,4 @@
-"""A teacher that is not here: what it said of every training window, read from a cache that must belong to the run."""
+"""A teacher that is not loaded: what it said of every window is read from a cache that must belong to the run."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ class CachedTeacher:
     """Gives a step its teacher's signal from a cache.
 
     Args:
-        index: of a complete cache that belongs to this run.
+        index: index of a complete cache that belongs to this run.
 
     Raises:
         InputError: when the cache is not complete.
@@ -46,7 +46,7 @@ class CachedTeacher:
 
     @property
     def identity(self) -> str:
-        """What a resumed run must find again: two caches of one identity teach the same."""
+        """Digest and k that a resumed run must find again: two caches of one identity teach the same."""
         return f"{self.index.key.teacher_sha256} k={self.index.k}"
 
 
@@ -89,7 +89,7 @@ def make_key(data: TrainingData, tokenizer: Any, rows: int, teacher_sha256: str)
 def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: Any, rows: int) -> CachedTeacher:
     """Open the cache of a run and check that it belongs to it.
 
-    With a teacher named as well, as in a RUN.yaml that made the cache, the cache must be of that file, which is not
+    When a teacher is named as well, as in a RUN.yaml that made the cache, the cache must be of that file; it is not
     loaded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Chats to tokens: the student's chat template, and which tokens the assistant said.
+"""Turns chats into tokens by the student's chat template, and finds which tokens the assistant said.
 
 Where the template marks generation (``{% generation %}``), transformers returns the mask. Elsewhere an assistant
 message is what the text up to and with it adds to the text before it with the assistant's turn opened; that those are

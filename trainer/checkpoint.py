@@ -26,7 +26,7 @@ from q4kd.trainer.sharding import load_trained_tensors
 
 STATE_VERSION = 2
 BEST_FILE = "best.json"
-# Of two evaluations, whether the first is the better one.
+# Each function says whether the first of two evaluations is the better one.
 IS_BETTER: Mapping[str, Callable[[float, float], bool]] = {
     "loss": lambda one, other: one < other,
     "kl": lambda one, other: one < other,
@@ -36,7 +36,8 @@ _NAME = re.compile(r"step-(\d{6,12})")
 _LEFT_OVER = re.compile(r"\.step-\d{6,12}\.tmp")
 _PARTS = ("model", "optimizer", "random")
 _STATE_FIELDS = {
-    "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None, "sha256": dict,
+    "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None,
+    "sha256": dict,
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def _file(part: str) -> str:
 
 
 def save_checkpoint(run: Path, tensors: CheckpointTensors, state: CheckpointState) -> Path:
-    """Write a checkpoint and return its folder. One that is there already, complete, is left as it is.
+    """Write a checkpoint and return its folder. A complete one that is there already is left as it is.
 
     Raises:
         OSError, SafetensorError: when it cannot be written; earlier checkpoints are then untouched.
@@ -177,7 +178,7 @@ def _evaluations(run: Path, metric: str) -> dict[Path, float]:
 
 
 def is_best(run: Path, metric: str, value: float) -> bool:
-    """Whether an evaluation is better than that of every checkpoint there is; one that is not finite never is."""
+    """Return whether an evaluation is better than every checkpoint's; one that is not finite never is."""
     better = IS_BETTER[metric]
     return math.isfinite(value) and all(better(value, other) for other in _evaluations(run, metric).values())
 
@@ -197,7 +198,7 @@ def prune_checkpoints(run: Path, keep: int, metric: str) -> Path | None:
         write_json(folder / BEST_FILE, {"checkpoint": best.name, "metric": metric, "value": values[best]})
     for old in list_checkpoints(run)[:-keep]:
         if old != best:
-            # Renamed first, so that nothing half deleted bears the name of a checkpoint.
+            # It is renamed first, so that nothing half deleted bears the name of a checkpoint.
             old.rename(folder / f".{old.name}.tmp")
     _remove_left_overs(folder)
     return best
@@ -253,10 +254,10 @@ def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) 
 
 
 def _own_state(states_PN: Tensor, accelerator: Any) -> Tensor:
-    """Return this process's generator state; of a run with fewer processes, an earlier process's.
+    """Return this process's generator state, or an earlier process's when the run had fewer processes.
 
-    A copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes for
-    one in states.
+    It is a copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes
+    for one in states.
     """
     return states_PN[accelerator.process_index % len(states_PN)].clone()
 

@@ -55,7 +55,7 @@ def _check_arguments(args: argparse.Namespace, config: Any) -> None:
             got="a stream",
             remedy="set streaming to false; tokens that do not fit in memory are kept on disk",
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it.
     if processes > 1:
         raise InputError(
             "q4kd cache",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from q4kd.trainer.documents import Document
 from q4kd.trainer.errors import InputError
 
-# Documents and bytes of them that are tokenised at one time.
+# At most so many documents, and so many bytes of them, are tokenised at one time.
 _GROUP, _GROUP_BYTES = 512, 8 << 20
 
 
@@ -28,12 +28,12 @@ class Encoded:
 
     @classmethod
     def make(cls, ids: Sequence[int], learnt: npt.NDArray[np.bool_] | None = None) -> "Encoded":
-        """Return it from plain integers."""
+        """Return the tokens of a document from plain integers."""
         return cls(np.asarray(ids, np.int32), learnt)
 
 
 class ChatEncoder(Protocol):
-    """What encodes chats: ``chat.ChatTemplate``."""
+    """An encoder of chats: ``chat.ChatTemplate``."""
 
     def encode(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
         """Return a chat's tokens and which are learnt."""
@@ -47,11 +47,11 @@ class DocumentEncoder:
     they are.
 
     Args:
-        encode: texts to token ids.
-        end_of_text: appended to every text.
-        chat: encodes chats.
+        encode: function from texts to token ids.
+        end_of_text: id that is appended to every text.
+        chat: encoder of chats.
         completion_only: whether prompts are not learnt; a plain text has none, so it is refused.
-        vocab_size: ids must be below it.
+        vocab_size: number that every id must be below.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ class StoppedError(TrainingAborted):
 
     Args:
         message: what was kept; empty in a process that leaves saying so to another one.
-        signal_number: of the signal.
+        signal_number: number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -29,7 +29,7 @@ from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.teacher import Teacher
 
 Floats = npt.NDArray[np.float64]
-# Rows of logits at one time, and of those, rows in float64 at one time.
+# The first bounds the rows of logits at one time, the second how many of those are in float64 at one time.
 CHUNK_TOKENS = 256
 _EXACT_ROWS = 16
 _TOKENS_AT_ONCE = 2048

@@ -1,4 +1,4 @@
-"""What is checked before the first step: a run that cannot teach anything is refused, not started."""
+"""Checks before the first step: a run that cannot teach anything is refused, not started."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def check_vocabulary(
 
 
 def check_labels(order: Order, path: Path) -> None:
-    """Refuse data that has nothing to learn: no label in any window (of a stream: in its first batches).
+    """Refuse data that has no label in any window, or in the first batches of a stream.
 
     Raises:
         InputError: when every label is masked.
@@ -96,7 +96,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
         student_config: the student's Hugging Face config.
         vocab_size: rows of its head.
         seq_len: positions of a sequence.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         InputError: when it does, or a sliding window that the packed mask would replace is shorter than a sequence.
@@ -133,7 +133,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
 
 
 def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
-    """Whether the student is the teacher up to quantisation, judged by its embedding rows."""
+    """Return whether the student is the teacher up to quantisation, judged by its embedding rows."""
     embedding = model.student.get_input_embeddings().weight.detach()
     if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
         return False
@@ -145,9 +145,9 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
 
 
 def holds_teacher_file(teacher: Path, student: Path) -> bool:
-    """Whether a student folder with weights holds the teacher's own file: a model beside its quantised form.
+    """Return whether a student folder with weights holds the teacher's own file, as beside its quantised form.
 
-    Digests are compared, of GGUF files of the teacher's size only.
+    Only digests of GGUF files of the teacher's size are compared.
     """
     if not has_weights(student):
         return False
@@ -178,11 +178,11 @@ def check_not_degenerate(
     """Refuse a student that already equals the teacher; return the step-0 KL.
 
     Args:
-        teacher: as loaded.
+        teacher: the loaded teacher.
         model: the student as it came from ``folder``.
         ids_BT: the first batch.
-        starts_BT: where its documents start.
-        folder: of the student.
+        starts_BT: first position of each position's document.
+        folder: folder of the student.
 
     Raises:
         DegenerateDistillationError: when the weights are the same up to quantisation, the folder holds the teacher's

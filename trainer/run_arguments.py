@@ -20,7 +20,7 @@ A RUN.yaml is a flat mapping of the names above, with _ for -:  lr: 1e-4
 """
 
 
-# What transformers, TRL and their kin call the same setting: for the question that follows an unknown name.
+# Names of other trainers, such as transformers and TRL, for the same setting; an unknown name is looked up here.
 ELSEWHERE = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
@@ -60,7 +60,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] 
     """Add RUN.yaml, a flag for every setting under its heading, and ``--set``.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         omit: settings that mean nothing to this command and get no flag; RUN.yaml may still hold them.
     """
     parser.usage = f"{parser.prog} [RUN.yaml] [options]"

@@ -98,7 +98,7 @@ def kept(out: Path) -> str:
 
 
 def save_step(folder: Path, step: int, batch: "Batch", terms: Mapping[str, float]) -> Path:
-    """Keep what a step that failed was made of: its batch as ``.npz`` arrays, its terms as JSON beside it.
+    """Keep what a failed step was made of: its batch as ``.npz`` arrays, and its terms as JSON beside them.
 
     JSON has no NaN: numbers that are not finite are written as their names. Returns the batch's path.
     """

@@ -27,8 +27,8 @@ class RunRecord:
 
     Attributes:
         step: optimiser steps that its weights have seen.
-        steps: of the full run, where known.
-        config: the run's settings; of paths only the last part.
+        steps: steps of the full run, where known.
+        config: the run's settings, with the last part only of each path.
         teacher: ``file``, ``sha256`` and ``bytes`` of the teacher.
         student: the folder that the run started from, and the digest of its config.
         data_sha256: digest of the training tokens.
@@ -56,7 +56,7 @@ class ExportSource:
     """A model to export.
 
     Attributes:
-        title: for headings and file names.
+        title: name for headings and files.
         folder: Hugging Face folder whose config and tokenizer are the model's.
         checkpoint: folder of the weights, when they are not in ``folder``.
         record: how it was made; None for a model that no run made.
@@ -185,7 +185,7 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
 
     Args:
         run: its folder.
-        checkpoint: whose weights are meant; None means the final model.
+        checkpoint: the checkpoint whose weights are meant; None means the final model.
 
     Raises:
         InputError: when the checkpoint is damaged.
@@ -221,7 +221,7 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
 
 
 def _public(value: object) -> object:
-    """Return a setting as others may see it: of a path, the last part, since the rest describes somebody's machine."""
+    """Return a setting as others may see it: a path keeps its last part only, since the rest describes a machine."""
     return Path(value).name if isinstance(value, str) and "/" in value and "*" not in value else value
 
 
@@ -247,7 +247,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _evaluations(run: Path) -> dict[int, dict[str, float]]:
-    """Return the held-out evaluations of a run by step; of a step evaluated twice, the later."""
+    """Return the held-out evaluations of a run by step; the later one of a step that was evaluated twice."""
     path, found = run / EVENTS_FILE, dict[int, dict[str, float]]()
     if not path.is_file():
         return found
@@ -257,10 +257,10 @@ def _evaluations(run: Path) -> dict[int, dict[str, float]]:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # a run that was killed may have left half a line
+            continue  # A run that was killed may have left half a line.
         if not isinstance(event, dict) or event.get("event") != "eval" or not isinstance(event.get("step"), int):
             continue
-        # Without a teacher, from a cache, there is neither KL nor agreement.
+        # A run on a cache has no teacher to evaluate with, so neither KL nor agreement.
         values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens") if key in event}
         if not {"loss", "tokens"} <= values.keys():
             continue

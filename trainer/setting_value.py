@@ -23,7 +23,7 @@ class Setting:
         group: heading that it is listed under.
         help: what it means.
         low, high: least and greatest accepted number; None without bounds.
-        unit: of its number; may be empty.
+        unit: unit of its number; may be empty.
     """
 
     name: str

@@ -61,7 +61,7 @@ def read_state(source: ExportSource) -> dict[str, Tensor]:
             got=f"a LoRA adapter ({adapters[0]})",
             remedy="finish the run and export it without --checkpoint: its final model is merged",
         )
-    # Of a tied pair a checkpoint keeps one name, whichever comes first.
+    # A checkpoint keeps one name of a tied pair, whichever comes first.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state.pop(_HEAD)
     return state
@@ -123,7 +123,7 @@ def read_vocabulary(source: ExportSource, config: Any) -> Vocabulary:
 
 
 def equal_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two states hold the same bits under the same names."""
+    """Return whether two states hold the same bits under the same names."""
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 

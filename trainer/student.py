@@ -39,7 +39,7 @@ def _refuse(folder: Path, error: Exception) -> InputError:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors weights; without them a student starts from its seed."""
+    """Return whether the folder holds safetensors weights; without them a student starts from its seed."""
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
@@ -93,7 +93,7 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
             make: Any = AutoModelForCausalLM.from_config
-            # Drawn in float32 for every dtype: the same seed is the same student. Buffers, such as RoPE's
+            # Weights are drawn in float32 for every dtype, so that one seed is one student. Buffers, such as RoPE's
             # frequencies, stay float32.
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
@@ -124,7 +124,7 @@ def set_up_student(student: Any, config: DistillConfig) -> None:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.compile:
-        # In place: names of parameters stay, and the loss, which is fused by hand, stays out.
+        # Compiling in place keeps the names of parameters; the loss, which is fused by hand, stays out.
         student.base_model.compile()
 
 
@@ -146,7 +146,7 @@ def _apply_liger(student: Any, device: str) -> None:
             got=student.config.model_type,
             remedy="use student_kernels torch",
         )
-    # Norms, SwiGLU and RoPE only: the loss is ours, and the head is multiplied in it.
+    # Only norms, SwiGLU and RoPE are Liger's: the loss is ours, and the head is multiplied in it.
     _apply_liger_kernel_to_instance(
         student, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
     )
@@ -164,7 +164,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _refuse(folder, error) from error
-    # Without its files a tokenizer of no token but its special ones is made up.
+    # Without its files, transformers makes up a tokenizer of no token but its special ones.
     files = sorted(set(tokenizer.vocab_files_names.values()))
     if not any((folder / name).is_file() for name in files):
         raise InputError(
@@ -207,9 +207,9 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.config = config
-        # Told where the student ends and the loss begins; set by whoever times steps.
+        # The clock is told where the student ends and the loss begins; whoever times steps sets it.
         self.clock: StepClock | None = None
-        # What FSDP shards as one unit: the student's own layers. Its head stays in the root unit, whole in ``forward``.
+        # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
         if getattr(student.get_output_embeddings(), "bias", None) is not None:
             raise InputError(
@@ -234,7 +234,7 @@ class DistillationModel(nn.Module):
         packed: dict[str, Tensor] = {}
         if starts_BT is not None:
             visible = document_mask(starts_BT)
-            # Added to the scores: eager attention would add a boolean mask as 0 and 1.
+            # The mask is a float that is added to the scores: eager attention would add a boolean mask as 0 and 1.
             bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
             packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
             packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT

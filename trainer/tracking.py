@@ -1,4 +1,4 @@
-"""TensorBoard, wandb and trackio, through accelerate: what the event log says of steps and evaluations, for dashboards.
+"""TensorBoard, wandb and trackio through accelerate: they show what the event log says of steps and evaluations.
 
 None is required. They listen to the event log of the main process, so a run's losses cannot depend on them.
 """
@@ -75,7 +75,7 @@ def start_trackers(accelerator: Any, config: DistillConfig, events: EventLog) ->
 
 
 def public_settings(config: DistillConfig) -> dict[str, str | int | float | bool]:
-    """Return the settings for a dashboard that others may read: of paths only the last part."""
+    """Return the settings for a dashboard that others may read, with the last part only of each path."""
     shown: dict[str, str | int | float | bool] = {}
     for key in config.to_json():
         value = getattr(config, key)

@@ -3,7 +3,7 @@
 A machine's speed drifts while it is measured (clocks, heat, neighbours), so a ratio is taken only between runs that lie
 next to each other: in every round each arm runs once, in an order that rotates, and the ratio belongs to the round.
 
-What an arm is (``Arm``): an engine with a model loaded. It may run in this process (CUDA arms do: they share the
+An arm (``Arm``) is an engine with a model loaded. It may run in this process (CUDA arms do: they share the
 device and one allocator) or in a worker process of its own (``worker.WorkerArm``: CPU arms do, because two thread
 pools in one process fight for the cores). Either way:
 
@@ -69,7 +69,7 @@ class Series:
 
     @property
     def tokens_per_second(self) -> float:
-        """At the median round."""
+        """Tokens per second at the median round."""
         return self.shape.tokens / statistics.median(self.seconds)
 
 
@@ -79,10 +79,10 @@ class Ratio:
 
     Attributes:
         against: the other arm.
-        median: of the rounds' ratios.
+        median: median of the rounds' ratios.
         low, high: first and third quartile.
         least, greatest: extremes.
-        rounds: how many there were.
+        rounds: number of rounds.
     """
 
     against: str

@@ -30,16 +30,16 @@ class LossArm:
     """One way through the work; ``interleave.Arm``.
 
     Args:
-        name: for the table.
-        step: does it once.
-        device: whose clock is read.
+        name: name in the table.
+        step: function that does it once.
+        device: device whose clock is read.
     """
 
     def __init__(self, name: str, step: Callable[[], object], device: torch.device) -> None:
         self.name, self.step, self._device = name, step, device
 
     def prepare(self) -> dict[str, Any]:
-        """Say what this is."""
+        """Return the arm's name."""
         return {"name": self.name}
 
     def run(self, _ids: Ids, save: Path | None = None) -> float:
@@ -86,7 +86,7 @@ class Products:
         work: the tensors.
         chunk: rows of a product of gradients.
         step: rows of a product of logits; divides ``chunk``.
-        logits_type: of the two logits.
+        logits_type: dtype of the two logits.
         sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
     """
 

@@ -22,7 +22,7 @@ SKIPPED_FOLDERS = frozenset(
 def source_files(root: Path) -> list[str]:
     """Return the ``.py`` files below ``root``, as sorted relative posix paths.
 
-    Skipped: ``SKIPPED_FOLDERS``, and ``_sysconfigdata*``, which describe the machine that built this interpreter.
+    ``SKIPPED_FOLDERS`` and ``_sysconfigdata*``, which describe the machine that built this interpreter, are skipped.
 
     Raises:
         InputError: when there is none.
