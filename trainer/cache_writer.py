@@ -58,9 +58,8 @@ def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIn
     index = read_index(folder)
     check_key(index, key)
     if index.k != k:
-        raise InputError(
-            f"--k {k}", expected=f"k of the cache in {folder}: {index.k}", got=str(k), remedy="choose another --out"
-        )
+        expected, remedy = f"k of the cache in {folder}: {index.k}", "choose another --out"
+        raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
     for shard in range(index.num_shards):
         if index.name(shard) in index.shards:
             try:
@@ -80,12 +79,9 @@ def check_disk(index: CacheIndex) -> None:
     missing = int(_DISK_MARGIN * (index.num_bytes - sum(shard["bytes"] for shard in index.shards.values())))
     free = shutil.disk_usage(index.folder).free
     if missing > free:
-        raise InputError(
-            f"--out {index.folder}",
-            expected=f"{sized(missing)} of free disk ({index.key.windows * index.key.seq_len:,} tokens, k {index.k})",
-            got=sized(free),
-            remedy="choose a smaller --k, less data or another disk",
-        )
+        tokens, remedy = index.key.windows * index.key.seq_len, "choose a smaller --k, less data or another disk"
+        expected = f"{sized(missing)} of free disk ({tokens:,} tokens, k {index.k})"
+        raise InputError(f"--out {index.folder}", expected=expected, got=sized(free), remedy=remedy)
 
 
 def write_cache(index: CacheIndex, teacher: Teacher, windows: Windows, how: Pass) -> None:

@@ -1,7 +1,6 @@
 """The commands that look at a teacher: ``q4kd inspect`` and ``q4kd logits``."""
 
 import argparse
-import io
 import json
 import math
 from pathlib import Path
@@ -67,23 +66,6 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_ids(path: Path) -> Any:
-    import numpy as np
-
-    from q4kd.trainer.files import read_bounded
-
-    try:
-        ids = np.load(io.BytesIO(read_bounded(path, 1 << 30)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(
-            str(path), expected="an integer .npy array", got=str(error)[:100], remedy="write it with numpy.save"
-        ) from error
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-        shape = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(str(path), expected="integers [T] or [B,T], not empty", got=shape, remedy="reshape the array")
-    return ids.astype(np.int64)
-
-
 def _logits(args: argparse.Namespace) -> int:
     import time
 
@@ -91,12 +73,16 @@ def _logits(args: argparse.Namespace) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.fidelity_text import read_ids
     from q4kd.trainer.files import replacing
     from q4kd.trainer.footprint import predict_footprint
     from q4kd.trainer.memory_report import sized
     from q4kd.trainer.teacher import load_teacher
 
-    ids = _read_ids(args.ids)
+    ids = read_ids(args.ids)
+    if ids.ndim not in (1, 2) or ids.size == 0:
+        expected, remedy = "integers [T] or [B,T], not empty", "reshape the array"
+        raise InputError(str(args.ids), expected=expected, got=f"{ids.dtype} {ids.shape}", remedy=remedy)
     events = EventLog(args.events)
     events.start()
     events.emit("imports_done")

@@ -216,6 +216,13 @@ def _settings_of_cached_run(values: Mapping[str, object]) -> Mapping[str, object
     return {**values, "best_metric": "loss"}
 
 
+def no_stream() -> InputError:
+    """Return the refusal to cache a teacher's signals of a stream."""
+    expected = "data in a fixed order, for a teacher's cache"
+    remedy = "set streaming to false; tokens that do not fit in memory are kept on disk"
+    return InputError("setting streaming", expected=expected, got="a stream", remedy=remedy)
+
+
 def make_config(values: Mapping[str, object]) -> DistillConfig:
     """Check settings and build the config.
 

@@ -107,21 +107,14 @@ class DocumentEncoder:
         prompt = next(texts)
         if document.completion is None:
             if self._completion_only:
-                raise InputError(
-                    f"document {document.name}",
-                    expected="messages, or a prompt and a completion, for completion_only",
-                    got="plain text",
-                    remedy="set completion_only to false, or give chats",
-                )
+                expected, got = "messages, or a prompt and a completion, for completion_only", "plain text"
+                remedy = "set completion_only to false, or give chats"
+                raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
             return Encoded.make([*prompt, self._end])
         completion = next(texts)
         ids = np.array([*prompt, *completion, self._end], np.int32)
         return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
 
     def _refuse(self, document: Document, got: str) -> InputError:
-        return InputError(
-            f"document {document.name}",
-            expected=f"token ids from 0 to {self._vocab_size - 1}",
-            got=got,
-            remedy="tokenise it with the student's tokenizer",
-        )
+        expected, remedy = f"token ids from 0 to {self._vocab_size - 1}", "tokenise it with the student's tokenizer"
+        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)

@@ -151,9 +151,5 @@ def _demand(what: str, expected: object, got: object) -> None:
 
 
 def _other_file(what: str, expected: str, got: str) -> InputError:
-    return InputError(
-        f"the written file's {what}",
-        expected=expected,
-        got=got,
-        remedy="nothing was kept; please report this: it is a defect of the export",
-    )
+    remedy = "nothing was kept; please report this: the export is at fault"
+    return InputError(f"the written file's {what}", expected=expected, got=got, remedy=remedy)

@@ -62,12 +62,8 @@ def check_comparable(a: ModelFile, b: ModelFile) -> None:
 
 
 def _other(expected: str, got: str) -> InputError:
-    return InputError(
-        "the two models",
-        expected=expected,
-        got=got,
-        remedy="compare a model with its own original: of two different ones, no figure would mean anything",
-    )
+    remedy = "compare a model with its own original: no figure of two different models would mean anything"
+    return InputError("the two models", expected=expected, got=got, remedy=remedy)
 
 
 @dataclass(frozen=True)

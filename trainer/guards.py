@@ -24,6 +24,10 @@ SAME_WEIGHTS_ERROR = 0.2
 _PROBE_ROWS = 64
 
 
+def _wrong_vocabulary(expected: str, got: str, remedy: str) -> InputError:
+    return InputError("vocabulary", expected=expected, got=got, remedy=remedy)
+
+
 def check_vocabulary(
     teacher_tokens: Sequence[str], teacher_rows: int, student_ids: Mapping[str, int], rows: int
 ) -> None:
@@ -41,34 +45,26 @@ def check_vocabulary(
     """
     highest = max(student_ids.values(), default=-1)
     if highest >= rows:
-        raise InputError(
-            "vocabulary",
-            expected=f"a student head with a row for each id of its tokenizer, {highest + 1}",
-            got=f"{rows} rows",
-            remedy="resize its embedding, or give the tokenizer that belongs to it",
+        raise _wrong_vocabulary(
+            f"a student head with a row for each id of its tokenizer, {highest + 1}",
+            f"{rows} rows",
+            "resize its embedding, or give the tokenizer that belongs to it",
         )
     if rows > teacher_rows:
-        raise InputError(
-            "vocabulary",
-            expected=f"a student head of at most the teacher's {teacher_rows} rows",
-            got=f"{rows} rows",
-            remedy="choose a student of the same model family",
+        raise _wrong_vocabulary(
+            f"a student head of at most the teacher's {teacher_rows} rows",
+            f"{rows} rows",
+            "choose a student of the same model family",
         )
     if not teacher_tokens:
-        raise InputError(
-            "vocabulary",
-            expected="token strings in the teacher's file",
-            got="none",
-            remedy="convert it with its tokenizer",
-        )
+        raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
     for token, index in student_ids.items():
         if index >= len(teacher_tokens) or teacher_tokens[index] != token:
             other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
-            raise InputError(
-                "vocabulary",
-                expected=f"the same token at every id (student: id {index} is {token!r})",
-                got=f"{other!r} in the teacher",
-                remedy="choose a student with the teacher's tokenizer; equal widths are not enough",
+            raise _wrong_vocabulary(
+                f"the same token at every id (student: id {index} is {token!r})",
+                f"{other!r} in the teacher",
+                "choose a student with the teacher's tokenizer; equal widths are not enough",
             )
 
 
@@ -79,12 +75,9 @@ def check_labels(order: Order, path: Path) -> None:
         InputError: when every label is masked.
     """
     if not order.has_label():
-        raise InputError(
-            "labels",
-            expected="at least one that is not masked",
-            got=f"none in {path}",
-            remedy="check completion_only, the chat template and the labels of pre-tokenised data",
-        )
+        expected, got = "at least one that is not masked", f"none in {path}"
+        remedy = "set completion_only to false, mend the chat template, or unmask labels of pre-tokenised data"
+        raise InputError("labels", expected=expected, got=got, remedy=remedy)
 
 
 @torch.no_grad()
@@ -104,12 +97,11 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     window = getattr(student_config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
     if slides and window is not None and window < seq_len:
-        raise InputError(
-            "student",
-            expected=f"attention over all {seq_len} positions for packing: documents",
-            got=f"a sliding window of {window}",
-            remedy="set packing to none, or a smaller seq_len",
+        expected, got = (
+            f"attention over all {seq_len} positions for packing: documents",
+            f"a sliding window of {window}",
         )
+        raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")
     half = min(4, seq_len // 2)
     positions = torch.arange(2 * half, device=device)
     ids_1T = (positions % vocab_size)[None]

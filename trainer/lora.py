@@ -25,27 +25,22 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    subject = f"setting lora_targets {config.lora_targets[:60]!r}"
     names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
     targets: str | list[str] = "all-linear" if names == ["all-linear"] else names
     found = {name.rpartition(".")[2] for name, _ in student.named_modules() if name}
     unknown = [name for name in names if targets != "all-linear" and name not in found]
     if unknown or not names:
         linear = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-        raise InputError(
-            f"setting lora_targets {config.lora_targets[:60]!r}",
-            expected=f"all-linear, or some of {', '.join(sorted(linear))}",
-            got=f"{unknown[0]!r}, which this student has not" if unknown else "nothing",
-            remedy="correct the names",
-        )
+        expected = f"all-linear, or some of {', '.join(sorted(linear))}"
+        got = f"{unknown[0]!r}, which this student has not" if unknown else "nothing"
+        raise InputError(subject, expected=expected, got=got, remedy="name some of these, separated by commas")
     tied = getattr(student.config, "tie_word_embeddings", False)
     ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}
     if tied and ends & set(names):
-        raise InputError(
-            f"setting lora_targets {config.lora_targets[:60]!r}",
-            expected="no adapter on an embedding that is also the head",
-            got=f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings",
-            remedy="leave it out",
-        )
+        expected = "no adapter on an embedding that is also the head"
+        got = f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings"
+        raise InputError(subject, expected=expected, got=got, remedy="leave it out")
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():  # peft asks transformers by a name that is going away.
         warnings.simplefilter("ignore", FutureWarning)

@@ -81,32 +81,24 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
     """
     if (path / "config.json").is_file():
         if checkpoint is not None:
-            raise InputError(
-                f"--checkpoint {checkpoint}",
-                expected="a run folder",
-                got=f"{path}, a model folder",
-                remedy="leave --checkpoint out",
-            )
+            subject, got = f"--checkpoint {checkpoint}", f"{path}, a model folder"
+            raise InputError(subject, expected="a run folder", got=got, remedy="leave --checkpoint out")
         return ExportSource(title=_title(path), folder=_model_folder(path))
     if (path / "adapter_config.json").is_file():
         return ExportSource(title=_title(path), folder=_model_folder(path))
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
-        raise InputError(
-            str(path),
-            expected="a folder of q4kd distill, or a Hugging Face model folder",
-            got="neither config.json, model/ nor checkpoints/",
-            remedy="check the path",
+        expected, got = (
+            "a folder of q4kd distill, or a Hugging Face model folder",
+            "no config.json, model/, checkpoints/",
         )
+        raise InputError(str(path), expected=expected, got=got, remedy="name the --out of a run, or a model's folder")
     title = _title(path)
     if checkpoint is None:
         if not (path / "model").is_dir():
-            raise InputError(
-                str(path),
-                expected="a finished run",
-                got=f"no final model, and {len(checkpoints)} checkpoint(s) up to {checkpoints[-1].name}",
-                remedy="finish it with --resume, or name one: --checkpoint last",
-            )
+            got = f"no final model, and {len(checkpoints)} checkpoint(s) up to {checkpoints[-1].name}"
+            remedy = "finish it with --resume, or name one: --checkpoint last"
+            raise InputError(str(path), expected="a finished run", got=got, remedy=remedy)
         folder = _model_folder(path / "model")
         return ExportSource(title=title, folder=folder, record=read_record(path, None))
     chosen = _choose(path, checkpoints, checkpoint)
@@ -126,18 +118,10 @@ def _model_folder(folder: Path) -> Path:
     if has_weights(folder):
         return folder
     if (folder / "adapter_config.json").is_file() or (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            str(folder),
-            expected="a whole model",
-            got="a LoRA adapter alone",
-            remedy="merge it into its base first: peft's merge_and_unload, then save_pretrained",
-        )
-    raise InputError(
-        str(folder),
-        expected=" or ".join(WEIGHT_FILES),
-        got="no weights as safetensors",
-        remedy="name a folder that save_pretrained wrote",
-    )
+        remedy = "merge it into its base first: peft's merge_and_unload, then save_pretrained"
+        raise InputError(str(folder), expected="a whole model", got="a LoRA adapter alone", remedy=remedy)
+    expected, remedy = " or ".join(WEIGHT_FILES), "name a folder that save_pretrained wrote"
+    raise InputError(str(folder), expected=expected, got="no weights as safetensors", remedy=remedy)
 
 
 def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
@@ -148,20 +132,13 @@ def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
     if wanted == "best" and checkpoints:
         best = _object(run / "checkpoints" / BEST_FILE).get("checkpoint")
         if best not in names:
-            raise InputError(
-                "--checkpoint best",
-                expected=f"a checkpoint with a held-out evaluation, named in {BEST_FILE}",
-                got=f"none among {', '.join(names)}",
-                remedy="name one of these; set eval_every next time",
-            )
+            expected = f"a checkpoint with a held-out evaluation, named in {BEST_FILE}"
+            got, remedy = f"none among {', '.join(names)}", "name one of these; set eval_every next time"
+            raise InputError("--checkpoint best", expected=expected, got=got, remedy=remedy)
         return run / "checkpoints" / str(best)
     if wanted not in names:
-        raise InputError(
-            f"--checkpoint {wanted}",
-            expected=f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}",
-            got=wanted,
-            remedy="choose one of these",
-        )
+        expected = f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}"
+        raise InputError(f"--checkpoint {wanted}", expected=expected, got=wanted, remedy="choose one of these")
     return run / "checkpoints" / wanted
 
 
@@ -172,12 +149,9 @@ def _student_folder(run: Path, checkpoint: Path, given: Path | None) -> Path:
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise InputError(
-        str(given or checkpoint),
-        expected="the student's folder, for the config and the tokenizer of these weights",
-        got=f"no config.json in {places[-1]}",
-        remedy="name it with --student",
-    )
+    expected = "the student's folder, for the config and the tokenizer of these weights"
+    got = f"no config.json in {places[-1]}"
+    raise InputError(str(given or checkpoint), expected=expected, got=got, remedy="name it with --student")
 
 
 def read_record(run: Path, checkpoint: Path | None) -> RunRecord:

@@ -161,12 +161,8 @@ def open_stream(
         InputError: when the number of steps is not given.
     """
     if steps is None:
-        raise InputError(
-            "streaming",
-            expected="steps: a stream is not counted before it is read",
-            got="epochs alone",
-            remedy="set steps, or streaming to false",
-        )
+        expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
+        raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
 
     def windows() -> Iterator[Window]:
         return pack(stream.encoder.encode(stream.training_documents()), seq_len, packing)

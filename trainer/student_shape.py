@@ -12,8 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.student import check_folder
+from q4kd.trainer.student import check_folder, no_student
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,7 @@ def shape_student(
             model = make(config, dtype=dtype, trust_remote_code=False)
             saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"student {folder}",
-            expected="a Hugging Face causal LM folder, with config.json, whose shapes can be followed",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}",
-            remedy="check --student",
-        ) from error
+        raise no_student(folder, error) from error
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return StudentShape(

@@ -74,12 +74,9 @@ def check_sources(config: DistillConfig) -> None:
     """
     for option, path in (("--data", config.data), ("--held-out", config.held_out)):
         if path is not None and not path.exists():
-            raise InputError(
-                f"{option} {path}",
-                expected="a readable file or folder",
-                got="no such file or folder",
-                remedy=remedy_for(path, "check the path", repository="dataset"),
-            )
+            expected, got = "a readable file or folder", "no such file or folder"
+            remedy = remedy_for(path, "name one that is there", repository="dataset")
+            raise InputError(f"{option} {path}", expected=expected, got=got, remedy=remedy)
 
 
 def make_encoder(

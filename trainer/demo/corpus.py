@@ -67,12 +67,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise InputError(
-            "tokenizer",
-            expected=f"{vocab_size} tokens",
-            got=f"{tokenizer.get_vocab_size()}",
-            remedy="give more text or ask for a smaller vocabulary",
-        )
+        expected, got = f"{vocab_size} tokens", f"{tokenizer.get_vocab_size()}"
+        remedy = "give more text or ask for a smaller vocabulary"
+        raise InputError("tokenizer", expected=expected, got=got, remedy=remedy)
     return tokenizer
 
 
