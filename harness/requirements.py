@@ -12,7 +12,7 @@ def requirements() -> list[tuple[str, str | None]]:
         declared = importlib.metadata.requires("q4kd") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [match.group(1, 2) for entry in declared if (match := _REQUIREMENT.fullmatch(entry))]
+    return [(match[1], match[2]) for entry in declared if (match := _REQUIREMENT.fullmatch(entry))]
 
 
 def extra_of(module: str) -> str | None:

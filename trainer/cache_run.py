@@ -93,22 +93,21 @@ def _make(
     started, had = time.monotonic(), len(index.shards)
     write_cache(index, teacher, windows, how)
     seconds = time.monotonic() - started
-    size = sum(shard["bytes"] for shard in index.shards.values())
     made = sum(len(index.windows_of(shard)) for shard in range(had, index.num_shards)) * windows.seq_len
-    events.emit("cache_done", shards=index.num_shards, kept=had, bytes=size, tail_mass=index.tail_mass, seconds=seconds)
+    size, tail = index.kept_bytes, index.tail_mass
+    events.emit("cache_done", shards=index.num_shards, kept=had, bytes=size, tail_mass=tail, seconds=seconds)
     print(
         f"cache: {len(windows):,} windows in {index.num_shards} shards ({had} kept), {sized(size)}, "
-        f"mean tail mass {index.tail_mass:.3%}, {made / max(seconds, 1e-9):.0f} tok/s -> {index.folder}",
+        f"mean tail mass {tail:.3%}, {made / max(seconds, 1e-9):.0f} tok/s -> {index.folder}",
         flush=True,
     )
 
 
 def _say_size(index: CacheIndex) -> None:
     tokens, cost = index.key.windows * index.key.seq_len, bytes_per_token(index.k, index.key.rows)
-    kept = sum(shard["bytes"] for shard in index.shards.values())
     print(
-        f"cache: {tokens:,} tokens x {cost} bytes (k {index.k}) = {sized(index.num_bytes)}, {sized(kept)} of it there; "
-        f"{sized(shutil.disk_usage(index.folder).free)} free",
+        f"cache: {tokens:,} tokens x {cost} bytes (k {index.k}) = {sized(index.num_bytes)}, "
+        f"{sized(index.kept_bytes)} of it there; {sized(shutil.disk_usage(index.folder).free)} free",
         flush=True,
     )
 

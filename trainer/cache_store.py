@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from q4kd.trainer.cache_signal import Signal
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import check_fields, parse_json, read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.files import FieldKind, check_fields, parse_json, read_bounded, sha256_file, write_atomic, write_json
 
 CACHE_VERSION = 1
 INDEX_FILE = "cache.json"
@@ -122,6 +122,11 @@ class CacheIndex:
         return self.key.windows * self.key.seq_len * bytes_per_token(self.k, self.key.rows)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of the finished shards."""
+        return sum(shard["bytes"] for shard in self.shards.values())
+
+    @property
     def tail_mass(self) -> float:
         """Mean probability outside the k listed tokens, over the finished shards."""
         counts = {self.name(number): len(self.windows_of(number)) for number in range(self.num_shards)}
@@ -191,8 +196,8 @@ def read_index(folder: Path) -> CacheIndex:
 
 
 def _parse(folder: Path, document: object) -> CacheIndex:
-    kinds = {"version": CACHE_VERSION, "key": dict, "k": int, "windows_per_shard": int, "shards": dict}
-    fields = check_fields(document, kinds)
+    kinds: dict[str, FieldKind] = {"version": CACHE_VERSION, "key": dict, "k": int, "windows_per_shard": int}
+    fields = check_fields(document, kinds | {"shards": dict})
     key = CacheKey(**check_fields(fields["key"], typing.get_type_hints(CacheKey)))
     k, per_shard, shards = fields["k"], fields["windows_per_shard"], fields["shards"]
     for number in (key.rows, key.seq_len, key.windows, k, per_shard):

@@ -76,7 +76,7 @@ def check_disk(index: CacheIndex) -> None:
     Raises:
         InputError: with the arithmetic.
     """
-    missing = int(_DISK_MARGIN * (index.num_bytes - sum(shard["bytes"] for shard in index.shards.values())))
+    missing = int(_DISK_MARGIN * (index.num_bytes - index.kept_bytes))
     free = shutil.disk_usage(index.folder).free
     if missing > free:
         tokens, remedy = index.key.windows * index.key.seq_len, "choose a smaller --k, less data or another disk"
@@ -138,10 +138,10 @@ def _progress(index: CacheIndex, total: int) -> Callable[[int], None]:
         if now - last < _SAY_EVERY_S:
             return
         last, rate = now, done / (now - started)
-        size = sum(shard["bytes"] for shard in index.shards.values())
         print(
-            f"cache: {done:,} of {total:,} windows, {len(index.shards)} of {index.num_shards} shards, {sized(size)}, "
-            f"{rate * index.key.seq_len:.0f} tok/s, about {(total - done) / rate:.0f} s left",
+            f"cache: {done:,} of {total:,} windows, {len(index.shards)} of {index.num_shards} shards, "
+            f"{sized(index.kept_bytes)}, {rate * index.key.seq_len:.0f} tok/s, "
+            f"about {(total - done) / rate:.0f} s left",
             flush=True,
         )
 

@@ -104,10 +104,8 @@ def _digest(config: DistillConfig) -> str:
     try:
         return sha256_file(config.teacher)
     except OSError as error:
-        expected, remedy = (
-            "the file that the cache was made from",
-            "leave it out: the cache names its teacher by digest",
-        )
+        expected = "the file that the cache was made from"
+        remedy = "leave it out: the cache names its teacher by digest"
         subject, got = f"--teacher {config.teacher}", str(error.strerror)
         raise InputError(subject, expected=expected, got=got, remedy=remedy) from error
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from q4kd.trainer.errors import InputError, first_line
-from q4kd.trainer.files import check_fields, read_json, sha256_file, sync_folder, write_json
+from q4kd.trainer.files import FieldKind, check_fields, read_json, sha256_file, sync_folder, write_json
 from q4kd.trainer.optimizer import MasterWeightOptimizer
 from q4kd.trainer.sharding import load_trained_tensors
 
@@ -35,7 +35,7 @@ IS_BETTER: Mapping[str, Callable[[float, float], bool]] = {
 _NAME = re.compile(r"step-(\d{6,12})")
 _LEFT_OVER = re.compile(r"\.step-\d{6,12}\.tmp")
 _PARTS = ("model", "optimizer", "random")
-_STATE_FIELDS = {
+_STATE_FIELDS: dict[str, FieldKind] = {
     "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None,
     "sha256": dict,
 }  # fmt: skip

@@ -81,13 +81,11 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
 def _check_folder(folder: Path, model: Any) -> None:
     """Compare the weights on disk with those in memory, bit by bit."""
     written = read_weights(folder)
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name in written}
+    held = {name: tensor for name, tensor in model.state_dict().items() if name in written}
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if set(model.state_dict()) - set(written) - tied or not equal_states(written, expected):
-        expected, remedy = (
-            "those of the model, bit by bit",
-            "nothing was kept; please report this: the export is at fault",
-        )
+    if set(model.state_dict()) - set(written) - tied or not equal_states(written, held):
+        expected = "those of the model, bit by bit"
+        remedy = "nothing was kept; please report this: the export is at fault"
         raise InputError("the written weights", expected=expected, got="others", remedy=remedy)
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from q4kd.trainer.errors import InputError, unreadable
 
 _CHUNK = 1 << 20
+FieldKind = type | UnionType | int
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -120,7 +121,7 @@ def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
     return parse_json(read_bounded(path, max_bytes), str(path), max_bytes)
 
 
-def check_fields(document: object, kinds: Mapping[str, type | UnionType | int]) -> dict[str, Any]:
+def check_fields(document: object, kinds: Mapping[str, FieldKind]) -> dict[str, Any]:
     """Return a JSON object that has exactly the named fields, each of its type; nothing is converted.
 
     Args:

@@ -97,10 +97,8 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     window = getattr(student_config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
     if slides and window is not None and window < seq_len:
-        expected, got = (
-            f"attention over all {seq_len} positions for packing: documents",
-            f"a sliding window of {window}",
-        )
+        expected = f"attention over all {seq_len} positions for packing: documents"
+        got = f"a sliding window of {window}"
         raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")
     half = min(4, seq_len // 2)
     positions = torch.arange(2 * half, device=device)

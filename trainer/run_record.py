@@ -88,10 +88,8 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
         return ExportSource(title=_title(path), folder=_model_folder(path))
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
-        expected, got = (
-            "a folder of q4kd distill, or a Hugging Face model folder",
-            "no config.json, model/, checkpoints/",
-        )
+        expected = "a folder of q4kd distill, or a Hugging Face model folder"
+        got = "no config.json, model/, checkpoints/"
         raise InputError(str(path), expected=expected, got=got, remedy="name the --out of a run, or a model's folder")
     title = _title(path)
     if checkpoint is None:

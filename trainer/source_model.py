@@ -117,9 +117,7 @@ def equal_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def _refuse(source: ExportSource, error: Exception) -> InputError:
-    subject, remedy = (
-        str(source.checkpoint or source.folder),
-        "name a folder that save_pretrained or q4kd distill wrote",
-    )
+    subject = str(source.checkpoint or source.folder)
+    remedy = "name a folder that save_pretrained or q4kd distill wrote"
     expected = "a Hugging Face causal LM (config.json and its safetensors weights)"
     return InputError(subject, expected=expected, got=first_line(error), remedy=remedy)

@@ -117,9 +117,8 @@ def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate:
         if len(dims) == 2 and name != "token_embd.weight" and (with_head or name != "output.weight"):
             weights += dims[0] * dims[1]
             packed_bytes += dims[0] * block_format(types[name]).row_bytes(dims[1])
-    attention = (
-        2 * config.num_layers * config.q_size * shape.batch * shape.length**2
-    )  # A causal pass takes half of 4 T^2 N D.
+    # A causal pass takes half of 4 T^2 N D.
+    attention = 2 * config.num_layers * config.q_size * shape.batch * shape.length**2
     return max((2 * weights * shape.tokens + attention) / rate, packed_bytes / bandwidth)
 
 

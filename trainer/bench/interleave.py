@@ -138,17 +138,14 @@ def compare(series: Sequence[Series]) -> list[Ratio]:
 
 def _ratio(subject: Series, other: Series) -> Ratio:
     values = [theirs / ours for ours, theirs in zip(subject.seconds, other.seconds, strict=True)]
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Ratio(
-        against=other.arm,
-        shape=subject.shape,
-        median=statistics.median(values),
-        low=quartiles[0],
-        high=quartiles[2],
-        least=min(values),
-        greatest=max(values),
-        rounds=len(values),
-    )
+    return Ratio(against=other.arm, shape=subject.shape, rounds=len(values), **spread(values))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return ``median``, quartiles ``low`` and ``high``, and extremes ``least`` and ``greatest``."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+    extremes = {"least": min(values), "greatest": max(values)}
+    return {"median": statistics.median(values), "low": low, "high": high, **extremes}
 
 
 def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:

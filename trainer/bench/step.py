@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, spread
 from q4kd.trainer.bench.step_arms import make_arms
 from q4kd.trainer.bench.step_models import Pair, make_engine, make_pair, peer_student, peer_teacher
 from q4kd.trainer.bench.trl_arm import TrlArm
@@ -173,18 +173,6 @@ def ratios(series: Sequence[Series]) -> dict[str, dict[str, float]]:
         if peer in seconds and "q4kd" in seconds:
             found[f"{peer} over q4kd"] = spread([b / a for a, b in zip(seconds["q4kd"], seconds[peer], strict=True)])
     return found
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, quartiles and extremes."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
-    return {
-        "median": statistics.median(values),
-        "low": low,
-        "high": high,
-        "least": min(values),
-        "greatest": max(values),
-    }
 
 
 def table(found: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ class TrainArm:
     ) -> None:
         self.name, self._config, self._load, self._make_engine = name, config, load, make_engine
         self.results: list[StepResult] = []
-        self.data_seconds: list[float] = []  # It makes each step's batch on the device.
+        self.data_seconds: list[float] = []  # seconds to make each step's batch on the device
 
     def prepare(self) -> dict[str, Any]:
         """Load the teacher, build student and optimiser."""
