@@ -89,7 +89,7 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
         expected = "a folder of q4kd distill, or a Hugging Face model folder"
-        got = "no config.json, model/, checkpoints/"
+        got = "neither config.json, model/ nor checkpoints/"
         raise InputError(str(path), expected=expected, got=got, remedy="name the --out of a run, or a model's folder")
     title = _title(path)
     if checkpoint is None:
