@@ -20,8 +20,8 @@ nox.options.sessions = ["falsify", "tests", "lint", "types", "kernels", "docs"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
-# CuPy for its NVRTC binding, and NVRTC itself: both install and compile without a GPU.
-KERNEL_WHEELS = ("cupy-cuda13x>=14", "nvidia-cuda-nvrtc>=13,<14")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 LLAMA_CPP_PYTHON = "0.3.36"
 # What a GB10 installs; its system Python is 3.12.
 AARCH64 = (
@@ -141,9 +141,7 @@ def package(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def wheels(session: nox.Session) -> None:
     """Ask the package index for an aarch64 wheel of everything a GB10 installs. Downloads none of them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *(entry for name in ("train", "cuda13", "bnb") for entry in extras[name])]
+    needed = [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["cuda13"], *EXTRAS["bnb"]]
     report = Path(session.create_tmp()) / "wheels.json"
     pip = [str(environment(session) / "python"), "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     options = ["--no-deps", "--only-binary=:all:", "--target", str(report.parent / "nowhere"), *AARCH64]
@@ -175,7 +173,8 @@ def parity(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Every CUDA kernel compiled for every architecture, and the decoders run on the host. Needs no GPU."""
     folder = environment(session)
-    session.run(str(folder / "pip"), "install", "--quiet", *KERNEL_WHEELS, external=True)
+    # CuPy for its NVRTC binding, and NVRTC itself: both install and compile without a GPU.
+    session.run(str(folder / "pip"), "install", "--quiet", *EXTRAS["cuda13"], external=True)
     # Without this variable a missing compiler skips the tests; here it fails them.
     files = [f"tests/test_kernels_{name}.py" for name in ("compile", "host")]
     session.run(

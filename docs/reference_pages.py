@@ -2,10 +2,8 @@
 
 import argparse
 import ast
-import dataclasses
 import inspect
 import json
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,23 +84,17 @@ def cli_page() -> str:
 
 def settings_page() -> str:
     """Return the page of ``DistillConfig``, one table by group of fields."""
-    from q4kd.trainer.config import DistillConfig
+    from q4kd.trainer.config import settings
 
-    annotations = typing.get_type_hints(DistillConfig)
     groups: dict[str, list[tuple[str, ...]]] = {}
-    for field in dataclasses.fields(DistillConfig):
-        data = field.metadata
-        low, high = data.get("low"), data.get("high")
-        accepted = ", ".join(map(str, data.get("choices") or ()))
-        if not accepted and low is not None:
-            accepted = f"{low:g} to {high:g}"
-        default = "required" if field.default is dataclasses.MISSING else _code(field.default)
-        annotation = annotations[field.name]
-        kind = getattr(annotation, "__name__", str(annotation)).replace("pathlib.", "")
-        kind = str(annotation).replace("pathlib.", "") if kind == "Optional" else kind
-        row = (_code(field.name), _cell("text" if kind == "Literal" else kind), default)
-        row += (_cell(data.get("unit") or ""), _cell(accepted), _cell(data.get("help") or ""))
-        groups.setdefault(str(data.get("group") or "settings"), []).append(row)
+    for setting in settings().values():
+        accepted = ", ".join(setting.choices)
+        if setting.low is not None:
+            accepted = f"{setting.low:g} to {setting.high:g}"
+        default = "required" if setting.is_required else _code(setting.default)
+        kind = ("text" if setting.choices else setting.kind.__name__) + (" | None" if setting.is_optional else "")
+        row = (_code(setting.name), _cell(kind), default, _cell(setting.unit), _cell(accepted), _cell(setting.help))
+        groups.setdefault(setting.group, []).append(row)
     parts = [
         "# Settings of a run\n",
         "Generated from `q4kd.trainer.config.DistillConfig`. Each is a key of RUN.yaml and of `--set KEY=VALUE`. "

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if code != 0:
             return code
     if command[0] == "probe":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
         return _probe(command[1:])
     if command[0] == "module":
         return _module(command[1:])

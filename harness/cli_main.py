@@ -21,7 +21,7 @@ DEFECT_EXIT = 3
 INTERRUPTED_EXIT = 130
 COMMAND_MODULES = (
     "q4kd.trainer.commands",
-    "q4kd.trainer.commands_plan",
+    "q4kd.trainer.commands_distill",
     "q4kd.trainer.commands_cache",
     "q4kd.trainer.commands_bench",
     "q4kd.trainer.commands_fidelity",
@@ -32,20 +32,8 @@ COMMAND_MODULES = (
     "q4kd.harness.commands_completion",
     "q4kd.harness.commands_export",
 )
-# Packages that an extra brings: their absence is the user's to mend, not a defect.
-_EXTRAS = {
-    "torch": "train",
-    "transformers": "train",
-    "accelerate": "train",
-    "safetensors": "train",
-    "tokenizers": "train",
-    "datasets": "train",
-    "peft": "train",
-    "huggingface_hub": "train",
-    "cupy": "cuda13",
-    "liger_kernel": "liger",
-    "bitsandbytes": "bnb",
-}
+# These may download what --teacher or --student names by its hub id; no other command asks the hub.
+_MAY_DOWNLOAD = ("falsify", "sabotage", "nightly")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.print_help()
             return 0 if args.command is None and not arguments else USAGE_EXIT
         args.debug = debug
+        if args.command not in _MAY_DOWNLOAD:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
         return int(args.run(args))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else USAGE_EXIT
@@ -122,10 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, TrainingAborted) as error:
         return _report(str(error), USAGE_EXIT if isinstance(error, InputError) else error.exit_code, debug)
     except ModuleNotFoundError as error:
+        from q4kd.harness.requirements import extra_of
+
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        extra = extra_of(package)
+        if extra is None:
             return _report(f"internal error: {error}", DEFECT_EXIT, debug)
-        return _report(f"{package} is not installed; pip install 'q4kd[{_EXTRAS[package]}]'", USAGE_EXIT, debug)
+        return _report(f"{package} is not installed; pip install 'q4kd[{extra}]'", USAGE_EXIT, debug)
     except Exception as error:
         return _report(f"internal error: {type(error).__name__}: {error}", DEFECT_EXIT, debug)
 

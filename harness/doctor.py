@@ -12,39 +12,17 @@ from typing import Any, Literal
 import psutil
 
 from q4kd.harness.cause import memory_cgroup
+from q4kd.harness.requirements import requirements
 from q4kd.trainer.device import ALLOCATION_VARIABLE, allocation_override, allocation_policy, check_allocation, classify
 from q4kd.trainer.errors import InputError
 
 State = Literal["ok", "missing", "note"]
-# One row: the distribution, what needs it, the extra that brings it.
-_WHEELS = (
-    ("torch", "train"),
-    ("transformers", "train"),
-    ("accelerate", "train"),
-    ("safetensors", "train"),
-    ("tokenizers", "train"),
-    ("datasets", "train"),
-    ("peft", "train"),
-    ("gguf", None),
-    ("numpy", None),
-    ("psutil", None),
-    ("nvidia-ml-py", None),
-    ("pytest", None),
-    ("pytest-xdist", None),
-    ("filelock", None),
-    ("jinja2", None),
-    ("jsonschema", None),
-    ("cryptography", None),
-    ("matplotlib", None),
-    ("rich", None),
-    ("argcomplete", None),
-)
-# What a run may do without: the distribution, its extra, what it is for, and whether only a GPU has a use for it.
-_OPTIONAL = (
-    ("liger-kernel", "liger", "for student_kernels=liger", True),
-    ("bitsandbytes", "bnb", "for 8-bit and paged optimisers", True),
-    ("mkdocs-material", "docs", "for building the documentation", False),
-)
+# What an extra is for that a run may do without, and whether only a GPU has a use for it.
+_OPTIONAL = {
+    "liger": ("for student_kernels=liger", True),
+    "bnb": ("for 8-bit and paged optimisers", True),
+    "docs": ("for building the documentation", False),
+}
 
 
 @dataclass(frozen=True)
@@ -182,16 +160,17 @@ def installed(distribution: str) -> str | None:
 def wheel_lines(version_of: Callable[[str], str | None], cuda: int | None) -> list[Line]:
     """Describe the packages; ``cuda`` is the driver's major CUDA version, None without a device."""
     lines = []
-    for name, extra in _WHEELS:
-        version = version_of(name)
-        remedy = f"pip install 'q4kd[{extra}]'" if extra else "pip install --upgrade q4kd"
-        lines.append(Line(name, "ok", version) if version else Line(name, "missing", "not installed", remedy))
-    for name, extra, purpose, gpu_only in _OPTIONAL:
-        version = version_of(name)
+    for name, extra in requirements():
+        version, remedy = version_of(name), f"pip install 'q4kd[{extra}]'" if extra else "pip install --upgrade q4kd"
+        purpose, gpu_only = _OPTIONAL.get(extra or "", ("", False))
+        if extra not in (None, "train", *_OPTIONAL):
+            continue
         if version:
             lines.append(Line(name, "ok", version))
+        elif not purpose:
+            lines.append(Line(name, "missing", "not installed", remedy))
         elif cuda is not None or not gpu_only:
-            lines.append(Line(name, "note", f"not installed; {purpose}", f"pip install 'q4kd[{extra}]'"))
+            lines.append(Line(name, "note", f"not installed; {purpose}", remedy))
     cupy = {wheel: version_of(wheel) for wheel in ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
     have = {wheel: version for wheel, version in cupy.items() if version}
     if len(have) > 1:

@@ -173,7 +173,7 @@ def refused_settings(out: Path) -> None:
         ("learning rate", {"lrr": 1e-4}, {"lr": 1e-4}, "did you mean lr?"),
         ("rank", {"lora_rnk": 8}, {"lora_rank": 8}, "did you mean lora_rank?"),
         ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
-        ("range", {"clip": -1.0}, {"clip": 1.0}, "correct it"),
+        ("range", {"clip": -1.0}, {"clip": 1.0}, "q4kd distill --help"),
     ]
     records: list[JsonObject] = []
     for name, wrong, right, remedy in cases:

@@ -1,9 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from q4kd.harness import doctor
 from q4kd.harness.doctor import Line, examine, gpu_lines, memory_lines, show, wheel_lines
+from q4kd.harness.requirements import extra_of, requirements
 
 
 def everything(name):
@@ -46,24 +48,32 @@ def test_what_a_run_may_do_without_is_noted_where_it_has_a_use(cuda, noted):
     assert lines["bitsandbytes"].state == "ok"
 
 
-@pytest.mark.parametrize("name", ["datasets", "peft"])
+@pytest.mark.parametrize("name", ["pyarrow", "peft"])
 def test_training_packages_are_needed(name):
     lines = {line.subject: line for line in wheel_lines(lambda n: None if n == name else everything(n), None)}
     assert (lines[name].state, lines[name].remedy) == ("missing", "pip install 'q4kd[train]'")
 
 
-def test_every_extra_is_looked_for_and_every_dependency_that_is_looked_for_is_declared():
-    import re
+def test_every_dependency_is_looked_for_and_every_extra_is_known():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    name = re.compile(r"[A-Za-z0-9-]+")
     declared = {None: project["dependencies"], **project["optional-dependencies"]}
-    names = {extra: {name.match(entry)[0] for entry in entries} for extra, entries in declared.items()}
-    for package, extra, *_ in (*doctor._WHEELS, *doctor._OPTIONAL):
-        assert package in names[extra], f"{package} is not in {extra}"
-    looked_for = {extra for _, extra, *_ in (*doctor._WHEELS, *doctor._OPTIONAL)}
-    assert set(names) - looked_for == {"cuda13", "cuda12", "dev"}
+    name = re.compile(r"[A-Za-z0-9-]+")
+    expected = {(name.match(entry)[0], extra) for extra, entries in declared.items() for entry in entries}
+    assert set(requirements()) == expected
+    shown = {line.subject for line in wheel_lines(everything, 13)}
+    assert shown - {"cupy"} == {package for package, extra in expected if extra in (None, "train", *doctor._OPTIONAL)}
+    assert set(declared) - {None, "train", *doctor._OPTIONAL} == {"cuda13", "cuda12", "dev"}
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("torch", "train"), ("huggingface_hub", "train"), ("cupy", "cuda13"), ("liger_kernel", "liger"), ("numpy", None),
+     ("nothing", None)],
+)  # fmt: skip
+def test_a_module_names_the_extra_that_brings_it(module, extra):
+    assert extra_of(module) == extra
 
 
 def test_two_cupy_wheels_overwrite_each_other():

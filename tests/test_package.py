@@ -1,5 +1,6 @@
 """What a user installs: an sdist, a wheel with everything `q4kd falsify` needs, a base install without torch."""
 
+import ast
 import importlib.metadata
 import os
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from q4kd.harness.requirements import requirements
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,3 +195,44 @@ def test_training_commands_name_the_extra_they_need(tmp_path: Path, command: lis
     assert "q4kd[train]" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# What a comparison or a tracker imports when the user asks for it by name, and says so when it is not there.
+NAMED_BY_THE_USER = {"datasets", "llama_cpp", "tensorboard", "trackio", "trl", "wandb"}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    declared = {name.lower().replace("_", "-") for name, extra in requirements() if extra not in ("dev", "docs")}
+    brings = importlib.metadata.packages_distributions()
+    missing: dict[str, str] = {}
+    for path in [path for package in ("harness", "trainer") for path in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"q4kd", "torch"}:
+                found = {name.lower().replace("_", "-") for name in brings.get(top, [top])}
+                cupy = top.startswith("cupy") and "cupy-cuda13x" in declared
+                if not (found & declared or cupy or top in NAMED_BY_THE_USER):
+                    missing[top] = path.name
+    assert missing == {}
+
+
+def test_importing_changes_nothing_in_the_process() -> None:
+    # The compiler of torch, which transformers imports, names a cache folder of its own; it is imported beforehand.
+    code = (
+        "import importlib, os, pkgutil, sys, torch._dynamo, q4kd.harness, q4kd.trainer\n"
+        "before, where, absent = dict(os.environ), os.getcwd(), []\n"
+        "for package in (q4kd.harness, q4kd.trainer):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        try:\n"
+        "            importlib.import_module(module.name)\n"
+        "        except ModuleNotFoundError as error:\n"
+        "            absent.append(error.name)\n"
+        "changed = {key for key in before.keys() | os.environ.keys() if before.get(key) != os.environ.get(key)}\n"
+        "print(sorted(changed), os.getcwd() == where, sorted(set(absent) - {'cupy', 'trl', 'llama_cpp'}))\n"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "FSDP_", "TOKENIZERS_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[] True []\n", done.stdout

@@ -12,10 +12,10 @@ from jsonschema import Draft202012Validator
 import q4kd.trainer
 from q4kd.harness.__main__ import main
 from q4kd.trainer import kd_loss
-from q4kd.trainer.config import DistillConfig, Divergence, make_config
+from q4kd.trainer.config import DistillConfig, Divergence, make_config, settings
 from q4kd.trainer.config_file import format_config, run_schema
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.run_arguments import ELSEWHERE, add_run_arguments, default_text, read_run_arguments
+from q4kd.trainer.run_arguments import ELSEWHERE, add_run_arguments, read_run_arguments
 
 BASE = ["--teacher", "t.gguf", "--student", "s", "--data", "d", "--out", "o"]
 FIELDS = dataclasses.fields(DistillConfig)
@@ -30,12 +30,11 @@ def read(*words: str) -> DistillConfig:
 def test_every_setting_is_in_the_help_with_its_default_and_unit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for setting in FIELDS:
+    for setting in settings().values():
         assert f"--{setting.name.replace('_', '-')}" in text
-        if setting.default is not dataclasses.MISSING:
-            assert f"default: {default_text(setting)}" in text
-        if setting.metadata["unit"]:
-            assert setting.metadata["unit"] in text
+        if not setting.is_required:
+            assert f"default: {setting.default_text}" in text
+        assert setting.unit in text
 
 
 def test_flags_override_the_file_and_set_overrides_flags(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_data_that_is_not_there_is_refused_before_anything_is_loaded(
     assert "hf download org/texts --repo-type dataset --local-dir DIR" in said.err
     assert main([*words, "--data", str(student_path()), "--held-out", "none.txt"]) == 2
     assert "--held-out none.txt: " in (err := capsys.readouterr().err)
-    assert "check the path" in err
+    assert "name one that is there" in err
     assert said.out == ""
 
 

@@ -56,7 +56,7 @@ def measure_error(
         windows: the training data.
         ks: numbers of listed tokens.
         tokens: size of the sample, rounded up to whole windows.
-        device: of the model.
+        device: device of the model.
     """
     count = min(len(windows), -(-tokens // windows.seq_len))
     sums = {k: np.zeros(3) for k in ks}

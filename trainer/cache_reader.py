@@ -16,7 +16,7 @@ class CacheReader:
     """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
 
     Args:
-        index: of a complete cache.
+        index: index of a complete cache.
 
     Raises:
         InputError: when the cache is not complete.
@@ -24,12 +24,9 @@ class CacheReader:
 
     def __init__(self, index: CacheIndex) -> None:
         if not index.is_complete:
-            raise InputError(
-                str(index.folder),
-                expected=f"{index.num_shards} shards",
-                got=f"{len(index.shards)}",
-                remedy="finish it: run q4kd cache again with the same arguments",
-            )
+            expected, got = f"{index.num_shards} shards", f"{len(index.shards)}"
+            remedy = "finish it: run q4kd cache again with the same arguments"
+            raise InputError(str(index.folder), expected=expected, got=got, remedy=remedy)
         self.index = index
         self._open: dict[int, Any] = {}
 

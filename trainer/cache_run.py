@@ -1,4 +1,4 @@
-"""The whole of ``q4kd cache``, top to bottom."""
+"""The whole of ``q4kd cache``, from top to bottom."""
 
 import shutil
 import time
@@ -38,9 +38,9 @@ def make_cache(
     """Write the cache of a run's training windows to ``config.out``, or finish one that was begun.
 
     Args:
-        config: of the run that will train on it; ``out`` is the cache's folder.
+        config: settings of the run that will train on it; ``out`` is the cache's folder.
         k: tokens listed at each position.
-        sample_tokens: on which KL is compared with online before a new cache is begun; 0 skips it.
+        sample_tokens: tokens on which KL is compared with online before a new cache is begun; 0 skips it.
         shard_bytes: about the size of a shard.
         table_ks: numbers of listed tokens that are compared, beside ``k``.
         events_path: where events go; None drops them.
@@ -93,22 +93,21 @@ def _make(
     started, had = time.monotonic(), len(index.shards)
     write_cache(index, teacher, windows, how)
     seconds = time.monotonic() - started
-    size = sum(shard["bytes"] for shard in index.shards.values())
     made = sum(len(index.windows_of(shard)) for shard in range(had, index.num_shards)) * windows.seq_len
-    events.emit("cache_done", shards=index.num_shards, kept=had, bytes=size, tail_mass=index.tail_mass, seconds=seconds)
+    size, tail = index.kept_bytes, index.tail_mass
+    events.emit("cache_done", shards=index.num_shards, kept=had, bytes=size, tail_mass=tail, seconds=seconds)
     print(
         f"cache: {len(windows):,} windows in {index.num_shards} shards ({had} kept), {sized(size)}, "
-        f"mean tail mass {index.tail_mass:.3%}, {made / max(seconds, 1e-9):.0f} tok/s -> {index.folder}",
+        f"mean tail mass {tail:.3%}, {made / max(seconds, 1e-9):.0f} tok/s -> {index.folder}",
         flush=True,
     )
 
 
 def _say_size(index: CacheIndex) -> None:
     tokens, cost = index.key.windows * index.key.seq_len, bytes_per_token(index.k, index.key.rows)
-    kept = sum(shard["bytes"] for shard in index.shards.values())
     print(
-        f"cache: {tokens:,} tokens x {cost} bytes (k {index.k}) = {sized(index.num_bytes)}, {sized(kept)} of it there; "
-        f"{sized(shutil.disk_usage(index.folder).free)} free",
+        f"cache: {tokens:,} tokens x {cost} bytes (k {index.k}) = {sized(index.num_bytes)}, "
+        f"{sized(index.kept_bytes)} of it there; {sized(shutil.disk_usage(index.folder).free)} free",
         flush=True,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Far above what rounding a log-probability of -16 to float16 does to a sum of one: 2^-8.
+# This is far above 2^-8, which rounding a log-probability of -16 to float16 takes from a sum of one.
 _SUM_TOLERANCE = 1e-2
 
 
@@ -40,7 +40,7 @@ def take_top(logits_MV: Tensor, k: int) -> Signal:
     """
     log_p_MV = torch.log_softmax(logits_MV.float(), -1)
     log_probs_MK, ids_MK = log_p_MV.topk(k, dim=-1)
-    # Summed by itself: one minus the listed probabilities would lose a small tail to rounding.
+    # The tail is summed by itself: one minus the listed probabilities would lose a small one to rounding.
     tail_M = log_p_MV.scatter_(1, ids_MK, -torch.inf).logsumexp(-1)
     return Signal(ids_MK, log_probs_MK, tail_M)
 
@@ -58,6 +58,6 @@ def normalise(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
     """
     total_M = torch.logaddexp(log_probs_MK.logsumexp(-1), tail_M)
     furthest = float((total_M.exp() - 1).abs().max())
-    if not furthest <= _SUM_TOLERANCE:  # also NaN
+    if not furthest <= _SUM_TOLERANCE:  # NaN is refused too.
         raise ValueError(f"probabilities that miss one by {furthest:.2g}")
     return Signal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)

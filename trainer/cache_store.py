@@ -19,6 +19,7 @@ that ids differ by the loss. Shards are mapped, so windows in random order cost 
 
 import hashlib
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +30,11 @@ from safetensors.torch import save
 
 from q4kd.trainer.cache_signal import Signal
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json, read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.files import FieldKind, check_fields, parse_json, read_bounded, sha256_file, write_atomic, write_json
 
 CACHE_VERSION = 1
 INDEX_FILE = "cache.json"
-# Shards are cut so that one is about this large: few files, and little lost when writing is interrupted.
+# A shard is about this large, so that files are few and little is lost when writing is interrupted.
 SHARD_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 30
 _MAX_INDEX_BYTES = 64 << 20
@@ -45,9 +46,9 @@ class CacheKey:
     """What a cache belongs to: with any other value its signals would be wrong.
 
     Attributes:
-        teacher_sha256: of the teacher's file.
-        tokenizer_sha256: of the student tokenizer's token -> id map.
-        data_sha256: of the training tokens, the borders of documents, and which tokens have a label.
+        teacher_sha256: digest of the teacher's file.
+        tokenizer_sha256: digest of the student tokenizer's token -> id map.
+        data_sha256: digest of the training tokens, the borders of documents, and which tokens have a label.
         rows: student's vocabulary rows, to which the teacher's logits were cut before softmax.
         seq_len: T.
         windows: how many windows there are.
@@ -82,7 +83,7 @@ class CacheIndex:
     """``cache.json``: the key, the layout and the finished shards.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         key: what it belongs to.
         k: listed tokens of a position.
         shards: ``{file name: {"sha256", "bytes", "tail_mass"}}`` of those that are finished.
@@ -119,6 +120,11 @@ class CacheIndex:
     def num_bytes(self) -> int:
         """Bytes of a complete cache, headers apart."""
         return self.key.windows * self.key.seq_len * bytes_per_token(self.k, self.key.rows)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the finished shards."""
+        return sum(shard["bytes"] for shard in self.shards.values())
 
     @property
     def tail_mass(self) -> float:
@@ -184,41 +190,31 @@ def read_index(folder: Path) -> CacheIndex:
     path = folder / INDEX_FILE
     document = parse_json(read_bounded(path, _MAX_INDEX_BYTES), str(path))
     try:
-        key, k, shards, per_shard = _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            str(path), expected=f"cache version {CACHE_VERSION}", got=f"something else ({error})"[:120],
-            remedy="make it anew with q4kd cache",
-        ) from error  # fmt: skip
-    index = CacheIndex(folder, key, k, shards, per_shard)
-    known = {index.name(number) for number in range(index.num_shards)}
-    if not set(shards) <= known:
-        stray = sorted(set(shards) - known)[0]
-        raise InputError(str(path), expected="shards of this cache", got=repr(stray)[:60], remedy="make it anew")
-    return index
+        return _parse(folder, document)
+    except ValueError as error:
+        raise damaged(path, f"cache version {CACHE_VERSION}", f"something else ({error})"[:120]) from error
 
 
-def _parse(document: Any) -> tuple[CacheKey, int, dict[str, dict[str, Any]], int]:
-    if document["version"] != CACHE_VERSION:
-        raise ValueError(f"version {document['version']!r}")
-    key, k, per_shard = CacheKey(**document["key"]), document["k"], document["windows_per_shard"]
+def _parse(folder: Path, document: object) -> CacheIndex:
+    kinds: dict[str, FieldKind] = {"version": CACHE_VERSION, "key": dict, "k": int, "windows_per_shard": int}
+    fields = check_fields(document, kinds | {"shards": dict})
+    key = CacheKey(**check_fields(fields["key"], typing.get_type_hints(CacheKey)))
+    k, per_shard, shards = fields["k"], fields["windows_per_shard"], fields["shards"]
     for number in (key.rows, key.seq_len, key.windows, k, per_shard):
-        if type(number) is not int or not 0 < number < 1 << 40:
+        if not 0 < number < 1 << 40:
             raise ValueError(f"size {number!r}")
     if k > key.rows:
         raise ValueError(f"k {k} of {key.rows} rows")
     if -(-key.windows // per_shard) > _MAX_SHARDS:
         raise ValueError(f"{key.windows} windows in shards of {per_shard}")
-    for text in (key.teacher_sha256, key.tokenizer_sha256, key.data_sha256, key.packing):
-        if type(text) is not str:
-            raise ValueError(f"key {text!r}"[:60])
-    shards = {str(name): dict(shard) for name, shard in document["shards"].items()}
     for shard in shards.values():
-        if type(shard["bytes"]) is not int or not 0 < shard["bytes"] <= _MAX_SHARD_BYTES:
-            raise ValueError(f"shard of {shard['bytes']!r} bytes")
-        if type(shard["sha256"]) is not str or not isinstance(shard["tail_mass"], float):
-            raise ValueError("shard without digest or tail mass")
-    return key, k, shards, per_shard
+        size = check_fields(shard, {"sha256": str, "bytes": int, "tail_mass": float})["bytes"]
+        if not 0 < size <= _MAX_SHARD_BYTES:
+            raise ValueError(f"shard of {size!r} bytes")
+    index = CacheIndex(folder, key, k, shards, per_shard)
+    for stray in sorted(shards.keys() - {index.name(number) for number in range(index.num_shards)}):
+        raise ValueError(f"a shard of another cache, {stray[:60]!r}")
+    return index
 
 
 def explain_mismatch(found: CacheKey, wanted: CacheKey) -> str | None:
@@ -233,10 +229,5 @@ def _short(value: object) -> str:
 
 
 def damaged(path: Path, expected: str, got: str) -> InputError:
-    """Return the refusal of a shard."""
-    return InputError(
-        str(path),
-        expected=expected,
-        got=got,
-        remedy="delete the cache's folder and make it anew",
-    )
+    """Return the refusal of a shard or of the index."""
+    return InputError(str(path), expected=expected, got=got, remedy="delete the cache's folder and make it anew")

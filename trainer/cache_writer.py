@@ -23,7 +23,7 @@ from q4kd.trainer.packing import Windows
 from q4kd.trainer.teacher import Teacher
 
 _SAY_EVERY_S = 5.0
-# Beside the shards: cache.json, and a temporary copy of a shard.
+# Beside the shards, the disk holds cache.json and a temporary copy of a shard.
 _DISK_MARGIN = 1.01
 
 
@@ -58,9 +58,8 @@ def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIn
     index = read_index(folder)
     check_key(index, key)
     if index.k != k:
-        raise InputError(
-            f"--k {k}", expected=f"k of the cache in {folder}: {index.k}", got=str(k), remedy="choose another --out"
-        )
+        expected, remedy = f"k of the cache in {folder}: {index.k}", "choose another --out"
+        raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
     for shard in range(index.num_shards):
         if index.name(shard) in index.shards:
             try:
@@ -77,15 +76,12 @@ def check_disk(index: CacheIndex) -> None:
     Raises:
         InputError: with the arithmetic.
     """
-    missing = int(_DISK_MARGIN * (index.num_bytes - sum(shard["bytes"] for shard in index.shards.values())))
+    missing = int(_DISK_MARGIN * (index.num_bytes - index.kept_bytes))
     free = shutil.disk_usage(index.folder).free
     if missing > free:
-        raise InputError(
-            f"--out {index.folder}",
-            expected=f"{sized(missing)} of free disk ({index.key.windows * index.key.seq_len:,} tokens, k {index.k})",
-            got=sized(free),
-            remedy="choose a smaller --k, less data or another disk",
-        )
+        tokens, remedy = index.key.windows * index.key.seq_len, "choose a smaller --k, less data or another disk"
+        expected = f"{sized(missing)} of free disk ({tokens:,} tokens, k {index.k})"
+        raise InputError(f"--out {index.folder}", expected=expected, got=sized(free), remedy=remedy)
 
 
 def write_cache(index: CacheIndex, teacher: Teacher, windows: Windows, how: Pass) -> None:
@@ -142,10 +138,10 @@ def _progress(index: CacheIndex, total: int) -> Callable[[int], None]:
         if now - last < _SAY_EVERY_S:
             return
         last, rate = now, done / (now - started)
-        size = sum(shard["bytes"] for shard in index.shards.values())
         print(
-            f"cache: {done:,} of {total:,} windows, {len(index.shards)} of {index.num_shards} shards, {sized(size)}, "
-            f"{rate * index.key.seq_len:.0f} tok/s, about {(total - done) / rate:.0f} s left",
+            f"cache: {done:,} of {total:,} windows, {len(index.shards)} of {index.num_shards} shards, "
+            f"{sized(index.kept_bytes)}, {rate * index.key.seq_len:.0f} tok/s, "
+            f"about {(total - done) / rate:.0f} s left",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""A teacher that is not here: what it said of every training window, read from a cache that must belong to the run."""
+"""A teacher that is not loaded: what it said of every window is read from a cache that must belong to the run."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from typing import Any
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.cache_reader import CacheReader
 from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, explain_mismatch, read_index
-from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.config import DistillConfig, no_stream
 from q4kd.trainer.data import BatchOrder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
@@ -21,7 +21,7 @@ class CachedTeacher:
     """Gives a step its teacher's signal from a cache.
 
     Args:
-        index: of a complete cache that belongs to this run.
+        index: index of a complete cache that belongs to this run.
 
     Raises:
         InputError: when the cache is not complete.
@@ -46,7 +46,7 @@ class CachedTeacher:
 
     @property
     def identity(self) -> str:
-        """What a resumed run must find again: two caches of one identity teach the same."""
+        """Digest and k that a resumed run must find again: two caches of one identity teach the same."""
         return f"{self.index.key.teacher_sha256} k={self.index.k}"
 
 
@@ -57,12 +57,7 @@ def training_windows(data: TrainingData) -> Windows:
         InputError: for a stream, whose windows have no fixed order.
     """
     if not isinstance(data.order, BatchOrder):
-        raise InputError(
-            "setting streaming",
-            expected="data in a fixed order, for a teacher's cache",
-            got="a stream",
-            remedy="set streaming to false; tokens that do not fit in memory are kept on disk",
-        )
+        raise no_stream()
     return data.order.windows
 
 
@@ -89,7 +84,7 @@ def make_key(data: TrainingData, tokenizer: Any, rows: int, teacher_sha256: str)
 def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: Any, rows: int) -> CachedTeacher:
     """Open the cache of a run and check that it belongs to it.
 
-    With a teacher named as well, as in a RUN.yaml that made the cache, the cache must be of that file, which is not
+    When a teacher is named as well, as in a RUN.yaml that made the cache, the cache must be of that file; it is not
     loaded.
 
     Raises:
@@ -109,12 +104,10 @@ def _digest(config: DistillConfig) -> str:
     try:
         return sha256_file(config.teacher)
     except OSError as error:
-        raise InputError(
-            f"--teacher {config.teacher}",
-            expected="the file that the cache was made from",
-            got=str(error.strerror),
-            remedy="leave it out: the cache names its teacher by digest",
-        ) from error
+        expected = "the file that the cache was made from"
+        remedy = "leave it out: the cache names its teacher by digest"
+        subject, got = f"--teacher {config.teacher}", str(error.strerror)
+        raise InputError(subject, expected=expected, got=got, remedy=remedy) from error
 
 
 def check_key(index: CacheIndex, wanted: CacheKey) -> None:
@@ -125,9 +118,6 @@ def check_key(index: CacheIndex, wanted: CacheKey) -> None:
     """
     difference = explain_mismatch(index.key, wanted)
     if difference is not None:
-        raise InputError(
-            str(index.folder / INDEX_FILE),
-            expected="a cache of this teacher, tokenizer, data and seq_len",
-            got=f"another one ({difference})",
-            remedy="repeat the settings that it was made with, or make one for these with q4kd cache",
-        )
+        expected, got = "a cache of this teacher, tokenizer, data and seq_len", f"another one ({difference})"
+        remedy = "repeat the settings that it was made with, or make one for these with q4kd cache"
+        raise InputError(str(index.folder / INDEX_FILE), expected=expected, got=got, remedy=remedy)

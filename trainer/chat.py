@@ -1,4 +1,4 @@
-"""Chats to tokens: the student's chat template, and which tokens the assistant said.
+"""Turns chats into tokens by the student's chat template, and finds which tokens the assistant said.
 
 Where the template marks generation (``{% generation %}``), transformers returns the mask. Elsewhere an assistant
 message is what the text up to and with it adds to the text before it with the assistant's turn opened; that those are
@@ -36,12 +36,8 @@ class ChatTemplate:
         """
         template = getattr(self._tokenizer, "chat_template", None)
         if not isinstance(template, str):
-            raise InputError(
-                f"chat {where}",
-                expected="one chat template in the student's tokenizer",
-                got="none" if not template else "several",
-                remedy="add chat_template.jinja to the student's folder",
-            )
+            expected, got = "one chat template in the student's tokenizer", "several" if template else "none"
+            raise _refuse(where, expected, got, "add chat_template.jinja to the student's folder")
         if self._completion_only and _MARKED.search(template):
             found = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return Encoded.make(found["input_ids"], np.array(found["assistant_masks"], bool))
@@ -49,12 +45,8 @@ class ChatTemplate:
         if not self._completion_only:
             return Encoded.make(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not self._tokenizer.is_fast:
-            raise InputError(
-                f"chat {where}",
-                expected="a fast tokenizer, or {% generation %} in its template, for completion_only",
-                got=type(self._tokenizer).__name__,
-                remedy="save the tokenizer as tokenizer.json",
-            )
+            expected = "a fast tokenizer, or {% generation %} in its template, for completion_only"
+            raise _refuse(where, expected, type(self._tokenizer).__name__, "save the tokenizer as tokenizer.json")
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         firsts = np.array([first for first, _ in found["offset_mapping"]], np.int64)
         learnt = np.zeros(len(firsts), bool)
@@ -71,12 +63,9 @@ class ChatTemplate:
             before = self._render(messages[:index], where, tokenize=False, add_generation_prompt=True) if index else ""
             upto = self._render(messages[: index + 1], where, tokenize=False)
             if not upto.startswith(before) or not text.startswith(upto):
-                raise InputError(
-                    f"chat {where}",
-                    expected="a chat template that only appends, or that marks {% generation %}, for completion_only",
-                    got=f"one that writes message {index + 1} in two ways",
-                    remedy="mark what the assistant says with {% generation %} in the template",
-                )
+                expected = "a chat template that only appends, or that marks {% generation %}, for completion_only"
+                remedy = "mark what the assistant says with {% generation %} in the template"
+                raise _refuse(where, expected, f"one that writes message {index + 1} in two ways", remedy)
             spans.append((len(before), len(upto)))
         return spans
 
@@ -87,9 +76,9 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template([dict(message) for message in messages], **options)
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise InputError(
-                f"chat {where}",
-                expected="messages that the student's chat template accepts",
-                got=reason,
-                remedy="correct or remove the record",
-            ) from error
+            expected, remedy = "messages that the student's chat template accepts", "mend or remove the record"
+            raise _refuse(where, expected, reason, remedy) from error
+
+
+def _refuse(where: str, expected: str, got: str, remedy: str) -> InputError:
+    return InputError(f"chat {where}", expected=expected, got=got, remedy=remedy)

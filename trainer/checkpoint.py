@@ -5,7 +5,6 @@ of the random number generators) and ``state.json``. It is written under a tempo
 on disk, so a folder with the final name is complete. ``checkpoints/best.json`` names the one with the best evaluation.
 """
 
-import json
 import math
 import os
 import re
@@ -20,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json, sha256_file, sync_folder, write_json
+from q4kd.trainer.errors import InputError, first_line
+from q4kd.trainer.files import FieldKind, check_fields, read_json, sha256_file, sync_folder, write_json
 from q4kd.trainer.optimizer import MasterWeightOptimizer
 from q4kd.trainer.sharding import load_trained_tensors
 
 STATE_VERSION = 2
 BEST_FILE = "best.json"
-# Of two evaluations, whether the first is the better one.
+# Each function says whether the first of two evaluations is the better one.
 IS_BETTER: Mapping[str, Callable[[float, float], bool]] = {
     "loss": lambda one, other: one < other,
     "kl": lambda one, other: one < other,
@@ -36,6 +35,10 @@ IS_BETTER: Mapping[str, Callable[[float, float], bool]] = {
 _NAME = re.compile(r"step-(\d{6,12})")
 _LEFT_OVER = re.compile(r"\.step-\d{6,12}\.tmp")
 _PARTS = ("model", "optimizer", "random")
+_STATE_FIELDS: dict[str, FieldKind] = {
+    "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None,
+    "sha256": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _file(part: str) -> str:
 
 
 def save_checkpoint(run: Path, tensors: CheckpointTensors, state: CheckpointState) -> Path:
-    """Write a checkpoint and return its folder. One that is there already, complete, is left as it is.
+    """Write a checkpoint and return its folder. A complete one that is there already is left as it is.
 
     Raises:
         OSError, SafetensorError: when it cannot be written; earlier checkpoints are then untouched.
@@ -175,7 +178,7 @@ def _evaluations(run: Path, metric: str) -> dict[Path, float]:
 
 
 def is_best(run: Path, metric: str, value: float) -> bool:
-    """Whether an evaluation is better than that of every checkpoint there is; one that is not finite never is."""
+    """Return whether an evaluation is better than every checkpoint's; one that is not finite never is."""
     better = IS_BETTER[metric]
     return math.isfinite(value) and all(better(value, other) for other in _evaluations(run, metric).values())
 
@@ -195,16 +198,15 @@ def prune_checkpoints(run: Path, keep: int, metric: str) -> Path | None:
         write_json(folder / BEST_FILE, {"checkpoint": best.name, "metric": metric, "value": values[best]})
     for old in list_checkpoints(run)[:-keep]:
         if old != best:
-            # Renamed first, so that nothing half deleted bears the name of a checkpoint.
+            # It is renamed first, so that nothing half deleted bears the name of a checkpoint.
             old.rename(folder / f".{old.name}.tmp")
     _remove_left_overs(folder)
     return best
 
 
 def _refuse(path: Path, expected: str, got: str) -> InputError:
-    return InputError(
-        str(path), expected=expected, got=got, remedy="delete this checkpoint to resume from the one before it"
-    )
+    remedy = "delete this checkpoint to resume from the one before it"
+    return InputError(str(path), expected=expected, got=got, remedy=remedy)
 
 
 def read_state(path: Path) -> CheckpointState:
@@ -217,18 +219,14 @@ def read_state(path: Path) -> CheckpointState:
         document = read_json(path / "state.json")
     except InputError as error:
         raise _refuse(path, f"state.json with {error.expected}", error.got) from error
-    if not isinstance(document, dict) or document.get("version") != STATE_VERSION:
-        raise _refuse(path, f"checkpoint version {STATE_VERSION}", json.dumps(document)[:80])
-    digests, evaluation = document.get("sha256"), document.get("evaluation")
-    step, config = document.get("step"), document.get("config")
-    if not isinstance(digests, dict) or not isinstance(step, int) or not isinstance(config, dict):
-        raise _refuse(path, "step, config and digests in state.json", "something else")
+    try:
+        fields = check_fields(document, _STATE_FIELDS)
+    except ValueError as error:
+        raise _refuse(path, f"state.json of checkpoint version {STATE_VERSION}", str(error)) from error
     for part in map(_file, _PARTS):
-        if not (path / part).is_file() or sha256_file(path / part) != digests.get(part):
+        if not (path / part).is_file() or sha256_file(path / part) != fields["sha256"].get(part):
             raise _refuse(path, f"{part} with the digest in state.json", "a missing or changed file")
-    return CheckpointState(
-        step, config, str(document.get("data_sha256")), evaluation if isinstance(evaluation, dict) else None
-    )
+    return CheckpointState(fields["step"], fields["config"], fields["data_sha256"], fields["evaluation"])
 
 
 def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOptimizer, accelerator: Any) -> None:
@@ -242,7 +240,7 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         optimizer.load(load_file(path / _file("optimizer")).items())
         random = load_file(path / _file("random"))
     except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _refuse(path, "tensors of this student", str(error).splitlines()[0][:120]) from error
+        raise _refuse(path, "tensors of this student", first_line(error)) from error
     _restore_random(path, random, accelerator)
 
 
@@ -252,14 +250,14 @@ def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) 
         if accelerator.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(_own_state(random["cuda"], accelerator), accelerator.device)
     except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise _refuse(path, "states of random number generators", str(error).splitlines()[0][:120]) from error
+        raise _refuse(path, "states of random number generators", first_line(error)) from error
 
 
 def _own_state(states_PN: Tensor, accelerator: Any) -> Tensor:
-    """Return this process's generator state; of a run with fewer processes, an earlier process's.
+    """Return this process's generator state, or an earlier process's when the run had fewer processes.
 
-    A copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes for
-    one in states.
+    It is a copy, because torch reads a view of another row far outside its memory: it takes the view's offset in bytes
+    for one in states.
     """
     return states_PN[accelerator.process_index % len(states_PN)].clone()
 

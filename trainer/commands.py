@@ -1,18 +1,16 @@
-"""The trainer's commands: ``q4kd inspect``, ``q4kd logits`` and ``q4kd distill``."""
+"""The commands that look at a teacher: ``q4kd inspect`` and ``q4kd logits``."""
 
 import argparse
-import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.run_arguments import add_run_arguments, read_run_arguments
+from q4kd.trainer.errors import InputError, unwritable
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the trainer's sub-commands; each sets ``run`` to a function from parsed arguments to an exit code."""
+    """Register the commands; each sets ``run`` to a function from parsed arguments to an exit code."""
     inspect = subparsers.add_parser("inspect", help="a model file: architecture, types, sizes, backend")
     inspect.add_argument("model", type=Path, metavar="MODEL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -28,14 +26,6 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     logits.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     logits.add_argument("--events", type=Path, help="append events as JSON lines to this file")
     logits.set_defaults(run=_logits)
-
-    distill = subparsers.add_parser("distill", help="train a student from a frozen quantised teacher")
-    add_run_arguments(distill)
-    distill.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    distill.add_argument("--events", type=Path, help="append events to this file instead of OUT/events.jsonl")
-    distill.add_argument("--print-config", action="store_true", help="print the settings as RUN.yaml and stop")
-    distill.add_argument("--print-schema", action="store_true", help="print the JSON Schema of RUN.yaml and stop")
-    distill.set_defaults(run=_distill)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -76,23 +66,6 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_ids(path: Path) -> Any:
-    import numpy as np
-
-    from q4kd.trainer.files import read_bounded
-
-    try:
-        ids = np.load(io.BytesIO(read_bounded(path, 1 << 30)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(
-            str(path), expected="an integer .npy array", got=str(error)[:100], remedy="write it with numpy.save"
-        ) from error
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-        shape = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(str(path), expected="integers [T] or [B,T], not empty", got=shape, remedy="reshape the array")
-    return ids.astype(np.int64)
-
-
 def _logits(args: argparse.Namespace) -> int:
     import time
 
@@ -100,12 +73,16 @@ def _logits(args: argparse.Namespace) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.fidelity_text import read_ids
     from q4kd.trainer.files import replacing
     from q4kd.trainer.footprint import predict_footprint
     from q4kd.trainer.memory_report import sized
     from q4kd.trainer.teacher import load_teacher
 
-    ids = _read_ids(args.ids)
+    ids = read_ids(args.ids)
+    if ids.ndim not in (1, 2) or ids.size == 0:
+        expected, remedy = "integers [T] or [B,T], not empty", "reshape the array"
+        raise InputError(str(args.ids), expected=expected, got=f"{ids.dtype} {ids.shape}", remedy=remedy)
     events = EventLog(args.events)
     events.start()
     events.emit("imports_done")
@@ -122,26 +99,7 @@ def _logits(args: argparse.Namespace) -> int:
         with replacing(args.out) as file:
             np.lib.format.write_array(file, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
     except OSError as error:
-        raise InputError(
-            f"--out {args.out}", expected="a writable path", got=str(error.strerror), remedy="choose another folder"
-        ) from error
+        raise unwritable(f"--out {args.out}", error, "a writable path") from error
     print(f"logits: {ids.size} positions x {logits.shape[-1]} in {time.monotonic() - started:.2f} s -> {args.out}")
     events.emit("done", step=0)
-    return 0
-
-
-def _distill(args: argparse.Namespace) -> int:
-    from q4kd.trainer.config_file import format_config, run_schema
-
-    if args.print_schema:
-        print(run_schema(), end="")
-        return 0
-    config = read_run_arguments(args)
-    if args.print_config:
-        print(format_config(config), end="")
-        return 0
-
-    from q4kd.trainer.distill import distill
-
-    distill(config, resume=args.resume, events_path=args.events)
     return 0

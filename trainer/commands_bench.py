@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from q4kd.trainer.bounded_options import count
-from q4kd.trainer.commands_bench_step import add_step
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, outside, unknown_name, unwritable
+from q4kd.trainer.run_arguments import count
 
 _CPU_ENGINES = ("dense", "transformers", "llama.cpp")
+_PEERS = ("trl-bf16", "trl-nf4")
 _DTYPES = ("auto", "float32", "bfloat16")
 _MAX_ROUNDS = 1000
 
@@ -44,7 +44,17 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
     load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
     load.set_defaults(run=_load)
-    add_step(commands)
+    step = commands.add_parser("step", help="an optimiser step beside its parts, and beside TRL's GKD trainer")
+    step.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    step.add_argument("--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)")
+    step.add_argument("--rounds", type=int, default=9, metavar="N", help="counted rounds")
+    step.add_argument(
+        "--against", default="", metavar="PEER,…", help="trl-bf16, trl-nf4 (CUDA; each must be installed)"
+    )
+    step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of q4kd distill")
+    step.add_argument("--layers", type=int, default=28, metavar="N", help="of the 7B-shaped teacher")
+    step.add_argument("--out", type=Path, default=Path("bench-step"), metavar="DIR", help="write step.json there")
+    step.set_defaults(run=_step)
     kernels = commands.add_parser("kernels", help="bandwidth of the CUDA decoders, time of the small-batch products")
     kernels.set_defaults(run=_kernels)
 
@@ -79,10 +89,12 @@ def _loss(args: argparse.Namespace) -> int:
     }
     shape = dataclasses.replace(default, **sizes)
     if shape.teacher_hidden % 256:
-        raise InputError("--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="correct it")
+        raise InputError(
+            "--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="round it up"
+        )
     chunk = 0 if args.chunk == "0" else count("--chunk", args.chunk, 1 << 20)
     if not 1e-3 <= args.temperature <= 1e3:
-        raise InputError("--temperature", expected="1e-3 to 1e3", got=str(args.temperature), remedy="correct it")
+        raise outside("--temperature", args.temperature, 1e-3, 1e3)
     config = KDLossConfig(chunk_tokens=chunk, divergence=args.divergence, temperature=args.temperature)
     found = compare_loss(shape, args.device, config, count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
     lines = list(table(found))
@@ -104,9 +116,7 @@ def _write(folder: Path, name: str, found: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / name, found)
     except OSError as error:
-        raise InputError(
-            f"--out {folder}", expected="a writable folder", got=str(error.strerror), remedy="choose another"
-        ) from error
+        raise unwritable(f"--out {folder}", error) from error
 
 
 def _load(args: argparse.Namespace) -> int:
@@ -133,7 +143,7 @@ def _teacher(args: argparse.Namespace) -> int:
     engines = [name for name in args.against.split(",") if name]
     for name in engines:
         if name not in _CPU_ENGINES:
-            raise InputError("--against", expected=", ".join(_CPU_ENGINES), got=repr(name)[:40], remedy="name these")
+            raise unknown_name(f"--against {name[:40]}", name, _CPU_ENGINES, "engine")
     rounds = count("--pairs", str(args.pairs), _MAX_ROUNDS)
     threads = count("--threads", str(args.threads), 1024)
 
@@ -149,3 +159,34 @@ def _teacher(args: argparse.Namespace) -> int:
         _write(args.out, "bench.json", found)
     print("\n".join(table(found)))
     return 0 if found["shapes"] else 1
+
+
+def _step(args: argparse.Namespace) -> int:
+    from q4kd.trainer.config_file import parse_assignment
+
+    if args.device == "cuda":
+        from q4kd.trainer.device import cuda_facts
+
+        cuda_facts()
+    batch, cross, length = (args.shape or ("32x256" if args.device == "cuda" else "4x64")).partition("x")
+    if not cross:
+        raise InputError("--shape", expected="BxT, such as 32x256", got=repr(args.shape)[:40], remedy="write it so")
+    peers = [name for name in args.against.split(",") if name]
+    for name in peers:
+        if name not in _PEERS or args.device != "cuda":
+            expected, got = "trl-bf16 or trl-nf4, with --device cuda", f"{name!r} on {args.device}"[:60]
+            raise InputError("--against", expected=expected, got=got, remedy="leave it out, or name these on a GPU")
+    from q4kd.trainer.bench.interleave import Shape
+    from q4kd.trainer.bench.step import run_step
+
+    lines = run_step(
+        out=args.out,
+        device=args.device,
+        shape=Shape(count("--shape", batch, 1 << 16), count("--shape", length, 1 << 20)),
+        rounds=count("--rounds", str(args.rounds), _MAX_ROUNDS),
+        against=peers,
+        settings=dict(parse_assignment(text) for text in args.set),
+        layers=count("--layers", str(args.layers), 28),
+    )
+    print("\n".join(["", *lines]))
+    return 0

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.config import no_stream
+from q4kd.trainer.errors import InputError, outside
 from q4kd.trainer.run_arguments import add_run_arguments, read_run_arguments
 
 DEFAULT_K = 32
@@ -45,24 +46,15 @@ def _check_arguments(args: argparse.Namespace, config: Any) -> None:
         ("--shard-mb", args.shard_mb, 1, 1000),
     ):
         if not low <= value <= high:
-            raise InputError(option, expected=f"{low} to {high}", got=str(value), remedy="choose a number in between")
+            raise outside(option, value, low, high)
     if config.teacher is None:
         raise InputError("setting teacher", expected="a path", got="nothing", remedy="pass --teacher: it is run here")
     if config.streaming:
-        raise InputError(
-            "setting streaming",
-            expected="data in a fixed order, for a teacher's cache",
-            got="a stream",
-            remedy="set streaming to false; tokens that do not fit in memory are kept on disk",
-        )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+        raise no_stream()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it.
     if processes > 1:
-        raise InputError(
-            "q4kd cache",
-            expected="one process",
-            got=f"{processes}",
-            remedy="start it without torchrun; to share the work, cache parts of the data in folders of their own",
-        )
+        remedy = "start it without torchrun; to share the work, cache parts of the data in folders of their own"
+        raise InputError("q4kd cache", expected="one process", got=f"{processes}", remedy=remedy)
 
 
 def _cache(args: argparse.Namespace) -> int:

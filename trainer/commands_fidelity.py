@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, unwritable
 
 SCHEMA = "q4kd-fidelity/1"
 _DENSE_RECIPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
@@ -74,9 +74,7 @@ def _fidelity(args: argparse.Namespace) -> int:
         try:
             write_json(args.out, report)
         except OSError as error:
-            raise InputError(
-                f"--out {args.out}", expected="a writable path", got=str(error.strerror), remedy="choose another"
-            ) from error
+            raise unwritable(f"--out {args.out}", error, "a writable path") from error
     print(json.dumps(report, indent=1, sort_keys=True) if args.json else describe(report))
     return 0
 
@@ -125,9 +123,8 @@ def _as_file(path: Path, temporary: Path) -> Path:
         state.pop("lm_head.weight", None)
     dtype = str(Counter(tensor.dtype for tensor in state.values()).most_common(1)[0][0])
     if dtype not in _DENSE_RECIPES:
-        raise InputError(
-            str(path), expected=f"weights in {', '.join(_DENSE_RECIPES)}", got=dtype, remedy="name the original"
-        )
+        expected = f"weights in {', '.join(_DENSE_RECIPES)}"
+        raise InputError(str(path), expected=expected, got=dtype, remedy="name the original")
     _say(f"{path.name}: written as a temporary {dtype.removeprefix('torch.')} file")
     try:
         write_gguf(
@@ -139,12 +136,9 @@ def _as_file(path: Path, temporary: Path) -> Path:
             name=source.title,
         )
     except OSError as error:
-        raise InputError(
-            f"temporary folder {temporary.parent}",
-            expected="room for the dense model",
-            got=str(error.strerror),
-            remedy="set TMPDIR to a folder with more room",
-        ) from error
+        subject, remedy = f"temporary folder {temporary.parent}", "set TMPDIR to a folder with more room"
+        got = str(error.strerror)
+        raise InputError(subject, expected="room for the dense model", got=got, remedy=remedy) from error
     return temporary
 
 
@@ -164,12 +158,9 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Callable[[list[str
         tokenizer = load_tokenizer(args.tokenizer)
         for token, index in tokenizer.get_vocab().items():
             if index >= len(model.tokens) or model.tokens[index] != token:
-                raise InputError(
-                    f"--tokenizer {args.tokenizer}",
-                    expected="the models' token at every id",
-                    got=f"{token!r} as {index}",
-                    remedy="name the models' own tokenizer",
-                )
+                expected, got = "the models' token at every id", f"{token!r} as {index}"
+                remedy = "name the models' own tokenizer"
+                raise InputError(f"--tokenizer {args.tokenizer}", expected=expected, got=got, remedy=remedy)
         return encoder(tokenizer), special("eos"), begin
     from q4kd.trainer.gguf_tokenizer import read_tokenizer
 

@@ -1,17 +1,15 @@
 """RUN.yaml and ``--set``: where settings come from, how they are printed, and the schema that editors complete from."""
 
-import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.config import DistillConfig, settings
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
-from q4kd.trainer.setting_value import kind_of
+from q4kd.trainer.setting_value import Setting
 from q4kd.trainer.yaml_lines import parse_yaml, scalar_of_yaml_1_1
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -49,12 +47,12 @@ def format_config(config: DistillConfig) -> str:
     lines: list[str] = []
     heading = ""
     values = config.to_json()
-    for setting in dataclasses.fields(config):
-        if setting.metadata["group"] != heading:
-            heading = setting.metadata["group"]
+    for name, setting in settings().items():
+        if setting.group != heading:
+            heading = setting.group
             lines += ["", f"# {heading}"] if lines else [f"# {heading}"]
-        line = f"{setting.name}: {_scalar(values[setting.name])}"
-        if setting.default is not dataclasses.MISSING and values[setting.name] != setting.default:
+        line = f"{name}: {_scalar(values[name])}"
+        if not setting.is_required and values[name] != setting.default:
             line += f"  # default: {_scalar(setting.default)}"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -67,13 +65,11 @@ def _scalar(value: object) -> str:
 
 def run_schema() -> str:
     """Return the JSON Schema (2020-12) of RUN.yaml, as shipped in ``run.schema.json``."""
-    kinds = typing.get_type_hints(DistillConfig)
-    settings = dataclasses.fields(DistillConfig)
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "RUN.yaml of q4kd distill",
         "type": "object",
-        "properties": {setting.name: _property(setting, kinds[setting.name]) for setting in settings},
+        "properties": {name: _property(setting) for name, setting in settings().items()},
         "additionalProperties": False,
     }
     return json.dumps(schema, indent=1) + "\n"
@@ -82,17 +78,15 @@ def run_schema() -> str:
 _JSON_TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 
 
-def _property(setting: "dataclasses.Field[Any]", annotation: Any) -> dict[str, Any]:
-    kind, is_optional = kind_of(annotation)
-    name = _JSON_TYPES[kind]
-    unit, low, high = (setting.metadata[key] for key in ("unit", "low", "high"))
-    entry: dict[str, Any] = {"description": setting.metadata["help"] + (f" ({unit})" if unit else "")}
-    if setting.metadata["choices"]:
-        entry["enum"] = [*setting.metadata["choices"], *([None] if is_optional else [])]
+def _property(setting: Setting) -> dict[str, Any]:
+    entry: dict[str, Any] = {"description": setting.help + (f" ({setting.unit})" if setting.unit else "")}
+    if setting.choices:
+        entry["enum"] = [*setting.choices, *([None] if setting.is_optional else [])]
     else:
-        entry["type"] = [name, "null"] if is_optional else name
-    if low is not None:
-        entry |= {"minimum": low, "maximum": high}
-    if setting.default is not dataclasses.MISSING:
+        name = _JSON_TYPES[setting.kind]
+        entry["type"] = [name, "null"] if setting.is_optional else name
+    if setting.low is not None:
+        entry |= {"minimum": setting.low, "maximum": setting.high}
+    if not setting.is_required:
         entry["default"] = setting.default
     return entry

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from q4kd.trainer.documents import Document
 from q4kd.trainer.errors import InputError
 
-# Documents and bytes of them that are tokenised at one time.
+# At most so many documents, and so many bytes of them, are tokenised at one time.
 _GROUP, _GROUP_BYTES = 512, 8 << 20
 
 
@@ -28,12 +28,12 @@ class Encoded:
 
     @classmethod
     def make(cls, ids: Sequence[int], learnt: npt.NDArray[np.bool_] | None = None) -> "Encoded":
-        """Return it from plain integers."""
+        """Return the tokens of a document from plain integers."""
         return cls(np.asarray(ids, np.int32), learnt)
 
 
 class ChatEncoder(Protocol):
-    """What encodes chats: ``chat.ChatTemplate``."""
+    """An encoder of chats: ``chat.ChatTemplate``."""
 
     def encode(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
         """Return a chat's tokens and which are learnt."""
@@ -47,11 +47,11 @@ class DocumentEncoder:
     they are.
 
     Args:
-        encode: texts to token ids.
-        end_of_text: appended to every text.
-        chat: encodes chats.
+        encode: function from texts to token ids.
+        end_of_text: id that is appended to every text.
+        chat: encoder of chats.
         completion_only: whether prompts are not learnt; a plain text has none, so it is refused.
-        vocab_size: ids must be below it.
+        vocab_size: number that every id must be below.
     """
 
     def __init__(
@@ -107,21 +107,14 @@ class DocumentEncoder:
         prompt = next(texts)
         if document.completion is None:
             if self._completion_only:
-                raise InputError(
-                    f"document {document.name}",
-                    expected="messages, or a prompt and a completion, for completion_only",
-                    got="plain text",
-                    remedy="set completion_only to false, or give chats",
-                )
+                expected, got = "messages, or a prompt and a completion, for completion_only", "plain text"
+                remedy = "set completion_only to false, or give chats"
+                raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
             return Encoded.make([*prompt, self._end])
         completion = next(texts)
         ids = np.array([*prompt, *completion, self._end], np.int32)
         return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
 
     def _refuse(self, document: Document, got: str) -> InputError:
-        return InputError(
-            f"document {document.name}",
-            expected=f"token ids from 0 to {self._vocab_size - 1}",
-            got=got,
-            remedy="tokenise it with the student's tokenizer",
-        )
+        expected, remedy = f"token ids from 0 to {self._vocab_size - 1}", "tokenise it with the student's tokenizer"
+        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)

@@ -1,6 +1,7 @@
 """The errors a user can cause. Each says what was expected, what was found, and what to do next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -16,6 +17,46 @@ class InputError(Exception):
     def __init__(self, subject: str, *, expected: str, got: str, remedy: str) -> None:
         self.subject, self.expected, self.got, self.remedy = subject, expected, got, remedy
         super().__init__(f"{subject}: expected {expected}, got {got}; {remedy}")
+
+
+def unknown_name(subject: str, name: str, known: Iterable[str], kind: str) -> InputError:
+    """Return the refusal of a name that is not one of the known ones; it suggests the nearest, or lists them.
+
+    Args:
+        subject: what is wrong, such as ``setting lrr``.
+        name: what was given.
+        known: the names that there are.
+        kind: what they name, such as ``setting``.
+    """
+    import difflib
+
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
+    return InputError(subject, expected=f"a known {kind}", got="an unknown one", remedy=remedy)
+
+
+def unreadable(path: Path, error: OSError, expected: str = "a readable file") -> InputError:
+    """Return the refusal of a file that the system would not read."""
+    remedy = "name a file that is there and that you may read"
+    return InputError(str(path), expected=expected, got=str(error.strerror), remedy=remedy)
+
+
+def unwritable(subject: str, error: OSError, expected: str = "a writable folder") -> InputError:
+    """Return the refusal of a place that the system would not write to, such as ``--out runs/1``."""
+    remedy = "choose another place, with room and with permission to write"
+    return InputError(subject, expected=expected, got=str(error.strerror), remedy=remedy)
+
+
+def outside(subject: str, value: float, low: float, high: float) -> InputError:
+    """Return the refusal of a number that is not from ``low`` to ``high``."""
+    remedy = "choose a number in between"
+    return InputError(subject, expected=f"{low} to {high}", got=str(value), remedy=remedy)
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's type and message in at most 160 characters of one line, to be what was got."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 class FrozenTeacherError(InputError):
@@ -77,7 +118,7 @@ class StoppedError(TrainingAborted):
 
     Args:
         message: what was kept; empty in a process that leaves saying so to another one.
-        signal_number: of the signal.
+        signal_number: number of the signal.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import unwritable
 
 EVENT_VERSION = 1
 
@@ -32,9 +32,7 @@ class EventLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("a", encoding="utf-8", buffering=1)
             except OSError as error:
-                raise InputError(
-                    str(path), expected="a writable file", got=str(error.strerror), remedy="choose another folder"
-                ) from error
+                raise unwritable(str(path), error, "a writable file") from error
 
     def emit(self, event: str, **fields: object) -> None:
         """Write one event. A number that is not finite is written as its name, since JSON has no NaN."""

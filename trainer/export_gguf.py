@@ -20,8 +20,8 @@ from q4kd.trainer.quant import decode_rows
 from q4kd.trainer.run_record import ExportSource
 from q4kd.trainer.source_model import read_config, read_state, read_vocabulary
 
-# Largest relative Frobenius error of one tensor after a round trip. Normal weights lose 7 % as Q4_K, 1.7 % as Q6_K and
-# 0.5 % as Q8_0; weights in another place or order lose 100 % and more.
+# These bound the relative Frobenius error of one tensor after a round trip. Normal weights lose 7 % as Q4_K, 1.7 % as
+# Q6_K and 0.5 % as Q8_0; weights in another place or order lose 100 % and more.
 ROUND_TRIP = {"F32": 0.0, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.05, "Q6_K": 0.1, "Q4_K": 0.3}
 _PIECE_WEIGHTS = 1 << 22
 
@@ -34,8 +34,8 @@ class GgufReport:
         path: the file.
         num_bytes: its size.
         sha256: its digest.
-        tensors: how many of each type.
-        round_trip: by type, the worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
+        tensors: number of tensors of each type.
+        round_trip: each type's worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
     """
 
     path: Path
@@ -58,7 +58,7 @@ def export_gguf(
     Args:
         source: the model.
         out: the file to write; nothing may be there.
-        recipe: of ``gguf_write.RECIPES``.
+        recipe: key of ``gguf_write.RECIPES``.
         notes: metadata on where the model comes from, keys ``q4kd.…``.
         progress: called with (bytes done, all bytes).
 
@@ -151,9 +151,5 @@ def _demand(what: str, expected: object, got: object) -> None:
 
 
 def _other_file(what: str, expected: str, got: str) -> InputError:
-    return InputError(
-        f"the written file's {what}",
-        expected=expected,
-        got=got,
-        remedy="nothing was kept; please report this: it is a defect of the export",
-    )
+    remedy = "nothing was kept; please report this: the export is at fault"
+    return InputError(f"the written file's {what}", expected=expected, got=got, remedy=remedy)

@@ -73,24 +73,20 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
     """Round the weights to another dtype; a finite weight that becomes infinite is refused."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.detach().to(dtype)).all():
-            raise InputError(
-                name, expected=f"values that {dtype} holds", got="NaN or infinity", remedy="use --quantize bf16 or f32"
-            )
+            expected, remedy = f"values that {dtype} holds", "use --quantize bf16 or f32"
+            raise InputError(name, expected=expected, got="NaN or infinity", remedy=remedy)
     model.to(dtype)
 
 
 def _check_folder(folder: Path, model: Any) -> None:
     """Compare the weights on disk with those in memory, bit by bit."""
     written = read_weights(folder)
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name in written}
+    held = {name: tensor for name, tensor in model.state_dict().items() if name in written}
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if set(model.state_dict()) - set(written) - tied or not equal_states(written, expected):
-        raise InputError(
-            "the written weights",
-            expected="those of the model, bit by bit",
-            got="others",
-            remedy="nothing was kept; please report this: it is a defect of the export",
-        )
+    if set(model.state_dict()) - set(written) - tied or not equal_states(written, held):
+        expected = "those of the model, bit by bit"
+        remedy = "nothing was kept; please report this: the export is at fault"
+        raise InputError("the written weights", expected=expected, got="others", remedy=remedy)
 
 
 def _sync(folder: Path) -> None:

@@ -29,7 +29,7 @@ from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.teacher import Teacher
 
 Floats = npt.NDArray[np.float64]
-# Rows of logits at one time, and of those, rows in float64 at one time.
+# The first bounds the rows of logits at one time, the second how many of those are in float64 at one time.
 CHUNK_TOKENS = 256
 _EXACT_ROWS = 16
 _TOKENS_AT_ONCE = 2048
@@ -62,12 +62,8 @@ def check_comparable(a: ModelFile, b: ModelFile) -> None:
 
 
 def _other(expected: str, got: str) -> InputError:
-    return InputError(
-        "the two models",
-        expected=expected,
-        got=got,
-        remedy="compare a model with its own original: of two different ones, no figure would mean anything",
-    )
+    remedy = "compare a model with its own original: no figure of two different models would mean anything"
+    return InputError("the two models", expected=expected, got=got, remedy=remedy)
 
 
 @dataclass(frozen=True)

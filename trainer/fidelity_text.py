@@ -59,12 +59,9 @@ def read_sample(
         ids = _encode(texts, encode, end, tokens)
     count = len(ids) // length
     if not count:
-        raise InputError(
-            "--data" if data is None else str(data),
-            expected=f"at least one window of {length} tokens",
-            got=f"{len(ids)} tokens",
-            remedy="give more text, more --tokens or a smaller --seq-len",
-        )
+        subject, expected = "--data" if data is None else str(data), f"at least one window of {length} tokens"
+        remedy = "give more text, more --tokens or a smaller --seq-len"
+        raise InputError(subject, expected=expected, got=f"{len(ids)} tokens", remedy=remedy)
     return Sample(name, ids[: count * length].reshape(count, length))
 
 
@@ -74,15 +71,14 @@ def read_ids(path: Path) -> npt.NDArray[np.int64]:
     Raises:
         InputError: when the file holds something else.
     """
+    expected, remedy = "an integer .npy array", "write token ids with numpy.save"
     try:
         ids = np.load(io.BytesIO(read_bounded(path, _MAX_IDS_BYTES)), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise InputError(
-            str(path), expected="an integer .npy array", got=str(error)[:100], remedy="write it with numpy.save"
-        ) from error
+        raise InputError(str(path), expected=expected, got=str(error)[:100], remedy=remedy) from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         kind = ids.dtype if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(str(path), expected="an integer .npy array", got=str(kind), remedy="write token ids")
+        raise InputError(str(path), expected=expected, got=str(kind), remedy=remedy)
     return ids.astype(np.int64)
 
 

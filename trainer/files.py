@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, BinaryIO
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, unreadable
 
 _CHUNK = 1 << 20
+FieldKind = type | UnionType | int
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -78,16 +81,10 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise InputError(
-            str(path), expected="a readable file", got=str(error.strerror), remedy="check the path and its permissions"
-        ) from error
+        raise unreadable(path, error) from error
     if len(data) > max_bytes:
-        raise InputError(
-            str(path),
-            expected=f"at most {max_bytes} bytes",
-            got="a larger file",
-            remedy="check that this is the file you meant",
-        )
+        expected, remedy = f"at most {max_bytes} bytes", "name the file that is meant; no such file is so large"
+        raise InputError(str(path), expected=expected, got="a larger file", remedy=remedy)
     return data
 
 
@@ -115,11 +112,37 @@ def parse_json(data: bytes, origin: str, max_bytes: int = 64 << 20) -> Any:
             raise ValueError(f"{len(data)} bytes, more than {max_bytes}")
         return json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            origin, expected="strict JSON", got=str(error)[:200], remedy="regenerate the file; do not edit it by hand"
-        ) from error
+        remedy = "regenerate the file; do not edit it by hand"
+        raise InputError(origin, expected="strict JSON", got=str(error)[:200], remedy=remedy) from error
 
 
 def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
     """Read and parse a strict JSON file (see ``parse_json``)."""
     return parse_json(read_bounded(path, max_bytes), str(path), max_bytes)
+
+
+def check_fields(document: object, kinds: Mapping[str, FieldKind]) -> dict[str, Any]:
+    """Return a JSON object that has exactly the named fields, each of its type; nothing is converted.
+
+    Args:
+        document: a value that was read from JSON.
+        kinds: each field's type, or the one number that it must be, such as a format's version. True is no number, 1 is
+            no float, and a float is finite.
+
+    Raises:
+        ValueError: naming the first field that is absent, unknown or of another type.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"{type(document).__name__} in place of an object")
+    for name, kind in kinds.items():
+        if isinstance(kind, int) and document.get(name) != kind:
+            raise ValueError(f"{name} {document.get(name)!r:.60}")
+    for name in sorted(document.keys() ^ kinds.keys()):
+        raise ValueError(f"no {name}" if name in kinds else f"an unknown field {name[:60]!r}")
+    for name, kind in kinds.items():
+        value, wanted = document[name], int if isinstance(kind, int) else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{name} {value!r:.60}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} {value!r}")
+    return document

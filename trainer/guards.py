@@ -1,4 +1,4 @@
-"""What is checked before the first step: a run that cannot teach anything is refused, not started."""
+"""Checks before the first step: a run that cannot teach anything is refused, not started."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +24,10 @@ SAME_WEIGHTS_ERROR = 0.2
 _PROBE_ROWS = 64
 
 
+def _wrong_vocabulary(expected: str, got: str, remedy: str) -> InputError:
+    return InputError("vocabulary", expected=expected, got=got, remedy=remedy)
+
+
 def check_vocabulary(
     teacher_tokens: Sequence[str], teacher_rows: int, student_ids: Mapping[str, int], rows: int
 ) -> None:
@@ -41,50 +45,39 @@ def check_vocabulary(
     """
     highest = max(student_ids.values(), default=-1)
     if highest >= rows:
-        raise InputError(
-            "vocabulary",
-            expected=f"a student head with a row for each id of its tokenizer, {highest + 1}",
-            got=f"{rows} rows",
-            remedy="resize its embedding, or give the tokenizer that belongs to it",
+        raise _wrong_vocabulary(
+            f"a student head with a row for each id of its tokenizer, {highest + 1}",
+            f"{rows} rows",
+            "resize its embedding, or give the tokenizer that belongs to it",
         )
     if rows > teacher_rows:
-        raise InputError(
-            "vocabulary",
-            expected=f"a student head of at most the teacher's {teacher_rows} rows",
-            got=f"{rows} rows",
-            remedy="choose a student of the same model family",
+        raise _wrong_vocabulary(
+            f"a student head of at most the teacher's {teacher_rows} rows",
+            f"{rows} rows",
+            "choose a student of the same model family",
         )
     if not teacher_tokens:
-        raise InputError(
-            "vocabulary",
-            expected="token strings in the teacher's file",
-            got="none",
-            remedy="convert it with its tokenizer",
-        )
+        raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
     for token, index in student_ids.items():
         if index >= len(teacher_tokens) or teacher_tokens[index] != token:
             other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
-            raise InputError(
-                "vocabulary",
-                expected=f"the same token at every id (student: id {index} is {token!r})",
-                got=f"{other!r} in the teacher",
-                remedy="choose a student with the teacher's tokenizer; equal widths are not enough",
+            raise _wrong_vocabulary(
+                f"the same token at every id (student: id {index} is {token!r})",
+                f"{other!r} in the teacher",
+                "choose a student with the teacher's tokenizer; equal widths are not enough",
             )
 
 
 def check_labels(order: Order, path: Path) -> None:
-    """Refuse data that has nothing to learn: no label in any window (of a stream: in its first batches).
+    """Refuse data that has no label in any window, or in the first batches of a stream.
 
     Raises:
         InputError: when every label is masked.
     """
     if not order.has_label():
-        raise InputError(
-            "labels",
-            expected="at least one that is not masked",
-            got=f"none in {path}",
-            remedy="check completion_only, the chat template and the labels of pre-tokenised data",
-        )
+        expected, got = "at least one that is not masked", f"none in {path}"
+        remedy = "set completion_only to false, mend the chat template, or unmask labels of pre-tokenised data"
+        raise InputError("labels", expected=expected, got=got, remedy=remedy)
 
 
 @torch.no_grad()
@@ -96,7 +89,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
         student_config: the student's Hugging Face config.
         vocab_size: rows of its head.
         seq_len: positions of a sequence.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         InputError: when it does, or a sliding window that the packed mask would replace is shorter than a sequence.
@@ -104,12 +97,9 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     window = getattr(student_config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
     if slides and window is not None and window < seq_len:
-        raise InputError(
-            "student",
-            expected=f"attention over all {seq_len} positions for packing: documents",
-            got=f"a sliding window of {window}",
-            remedy="set packing to none, or a smaller seq_len",
-        )
+        expected = f"attention over all {seq_len} positions for packing: documents"
+        got = f"a sliding window of {window}"
+        raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")
     half = min(4, seq_len // 2)
     positions = torch.arange(2 * half, device=device)
     ids_1T = (positions % vocab_size)[None]
@@ -133,7 +123,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
 
 
 def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
-    """Whether the student is the teacher up to quantisation, judged by its embedding rows."""
+    """Return whether the student is the teacher up to quantisation, judged by its embedding rows."""
     embedding = model.student.get_input_embeddings().weight.detach()
     if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
         return False
@@ -145,9 +135,9 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
 
 
 def holds_teacher_file(teacher: Path, student: Path) -> bool:
-    """Whether a student folder with weights holds the teacher's own file: a model beside its quantised form.
+    """Return whether a student folder with weights holds the teacher's own file, as beside its quantised form.
 
-    Digests are compared, of GGUF files of the teacher's size only.
+    Only digests of GGUF files of the teacher's size are compared.
     """
     if not has_weights(student):
         return False
@@ -178,11 +168,11 @@ def check_not_degenerate(
     """Refuse a student that already equals the teacher; return the step-0 KL.
 
     Args:
-        teacher: as loaded.
+        teacher: the loaded teacher.
         model: the student as it came from ``folder``.
         ids_BT: the first batch.
-        starts_BT: where its documents start.
-        folder: of the student.
+        starts_BT: first position of each position's document.
+        folder: folder of the student.
 
     Raises:
         DegenerateDistillationError: when the weights are the same up to quantisation, the folder holds the teacher's

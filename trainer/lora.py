@@ -25,29 +25,24 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    subject = f"setting lora_targets {config.lora_targets[:60]!r}"
     names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
     targets: str | list[str] = "all-linear" if names == ["all-linear"] else names
     found = {name.rpartition(".")[2] for name, _ in student.named_modules() if name}
     unknown = [name for name in names if targets != "all-linear" and name not in found]
     if unknown or not names:
         linear = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-        raise InputError(
-            f"setting lora_targets {config.lora_targets[:60]!r}",
-            expected=f"all-linear, or some of {', '.join(sorted(linear))}",
-            got=f"{unknown[0]!r}, which this student has not" if unknown else "nothing",
-            remedy="correct the names",
-        )
+        expected = f"all-linear, or some of {', '.join(sorted(linear))}"
+        got = f"{unknown[0]!r}, which this student has not" if unknown else "nothing"
+        raise InputError(subject, expected=expected, got=got, remedy="name some of these, separated by commas")
     tied = getattr(student.config, "tie_word_embeddings", False)
     ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}
     if tied and ends & set(names):
-        raise InputError(
-            f"setting lora_targets {config.lora_targets[:60]!r}",
-            expected="no adapter on an embedding that is also the head",
-            got=f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings",
-            remedy="leave it out",
-        )
+        expected = "no adapter on an embedding that is also the head"
+        got = f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings"
+        raise InputError(subject, expected=expected, got=got, remedy="leave it out")
     torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # peft asks transformers by a name that is going away
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going away.
         warnings.simplefilter("ignore", FutureWarning)
         # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
         return get_peft_model(
@@ -85,23 +80,23 @@ def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
 
     Args:
         adapted: what ``add_adapters`` returned.
-        folder: to write.
+        folder: folder that is written.
         state: the whole student's tensors, by the student's names.
     """
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # a form, with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # That is a form with nothing filled in.
     path = folder / "adapter_config.json"
     settings = read_json(path)
-    # Its name only: where it lies on this machine is nobody else's business.
+    # Only its name is kept: where it lies on this machine is nobody else's business.
     settings["base_model_name_or_path"] = Path(str(settings.get("base_model_name_or_path") or "")).name or None
     write_json(path, settings)
 
 
 def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's tensors with adapters added into their weights, under the names of a student without any.
+    """Return the student's tensors, adapters added into their weights, under the names of a student without adapters.
 
-    The sum is made in float32 and rounded once to the weight's dtype. The student itself stays as it is.
+    The sum is taken in float32 and rounded once to the weight's dtype. The student itself stays as it is.
 
     Args:
         adapted: what ``add_adapters`` returned.
@@ -109,7 +104,7 @@ def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in adapted.get_base_model().named_modules():
-        # Of an embedding A and B are plain parameters, and the product is transposed.
+        # An embedding's A and B are plain parameters, and its product is transposed.
         kind = next((kind for kind in ("lora_A", "lora_embedding_A") if len(getattr(layer, kind, ()))), None)
         if kind is None:
             continue

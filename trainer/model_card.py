@@ -20,7 +20,7 @@ class Evidence:
     Attributes:
         bundle: its name.
         profile: machine profile it was judged on.
-        commit: of the program that was judged.
+        commit: commit of the program that was judged.
         headline: the bundle's outcome in one line.
         caveats: what verification could not establish.
         verdicts: (contract::claim, verdict, what was measured) of each claim.
@@ -74,7 +74,7 @@ def write_card(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # Markdown, not HTML; what a folder may have put into a value is made harmless by the filter ``cell``.
+    # The template is Markdown, not HTML; the filter ``cell`` makes harmless what a folder may have put into a value.
     environment = Environment(  # noqa: S701
         loader=PackageLoader("q4kd.trainer"), undefined=StrictUndefined, keep_trailing_newline=True
     )

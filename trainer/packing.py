@@ -39,7 +39,7 @@ class Windows:
     """The windows of a set of tokens.
 
     Attributes:
-        tokens: of every document.
+        tokens: tokens of every document.
         seq_len: T.
         packing: ``documents``, ``stream`` or ``none``.
     """
@@ -55,7 +55,7 @@ class Windows:
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
-        """Windows up to and with each document, where each is cut by itself."""
+        """Number of windows up to and with each document, where each document is cut by itself."""
         lengths = np.diff(self.tokens.offsets)
         return np.cumsum(-(-(lengths - 1) // self.seq_len))
 
@@ -107,7 +107,7 @@ class Windows:
         begins, ends = (np.repeat(self.tokens.offsets[part], counts) for part in (slice(-1), slice(1, None)))
         number = np.arange(total) - np.repeat(self._ends - counts, counts)
         starts = begins + number * self.seq_len
-        # From each window's second token to its end; what lies between two windows is every other sum.
+        # Every other sum is that from a window's second token to its end; the rest lies between two windows.
         borders = np.stack([starts + 1, np.minimum(starts + self.seq_len + 1, ends)], 1).ravel()[:-1]
         return total - int(np.logical_or.reduceat(learnt, borders)[::2].sum())
 
@@ -116,7 +116,7 @@ class Windows:
         return sum(int((self[index].labels != IGNORE).sum()) for index in range(len(self)))
 
     def has_label(self) -> bool:
-        """Whether any window has a label; looks no further than the first that has."""
+        """Return whether any window has a label; it looks no further than the first that has one."""
         return any(bool((self[index].labels != IGNORE).any()) for index in range(len(self)))
 
 

@@ -9,12 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Prints progress lines; with a terminal on stderr, also keeps a bar there.
+    """Prints progress lines, and keeps a bar on stderr when that is a terminal.
 
     Args:
         total: steps of this run.
         every: steps between lines; 0 prints epoch lines only.
-        steps_per_epoch: where epoch lines fall.
+        steps_per_epoch: steps between epoch lines.
     """
 
     def __init__(self, total: int, every: int, steps_per_epoch: int) -> None:
@@ -36,7 +36,7 @@ class Reporter:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        # Lines go above the bar on a terminal; a redirected stdout keeps receiving them itself.
+        # Lines go above the bar on a terminal; a redirected stdout receives them itself.
         on_terminal = sys.stdout.isatty()
         with Progress(*columns, console=self._console, transient=True, redirect_stdout=on_terminal) as self._bar:
             self._task = self._bar.add_task("distilling", total=self._total, completed=done)

@@ -1,28 +1,26 @@
-"""The options that ``q4kd distill``, ``plan`` and ``cache`` share: RUN.yaml, one flag for every setting, ``--set``.
+"""The options that commands share: RUN.yaml, one flag for every setting, ``--set``; whole numbers within bounds.
 
-Flags come from ``DistillConfig``'s fields, so that a setting cannot exist without its flag, its default and its unit in
-``--help``. Imports no torch.
+Flags come from ``settings()``, so that no setting exists without its flag, its default and its unit in ``--help``.
+Imports no torch.
 """
 
 import argparse
-import dataclasses
 import difflib
-import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.config import DistillConfig, make_config
+from q4kd.trainer.config import DistillConfig, make_config, settings
 from q4kd.trainer.config_file import parse_assignment, read_run_file
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.setting_value import kind_of
+from q4kd.trainer.setting_value import Setting
 
 EPILOG = """Settings come from RUN.yaml, then from the flags, then from --set: the last one wins.
 A RUN.yaml is a flat mapping of the names above, with _ for -:  lr: 1e-4
 """
 
 
-# What transformers, TRL and their kin call the same setting: for the question that follows an unknown name.
+# Names of other trainers, such as transformers and TRL, for the same setting; an unknown name is looked up here.
 ELSEWHERE = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
@@ -62,7 +60,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] 
     """Add RUN.yaml, a flag for every setting under its heading, and ``--set``.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         omit: settings that mean nothing to this command and get no flag; RUN.yaml may still hold them.
     """
     parser.usage = f"{parser.prog} [RUN.yaml] [options]"
@@ -72,44 +70,30 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] 
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="any setting; null unsets"
     )
-    kinds = typing.get_type_hints(DistillConfig)
     groups: dict[str, Any] = {}
-    for setting in dataclasses.fields(DistillConfig):
-        if setting.name in omit:
+    for name, setting in settings().items():
+        if name in omit:
             continue
-        title = setting.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(f"--{setting.name.replace('_', '-')}", **_describe(setting, kinds[setting.name]))
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        groups[setting.group].add_argument(f"--{name.replace('_', '-')}", **_describe(setting))
 
 
-def _describe(setting: "dataclasses.Field[Any]", annotation: Any) -> dict[str, Any]:
+def _describe(setting: Setting) -> dict[str, Any]:
     """Return the keywords of ``add_argument``. Bounds are checked by ``make_config``, for every source alike."""
-    kind, _ = kind_of(annotation)
-    unit, choices = setting.metadata["unit"], setting.metadata["choices"]
-    details = [f"default: {default_text(setting)}"] if setting.default is not dataclasses.MISSING else ["required"]
-    if unit:
-        details.insert(0, unit)
+    details = [setting.unit] if setting.unit else []
+    details.append("required" if setting.is_required else f"default: {setting.default_text}")
     options: dict[str, Any] = {
         "dest": setting.name,
         "default": None,
-        "help": f"{setting.metadata['help']} ({'; '.join(details)})".replace("%", "%%"),
+        "help": f"{setting.help} ({'; '.join(details)})".replace("%", "%%"),
     }
-    if kind is bool:
+    if setting.kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
-    if choices:
-        return options | {"choices": choices}
-    return options | {"type": kind, "metavar": {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")}
-
-
-def default_text(setting: "dataclasses.Field[Any]") -> str:
-    """Return a setting's default as ``--help`` and the documentation show it."""
-    value = setting.default
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if setting.choices:
+        return options | {"choices": setting.choices}
+    metavar = {int: "N", float: "X", Path: "PATH"}.get(setting.kind, "TEXT")
+    return options | {"type": setting.kind, "metavar": metavar}
 
 
 def suggest_option(word: str, known: Collection[str]) -> str | None:
@@ -129,17 +113,22 @@ def read_run_arguments(args: argparse.Namespace) -> DistillConfig:
         InputError: for a file that is not a mapping, and for an unknown, missing or unacceptable setting.
     """
     values: dict[str, object] = read_run_file(args.run_file) if args.run_file else {}
-    for setting in dataclasses.fields(DistillConfig):
-        given = getattr(args, setting.name, None)
-        if given is not None:
-            values[setting.name] = given
+    given = {name: getattr(args, name, None) for name in settings()}
+    values |= {name: value for name, value in given.items() if value is not None}
     values |= dict(parse_assignment(text) for text in args.assignments)
-    for name in values:
-        if name in ELSEWHERE:
-            raise InputError(
-                f"setting {name}",
-                expected="a known setting",
-                got="its name in other trainers",
-                remedy=f"did you mean {ELSEWHERE[name]}?",
-            )
+    for name in filter(ELSEWHERE.get, values):
+        remedy, got = f"did you mean {ELSEWHERE[name]}?", "its name in other trainers"
+        raise InputError(f"setting {name}", expected="a known setting", got=got, remedy=remedy)
     return make_config(values)
+
+
+def count(option: str, text: str, most: int) -> int:
+    """Return a number from 1 to ``most``.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 8 and 1 <= int(text) <= most):
+        expected = f"a whole number from 1 to {most}"
+        raise InputError(option, expected=expected, got=repr(text)[:40], remedy="choose a number in between")
+    return int(text)

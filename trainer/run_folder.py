@@ -10,7 +10,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from q4kd.trainer.checkpoint import list_checkpoints
-from q4kd.trainer.errors import InputError, RunFolderError
+from q4kd.trainer.errors import InputError, RunFolderError, unwritable
 from q4kd.trainer.files import write_json
 
 if TYPE_CHECKING:
@@ -38,16 +38,10 @@ def locked(out: Path, is_main: bool) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise InputError(
-            f"--out {out}",
-            expected="a folder no other run is using",
-            got="a locked one",
-            remedy="choose another folder",
-        ) from error
+        expected, remedy = "a folder no other run is using", "choose another folder"
+        raise InputError(f"--out {out}", expected=expected, got="a locked one", remedy=remedy) from error
     except OSError as error:
-        raise InputError(
-            f"--out {out}", expected="a writable folder", got=str(error.strerror), remedy="choose another folder"
-        ) from error
+        raise unwritable(f"--out {out}", error) from error
     try:
         yield
     finally:
@@ -62,16 +56,11 @@ def check_run_folder(out: Path, resume: bool) -> None:
     """
     present = list_checkpoints(out)
     if present and not resume:
-        raise InputError(
-            f"--out {out}",
-            expected="a folder without checkpoints",
-            got=f"{len(present)} checkpoint(s)",
-            remedy="pass --resume to continue that run, or choose another folder",
-        )
+        got, remedy = f"{len(present)} checkpoint(s)", "pass --resume to continue that run, or choose another folder"
+        raise InputError(f"--out {out}", expected="a folder without checkpoints", got=got, remedy=remedy)
     if resume and not present:
-        raise InputError(
-            f"--resume in {out}", expected="a checkpoint", got="none", remedy="start the run without --resume"
-        )
+        remedy = "start the run without --resume"
+        raise InputError(f"--resume in {out}", expected="a checkpoint", got="none", remedy=remedy)
 
 
 @contextmanager
@@ -98,7 +87,7 @@ def kept(out: Path) -> str:
 
 
 def save_step(folder: Path, step: int, batch: "Batch", terms: Mapping[str, float]) -> Path:
-    """Keep what a step that failed was made of: its batch as ``.npz`` arrays, its terms as JSON beside it.
+    """Keep what a failed step was made of: its batch as ``.npz`` arrays, and its terms as JSON beside them.
 
     JSON has no NaN: numbers that are not finite are written as their names. Returns the batch's path.
     """

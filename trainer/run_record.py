@@ -27,8 +27,8 @@ class RunRecord:
 
     Attributes:
         step: optimiser steps that its weights have seen.
-        steps: of the full run, where known.
-        config: the run's settings; of paths only the last part.
+        steps: steps of the full run, where known.
+        config: the run's settings, with the last part only of each path.
         teacher: ``file``, ``sha256`` and ``bytes`` of the teacher.
         student: the folder that the run started from, and the digest of its config.
         data_sha256: digest of the training tokens.
@@ -56,7 +56,7 @@ class ExportSource:
     """A model to export.
 
     Attributes:
-        title: for headings and file names.
+        title: name for headings and files.
         folder: Hugging Face folder whose config and tokenizer are the model's.
         checkpoint: folder of the weights, when they are not in ``folder``.
         record: how it was made; None for a model that no run made.
@@ -81,32 +81,22 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
     """
     if (path / "config.json").is_file():
         if checkpoint is not None:
-            raise InputError(
-                f"--checkpoint {checkpoint}",
-                expected="a run folder",
-                got=f"{path}, a model folder",
-                remedy="leave --checkpoint out",
-            )
+            subject, got = f"--checkpoint {checkpoint}", f"{path}, a model folder"
+            raise InputError(subject, expected="a run folder", got=got, remedy="leave --checkpoint out")
         return ExportSource(title=_title(path), folder=_model_folder(path))
     if (path / "adapter_config.json").is_file():
         return ExportSource(title=_title(path), folder=_model_folder(path))
     checkpoints = list_checkpoints(path)
     if not (path / "model").is_dir() and not checkpoints:
-        raise InputError(
-            str(path),
-            expected="a folder of q4kd distill, or a Hugging Face model folder",
-            got="neither config.json, model/ nor checkpoints/",
-            remedy="check the path",
-        )
+        expected = "a folder of q4kd distill, or a Hugging Face model folder"
+        got = "neither config.json, model/ nor checkpoints/"
+        raise InputError(str(path), expected=expected, got=got, remedy="name the --out of a run, or a model's folder")
     title = _title(path)
     if checkpoint is None:
         if not (path / "model").is_dir():
-            raise InputError(
-                str(path),
-                expected="a finished run",
-                got=f"no final model, and {len(checkpoints)} checkpoint(s) up to {checkpoints[-1].name}",
-                remedy="finish it with --resume, or name one: --checkpoint last",
-            )
+            got = f"no final model, and {len(checkpoints)} checkpoint(s) up to {checkpoints[-1].name}"
+            remedy = "finish it with --resume, or name one: --checkpoint last"
+            raise InputError(str(path), expected="a finished run", got=got, remedy=remedy)
         folder = _model_folder(path / "model")
         return ExportSource(title=title, folder=folder, record=read_record(path, None))
     chosen = _choose(path, checkpoints, checkpoint)
@@ -126,18 +116,10 @@ def _model_folder(folder: Path) -> Path:
     if has_weights(folder):
         return folder
     if (folder / "adapter_config.json").is_file() or (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            str(folder),
-            expected="a whole model",
-            got="a LoRA adapter alone",
-            remedy="merge it into its base first: peft's merge_and_unload, then save_pretrained",
-        )
-    raise InputError(
-        str(folder),
-        expected=" or ".join(WEIGHT_FILES),
-        got="no weights as safetensors",
-        remedy="name a folder that save_pretrained wrote",
-    )
+        remedy = "merge it into its base first: peft's merge_and_unload, then save_pretrained"
+        raise InputError(str(folder), expected="a whole model", got="a LoRA adapter alone", remedy=remedy)
+    expected, remedy = " or ".join(WEIGHT_FILES), "name a folder that save_pretrained wrote"
+    raise InputError(str(folder), expected=expected, got="no weights as safetensors", remedy=remedy)
 
 
 def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
@@ -148,20 +130,13 @@ def _choose(run: Path, checkpoints: list[Path], wanted: str) -> Path:
     if wanted == "best" and checkpoints:
         best = _object(run / "checkpoints" / BEST_FILE).get("checkpoint")
         if best not in names:
-            raise InputError(
-                "--checkpoint best",
-                expected=f"a checkpoint with a held-out evaluation, named in {BEST_FILE}",
-                got=f"none among {', '.join(names)}",
-                remedy="name one of these; set eval_every next time",
-            )
+            expected = f"a checkpoint with a held-out evaluation, named in {BEST_FILE}"
+            got, remedy = f"none among {', '.join(names)}", "name one of these; set eval_every next time"
+            raise InputError("--checkpoint best", expected=expected, got=got, remedy=remedy)
         return run / "checkpoints" / str(best)
     if wanted not in names:
-        raise InputError(
-            f"--checkpoint {wanted}",
-            expected=f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}",
-            got=wanted,
-            remedy="choose one of these",
-        )
+        expected = f"best, last or one of {', '.join(names) or 'none: the run has no checkpoint'}"
+        raise InputError(f"--checkpoint {wanted}", expected=expected, got=wanted, remedy="choose one of these")
     return run / "checkpoints" / wanted
 
 
@@ -172,12 +147,9 @@ def _student_folder(run: Path, checkpoint: Path, given: Path | None) -> Path:
     for place in places:
         if (place / "config.json").is_file():
             return place
-    raise InputError(
-        str(given or checkpoint),
-        expected="the student's folder, for the config and the tokenizer of these weights",
-        got=f"no config.json in {places[-1]}",
-        remedy="name it with --student",
-    )
+    expected = "the student's folder, for the config and the tokenizer of these weights"
+    got = f"no config.json in {places[-1]}"
+    raise InputError(str(given or checkpoint), expected=expected, got=got, remedy="name it with --student")
 
 
 def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
@@ -185,7 +157,7 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
 
     Args:
         run: its folder.
-        checkpoint: whose weights are meant; None means the final model.
+        checkpoint: the checkpoint whose weights are meant; None means the final model.
 
     Raises:
         InputError: when the checkpoint is damaged.
@@ -221,7 +193,7 @@ def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
 
 
 def _public(value: object) -> object:
-    """Return a setting as others may see it: of a path, the last part, since the rest describes somebody's machine."""
+    """Return a setting as others may see it: a path keeps its last part only, since the rest describes a machine."""
     return Path(value).name if isinstance(value, str) and "/" in value and "*" not in value else value
 
 
@@ -247,7 +219,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _evaluations(run: Path) -> dict[int, dict[str, float]]:
-    """Return the held-out evaluations of a run by step; of a step evaluated twice, the later."""
+    """Return the held-out evaluations of a run by step; the later one of a step that was evaluated twice."""
     path, found = run / EVENTS_FILE, dict[int, dict[str, float]]()
     if not path.is_file():
         return found
@@ -257,10 +229,10 @@ def _evaluations(run: Path) -> dict[int, dict[str, float]]:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # a run that was killed may have left half a line
+            continue  # A run that was killed may have left half a line.
         if not isinstance(event, dict) or event.get("event") != "eval" or not isinstance(event.get("step"), int):
             continue
-        # Without a teacher, from a cache, there is neither KL nor agreement.
+        # A run on a cache has no teacher to evaluate with, so neither KL nor agreement.
         values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens") if key in event}
         if not {"loss", "tokens"} <= values.keys():
             continue

@@ -1,57 +1,102 @@
-"""The value of one setting: of its field's type, within its field's bounds, or refused."""
+"""One setting: what its field's annotation and metadata say of it, and the check of a value against them."""
 
+import dataclasses
 import types
 import typing
-from dataclasses import Field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError
 
 
-def kind_of(annotation: Any) -> tuple[type, bool]:
-    """Return the plain type of a field's annotation (str for literals), and whether None is accepted."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    target = next(option for option in options if option is not type(None))
-    return (str if typing.get_origin(target) is Literal else target), type(None) in options
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A field of ``DistillConfig``.
 
-
-def convert(setting: Field[Any], value: object, annotation: Any) -> Any:
-    """Return ``value`` as the annotated type.
-
-    Args:
-        setting: whose metadata holds the bounds ``low`` and ``high`` and the ``choices``.
-        value: of RUN.yaml or of the command line.
-        annotation: of the field.
-
-    Raises:
-        InputError: for a value of another type, or out of bounds.
+    Attributes:
+        name: key of RUN.yaml.
+        kind: type of its values: bool, int, float, str or Path.
+        is_optional: whether None is accepted.
+        choices: the texts that are accepted; empty when every value of the type is.
+        default: its value when none is given; ``dataclasses.MISSING`` when one must be given.
+        group: heading that it is listed under.
+        help: what it means.
+        low, high: least and greatest accepted number; None without bounds.
+        unit: unit of its number; may be empty.
     """
-    target, is_optional = kind_of(annotation)
-    if value is None and is_optional:
-        return None
-    low, high, choices = (setting.metadata[name] for name in ("low", "high", "choices"))
-    if target is Path:
-        accepted, value = isinstance(value, str | Path), Path(str(value))
-    elif target is float:
-        # YAML 1.1 reads "1e-3" as text, and people write it.
-        value = read_number(value)
-        accepted = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        accepted = isinstance(value, target) and (target is bool or not isinstance(value, bool))
-    if accepted and choices:
-        accepted = value in choices
-    if accepted and low is not None:
-        accepted = low <= typing.cast(float, value) <= high
-    if not accepted:
-        limits = f" from {low:g} to {high:g}" if low is not None else ""
-        raise InputError(
-            f"setting {setting.name}",
-            expected=" or ".join(choices) if choices else f"{target.__name__}{limits}",
-            got=repr(value)[:80],
-            remedy="correct it; see q4kd distill --help",
+
+    name: str
+    kind: type
+    is_optional: bool
+    choices: tuple[str, ...]
+    default: Any
+    group: str
+    help: str
+    low: float | None
+    high: float | None
+    unit: str
+
+    @classmethod
+    def of(cls, field: "dataclasses.Field[Any]", annotation: Any) -> "Setting":
+        """Return the setting that a dataclass field with this annotation declares."""
+        options = typing.get_args(annotation)
+        if types.NoneType not in options:
+            options = (annotation,)
+        kind = next(option for option in options if option is not types.NoneType)
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        return cls(
+            name=field.name,
+            kind=str if choices else kind,
+            is_optional=types.NoneType in options,
+            choices=choices,
+            default=field.default,
+            **field.metadata,
         )
-    return float(typing.cast(float, value)) if target is float else value
+
+    @property
+    def is_required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def default_text(self) -> str:
+        """The default as ``--help`` and the documentation show it."""
+        if self.default is None:
+            return "none"
+        if self.kind is bool:
+            return "yes" if self.default else "no"
+        return {float: "{:g}", int: "{:,}"}.get(self.kind, "{}").format(self.default)
+
+    def convert(self, value: object) -> Any:
+        """Return a value of RUN.yaml or of the command line as the setting's type.
+
+        Raises:
+            InputError: for a value of another type, or out of bounds.
+        """
+        if value is None and self.is_optional:
+            return None
+        if self.kind is Path:
+            accepted, value = isinstance(value, str | Path), Path(str(value))
+        elif self.kind is float:
+            # YAML 1.1 reads "1e-3" as text, and people write it.
+            value = read_number(value)
+            accepted = isinstance(value, int | float) and not isinstance(value, bool)
+        else:
+            accepted = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if accepted and self.choices:
+            accepted = value in self.choices
+        if accepted and self.low is not None and self.high is not None:
+            accepted = self.low <= typing.cast(float, value) <= self.high
+        if not accepted:
+            limits = f" from {self.low:g} to {self.high:g}" if self.low is not None else ""
+            raise InputError(
+                f"setting {self.name}",
+                expected=" or ".join(self.choices) or f"{self.kind.__name__}{limits}",
+                got=repr(value)[:80],
+                remedy="give it such a value; q4kd distill --help says what it means",
+            )
+        return float(typing.cast(float, value)) if self.kind is float else value
 
 
 def read_number(value: object) -> object:

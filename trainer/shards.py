@@ -6,7 +6,7 @@ from typing import Any
 
 from q4kd.trainer.errors import InputError
 
-# Of a parquet row group once decompressed, as the file states it; one group is in memory at a time.
+# This bounds a parquet row group once decompressed, as the file states it; one group is in memory at a time.
 MAX_ROW_GROUP_BYTES = 2 << 30
 _ROWS = 256
 _HEADER_BYTES = 64 << 20
@@ -17,7 +17,7 @@ def _bad(path: Path, expected: str, got: object) -> InputError:
 
 
 def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield ``(row, record)`` of a parquet file, rows counted from 1; of the columns, those it has.
+    """Yield ``(row, record)`` of a parquet file, rows counted from 1, with those of the columns that the file has.
 
     Raises:
         InputError: when it is no parquet file, has none of the columns, or a row group is too large.

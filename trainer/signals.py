@@ -13,10 +13,10 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Remembers the first signal while it is entered; a context manager.
 
-    Handlers belong to the main thread; entered in another one it remembers nothing and leaves signals as they are.
+    Handlers belong to the main thread. Entered in another thread, it remembers nothing and leaves signals as they are.
 
     Args:
-        announce: whether this process says that it heard (one of several is enough).
+        announce: whether this process says that it heard; one of several is enough.
     """
 
     def __init__(self, announce: bool = True) -> None:
@@ -37,7 +37,7 @@ class StopRequest:
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number:
-            # Not by an exception: the program may be deep in a library that catches everything.
+            # No exception is raised: the program may be deep in a library that catches everything.
             _say("stopped at once; the newest checkpoint is whole")
             os._exit(128 + number)
         self.signal_number = number

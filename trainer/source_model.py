@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.gguf_vocabulary import SPECIAL_ROLES, Vocabulary, config_special_ids
 from q4kd.trainer.gguf_write import read_weights
 from q4kd.trainer.run_record import ExportSource
@@ -47,21 +47,13 @@ def read_state(source: ExportSource) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            str(path),
-            expected="the weights of a checkpoint",
-            got=str(error).splitlines()[0][:120],
-            remedy="choose another --checkpoint",
-        ) from error
+        expected, remedy = "the weights of a checkpoint", "choose another --checkpoint"
+        raise InputError(str(path), expected=expected, got=first_line(error), remedy=remedy) from error
     adapters = [name for name in state if "lora_" in name]
     if adapters:
-        raise InputError(
-            str(path),
-            expected="a whole model",
-            got=f"a LoRA adapter ({adapters[0]})",
-            remedy="finish the run and export it without --checkpoint: its final model is merged",
-        )
-    # Of a tied pair a checkpoint keeps one name, whichever comes first.
+        remedy = "finish the run and export it without --checkpoint: its final model is merged"
+        raise InputError(str(path), expected="a whole model", got=f"a LoRA adapter ({adapters[0]})", remedy=remedy)
+    # A checkpoint keeps one name of a tied pair, whichever comes first.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state.pop(_HEAD)
     return state
@@ -102,12 +94,9 @@ def read_vocabulary(source: ExportSource, config: Any) -> Vocabulary:
     tokenizer = load_tokenizer(source.folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError(
-            str(source.folder),
-            expected="a tokenizer with tokenizer.json",
-            got=type(tokenizer).__name__,
-            remedy="export this model with llama.cpp's convert_hf_to_gguf.py",
-        )
+        subject, got = str(source.folder), type(tokenizer).__name__
+        remedy = "export this model with llama.cpp's convert_hf_to_gguf.py"
+        raise InputError(subject, expected="a tokenizer with tokenizer.json", got=got, remedy=remedy)
     special = config_special_ids(config.to_dict())
     for role in SPECIAL_ROLES:
         index = getattr(tokenizer, f"{role}_token_id", None)
@@ -123,14 +112,12 @@ def read_vocabulary(source: ExportSource, config: Any) -> Vocabulary:
 
 
 def equal_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two states hold the same bits under the same names."""
+    """Return whether two states hold the same bits under the same names."""
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def _refuse(source: ExportSource, error: Exception) -> InputError:
-    return InputError(
-        str(source.checkpoint or source.folder),
-        expected="a Hugging Face causal LM (config.json and its safetensors weights)",
-        got=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}",
-        remedy="check the folder",
-    )
+    subject = str(source.checkpoint or source.folder)
+    remedy = "name a folder that save_pretrained or q4kd distill wrote"
+    expected = "a Hugging Face causal LM (config.json and its safetensors weights)"
+    return InputError(subject, expected=expected, got=first_line(error), remedy=remedy)

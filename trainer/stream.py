@@ -1,7 +1,7 @@
 """Streaming: documents read, shuffled and tokenised as training goes, within bounded memory.
 
 The order of files is drawn for each pass; from then on a buffer of documents is kept full, and each next document is
-drawn from it, its place taken by the one read. Everything follows from (data, seed), so a resumed run reads again from
+drawn from it and replaced by the one read. Everything follows from (data, seed), so a resumed run reads again from
 the start up to its step: about the time of reading and tokenising that much, and the same batches to the bit.
 ``datasets.IterableDataset`` restores a stream without that, but not what its shuffle buffer held.
 """
@@ -23,10 +23,10 @@ from q4kd.trainer.packing import Window, pack
 from q4kd.trainer.split import is_held_out
 from q4kd.trainer.token_set import TokenSet, TokenWriter
 
-# Bytes of documents in the shuffle buffer, whatever their number.
+# This bounds the bytes of documents in the shuffle buffer, whatever their number.
 MAX_BUFFER_BYTES = 256 << 20
 _SAMPLED = 1 << 20
-# Batches in which a label is looked for.
+# A label is looked for in so many batches.
 _LOOKED = 64
 
 
@@ -57,12 +57,12 @@ class Stream:
 
     Attributes:
         path: file or folder.
-        encoder: documents to tokens.
+        encoder: encoder of documents.
         settings: how files are read.
-        max_bytes: of one pass; 0 reads all.
+        max_bytes: bytes of one pass; 0 reads all.
         held_out: whether evaluation data has a file of its own.
         buffer: documents in the shuffle buffer.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Stream:
     seed: int
 
     def _documents(self, order: list[int] | None = None) -> tuple[Iterator[Document], bool]:
-        # What counts towards the limit is what comes first by name, in every pass.
+        # Every pass counts towards the limit what comes first by name.
         files = read_documents(self.path, settings=self.settings, order=None if self.max_bytes else order)
         return split_rule(limit_bytes(files, self.max_bytes), self.held_out)
 
@@ -110,7 +110,7 @@ class Stream:
 
     @property
     def sha256(self) -> str:
-        """Digest of each file's name, size, first and last MiB: reading a stream whole would defeat it."""
+        """Digest of each file's name, size, first and last MiB; reading a stream whole would defeat its purpose."""
         digest = hashlib.sha256()
         for path, name in list_files(self.path, self.settings):
             size = path.stat().st_size
@@ -126,9 +126,9 @@ class StreamOrder:
     """Batches of a stream in sequence. An earlier step than the last one asked for starts it again.
 
     Args:
-        windows: starts the stream of windows.
-        sequences_per_step: of a batch.
-        steps: of the full run, which has no end of a pass to report.
+        windows: function that starts the stream of windows.
+        sequences_per_step: sequences of a batch.
+        steps: steps of the full run; a stream has no end of a pass to report.
     """
 
     def __init__(self, windows: Callable[[], Iterator[Window]], *, sequences_per_step: int, steps: int) -> None:
@@ -148,7 +148,7 @@ class StreamOrder:
         return Batch.stack(self._last[1])
 
     def has_label(self) -> bool:
-        """Whether one of the first batches has a label: a long prompt may fill the very first one."""
+        """Return whether one of the first batches has a label: a long prompt may fill the very first one."""
         return any(bool(self.batch(step).count_targets()) for step in range(_LOOKED))
 
 
@@ -161,12 +161,8 @@ def open_stream(
         InputError: when the number of steps is not given.
     """
     if steps is None:
-        raise InputError(
-            "streaming",
-            expected="steps: a stream is not counted before it is read",
-            got="epochs alone",
-            remedy="set steps, or streaming to false",
-        )
+        expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
+        raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
 
     def windows() -> Iterator[Window]:
         return pack(stream.encoder.encode(stream.training_documents()), seq_len, packing)

@@ -1,7 +1,6 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,14 @@ from torch import Tensor, nn
 
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.hub_id import remedy_for
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
 
-# Nothing is fetched: a student is a folder. Set before transformers is imported, which reads it once.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+_LIGER = "setting student_kernels liger"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -33,17 +30,18 @@ def quiet_transformers() -> None:
     quiet()
 
 
-def _refuse(folder: Path, error: Exception) -> InputError:
-    return InputError(
-        f"student {folder}",
-        expected="a Hugging Face causal LM folder (config.json, tokenizer.json, safetensors weights or none)",
-        got=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
-        remedy="check --student",
-    )
+def _refuse(folder: Path, expected: str, got: str, remedy: str) -> InputError:
+    return InputError(f"student {folder}", expected=expected, got=got, remedy=remedy)
+
+
+def no_student(folder: Path, error: Exception) -> InputError:
+    """Return the refusal of a folder that transformers cannot read as a causal LM."""
+    expected = "a Hugging Face causal LM folder (config.json, tokenizer.json, safetensors weights or none)"
+    return _refuse(folder, expected, first_line(error), "pass --student a folder that save_pretrained wrote")
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors weights; without them a student starts from its seed."""
+    """Return whether the folder holds safetensors weights; without them a student starts from its seed."""
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
@@ -55,12 +53,8 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "config.json").is_file():
         return
-    raise InputError(
-        f"student {folder}",
-        expected="a folder with config.json",
-        got="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
-        remedy=remedy_for(folder, "pass a Hugging Face model folder"),
-    )
+    got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+    raise _refuse(folder, "a folder with config.json", got, remedy_for(folder, "pass a Hugging Face model folder"))
 
 
 def student_dtype(config: DistillConfig) -> torch.dtype:
@@ -82,12 +76,8 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
     quiet_transformers()
     check_folder(folder)
     if not has_weights(folder) and any(folder.glob("*.bin")):
-        raise InputError(
-            f"student {folder}",
-            expected="weights as safetensors",
-            got="pickled .bin files, which may run code",
-            remedy="convert them with transformers' save_pretrained(safe_serialization=True)",
-        )
+        remedy = "convert them with transformers' save_pretrained(safe_serialization=True)"
+        raise _refuse(folder, "weights as safetensors", "pickled .bin files, which may run code", remedy)
     try:
         if has_weights(folder):
             model = AutoModelForCausalLM.from_pretrained(
@@ -97,13 +87,13 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
             make: Any = AutoModelForCausalLM.from_config
-            # Drawn in float32 for every dtype: the same seed is the same student. Buffers, such as RoPE's
+            # Weights are drawn in float32 for every dtype, so that one seed is one student. Buffers, such as RoPE's
             # frequencies, stay float32.
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _refuse(folder, error) from error
+        raise no_student(folder, error) from error
     module: nn.Module = model
     return module
 
@@ -118,39 +108,28 @@ def set_up_student(student: Any, config: DistillConfig) -> None:
         _apply_liger(student, config.device)
     if config.gradient_checkpointing:
         if not student.supports_gradient_checkpointing:
-            raise InputError(
-                "setting gradient_checkpointing",
-                expected="an architecture that offers it",
-                got=type(student).__name__,
-                remedy="leave it out",
-            )
+            subject, got = "setting gradient_checkpointing", type(student).__name__
+            raise InputError(subject, expected="an architecture that offers it", got=got, remedy="leave it out")
         # transformers 5 renames it.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.compile:
-        # In place: names of parameters stay, and the loss, which is fused by hand, stays out.
+        # Compiling in place keeps the names of parameters; the loss, which is fused by hand, stays out.
         student.base_model.compile()
 
 
 def _apply_liger(student: Any, device: str) -> None:
     if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        raise InputError(
-            "setting student_kernels liger",
-            expected="liger-kernel and device cuda",
-            got=f"device {device}" if device != "cuda" else "no liger-kernel",
-            remedy="use student_kernels torch" if device != "cuda" else "pip install 'q4kd[liger]'",
-        )
+        got = f"device {device}" if device != "cuda" else "no liger-kernel"
+        remedy = "use student_kernels torch" if device != "cuda" else "pip install 'q4kd[liger]'"
+        raise InputError(_LIGER, expected="liger-kernel and device cuda", got=got, remedy=remedy)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if student.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise InputError(
-            "setting student_kernels liger",
-            expected="an architecture that liger-kernel has kernels for",
-            got=student.config.model_type,
-            remedy="use student_kernels torch",
-        )
-    # Norms, SwiGLU and RoPE only: the loss is ours, and the head is multiplied in it.
+        expected = "an architecture that liger-kernel has kernels for"
+        raise InputError(_LIGER, expected=expected, got=student.config.model_type, remedy="use student_kernels torch")
+    # Only norms, SwiGLU and RoPE are Liger's: the loss is ours, and the head is multiplied in it.
     _apply_liger_kernel_to_instance(
         student, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
     )
@@ -167,23 +146,14 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise _refuse(folder, error) from error
-    # Without its files a tokenizer of no token but its special ones is made up.
+        raise no_student(folder, error) from error
+    # Without its files, transformers makes up a tokenizer of no token but its special ones.
     files = sorted(set(tokenizer.vocab_files_names.values()))
     if not any((folder / name).is_file() for name in files):
-        raise InputError(
-            f"student {folder}",
-            expected=f"its tokenizer: {' or '.join(files)}",
-            got="none",
-            remedy="copy the tokenizer's files of its model there",
-        )
+        remedy = "copy the tokenizer's files of its model there"
+        raise _refuse(folder, f"its tokenizer: {' or '.join(files)}", "none", remedy)
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"student {folder}",
-            expected="an end-of-text token",
-            got="none",
-            remedy="set eos_token in tokenizer_config.json",
-        )
+        raise _refuse(folder, "an end-of-text token", "none", "set eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -211,14 +181,13 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.config = config
-        # Told where the student ends and the loss begins; set by whoever times steps.
+        # The clock is told where the student ends and the loss begins; whoever times steps sets it.
         self.clock: StepClock | None = None
-        # What FSDP shards as one unit: the student's own layers. Its head stays in the root unit, whole in ``forward``.
+        # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
         if getattr(student.get_output_embeddings(), "bias", None) is not None:
-            raise InputError(
-                "student", expected="an output head without bias", got="one with bias", remedy="use another student"
-            )
+            expected, remedy = "an output head without bias", "use another student"
+            raise InputError("student", expected=expected, got="one with bias", remedy=remedy)
 
     @property
     def head_weight(self) -> Tensor:
@@ -238,7 +207,7 @@ class DistillationModel(nn.Module):
         packed: dict[str, Tensor] = {}
         if starts_BT is not None:
             visible = document_mask(starts_BT)
-            # Added to the scores: eager attention would add a boolean mask as 0 and 1.
+            # The mask is a float that is added to the scores: eager attention would add a boolean mask as 0 and 1.
             bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
             packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
             packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT

@@ -1,5 +1,5 @@
-"""What a student will take, found without allocating it: its own code is run on torch's meta device, which has shapes
-and no storage. Counted are its parameters and what autograd keeps of a forward pass for the backward pass.
+"""A student's sizes, found without allocating it: its own code runs on torch's meta device, which has shapes and no
+storage. Its parameters are counted, and what autograd keeps of a forward pass for the backward pass.
 """
 
 import math
@@ -12,8 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.student import check_folder
+from q4kd.trainer.student import check_folder, no_student
 
 
 @dataclass(frozen=True)
@@ -21,19 +20,19 @@ class StudentShape:
     """A student's sizes.
 
     Attributes:
-        parameters: weights, tied ones once.
-        linear_weights: of them, those in matrices that multiply (for FLOPs); the head included.
+        parameters: number of weights, tied ones once.
+        linear_weights: number of weights in matrices that multiply, the head included; for FLOPs.
         lora_parameters: weights of adapters of rank 1 on every linear layer but the head.
-        largest: weights of the largest parameter.
+        largest: number of weights of the largest parameter.
         vocab: rows of the head.
         hidden: hidden size.
         layers: decoder layers.
         is_tied: whether head and embedding are one parameter.
-        saved_bytes: kept by autograd for one forward pass up to the hidden states, every tensor once.
-        largest_saved_bytes: of the largest of these tensors.
-        layer_input_bytes: of the tensor that goes from layer to layer.
-        weight_bytes: of a weight.
-        liger_saves: of ``saved_bytes``, what Liger's RMSNorm and SwiGLU do not keep.
+        saved_bytes: bytes that autograd keeps of one forward pass up to the hidden states, every tensor once.
+        largest_saved_bytes: bytes of the largest of these tensors.
+        layer_input_bytes: bytes of the tensor that goes from layer to layer.
+        weight_bytes: bytes of a weight.
+        liger_saves: bytes within ``saved_bytes`` that Liger's RMSNorm and SwiGLU do not keep.
     """
 
     parameters: int
@@ -57,7 +56,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, length, _ = query.shape
-        # In memory as the kernels lay it out, so that what follows takes no copy.
+        # The output lies in memory as the kernels lay it out, so that what follows takes no copy.
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
@@ -69,7 +68,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Fused attention, which has no meta form of its own; questions about values are answered with yes.
+    """Gives fused attention, which has no meta form, one of its own, and answers questions about values with yes.
 
     transformers asks one: whether the positions are those of one unbroken sequence.
     """
@@ -90,10 +89,10 @@ def shape_student(
     """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
 
     Args:
-        folder: of the student.
-        batch: sequences.
-        length: positions of each.
-        dtype: of weights and products.
+        folder: folder of the student.
+        batch: number of sequences.
+        length: positions of each sequence.
+        dtype: dtype of weights and products.
         is_masked: whether attention gets a mask, as with packed documents: keys and values are then kept once for each
             query head.
 
@@ -110,12 +109,7 @@ def shape_student(
             model = make(config, dtype=dtype, trust_remote_code=False)
             saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"student {folder}",
-            expected="a Hugging Face causal LM folder, with config.json, whose shapes can be followed",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}",
-            remedy="check --student",
-        ) from error
+        raise no_student(folder, error) from error
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return StudentShape(
@@ -136,7 +130,7 @@ def shape_student(
 
 
 def _liger_saves(config: Any, tokens: int, size: int) -> int:
-    """Return what is not kept: by a norm its float32 input, since the input itself is (2 a layer); by SwiGLU one of 4.
+    """Return the bytes that Liger does not keep: each norm's float32 input (2 a layer), and one of 4 tensors of SwiGLU.
 
     (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
     """
@@ -146,9 +140,9 @@ def _liger_saves(config: Any, tokens: int, size: int) -> int:
 
 
 def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) -> tuple[int, int, int]:
-    """Return the bytes that autograd saves, weights left out; of the largest tensor; and of the hidden states."""
+    """Return the bytes that autograd saves beside the weights, of the largest tensor, and of the hidden states."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    # Kept alive, so that no storage's address comes twice.
+    # They are kept alive, so that no storage's address comes twice.
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -159,7 +153,7 @@ def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) 
 
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     packed: dict[str, Tensor] = {}
-    if mask is not None:  # as ``DistillationModel.hidden`` makes it
+    if mask is not None:  # ``DistillationModel.hidden`` makes them so.
         packed["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=mask, device="meta")
         packed["position_ids"] = ids
     with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""The tokens of a corpus, joined: in memory while they are few, past that in a file without a name that is mapped."""
+"""The joined tokens of a corpus, in memory while they are few, beyond that in a mapped file without a name."""
 
 import hashlib
 import tempfile
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.encoding import Encoded
 
-# Bytes of tokens held in memory before they go to the file.
+# So many bytes of tokens are held in memory before they go to the file.
 SPILL_BYTES = 256 << 20
 _HASHED = 1 << 24
 
@@ -42,7 +42,7 @@ class TokenSet:
 
     @property
     def num_documents(self) -> int:
-        """Documents with at least one token."""
+        """Number of documents with at least one token."""
         return len(self.offsets) - 1
 
     @cached_property
@@ -58,7 +58,7 @@ class TokenSet:
 
 
 class _Column:
-    """One growing array: pieces in memory, then a mapped file."""
+    """One growing array, in pieces in memory and then in a mapped file."""
 
     def __init__(self, dtype: npt.DTypeLike, folder: Path | None) -> None:
         self._dtype, self._folder = np.dtype(dtype), folder
@@ -77,7 +77,7 @@ class _Column:
         if self._file is None:
             assert self._folder is not None
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Without a name: it is gone with this process, however that ends.
+            # The file has no name: it is gone with this process, however that ends.
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         for piece in self._pieces:
             self._file.write(piece.tobytes())
@@ -95,7 +95,7 @@ class TokenWriter:
     """Collects documents into a ``TokenSet`` within bounded memory.
 
     Args:
-        folder: where tokens past ``SPILL_BYTES`` go; None keeps all in memory.
+        folder: folder of the file for tokens past ``SPILL_BYTES``; None keeps all in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -105,7 +105,7 @@ class TokenWriter:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return self._ids.length
 
     def add(self, document: Encoded) -> None:

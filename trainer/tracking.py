@@ -1,4 +1,4 @@
-"""TensorBoard, wandb and trackio, through accelerate: what the event log says of steps and evaluations, for dashboards.
+"""TensorBoard, wandb and trackio through accelerate: they show what the event log says of steps and evaluations.
 
 None is required. They listen to the event log of the main process, so a run's losses cannot depend on them.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, unknown_name
 from q4kd.trainer.events import EventLog
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -25,19 +25,10 @@ def tracker_names(config: DistillConfig) -> list[str]:
     names = [name.strip() for name in config.trackers.split(",") if name.strip()]
     for name in names:
         if name not in TRACKERS:
-            raise InputError(
-                "setting trackers",
-                expected=f"some of {', '.join(TRACKERS)}, separated by commas",
-                got=name[:60],
-                remedy="correct the name",
-            )
+            raise unknown_name(f"setting trackers {name[:60]}", name, TRACKERS, "tracker")
         if importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"setting trackers {name}",
-                expected=f"the package {name}",
-                got="none",
-                remedy=f"pip install {name}",
-            )
+            subject, expected = f"setting trackers {name}", f"the package {name}"
+            raise InputError(subject, expected=expected, got="none", remedy=f"pip install {name}")
     return names
 
 
@@ -75,7 +66,7 @@ def start_trackers(accelerator: Any, config: DistillConfig, events: EventLog) ->
 
 
 def public_settings(config: DistillConfig) -> dict[str, str | int | float | bool]:
-    """Return the settings for a dashboard that others may read: of paths only the last part."""
+    """Return the settings for a dashboard that others may read, with the last part only of each path."""
     shown: dict[str, str | int | float | bool] = {}
     for key in config.to_json():
         value = getattr(config, key)

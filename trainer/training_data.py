@@ -25,13 +25,13 @@ class Order(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one pass; of a stream, all."""
+        """Number of steps in one pass, or of all steps of a stream."""
 
     def batch(self, step: int) -> Batch:
         """Return the sequences of a step, counted from 0."""
 
     def has_label(self) -> bool:
-        """Whether there is a label to learn."""
+        """Return whether there is a label to learn."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class TrainingData:
     """What a run trains on and is evaluated on.
 
     Attributes:
-        order: of the batches.
+        order: order of the batches.
         held_out: windows for evaluation; may be none.
         sha256: digest of what is trained on.
-        train_tokens: counted; None for a stream.
+        train_tokens: number of training tokens; None for a stream.
     """
 
     order: Order
@@ -74,12 +74,9 @@ def check_sources(config: DistillConfig) -> None:
     """
     for option, path in (("--data", config.data), ("--held-out", config.held_out)):
         if path is not None and not path.exists():
-            raise InputError(
-                f"{option} {path}",
-                expected="a readable file or folder",
-                got="no such file or folder",
-                remedy=remedy_for(path, "check the path", repository="dataset"),
-            )
+            expected, got = "a readable file or folder", "no such file or folder"
+            remedy = remedy_for(path, "name one that is there", repository="dataset")
+            raise InputError(f"{option} {path}", expected=expected, got=got, remedy=remedy)
 
 
 def make_encoder(
@@ -102,9 +99,9 @@ def open_data(
 
     Args:
         config: the run's settings.
-        encoder: documents to tokens.
-        sequences_per_step: of all processes together.
-        folder: where tokens that do not fit in memory are kept while the run lasts.
+        encoder: encoder of documents.
+        sequences_per_step: sequences of a step in all processes together.
+        folder: folder for tokens that do not fit in memory, while the run lasts.
 
     Raises:
         InputError: when a file or record cannot be used, or there is too little of it.

@@ -33,11 +33,11 @@ def compare_on_cpu(
 
     Args:
         model: GGUF file; None makes a synthetic one of ``DEFAULT_MODEL``.
-        engines: of ``cpu.ENGINES``, the subject ``q4k`` left out.
+        engines: names in ``cpu.ENGINES``, without the subject ``q4k``.
         lengths: positions of one sequence, a comparison each.
         rounds: counted rounds.
-        threads: of every engine.
-        dtype: of the engines that have a choice.
+        threads: number of each engine's threads.
+        dtype: dtype of the engines that have a choice.
         announce: receives progress lines.
 
     Returns:

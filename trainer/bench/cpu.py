@@ -180,7 +180,7 @@ class LlamaCppArm:
             library.llama_memory_clear(library.llama_get_memory(engine.ctx), False)
             started = time.perf_counter()
             code = library.llama_decode(engine.ctx, batch)
-            logits = library.llama_get_logits(engine.ctx)  # waits for the computation
+            logits = library.llama_get_logits(engine.ctx)  # This waits for the computation.
             seconds = time.perf_counter() - started
         finally:
             library.llama_batch_free(batch)

@@ -51,7 +51,7 @@ class CudaArm:
     """One engine on the device; ``interleave.Arm``.
 
     Args:
-        name: for the table.
+        name: name in the table.
         hidden: int64 ids ``[B, T]`` on the device to final hidden states ``[B, T, H]``.
         head: hidden states ``[m, H]`` to logits ``[m, V]``.
         with_head: whether ``run`` makes the logits of every position, ``HEAD_TOKENS`` at a time.
@@ -63,7 +63,7 @@ class CudaArm:
         self.name, self.hidden, self.head, self.with_head = name, hidden, head, with_head
 
     def prepare(self) -> dict[str, Any]:
-        """The engines are loaded before; say what was made of them."""
+        """Return what is known of the engine, which was loaded before."""
         return {"name": self.name, "with_head": self.with_head}
 
     def forward(self, ids_BT: Tensor) -> None:
@@ -117,7 +117,8 @@ def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate:
         if len(dims) == 2 and name != "token_embd.weight" and (with_head or name != "output.weight"):
             weights += dims[0] * dims[1]
             packed_bytes += dims[0] * block_format(types[name]).row_bytes(dims[1])
-    attention = 2 * config.num_layers * config.q_size * shape.batch * shape.length**2  # causal: half of 4 T^2 N D
+    # A causal pass takes half of 4 T^2 N D.
+    attention = 2 * config.num_layers * config.q_size * shape.batch * shape.length**2
     return max((2 * weights * shape.tokens + attention) / rate, packed_bytes / bandwidth)
 
 
@@ -173,7 +174,7 @@ def add_nf4(arms: list[CudaArm], config: TeacherConfig, device: torch.device) ->
         to_nf4(model)
         arm = twin_arm("bnb-nf4", model)
         arm.run(make_ids(SHAPES[0], config.vocab_size))
-    except Exception as error:  # another project's engine: whatever stops it is a result, not our failure
+    except Exception as error:  # It is another project's engine: whatever stops it is a result, not our failure.
         return f"not run: {type(error).__name__}: {str(error)[:300]}"
     finally:
         collect_garbage()
@@ -194,7 +195,7 @@ def measure_speed(
     """Time every arm on one shape, turn by turn; a row per arm, ratios against the first."""
     timed = [arm if with_head else arm.without_head() for arm in arms]
     ids_BT = make_ids(shape, config.vocab_size)
-    for _ in range(3):  # a shape's first pass allocates, its second captures, its third replays
+    for _ in range(3):  # A shape's first pass allocates, its second captures, its third replays.
         for arm in timed:
             arm.run(ids_BT)
     series = interleave(timed, ids_BT, rounds)

@@ -21,7 +21,7 @@ _SEQUENCES_AT_ONCE = 4
 
 
 class Engine(Protocol):
-    """What is measured."""
+    """An engine whose logits are measured."""
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Return float32 logits ``[B * T, V]``."""
@@ -37,7 +37,7 @@ def make_probe(config: TeacherConfig, device: torch.device) -> tuple[Tensor, Ten
 
 @contextmanager
 def plain_float32() -> Iterator[None]:
-    """Inside, float32 products use no TF32 and attention is the plain one."""
+    """Keep TF32 out of float32 products, and use plain attention, while the body runs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     before = torch.backends.cuda.matmul.allow_tf32

@@ -22,7 +22,7 @@ def build_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype
     """Return a ``Qwen2ForCausalLM`` with the tensors' weights in ``dtype``, on their device, attention by SDPA.
 
     Args:
-        config: of a qwen2 model.
+        config: dimensions of a qwen2 model.
         tensors: in the file's layout (before a ``CudaForward`` repacks them).
         dtype: bfloat16, or float32 for a reference.
     """

@@ -3,7 +3,7 @@
 A machine's speed drifts while it is measured (clocks, heat, neighbours), so a ratio is taken only between runs that lie
 next to each other: in every round each arm runs once, in an order that rotates, and the ratio belongs to the round.
 
-What an arm is (``Arm``): an engine with a model loaded. It may run in this process (CUDA arms do: they share the
+An arm (``Arm``) is an engine with a model loaded. It may run in this process (CUDA arms do: they share the
 device and one allocator) or in a worker process of its own (``worker.WorkerArm``: CPU arms do, because two thread
 pools in one process fight for the cores). Either way:
 
@@ -69,7 +69,7 @@ class Series:
 
     @property
     def tokens_per_second(self) -> float:
-        """At the median round."""
+        """Tokens per second at the median round."""
         return self.shape.tokens / statistics.median(self.seconds)
 
 
@@ -79,10 +79,10 @@ class Ratio:
 
     Attributes:
         against: the other arm.
-        median: of the rounds' ratios.
+        median: median of the rounds' ratios.
         low, high: first and third quartile.
         least, greatest: extremes.
-        rounds: how many there were.
+        rounds: number of rounds.
     """
 
     against: str
@@ -138,17 +138,14 @@ def compare(series: Sequence[Series]) -> list[Ratio]:
 
 def _ratio(subject: Series, other: Series) -> Ratio:
     values = [theirs / ours for ours, theirs in zip(subject.seconds, other.seconds, strict=True)]
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Ratio(
-        against=other.arm,
-        shape=subject.shape,
-        median=statistics.median(values),
-        low=quartiles[0],
-        high=quartiles[2],
-        least=min(values),
-        greatest=max(values),
-        rounds=len(values),
-    )
+    return Ratio(against=other.arm, shape=subject.shape, rounds=len(values), **spread(values))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return ``median``, quartiles ``low`` and ``high``, and extremes ``least`` and ``greatest``."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+    extremes = {"least": min(values), "greatest": max(values)}
+    return {"median": statistics.median(values), "low": low, "high": high, **extremes}
 
 
 def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:

@@ -36,7 +36,7 @@ def measure_load(
         out: folder for ``load.json``.
         say: receives a line per step.
         repeats: loads by this project; the first may still find parts of the file outside the page cache.
-        limit_s: for transformers' load.
+        limit_s: seconds that transformers' load may take.
     """
     import torch
 

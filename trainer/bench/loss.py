@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, spread
 from q4kd.trainer.bench.loss_inputs import LossShape, LossWork, make_work
 from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
 from q4kd.trainer.loss_terms import LogitsType, add_product, multiply_wide
@@ -30,16 +30,16 @@ class LossArm:
     """One way through the work; ``interleave.Arm``.
 
     Args:
-        name: for the table.
-        step: does it once.
-        device: whose clock is read.
+        name: name in the table.
+        step: function that does it once.
+        device: device whose clock is read.
     """
 
     def __init__(self, name: str, step: Callable[[], object], device: torch.device) -> None:
         self.name, self.step, self._device = name, step, device
 
     def prepare(self) -> dict[str, Any]:
-        """Say what this is."""
+        """Return the arm's name."""
         return {"name": self.name}
 
     def run(self, _ids: Ids, save: Path | None = None) -> float:
@@ -86,7 +86,7 @@ class Products:
         work: the tensors.
         chunk: rows of a product of gradients.
         step: rows of a product of logits; divides ``chunk``.
-        logits_type: of the two logits.
+        logits_type: dtype of the two logits.
         sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
     """
 
@@ -211,9 +211,8 @@ def compare_loss(
 
 
 def _ratio(one: Series, base: Series) -> dict[str, float]:
-    values = [mine / theirs for mine, theirs in zip(one.seconds, base.seconds, strict=True)]
-    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"ratio": statistics.median(values), "ratio_low": quarters[0], "ratio_high": quarters[2]}
+    found = spread([mine / theirs for mine, theirs in zip(one.seconds, base.seconds, strict=True)])
+    return {"ratio": found["median"], "ratio_low": found["low"], "ratio_high": found["high"]}
 
 
 def table(found: dict[str, Any]) -> Sequence[str]:

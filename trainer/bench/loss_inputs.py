@@ -24,7 +24,7 @@ class LossShape:
         return 2 * self.tokens * self.vocab * (self.teacher_hidden + 3 * self.hidden)
 
 
-# Qwen2.5-7B as teacher of Qwen2.5-0.5B, 32 sequences of 256; and something for a laptop.
+# CUDA_SHAPE is Qwen2.5-7B as teacher of Qwen2.5-0.5B, 32 sequences of 256; CPU_SHAPE suits a laptop.
 CUDA_SHAPE = LossShape(8192, 151_936, 896, 3584)
 CPU_SHAPE = LossShape(512, 8192, 128, 256)
 
@@ -43,7 +43,7 @@ class _PackedHead(DenseHead):
             0, 256, (rows * form.row_bytes(cols) // form.block_bytes, form.block_bytes), device=device
         )
         packed = packed.to(torch.uint8)
-        # Scales of sub-blocks within ± 8 and 2^-12 for each superblock: weights of about 0.03.
+        # Scales of sub-blocks lie within ± 8, those of superblocks are 2^-12: weights are about 0.03.
         packed[:, 192:208] = torch.randint(-8, 9, (len(packed), 16), device=device).to(torch.int8).view(torch.uint8)
         packed[:, 208:] = torch.tensor([0x00, 0x0C], dtype=torch.uint8, device=device)
         self._kernels = Kernels(device)

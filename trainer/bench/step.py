@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, spread
 from q4kd.trainer.bench.step_arms import make_arms
 from q4kd.trainer.bench.step_models import Pair, make_engine, make_pair, peer_student, peer_teacher
 from q4kd.trainer.bench.trl_arm import TrlArm
@@ -79,7 +79,7 @@ class MeteredArm:
 
     @property
     def name(self) -> str:
-        """Of the arm."""
+        """Name of the arm."""
         return self.arm.name
 
     def _held(self) -> int:
@@ -128,7 +128,7 @@ def measure(
         shape: sequences and positions of a step.
         vocab_size: ids are drawn below it.
         rounds: counted rounds.
-        device: of every arm.
+        device: device of every arm.
         say: receives progress lines.
 
     Returns:
@@ -144,7 +144,7 @@ def measure(
         except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             if arm.name not in PEERS:
                 raise
-            # Another project's trainer: whatever stops it is a result, not our failure.
+            # It is another project's trainer: whatever stops it is a result, not our failure.
             found["not_run"][arm.name] = f"{type(error).__name__}: {str(error)[:300]}"
             candidate.close()
             continue
@@ -173,18 +173,6 @@ def ratios(series: Sequence[Series]) -> dict[str, dict[str, float]]:
         if peer in seconds and "q4kd" in seconds:
             found[f"{peer} over q4kd"] = spread([b / a for a, b in zip(seconds["q4kd"], seconds[peer], strict=True)])
     return found
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, quartiles and extremes."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
-    return {
-        "median": statistics.median(values),
-        "low": low,
-        "high": high,
-        "least": min(values),
-        "greatest": max(values),
-    }
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -227,9 +215,9 @@ def run_step(
         device: cpu or cuda.
         shape: sequences and positions of a step.
         rounds: counted rounds.
-        against: of ``PEERS``.
-        settings: of ``DistillConfig``, for q4kd's own arms.
-        layers: of the 7B-shaped teacher on CUDA.
+        against: names in ``PEERS``.
+        settings: settings of ``DistillConfig`` for q4kd's own arms.
+        layers: number of layers of the 7B-shaped teacher on CUDA.
         say: receives progress lines.
     """
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
@@ -250,7 +238,7 @@ def run_step(
             "split": split_of(whole.results[-rounds:], whole.data_seconds[-rounds:]),
         }
         found["loss"] = asdict(config.loss)
-        if where.type == "cpu":  # where no allocator tells the arms apart
+        if where.type == "cpu":  # There no allocator tells the arms apart.
             found["process_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "step.json", found)

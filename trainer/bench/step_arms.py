@@ -27,7 +27,7 @@ class TrainArm:
     """Whole optimiser steps by ``train_step``.
 
     Args:
-        name: for the table.
+        name: name in the table.
         config: settings of the step; ``alpha`` = 1 takes it without the teacher.
         load: loads the packed teacher, or returns it when it is loaded: the first arm to be prepared counts its bytes.
         make_engine: returns ``(accelerator, prepared model, prepared optimizer)`` for the config.
@@ -42,7 +42,7 @@ class TrainArm:
     ) -> None:
         self.name, self._config, self._load, self._make_engine = name, config, load, make_engine
         self.results: list[StepResult] = []
-        self.data_seconds: list[float] = []  # to make each step's batch on the device
+        self.data_seconds: list[float] = []  # seconds to make each step's batch on the device
 
     def prepare(self) -> dict[str, Any]:
         """Load the teacher, build student and optimiser."""

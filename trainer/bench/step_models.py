@@ -17,7 +17,7 @@ from q4kd.trainer.sharding import make_accelerator, prepare_model
 from q4kd.trainer.student import DistillationModel, load_student, set_up_student, student_dtype
 from q4kd.trainer.synthetic import write_large_teacher
 
-# Qwen2.5-0.5B. Its 151,936 rows are fewer than the 7B teacher's 152,064: the loss drops the difference.
+# This is Qwen2.5-0.5B. Its 151,936 rows are fewer than the 7B teacher's 152,064: the loss drops the difference.
 STUDENT_0_5B = {
     "vocab_size": 151_936,
     "hidden_size": 896,
@@ -91,7 +91,7 @@ def peer_teacher(pair: Pair, device: torch.device, layers: int, *, nf4: bool) ->
     Args:
         pair: the files.
         device: a CUDA device.
-        layers: as in ``make_pair``.
+        layers: number of layers, as in ``make_pair``.
         nf4: whether its linear layers are bitsandbytes' 4-bit ones.
 
     Raises:

@@ -22,7 +22,7 @@ class TrlArm:
     """One step of GKDTrainer: ``training_step``, clip, fused AdamW.
 
     Args:
-        name: for the table.
+        name: name in the table.
         make_student: returns the student, a transformers causal LM in float32 on the device.
         make_teacher: returns the teacher, likewise a causal LM, with a head as wide as the student's.
         lr: learning rate.
@@ -77,7 +77,7 @@ class TrlArm:
         accelerator = self._trainer.accelerator
         self._model, self._optimizer = accelerator.prepare(self._trainer.model, self._trainer.optimizer)
         self._trainer.model_wrapped = self._model
-        # Set by Trainer.train, which is bypassed.
+        # Trainer.train, which is bypassed, would set it.
         self._trainer.current_gradient_accumulation_steps = 1
         version = importlib.import_module("trl").__version__
         return {"trl": version, "lmbda": 0.0, "beta": 0.0, "autocast": "bfloat16" if on_cuda else "none"}

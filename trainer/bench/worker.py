@@ -34,10 +34,10 @@ class WorkerArm:
     """Runs ``python -m MODULE ARGUMENTS`` and speaks the protocol above with it; ``interleave.Arm``.
 
     Args:
-        name: for the table.
-        module: that calls ``serve``.
+        name: name in the table.
+        module: module that calls ``serve``.
         arguments: its command line.
-        threads: of its OpenMP pools.
+        threads: size of its OpenMP pools.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:

@@ -22,7 +22,7 @@ SKIPPED_FOLDERS = frozenset(
 def source_files(root: Path) -> list[str]:
     """Return the ``.py`` files below ``root``, as sorted relative posix paths.
 
-    Skipped: ``SKIPPED_FOLDERS``, and ``_sysconfigdata*``, which describe the machine that built this interpreter.
+    ``SKIPPED_FOLDERS`` and ``_sysconfigdata*``, which describe the machine that built this interpreter, are skipped.
 
     Raises:
         InputError: when there is none.
@@ -67,12 +67,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise InputError(
-            "tokenizer",
-            expected=f"{vocab_size} tokens",
-            got=f"{tokenizer.get_vocab_size()}",
-            remedy="give more text or ask for a smaller vocabulary",
-        )
+        expected, got = f"{vocab_size} tokens", f"{tokenizer.get_vocab_size()}"
+        remedy = "give more text or ask for a smaller vocabulary"
+        raise InputError("tokenizer", expected=expected, got=got, remedy=remedy)
     return tokenizer
 
 

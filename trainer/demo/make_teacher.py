@@ -101,7 +101,7 @@ def _load_dequantised(model: Qwen2ForCausalLM, path: Path) -> None:
 
 
 def _errors_by_type(path: Path, state: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Relative Frobenius error ``||w - stored|| / ||w||`` of each type in the file, over its tensors: worst, mean."""
+    """Return each type's worst and mean relative Frobenius error ``||w - stored|| / ||w||`` over its tensors."""
     found: dict[str, list[float]] = {}
     for tensor in gguf.GGUFReader(path).tensors:
         weights = state[_huggingface_name(tensor.name)].numpy()
@@ -119,7 +119,7 @@ def _write_student(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(student_config().to_json_string())
     config |= {"architectures": ["Qwen2ForCausalLM"], "dtype": "float32"}
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 looks for it
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # transformers 4 looks for it there.
     write_json(folder / "config.json", config)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write_json(

@@ -43,12 +43,12 @@ def qwen2_config(*, hidden: int, layers: int, heads: int, kv_heads: int, feed_fo
 
 
 def teacher_config() -> Qwen2Config:
-    """The teacher: 5.2 M parameters, every matrix a multiple of 256 columns wide, so all of it can be K-quantised."""
+    """Return the teacher's: 5.2 M parameters, every matrix a multiple of 256 columns wide, which K-quants need."""
     return qwen2_config(hidden=256, layers=6, heads=4, kv_heads=2, feed_forward=768)
 
 
 def student_config() -> Qwen2Config:
-    """The student that ships beside it, without weights: 0.7 M parameters, the same vocabulary."""
+    """Return that of the student that ships beside it, without weights: 0.7 M parameters, the same vocabulary."""
     return qwen2_config(hidden=128, layers=2, heads=4, kv_heads=2, feed_forward=384)
 
 
@@ -98,7 +98,7 @@ def held_out_loss(
 
 
 def _progress_lr(progress: float) -> float:
-    """Linear warm-up, then a cosine to 2 % of the peak; ``progress`` runs from 0 to 1."""
+    """Return the learning rate: linear warm-up, then a cosine to 2 % of the peak; ``progress`` runs from 0 to 1."""
     if progress < WARMUP:
         return PEAK_LR * max(progress, 0.001) / WARMUP
     return PEAK_LR * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP)))))

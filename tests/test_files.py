@@ -1,0 +1,42 @@
+"""Fields of a JSON object: exactly those, each of its type."""
+
+import pytest
+
+from q4kd.trainer.files import check_fields
+
+FIELDS = {"version": 2, "name": str, "size": int, "mass": float, "note": dict | None, "done": bool}
+GOOD = {"version": 2, "name": "a", "size": 3, "mass": 0.5, "note": None, "done": True}
+
+
+def test_fields_of_the_right_types_are_returned_as_they_are() -> None:
+    assert check_fields(GOOD, FIELDS) is GOOD
+    assert check_fields({**GOOD, "note": {}}, FIELDS)["note"] == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 1}, "version 1"),
+        ({"version": True}, "version True"),
+        ({"version": 2.0}, r"version 2\.0"),
+        ({"name": 3}, "name 3"),
+        ({"size": "3"}, "size '3'"),
+        ({"size": True}, "size True"),
+        ({"size": 3.0}, r"size 3\.0"),
+        ({"mass": 1}, "mass 1"),
+        ({"mass": float("inf")}, "mass inf"),
+        ({"mass": float("nan")}, "mass nan"),
+        ({"note": []}, r"note \[\]"),
+        ({"done": 1}, "done 1"),
+        ({"more": 1}, "an unknown field 'more'"),
+    ],
+)
+def test_another_type_is_refused_without_conversion(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_fields(GOOD | change, FIELDS)
+
+
+@pytest.mark.parametrize("document", [None, [], "x", 3, {name: GOOD[name] for name in list(GOOD)[:-1]}])
+def test_what_is_no_such_object_is_refused(document: object) -> None:
+    with pytest.raises(ValueError, match=r"in place of an object|no done"):
+        check_fields(document, FIELDS)
