@@ -101,7 +101,7 @@ def multiply_all(kernels: Any, operands: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
-    from q4kd.trainer.cuda.plans import Q6_K_SOA
+    from q4kd.trainer.cuda.kernels import Q6_K_SOA
     from q4kd.trainer.formats import FORMATS
 
     results: dict[str, Any] = {}
