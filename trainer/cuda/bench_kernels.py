@@ -2,18 +2,23 @@
 
 Bytes are those that must move: packed ones read, decoded ones written. Every call works on another set of buffers, so
 that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds, less than
-launching one from Python, so they are timed as CUDA graphs of one call a buffer set.
+launching one from Python, so they are timed as CUDA graphs of one call a buffer set. What a launch costs the host is
+measured apart.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from q4kd.trainer.cuda.kernels import MAX_MATVEC_TOKENS, Q6_K_SOA, Kernels
+from q4kd.trainer.cuda.launch import THREADS, CudaLauncher
 from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
 from q4kd.trainer.formats import block_format
 
@@ -232,4 +237,47 @@ def table(rows: list[Bandwidth]) -> str:
     lines += [
         f"{row.name:<10} {row.gigabytes_per_second:8.0f} {row.fraction_of_copy:8.3f} {row.spread:7.3f}" for row in rows
     ]
+    return "\n".join(lines)
+
+
+def _host_microseconds(call: Callable[[], object], repeats: int = 300) -> float:
+    """Return the least of nine means of ``repeats`` calls, which the device is given time to finish."""
+    means = []
+    for _ in range(9):
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        means.append((time.perf_counter() - start) / repeats)
+        torch.cuda.synchronize()
+    return min(means) * 1e6
+
+
+def launch_table() -> str:
+    """Measure the host's time for launching kernels of few, some and many arguments, by us and by CuPy's own call.
+
+    Returns:
+        A row a kernel, as aligned text.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    launcher, launches = CudaLauncher(device), list[tuple[Any, ...]]()
+    recorder = Kernels(device, lambda *launch: launches.append(launch))
+    zeros = partial(torch.zeros, device=device)
+    half = partial(zeros, dtype=torch.bfloat16)
+    recorder.add_bias(half(1, 3584), zeros(3584))
+    recorder.matvec("Q4_K", zeros(3584, 2016, dtype=torch.uint8), half(1, 3584), 3584, half(1, 3584))
+    recorder.rope(half(1, 28, 128), half(1, 4, 128), zeros(1, 64), zeros(1, 64), "split", q_norm=zeros(128))
+
+    def launch_by_cupy(kernel: str, grid: int, arguments: Sequence[Any], _writes: object) -> None:
+        values = [
+            value.data_ptr() if isinstance(value, Tensor) else np.float32(value) if type(value) is float else value or 0
+            for value in arguments
+        ]
+        launcher.function(kernel)((grid,), (THREADS,), values)
+
+    lines = [f"{'launch':<24} {'arguments':>9} {'host us':>8} {'by CuPy':>8}"]
+    for launch in launches:
+        ours, cupys = (_host_microseconds(partial(call, *launch)) for call in (launcher, launch_by_cupy))
+        lines.append(f"{launch[0]:<24} {len(launch[2]):9d} {ours:8.2f} {cupys:8.2f}")
     return "\n".join(lines)
