@@ -19,14 +19,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sync_folder
 from q4kd.trainer.formats import SUPERBLOCK
 from q4kd.trainer.gguf_vocabulary import Vocabulary, add_vocabulary, config_special_ids
-from q4kd.trainer.huggingface_config import read_huggingface_config, rope_factors
+from q4kd.trainer.huggingface_config import read_huggingface_config, read_weights, rope_factors
 from q4kd.trainer.quantize import BLOCK, quantize
 from q4kd.trainer.tensor_names import gguf_name
 
@@ -156,39 +155,6 @@ def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Ten
     """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
     factors = rope_factors(settings)
     return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
-
-
-def read_weights(model: Path) -> dict[str, torch.Tensor]:
-    """Map the weights of a Hugging Face folder, under their names; nothing is read before it is used.
-
-    An adapter beside them is left alone: ``model.safetensors``, or the files that its index names, are the model.
-
-    Raises:
-        InputError: when there are none, an index is malformed or points out of the folder, or a file is damaged.
-    """
-    index = model / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        listed = read_json(index)
-        mapped = listed.get("weight_map") if isinstance(listed, dict) else None
-        names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
-        if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
-            raise InputError(
-                str(index), expected="a weight_map to files beside it", got="another", remedy="save the model again"
-            )
-    state: dict[str, torch.Tensor] = {}
-    for name in names:
-        try:
-            with safe_open(model / name, framework="pt") as opened:
-                state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                str(model / name),
-                expected="weights as safetensors",
-                got=str(error).splitlines()[0][:120],
-                remedy="save the model again with save_pretrained",
-            ) from error
-    return state
 
 
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.hub_id import remedy_for
+from q4kd.trainer.errors import InputError, missing_path_remedy
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
@@ -59,7 +58,7 @@ def check_folder(folder: Path) -> None:
         f"student {folder}",
         expected="a folder with config.json",
         got="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder",
-        remedy=remedy_for(folder, "pass a Hugging Face model folder"),
+        remedy=missing_path_remedy(folder, "pass a Hugging Face model folder"),
     )
 
 
