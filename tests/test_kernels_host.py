@@ -219,8 +219,8 @@ def test_calls_of_equal_facts_are_planned_once_and_get_their_own_tensors(monkeyp
         kernels.rms_norm(a, weight[:128], 1e-6, b)
 
 
-def test_plans_are_bounded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q4kd.trainer.cuda.plans._MAX_PLANS", 3)
+def test_prepared_launches_are_bounded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("q4kd.trainer.cuda.plans._MAX_PREPARED", 3)
     x, bias = torch.ones(8, 16), torch.ones(16)
     for rows in range(1, 9):
         kernels.add_bias(x[:rows], bias)

@@ -1,4 +1,4 @@
-"""Documents: what is trained on as one piece, made and checked from a record, and which of them are held out.
+"""Documents, made from records and checked; the rule that says which of them are held out.
 
 A record's kind is told by its fields: ``messages`` (a chat), ``text``, ``prompt`` and ``completion``, or ``input_ids``
 with or without ``labels``.
@@ -21,15 +21,15 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Document:
-    """What is trained on as one piece, and the name by which it is assigned to training or held-out.
+    """A text, chat or token sequence, and the name by which it is assigned to training or held-out data.
 
     Exactly one of these is given: ``text`` alone, ``text`` and ``completion``, ``messages``, or ``ids``.
 
     Attributes:
         name: relative path, with the line or row of a record.
-        text: of a text, or the prompt of a prompt and completion.
-        completion: what follows the prompt.
-        messages: of a chat: mappings with ``role`` and ``content``.
+        text: the text, or the prompt of a prompt and completion.
+        completion: text that follows the prompt.
+        messages: messages of a chat, mappings with ``role`` and ``content``.
         ids: token ids of a pre-tokenised document.
         labels: the same ids, or -100 where none is learnt; None where all are.
     """
@@ -43,7 +43,7 @@ class Document:
 
     @property
     def num_bytes(self) -> int:
-        """Size, for limits on how much is read: UTF-8 bytes of its texts, or bytes of its ids."""
+        """UTF-8 bytes of its texts, or bytes of its ids: its size, for limits on how much is read."""
         if self.ids is not None:
             return self.ids.nbytes
         texts = [self.text, self.completion or ""]
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """How files are read; the fields are those of ``DistillConfig``."""
+    """Settings by which files are read; the fields are those of ``DistillConfig``."""
 
     data_format: str = "auto"
     pattern: str = "**/*"
@@ -68,7 +68,7 @@ class SourceSettings:
 
 def bad_record(where: str, expected: str, got: object) -> InputError:
     """Return the error of a record at ``where``: a file and its line or row."""
-    return InputError(where, expected=expected, got=str(got)[:80], remedy="correct or remove the record")
+    return InputError(where, expected=expected, got=str(got)[:80], remedy="mend or remove this record")
 
 
 def _text(value: object, where: str, field: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
-_QWEN3_HEAD_DIM = 128  # Qwen3Config's default, which config.json may leave out
+_QWEN3_HEAD_DIM = 128  # This is Qwen3Config's default, which config.json may leave out.
 
 
 def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
@@ -99,26 +99,22 @@ def read_weights(model: Path) -> dict[str, "torch.Tensor"]:
         mapped = listed.get("weight_map") if isinstance(listed, dict) else None
         names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
         if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
-            raise InputError(
-                str(index), expected="a weight_map to files beside it", got="another", remedy="save the model again"
-            )
+            expected, remedy = "a weight_map to files beside it", "save the model again with save_pretrained"
+            raise InputError(str(index), expected=expected, got="another", remedy=remedy)
     state: dict[str, torch.Tensor] = {}
     for name in names:
         try:
             with safe_open(model / name, framework="pt") as opened:
                 state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                str(model / name),
-                expected="weights as safetensors",
-                got=str(error).splitlines()[0][:120],
-                remedy="save the model again with save_pretrained",
-            ) from error
+            got, remedy = str(error).splitlines()[0][:120], "save the model again with save_pretrained"
+            raise InputError(str(model / name), expected="weights as safetensors", got=got, remedy=remedy) from error
     return state
 
 
 def _refusal(key: str, expected: str, got: object) -> InputError:
-    return InputError(f"config {key}", expected=expected, got=repr(got)[:80], remedy="check config.json")
+    remedy = "use the config.json that the model was saved with, or another model"
+    return InputError(f"config {key}", expected=expected, got=repr(got)[:80], remedy=remedy)
 
 
 def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -148,7 +144,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsayable(settings: Mapping[str, Any], architecture: str) -> None:
-    """Refuse what would be computed differently from the file: the keys of these architectures have no word for it."""
+    """Refuse what would be computed differently from the GGUF, whose keys cannot say it."""
     rope = _rope(settings)
     if settings.get("hidden_act", "silu") != "silu":
         raise _refusal("hidden_act", "silu", settings["hidden_act"])

@@ -22,19 +22,18 @@ _PEEK_BYTES = 1 << 20  # within which the first record of a .json file must end
 
 def _read_text(path: Path, name: str) -> Document:
     size = path.stat().st_size
-    if size > MAX_DOCUMENT_BYTES * 16:
-        raise InputError(
-            str(path),
-            expected=f"text files of at most {MAX_DOCUMENT_BYTES * 16} bytes",
-            got=str(size),
-            remedy="cut it into several files or JSONL",
-        )
+    if size > MAX_TEXT_BYTES:
+        expected, remedy = f"text files of at most {MAX_TEXT_BYTES} bytes", "cut it into several files or JSONL"
+        raise InputError(str(path), expected=expected, got=str(size), remedy=remedy)
     data = path.read_bytes()
     try:
         return Document(name, data.decode())
     except UnicodeDecodeError as error:
-        got = f"byte {data[error.start]:#04x} at {error.start}"
-        raise InputError(str(path), expected="UTF-8 text", got=got, remedy="convert it") from error
+        got, remedy = (
+            f"byte {data[error.start]:#04x} at {error.start}",
+            "convert it: iconv -f latin1 -t utf-8 converts Latin-1",
+        )
+        raise InputError(str(path), expected="UTF-8 text", got=got, remedy=remedy) from error
 
 
 def _read_jsonl(path: Path, name: str, settings: SourceSettings) -> Iterator[Document]:
@@ -65,7 +64,7 @@ def _first_record(path: Path) -> Mapping[str, Any] | None:
 
 
 def _holds_records(path: Path, settings: SourceSettings) -> bool:
-    """Whether the first object of a .json file has a field that is read."""
+    """Return whether the first object of a .json file has a field that is read."""
     first = _first_record(path) or {}
     return any(first.get(key) is not None for key in settings.columns)
 
@@ -78,11 +77,10 @@ def _read_json(path: Path, name: str, settings: SourceSettings) -> Iterator[Docu
     """
     if not _holds_records(path, settings):
         fields = ", ".join(sorted(_first_record(path) or {}))[:80]
+        expected = f"records with {' or '.join(settings.columns)}, in a list or one a line"
+        remedy = "rename the fields, or pass --data-format text to train on the file as it is"
         raise InputError(
-            str(path),
-            expected=f"records with {' or '.join(settings.columns)}, in a list or one a line",
-            got=f"fields {fields}" if fields else "other JSON",
-            remedy="rename the fields, or pass --data-format text to train on the file as it is",
+            str(path), expected=expected, got=f"fields {fields}" if fields else "other JSON", remedy=remedy
         )
     text = _read_text(path, name).text.lstrip()
     if not text.startswith("["):
@@ -110,12 +108,9 @@ def _read_file(path: Path, name: str, settings: SourceSettings) -> Iterator[Docu
     elif suffix == ".json" and wanted == "auto":
         yield from _read_json(path, name, settings)
     elif suffix == ".arrow" and wanted == "auto":
-        raise InputError(
-            str(path),
-            expected="text, JSONL, parquet or token shards",
-            got="an Arrow file, such as Dataset.save_to_disk writes",
-            remedy="datasets.load_from_disk(FOLDER).to_parquet('data.parquet') converts a split",
-        )
+        got = "an Arrow file, such as Dataset.save_to_disk writes"
+        remedy = "datasets.load_from_disk(FOLDER).to_parquet('data.parquet') converts a split"
+        raise InputError(str(path), expected="text, JSONL, parquet or token shards", got=got, remedy=remedy)
     else:
         yield _read_text(path, name)
 
@@ -138,7 +133,7 @@ def list_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
 
 
 def _is_text(path: Path, settings: SourceSettings) -> bool:
-    """Whether a file of a folder would be read as one text: those are skipped where they are none."""
+    """Return whether a file of a folder would be read as one text; such files are skipped where they are none."""
     if settings.data_format not in ("auto", "text"):
         return False
     suffix = path.suffix.lower()
@@ -155,8 +150,8 @@ def read_documents(
     Args:
         path: file or folder.
         pattern: glob for a folder, where ``settings`` are not given.
-        settings: how files are read.
-        order: in which the files are read, as indices into ``list_files``.
+        settings: settings by which files are read.
+        order: indices into ``list_files``, in the order in which the files are read.
 
     Raises:
         InputError: when the path is missing, a file cannot be read as what it claims to be, or a record is bad.
@@ -171,14 +166,12 @@ def read_documents(
             elif file.stat().st_size <= MAX_DOCUMENT_BYTES and (text := _decoded(file)) is not None:
                 yield Document(name, text)
     except (OSError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            str(path), expected="a readable file or folder", got=str(reason), remedy="check --data"
-        ) from error
+        reason, remedy = getattr(error, "strerror", None) or str(error), "name a file or folder that you may read"
+        raise InputError(str(path), expected="a readable file or folder", got=str(reason), remedy=remedy) from error
 
 
 def _decoded(path: Path) -> str | None:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError:
-        return None  # a folder may hold pictures and archives beside its texts
+        return None  # A folder may hold pictures and archives beside its texts.

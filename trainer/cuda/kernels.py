@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.cuda.launch import Argument
-from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Plan, blocks, is_wide, kernel, offset, require
+from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Launch, blocks, is_wide, kernel, offset, require
 from q4kd.trainer.formats import SUPERBLOCK, block_format
 
 Q6_K_SOA = "Q6_K_SOA"  # Q6_K repacked by ``repack_q6_k``: the same bytes, every part aligned
@@ -34,14 +34,14 @@ class Kernels(KernelSet):
     """
 
     @kernel
-    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> Plan:
+    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> Launch:
         """Decode rows ``row_start`` to ``row_stop``, in float32, rounded once if ``out`` is bfloat16.
 
         Args:
             type_name: a GGML type, or ``Q6_K_SOA``.
-            packed: uint8 ``[R, row_bytes]`` contiguous (``Q6_K_SOA``: any shape of as many bytes).
+            packed: uint8 ``[R, row_bytes]``, contiguous (``Q6_K_SOA``: any shape of as many bytes).
             row_start: first row.
-            row_stop: end, at most R.
+            row_stop: row after the last, at most R.
             cols: K.
             out: bfloat16 or float32 ``[row_stop - row_start, K]``, contiguous; every element is written.
 
@@ -55,15 +55,15 @@ class Kernels(KernelSet):
         name, suffix = f"decode_{type_name.lower()}", DTYPES[out.dtype]
         if _by_elements(weights, cols, packed, out):
             first, count = row_start * cols, (row_stop - row_start) * cols
-            return Plan(f"{name}_elements_{suffix}", blocks(count), [packed, first, count, out], [out])
+            return Launch(f"{name}_elements_{suffix}", blocks(count), [packed, first, count, out], [out])
         steps = cols // weights
         first, count = row_start * steps, (row_stop - row_start) * steps
         if type_name == "Q8_0" and first % 8 == 0 and count % 8 == 0 and offset(packed) == 0:
-            return Plan(f"{name}_run_{suffix}", blocks(count), [packed, first, count, out], [out])
-        return Plan(f"{name}_{suffix}", blocks(count * tasks), [packed, rows * steps, first, count, out], [out])
+            return Launch(f"{name}_run_{suffix}", blocks(count), [packed, first, count, out], [out])
+        return Launch(f"{name}_{suffix}", blocks(count * tasks), [packed, rows * steps, first, count, out], [out])
 
     @kernel
-    def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> Plan:
+    def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> Launch:
         """Decode the rows of ``ids``; a row that does not exist becomes NaN.
 
         Args:
@@ -83,10 +83,12 @@ class Kernels(KernelSet):
         weights, tasks = _STEPS.get(type_name, _SUPERBLOCK_STEP)
         name, suffix = f"gather_{type_name.lower()}", DTYPES[out.dtype]
         if _by_elements(weights, cols, packed, out):
-            return Plan(f"{name}_elements_{suffix}", blocks(count * cols), [packed, rows, cols, ids, count, out], [out])
+            return Launch(
+                f"{name}_elements_{suffix}", blocks(count * cols), [packed, rows, cols, ids, count, out], [out]
+            )
         steps = cols // weights
         arguments: list[Argument] = [packed, rows * steps, steps, ids, count, out]
-        return Plan(f"{name}_{suffix}", blocks(count * steps * tasks), arguments, [out])
+        return Launch(f"{name}_{suffix}", blocks(count * steps * tasks), arguments, [out])
 
     def repack_q6_k(self, packed: Tensor, out: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Move Q6_K superblocks from the file's layout into the aligned one (drawn in ``kernels/blocks.cuh``).
@@ -105,11 +107,11 @@ class Kernels(KernelSet):
         return out
 
     @kernel
-    def _repack_q6_k(self, packed: Tensor, out: Tensor, first_block: int) -> Plan:
+    def _repack_q6_k(self, packed: Tensor, out: Tensor, first_block: int) -> Launch:
         count, total = self._superblocks("packed", packed), self._superblocks("out", out)
         require(0 <= first_block <= total - count, f"superblocks {first_block}:{first_block + count} of {total}")
         require(offset(out) == 0 and packed.data_ptr() % 2 == 0, "expected addresses aligned to 16 and to 2")
-        return Plan("repack_q6_k", blocks(count * _Q6_K_WORDS), [packed, count, total, first_block, out], [out])
+        return Launch("repack_q6_k", blocks(count * _Q6_K_WORDS), [packed, count, total, first_block, out], [out])
 
     def unpack_q6_k(self, soa: Tensor) -> Tensor:
         """Undo ``repack_q6_k`` on a whole tensor: the file's bytes, in the shape of ``soa``."""
@@ -118,12 +120,12 @@ class Kernels(KernelSet):
         return out
 
     @kernel
-    def _unpack_q6_k(self, soa: Tensor, out: Tensor) -> Plan:
+    def _unpack_q6_k(self, soa: Tensor, out: Tensor) -> Launch:
         count = self._packed_rows(Q6_K_SOA, soa, SUPERBLOCK)
-        return Plan("unpack_q6_k", blocks(count * _Q6_K_WORDS), [soa, count, out], [out])
+        return Launch("unpack_q6_k", blocks(count * _Q6_K_WORDS), [soa, count, out], [out])
 
     @kernel
-    def matvec(self, type_name: str, packed: Tensor, x_MK: Tensor, rows: int, out_MR: Tensor) -> Plan:
+    def matvec(self, type_name: str, packed: Tensor, x_MK: Tensor, rows: int, out_MR: Tensor) -> Launch:
         """Write ``x @ W.T`` for at most 16 tokens, reading packed blocks; no weight is rounded to bfloat16.
 
         Args:
@@ -145,10 +147,10 @@ class Kernels(KernelSet):
         name = f"matvec_{type_name.lower()}_r{row_tiles}_t{1 if tokens <= 8 else 2}_{DTYPES[out_MR.dtype]}"
         steps = cols // SUPERBLOCK
         arguments: list[Argument] = [packed, rows * steps, steps, x_MK, tokens, rows, out_MR.stride(0), out_MR]
-        return Plan(name, -(-rows // (16 * row_tiles)), arguments, [out_MR])
+        return Launch(name, -(-rows // (16 * row_tiles)), arguments, [out_MR])
 
     @kernel
-    def rms_norm(self, x_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor) -> Plan:
+    def rms_norm(self, x_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor) -> Launch:
         """Write ``x / sqrt(mean(x^2) + eps) * weight``, in float32, rounded once; a block takes a row.
 
         Args:
@@ -163,10 +165,12 @@ class Kernels(KernelSet):
         self._check("out", out_MH, _ANY, tokens, hidden)
         width = 8 if hidden % 8 == 0 and is_wide(x_MH, weight_H, out_MH) else 1
         name = f"rms_norm_{DTYPES[x_MH.dtype]}_{DTYPES[out_MH.dtype]}_v{width}"
-        return Plan(name, tokens if hidden else 0, [x_MH, weight_H, hidden, float(eps), out_MH], [out_MH])
+        return Launch(name, tokens if hidden else 0, [x_MH, weight_H, hidden, float(eps), out_MH], [out_MH])
 
     @kernel
-    def add_rms_norm(self, residual_MH: Tensor, delta_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor) -> Plan:
+    def add_rms_norm(
+        self, residual_MH: Tensor, delta_MH: Tensor, weight_H: Tensor, eps: float, out_MH: Tensor
+    ) -> Launch:
         """Add ``delta`` to ``residual`` in place, rounded to its type, and write the norm of the result.
 
         Args:
@@ -184,7 +188,7 @@ class Kernels(KernelSet):
         width = 8 if hidden % 8 == 0 and is_wide(residual_MH, delta_MH, weight_H, out_MH) else 1
         types = "_".join(DTYPES[tensor.dtype] for tensor in (residual_MH, delta_MH, out_MH))
         arguments: list[Argument] = [residual_MH, delta_MH, weight_H, hidden, float(eps), out_MH]
-        return Plan(f"add_rms_norm_{types}_v{width}", tokens if hidden else 0, arguments, [residual_MH, out_MH])
+        return Launch(f"add_rms_norm_{types}_v{width}", tokens if hidden else 0, arguments, [residual_MH, out_MH])
 
     @kernel
     def rope(
@@ -200,7 +204,7 @@ class Kernels(KernelSet):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
-    ) -> Plan:
+    ) -> Launch:
         """Rotate q and k in place, after an optional bias and an optional RMSNorm of each head, in that order.
 
         A head takes D / 16 lanes where that is a power of two, else a warp.
@@ -209,13 +213,13 @@ class Kernels(KernelSet):
             q_MND: bfloat16 or float32 ``[M, N, D]``; heads contiguous, rows may be apart (a fused product's columns).
             k_MKD: same type, ``[M, K, D]``.
             cos_TD: float32 ``[T, D/2]``, contiguous; row m is position ``m % T``.
-            sin_TD: likewise.
+            sin_TD: float32 ``[T, D/2]``, contiguous.
             layout: ``split`` pairs (i, i + D/2), ``interleaved`` pairs (2i, 2i + 1).
             q_bias: float32 ``[N * D]``.
             k_bias: float32 ``[K * D]``.
             q_norm: float32 ``[D]``.
             k_norm: float32 ``[D]``.
-            eps: of the norms.
+            eps: added to the mean squares of the norms.
         """
         require(layout in ("split", "interleaved"), f"layout {layout}: expected split or interleaved")
         self._check("q", q_MND, _ANY, None, None, None, rows=True)
@@ -243,10 +247,10 @@ class Kernels(KernelSet):
         arguments += [k_MKD, k_MKD.stride(0), k_heads, k_bias, k_norm]
         arguments += [cos_TD, sin_TD, positions, head_dim, float(eps), tokens]
         name = f"rope_{layout}_{DTYPES[q_MND.dtype]}_v{8 if wide else 1}"
-        return Plan(name, blocks(threads), arguments, [q_MND, k_MKD])
+        return Launch(name, blocks(threads), arguments, [q_MND, k_MKD])
 
     @kernel
-    def swiglu(self, gate_up: Tensor, out_MF: Tensor) -> Plan:
+    def swiglu(self, gate_up: Tensor, out_MF: Tensor) -> Launch:
         """Write ``silu(gate) * up``.
 
         Args:
@@ -258,17 +262,17 @@ class Kernels(KernelSet):
         self._check("gate_up", gate_up, [out_MF.dtype], tokens, 2 * ffn)
         width = 8 if ffn % 8 == 0 and is_wide(gate_up, out_MF) else 1
         name = f"swiglu_{DTYPES[out_MF.dtype]}_v{width}"
-        return Plan(name, blocks(tokens * ffn // width), [gate_up, tokens, ffn, out_MF], [out_MF])
+        return Launch(name, blocks(tokens * ffn // width), [gate_up, tokens, ffn, out_MF], [out_MF])
 
     @kernel
-    def add_bias(self, x_MC: Tensor, bias_C: Tensor) -> Plan:
+    def add_bias(self, x_MC: Tensor, bias_C: Tensor) -> Launch:
         """Add a float32 ``[C]`` to every row of bfloat16 or float32 ``[M, C]``, in place; rows may be apart."""
         self._check("x", x_MC, _ANY, None, None, rows=True)
         tokens, columns = x_MC.shape
         self._check("bias", bias_C, _F32, columns)
         width = 8 if columns % 8 == 0 and is_wide(x_MC, bias_C) else 1
         name = f"add_bias_{DTYPES[x_MC.dtype]}_v{width}"
-        return Plan(name, blocks(tokens * columns // width), [x_MC, x_MC.stride(0), bias_C, tokens, columns], [x_MC])
+        return Launch(name, blocks(tokens * columns // width), [x_MC, x_MC.stride(0), bias_C, tokens, columns], [x_MC])
 
     def _packed_rows(self, type_name: str, packed: Tensor, cols: int) -> int:
         """Check packed bytes and return how many rows of ``cols`` weights they are."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.cuda.launch import Argument
-from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Plan, kernel, offset, require
+from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Launch, kernel, offset, require
 from q4kd.trainer.loss_terms import KDLossConfig
 
 # Columns of a block and sums of a segment: as in kd_loss.cuh.
@@ -76,21 +76,21 @@ class LossKernels(KernelSet):
     @kernel
     def stats(
         self, kind: str, student: Tensor, teacher: Tensor | None, knobs: Tensor, sums: Tensor, part: Part
-    ) -> Plan:
+    ) -> Launch:
         """Write to ``sums`` what these columns add to their rows' sums."""
         return self._sums(f"stats_{kind}", kind, student, teacher, knobs, sums, part)
 
     @kernel
-    def jsd_parts(self, student: Tensor, teacher: Tensor, knobs: Tensor, sums: Tensor, part: Part) -> Plan:
+    def jsd_parts(self, student: Tensor, teacher: Tensor, knobs: Tensor, sums: Tensor, part: Part) -> Launch:
         """Write to ``sums``, complete from ``stats``, what these columns add to the two halves of jsd."""
         return self._sums("jsd", "jsd", student, teacher, knobs, sums, part)
 
     def _sums(
         self, name: str, kind: str, student: Tensor, teacher: Tensor | None, knobs: Tensor, sums: Tensor, part: Part
-    ) -> Plan:
+    ) -> Launch:
         segments, arguments = self._logits(kind, student, teacher, knobs, sums, part)
         arguments += [part.first_segment, part.all_segments, knobs, sums]
-        return Plan(f"loss_{name}_{DTYPES[student.dtype]}_v{part.width}", len(student) * segments, arguments, [sums])
+        return Launch(f"loss_{name}_{DTYPES[student.dtype]}_v{part.width}", len(student) * segments, arguments, [sums])
 
     @kernel
     def gradient(
@@ -105,7 +105,7 @@ class LossKernels(KernelSet):
         out: Tensor,
         ce: Tensor,
         kd: Tensor,
-    ) -> Plan:
+    ) -> Launch:
         """Write the gradient of the summed loss with respect to the student's logits, and each row's terms.
 
         Args:
@@ -123,7 +123,7 @@ class LossKernels(KernelSet):
         segments, arguments = self._logits(kind, student, teacher, knobs, sums, part)
         types = self._outputs(student, labels, out, ce, kd, part.width)
         arguments += [part.all_segments, knobs, sums, part.first_column, labels, out, out.stride(0), ce, kd]
-        return Plan(f"loss_grad_{kind}_{types}_v{part.width}", len(student) * segments, arguments, [out, ce, kd])
+        return Launch(f"loss_grad_{kind}_{types}_v{part.width}", len(student) * segments, arguments, [out, ce, kd])
 
     @kernel
     def fused(
@@ -138,7 +138,7 @@ class LossKernels(KernelSet):
         out: Tensor,
         ce: Tensor,
         kd: Tensor,
-    ) -> Plan:
+    ) -> Launch:
         """Do all of it for whole rows in one launch that reads the logits once.
 
         Args:
@@ -160,7 +160,7 @@ class LossKernels(KernelSet):
         require(out.dtype == torch.bfloat16, "gradient: expected bfloat16")
         self._check("counters", counters, [torch.int32], rows + 1)
         arguments += [counters, knobs, sums, labels, out, out.stride(0), ce, kd]
-        return Plan(f"loss_fused_{kind}_{types}_v8", rows * segments, arguments, [counters, sums, out, ce, kd])
+        return Launch(f"loss_fused_{kind}_{types}_v8", rows * segments, arguments, [counters, sums, out, ce, kd])
 
     def _logits(
         self, kind: str, student: Tensor, teacher: Tensor | None, knobs: Tensor, sums: Tensor, part: Part

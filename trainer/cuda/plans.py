@@ -1,9 +1,9 @@
-"""One declaration per kernel: a method that checks a call once and plans its launch, then only launches.
+"""One declaration per kernel: a method that checks a call and plans its launch once, and from then on only launches.
 
 A kernel is declared as a method of a ``KernelSet`` under ``@kernel``. Its body is the whole declaration: the checks of
 the arguments, the kernel's name (whose first word names its source file: see ``launch.module_of``), its arguments in
 order, what it writes and how many blocks it takes. The body runs once for all calls that differ only in addresses, the
-usual ones; those find its plan again and cost a few microseconds. So it may read a tensor's dtype, shape, strides,
+usual ones; those find the launch prepared and cost a few microseconds. So it may read a tensor's dtype, shape, strides,
 device and address modulo 16, and nothing else of it.
 """
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from q4kd.trainer.cuda.launch import THREADS, Argument, CudaLauncher, Launcher
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-# A model needs some tens of plans for every number of tokens it is given.
-_MAX_PLANS = 4096
+# A model needs some tens of launches for every number of tokens that it is given.
+_MAX_PREPARED = 4096
 _PLAIN = frozenset((str, int, float, type(None)))  # told apart from tensors sooner than by ``isinstance``
 
 
-class Plan(NamedTuple):
-    """A checked call.
+class Launch(NamedTuple):
+    """What a checked call launches.
 
     Attributes:
-        kernel: its name.
-        grid: blocks of 256 threads; 0 where there is nothing to do.
-        arguments: in the kernel's order.
-        writes: those of ``arguments`` that the kernel writes.
+        kernel: name of the kernel.
+        grid: number of blocks of 256 threads; 0 where there is nothing to do.
+        arguments: arguments in the kernel's order.
+        writes: the tensors among ``arguments`` that the kernel writes.
     """
 
     kernel: str
@@ -50,7 +50,7 @@ def _pick(places: Sequence[int]) -> _Pick:
 
 
 class _Prepared(NamedTuple):
-    """A plan whose tensors are places in a call: what launches every call that it holds for."""
+    """A launch whose tensors are places in a call, so that it serves every call with equal facts."""
 
     kernel: str
     grid: int
@@ -60,11 +60,11 @@ class _Prepared(NamedTuple):
 
 
 class KernelSet:
-    """Kernels of one device, and the plans of the calls they have had.
+    """Kernels of one device, with the launches prepared for the calls that they have had.
 
     Args:
-        device: the device of every tensor passed in.
-        launcher: runs the kernels; by default on the CUDA device.
+        device: device of every tensor passed in.
+        launcher: what runs the kernels; by default it runs them on the CUDA device.
 
     Raises:
         InputError: when CuPy is missing or the device is too old.
@@ -75,24 +75,24 @@ class KernelSet:
         self._launch: Launcher = CudaLauncher(self.device) if launcher is None else launcher
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
 
-    def _prepare(self, declared: Callable[..., Plan], call: Sequence[Any], names: Sequence[str]) -> _Prepared:
+    def _prepare(self, declared: Callable[..., Launch], call: Sequence[Any], names: Sequence[str]) -> _Prepared:
         # Each argument becomes a tensor object of its own, since two of a call may be one tensor.
         values = [value.detach() if isinstance(value, Tensor) else value for value in call]
         first = len(values) - len(names)
-        plan = declared(self, *values[:first], **dict(zip(names, values[first:], strict=True)))
+        launch = declared(self, *values[:first], **dict(zip(names, values[first:], strict=True)))
         places = {id(value): index for index, value in enumerate(values) if isinstance(value, Tensor)}
         constants: list[Argument] = []
         chosen = []
-        for argument in plan.arguments:
+        for argument in launch.arguments:
             if isinstance(argument, Tensor):
                 chosen.append(places[id(argument)])
             else:
                 chosen.append(len(values) + len(constants))
                 constants.append(argument)
-        if len(self._prepared) >= _MAX_PLANS:
+        if len(self._prepared) >= _MAX_PREPARED:
             self._prepared.clear()
-        writes = _pick([places[id(tensor)] for tensor in plan.writes])
-        return _Prepared(plan.kernel, plan.grid, tuple(constants), _pick(chosen), writes)
+        writes = _pick([places[id(tensor)] for tensor in launch.writes])
+        return _Prepared(launch.kernel, launch.grid, tuple(constants), _pick(chosen), writes)
 
     def _check(
         self, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], *shape: int | None, rows: bool = False
@@ -124,7 +124,7 @@ _Set = TypeVar("_Set", bound=KernelSet)
 _Call = ParamSpec("_Call")
 
 
-def kernel(declared: Callable[Concatenate[_Set, _Call], Plan]) -> Callable[Concatenate[_Set, _Call], None]:
+def kernel(declared: Callable[Concatenate[_Set, _Call], Launch]) -> Callable[Concatenate[_Set, _Call], None]:
     """Make a kernel's declaration a method that launches it; its tensors are planned for by all but their addresses."""
 
     @functools.wraps(declared)

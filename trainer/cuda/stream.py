@@ -27,7 +27,7 @@ DEFAULT_SCRATCH_BYTES = 272_000_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixRows:
     """Rows ``start`` to ``stop`` of one matrix of a group, at row ``offset`` of their slab."""
 
     matrix: CudaMatrix
@@ -43,23 +43,23 @@ class Slab:
     buffer: int
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    parts: tuple[MatrixRows, ...]
 
 
-def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[Piece, ...]]]:
-    """Cut a group into runs of at most ``max_rows`` rows: ``(start, stop, pieces)`` each."""
+def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[MatrixRows, ...]]]:
+    """Cut a group into runs of at most ``max_rows`` rows: ``(start, stop, parts)`` each."""
     count = -(-group.rows // max_rows)
     height = -(-group.rows // count)
     slabs = []
     for start in range(0, group.rows, height):
         stop = min(start + height, group.rows)
-        pieces, first = [], 0
+        parts, first = [], 0
         for matrix in group.matrices:
             low, high = max(start, first), min(stop, first + matrix.rows)
             if low < high:
-                pieces.append(Piece(matrix, low - first, high - first, low - start))
+                parts.append(MatrixRows(matrix, low - first, high - first, low - start))
             first += matrix.rows
-        slabs.append((start, stop, tuple(pieces)))
+        slabs.append((start, stop, tuple(parts)))
     return slabs
 
 
@@ -79,21 +79,12 @@ class Timeline(Protocol):
         """Mark the end of the current stream's reads of ``buffer``."""
 
 
-class InOrder:
-    """One stream does everything in order: nothing to wait for."""
-
-    def begin(self) -> None:
-        """Nothing to wait for."""
+class InOrder(Timeline):
+    """One stream does everything in order, so there is nothing to wait for."""
 
     def writing(self, buffer: int) -> AbstractContextManager[None]:
-        """Nothing to wait for."""
+        """Return a context that does nothing."""
         return nullcontext()
-
-    def reading(self, buffer: int) -> None:
-        """Nothing to wait for."""
-
-    def release(self, buffer: int) -> None:
-        """Nothing to mark."""
 
 
 class SideStream:
@@ -191,7 +182,7 @@ class WeightStream:
         self._timeline.begin()
 
     def is_whole(self, group: Group) -> bool:
-        """Whether a group comes in one piece."""
+        """Whether a group comes in one part."""
         return group.resident is not None or len(self._slabs[group]) == 1
 
     def decoded(self, group: Group) -> Iterator[tuple[slice, Tensor]]:
@@ -215,10 +206,10 @@ class WeightStream:
     def _decode(self, slab: Slab) -> None:
         tile = self._tile(slab)
         with self._timeline.writing(slab.buffer):
-            for piece in slab.pieces:
-                rows = piece.stop - piece.start
-                piece.matrix.decode(piece.start, piece.stop, tile[piece.offset : piece.offset + rows])
+            for part in slab.parts:
+                rows = part.stop - part.start
+                part.matrix.decode(part.start, part.stop, tile[part.offset : part.offset + rows])
 
 
 def _weights(slab: Slab) -> int:
-    return (slab.stop - slab.start) * slab.pieces[0].matrix.cols
+    return (slab.stop - slab.start) * slab.parts[0].matrix.cols
