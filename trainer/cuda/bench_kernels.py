@@ -1,9 +1,8 @@
-"""How close the decoders and the small-batch products come to memory bandwidth, on the device at hand.
+"""Measures how close decoders and small-batch products come to memory bandwidth, and what a launch costs the host.
 
-Bytes are those that must move: packed ones read, decoded ones written. Every call works on another set of buffers, so
-that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds, less than
-launching one from Python, so they are timed as CUDA graphs of one call a buffer set. What a launch costs the host is
-measured apart.
+The bytes counted are those that must move: packed ones read, decoded ones written. Every call works on another set of
+buffers, so that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds,
+less than launching one from Python, so they are timed as CUDA graphs of one call a buffer set.
 """
 
 import statistics
@@ -34,12 +33,12 @@ MATVEC_TOKENS = (1, 2, 4, 8, MAX_MATVEC_TOKENS)
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """One measured decoder.
+    """A measured decoder.
 
     Attributes:
-        name: its type, or ``copy``.
+        name: GGML type, or ``copy``.
         gigabytes_per_second: bytes read and written over the median time, in 1e9.
-        fraction_of_copy: the same over that of the copy.
+        fraction_of_copy: its bandwidth over that of the copy.
         spread: (slowest quarter - fastest quarter) / median of the times.
     """
 
@@ -51,17 +50,17 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Product:
-    """One measured small-batch product, bfloat16 in and out.
+    """A measured small-batch product, bfloat16 in and out.
 
     Attributes:
-        name: the matrix's type.
+        name: type of the matrix.
         rows: R.
         cols: K.
         tokens: M.
-        microseconds: of the fused product.
+        microseconds: time of the fused product.
         gigabytes_per_second: packed bytes over that time, in 1e9.
-        fraction_of_read: the same over the bandwidth of a sum over 1 GB of float32.
-        decoded_microseconds: of decoding the matrix to bfloat16 and multiplying by cuBLAS, in turn.
+        fraction_of_read: its bandwidth over that of a sum over 1 GB of float32.
+        decoded_microseconds: time of decoding the matrix to bfloat16 and multiplying by cuBLAS, in turn.
         relative_time: fused over decoded; below 1, the fused product is faster.
         spread: (slowest quarter - fastest quarter) / median of the fused times.
     """
@@ -100,9 +99,9 @@ def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets:
     """Measure a copy and the decoder of every type to bfloat16, ``[37888, 3584]``.
 
     Args:
-        kernels: those of a CUDA device; made for the current one when absent.
-        repeats: timed calls of each.
-        sets: buffer sets taken in turn.
+        kernels: kernels of a CUDA device; made for the current one when absent.
+        repeats: number of timed calls of each.
+        sets: number of buffer sets, taken in turn.
 
     Returns:
         The copy first, then a row a type.
@@ -195,9 +194,9 @@ def matvec_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets:
     """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS; every matrix is at least 38 MB.
 
     Args:
-        kernels: those of a CUDA device; made for the current one when absent.
-        repeats: timed graphs of each.
-        sets: matrices taken in turn.
+        kernels: kernels of a CUDA device; made for the current one when absent.
+        repeats: number of timed graphs of each.
+        sets: number of matrices, taken in turn.
 
     Returns:
         A row for every type, shape and number of tokens.

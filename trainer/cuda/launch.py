@@ -1,4 +1,4 @@
-"""Running a compiled kernel by name on torch's current stream, through CuPy, which allocates nothing here.
+"""Runs a compiled kernel by name on torch's current stream, through CuPy, which allocates nothing here.
 
 Launches go straight to the driver's ``cuLaunchKernel``: CuPy's own call packs every argument into a NumPy scalar first.
 On an H200's host, kernels of 5, 8 and 16 arguments take 6.6, 6.9 and 11.6 microseconds this way and 7.8, 8.8 and 18.7
@@ -29,10 +29,10 @@ class Launcher(Protocol):
         """Launch ``grid`` blocks of 256 threads. Tensors are passed by address, integers as 64 bits, ``None`` as null.
 
         Args:
-            kernel: its name.
-            grid: blocks.
-            arguments: in the kernel's order.
-            writes: those of ``arguments`` that the kernel writes.
+            kernel: name of the kernel.
+            grid: number of blocks.
+            arguments: arguments in the kernel's order.
+            writes: the tensors among ``arguments`` that the kernel writes.
         """
 
 
@@ -42,7 +42,7 @@ class ArgumentBuffer:
     The driver copies them before a launch returns, so one buffer serves every launch of a kernel from one thread.
 
     Args:
-        arguments: of one launch; those of others have the same types in the same places.
+        arguments: arguments of one launch; those of others have the same types in the same places.
     """
 
     def __init__(self, arguments: Sequence[Argument]) -> None:
@@ -60,7 +60,7 @@ class ArgumentBuffer:
 
 
 class _ThreadBuffers(threading.local):
-    """Argument buffers of one thread, by kernel; made with the thread's first launch, when ``enter`` is called."""
+    """Argument buffers of one thread, by kernel; the thread's first launch makes them and calls ``enter``."""
 
     def __init__(self, enter: Callable[[], object]) -> None:
         enter()
@@ -68,12 +68,12 @@ class _ThreadBuffers(threading.local):
 
 
 def _current_stream_of() -> Callable[[int], int]:
-    """Return what tells a device's current stream: torch's own shortcut, which makes no object, where it has one."""
+    """Return a function from a device to its current stream: torch's own, which makes no object, where it has one."""
     shortcut: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
-# Which module a kernel is in, by the first word of its name; all others are elementwise.
+# The first word of a kernel's name tells the module that it is in; all others are elementwise.
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
 
 

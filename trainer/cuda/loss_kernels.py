@@ -13,7 +13,7 @@ from q4kd.trainer.cuda.launch import Argument
 from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Launch, kernel, offset, require
 from q4kd.trainer.loss_terms import KDLossConfig
 
-# Columns of a block and sums of a segment: as in kd_loss.cuh.
+# kd_loss.cuh has the same columns of a block, by width, and the same sums of a segment.
 _SEGMENTS = {8: 8192, 1: 2048}
 SUMS = 8
 NUM_KNOBS = 5
@@ -43,11 +43,11 @@ def segments_of(columns: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """Which columns of the vocabulary a call's logits are.
+    """The columns of the vocabulary that a call's logits are.
 
     Attributes:
-        first_column: of the call's logits.
-        first_segment: of them, among the row's.
+        first_column: first column of the call's logits.
+        first_segment: first of their segments among the row's.
         all_segments: S of the whole row.
         width: elements read at a time, the same for every part of a row.
     """
@@ -109,12 +109,12 @@ class LossKernels(KernelSet):
         """Write the gradient of the summed loss with respect to the student's logits, and each row's terms.
 
         Args:
-            kind: see above.
-            student: see above.
-            teacher: see above.
-            knobs: see above.
-            sums: complete.
-            part: which columns these are.
+            kind: as for every method, as are the next three.
+            student: student's logits.
+            teacher: teacher's logits.
+            knobs: numbers of the equation.
+            sums: sums of the whole row, complete.
+            part: columns that these are.
             labels: int64 ``[C]``, each below the vocabulary.
             out: ``[C, V]``, float32 (of float32 logits only) or bfloat16; may be ``student`` itself if of its type.
             ce: float32 ``[C]``: cross-entropy, written by the part that has the label's column.
@@ -142,12 +142,12 @@ class LossKernels(KernelSet):
         """Do all of it for whole rows in one launch that reads the logits once.
 
         Args:
-            kind: see above.
-            student: see above; V a multiple of 8, addresses of 16.
-            teacher: see above.
-            knobs: see above.
-            sums: any content.
-            counters: int32 ``[C + 1]``, zero; used up.
+            kind: as for every method, as are the next three.
+            student: student's logits; V is a multiple of 8, the address one of 16.
+            teacher: teacher's logits, likewise.
+            knobs: numbers of the equation.
+            sums: float32 ``[C, S, 8]`` of any content.
+            counters: int32 ``[C + 1]``, zero before and of no use after.
             labels: as for ``gradient``.
             out: bfloat16 ``[C, V]``.
             ce: as for ``gradient``.

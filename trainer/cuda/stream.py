@@ -64,7 +64,7 @@ def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[MatrixR
 
 
 class Timeline(Protocol):
-    """When a scratch buffer may be written and read, for the stream that decodes and the stream that multiplies."""
+    """Orders writes and reads of a scratch buffer between the stream that decodes and the one that multiplies."""
 
     def begin(self) -> None:
         """Start a pass: what the current stream did before comes before any decoding."""
@@ -129,11 +129,11 @@ class WeightStream:
     """Decodes a model's groups slab by slab into one scratch buffer, or two when decoding overlaps the products.
 
     Args:
-        passes: for each kind of pass, its groups in the order in which it uses them. Resident ones need no scratch.
-        dtype: of the decoded weights, bfloat16 or float32.
-        device: where the scratch is.
+        passes: groups of each kind of pass, in the order in which it uses them. Resident ones need no scratch.
+        dtype: dtype of the decoded weights, bfloat16 or float32.
+        device: device of the scratch.
         scratch_bytes: bound of one buffer, each as large as its largest slab; a single row that needs more gets it.
-        timeline: orders decoding ahead into two buffers; ``None`` decodes in line, into one.
+        timeline: what orders decoding ahead into two buffers; None decodes in line, into one.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class WeightStream:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
 
     def begin(self, *, look_ahead: bool) -> None:
-        """Start a pass on the current stream; every pass must come after the last one there.
+        """Start a pass on the current stream, on which every pass must come after the last one.
 
         Args:
             look_ahead: whether the pass takes its groups in the given order, without leaving any out, and is long
@@ -182,7 +182,7 @@ class WeightStream:
         self._timeline.begin()
 
     def is_whole(self, group: Group) -> bool:
-        """Whether a group comes in one part."""
+        """Return whether a group is one slab, or resident."""
         return group.resident is not None or len(self._slabs[group]) == 1
 
     def decoded(self, group: Group) -> Iterator[tuple[slice, Tensor]]:

@@ -1,4 +1,4 @@
-"""Qwen2.5-7B without its weights: the exact shapes and Q4_K_M types, random blocks made on the device in seconds.
+"""Makes a Qwen2.5-7B without its weights: exact shapes and Q4_K_M types, with random blocks made on the device.
 
 Speed, memory and rounding do not depend on what the weights say, only on their shapes, types and scale. Every byte of
 every block is random except the float16 scales, drawn so that the decoded weights have a standard deviation of about
@@ -20,8 +20,8 @@ from q4kd.trainer.gguf_write import tensor_type
 
 WEIGHT_SIGMA = 0.02
 BIAS_SIGMA = 0.1
-# Standard deviation of a weight with d = 1 and all other bits uniform. Q4_K: sc * q - 7.5 * m with sc, m in 0..63 and
-# q in 0..15 (dmin = 7.5 d centres it). Q6_K: sc * (q - 32) with sc in -128..127, q in 0..63.
+# A weight with d = 1 and all other bits uniform has this standard deviation. In Q4_K it is sc * q - 7.5 * m with sc and
+# m in 0..63 and q in 0..15 (dmin = 7.5 d centres it); in Q6_K it is sc * (q - 32) with sc in -128..127, q in 0..63.
 _UNIT_SIGMA = {"Q4_K": 258.3, "Q6_K": 1365.8}
 
 
