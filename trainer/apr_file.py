@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.apr_header import AprEntry, check_footer, check_magic, read_header
 from q4kd.trainer.apr_metadata import read_architecture, read_rope_layout, read_tokens, read_values
-from q4kd.trainer.architecture import TeacherConfig, check_tensors, read_dimensions
+from q4kd.trainer.architecture import check_tensors, read_dimensions
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.model_file import ModelFile, PackedTensor
@@ -75,7 +75,9 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
             raise InputError(subject, expected=expected, got=f"{tensor.name} twice", remedy="export the model again")
         tensors[tensor.name] = tensor
     config = read_dimensions(path, architecture, values, tensors)
-    config = dataclasses.replace(_as_stored(config), rope_layout=layout)
+    # aprender and GGUF keep real settings in float32; JSON shows them as ``1e-6``.
+    eps, base = float(np.float32(config.rms_eps)), float(np.float32(config.rope_base))
+    config = dataclasses.replace(config, rms_eps=eps, rope_base=base, rope_layout=layout)
     check_tensors(path, config, tensors)
     return ModelFile(
         path=path,
@@ -84,13 +86,6 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
         tokens=read_tokens(path, header.metadata),
         metadata=header.metadata,
         file_bytes=int(data.nbytes),
-    )
-
-
-def _as_stored(config: TeacherConfig) -> TeacherConfig:
-    """Round the real settings to float32, in which aprender and GGUF keep them; JSON shows ``1e-6``."""
-    return dataclasses.replace(
-        config, rms_eps=float(np.float32(config.rms_eps)), rope_base=float(np.float32(config.rope_base))
     )
 
 

@@ -22,7 +22,6 @@ ROPE_LAYOUTS: dict[str, RopeLayout] = {"qwen2": "split_halves", "qwen3": "split_
 SUPPORTED_ARCHITECTURES = tuple(ROPE_LAYOUTS)
 VECTOR_TYPES = ("F16", "BF16", "F32")
 ROPE_FACTORS = "rope_freqs.weight"
-_LAYER_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _MAX_DIMENSION = 1 << 22
 _CONVERT = "convert the model again"
 _DOWNLOAD = "download the file again"
@@ -178,7 +177,7 @@ def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     }
     for layer in range(config.num_layers):
         prefix = f"blk.{layer}."
-        shapes |= {f"{prefix}{name}.weight": rows_cols[name] for name in _LAYER_MATRICES}
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in rows_cols.items()}
         shapes |= {f"{prefix}{name}.bias": rows_cols[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
         shapes |= {f"{prefix}attn_norm.weight": (hidden,), f"{prefix}ffn_norm.weight": (hidden,)}
         if config.qk_norm:

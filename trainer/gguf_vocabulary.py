@@ -172,14 +172,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     writer.add_add_bos_token(adds_special(tokenizer, 0))
     if adds_special(tokenizer, -1):
         writer.add_add_eos_token(True)
-    adders = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "pad": writer.add_pad_token_id,
-        "unk": writer.add_unk_token_id,
-    }
     for role, index in vocabulary.special_ids.items():
-        adders[role](index)
+        getattr(writer, f"add_{role}_token_id")(index)
     if vocabulary.chat_templates:
         writer.add_chat_template(
             [{"name": name, "template": template} for name, template in vocabulary.chat_templates.items()]

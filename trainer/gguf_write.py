@@ -110,8 +110,11 @@ def write_gguf(
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(RECIPES[recipe])
             for key, value in (notes or {}).items():
-                (writer.add_string if isinstance(value, str) else writer.add_uint64)(key, value)
-            _add_hyperparameters(writer, dimensions)
+                if isinstance(value, str):
+                    writer.add_string(key, value)
+                else:
+                    writer.add_uint64(key, value)
+            add_hyperparameters(writer, dimensions)
             add_vocabulary(writer, tokenizer, dimensions.vocab_size)
             _write_tensors(writer, dimensions, tensors, sources, recipe, progress)
         finally:
@@ -169,7 +172,8 @@ def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -
     )
 
 
-def _add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
+def add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
+    """Write a model's dimensions to a GGUF whose header is not written yet."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

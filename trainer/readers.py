@@ -4,6 +4,7 @@ Files are read with json, pyarrow, numpy and safetensors directly, not through `
 is named by file and line, nothing is copied to a cache, and no script runs.
 """
 
+import contextlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -163,15 +164,10 @@ def read_documents(
             file, name = files[index]
             if not path.is_dir() or not _is_text(file, settings):
                 yield from _read_file(file, name, settings)
-            elif file.stat().st_size <= MAX_DOCUMENT_BYTES and (text := _decoded(file)) is not None:
-                yield Document(name, text)
+            elif file.stat().st_size <= MAX_DOCUMENT_BYTES:
+                # A folder may hold pictures and archives beside its texts.
+                with contextlib.suppress(UnicodeDecodeError):
+                    yield Document(name, file.read_bytes().decode())
     except (OSError, zlib.error) as error:
         reason, remedy = getattr(error, "strerror", None) or str(error), "name a file or folder that you may read"
         raise InputError(str(path), expected="a readable file or folder", got=str(reason), remedy=remedy) from error
-
-
-def _decoded(path: Path) -> str | None:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return None  # A folder may hold pictures and archives beside its texts.

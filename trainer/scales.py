@@ -12,7 +12,7 @@ from q4kd.trainer.formats import block_format
 # So many bytes are checked at once, which bounds what a check allocates whatever the tensor's size.
 _CHUNK_BYTES = 8 << 20
 # Each type has the offsets of a block's floating-point numbers, their unsigned storage, and the bits of their exponent.
-_FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
+FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
     "Q4_K": ((0, 2), np.uint16, 0x7C00),
     "Q5_K": ((0, 2), np.uint16, 0x7C00),
     "Q6_K": ((208,), np.uint16, 0x7C00),
@@ -36,7 +36,7 @@ def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
         InputError: when the type is not supported.
     """
     size = block_format(type_name).block_bytes
-    offsets, storage, exponent = _FLOATS[type_name]
+    offsets, storage, exponent = FLOATS[type_name]
     blocks = packed.reshape(-1, size)
     width = np.dtype(storage).itemsize
     count, step = 0, _CHUNK_BYTES // size

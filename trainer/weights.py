@@ -3,8 +3,6 @@
 Letters in shapes: M tokens, R rows (outputs), K columns (inputs).
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -60,37 +58,11 @@ class Scratch:
         return self._buffer[:count]
 
 
-class Matrix(Protocol):
-    """A frozen weight matrix ``[R, K]``: ``source_type`` is its GGML type in the file, ``held_as`` that in memory."""
-
-    source_type: str
-    held_as: str
-    rows: int
-    cols: int
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that this matrix keeps in memory."""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the weights are held decoded."""
-
-    def product(self, x_MK: Tensor) -> Tensor:
-        """Return ``x @ W.T``, ``[M, R]``, computed and returned in the dtype of ``x``: float32 or bfloat16."""
-
-    def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
-        """Return the same product as float32 ``[M, R]``, in ``out_MR`` if given, whatever it is computed in."""
-
-    def gather(self, row_ids: Tensor) -> Tensor:
-        """Return float32 rows ``[len(row_ids), K]``."""
-
-    def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
-        """Write rows ``start`` to ``stop`` to ``out_RK``, float32 or bfloat16, contiguous."""
-
-
 class PackedMatrix:
-    """A matrix that stays in its GGML blocks (a view of the file's memory map)."""
+    """A frozen matrix ``[R, K]`` that stays in its GGML blocks (a view of the file's memory map).
+
+    ``source_type`` is its GGML type in the file, ``held_as`` the one in memory.
+    """
 
     is_dense = False
 
@@ -112,7 +84,7 @@ class PackedMatrix:
         return self._tiled(x_MK, x_MK.new_empty(x_MK.shape[0], self.rows))
 
     def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
-        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given."""
+        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given, whatever it is computed in."""
         return self._tiled(x_MK, empty_huge(x_MK.shape[0], self.rows) if out_MR is None else out_MR)
 
     def _tiled(self, x_MK: Tensor, out_MR: Tensor) -> Tensor:
@@ -145,7 +117,9 @@ class PackedMatrix:
 
 
 class DenseMatrix:
-    """A matrix decoded once, at load, to several times its size in the file: only by explicit choice of backend.
+    """A frozen matrix ``[R, K]`` decoded once, at load, to several times its size in the file.
+
+    Only an explicit choice of backend makes one.
 
     Args:
         tensor: tensor as it lies in the file.
@@ -188,6 +162,9 @@ class DenseMatrix:
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[n, K]``."""
         return self._weight_RK[row_ids].float()
+
+
+Matrix = PackedMatrix | DenseMatrix
 
 
 def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: torch.dtype = torch.float32) -> Matrix:

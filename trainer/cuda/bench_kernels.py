@@ -8,7 +8,6 @@ less than launching one from Python, so they are timed as CUDA graphs of one cal
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,52 +30,6 @@ MATVEC_TYPES = ("Q4_K", Q6_K_SOA)
 MATVEC_TOKENS = (1, 2, 4, 8, MAX_MATVEC_TOKENS)
 
 
-@dataclass(frozen=True)
-class Bandwidth:
-    """A measured decoder.
-
-    Attributes:
-        name: GGML type, or ``copy``.
-        gigabytes_per_second: bytes read and written over the median time, in 1e9.
-        fraction_of_copy: its bandwidth over that of the copy.
-        spread: (slowest quarter - fastest quarter) / median of the times.
-    """
-
-    name: str
-    gigabytes_per_second: float
-    fraction_of_copy: float
-    spread: float
-
-
-@dataclass(frozen=True)
-class Product:
-    """A measured small-batch product, bfloat16 in and out.
-
-    Attributes:
-        name: type of the matrix.
-        rows: R.
-        cols: K.
-        tokens: M.
-        microseconds: time of the fused product.
-        gigabytes_per_second: packed bytes over that time, in 1e9.
-        fraction_of_read: its bandwidth over that of a sum over 1 GB of float32.
-        decoded_microseconds: time of decoding the matrix to bfloat16 and multiplying by cuBLAS, in turn.
-        relative_time: fused over decoded; below 1, the fused product is faster.
-        spread: (slowest quarter - fastest quarter) / median of the fused times.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    tokens: int
-    microseconds: float
-    gigabytes_per_second: float
-    fraction_of_read: float
-    decoded_microseconds: float
-    relative_time: float
-    spread: float
-
-
 def _time(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
     """Return the median seconds of a call, taking turns between buffer sets, and the relative quartile spread."""
     for call in (*calls, *calls):
@@ -95,18 +48,18 @@ def _time(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, f
     return statistics.median(times), (quarters[2] - quarters[0]) / quarters[1]
 
 
-def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets: int = 4) -> list[Bandwidth]:
-    """Measure a copy and the decoder of every type to bfloat16, ``[37888, 3584]``.
+def decode_table(*, repeats: int = 60, sets: int = 4) -> str:
+    """Measure a copy, then the decoder of every type, to bfloat16 ``[37888, 3584]``.
 
     Args:
-        kernels: kernels of a CUDA device; made for the current one when absent.
         repeats: number of timed calls of each.
         sets: number of buffer sets, taken in turn.
 
     Returns:
-        The copy first, then a row a type.
+        A row each, as aligned text: bytes read and written over the median time, in 1e9 a second; the same over that of
+        the copy; and (slowest quarter - fastest quarter) / median of the times.
     """
-    kernels = Kernels("cuda") if kernels is None else kernels
+    kernels = Kernels("cuda")
     device = kernels.device
     weights = ROWS * COLS
     outs = [torch.empty(ROWS, COLS, dtype=torch.bfloat16, device=device) for _ in range(sets)]
@@ -115,19 +68,19 @@ def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets:
     copies = [partial(out.copy_, source) for out, source in zip(outs, sources, strict=True)]
     seconds, spread = _time(copies, repeats)
     copied = 4 * weights / seconds
-    rows = [Bandwidth("copy", copied / 1e9, 1.0, spread)]
     del sources, copies
+    lines = [f"{'type':<10} {'GB/s':>8} {'of copy':>8} {'spread':>7}"]
+    lines.append(f"{'copy':<10} {copied / 1e9:8.0f} {1:8.3f} {spread:7.3f}")
     for name in BENCH_TYPES:
         row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(COLS)
         packed = [torch.randint(0, 256, (ROWS, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
-
         decodes = [
             partial(kernels.decode, name, source, 0, ROWS, COLS, out) for source, out in zip(packed, outs, strict=True)
         ]
         seconds, spread = _time(decodes, repeats)
         moved = (ROWS * row_bytes + 2 * weights) / seconds
-        rows.append(Bandwidth(name, moved / 1e9, moved / copied, spread))
-    return rows
+        lines.append(f"{name:<10} {moved / 1e9:8.0f} {moved / copied:8.3f} {spread:7.3f}")
+    return "\n".join(lines)
 
 
 def _time_in_graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
@@ -154,7 +107,7 @@ def read_bandwidth(device: torch.device, *, repeats: int = 60) -> float:
     return 1e9 / seconds
 
 
-def _measure_product(
+def _product_line(
     kernels: Kernels,
     name: str,
     matrices: Sequence[Tensor],
@@ -162,7 +115,7 @@ def _measure_product(
     tokens: int,
     readable: float,
     repeats: int,
-) -> Product:
+) -> str:
     rows, cols = dense_RK.shape
     x = torch.randn(tokens, cols, device=dense_RK.device).bfloat16()
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device=dense_RK.device)
@@ -171,71 +124,40 @@ def _measure_product(
         kernels.decode(name, packed, 0, rows, cols, dense_RK)
         multiply(x, dense_RK, out)
 
-    fused, spread = _time_in_graph(
-        [partial(kernels.matvec, name, packed, x, rows, out) for packed in matrices], repeats
-    )
+    fused, _ = _time_in_graph([partial(kernels.matvec, name, packed, x, rows, out) for packed in matrices], repeats)
     decoded, _ = _time_in_graph([partial(decode_and_multiply, packed) for packed in matrices], repeats)
     speed = matrices[0].numel() / fused
-    return Product(
-        name=name,
-        rows=rows,
-        cols=cols,
-        tokens=tokens,
-        microseconds=fused * 1e6,
-        gigabytes_per_second=speed / 1e9,
-        fraction_of_read=speed / readable,
-        decoded_microseconds=decoded * 1e6,
-        relative_time=fused / decoded,
-        spread=spread,
+    return (
+        f"{name:<9} {f'{rows} x {cols}':>13} {tokens:3d} {fused * 1e6:7.1f} {speed / 1e9:6.0f} "
+        f"{speed / readable:8.3f} {decoded * 1e6:11.1f} {fused / decoded:6.3f}"
     )
 
 
-def matvec_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets: int = 8) -> list[Product]:
-    """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS; every matrix is at least 38 MB.
+def product_table(*, repeats: int = 60, sets: int = 8) -> str:
+    """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS, bfloat16 in and out.
 
     Args:
-        kernels: kernels of a CUDA device; made for the current one when absent.
         repeats: number of timed graphs of each.
-        sets: number of matrices, taken in turn.
+        sets: number of matrices of at least 38 MB, taken in turn.
 
     Returns:
-        A row for every type, shape and number of tokens.
+        A row for every type, shape and number of tokens, as aligned text: microseconds of the fused product; packed
+        bytes over that time, in 1e9 a second; the same over the bandwidth of a sum over 1 GB of float32; microseconds
+        of decoding the matrix to bfloat16 and multiplying by cuBLAS; and the ratio of the two times.
     """
-    kernels = Kernels("cuda") if kernels is None else kernels
+    kernels = Kernels("cuda")
     device = kernels.device
     readable = read_bandwidth(device, repeats=repeats)
-    products = []
+    lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
     for name in MATVEC_TYPES:
         for rows, cols in MATVEC_SHAPES:
             row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(cols)
             matrices = [torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
             dense = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
             with pinned_numerics():
-                products += [
-                    _measure_product(kernels, name, matrices, dense, tokens, readable, repeats)
-                    for tokens in MATVEC_TOKENS
+                lines += [
+                    _product_line(kernels, name, matrices, dense, tokens, readable, repeats) for tokens in MATVEC_TOKENS
                 ]
-    return products
-
-
-def product_table(products: Sequence[Product]) -> str:
-    """Return the products as aligned text."""
-    lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
-    lines += [
-        f"{row.name:<9} {f'{row.rows} x {row.cols}':>13} {row.tokens:3d} {row.microseconds:7.1f} "
-        f"{row.gigabytes_per_second:6.0f} {row.fraction_of_read:8.3f} {row.decoded_microseconds:11.1f} "
-        f"{row.relative_time:6.3f}"
-        for row in products
-    ]
-    return "\n".join(lines)
-
-
-def table(rows: list[Bandwidth]) -> str:
-    """Return the rows as aligned text."""
-    lines = [f"{'type':<10} {'GB/s':>8} {'of copy':>8} {'spread':>7}"]
-    lines += [
-        f"{row.name:<10} {row.gigabytes_per_second:8.0f} {row.fraction_of_copy:8.3f} {row.spread:7.3f}" for row in rows
-    ]
     return "\n".join(lines)
 
 

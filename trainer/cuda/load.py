@@ -26,12 +26,11 @@ from q4kd.trainer.device import Allocation
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats import block_format
 from q4kd.trainer.model_file import ModelFile, PackedTensor
+from q4kd.trainer.scales import FLOATS
 
 ALIGNMENT = 256
 CHUNK_BYTES = 8 << 20
 MAX_THREADS = 8
-# The float16 scales of a block lie between these bytes.
-_SCALE_BYTES = {"Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210), "Q8_0": (0, 2), "Q5_0": (0, 2), "Q4_0": (0, 2)}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -66,11 +65,7 @@ def file_offset(tensor: PackedTensor) -> int:
     if not (isinstance(root, np.memmap) and isinstance(owner, mmap.mmap) and tensor.data.flags.c_contiguous):
         expected = "a view of the file's memory map"
         raise InputError(f"tensor {tensor.name}", expected=expected, got="a copy", remedy="use --device cpu")
-    return _address(tensor.data) - _address(root) + int(root.offset)
-
-
-def _address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+    return int(tensor.data.ctypes.data - root.ctypes.data + root.offset)
 
 
 def file_chunks(model: ModelFile, offsets: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> list[FileChunk]:
@@ -182,8 +177,8 @@ def scale_fields(type_name: str, packed: Tensor) -> Tensor:
     blocks = packed.view(-1, form.block_bytes)
     if not form.is_quantized:
         return blocks.view(_FLOATS[type_name])
-    start, stop = _SCALE_BYTES[type_name]
-    return blocks[:, start:stop].view(torch.float16)
+    offsets, *_ = FLOATS[type_name]
+    return blocks[:, offsets[0] : offsets[-1] + 2].view(torch.float16)
 
 
 def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:

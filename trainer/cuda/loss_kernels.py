@@ -109,12 +109,7 @@ class LossKernels(KernelSet):
         """Write the gradient of the summed loss with respect to the student's logits, and each row's terms.
 
         Args:
-            kind: as for every method, as are the next three.
-            student: student's logits.
-            teacher: teacher's logits.
-            knobs: numbers of the equation.
-            sums: sums of the whole row, complete.
-            part: columns that these are.
+            kind, student, teacher, knobs, sums, part: as for ``stats``; ``sums`` is complete.
             labels: int64 ``[C]``, each below the vocabulary.
             out: ``[C, V]``, float32 (of float32 logits only) or bfloat16; may be ``student`` itself if of its type.
             ce: float32 ``[C]``: cross-entropy, written by the part that has the label's column.
@@ -142,16 +137,11 @@ class LossKernels(KernelSet):
         """Do all of it for whole rows in one launch that reads the logits once.
 
         Args:
-            kind: as for every method, as are the next three.
-            student: student's logits; V is a multiple of 8, the address one of 16.
-            teacher: teacher's logits, likewise.
-            knobs: numbers of the equation.
-            sums: float32 ``[C, S, 8]`` of any content.
+            kind, knobs, sums: as for ``stats``; ``sums`` may hold anything.
+            student, teacher: logits as for ``stats``; V is a multiple of 8, the addresses multiples of 16.
             counters: int32 ``[C + 1]``, zero before and of no use after.
-            labels: as for ``gradient``.
+            labels, ce, kd: as for ``gradient``.
             out: bfloat16 ``[C, V]``.
-            ce: as for ``gradient``.
-            kd: as for ``gradient``.
         """
         rows, columns = student.shape
         part = Part(0, 0, segments_of(columns, 8), 8)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,14 +62,15 @@ def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[MatrixR
     return slabs
 
 
-class Timeline(Protocol):
-    """Orders writes and reads of a scratch buffer between the stream that decodes and the one that multiplies."""
+class Timeline:
+    """Orders writes and reads of a scratch buffer; here one stream does everything in order, so nothing has to wait."""
 
     def begin(self) -> None:
         """Start a pass: what the current stream did before comes before any decoding."""
 
     def writing(self, buffer: int) -> AbstractContextManager[None]:
-        """Inside, work is decoding into ``buffer``: it waits for the buffer's last reader, and readers wait for it."""
+        """Return a context for decoding into ``buffer``, after its last reader and before its next one."""
+        return nullcontext()
 
     def reading(self, buffer: int) -> None:
         """Make the current stream wait for what was last written to ``buffer``."""
@@ -79,15 +79,7 @@ class Timeline(Protocol):
         """Mark the end of the current stream's reads of ``buffer``."""
 
 
-class InOrder(Timeline):
-    """One stream does everything in order, so there is nothing to wait for."""
-
-    def writing(self, buffer: int) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return nullcontext()
-
-
-class SideStream:
+class SideStream(Timeline):
     """Decoding on a stream of its own, ordered with the current one by two events per buffer.
 
     Write after read: a decode waits for ``free``, recorded after the GEMM that last read the buffer. Read after write:
@@ -146,7 +138,7 @@ class WeightStream:
         timeline: Timeline | None = None,
     ) -> None:
         self._ahead_timeline = timeline
-        self._timeline: Timeline = InOrder()
+        self._timeline = Timeline()
         count = 1 if timeline is None else 2
         self._slabs: dict[Group, tuple[Slab, ...]] = {}
         self._following: dict[Slab, Slab] = {}
@@ -177,7 +169,7 @@ class WeightStream:
             look_ahead: whether the pass takes its groups in the given order, without leaving any out, and is long
                 enough for decoding ahead to pay.
         """
-        self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else InOrder()
+        self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else Timeline()
         self._looks_ahead = self._timeline is self._ahead_timeline
         self._timeline.begin()
 
