@@ -15,7 +15,7 @@ from q4kd.harness.synthetic_models import random_matrix
 # what single tokens have more or less of it says nothing of the kernels.
 GROUP = 8
 TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
-# Rows and columns: one row tile a block, and four of them (plans.MANY_ROWS).
+# Rows and columns: one row tile a block, and four of them (cuda.kernels.MANY_ROWS).
 SHAPES = ((517, 3584), (8209, 512))
 PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
 

@@ -86,8 +86,8 @@ def multiply_all(kernels: "Kernels", operands: Arrays) -> Arrays:
     """Return ``<name>-fused`` and ``<name>-decoded``, float32, for every packed array (see ``cuda_products``)."""
     import torch
 
+    from q4kd.trainer.cuda.kernels import Q6_K_SOA
     from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
-    from q4kd.trainer.cuda.plans import Q6_K_SOA
     from q4kd.trainer.formats import FORMATS
 
     results: Arrays = {}

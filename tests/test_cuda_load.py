@@ -11,12 +11,12 @@ import torch
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.cuda.load import (
     ALIGNMENT,
-    PIECE_BYTES,
+    CHUNK_BYTES,
     arena_layout,
+    file_chunks,
     file_offset,
     fill_arena,
     load_tensors,
-    read_pieces,
     scale_fields,
 )
 from q4kd.trainer.cuda.synthetic import make_blocks, make_tensors, qwen2_5_7b, tensor_types, write_gguf
@@ -33,7 +33,7 @@ TINY = dataclasses.replace(
 class HostCopier:
     """Copies at once, and spoils its buffer afterwards: a copy taken too late would be seen."""
 
-    def __init__(self, size: int = PIECE_BYTES) -> None:
+    def __init__(self, size: int = CHUNK_BYTES) -> None:
         self._buffer = torch.empty(size, dtype=torch.uint8)
         self.copies = 0
 
@@ -70,15 +70,15 @@ def test_every_tensor_arrives_in_the_files_bytes() -> None:
     assert model.tensor_bytes <= arena.numel() < model.tensor_bytes + ALIGNMENT * len(model.tensors)
 
 
-@pytest.mark.parametrize("piece_bytes", [1000, 4096, 1 << 20])
-def test_small_pieces_and_many_threads_give_the_same_bytes(piece_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1000, 4096, 1 << 20])
+def test_small_pieces_and_many_threads_give_the_same_bytes(chunk_bytes: int) -> None:
     model = open_model(GOLDEN_TEACHER)
     offsets, _ = arena_layout(model.tensors)
     whole, parts = arena_for(model), arena_for(model)
-    fill_arena(model.path, read_pieces(model, offsets), whole, HostCopier)
-    pieces = read_pieces(model, offsets, piece_bytes)
-    assert max(piece.num_bytes for piece in pieces) <= piece_bytes
-    fill_arena(model.path, pieces, parts, lambda: HostCopier(piece_bytes))
+    fill_arena(model.path, file_chunks(model, offsets), whole, HostCopier)
+    chunks = file_chunks(model, offsets, chunk_bytes)
+    assert max(piece.num_bytes for piece in chunks) <= chunk_bytes
+    fill_arena(model.path, chunks, parts, lambda: HostCopier(chunk_bytes))
     assert torch.equal(whole, parts)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from q4kd.trainer.data import BatchOrder, load_corpus
-from q4kd.trainer.documents import SourceSettings, read_documents
+from q4kd.trainer.documents import SourceSettings, is_held_out
 from q4kd.trainer.encoding import DocumentEncoder, Encoded
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.packing import Windows
-from q4kd.trainer.split import is_held_out
+from q4kd.trainer.readers import read_documents
 from q4kd.trainer.token_set import TokenSet
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer import demo
+from q4kd.trainer.documents import is_held_out
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.split import is_held_out
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

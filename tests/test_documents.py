@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from q4kd.trainer import documents, shards
-from q4kd.trainer.documents import Document, SourceSettings, read_documents
+from q4kd.trainer.documents import Document, SourceSettings
 from q4kd.trainer.encoding import DocumentEncoder, Encoded
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.readers import read_documents
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

@@ -27,7 +27,7 @@ def operands(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Matrices as the experiment makes them, smaller: one row tile a block, and four."""
     monkeypatch.setattr(products, "SHAPES", ((261, 768), (275, 512)))
     monkeypatch.setattr(products, "TOKENS", 16 + 24)
-    monkeypatch.setattr("q4kd.trainer.cuda.plans.MANY_ROWS", 270)
+    monkeypatch.setattr("q4kd.trainer.cuda.kernels.MANY_ROWS", 270)
     return products.make_operands()
 
 

@@ -182,7 +182,7 @@ def test_sanitizer_decode(kernels: Kernels) -> None:
 def test_sanitizer_products(monkeypatch: pytest.MonkeyPatch) -> None:
     for many_rows in (8192, 16):
         fresh = Kernels("cuda")  # plans made for the other value hold no more
-        monkeypatch.setattr("q4kd.trainer.cuda.plans.MANY_ROWS", many_rows)
+        monkeypatch.setattr("q4kd.trainer.cuda.kernels.MANY_ROWS", many_rows)
         for name in ("Q4_K", "Q6_K"):
             for tokens in (3, 11):
                 for dtype in checks.DTYPES:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from host_kernels import KERNELS, HostLauncher, build, host_launcher
 
-from q4kd.trainer.cuda import plans
 from q4kd.trainer.cuda.kernels import Kernels
 from q4kd.trainer.cuda.launch import Argument, ArgumentBuffer
 from q4kd.trainer.errors import InputError
@@ -103,7 +102,7 @@ def test_matvec(kernels: Kernels, name: str, tokens: int, rows: int, cols: int, 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
 @pytest.mark.parametrize("tokens", [2, 11])
 def test_matvec_of_many_rows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int) -> None:
-    monkeypatch.setattr("q4kd.trainer.cuda.plans.MANY_ROWS", 64)
+    monkeypatch.setattr("q4kd.trainer.cuda.kernels.MANY_ROWS", 64)
     checks.matvec_matches(kernels, name, tokens, 83, 768, F32, seed=9)
 
 
@@ -190,13 +189,13 @@ def test_nothing_to_do_launches_nothing(kernels: Kernels, launcher: HostLauncher
 
 def test_calls_of_equal_facts_are_planned_once_and_get_their_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[str] = []
-    rms_norm = plans.rms_norm
+    prepare = Kernels._prepare
 
-    def counted(*call: Any) -> plans.Plan:
-        planned.append("rms_norm")
-        return rms_norm(*call)
+    def counted(self: Kernels, declared: Any, *call: Any) -> Any:
+        planned.append(declared.__name__)
+        return prepare(self, declared, *call)
 
-    monkeypatch.setattr(plans, "rms_norm", counted)
+    monkeypatch.setattr(Kernels, "_prepare", counted)
     launches: list[tuple[list[int], list[int]]] = []
 
     def record(kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[torch.Tensor]) -> None:
@@ -220,8 +219,8 @@ def test_calls_of_equal_facts_are_planned_once_and_get_their_own_tensors(monkeyp
         kernels.rms_norm(a, weight[:128], 1e-6, b)
 
 
-def test_plans_are_bounded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q4kd.trainer.cuda.kernels._MAX_PLANS", 3)
+def test_prepared_launches_are_bounded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("q4kd.trainer.cuda.plans._MAX_PREPARED", 3)
     x, bias = torch.ones(8, 16), torch.ones(16)
     for rows in range(1, 9):
         kernels.add_bias(x[:rows], bias)

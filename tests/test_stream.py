@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from q4kd.trainer import stream as stream_module
-from q4kd.trainer.documents import Document, SourceSettings
+from q4kd.trainer.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.encoding import DocumentEncoder
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.split import is_held_out
 from q4kd.trainer.stream import Stream, StreamOrder, open_stream, shuffle
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.apr_header import AprEntry, check_footer, check_magic, read_header
 from q4kd.trainer.apr_metadata import read_architecture, read_rope_layout, read_tokens, read_values
-from q4kd.trainer.architecture import TeacherConfig, check_tensors, read_dimensions
+from q4kd.trainer.architecture import check_tensors, read_dimensions
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.model_file import ModelFile, PackedTensor
@@ -23,7 +23,7 @@ _DTYPES = {
     5: "I64",
     6: "I8",
     7: "U8",
-    8: "apr-q4",  # before aprender gave its own formats codes of their own; GGML's 8 is Q8_0, which .apr cannot hold
+    8: "apr-q4",  # as aprender wrote it before its formats had codes of their own; .apr cannot hold GGML's 8, Q8_0
     9: "apr-q8",
     12: "Q4_K",
     14: "Q6_K",
@@ -50,15 +50,14 @@ def open_apr(path: Path) -> ModelFile:
     try:
         with path.open("rb") as file:
             check_magic(path, file.read(4))
-            # A private copy-on-write map: torch gets a writable buffer without a warning, the file cannot change.
+            # Mode "c" is a private copy-on-write map: torch gets a writable buffer, and the file cannot change.
             data = np.asarray(np.memmap(file, np.uint8, "c"))
             model = _read_model(path, data)
             check_footer(path, file)
             return model
     except OSError as error:
-        raise InputError(
-            str(path), expected="a readable model file", got=str(error.strerror), remedy="check the path"
-        ) from error
+        remedy = "name a model file that you may read"
+        raise InputError(str(path), expected="a readable model file", got=str(error.strerror), remedy=remedy) from error
 
 
 def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
@@ -72,15 +71,13 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
             continue
         tensor = _packed(path, entry, data)
         if tensor.name in tensors:
-            raise InputError(
-                f"{path}: tensor {entry.name}",
-                expected="each tensor once, under one of its names",
-                got=f"{tensor.name} twice",
-                remedy="export the model again",
-            )
+            subject, expected = f"{path}: tensor {entry.name}", "each tensor once, under one of its names"
+            raise InputError(subject, expected=expected, got=f"{tensor.name} twice", remedy="export the model again")
         tensors[tensor.name] = tensor
     config = read_dimensions(path, architecture, values, tensors)
-    config = dataclasses.replace(_as_stored(config), rope_layout=layout)
+    # aprender and GGUF keep real settings in float32; JSON shows them as ``1e-6``.
+    eps, base = float(np.float32(config.rms_eps)), float(np.float32(config.rope_base))
+    config = dataclasses.replace(config, rms_eps=eps, rope_base=base, rope_layout=layout)
     check_tensors(path, config, tensors)
     return ModelFile(
         path=path,
@@ -89,13 +86,6 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
         tokens=read_tokens(path, header.metadata),
         metadata=header.metadata,
         file_bytes=int(data.nbytes),
-    )
-
-
-def _as_stored(config: TeacherConfig) -> TeacherConfig:
-    """Round the real settings to float32, which is what they are in aprender and in GGUF; JSON shows ``1e-6``."""
-    return dataclasses.replace(
-        config, rms_eps=float(np.float32(config.rms_eps)), rope_base=float(np.float32(config.rope_base))
     )
 
 
@@ -108,28 +98,18 @@ def _packed(path: Path, entry: AprEntry, data: npt.NDArray[np.uint8]) -> PackedT
     subject = f"{path}: tensor {entry.name}"
     type_name = _DTYPES.get(entry.dtype, f"unknown dtype {entry.dtype}")
     if type_name not in FORMATS:
-        raise InputError(
-            subject,
-            expected=f"type {', '.join(name for name in _DTYPES.values() if name in FORMATS)}",
-            got=f"{type_name} (dtype {entry.dtype}), aprender's own blocks" if "apr-" in type_name else type_name,
-            remedy="export the model again with Q4_K or Q6_K weights (apr convert --quantize q4k), or as F16",
-        )
+        known = ", ".join(name for name in _DTYPES.values() if name in FORMATS)
+        got = f"{type_name} (dtype {entry.dtype}), aprender's own blocks" if "apr-" in type_name else type_name
+        remedy = "export the model again with Q4_K or Q6_K weights (apr convert --quantize q4k), or as F16"
+        raise InputError(subject, expected=f"type {known}", got=got, remedy=remedy)
     form = FORMATS[type_name]
     cols = entry.shape[-1]
     if cols % form.block_size:
-        raise InputError(
-            subject,
-            expected=f"rows of a multiple of {form.block_size} weights in {type_name}",
-            got=f"shape {entry.shape}",
-            remedy="store this tensor as F16",
-        )
+        expected = f"rows of a multiple of {form.block_size} weights in {type_name}"
+        raise InputError(subject, expected=expected, got=f"shape {entry.shape}", remedy="store this tensor as F16")
     rows, row_bytes = math.prod(entry.shape[:-1]), form.row_bytes(cols)
     if rows * row_bytes != entry.size:
-        raise InputError(
-            subject,
-            expected=f"{rows * row_bytes} bytes for {type_name} of shape {entry.shape}",
-            got=str(entry.size),
-            remedy="export the model again",
-        )
+        expected = f"{rows * row_bytes} bytes for {type_name} of shape {entry.shape}"
+        raise InputError(subject, expected=expected, got=str(entry.size), remedy="export the model again")
     packed = data[entry.start : entry.start + entry.size].reshape(rows, row_bytes)
     return PackedTensor(gguf_name(entry.name), type_name, entry.shape, packed)

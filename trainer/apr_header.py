@@ -51,7 +51,7 @@ _KNOWN_FLAGS = 0x0FFF
 
 @dataclass(frozen=True)
 class AprEntry:
-    """One tensor of the index: its name as stored, raw dtype code, shape, and place in the file in bytes."""
+    """One tensor of the index: its name as stored, raw dtype code, shape, and start and size in the file in bytes."""
 
     name: str
     dtype: int
@@ -80,22 +80,23 @@ class _Cursor:
         return int(struct.unpack(form, value)[0])
 
     def take_bytes(self, count: int, what: str) -> bytes:
-        if count > self.end - self.offset:
-            raise InputError(
-                f"{self.path} at byte {self.offset}",
-                expected=f"{count} bytes of {what}",
-                got=f"{self.end - self.offset} left in the tensor index",
-                remedy=_DAMAGED,
-            )
+        left = self.end - self.offset
+        if count > left:
+            got = f"{left} left in the tensor index"
+            raise _refusal(f"{self.path} at byte {self.offset}", f"{count} bytes of {what}", got)
         self.offset += count
         return bytes(self.data[self.offset - count : self.offset])
+
+
+def _refusal(subject: str, expected: str, got: object, remedy: str = _DAMAGED) -> InputError:
+    return InputError(subject, expected=expected, got=str(got), remedy=remedy)
 
 
 def read_header(path: Path, data: memoryview) -> AprHeader:
     """Read everything before the data of an .apr file.
 
     Args:
-        path: of the file, for error lines.
+        path: file, for error lines.
         data: the whole file, uint8; only header, metadata and index are touched.
 
     Raises:
@@ -104,31 +105,26 @@ def read_header(path: Path, data: memoryview) -> AprHeader:
     """
     check_magic(path, bytes(data[:4]))
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
-        raise InputError(
-            str(path),
-            expected=f"at least {HEADER_BYTES + FOOTER_BYTES} bytes of header and footer",
-            got=f"{len(data)} bytes",
-            remedy=_DAMAGED,
-        )
+        least = f"at least {HEADER_BYTES + FOOTER_BYTES} bytes of header and footer"
+        raise _refusal(str(path), least, f"{len(data)} bytes")
     (_, major, minor, flags, count, metadata_offset, metadata_bytes, index_offset, data_offset, stored) = (
         _HEADER.unpack_from(data)
     )
     if (major, minor) != (2, 0):
-        raise InputError(f"{path}: version", expected="2.0", got=f"{major}.{minor}", remedy=_EXPORT)
+        raise _refusal(f"{path}: version", "2.0", f"{major}.{minor}", _EXPORT)
     computed = zlib.crc32(data[44:64], zlib.crc32(data[:40]))
     if stored != computed:
-        raise InputError(f"{path}: header checksum", expected=f"{computed:08x}", got=f"{stored:08x}", remedy=_DAMAGED)
+        raise _refusal(f"{path}: header checksum", f"{computed:08x}", f"{stored:08x}")
     _check_flags(path, flags)
     if metadata_bytes > MAX_METADATA_BYTES:
-        raise InputError(f"{path}: metadata", expected="at most 16 MiB", got=f"{metadata_bytes} bytes", remedy=_EXPORT)
+        raise _refusal(f"{path}: metadata", "at most 16 MiB", f"{metadata_bytes} bytes", _EXPORT)
     metadata_end = metadata_offset + metadata_bytes
     data_end = len(data) - FOOTER_BYTES
     if not HEADER_BYTES <= metadata_offset <= metadata_end <= index_offset <= data_offset <= data_end:
-        raise InputError(
+        raise _refusal(
             f"{path}: sections",
-            expected=f"header, metadata, index and data in this order between bytes {HEADER_BYTES} and {data_end}",
-            got=f"metadata {metadata_offset}-{metadata_end}, index from {index_offset}, data from {data_offset}",
-            remedy=_DAMAGED,
+            f"header, metadata, index and data in this order between bytes {HEADER_BYTES} and {data_end}",
+            f"metadata {metadata_offset}-{metadata_end}, index from {index_offset}, data from {data_offset}",
         )
     metadata = _parse_metadata(path, bytes(data[metadata_offset:metadata_end]))
     entries = _walk_index(_Cursor(data, path, index_offset, data_offset), count, data_offset, data_end)
@@ -142,13 +138,9 @@ def check_magic(path: Path, magic: bytes) -> None:
         InputError: naming version 1 files, and anything that is not .apr.
     """
     if magic in (b"APR2", b"APRN", b"APR1"):
-        raise InputError(
-            str(path), expected="an .apr file of version 2", got=f"a version 1 file ({magic!r})", remedy=_EXPORT
-        )
+        raise _refusal(str(path), "an .apr file of version 2", f"a version 1 file ({magic!r})", _EXPORT)
     if magic != b"APR\0":
-        raise InputError(
-            str(path), expected="an .apr file (magic 'APR\\0')", got=repr(magic), remedy="pass an .apr model"
-        )
+        raise _refusal(str(path), "an .apr file (magic 'APR\\0')", repr(magic), "name an .apr model")
 
 
 def check_footer(path: Path, file: io.BufferedReader) -> None:
@@ -170,43 +162,32 @@ def check_footer(path: Path, file: io.BufferedReader) -> None:
         left -= got
     stored = int.from_bytes(file.read(FOOTER_BYTES), "little")
     if stored != computed or left:
-        raise InputError(f"{path}: footer CRC-32", expected=f"{computed:08x}", got=f"{stored:08x}", remedy=_DAMAGED)
+        raise _refusal(f"{path}: footer CRC-32", f"{computed:08x}", f"{stored:08x}")
 
 
 def _check_flags(path: Path, flags: int) -> None:
     for bit, (expected, got, remedy) in _REFUSED_FLAGS.items():
         if flags & bit:
-            raise InputError(f"{path}: flags", expected=expected, got=got, remedy=remedy)
+            raise _refusal(f"{path}: flags", expected, got, remedy)
     if flags & ~_KNOWN_FLAGS:
-        raise InputError(
-            f"{path}: flags",
-            expected=f"only the flags {_KNOWN_FLAGS:#06x} of version 2.0",
-            got=f"{flags:#06x}",
-            remedy="update this program, or export the model again without the new feature",
-        )
+        remedy = "update this program, or export the model again without the new feature"
+        raise _refusal(f"{path}: flags", f"only the flags {_KNOWN_FLAGS:#06x} of version 2.0", f"{flags:#06x}", remedy)
 
 
 def _parse_metadata(path: Path, raw: bytes) -> dict[str, Any]:
     items = sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))
     if items > MAX_METADATA_ITEMS:
-        raise InputError(
-            f"{path}: metadata", expected=f"at most {MAX_METADATA_ITEMS} items", got=str(items), remedy=_EXPORT
-        )
+        raise _refusal(f"{path}: metadata", f"at most {MAX_METADATA_ITEMS} items", items, _EXPORT)
     metadata = parse_json(raw, f"{path}: metadata", MAX_METADATA_BYTES)
     if not isinstance(metadata, dict):
-        raise InputError(f"{path}: metadata", expected="a JSON object", got=type(metadata).__name__, remedy=_EXPORT)
+        raise _refusal(f"{path}: metadata", "a JSON object", type(metadata).__name__, _EXPORT)
     return metadata
 
 
 def _walk_index(cursor: _Cursor, count: int, data_offset: int, data_end: int) -> tuple[AprEntry, ...]:
     room = cursor.end - cursor.offset
     if count > min(MAX_TENSORS, room // _SMALLEST_ENTRY):
-        raise InputError(
-            f"{cursor.path}: tensor count",
-            expected=f"at most {MAX_TENSORS}, in an index of {room} bytes",
-            got=str(count),
-            remedy=_DAMAGED,
-        )
+        raise _refusal(f"{cursor.path}: tensor count", f"at most {MAX_TENSORS}, in an index of {room} bytes", count)
     entries: list[AprEntry] = []
     for _ in range(count):
         entry = _take_entry(cursor, data_offset, data_end)
@@ -216,22 +197,16 @@ def _walk_index(cursor: _Cursor, count: int, data_offset: int, data_end: int) ->
     by_place = sorted(entries, key=lambda entry: entry.start)
     for first, second in itertools.pairwise(by_place):
         if first.start + first.size > second.start:
-            raise InputError(
-                f"{cursor.path}: tensor {second.name}",
-                expected=f"bytes of its own after {first.start + first.size}",
-                got=f"a start at {second.start}, inside {first.name}",
-                remedy=_DAMAGED,
-            )
+            subject, got = f"{cursor.path}: tensor {second.name}", f"a start at {second.start}, inside {first.name}"
+            raise _refusal(subject, f"bytes of its own after {first.start + first.size}", got)
     return tuple(entries)
 
 
 def _check_order(path: Path, before: str, name: str) -> None:
     if name == before:
-        raise InputError(f"{path}: tensor {name}", expected="each name once", got="it twice", remedy=_EXPORT)
+        raise _refusal(f"{path}: tensor {name}", "each name once", "it twice", _EXPORT)
     if name.encode() < before.encode():
-        raise InputError(
-            f"{path}: tensor {name}", expected="an index sorted by name", got=f"it after {before}", remedy=_EXPORT
-        )
+        raise _refusal(f"{path}: tensor {name}", "an index sorted by name", f"it after {before}", _EXPORT)
 
 
 def _take_entry(cursor: _Cursor, data_offset: int, data_end: int) -> AprEntry:
@@ -240,21 +215,19 @@ def _take_entry(cursor: _Cursor, data_offset: int, data_end: int) -> AprEntry:
     dtype = cursor.take("<B", "a dtype")
     ndim = cursor.take("<B", "a dimension count")
     if not 1 <= ndim <= MAX_DIMENSIONS:
-        raise InputError(subject, expected=f"1 to {MAX_DIMENSIONS} dimensions", got=str(ndim), remedy=_DAMAGED)
+        raise _refusal(subject, f"1 to {MAX_DIMENSIONS} dimensions", ndim)
     shape = struct.unpack(f"<{ndim}Q", cursor.take_bytes(8 * ndim, "a shape"))
     if 0 in shape:
-        raise InputError(subject, expected="positive dimensions", got=str(shape), remedy=_DAMAGED)
+        raise _refusal(subject, "positive dimensions", shape)
     offset = cursor.take("<Q", "an offset")
     size = cursor.take("<Q", "a size")
     if offset + size >= 1 << 64:
-        raise InputError(subject, expected="an end below 2**64", got=f"offset {offset} + {size} bytes", remedy=_DAMAGED)
+        raise _refusal(subject, "an end below 2**64", f"offset {offset} + {size} bytes")
     start = data_offset + offset
     if start + size > data_end:
-        raise InputError(
-            subject, expected=f"an end at byte {data_end} at most", got=f"byte {start + size}", remedy=_DAMAGED
-        )
+        raise _refusal(subject, f"an end at byte {data_end} at most", f"byte {start + size}")
     if start % ALIGNMENT:
-        raise InputError(subject, expected=f"a start at a multiple of {ALIGNMENT}", got=f"byte {start}", remedy=_EXPORT)
+        raise _refusal(subject, f"a start at a multiple of {ALIGNMENT}", f"byte {start}", _EXPORT)
     return AprEntry(name, dtype, shape, start, size)
 
 
@@ -262,14 +235,12 @@ def _take_name(cursor: _Cursor) -> str:
     place = f"{cursor.path} at byte {cursor.offset}"
     length = cursor.take("<H", "a name's length")
     if not 1 <= length <= MAX_NAME_BYTES:
-        raise InputError(
-            place, expected=f"a tensor name of 1 to {MAX_NAME_BYTES} bytes", got=str(length), remedy=_DAMAGED
-        )
+        raise _refusal(place, f"a tensor name of 1 to {MAX_NAME_BYTES} bytes", length)
     raw = cursor.take_bytes(length, "a tensor name")
     try:
         name = raw.decode()
     except UnicodeDecodeError as error:
-        raise InputError(place, expected="a UTF-8 tensor name", got=str(error.reason), remedy=_DAMAGED) from error
+        raise _refusal(place, "a UTF-8 tensor name", error.reason) from error
     if not name.isprintable():
-        raise InputError(place, expected="a printable tensor name", got=repr(name)[:80], remedy=_DAMAGED)
+        raise _refusal(place, "a printable tensor name", repr(name)[:80])
     return name

@@ -11,7 +11,7 @@ from typing import Any
 from q4kd.trainer.architecture import ROPE_LAYOUTS, RopeLayout, check_architecture
 from q4kd.trainer.errors import InputError
 
-# GGUF's key -> the names it goes by (paiml/aprender, header_impl.rs: canonicalize_hf_aliases), aprender's own first.
+# Each key of GGUF has these names (paiml/aprender, header_impl.rs: canonicalize_hf_aliases), aprender's own first.
 _INTEGERS = {
     "embedding_length": ("hidden_size", "hidden_dim", "d_model", "n_embd"),
     "block_count": ("num_layers", "num_hidden_layers", "n_layers", "n_layer"),
@@ -28,7 +28,7 @@ _REALS = {
 _ARCHITECTURE_NAMES = ("architecture", "hf_model_type", "hf_architecture", "model_type")
 _SAME_ARCHITECTURE = {"qwen2.5": "qwen2", "mistral": "llama"}
 _ROPE_TYPES: dict[int, RopeLayout] = {0: "interleaved", 2: "split_halves"}
-# Settings that change the computation and are not implemented, with the values that change nothing.
+# These settings change the computation and are not implemented; at the values given they change nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
@@ -54,15 +54,14 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
             plain = value.lower().removesuffix("forcausallm")
             stated[key] = _SAME_ARCHITECTURE.get(plain, plain)
         elif value not in (None, ""):
-            raise _wrong_kind(path, key, "a name", value)
+            raise _wrong(path, key, "a name", value)
     architecture = check_architecture(path, next(iter(stated.values()), None))
     # model_type is left out: aprender fills it with a default where it does not know.
     for key in _ARCHITECTURE_NAMES[:-1]:
         other = stated.get(key, architecture)
         if other in ROPE_LAYOUTS and other != architecture:
-            raise InputError(
-                f"{path}: {key}", expected=f"{architecture}, as elsewhere in the metadata", got=other, remedy=_EXPORT
-            )
+            expected = f"{architecture}, as elsewhere in the metadata"
+            raise InputError(f"{path}: {key}", expected=expected, got=other, remedy=_EXPORT)
     return architecture
 
 
@@ -79,14 +78,9 @@ def read_values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
             stated = {name: metadata[name] for name in names if metadata.get(name) is not None}
             for name, value in stated.items():
                 if isinstance(value, bool) or not isinstance(value, kinds):
-                    raise _wrong_kind(path, name, expected, value)
+                    raise _wrong(path, name, expected, value)
                 if values.setdefault(key, value) != value:
-                    raise InputError(
-                        f"{path}: {name}",
-                        expected=f"{_describe(values[key])}, the value of {next(iter(stated))}",
-                        got=_describe(value),
-                        remedy=_EXPORT,
-                    )
+                    raise _wrong(path, name, f"{_describe(values[key])}, the value of {next(iter(stated))}", value)
     return values
 
 
@@ -104,7 +98,7 @@ def read_rope_layout(
     stated = metadata.get("rope_type")
     if stated is not None:
         if isinstance(stated, bool) or not isinstance(stated, int) or stated not in _ROPE_TYPES:
-            raise _wrong_kind(path, "rope_type", "0 (adjacent pairs) or 2 (split halves)", stated)
+            raise _wrong(path, "rope_type", "0 (adjacent pairs) or 2 (split halves)", stated)
         return _ROPE_TYPES[stated]
     from_gguf = metadata.get("original_format") == "gguf" or any(name.startswith("blk.") for name in stored_names)
     return ROPE_LAYOUTS[architecture] if from_gguf else "split_halves"
@@ -124,9 +118,8 @@ def read_tokens(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
                 try:
                     "".join(found).encode()
                 except UnicodeEncodeError as error:
-                    raise InputError(
-                        f"{path}: {name}", expected="Unicode tokens", got="a lone surrogate", remedy=_EXPORT
-                    ) from error
+                    subject, got = f"{path}: {name}", "a lone surrogate"
+                    raise InputError(subject, expected="Unicode tokens", got=got, remedy=_EXPORT) from error
                 return tuple(found)
     return ()
 
@@ -134,9 +127,8 @@ def read_tokens(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def _refuse_unsupported(path: Path, metadata: Mapping[str, Any]) -> None:
     sharding = metadata.get("sharding")
     if isinstance(sharding, dict) and sharding.get("shard_count") not in (None, 0, 1):
-        raise InputError(
-            f"{path}: sharding", expected="one file", got="one shard of several", remedy="merge the shards first"
-        )
+        got, remedy = "one shard of several", "merge the shards into one .apr first"
+        raise InputError(f"{path}: sharding", expected="one file", got=got, remedy=remedy)
     scaling = metadata.get("rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
     window, context = metadata.get("sliding_window"), metadata.get("max_position_embeddings")
@@ -150,20 +142,16 @@ def _refuse_unsupported(path: Path, metadata: Mapping[str, Any]) -> None:
     if window and not wide and metadata.get("use_sliding_window") is not False:
         unsupported["sliding_window"] = window
     for key, value in unsupported.items():
-        raise InputError(
-            f"{path}: {key}",
-            expected="a model without it",
-            got=_describe(value),
-            remedy="use another teacher: leaving this out would make it silently wrong",
-        )
+        remedy = "use another teacher: leaving this out would make it silently wrong"
+        raise InputError(f"{path}: {key}", expected="a model without it", got=_describe(value), remedy=remedy)
 
 
-def _wrong_kind(path: Path, key: str, expected: str, value: object) -> InputError:
+def _wrong(path: Path, key: str, expected: str, value: object) -> InputError:
     return InputError(f"{path}: {key}", expected=expected, got=_describe(value), remedy=_EXPORT)
 
 
 def _describe(value: object) -> str:
-    """A short text that nested or long values cannot make slow, deep or many-lined."""
+    """Return a short text that nested or long values cannot make slow, deep or many-lined."""
     if isinstance(value, str):
         return repr(value[:60])
     if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):

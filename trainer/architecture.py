@@ -1,4 +1,4 @@
-"""Architectures that the teacher implements: dimensions, the tensors each may hold, and what is refused by name.
+"""Architectures that the teacher implements: dimensions, the tensors that each may hold, and what is refused by name.
 
 All are decoder-only transformers with RMSNorm, rotary embedding, grouped-query attention and SwiGLU:
 
@@ -22,8 +22,9 @@ ROPE_LAYOUTS: dict[str, RopeLayout] = {"qwen2": "split_halves", "qwen3": "split_
 SUPPORTED_ARCHITECTURES = tuple(ROPE_LAYOUTS)
 VECTOR_TYPES = ("F16", "BF16", "F32")
 ROPE_FACTORS = "rope_freqs.weight"
-_LAYER_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _MAX_DIMENSION = 1 << 22
+_CONVERT = "convert the model again"
+_DOWNLOAD = "download the file again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class TeacherConfig:
 
     Attributes:
         head_dim: elements of one head; not always ``hidden_size / num_heads``.
-        rope_layout: which elements of a head turn together: ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
-        qk_norm: whether query and key heads are normalised before they are turned.
+        rope_layout: which elements of a head are rotated together: ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
+        qk_norm: whether query and key heads are normalised before they are rotated.
         vocab_size: rows of the embedding, whatever the metadata say.
         tied_head: whether the output head is the embedding.
     """
@@ -78,12 +79,8 @@ def check_architecture(path: Path, architecture: object) -> str:
         InputError: when it is not implemented.
     """
     if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
-        raise InputError(
-            str(path),
-            expected=f"architecture {', '.join(SUPPORTED_ARCHITECTURES)}",
-            got=repr(architecture)[:80],
-            remedy="use a teacher of a supported architecture",
-        )
+        expected, got = f"architecture {', '.join(SUPPORTED_ARCHITECTURES)}", repr(architecture)[:80]
+        raise InputError(str(path), expected=expected, got=got, remedy="use a teacher of a supported architecture")
     return architecture
 
 
@@ -94,12 +91,8 @@ def check_number(subject: str, value: object, low: float, high: float) -> float:
         InputError: naming the bounds and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(
-            subject,
-            expected=f"a number from {low:g} to {high:g}",
-            got="nothing" if value is None else repr(value)[:80],
-            remedy="convert the model again",
-        )
+        got = "nothing" if value is None else repr(value)[:80]
+        raise InputError(subject, expected=f"a number from {low:g} to {high:g}", got=got, remedy=_CONVERT)
     return value
 
 
@@ -109,10 +102,10 @@ def read_dimensions(
     """Build the config from metadata under GGUF's own key names (without the architecture's prefix) and the tensors.
 
     Args:
-        path: of the file, for error lines.
-        architecture: a supported one.
-        values: such as ``{"embedding_length": 896, "rope.freq_base": 1e6}``; a missing key or None is absent.
-        tensors: with ``shape``, under GGUF names.
+        path: file, for error lines.
+        architecture: name of a supported architecture.
+        values: metadata such as ``{"embedding_length": 896, "rope.freq_base": 1e6}``; None stands for a missing key.
+        tensors: objects with a ``shape``, under GGUF names.
 
     Raises:
         InputError: for a value that is missing, of another type, or out of bounds.
@@ -125,22 +118,14 @@ def read_dimensions(
     def integer(key: str, high: int, default: int | None = None) -> int:
         value = number(key, 1, high, default)
         if value != int(value):
-            raise InputError(
-                f"{path}: {architecture}.{key}",
-                expected="a whole number",
-                got=str(value),
-                remedy="convert the model again",
-            )
+            subject = f"{path}: {architecture}.{key}"
+            raise InputError(subject, expected="a whole number", got=str(value), remedy=_CONVERT)
         return int(value)
 
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise InputError(
-            str(path),
-            expected="a matrix token_embd.weight",
-            got="none" if embedding is None else f"shape {embedding.shape}",
-            remedy="convert the model again",
-        )
+        got = "none" if embedding is None else f"shape {embedding.shape}"
+        raise InputError(str(path), expected="a matrix token_embd.weight", got=got, remedy=_CONVERT)
     hidden = integer("embedding_length", _MAX_DIMENSION)
     heads = integer("attention.head_count", 4096)
     head_dim = integer("attention.key_length", 4096, max(1, hidden // heads))
@@ -150,7 +135,7 @@ def read_dimensions(
                 f"{path}: {architecture}.{key}",
                 expected=f"the head size {head_dim}",
                 got=str(values[key]),
-                remedy="use another teacher; partial rotary embedding and unequal heads are not implemented",
+                remedy="use another teacher; partial rotary embedding and heads of two sizes are not implemented",
             )
     return TeacherConfig(
         architecture=architecture,
@@ -192,7 +177,7 @@ def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     }
     for layer in range(config.num_layers):
         prefix = f"blk.{layer}."
-        shapes |= {f"{prefix}{name}.weight": rows_cols[name] for name in _LAYER_MATRICES}
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in rows_cols.items()}
         shapes |= {f"{prefix}{name}.bias": rows_cols[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
         shapes |= {f"{prefix}attn_norm.weight": (hidden,), f"{prefix}ffn_norm.weight": (hidden,)}
         if config.qk_norm:
@@ -207,47 +192,27 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
         InputError: naming the first tensor that is unknown, missing, or of another shape or type.
     """
     if config.num_heads % config.num_kv_heads or config.head_dim % 2:
-        raise InputError(
-            str(path),
-            expected="query heads a multiple of key-value heads and an even head size",
-            got=f"{config.num_heads}, {config.num_kv_heads} and {config.head_dim}",
-            remedy="convert the model again",
-        )
+        expected = "query heads a multiple of key-value heads and an even head size"
+        got = f"{config.num_heads}, {config.num_kv_heads} and {config.head_dim}"
+        raise InputError(str(path), expected=expected, got=got, remedy=_CONVERT)
     if config.num_layers > len(tensors):
-        raise InputError(
-            str(path),
-            expected=f"the tensors of {config.num_layers} layers",
-            got=f"{len(tensors)} tensors",
-            remedy="download the file again",
-        )
+        expected = f"the tensors of {config.num_layers} layers"
+        raise InputError(str(path), expected=expected, got=f"{len(tensors)} tensors", remedy=_DOWNLOAD)
     shapes = expected_shapes(config)
     for name, tensor in tensors.items():
+        subject = f"{path}: tensor {name}"
         if name not in shapes:
-            raise InputError(
-                f"{path}: tensor {name}",
-                expected=f"only the tensors of {config.architecture}",
-                got="a tensor that would be ignored",
-                remedy="use a model without it; ignoring a weight would make the teacher silently wrong",
-            )
+            remedy = "use a model without it; ignoring a weight would make the teacher silently wrong"
+            expected = f"only the tensors of {config.architecture}"
+            raise InputError(subject, expected=expected, got="a tensor that would be ignored", remedy=remedy)
         if tensor.shape != shapes[name]:
-            raise InputError(
-                f"{path}: tensor {name}",
-                expected=f"shape {shapes[name]}",
-                got=f"{tensor.shape}",
-                remedy="convert the model again: its metadata and tensors disagree",
-            )
+            remedy = f"{_CONVERT}: its metadata and tensors disagree"
+            raise InputError(subject, expected=f"shape {shapes[name]}", got=f"{tensor.shape}", remedy=remedy)
         if len(tensor.shape) == 1 and tensor.type not in VECTOR_TYPES:
-            raise InputError(
-                f"{path}: tensor {name}", expected="an F32, F16 or BF16 vector", got=tensor.type, remedy="convert again"
-            )
-    # Biases are all there or none is: a file that lost one would be silently wrong.
-    biased = any(name.endswith(".bias") for name in tensors)
-    missing = sorted(
-        name
-        for name in shapes
-        if name not in tensors and name != ROPE_FACTORS and (biased or not name.endswith(".bias"))
-    )
+            raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=_CONVERT)
+    # Either all biases are there or none is: a file that lost one would be silently wrong.
+    optional = (ROPE_FACTORS,) if any(name.endswith(".bias") for name in tensors) else (ROPE_FACTORS, ".bias")
+    missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))
     if missing:
-        raise InputError(
-            str(path), expected=f"tensor {missing[0]}", got=f"{len(missing)} missing", remedy="download the file again"
-        )
+        expected, got = f"tensor {missing[0]}", f"{len(missing)} missing"
+        raise InputError(str(path), expected=expected, got=got, remedy=_DOWNLOAD)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from q4kd.trainer.gemm import has_avx512_product, multiply
 
-# Queries in a block, and floats of its scores. Keys behind a block's last query are not multiplied at all, so small
-# blocks skip more of the causal half; below 128 the products become inefficient.
+# A block has so many queries, and at most so many scores. Keys behind its last query are not multiplied at all, so
+# small blocks skip more of the causal half; below 128 the products become inefficient.
 _BLOCK = 128
 _SCORES = 4 << 20
-# Below this length torch's own attention is faster: the blocks are too few.
+# Below this length torch's own attention is faster, since the blocks are too few.
 _LONG = 256
 _OWN_PRODUCTS = has_avx512_product()
 

@@ -63,10 +63,10 @@ def _kernels(_args: argparse.Namespace) -> int:
     from q4kd.trainer.device import cuda_facts
 
     print(cuda_facts().name)
-    from q4kd.trainer.cuda.bench_kernels import decode_bandwidth, matvec_bandwidth, product_table, table
+    from q4kd.trainer.cuda.bench_kernels import decode_table, launch_table, product_table
 
-    print(table(decode_bandwidth()))
-    print(product_table(matvec_bandwidth()))
+    for table in (decode_table, product_table, launch_table):
+        print(table())
     return 0
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.documents import Document, SourceSettings, read_documents
+from q4kd.trainer.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.encoding import DocumentEncoder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.packing import Windows
-from q4kd.trainer.split import is_held_out
+from q4kd.trainer.readers import read_documents
 from q4kd.trainer.token_set import TokenSet, TokenWriter
 
 _SAY_EVERY_TOKENS = 50_000_000

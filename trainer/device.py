@@ -1,7 +1,7 @@
-"""What kind of device a machine has, where weights are allocated on it, and how much memory there is to spend.
+"""Decides what kind of device a machine has, where weights are allocated on it, and how much memory there is to spend.
 
-Two classes: *classic* devices have memory of their own, *unified* ones (GB10, Jetson) share the host's. The class
-follows from the driver's attributes where they are known, else from the compute capability.
+There are two classes: *classic* devices have memory of their own, *unified* ones (GB10, Jetson) share the host's. The
+class follows from the driver's attributes where they are known, else from the compute capability.
 """
 
 import os
@@ -16,20 +16,20 @@ DeviceClass = Literal["cpu", "classic", "unified"]
 Allocation = Literal["device", "managed"]
 ALLOCATION_VARIABLE = "Q4KD_UNIFIED_MEMORY"
 
-# Integrated GPUs by compute capability: Tegra K1, X1, X2, Xavier, Orin, Thor (as 10.1 and, since CUDA 13, 11.0), GB10.
+# Integrated GPUs have these: Tegra K1, X1, X2, Xavier, Orin, Thor (as 10.1 and, since CUDA 13, 11.0), GB10.
 _INTEGRATED_CAPABILITIES = frozenset({(3, 2), (5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)})
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the driver says of a device.
+    """A device as its driver describes it.
 
     Attributes:
-        name: as the driver spells it.
+        name: name as the driver spells it.
         capability: compute capability, such as ``(9, 0)``.
         integrated: attribute "integrated with the host memory"; None where it could not be read.
         managed: attribute "can allocate managed memory"; None where it could not be read.
-        total_bytes: memory that the device reports as its own, or shares.
+        total_bytes: bytes of memory that the device reports as its own, or shares.
     """
 
     name: str
@@ -50,7 +50,7 @@ def classify(capability: tuple[int, int], integrated: bool | None) -> DeviceClas
 
 @dataclass(frozen=True)
 class AllocationPolicy:
-    """How teacher weights are allocated, and the reason that is announced with it."""
+    """The way in which teacher weights are allocated, and the reason that is announced with it."""
 
     allocation: Allocation
     reason: str
@@ -87,12 +87,9 @@ def check_allocation(policy: AllocationPolicy, device_class: DeviceClass) -> Non
         InputError: for managed memory on a device that is not unified.
     """
     if policy.allocation == "managed" and device_class != "unified":
-        raise InputError(
-            f"managed memory ({policy.reason})",
-            expected="a device that shares the host's memory",
-            got=f"a {device_class} device",
-            remedy=f"unset {ALLOCATION_VARIABLE}",
-        )
+        subject, remedy = f"managed memory ({policy.reason})", f"unset {ALLOCATION_VARIABLE}"
+        expected = "a device that shares the host's memory"
+        raise InputError(subject, expected=expected, got=f"a {device_class} device", remedy=remedy)
 
 
 def mem_available(meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -111,10 +108,10 @@ def memory_budget(device_class: DeviceClass, free_bytes: int | None, available: 
     """Return the bytes that a teacher may take.
 
     Args:
-        device_class: of the device that will hold it.
-        free_bytes: cudaMemGetInfo's free memory; None on the CPU. On unified devices it leaves out reclaimable page
-            cache, so it is not used there.
-        available: the host's MemAvailable.
+        device_class: class of the device that will hold it.
+        free_bytes: cudaMemGetInfo's free memory in bytes; None on the CPU. On unified devices it leaves out reclaimable
+            page cache, so it is not used there.
+        available: the host's MemAvailable in bytes.
     """
     return free_bytes if device_class == "classic" and free_bytes is not None else available
 

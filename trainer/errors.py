@@ -1,7 +1,10 @@
 """The errors a user can cause. Each says what was expected, what was found, and what to do next."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class InputError(Exception):
@@ -124,3 +127,22 @@ class StoppedError(TrainingAborted):
     def __init__(self, message: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(message)
+
+
+def missing_path_remedy(path: Path, otherwise: str, *, pattern: str = "", repository: str = "model") -> str:
+    """Return what to do about a path that is not there: nothing is fetched, so for a hub id it says how to.
+
+    Args:
+        path: as given.
+        otherwise: the remedy when it cannot be a hub id (``org/name``).
+        pattern: which files of the repository are needed; all where empty.
+        repository: its kind: ``model`` or ``dataset``.
+    """
+    name = str(path)
+    if not _HUB_ID.fullmatch(name) or path.exists():
+        return otherwise
+    chosen = f" --include '{pattern}'" if pattern else ""
+    kind = "" if repository == "model" else f" --repo-type {repository}"
+    return (
+        f"nothing is fetched here: for a hub id, hf download {name}{kind}{chosen} --local-dir DIR, then give the path"
+    )

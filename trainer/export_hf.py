@@ -11,7 +11,7 @@ import torch
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file, sync_folder, write_atomic
-from q4kd.trainer.gguf_write import read_weights
+from q4kd.trainer.huggingface_config import read_weights
 from q4kd.trainer.model_card import Evidence, write_card
 from q4kd.trainer.run_record import ExportSource
 from q4kd.trainer.source_model import build_model, equal_states, read_state

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.demo import data_path
-from q4kd.trainer.documents import read_documents
+from q4kd.trainer.documents import is_held_out
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
-from q4kd.trainer.split import is_held_out
+from q4kd.trainer.readers import read_documents
 
 _MAX_IDS_BYTES = 1 << 30
 

@@ -1,10 +1,10 @@
-"""What a forward pass on the CPU will allocate beside the file's own pages, predicted from dimensions alone.
+"""Predicts from dimensions alone what a forward pass on the CPU will allocate beside the file's own pages.
 
 Activations are counted where they peak: in attention, in the feed-forward or with the logits, whichever is largest.
 Buffers live as long as ``forward.py`` and ``attention.py`` keep them; ``gemm.py`` says what the allocator keeps.
 
-Letters: M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query and of the key projection,
-V vocabulary.
+Letters: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query
+and of the key projection, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from q4kd.trainer.architecture import TeacherConfig
 
 _FLOAT = 4
-# Of ``weights.py``, ``attention.py``, ``gemm.py`` and ``quant.py``, whose own constants need torch; a test holds them
-# equal.
+# ``weights.py``, ``attention.py``, ``gemm.py`` and ``quant.py`` have these constants too, but need torch; a test holds
+# them equal.
 SCRATCH_BYTES = 16 << 20
 TILE_ROWS = 1024
 SCORE_BLOCK = 128
 SCORE_FLOATS = 4 << 20
 DECODED_AT_ONCE = 4096 * 256
 LARGEST_KEPT = 31 << 20
-# Temporaries of a decoder, per weight that it decodes at once: nibbles copied, split, joined, and one float32 buffer.
+# A decoder's temporaries take so many bytes per weight: nibbles copied, split, joined, and one float32 buffer.
 _DECODER_BYTES = 8
 # oneDNN blocks a copy of the weights that it multiplies by.
 _PRODUCT_COPIES = 1
@@ -28,11 +28,11 @@ _PRODUCT_COPIES = 1
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one pass, predicted.
+    """Predicted bytes of one pass.
 
     Attributes:
         activations: largest sum of live activations, logits included when asked for.
-        scratch: the weight tile, the decoders' temporaries and the product's own buffer.
+        scratch: bytes of the weight tile, the decoders' temporaries and the product's own buffer.
     """
 
     activations: int
@@ -40,7 +40,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Sum of both."""
         return self.activations + self.scratch
 
 
@@ -51,9 +51,9 @@ def predict_footprint(
 
     Args:
         config: the teacher's dimensions.
-        batch: sequences B.
-        length: positions T of each.
-        dtype: of the matrix products: float32 or bfloat16.
+        batch: B.
+        length: T.
+        dtype: dtype of the matrix products, float32 or bfloat16.
         logits: whether logits of every position are made at once, as the ``logits`` command does.
     """
     tokens = batch * length

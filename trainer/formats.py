@@ -1,4 +1,4 @@
-"""How GGML types store weights: block sizes only, so that a file can be inspected without torch.
+"""Block sizes of the GGML types; torch is not imported, so that a file can be inspected without it.
 
 Sizes are those of llama.cpp's ``ggml-common.h``; a superblock is 256 weights.
 """
@@ -12,13 +12,7 @@ SUPERBLOCK = 256
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Storage of one GGML type.
-
-    Attributes:
-        name: GGML type name.
-        block_size: weights per block.
-        block_bytes: bytes per block.
-    """
+    """Storage of a GGML type: blocks of ``block_size`` weights in ``block_bytes`` bytes each."""
 
     name: str
     block_size: int
@@ -26,7 +20,7 @@ class BlockFormat:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether decoding it to a dense tensor would enlarge it (what the harness forbids): every type with blocks."""
+        """Whether decoding it to a dense tensor enlarges it, as of every type with blocks; the harness forbids that."""
         return self.block_size > 1
 
     def row_bytes(self, cols: int) -> int:
@@ -36,12 +30,8 @@ class BlockFormat:
             InputError: when ``cols`` is not a whole number of blocks.
         """
         if cols <= 0 or cols % self.block_size:
-            raise InputError(
-                f"{self.name} row",
-                expected=f"a multiple of {self.block_size} weights",
-                got=str(cols),
-                remedy="store this tensor as F16",
-            )
+            expected = f"a multiple of {self.block_size} weights"
+            raise InputError(f"{self.name} row", expected=expected, got=str(cols), remedy="store this tensor as F16")
         return cols // self.block_size * self.block_bytes
 
 
@@ -68,7 +58,6 @@ def block_format(name: str) -> BlockFormat:
         InputError: when it is not supported.
     """
     if name not in FORMATS:
-        raise InputError(
-            f"type {name}", expected=", ".join(FORMATS), got=name, remedy="quantise the model to Q4_K_M or Q6_K"
-        )
+        remedy = "quantise the model to Q4_K_M or Q6_K"
+        raise InputError(f"type {name}", expected=", ".join(FORMATS), got=name, remedy=remedy)
     return FORMATS[name]

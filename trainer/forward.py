@@ -22,7 +22,7 @@ from q4kd.trainer.gemm import keep_freed_memory
 from q4kd.trainer.model_file import ModelFile
 from q4kd.trainer.weights import Matrix, Scratch, build_matrix, decode_vector
 
-# Decoded heads up to this size are held for the duration of a loss.
+# Decoded heads up to this size in bytes are held for the duration of a loss.
 MAX_HEAD_BYTES = 1_300_000_000
 
 
@@ -45,7 +45,7 @@ class _Layer:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, float32."""
+    """Return ``x`` normalised by its root mean square over the last dimension, float32."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -79,12 +79,12 @@ def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, layout: RopeLayout) -
 
 
 class CpuForward:
-    """Weights of a model as held for the CPU, and the forward pass over them.
+    """The weights of a model as the CPU holds them, and the forward pass over them.
 
     Args:
         model: an opened file; its tensors stay views of the memory map.
         backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix at load.
-        dtype: of the matrix products, float32 or bfloat16.
+        dtype: dtype of the matrix products, float32 or bfloat16.
     """
 
     def __init__(self, model: ModelFile, backend: str, dtype: torch.dtype = torch.float32) -> None:

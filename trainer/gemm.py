@@ -1,4 +1,4 @@
-"""Matrix products on the CPU: oneDNN's kernels where torch would take MKL's.
+"""Matrix products on the CPU, by oneDNN's kernels where torch would take MKL's.
 
 For float32, torch hands ``x @ W.T`` to MKL, which on AMD processors keeps to AVX2; oneDNN, built into the same torch,
 uses AVX-512 there and is about twice as fast. Its product is reached by the operator that torch's own compiler emits
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def has_avx512_product() -> bool:
-    """Whether oneDNN's float32 product is there and the processor has AVX-512."""
+    """Return whether oneDNN's float32 product is there and the processor has AVX-512."""
     probe = getattr(torch.cpu, "_is_avx512_supported", None)
     return (
         probe is not None and bool(probe()) and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -21,7 +21,7 @@ def has_avx512_product() -> bool:
 
 
 _AVX512_PRODUCT = has_avx512_product()
-# Just below the largest block that raises glibc's thresholds, its header and alignment included.
+# This is just below the largest block that raises glibc's thresholds, its header and alignment included.
 _LARGEST_KEPT = 31 << 20
 
 

@@ -14,32 +14,18 @@ from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.gguf_header import check_header
 from q4kd.trainer.model_file import ModelFile, PackedTensor
 
-# Metadata that are read, or that change nothing in what these architectures compute.
-_KNOWN = {
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.layer_norm_epsilon",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "attention.value_length",
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "pooling_type",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "tensor_data_layout",
-    "vocab_size",
-}
-# Metadata that are not implemented, with the values at which they change nothing. Any further key is refused too.
+_REMEDY = "download or convert the file again"
+# These metadata are read, or change nothing in what these architectures compute.
+_KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_length", "pooling_type", "vocab_size"}
+_KNOWN |= {"attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"}
+_KNOWN |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.sliding_window"}
+_KNOWN |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+_KNOWN |= {"tensor_data_layout"}
+# These metadata are not implemented; at the values given they change nothing. Any further key is refused too.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none", "linear", ""),  # llama.cpp's linear scaling is 1 / factor
+    "rope.scaling.type": ("none", "linear", ""),  # llama.cpp's linear scaling divides by the factor
     "rope.scaling.factor": (0.0, 1.0),  # 0 means not set; a factor without a type is applied
     "rope.scaling.attn_factor": (1.0,),
     "rope.scale_linear": (0.0, 1.0),
@@ -65,16 +51,12 @@ def open_gguf(path: Path) -> ModelFile:
     """
     check_header(path)
     try:
-        # 'c' is a private copy-on-write map: torch gets a writable buffer without a warning, the file cannot change.
+        # Mode "c" is a private copy-on-write map: torch gets a writable buffer, and the file cannot change.
         reader = gguf.GGUFReader(path, "c")
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, OSError) as error:
-        raise InputError(
-            str(path),
-            expected="a GGUF file that the gguf package can read",
-            got=f"{type(error).__name__}: {str(error)[:120]}",
-            remedy="download or convert the file again",
-        ) from error
+        expected, got = "a GGUF file that the gguf package can read", f"{type(error).__name__}: {str(error)[:120]}"
+        raise InputError(str(path), expected=expected, got=got, remedy=_REMEDY) from error
     _refuse_split(path, metadata)
     _refuse_companion(path, metadata)
     architecture = check_architecture(path, metadata.get("general.architecture"))
@@ -98,43 +80,32 @@ def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
     count = metadata.get("split.count")
     if isinstance(count, int) and count > 1:
         number = metadata.get("split.no")
+        got = f"part {number + 1 if isinstance(number, int) else '?'} of {count}"
         first = f"{path.name.rsplit('-', 3)[0]}-00001-of-{count:05d}.gguf"
-        raise InputError(
-            str(path),
-            expected="a single GGUF file",
-            got=f"part {number + 1 if isinstance(number, int) else '?'} of {count}",
-            remedy=f"merge the parts: llama-gguf-split --merge {first} merged.gguf",
-        )
+        remedy = f"merge the parts: llama-gguf-split --merge {first} merged.gguf"
+        raise InputError(str(path), expected="a single GGUF file", got=got, remedy=remedy)
 
 
 def _refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
     """Refuse an adapter, a vision projector or an importance matrix: files that go with a model and are none."""
-    kind = metadata.get("general.type", "model")
+    kind, remedy = metadata.get("general.type", "model"), "name the model's own file"
     if kind != "model":
-        raise InputError(
-            f"{path}: general.type", expected="model", got=repr(kind)[:80], remedy="name the model's own file"
-        )
+        raise InputError(f"{path}: general.type", expected="model", got=repr(kind)[:80], remedy=remedy)
 
 
 def _refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key not in _KNOWN and value not in _NEUTRAL.get(key, ()):
-            raise InputError(
-                f"{path}: {architecture}.{key}",
-                expected=" or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
-                or "a model without it",
-                got=repr(value)[:80],
-                remedy="use another teacher: leaving this out would make it silently wrong",
-            )
+            neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
+            remedy = "use another teacher: leaving this out would make it silently wrong"
+            subject, expected = f"{path}: {architecture}.{key}", neutral or "a model without it"
+            raise InputError(subject, expected=expected, got=repr(value)[:80], remedy=remedy)
     window, context = values.get("attention.sliding_window"), values.get("context_length")
     # A window as long as the context leaves nothing out.
     if window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
-        raise InputError(
-            f"{path}: {architecture}.attention.sliding_window",
-            expected="full attention",
-            got=f"{str(window)[:80]} of {context} positions",
-            remedy="use another teacher: attention beyond the window would be silently wrong",
-        )
+        subject, got = f"{path}: {architecture}.attention.sliding_window", f"{str(window)[:80]} of {context} positions"
+        remedy = "use another teacher: attention beyond the window would be silently wrong"
+        raise InputError(subject, expected="full attention", got=got, remedy=remedy)
 
 
 def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None:
@@ -144,33 +115,22 @@ def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None
     tensor = tensors[ROPE_FACTORS]
     factors = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
     if not (np.isfinite(factors) & (factors > 0)).all():
-        raise InputError(
-            f"{path}: tensor {ROPE_FACTORS}",
-            expected="positive numbers",
-            got=f"{factors.min():g} to {factors.max():g}",
-            remedy="download or convert the file again",
-        )
+        got = f"{factors.min():g} to {factors.max():g}"
+        raise InputError(f"{path}: tensor {ROPE_FACTORS}", expected="positive numbers", got=got, remedy=_REMEDY)
 
 
 def _packed(path: Path, tensor: Any, file_bytes: int) -> PackedTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
-    type_name = tensor.tensor_type.name
+    type_name, subject = tensor.tensor_type.name, f"{path}: tensor {tensor.name}"
     if type_name not in FORMATS:
-        raise InputError(
-            f"{path}: tensor {tensor.name}",
-            expected=f"type {', '.join(FORMATS)}",
-            got=type_name,
-            remedy="quantise the model to Q4_K_M or Q6_K",
-        )
+        remedy = "quantise the model to Q4_K_M or Q6_K"
+        raise InputError(subject, expected=f"type {', '.join(FORMATS)}", got=type_name, remedy=remedy)
     row_bytes = FORMATS[type_name].row_bytes(shape[-1])
     needed = math.prod(shape[:-1]) * row_bytes
     end = int(tensor.data_offset) + needed
     if end > file_bytes:
-        raise InputError(
-            f"{path}: tensor {tensor.name}",
-            expected=f"{needed} bytes for shape {shape} within the file's {file_bytes}",
-            got=f"an end at byte {end}",
-            remedy="download the file again: it is truncated or damaged",
-        )
+        expected = f"{needed} bytes for shape {shape} within the file's {file_bytes}"
+        remedy = "download the file again: it is truncated or damaged"
+        raise InputError(subject, expected=expected, got=f"an end at byte {end}", remedy=remedy)
     data = tensor.data.view(np.uint8).reshape(-1, row_bytes)
     return PackedTensor(tensor.name, type_name, shape, data)

@@ -107,7 +107,7 @@ def _walk_tensors(cursor: _Cursor, count: int) -> None:
             elements *= cursor.number("<Q", name)
         if not 0 < elements < 1 << 48:
             raise cursor.refuse(f"a plausible element count for {name!r}", str(elements))
-        cursor.skip(4 + 8, name)  # type and offset: checked against the file by the reader's caller
+        cursor.skip(4 + 8, name)  # ``gguf_file`` checks type and offset against the file.
 
 
 def check_header(path: Path) -> None:
@@ -120,14 +120,12 @@ def check_header(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(4)
             if head != b"GGUF":
-                raise InputError(
-                    str(path), expected="a GGUF file (magic 'GGUF')", got=f"{head!r}", remedy="pass a .gguf model"
-                )
+                expected = "a GGUF file (magic 'GGUF')"
+                raise InputError(str(path), expected=expected, got=f"{head!r}", remedy="name a .gguf model")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise InputError(
-            str(path), expected="a readable file", got=str(error.strerror), remedy="check the path and its permissions"
-        ) from error
+        remedy = "name a file that you may read"
+        raise InputError(str(path), expected="a readable file", got=str(error.strerror), remedy=remedy) from error
     with data:
         cursor = _Cursor(data, path, offset=4)
         version = cursor.number("<I", "the version")
@@ -136,8 +134,7 @@ def check_header(path: Path) -> None:
         tensors = cursor.number("<Q", "the tensor count")
         key_values = cursor.number("<Q", "the metadata count")
         if tensors > MAX_TENSORS or key_values > MAX_KEY_VALUES:
-            raise cursor.refuse(
-                f"at most {MAX_TENSORS} tensors and {MAX_KEY_VALUES} keys", f"{tensors} and {key_values}"
-            )
+            expected = f"at most {MAX_TENSORS} tensors and {MAX_KEY_VALUES} keys"
+            raise cursor.refuse(expected, f"{tensors} and {key_values}")
         _walk_metadata(cursor, key_values)
         _walk_tensors(cursor, tensors)

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF holds, as one of the ``tokenizers`` library: the inverse of ``gguf_vocabulary``."""
+"""Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf_vocabulary``."""
 
 from typing import Any
 
@@ -9,8 +9,9 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIECE, SPACE
 from q4kd.trainer.model_file import ModelFile
 
+_OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
 _SPLITS = {"qwen2": QWEN2_SPLIT, "llama-bpe": LLAMA3_SPLIT}
-# Characters of the longest piece that is taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
+# Longer pieces, in characters, are not taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
 _MAX_PIECE = 256
 _PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
 
@@ -22,7 +23,7 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
         InputError: when the file holds none, or one whose way of splitting text is not known here.
     """
     kind, pre = model.metadata.get("tokenizer.ggml.model"), model.metadata.get("tokenizer.ggml.pre")
-    types = model.metadata.get("tokenizer.ggml.token_type")
+    types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
     if not isinstance(types, list) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
     vocab = {
@@ -36,19 +37,11 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
         elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
             tokenizer = _byte_level(model, vocab, str(pre))
         else:
-            raise InputError(
-                f"{model.path}: tokenizer",
-                expected=f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama",
-                got=f"{kind!r} with {pre!r}",
-                remedy="name a Hugging Face folder with the same tokenizer: --tokenizer DIR",
-            )
+            expected = f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama"
+            raise InputError(subject, expected=expected, got=f"{kind!r} with {pre!r}", remedy=_OTHERWISE)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"{model.path}: tokenizer",
-            expected="tokens and merges that fit together",
-            got=str(error)[:120],
-            remedy="name a Hugging Face folder with the same tokenizer: --tokenizer DIR",
-        ) from error
+        expected = "tokens and merges that fit together"
+        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
     added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
     for token, kind in zip(model.tokens, types, strict=True):
         if kind in added and token:

@@ -31,8 +31,8 @@ class Vocabulary:
     """A tokenizer as transformers has it.
 
     Attributes:
-        content: of tokenizer.json.
-        special_ids: ids by role, of ``SPECIAL_ROLES``.
+        content: content of tokenizer.json.
+        special_ids: ids by role, a name of ``SPECIAL_ROLES``.
         chat_templates: Jinja templates by name; the one that chat uses is "default".
     """
 
@@ -100,7 +100,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
-    """Whether a SentencePiece BPE puts a space before a text; None where it treats spaces in another way.
+    """Return whether a SentencePiece BPE puts a space before a text; None where it treats spaces in another way.
 
     Older files say it with normalisers (prepend, then replace every space), newer ones with a Metaspace step.
     """
@@ -119,7 +119,7 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
 
 
 def adds_special(tokenizer: Mapping[str, Any], end: int) -> bool:
-    """Whether tokenizer.json puts a special token before (``end`` 0) or after (``end`` -1) every text."""
+    """Return whether tokenizer.json puts a special token before (``end`` 0) or after (``end`` -1) every text."""
     return any(
         "SpecialToken" in (step.get("single") or [{}])[end]
         for step in steps(tokenizer.get("post_processor"), "processors")
@@ -134,12 +134,12 @@ def merge_pairs(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -> None:
-    """Write tokens, types, merges or scores, special ids and chat templates.
+    """Write tokens, types, merges or scores, special ids and chat templates to a GGUF.
 
     Args:
-        writer: of a file whose header is not written yet.
+        writer: writer of a file whose header is not written yet.
         vocabulary: the tokenizer.
-        rows: of the embedding; ids without a token are written as unused ``[PADn]``.
+        rows: rows of the embedding; ids without a token are written as unused ``[PADn]``.
 
     Raises:
         InputError: for a tokenizer that llama.cpp would read differently, or one with more tokens than rows.
@@ -157,9 +157,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
         kinds[vocabulary.special_ids["unk"]] = gguf.TokenType.UNKNOWN
     highest = max([*by_id, *vocabulary.special_ids.values()], default=-1)
     if highest >= rows:
-        raise InputError(
-            "tokenizer.json", expected=f"ids below vocab_size {rows}", got=str(highest), remedy="check config.json"
-        )
+        expected, remedy = f"ids below vocab_size {rows}", "set vocab_size of config.json to the embedding's rows"
+        raise InputError("tokenizer.json", expected=expected, got=str(highest), remedy=remedy)
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(rows)]
     writer.add_tokenizer_model(SENTENCEPIECE if pre == SENTENCEPIECE else "gpt2")
     writer.add_tokenizer_pre("default" if pre == SENTENCEPIECE else pre)
@@ -173,14 +172,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     writer.add_add_bos_token(adds_special(tokenizer, 0))
     if adds_special(tokenizer, -1):
         writer.add_add_eos_token(True)
-    adders = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "pad": writer.add_pad_token_id,
-        "unk": writer.add_unk_token_id,
-    }
     for role, index in vocabulary.special_ids.items():
-        adders[role](index)
+        getattr(writer, f"add_{role}_token_id")(index)
     if vocabulary.chat_templates:
         writer.add_chat_template(
             [{"name": name, "template": template} for name, template in vocabulary.chat_templates.items()]

@@ -9,8 +9,6 @@ As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q 
 rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_freqs.weight``.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 
 from q4kd.trainer.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json, sync_folder
+from q4kd.trainer.files import read_json, replacing_path
 from q4kd.trainer.formats import SUPERBLOCK
 from q4kd.trainer.gguf_vocabulary import Vocabulary, add_vocabulary, config_special_ids
-from q4kd.trainer.huggingface_config import read_huggingface_config, rope_factors
+from q4kd.trainer.huggingface_config import read_huggingface_config, read_weights, rope_factors
 from q4kd.trainer.quantize import BLOCK, quantize
 from q4kd.trainer.tensor_names import gguf_name
 
@@ -41,7 +38,10 @@ RECIPES = {
 
 
 def uses_more_bits(layer: int, layers: int) -> bool:
-    """Whether "q4_k_m" gives a layer's attn_v and ffn_down Q6_K: both ends, every third between (llama-quant.cpp)."""
+    """Return whether "q4_k_m" stores a layer's attn_v and ffn_down as Q6_K: at both ends, and every third between.
+
+    The rule is that of llama-quant.cpp.
+    """
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
@@ -78,16 +78,16 @@ def write_gguf(
     """Write ``path``, whole or not at all; one tensor at a time is converted.
 
     Args:
-        path: the file to write; an existing one is replaced.
+        path: file to write; an existing one is replaced.
         config: a transformers config (qwen2, qwen3, llama, mistral) or its dict.
-        state: the model's state dict, Hugging Face names, any float dtype. With a tied head, ``lm_head.weight`` may be
-            there only if it equals the embedding.
+        state: the model's state dict, with Hugging Face names and of any float dtype. With a tied head,
+            ``lm_head.weight`` may be there only if it equals the embedding.
         tokenizer: a vocabulary, or the content of tokenizer.json, whose special ids are then those of ``config``.
         recipe: a key of ``RECIPES``.
         name: general.name.
-        notes: further metadata, under keys that begin with ``q4kd.``: where the model comes from.
-        check: called with the complete file before it takes its name; what it raises leaves nothing behind.
-        progress: called with (bytes done, all bytes) after each tensor.
+        notes: further metadata on where the model comes from, under keys that begin with ``q4kd.``.
+        check: function called with the complete file before it takes its name; if it raises, nothing is left behind.
+        progress: function called with (bytes done, all bytes) after each tensor.
 
     Raises:
         InputError: for what cannot be written truthfully: another architecture or tokenizer, missing, unknown or
@@ -103,92 +103,61 @@ def write_gguf(
     tensors = with_rope_factors(settings, state)
     sources = plan_tensors(dimensions, tensors)
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    writer = gguf.GGUFWriter(temporary, dimensions.architecture)
-    try:
-        writer.add_name(name)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(RECIPES[recipe])
-        for key, value in (notes or {}).items():
-            if isinstance(value, str):
-                writer.add_string(key, value)
-            else:
-                writer.add_uint64(key, value)
-        _add_hyperparameters(writer, dimensions)
-        add_vocabulary(writer, tokenizer, dimensions.vocab_size)
-        types, sizes = {}, {}
-        for target, source in sources.items():
-            shape = tuple(tensors[source].shape)
-            types[target] = kind = tensor_type(
-                target, shape, recipe=recipe, layers=dimensions.num_layers, tied=dimensions.tied_head
-            )
-            stored_shape, dtype = _stored(shape, kind)
-            sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
-            writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for target, source in sources.items():
-            rows = file_rows(dimensions, target, tensors[source])
-            writer.write_tensor_data(_convert(source, rows, types[target]))
-            done += sizes[target]
-            if progress:
-                progress(done, sum(sizes.values()))
-        writer.flush()
-        for file in writer.fout or ():
-            os.fsync(file.fileno())
-        writer.close()
+    with replacing_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, dimensions.architecture)
+        try:
+            writer.add_name(name)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_file_type(RECIPES[recipe])
+            for key, value in (notes or {}).items():
+                if isinstance(value, str):
+                    writer.add_string(key, value)
+                else:
+                    writer.add_uint64(key, value)
+            add_hyperparameters(writer, dimensions)
+            add_vocabulary(writer, tokenizer, dimensions.vocab_size)
+            _write_tensors(writer, dimensions, tensors, sources, recipe, progress)
+        finally:
+            for file in writer.fout or ():
+                file.close()
         if check:
-            check(Path(temporary))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        for file in writer.fout or ():
-            file.close()
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+            check(temporary)
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    dimensions: TeacherConfig,
+    tensors: Mapping[str, torch.Tensor],
+    sources: Mapping[str, str],
+    recipe: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Announce every tensor, write the header, then convert and write one tensor at a time."""
+    types, sizes = {}, {}
+    for target, source in sources.items():
+        shape = tuple(tensors[source].shape)
+        types[target] = kind = tensor_type(
+            target, shape, recipe=recipe, layers=dimensions.num_layers, tied=dimensions.tied_head
+        )
+        stored_shape, dtype = _stored(shape, kind)
+        sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
+        writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for target, source in sources.items():
+        rows = file_rows(dimensions, target, tensors[source])
+        writer.write_tensor_data(_convert(source, rows, types[target]))
+        done += sizes[target]
+        if progress:
+            progress(done, sum(sizes.values()))
 
 
 def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
     factors = rope_factors(settings)
     return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
-
-
-def read_weights(model: Path) -> dict[str, torch.Tensor]:
-    """Map the weights of a Hugging Face folder, under their names; nothing is read before it is used.
-
-    An adapter beside them is left alone: ``model.safetensors``, or the files that its index names, are the model.
-
-    Raises:
-        InputError: when there are none, an index is malformed or points out of the folder, or a file is damaged.
-    """
-    index = model / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        listed = read_json(index)
-        mapped = listed.get("weight_map") if isinstance(listed, dict) else None
-        names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
-        if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
-            raise InputError(
-                str(index), expected="a weight_map to files beside it", got="another", remedy="save the model again"
-            )
-    state: dict[str, torch.Tensor] = {}
-    for name in names:
-        try:
-            with safe_open(model / name, framework="pt") as opened:
-                state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                str(model / name),
-                expected="weights as safetensors",
-                got=str(error).splitlines()[0][:120],
-                remedy="save the model again with save_pretrained",
-            ) from error
-    return state
 
 
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
@@ -203,7 +172,8 @@ def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -
     )
 
 
-def _add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
+def add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
+    """Write a model's dimensions to a GGUF whose header is not written yet."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
@@ -237,23 +207,20 @@ def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> 
         unknown.discard("lm_head.weight")
     missing = [target for target in wanted if target not in sources]
     if unknown or missing:
-        raise InputError(
-            "model tensors",
-            expected=f"exactly those of a {config.architecture} causal LM" + " with a tied head" * config.tied_head,
-            got=f"{len(unknown)} unknown and {len(missing)} missing, first {(sorted(unknown) + missing)[0]}",
-            remedy="check config.json against the weights",
-        )
+        expected = f"exactly those of a {config.architecture} causal LM" + " with a tied head" * config.tied_head
+        got = f"{len(unknown)} unknown and {len(missing)} missing, first {(sorted(unknown) + missing)[0]}"
+        remedy = "use the config.json that was saved with these weights"
+        raise InputError("model tensors", expected=expected, got=got, remedy=remedy)
     for target, shape in wanted.items():
         found = tuple(tensors[sources[target]].shape)
         if found != shape:
-            raise InputError(
-                sources[target], expected=str(list(shape)), got=str(list(found)), remedy="check config.json"
-            )
+            remedy = "use the config.json that was saved with these weights"
+            raise InputError(sources[target], expected=str(list(shape)), got=str(list(found)), remedy=remedy)
     return {target: sources[target] for target in wanted}
 
 
 def file_rows(config: TeacherConfig, target: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor, its rows as in the file: Hugging Face pairs ``(i, i + D/2)``, llama ``(2i, 2i + 1)``."""
+    """Return a tensor with rows in the file's order: Hugging Face pairs ``(i, i + D/2)``, llama ``(2i, 2i + 1)``."""
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(target.split(".")[-2])
     if heads is None or config.rope_layout == "split_halves":
         return tensor
@@ -274,13 +241,11 @@ def _convert(source: str, tensor: torch.Tensor, kind: str) -> npt.NDArray[Any]:
     if kind == "BF16":
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
         if not torch.isfinite(rounded).all():
-            raise InputError(
-                source, expected="finite values", got="NaN or infinite as bfloat16", remedy="check the checkpoint"
-            )
+            got, remedy = "NaN or infinite as bfloat16", "export an earlier checkpoint"
+            raise InputError(source, expected="finite values", got=got, remedy=remedy)
         return rounded.view(torch.uint8).numpy()
     try:
         return quantize(tensor.detach().to("cpu", torch.float32).numpy(), kind)
     except InputError as error:
-        raise InputError(
-            f"{source}: {error.subject}", expected=error.expected, got=error.got, remedy=error.remedy
-        ) from error
+        subject = f"{source}: {error.subject}"
+        raise InputError(subject, expected=error.expected, got=error.got, remedy=error.remedy) from error

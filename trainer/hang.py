@@ -1,7 +1,9 @@
 """Ends a run that hangs, after writing where every thread is.
 
 A thread of its own looks at a counter that each step raises, so a step pays for one addition. It needs the interpreter:
-code that hangs while it holds the GIL hangs the watchdog too (torch, NCCL, files and sockets release it).
+code that hangs while it holds the GIL hangs the watchdog too (torch, NCCL, files and sockets release it). The timer of
+faulthandler does not need it, but exits with 1 and without an event, and counts the time for which a process was
+stopped (SIGSTOP), so that it would end a run that is continued.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 from q4kd.trainer.events import EventLog
 
-EXIT_CODE = 124  # that of timeout(1)
+EXIT_CODE = 124  # timeout(1) has the same.
 _CHECKS = 20
 _LONGEST_INTERVAL_S = 5.0
 
@@ -27,11 +29,11 @@ class HangWatchdog:
     Time in which this process could not run at all (a suspended machine, SIGSTOP) does not count.
 
     Args:
-        seconds: that a step may take; 0 never ends anything.
-        folder: where ``hang-step-N.txt`` is written.
-        events: receives a ``hang`` event.
-        rank: of this process among several, for the file's name.
-        stop: called at the end; by default exits with ``EXIT_CODE``.
+        seconds: seconds that a step may take; 0 never ends anything.
+        folder: folder in which ``hang-step-N.txt`` is written.
+        events: log that receives a ``hang`` event.
+        rank: rank of this process among several, for the file's name.
+        stop: function called at the end; by default it exits with ``EXIT_CODE``.
     """
 
     def __init__(

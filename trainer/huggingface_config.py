@@ -1,20 +1,26 @@
-"""What a Hugging Face config.json says of a causal LM, in the teacher's terms; what a GGUF cannot say is refused.
+"""A Hugging Face folder: what its config.json says of a causal LM, in the teacher's terms, and its weights.
 
-model_type qwen2, qwen3 and llama keep their names; mistral becomes llama, as in llama.cpp's converter.
+What a GGUF cannot say is refused. The model types qwen2, qwen3 and llama keep their names; mistral becomes llama, as
+in llama.cpp's converter.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.architecture import ROPE_LAYOUTS, TeacherConfig
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 _ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
-_QWEN3_HEAD_DIM = 128  # Qwen3Config's default, which config.json may leave out
+_QWEN3_HEAD_DIM = 128  # This is Qwen3Config's default, which config.json may leave out.
 
 
 def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
@@ -76,8 +82,39 @@ def rope_factors(settings: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
     return (1 / ((1 - keep) / factor + keep)).astype(np.float32)
 
 
+def read_weights(model: Path) -> dict[str, "torch.Tensor"]:
+    """Map the weights of a Hugging Face folder, under their names; nothing is read before it is used.
+
+    An adapter beside them is left alone: ``model.safetensors``, or the files that its index names, are the model.
+
+    Raises:
+        InputError: when there are none, an index is malformed or points out of the folder, or a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = model / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        listed = read_json(index)
+        mapped = listed.get("weight_map") if isinstance(listed, dict) else None
+        names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
+        if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
+            expected, remedy = "a weight_map to files beside it", "save the model again with save_pretrained"
+            raise InputError(str(index), expected=expected, got="another", remedy=remedy)
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(model / name, framework="pt") as opened:
+                state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            got, remedy = str(error).splitlines()[0][:120], "save the model again with save_pretrained"
+            raise InputError(str(model / name), expected="weights as safetensors", got=got, remedy=remedy) from error
+    return state
+
+
 def _refusal(key: str, expected: str, got: object) -> InputError:
-    return InputError(f"config {key}", expected=expected, got=repr(got)[:80], remedy="check config.json")
+    remedy = "use the config.json that the model was saved with, or another model"
+    return InputError(f"config {key}", expected=expected, got=repr(got)[:80], remedy=remedy)
 
 
 def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -107,7 +144,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsayable(settings: Mapping[str, Any], architecture: str) -> None:
-    """Refuse what would be computed differently from the file: the keys of these architectures have no word for it."""
+    """Refuse what would be computed differently from the GGUF, whose keys cannot say it."""
     rope = _rope(settings)
     if settings.get("hidden_act", "silu") != "silu":
         raise _refusal("hidden_act", "silu", settings["hidden_act"])

@@ -1,4 +1,4 @@
-"""How many bytes this process holds, where, and for what: one answer for log lines, events and refusals.
+"""Measures how many bytes this process holds, where, and for what, for log lines, events and refusals alike.
 
 On the device the truth is NVML's figure for this process: it includes the CUDA context, loaded kernels and library
 workspaces. torch's counters explain most of it; the rest is named ``other``. On GB10 NVML has no device memory to

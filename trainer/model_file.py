@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.architecture import TeacherConfig
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.hub_id import remedy_for
+from q4kd.trainer.errors import InputError, missing_path_remedy
 
 _APR_MAGICS = (b"APR\0", b"APR2", b"APRN")
 
@@ -85,7 +84,7 @@ def open_model(path: Path) -> ModelFile:
             got=str(error.strerror),
             remedy=f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
             if path.is_dir()
-            else remedy_for(path, "check the path", pattern="*.gguf"),
+            else missing_path_remedy(path, "check the path", pattern="*.gguf"),
         ) from error
     if magic in _APR_MAGICS:
         from q4kd.trainer.apr_file import open_apr

@@ -48,16 +48,16 @@ from torch import Tensor
 
 from q4kd.trainer.formats import SUPERBLOCK, block_format
 
-# Weights decoded at once, 4 MiB of float32: bounds the temporaries (about 1 MiB each), and is enough work to spread the
-# cost of starting some twenty tensor operations.
+# So many weights are decoded at once, 4 MiB of float32: this bounds the temporaries (about 1 MiB each), and is enough
+# work to spread the cost of starting some twenty tensor operations.
 _WEIGHTS_AT_ONCE = 4096 * SUPERBLOCK
 
 
 def unpack_q4_k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Unpack the 12 scale bytes of Q4_K and Q5_K: uint8 ``[n, 12]`` to 6-bit scales and mins, uint8 ``[n, 8]`` each.
 
-    Four bytes at a time: the columns of the bit diagram above are 32-bit words, and sub-blocks 4-7 of an output row
-    are the upper half of a 64-bit word.
+    Four bytes are taken at a time: the columns of the bit diagram above are 32-bit words, and sub-blocks 4-7 of an
+    output row are the upper half of a 64-bit word.
     """
     words = packed.view(torch.int32).t().contiguous().to(torch.int64)
     low, high = words[:2], words[2:]

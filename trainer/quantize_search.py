@@ -30,17 +30,9 @@ _TINY_HALF = np.float32(2.0**-14)  # float16 is subnormal below this
 
 
 def refuse_magnitude(scale: float) -> NoReturn:
-    """Say that ``scale`` is beyond float16.
-
-    Raises:
-        InputError: always.
-    """
-    raise InputError(
-        "weights",
-        expected="magnitudes that a float16 scale can reach",
-        got=f"a scale of {scale:.3g}",
-        remedy="store this tensor as F32",
-    )
+    """Raise ``InputError`` for a scale beyond float16."""
+    expected = "magnitudes that a float16 scale can reach"
+    raise InputError("weights", expected=expected, got=f"a scale of {scale:.3g}", remedy="store this tensor as F32")
 
 
 def _normalise(blocks: Floats) -> tuple[Floats, Floats]:
@@ -142,7 +134,7 @@ def _fit_with_mins(blocks: Floats, top: int) -> tuple[Floats, Floats, Bytes, Byt
     s, m = _search_scale_min(x, w, top)
 
     def stored(value: Floats) -> Floats:
-        """What float16 makes of a superblock's scale, in normalised units."""
+        """Return what float16 makes of a superblock's scale, in normalised units."""
         return _half(value * unit) / unit
 
     d, dmin = stored(s.max(axis=-1) / 63), stored(m.max(axis=-1) / 63)

@@ -1,7 +1,7 @@
-"""Scales that are not numbers: one NaN in a block's float16 scale makes every logit NaN, so a file is checked at load.
+"""Finds scales that are not finite: one NaN in a block's float16 scale makes every logit NaN, so a load checks them.
 
-Only the scale's own bytes are read, nothing is decoded; a weight is finite when its block's scales are: the largest
-product of a float16 scale, a stored integer scale and a quant is below 1e9.
+Only the scales' own bytes are read, and nothing is decoded. A weight is finite when its block's scales are, since the
+largest product of a float16 scale, a stored integer scale and a quant is below 1e9.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from q4kd.trainer.formats import block_format
 
-# Bytes looked at in one pass: bounds what a check allocates, whatever the tensor's size.
+# So many bytes are checked at once, which bounds what a check allocates whatever the tensor's size.
 _CHUNK_BYTES = 8 << 20
-# type -> offsets of a block's floating-point numbers, their unsigned storage, and the bits of their exponent
-_FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
+# Each type has the offsets of a block's floating-point numbers, their unsigned storage, and the bits of their exponent.
+FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
     "Q4_K": ((0, 2), np.uint16, 0x7C00),
     "Q5_K": ((0, 2), np.uint16, 0x7C00),
     "Q6_K": ((208,), np.uint16, 0x7C00),
@@ -26,7 +26,7 @@ _FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
 
 
 def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
-    """Count the blocks with a scale that is NaN or infinite; for F32, F16 and BF16, such values.
+    """Return how many blocks have a scale that is NaN or infinite; for F32, F16 and BF16, how many values are.
 
     Args:
         type_name: GGML type of ``packed``.
@@ -36,7 +36,7 @@ def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
         InputError: when the type is not supported.
     """
     size = block_format(type_name).block_bytes
-    offsets, storage, exponent = _FLOATS[type_name]
+    offsets, storage, exponent = FLOATS[type_name]
     blocks = packed.reshape(-1, size)
     width = np.dtype(storage).itemsize
     count, step = 0, _CHUNK_BYTES // size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.gguf_vocabulary import SPECIAL_ROLES, Vocabulary, config_special_ids
-from q4kd.trainer.gguf_write import read_weights
+from q4kd.trainer.huggingface_config import read_weights
 from q4kd.trainer.run_record import ExportSource
 from q4kd.trainer.student import load_tokenizer, quiet_transformers
 

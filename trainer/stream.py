@@ -16,11 +16,11 @@ import numpy as np
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.data import limit_bytes, refuse_empty, split_rule
-from q4kd.trainer.documents import Document, SourceSettings, list_files, read_documents
+from q4kd.trainer.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.encoding import DocumentEncoder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.packing import Window, pack
-from q4kd.trainer.split import is_held_out
+from q4kd.trainer.readers import list_files, read_documents
 from q4kd.trainer.token_set import TokenSet, TokenWriter
 
 # This bounds the bytes of documents in the shuffle buffer, whatever their number.

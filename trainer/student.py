@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
-from q4kd.trainer.errors import InputError, first_line
-from q4kd.trainer.hub_id import remedy_for
+from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
 from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.step_clock import StepClock
@@ -54,7 +53,7 @@ def check_folder(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-    raise _refuse(folder, "a folder with config.json", got, remedy_for(folder, "pass a Hugging Face model folder"))
+    raise _refuse(folder, "a folder with config.json", got, missing_path_remedy(folder, "pass a Hugging Face model folder"))
 
 
 def student_dtype(config: DistillConfig) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Tensor names: Hugging Face's, which most .apr files use, to GGUF's, which this project uses everywhere."""
+"""Translates Hugging Face's tensor names, which most .apr files use, to GGUF's, which this project uses everywhere."""
 
 _MODEL = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -21,9 +21,9 @@ _LAYER = {
 
 
 def gguf_name(name: str) -> str:
-    """Return the GGUF name of a tensor; a name that is not Hugging Face's, a GGUF name included, is returned as it is.
+    """Return the GGUF name of a tensor, such as ``blk.7.attn_q.bias`` for ``model.layers.7.self_attn.q_proj.bias``.
 
-    Example: ``model.layers.7.self_attn.q_proj.bias`` becomes ``blk.7.attn_q.bias``.
+    A name that is not Hugging Face's, a GGUF name included, is returned as it is.
     """
     if name in _MODEL:
         return _MODEL[name]

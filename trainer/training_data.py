@@ -9,11 +9,11 @@ from q4kd.trainer.batch import Batch
 from q4kd.trainer.chat import ChatTemplate
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.data import BatchOrder, load_corpus
-from q4kd.trainer.documents import SourceSettings, read_documents
+from q4kd.trainer.documents import SourceSettings
 from q4kd.trainer.encoding import DocumentEncoder
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.hub_id import remedy_for
+from q4kd.trainer.errors import InputError, missing_path_remedy
 from q4kd.trainer.packing import Windows
+from q4kd.trainer.readers import read_documents
 from q4kd.trainer.stream import Stream, open_stream
 from q4kd.trainer.token_set import TokenSet
 
@@ -75,7 +75,7 @@ def check_sources(config: DistillConfig) -> None:
     for option, path in (("--data", config.data), ("--held-out", config.held_out)):
         if path is not None and not path.exists():
             expected, got = "a readable file or folder", "no such file or folder"
-            remedy = remedy_for(path, "name one that is there", repository="dataset")
+            remedy = missing_path_remedy(path, "name one that is there", repository="dataset")
             raise InputError(f"{option} {path}", expected=expected, got=got, remedy=remedy)
 
 

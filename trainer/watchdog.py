@@ -1,4 +1,4 @@
-"""A watchdog on MemAvailable, for devices that share the host's memory.
+"""Watches MemAvailable on devices that share the host's memory.
 
 There, memory that CUDA allocates is not counted by cgroups, so no limit stops it; when it runs out the host hangs or
 the kernel kills whichever process it likes. The watchdog ends this process first, with one clear line. Checkpoints are
@@ -23,9 +23,10 @@ class MemoryWatchdog:
     """Ends the process when MemAvailable stays below ``floor_bytes``; a context manager.
 
     Args:
-        floor_bytes: memory to leave to the host.
-        read: returns MemAvailable in bytes.
-        stop: called with one line when the floor is broken; by default prints it and exits with ``EXIT_CODE``.
+        floor_bytes: bytes to leave to the host.
+        read: function that returns MemAvailable in bytes.
+        stop: function called with one line when the floor is broken; by default it prints the line and exits with
+            ``EXIT_CODE``.
         interval_s: seconds between readings. Three low readings in a row count, so that a passing dip does not.
     """
 

@@ -1,9 +1,7 @@
-"""Weight matrices of the teacher: packed ones decode a tile at a time into one bounded scratch, dense ones do not.
+"""Weight matrices of the teacher: packed ones are decoded a tile at a time into one bounded scratch.
 
 Letters in shapes: M tokens, R rows (outputs), K columns (inputs).
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +10,11 @@ from q4kd.trainer.gemm import empty_huge, multiply
 from q4kd.trainer.model_file import PackedTensor
 from q4kd.trainer.quant import decode_rows
 
-# Holds the largest matrix of a model of hidden size 768 whole, so that its product needs no second copy.
+# The scratch holds the largest matrix of a model of hidden size 768 whole, so its product needs no second copy.
 DEFAULT_SCRATCH_BYTES = 16 << 20
-# A bfloat16 tile is decoded in float32 pieces of this many weights (2 MiB, within cache), then rounded once.
-_PIECE_WEIGHTS = 1 << 19
-# Rows multiplied at once where a product is made in parts: each part is copied into the result from cache.
+# A bfloat16 tile is decoded in float32 runs of this many weights (2 MiB, within cache), then rounded once.
+_RUN_WEIGHTS = 1 << 19
+# So many rows are multiplied at once where a product is made in parts; each part is copied into the result from cache.
 _TILE_ROWS = 1024
 
 
@@ -24,7 +22,7 @@ class Scratch:
     """The only dense storage for packed weights: one buffer, allocated once, reused by every product.
 
     Args:
-        num_bytes: its size; a single row that needs more enlarges it once, which ``num_bytes`` then reports.
+        num_bytes: size in bytes; a single row that needs more enlarges it once, which ``num_bytes`` then reports.
     """
 
     def __init__(self, num_bytes: int = DEFAULT_SCRATCH_BYTES) -> None:
@@ -44,15 +42,15 @@ class Scratch:
         return self._floats(rows * cols).view(rows, cols)
 
     def halves(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-        """Return bfloat16 ``[rows, cols]`` and, behind it, a float32 piece ``[n, cols]`` of at least one row.
+        """Return bfloat16 ``[rows, cols]`` and, behind it, float32 ``[n, cols]`` of at least one row.
 
         The two do not overlap; the previous tile is overwritten.
         """
         half = (rows * cols + 1) // 2
         spare = self._floats(half + min(rows * cols, max(cols, self._buffer.numel() - half)))[half:]
-        piece_rows = min(max(1, _PIECE_WEIGHTS // cols), spare.numel() // cols)
+        run_rows = min(max(1, _RUN_WEIGHTS // cols), spare.numel() // cols)
         tile = self._buffer[:half].view(torch.bfloat16)[: rows * cols].view(rows, cols)
-        return tile, spare[: piece_rows * cols].view(piece_rows, cols)
+        return tile, spare[: run_rows * cols].view(run_rows, cols)
 
     def _floats(self, count: int) -> Tensor:
         if count > self._buffer.numel():
@@ -60,40 +58,11 @@ class Scratch:
         return self._buffer[:count]
 
 
-class Matrix(Protocol):
-    """A frozen weight matrix ``[R, K]``: ``source_type`` is its GGML type in the file, ``held_as`` that in memory."""
-
-    source_type: str
-    held_as: str
-    rows: int
-    cols: int
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes this matrix keeps in memory."""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the weights are held decoded."""
-
-    def product(self, x_MK: Tensor) -> Tensor:
-        """Return ``x @ W.T``, ``[M, R]``, computed and returned in the dtype of ``x``: float32 or bfloat16."""
-
-    def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
-        """Return the same product as float32 ``[M, R]``, whatever the dtype it is computed in: for large results.
-
-        It is written to ``out_MR`` if given, and is new otherwise.
-        """
-
-    def gather(self, row_ids: Tensor) -> Tensor:
-        """Return float32 rows ``[len(row_ids), K]``."""
-
-    def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
-        """Write rows ``start`` to ``stop`` to ``out_RK``, float32 or bfloat16, contiguous."""
-
-
 class PackedMatrix:
-    """A matrix that stays in its GGML blocks (a view of the file's memory map)."""
+    """A frozen matrix ``[R, K]`` that stays in its GGML blocks (a view of the file's memory map).
+
+    ``source_type`` is its GGML type in the file, ``held_as`` the one in memory.
+    """
 
     is_dense = False
 
@@ -105,7 +74,7 @@ class PackedMatrix:
 
     @property
     def resident_bytes(self) -> int:
-        """Packed bytes; the shared scratch is reported apart."""
+        """Packed bytes, without the shared scratch."""
         return self._packed.numel()
 
     def product(self, x_MK: Tensor) -> Tensor:
@@ -115,7 +84,7 @@ class PackedMatrix:
         return self._tiled(x_MK, x_MK.new_empty(x_MK.shape[0], self.rows))
 
     def project(self, x_MK: Tensor, out_MR: Tensor | None = None) -> Tensor:
-        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given."""
+        """Return the product as float32 ``[M, R]``, in ``out_MR`` if given, whatever it is computed in."""
         return self._tiled(x_MK, empty_huge(x_MK.shape[0], self.rows) if out_MR is None else out_MR)
 
     def _tiled(self, x_MK: Tensor, out_MR: Tensor) -> Tensor:
@@ -130,9 +99,9 @@ class PackedMatrix:
         packed = self._packed[start:stop]
         if dtype == torch.float32:
             return decode_rows(self.source_type, packed, self._scratch.tile(stop - start, self.cols))
-        tile_RK, piece = self._scratch.halves(stop - start, self.cols)
-        for part, target in zip(torch.split(packed, len(piece)), torch.split(tile_RK, len(piece)), strict=True):
-            target.copy_(decode_rows(self.source_type, part, piece[: len(part)]))
+        tile_RK, run = self._scratch.halves(stop - start, self.cols)
+        for part, target in zip(torch.split(packed, len(run)), torch.split(tile_RK, len(run)), strict=True):
+            target.copy_(decode_rows(self.source_type, part, run[: len(part)]))
         return tile_RK
 
     def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
@@ -148,11 +117,13 @@ class PackedMatrix:
 
 
 class DenseMatrix:
-    """A matrix decoded once, at load. Several times the file's size: only by explicit choice of backend.
+    """A frozen matrix ``[R, K]`` decoded once, at load, to several times its size in the file.
+
+    Only an explicit choice of backend makes one.
 
     Args:
-        tensor: as it lies in the file.
-        dtype: that it is held in, float32 or bfloat16 (one rounding).
+        tensor: tensor as it lies in the file.
+        dtype: dtype in which it is held, float32 or bfloat16 (one rounding).
     """
 
     is_dense = True
@@ -163,7 +134,7 @@ class DenseMatrix:
         self.rows, self.cols = tensor.shape
         self._weight_RK = torch.empty(tensor.shape, dtype=dtype)
         packed = torch.from_numpy(tensor.data)
-        step = max(1, _PIECE_WEIGHTS // self.cols)
+        step = max(1, _RUN_WEIGHTS // self.cols)
         for part, target in zip(torch.split(packed, step), torch.split(self._weight_RK, step), strict=True):
             target.copy_(decode_rows(tensor.type, part, torch.empty(target.shape)))
 
@@ -191,6 +162,9 @@ class DenseMatrix:
     def gather(self, row_ids: Tensor) -> Tensor:
         """Return float32 rows ``[n, K]``."""
         return self._weight_RK[row_ids].float()
+
+
+Matrix = PackedMatrix | DenseMatrix
 
 
 def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: torch.dtype = torch.float32) -> Matrix:

@@ -1,4 +1,4 @@
-"""Where packed weights are allocated: torch's allocator on classic devices, managed memory on unified ones."""
+"""Allocates packed weights: by torch's allocator on classic devices, in managed memory on unified ones."""
 
 from typing import TYPE_CHECKING
 

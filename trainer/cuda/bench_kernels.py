@@ -1,19 +1,22 @@
-"""How close the decoders and the small-batch products come to memory bandwidth, on the device at hand.
+"""Measures how close decoders and small-batch products come to memory bandwidth, and what a launch costs the host.
 
-Bytes are those that must move: packed ones read, decoded ones written. Every call works on another set of buffers, so
-that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds, less than
-launching one from Python, so they are timed as CUDA graphs of one call a buffer set.
+The bytes counted are those that must move: packed ones read, decoded ones written. Every call works on another set of
+buffers, so that no read is served by the cache; times are medians of CUDA events. Products take some ten microseconds,
+less than launching one from Python, so they are timed as CUDA graphs of one call a buffer set.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from q4kd.trainer.cuda.kernels import MAX_MATVEC_TOKENS, Q6_K_SOA, Kernels
+from q4kd.trainer.cuda.launch import THREADS, CudaLauncher
 from q4kd.trainer.cuda.numerics import multiply, pinned_numerics
 from q4kd.trainer.formats import block_format
 
@@ -25,52 +28,6 @@ BENCH_TYPES = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", 
 MATVEC_SHAPES = ((18944, 3584), (3584, 18944))
 MATVEC_TYPES = ("Q4_K", Q6_K_SOA)
 MATVEC_TOKENS = (1, 2, 4, 8, MAX_MATVEC_TOKENS)
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """One measured decoder.
-
-    Attributes:
-        name: its type, or ``copy``.
-        gigabytes_per_second: bytes read and written over the median time, in 1e9.
-        fraction_of_copy: the same over that of the copy.
-        spread: (slowest quarter - fastest quarter) / median of the times.
-    """
-
-    name: str
-    gigabytes_per_second: float
-    fraction_of_copy: float
-    spread: float
-
-
-@dataclass(frozen=True)
-class Product:
-    """One measured small-batch product, bfloat16 in and out.
-
-    Attributes:
-        name: the matrix's type.
-        rows: R.
-        cols: K.
-        tokens: M.
-        microseconds: of the fused product.
-        gigabytes_per_second: packed bytes over that time, in 1e9.
-        fraction_of_read: the same over the bandwidth of a sum over 1 GB of float32.
-        decoded_microseconds: of decoding the matrix to bfloat16 and multiplying by cuBLAS, in turn.
-        relative_time: fused over decoded; below 1, the fused product is faster.
-        spread: (slowest quarter - fastest quarter) / median of the fused times.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    tokens: int
-    microseconds: float
-    gigabytes_per_second: float
-    fraction_of_read: float
-    decoded_microseconds: float
-    relative_time: float
-    spread: float
 
 
 def _time(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
@@ -91,18 +48,18 @@ def _time(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, f
     return statistics.median(times), (quarters[2] - quarters[0]) / quarters[1]
 
 
-def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets: int = 4) -> list[Bandwidth]:
-    """Measure a copy and the decoder of every type to bfloat16, ``[37888, 3584]``.
+def decode_table(*, repeats: int = 60, sets: int = 4) -> str:
+    """Measure a copy, then the decoder of every type, to bfloat16 ``[37888, 3584]``.
 
     Args:
-        kernels: those of a CUDA device; made for the current one when absent.
-        repeats: timed calls of each.
-        sets: buffer sets taken in turn.
+        repeats: number of timed calls of each.
+        sets: number of buffer sets, taken in turn.
 
     Returns:
-        The copy first, then a row a type.
+        A row each, as aligned text: bytes read and written over the median time, in 1e9 a second; the same over that of
+        the copy; and (slowest quarter - fastest quarter) / median of the times.
     """
-    kernels = Kernels("cuda") if kernels is None else kernels
+    kernels = Kernels("cuda")
     device = kernels.device
     weights = ROWS * COLS
     outs = [torch.empty(ROWS, COLS, dtype=torch.bfloat16, device=device) for _ in range(sets)]
@@ -111,19 +68,19 @@ def decode_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets:
     copies = [partial(out.copy_, source) for out, source in zip(outs, sources, strict=True)]
     seconds, spread = _time(copies, repeats)
     copied = 4 * weights / seconds
-    rows = [Bandwidth("copy", copied / 1e9, 1.0, spread)]
     del sources, copies
+    lines = [f"{'type':<10} {'GB/s':>8} {'of copy':>8} {'spread':>7}"]
+    lines.append(f"{'copy':<10} {copied / 1e9:8.0f} {1:8.3f} {spread:7.3f}")
     for name in BENCH_TYPES:
         row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(COLS)
         packed = [torch.randint(0, 256, (ROWS, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
-
         decodes = [
             partial(kernels.decode, name, source, 0, ROWS, COLS, out) for source, out in zip(packed, outs, strict=True)
         ]
         seconds, spread = _time(decodes, repeats)
         moved = (ROWS * row_bytes + 2 * weights) / seconds
-        rows.append(Bandwidth(name, moved / 1e9, moved / copied, spread))
-    return rows
+        lines.append(f"{name:<10} {moved / 1e9:8.0f} {moved / copied:8.3f} {spread:7.3f}")
+    return "\n".join(lines)
 
 
 def _time_in_graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
@@ -150,7 +107,7 @@ def read_bandwidth(device: torch.device, *, repeats: int = 60) -> float:
     return 1e9 / seconds
 
 
-def _measure_product(
+def _product_line(
     kernels: Kernels,
     name: str,
     matrices: Sequence[Tensor],
@@ -158,7 +115,7 @@ def _measure_product(
     tokens: int,
     readable: float,
     repeats: int,
-) -> Product:
+) -> str:
     rows, cols = dense_RK.shape
     x = torch.randn(tokens, cols, device=dense_RK.device).bfloat16()
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device=dense_RK.device)
@@ -167,69 +124,81 @@ def _measure_product(
         kernels.decode(name, packed, 0, rows, cols, dense_RK)
         multiply(x, dense_RK, out)
 
-    fused, spread = _time_in_graph(
-        [partial(kernels.matvec, name, packed, x, rows, out) for packed in matrices], repeats
-    )
+    fused, _ = _time_in_graph([partial(kernels.matvec, name, packed, x, rows, out) for packed in matrices], repeats)
     decoded, _ = _time_in_graph([partial(decode_and_multiply, packed) for packed in matrices], repeats)
     speed = matrices[0].numel() / fused
-    return Product(
-        name=name,
-        rows=rows,
-        cols=cols,
-        tokens=tokens,
-        microseconds=fused * 1e6,
-        gigabytes_per_second=speed / 1e9,
-        fraction_of_read=speed / readable,
-        decoded_microseconds=decoded * 1e6,
-        relative_time=fused / decoded,
-        spread=spread,
+    return (
+        f"{name:<9} {f'{rows} x {cols}':>13} {tokens:3d} {fused * 1e6:7.1f} {speed / 1e9:6.0f} "
+        f"{speed / readable:8.3f} {decoded * 1e6:11.1f} {fused / decoded:6.3f}"
     )
 
 
-def matvec_bandwidth(kernels: Kernels | None = None, *, repeats: int = 60, sets: int = 8) -> list[Product]:
-    """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS; every matrix is at least 38 MB.
+def product_table(*, repeats: int = 60, sets: int = 8) -> str:
+    """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS, bfloat16 in and out.
 
     Args:
-        kernels: those of a CUDA device; made for the current one when absent.
-        repeats: timed graphs of each.
-        sets: matrices taken in turn.
+        repeats: number of timed graphs of each.
+        sets: number of matrices of at least 38 MB, taken in turn.
 
     Returns:
-        A row for every type, shape and number of tokens.
+        A row for every type, shape and number of tokens, as aligned text: microseconds of the fused product; packed
+        bytes over that time, in 1e9 a second; the same over the bandwidth of a sum over 1 GB of float32; microseconds
+        of decoding the matrix to bfloat16 and multiplying by cuBLAS; and the ratio of the two times.
     """
-    kernels = Kernels("cuda") if kernels is None else kernels
+    kernels = Kernels("cuda")
     device = kernels.device
     readable = read_bandwidth(device, repeats=repeats)
-    products = []
+    lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
     for name in MATVEC_TYPES:
         for rows, cols in MATVEC_SHAPES:
             row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(cols)
             matrices = [torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
             dense = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
             with pinned_numerics():
-                products += [
-                    _measure_product(kernels, name, matrices, dense, tokens, readable, repeats)
-                    for tokens in MATVEC_TOKENS
+                lines += [
+                    _product_line(kernels, name, matrices, dense, tokens, readable, repeats) for tokens in MATVEC_TOKENS
                 ]
-    return products
-
-
-def product_table(products: Sequence[Product]) -> str:
-    """Return the products as aligned text."""
-    lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
-    lines += [
-        f"{row.name:<9} {f'{row.rows} x {row.cols}':>13} {row.tokens:3d} {row.microseconds:7.1f} "
-        f"{row.gigabytes_per_second:6.0f} {row.fraction_of_read:8.3f} {row.decoded_microseconds:11.1f} "
-        f"{row.relative_time:6.3f}"
-        for row in products
-    ]
     return "\n".join(lines)
 
 
-def table(rows: list[Bandwidth]) -> str:
-    """Return the rows as aligned text."""
-    lines = [f"{'type':<10} {'GB/s':>8} {'of copy':>8} {'spread':>7}"]
-    lines += [
-        f"{row.name:<10} {row.gigabytes_per_second:8.0f} {row.fraction_of_copy:8.3f} {row.spread:7.3f}" for row in rows
-    ]
+def _host_microseconds(call: Callable[[], object], repeats: int = 300) -> float:
+    """Return the least of nine means of ``repeats`` calls, which the device is given time to finish."""
+    means = []
+    for _ in range(9):
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        means.append((time.perf_counter() - start) / repeats)
+        torch.cuda.synchronize()
+    return min(means) * 1e6
+
+
+def launch_table() -> str:
+    """Measure the host's time for launching kernels of few, some and many arguments, by us and by CuPy's own call.
+
+    Returns:
+        A row a kernel, as aligned text.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    launcher, launches = CudaLauncher(device), list[tuple[Any, ...]]()
+    recorder = Kernels(device, lambda *launch: launches.append(launch))
+    zeros = partial(torch.zeros, device=device)
+    half = partial(zeros, dtype=torch.bfloat16)
+    recorder.add_bias(half(1, 3584), zeros(3584))
+    recorder.matvec("Q4_K", zeros(3584, 2016, dtype=torch.uint8), half(1, 3584), 3584, half(1, 3584))
+    recorder.rope(half(1, 28, 128), half(1, 4, 128), zeros(1, 64), zeros(1, 64), "split", q_norm=zeros(128))
+
+    def launch_by_cupy(kernel: str, grid: int, arguments: Sequence[Any], _writes: object) -> None:
+        values = [
+            value.data_ptr() if isinstance(value, Tensor) else np.float32(value) if type(value) is float else value or 0
+            for value in arguments
+        ]
+        launcher.function(kernel)((grid,), (THREADS,), values)
+
+    lines = [f"{'launch':<24} {'arguments':>9} {'host us':>8} {'by CuPy':>8}"]
+    for launch in launches:
+        ours, cupys = (_host_microseconds(partial(call, *launch)) for call in (launcher, launch_by_cupy))
+        lines.append(f"{launch[0]:<24} {len(launch[2]):9d} {ours:8.2f} {cupys:8.2f}")
     return "\n".join(lines)

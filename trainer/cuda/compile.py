@@ -1,8 +1,10 @@
-"""CUDA C++ to cubins by NVRTC, with no GPU needed, and a private cache of the results.
+"""Compiles CUDA C++ to cubins by NVRTC, which needs no GPU, and keeps the results in a private cache.
 
-The cache is a folder only its owner can enter. A file is named by the SHA-256 of everything that determines its content
-(sources, options, architecture, compiler version) and holds the SHA-256 of the cubin, then the cubin: a damaged file is
-compiled again. Nothing but what NVRTC builds in is included, so no CUDA toolkit is needed.
+The cache is a folder that only its owner can enter. A file is named by the SHA-256 of everything that determines its
+content (sources, headers, options, architecture, compiler version) and holds the SHA-256 of the cubin, then the cubin:
+a damaged file is compiled again. CuPy's own cache does not serve here: its names leave out the headers' text, it
+follows links, and it loads code from a folder of any owner and mode. Nothing but what NVRTC builds in is included, so
+no CUDA toolkit is needed.
 """
 
 import hashlib
@@ -25,12 +27,12 @@ _MAX_CUBIN_BYTES = 64 << 20
 
 
 class CompileError(Exception):
-    """NVRTC refused a source. The message carries its log."""
+    """NVRTC refused a source; the message carries its log."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One module's text and the headers it may include, by file name."""
+    """A module's text, and the headers that it may include, by file name."""
 
     name: str
     text: str
@@ -45,13 +47,9 @@ def architecture(capability: tuple[int, int]) -> str:
     """
     major, minor = capability
     if major < 8:
-        raise InputError(
-            f"GPU of compute capability {major}.{minor}",
-            expected="8.0 or newer (bf16)",
-            got=f"{major}.{minor}",
-            remedy="use --device cpu, or a newer GPU",
-        )
-    # A cubin runs on later minor versions of its major one: sm_80 code runs on 8.6 and 8.9.
+        subject, remedy = f"GPU of compute capability {major}.{minor}", "use --device cpu, or a newer GPU"
+        raise InputError(subject, expected="8.0 or newer (bf16)", got=f"{major}.{minor}", remedy=remedy)
+    # A cubin runs on later minor versions of its major version: sm_80 code runs on 8.6 and 8.9.
     return {8: "sm_80", 9: "sm_90a"}.get(major, f"sm_{major}{minor}")
 
 
@@ -78,12 +76,9 @@ def nvrtc_version() -> tuple[int, int]:
 
         major, minor = nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(
-            "CUDA kernels",
-            expected="CuPy with NVRTC",
-            got=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-            remedy="pip install 'q4kd[cuda13]' nvidia-cuda-nvrtc, or use --device cpu",
-        ) from error
+        got = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        remedy = "pip install 'q4kd[cuda13]' nvidia-cuda-nvrtc, or use --device cpu"
+        raise InputError("CUDA kernels", expected="CuPy with NVRTC", got=got, remedy=remedy) from error
     return int(major), int(minor)
 
 
@@ -92,7 +87,7 @@ def compile_source(source: Source, arch: str) -> bytes:
 
     Args:
         source: module and headers.
-        arch: such as ``sm_90a``.
+        arch: architecture, such as ``sm_90a``.
 
     Raises:
         CompileError: with the compiler's log.
@@ -142,12 +137,9 @@ def cache_folder() -> Path | None:
     except OSError:
         return None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError(
-            str(folder),
-            expected="a folder of mode 0700 owned by you",
-            got=f"mode {found.st_mode & 0o7777:04o}, owner {found.st_uid}",
-            remedy="remove it, or set XDG_CACHE_HOME to a folder of your own",
-        )
+        got = f"mode {found.st_mode & 0o7777:04o}, owner {found.st_uid}"
+        remedy = "remove it, or set XDG_CACHE_HOME to a folder of your own"
+        raise InputError(str(folder), expected="a folder of mode 0700 owned by you", got=got, remedy=remedy)
     return folder
 
 
@@ -171,7 +163,7 @@ def load_cubin(name: str, arch: str) -> bytes:
 
     Args:
         name: one of ``MODULES``.
-        arch: such as ``sm_90a``.
+        arch: architecture, such as ``sm_90a``.
 
     Raises:
         CompileError: with the compiler's log.
@@ -188,5 +180,5 @@ def load_cubin(name: str, arch: str) -> bytes:
         try:
             write_atomic(path, hashlib.sha256(cubin).digest() + cubin)
         except OSError:
-            return cubin  # a full disk costs the next start a compilation, no more
+            return cubin  # A full disk costs the next start a compilation and no more.
     return cubin

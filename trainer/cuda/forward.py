@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from q4kd.trainer.cuda.kernels import Kernels
 
 MLP_TOKENS = 4096
-# Below, a pass is bound by the host, and what orders two streams costs more than it hides (measured on an H200).
+# A shorter pass is bound by the host, where ordering two streams costs more than it hides (measured on an H200).
 OVERLAP_MIN_TOKENS = 512
-# Up to here a pass is replayed as a CUDA graph; each graph keeps the activations of its pass (165 MB for 7B at 1,024).
+# Passes up to here are replayed as CUDA graphs; each keeps the activations of its pass (165 MB for 7B at 1,024).
 GRAPH_MAX_TOKENS = 1024
-# Heads larger than this, decoded, go through the scratch buffers slab by slab at every call instead of being held.
+# Decoded heads of more bytes go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
 _KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
 
@@ -58,7 +58,7 @@ class _Activations:
 
 
 class ScratchBytes:
-    """What the forward pass holds beside the weights: scratch buffers, and the decoded head while it is held."""
+    """Counts what the forward pass holds beside the weights: scratch buffers, and the decoded head while it is held."""
 
     def __init__(self, stream: WeightStream) -> None:
         self._stream = stream
@@ -72,18 +72,18 @@ class ScratchBytes:
 
 
 class CudaForward:
-    """Weights of a model as held on a CUDA device, and the forward pass over them.
+    """The weights of a model as a CUDA device holds them, and the forward pass over them.
 
     Args:
         config: the model's dimensions.
         tensors: every tensor of the file, on the device; Q6_K ones are repacked in place, so they serve only once.
         backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix now and drops them.
-        kernels: of the tensors' device.
+        kernels: kernels of the tensors' device.
         dtype: bfloat16, or float32 for comparisons.
         overlap: whether the next weight is decoded beside the current product (two scratch buffers instead of one).
         graphs: whether short passes are replayed as CUDA graphs.
         scratch_bytes: bound of one scratch buffer.
-        head_bytes: largest decoded head that is held for a pass.
+        head_bytes: bytes of the largest decoded head that is held for a pass.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CudaForward:
         self._head = self._weights.head
         layers = [group for layer in self._weights.layers for group in layer.groups]
         self._holds_head = self._head.rows * self._head.cols * dtype.itemsize <= head_bytes
-        # What repacking freed goes back to the driver: scratch carved out of it would pin the rest.
+        # What repacking freed goes back to the driver, since scratch carved out of it would pin the rest.
         torch.cuda.empty_cache()
         timeline: Timeline | None = SideStream(self.device, 2) if overlap and backend == "q4k" else None
         self._stream = WeightStream(
@@ -163,7 +163,7 @@ class CudaForward:
         return normed.view(batch, length, -1)
 
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        # One table for each power of two, never dropped: captured passes go on reading them.
+        # There is one table for each power of two, and none is dropped: captured passes go on reading them.
         positions = 1 << (length - 1).bit_length()
         if positions not in self._tables:
             config = self.config

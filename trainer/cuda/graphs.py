@@ -1,4 +1,4 @@
-"""CUDA graphs of whole passes, one per shape: a short pass is bound by the host's launches, a replay launches once.
+"""Replays short passes as CUDA graphs, one per shape: by themselves they are bound by the host's launches.
 
 A graph is captured the second time a shape is seen, so a shape that comes once costs nothing; once all places are
 taken, a shape must have come more than twice as often as the one it replaces, so that many shapes in turn are not
@@ -28,7 +28,7 @@ class PassGraphs:
     """Runs a pass, by replaying it where its shape has been seen before.
 
     Args:
-        run: the pass: int64 ids ``[B, T]`` on the device to its output; it must launch the same work for equal shapes
+        run: pass from int64 ids ``[B, T]`` on the device to its output; it must launch the same work for equal shapes
             and read nothing back. Each graph keeps the activations of its pass allocated; ``MAX_GRAPHS`` are kept.
     """
 
@@ -44,7 +44,7 @@ class PassGraphs:
         return list(self._graphs)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
-        """Return the pass's output: a tensor of its own, whatever is replayed later."""
+        """Return the pass's output as a tensor of its own, which no later replay changes."""
         shape = tuple(ids_BT.shape)
         self._uses[shape] += 1
         if shape not in self._graphs and not (self._is_worth(shape) and self._capture(ids_BT)):
@@ -66,7 +66,7 @@ class PassGraphs:
             del self._graphs[min(self._graphs, key=self._uses.__getitem__)]
         static, graph = ids_BT.clone(), torch.cuda.CUDAGraph()
         try:
-            # Other threads (a data loader's pinning one) may go on calling CUDA meanwhile.
+            # Other threads, such as a data loader's pinning thread, may go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = self._run(static)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""A model's tensors on the device, arranged for the forward pass: groups of matrices, and vectors in float32."""
+"""Arranges a model's tensors on the device for the forward pass: groups of matrices, and vectors in float32."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ class ModelWeights:
         config: the model's dimensions.
         tensors: every tensor of the file, on the device; Q6_K ones are repacked in place.
         backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix.
-        kernels: of the tensors' device.
-        dtype: of decoded matrices.
+        kernels: kernels of the tensors' device.
+        dtype: dtype of decoded matrices.
     """
 
     def __init__(

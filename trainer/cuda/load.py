@@ -2,7 +2,7 @@
 
 All tensors share one allocation (the *arena*), each at a multiple of 256 bytes, so the device holds the file's tensor
 bytes and at most 255 more per tensor. Reading goes through ``preadv`` rather than the memory map: a page fault for
-every few KiB would cost more than the copy. Host memory: two pinned buffers of ``PIECE_BYTES`` per reading thread.
+every few KiB would cost more than the copy. Host memory: two pinned buffers of ``CHUNK_BYTES`` per reading thread.
 """
 
 import mmap
@@ -26,18 +26,17 @@ from q4kd.trainer.device import Allocation
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats import block_format
 from q4kd.trainer.model_file import ModelFile, PackedTensor
+from q4kd.trainer.scales import FLOATS
 
 ALIGNMENT = 256
-PIECE_BYTES = 8 << 20
+CHUNK_BYTES = 8 << 20
 MAX_THREADS = 8
-# Where the float16 scales of a block lie, in bytes.
-_SCALE_BYTES = {"Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210), "Q8_0": (0, 2), "Q5_0": (0, 2), "Q4_0": (0, 2)}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """``num_bytes`` at ``file_offset`` of the file, wanted at ``arena_offset`` of the arena."""
+class FileChunk:
+    """Stands for ``num_bytes`` at ``file_offset`` of the file, wanted at ``arena_offset`` of the arena."""
 
     file_offset: int
     arena_offset: int
@@ -64,29 +63,24 @@ def file_offset(tensor: PackedTensor) -> int:
         root = root.base
     owner: Any = root.base
     if not (isinstance(root, np.memmap) and isinstance(owner, mmap.mmap) and tensor.data.flags.c_contiguous):
-        raise InputError(
-            f"tensor {tensor.name}", expected="a view of the file's memory map", got="a copy", remedy="use --device cpu"
-        )
-    return _address(tensor.data) - _address(root) + int(root.offset)
+        expected = "a view of the file's memory map"
+        raise InputError(f"tensor {tensor.name}", expected=expected, got="a copy", remedy="use --device cpu")
+    return int(tensor.data.ctypes.data - root.ctypes.data + root.offset)
 
 
-def _address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def read_pieces(model: ModelFile, offsets: Mapping[str, int], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Cut all tensors into pieces of at most ``piece_bytes``, in the order of the file."""
-    pieces = []
+def file_chunks(model: ModelFile, offsets: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> list[FileChunk]:
+    """Cut all tensors into chunks of at most ``chunk_bytes``, in the order of the file."""
+    chunks = []
     for name, tensor in model.tensors.items():
         start = file_offset(tensor)
-        for done in range(0, tensor.num_bytes, piece_bytes):
-            size = min(piece_bytes, tensor.num_bytes - done)
-            pieces.append(Piece(start + done, offsets[name] + done, size))
-    return sorted(pieces, key=lambda piece: piece.file_offset)
+        for done in range(0, tensor.num_bytes, chunk_bytes):
+            size = min(chunk_bytes, tensor.num_bytes - done)
+            chunks.append(FileChunk(start + done, offsets[name] + done, size))
+    return sorted(chunks, key=lambda chunk: chunk.file_offset)
 
 
 class Copier(Protocol):
-    """Moves pieces from host buffers to the arena; one per reading thread."""
+    """Moves chunks from host buffers to the arena; one per reading thread."""
 
     def buffer(self) -> Tensor:
         """Return a uint8 host buffer that no copy reads any more."""
@@ -99,11 +93,11 @@ class Copier(Protocol):
 
 
 class PinnedCopier:
-    """Copies from two pinned buffers in turn on a stream of its own: one is read into while the other is copied."""
+    """Copies from two pinned buffers in turn on a stream of its own; one is filled while the other is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn = 0
         # The arena's memory may still be in use by work queued on the current stream before it was allocated.
@@ -126,51 +120,49 @@ class PinnedCopier:
         self._stream.synchronize()
 
 
-def read_into(descriptor: int, piece: Piece, buffer: Tensor) -> Tensor:
-    """Read a piece into the start of ``buffer``; return that part.
+def read_into(descriptor: int, chunk: FileChunk, buffer: Tensor) -> Tensor:
+    """Read a chunk into the start of ``buffer``; return that part.
 
     Raises:
         InputError: when the file ends early: it was cut since it was opened.
     """
-    view = memoryview(buffer.numpy().data)[: piece.num_bytes]
+    view = memoryview(buffer.numpy().data)[: chunk.num_bytes]
     done = 0
-    while done < piece.num_bytes:
-        count = os.preadv(descriptor, [view[done:]], piece.file_offset + done)
+    while done < chunk.num_bytes:
+        count = os.preadv(descriptor, [view[done:]], chunk.file_offset + done)
         if count == 0:
-            raise InputError(
-                "model file",
-                expected=f"{piece.num_bytes} bytes at byte {piece.file_offset}",
-                got=f"{done} bytes: it was cut while it was read",
-                remedy="do not change a model file that is in use",
-            )
+            expected = f"{chunk.num_bytes} bytes at byte {chunk.file_offset}"
+            got = f"{done} bytes: it was cut while it was read"
+            remedy = "restore the file, and do not change a model file that is in use"
+            raise InputError("model file", expected=expected, got=got, remedy=remedy)
         done += count
-    return buffer[: piece.num_bytes]
+    return buffer[: chunk.num_bytes]
 
 
-def fill_arena(path: Path, pieces: Sequence[Piece], arena: Tensor, new_copier: Callable[[], Copier]) -> None:
-    """Read every piece of the file into the arena, with as many threads as there are copiers worth having.
+def fill_arena(path: Path, chunks: Sequence[FileChunk], arena: Tensor, new_copier: Callable[[], Copier]) -> None:
+    """Read every chunk of the file into the arena, by up to ``MAX_THREADS`` threads with a copier each.
 
     Args:
-        path: of the model file.
-        pieces: in the order of the file.
+        path: path of the model file.
+        chunks: chunks in the order of the file.
         arena: uint8, on the device.
-        new_copier: called once per thread, on the calling thread.
+        new_copier: function that makes a copier, called once per thread on the calling thread.
 
     Raises:
         InputError: when the file cannot be read as it was when it was opened.
     """
-    threads = max(1, min(MAX_THREADS, os.cpu_count() or 1, len(pieces)))
-    queue = iter(pieces)
+    threads = max(1, min(MAX_THREADS, os.cpu_count() or 1, len(chunks)))
+    queue = iter(chunks)
     lock = threading.Lock()
 
     def work(descriptor: int, copier: Copier) -> None:
         while True:
             with lock:
-                piece = next(queue, None)
-            if piece is None:
+                chunk = next(queue, None)
+            if chunk is None:
                 break
-            source = read_into(descriptor, piece, copier.buffer())
-            copier.copy(source, arena[piece.arena_offset : piece.arena_offset + piece.num_bytes])
+            source = read_into(descriptor, chunk, copier.buffer())
+            copier.copy(source, arena[chunk.arena_offset : chunk.arena_offset + chunk.num_bytes])
         copier.finish()
 
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
@@ -180,13 +172,13 @@ def fill_arena(path: Path, pieces: Sequence[Piece], arena: Tensor, new_copier: C
 
 
 def scale_fields(type_name: str, packed: Tensor) -> Tensor:
-    """Return the floating-point scales of packed blocks, or the weights themselves of a type without blocks: a view."""
+    """Return a view of the scales of packed blocks, or of the weights themselves of a type without blocks."""
     form = block_format(type_name)
     blocks = packed.view(-1, form.block_bytes)
     if not form.is_quantized:
         return blocks.view(_FLOATS[type_name])
-    start, stop = _SCALE_BYTES[type_name]
-    return blocks[:, start:stop].view(torch.float16)
+    offsets, *_ = FLOATS[type_name]
+    return blocks[:, offsets[0] : offsets[-1] + 2].view(torch.float16)
 
 
 def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
@@ -199,12 +191,8 @@ def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
     finite = [scale_fields(tensor.type, tensor.packed).isfinite().all() for tensor in tensors.values()]
     bad = (~torch.stack(finite)).nonzero().flatten().tolist()  # one answer for all: a single wait for the device
     if bad:
-        raise InputError(
-            f"{path}: tensor {names[bad[0]]}",
-            expected="finite scales",
-            got=f"NaN or infinity in {len(bad)} tensors",
-            remedy="download or quantise the model again",
-        )
+        subject, got = f"{path}: tensor {names[bad[0]]}", f"NaN or infinity in {len(bad)} tensors"
+        raise InputError(subject, expected="finite scales", got=got, remedy="download or quantise the model again")
 
 
 def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copier]) -> dict[str, DeviceTensor]:
@@ -213,16 +201,16 @@ def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copie
     Args:
         model: an opened file.
         arena: uint8 of at least ``arena_layout``'s bytes, on the device.
-        new_copier: such as ``lambda: PinnedCopier(arena.device)``.
+        new_copier: function that makes a copier, such as ``lambda: PinnedCopier(arena.device)``.
 
     Returns:
-        Every tensor of the file: views of the arena.
+        Every tensor of the file, as views of the arena.
 
     Raises:
         InputError: when the file was changed, or holds a scale that is not finite.
     """
     offsets, _ = arena_layout(model.tensors)
-    fill_arena(model.path, read_pieces(model, offsets), arena, new_copier)
+    fill_arena(model.path, file_chunks(model, offsets), arena, new_copier)
     loaded = {}
     for name, tensor in model.tensors.items():
         packed = arena[offsets[name] : offsets[name] + tensor.num_bytes]

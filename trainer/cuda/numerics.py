@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from q4kd.trainer.attention import document_mask
 
-# The cuDNN path is left out: it has corrupted long sequences silently (https://github.com/pytorch/pytorch/issues/193893).
+# The cuDNN backend is left out, since it has corrupted long sequences silently (https://github.com/pytorch/pytorch/issues/193893).
 _ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 @contextmanager
 def pinned_numerics() -> Iterator[None]:
-    """Inside, products accumulate in float32, float32 is float32, and attention is flash or memory-efficient."""
+    """Have products accumulate in float32, float32 stay float32, and attention be flash or memory-efficient."""
     matmul = torch.backends.cuda.matmul
     reduced, tf32 = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
     matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = False, False
@@ -45,7 +45,7 @@ def attention_bias(starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
-    """Return grouped-query attention, ``[B * T, N * D]``: causal, or as the bias of ``attention_bias`` says."""
+    """Return grouped-query attention, ``[B * T, N * D]``, causal or as the bias of ``attention_bias`` says."""
     if bias_B1TT is not None or q_BNTD.dtype == torch.float32:
         # Flash attention takes no float32 and no bias, and the memory-efficient kernel no groups.
         groups = q_BNTD.shape[1] // k_BKTD.shape[1]

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ DEFAULT_SCRATCH_BYTES = 272_000_000
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixRows:
     """Rows ``start`` to ``stop`` of one matrix of a group, at row ``offset`` of their slab."""
 
     matrix: CudaMatrix
@@ -43,34 +42,35 @@ class Slab:
     buffer: int
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    parts: tuple[MatrixRows, ...]
 
 
-def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[Piece, ...]]]:
-    """Cut a group into runs of at most ``max_rows`` rows: ``(start, stop, pieces)`` each."""
+def cut_slabs(group: Group, max_rows: int) -> list[tuple[int, int, tuple[MatrixRows, ...]]]:
+    """Cut a group into runs of at most ``max_rows`` rows: ``(start, stop, parts)`` each."""
     count = -(-group.rows // max_rows)
     height = -(-group.rows // count)
     slabs = []
     for start in range(0, group.rows, height):
         stop = min(start + height, group.rows)
-        pieces, first = [], 0
+        parts, first = [], 0
         for matrix in group.matrices:
             low, high = max(start, first), min(stop, first + matrix.rows)
             if low < high:
-                pieces.append(Piece(matrix, low - first, high - first, low - start))
+                parts.append(MatrixRows(matrix, low - first, high - first, low - start))
             first += matrix.rows
-        slabs.append((start, stop, tuple(pieces)))
+        slabs.append((start, stop, tuple(parts)))
     return slabs
 
 
-class Timeline(Protocol):
-    """When a scratch buffer may be written and read, for the stream that decodes and the stream that multiplies."""
+class Timeline:
+    """Orders writes and reads of a scratch buffer; here one stream does everything in order, so nothing has to wait."""
 
     def begin(self) -> None:
         """Start a pass: what the current stream did before comes before any decoding."""
 
     def writing(self, buffer: int) -> AbstractContextManager[None]:
-        """Inside, work is decoding into ``buffer``: it waits for the buffer's last reader, and readers wait for it."""
+        """Return a context for decoding into ``buffer``, after its last reader and before its next one."""
+        return nullcontext()
 
     def reading(self, buffer: int) -> None:
         """Make the current stream wait for what was last written to ``buffer``."""
@@ -79,24 +79,7 @@ class Timeline(Protocol):
         """Mark the end of the current stream's reads of ``buffer``."""
 
 
-class InOrder:
-    """One stream does everything in order: nothing to wait for."""
-
-    def begin(self) -> None:
-        """Nothing to wait for."""
-
-    def writing(self, buffer: int) -> AbstractContextManager[None]:
-        """Nothing to wait for."""
-        return nullcontext()
-
-    def reading(self, buffer: int) -> None:
-        """Nothing to wait for."""
-
-    def release(self, buffer: int) -> None:
-        """Nothing to mark."""
-
-
-class SideStream:
+class SideStream(Timeline):
     """Decoding on a stream of its own, ordered with the current one by two events per buffer.
 
     Write after read: a decode waits for ``free``, recorded after the GEMM that last read the buffer. Read after write:
@@ -138,11 +121,11 @@ class WeightStream:
     """Decodes a model's groups slab by slab into one scratch buffer, or two when decoding overlaps the products.
 
     Args:
-        passes: for each kind of pass, its groups in the order in which it uses them. Resident ones need no scratch.
-        dtype: of the decoded weights, bfloat16 or float32.
-        device: where the scratch is.
+        passes: groups of each kind of pass, in the order in which it uses them. Resident ones need no scratch.
+        dtype: dtype of the decoded weights, bfloat16 or float32.
+        device: device of the scratch.
         scratch_bytes: bound of one buffer, each as large as its largest slab; a single row that needs more gets it.
-        timeline: orders decoding ahead into two buffers; ``None`` decodes in line, into one.
+        timeline: what orders decoding ahead into two buffers; None decodes in line, into one.
     """
 
     def __init__(
@@ -155,7 +138,7 @@ class WeightStream:
         timeline: Timeline | None = None,
     ) -> None:
         self._ahead_timeline = timeline
-        self._timeline: Timeline = InOrder()
+        self._timeline = Timeline()
         count = 1 if timeline is None else 2
         self._slabs: dict[Group, tuple[Slab, ...]] = {}
         self._following: dict[Slab, Slab] = {}
@@ -180,18 +163,18 @@ class WeightStream:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
 
     def begin(self, *, look_ahead: bool) -> None:
-        """Start a pass on the current stream; every pass must come after the last one there.
+        """Start a pass on the current stream, on which every pass must come after the last one.
 
         Args:
             look_ahead: whether the pass takes its groups in the given order, without leaving any out, and is long
                 enough for decoding ahead to pay.
         """
-        self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else InOrder()
+        self._timeline = self._ahead_timeline if look_ahead and self._ahead_timeline is not None else Timeline()
         self._looks_ahead = self._timeline is self._ahead_timeline
         self._timeline.begin()
 
     def is_whole(self, group: Group) -> bool:
-        """Whether a group comes in one piece."""
+        """Return whether a group is one slab, or resident."""
         return group.resident is not None or len(self._slabs[group]) == 1
 
     def decoded(self, group: Group) -> Iterator[tuple[slice, Tensor]]:
@@ -215,10 +198,10 @@ class WeightStream:
     def _decode(self, slab: Slab) -> None:
         tile = self._tile(slab)
         with self._timeline.writing(slab.buffer):
-            for piece in slab.pieces:
-                rows = piece.stop - piece.start
-                piece.matrix.decode(piece.start, piece.stop, tile[piece.offset : piece.offset + rows])
+            for part in slab.parts:
+                rows = part.stop - part.start
+                part.matrix.decode(part.start, part.stop, tile[part.offset : part.offset + rows])
 
 
 def _weights(slab: Slab) -> int:
-    return (slab.stop - slab.start) * slab.pieces[0].matrix.cols
+    return (slab.stop - slab.start) * slab.parts[0].matrix.cols

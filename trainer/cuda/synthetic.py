@@ -1,4 +1,4 @@
-"""Qwen2.5-7B without its weights: the exact shapes and Q4_K_M types, random blocks made on the device in seconds.
+"""Makes a Qwen2.5-7B without its weights: exact shapes and Q4_K_M types, with random blocks made on the device.
 
 Speed, memory and rounding do not depend on what the weights say, only on their shapes, types and scale. Every byte of
 every block is random except the float16 scales, drawn so that the decoded weights have a standard deviation of about
@@ -16,12 +16,12 @@ from torch import Tensor
 from q4kd.trainer.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.cuda.weights import DeviceTensor
 from q4kd.trainer.formats import block_format
-from q4kd.trainer.gguf_write import tensor_type
+from q4kd.trainer.gguf_write import add_hyperparameters, tensor_type
 
 WEIGHT_SIGMA = 0.02
 BIAS_SIGMA = 0.1
-# Standard deviation of a weight with d = 1 and all other bits uniform. Q4_K: sc * q - 7.5 * m with sc, m in 0..63 and
-# q in 0..15 (dmin = 7.5 d centres it). Q6_K: sc * (q - 32) with sc in -128..127, q in 0..63.
+# A weight with d = 1 and all other bits uniform has this standard deviation. In Q4_K it is sc * q - 7.5 * m with sc and
+# m in 0..63 and q in 0..15 (dmin = 7.5 d centres it); in Q6_K it is sc * (q - 32) with sc in -128..127, q in 0..63.
 _UNIT_SIGMA = {"Q4_K": 258.3, "Q6_K": 1365.8}
 
 
@@ -87,24 +87,14 @@ def make_tensors(config: TeacherConfig, device: torch.device, seed: int = 0) -> 
 def write_gguf(path: Path, config: TeacherConfig, tensors: Mapping[str, DeviceTensor]) -> None:
     """Write tensors in the file's layout as a GGUF of a qwen2 model, one at a time through host memory."""
     writer = gguf.GGUFWriter(path, config.architecture)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_eps)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_vocab_size(config.vocab_size)
+    add_hyperparameters(writer, config)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType[tensor.type]
+        kind, size = gguf.GGMLQuantizationType[tensor.type], tensor.packed.numel()
         if kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.packed.numel())
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size)
         else:
-            writer.add_tensor_info(
-                name, tuple(tensor.packed.shape), np.dtype(np.uint8), tensor.packed.numel(), raw_dtype=kind
-            )
+            writer.add_tensor_info(name, tuple(tensor.packed.shape), np.dtype(np.uint8), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -29,7 +29,7 @@ class DeviceTensor:
     Attributes:
         name: GGUF name.
         type: GGML type name.
-        shape: outermost dimension first: ``(rows, cols)`` or ``(length,)``.
+        shape: ``(rows, cols)`` or ``(length,)``.
         packed: uint8 ``[rows, row_bytes]``, contiguous; one row for a vector.
     """
 
@@ -58,7 +58,7 @@ class CudaMatrix:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes this matrix keeps on the device."""
+        """Bytes that this matrix keeps on the device."""
         return self._data.numel() * self._data.element_size()
 
     @property
@@ -86,7 +86,7 @@ class CudaMatrix:
             self._kernels.gather(self._layout, self._data, self.cols, row_ids, out)
 
     def multiply_few(self, x_MK: Tensor, out_MR: Tensor) -> None:
-        """Write ``x @ W.T`` of at most ``FUSED_MAX_TOKENS`` rows, straight from the packed bytes."""
+        """Write ``x @ W.T`` of at most ``FUSED_MAX_TOKENS`` rows from the packed bytes, by the small-batch kernel."""
         self._kernels.matvec(self._layout, self._data, x_MK, self.rows, out_MR)
 
 

@@ -28,7 +28,7 @@ def golden_path() -> Path:
 
 
 def data_path() -> Path:
-    """The text: the folder of this interpreter's standard library (what it may hold out: ``q4kd.trainer.split``)."""
+    """The text: the folder of this interpreter's standard library (what it may hold out: ``documents.is_held_out``)."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

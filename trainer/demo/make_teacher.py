@@ -59,7 +59,7 @@ def package(checkpoint: Path, out: Path, corpus: Path, *, eval_windows: int) -> 
         "teacher_file": TEACHER,
         "teacher_bytes": teacher.stat().st_size,
         "teacher_sha256": sha256_file(teacher),
-        "data": "the Python standard library's source; files held out by q4kd.trainer.split.is_held_out",
+        "data": "the Python standard library's source; files held out by q4kd.trainer.documents.is_held_out",
         "training": read_json(checkpoint / "training.json"),
         "held_out": {"context": CONTEXT, "windows": len(eval_NT), "float32": before, "q4_k_m": after},
         "round_trip_error": errors,
