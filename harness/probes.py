@@ -44,9 +44,10 @@ def frozen_teacher(arguments: list[str]) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
-    teacher = load_teacher(args.model, dtype="float32", events=EventLog(None))
+    teacher = load_teacher(place_teacher(args.model, dtype="float32"), events=EventLog(None))
     ids = torch.arange(8).unsqueeze(0)
     hidden = teacher.hidden(ids)[0]
 

@@ -25,11 +25,12 @@ def forward_times(arguments: list[str]) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     events = EventLog(Path("events.jsonl"))
     events.start()
-    teacher = load_teacher(args.model, device="cuda", events=events)
+    teacher = load_teacher(place_teacher(args.model, device="cuda"), events=events)
     ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().cuda()
     times = []
     for number in range(args.warm_up + args.passes):

@@ -24,7 +24,8 @@ def exported_models(arguments: list[str]) -> int:
     from q4kd.harness.__main__ import main
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.gguf_tokenizer import read_tokenizer
-    from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.model_open import open_model
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
@@ -36,7 +37,7 @@ def exported_models(arguments: list[str]) -> int:
         return max(codes.values())
     arrays: dict[str, Any] = {"run": _logits(args.run / "model", ids), "hf": _logits(Path("hf"), ids)}
     for form in FORMS:
-        teacher = load_teacher(Path(f"{form}.gguf"), dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(Path(f"{form}.gguf"), dtype="float32"), events=EventLog(None))
         arrays[form] = teacher.logits(ids)[0].numpy()
     text = args.text.read_text(encoding="utf-8")
     arrays["ids"] = np.array(read_tokenizer(open_model(Path("f16.gguf"))).encode(text).ids)

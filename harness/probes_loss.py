@@ -43,8 +43,8 @@ def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> t
     import torch
 
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.loss_teacher_head import DenseHead
     from q4kd.trainer.loss_topk import topk_kd_loss
-    from q4kd.trainer.teacher_head import DenseHead
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     arrays = {name: torch.from_numpy(array).to(device) for name, array in given.items() if name != "cases"}
@@ -99,7 +99,7 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
     from torch.utils._pytree import tree_leaves
 
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
-    from q4kd.trainer.teacher_head import DenseHead
+    from q4kd.trainer.loss_teacher_head import DenseHead
 
     class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Storages that operators made: the shapes they have, and the bytes of those still alive."""

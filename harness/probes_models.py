@@ -21,12 +21,13 @@ def model_logits(arguments: list[str]) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
     arrays: dict[str, Any] = {}
     for path in args.models:
-        teacher = load_teacher(path, dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(path, dtype="float32"), events=EventLog(None))
         arrays[path.stem] = teacher.logits(ids)[0].numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -42,11 +43,12 @@ def open_models(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     def outcome(path: str) -> tuple[str | None, str | None]:
         try:
-            load_teacher(Path(path), events=EventLog(None), announce=lambda _line: None)
+            load_teacher(place_teacher(Path(path)), events=EventLog(None), announce=lambda _line: None)
         except Exception as error:  # the type of whatever comes is the observation
             return type(error).__name__, str(error)[:300]
         return None, None

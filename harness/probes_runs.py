@@ -128,8 +128,8 @@ def vocabulary_widths(arguments: list[str]) -> int:
 
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
-    from q4kd.trainer.teacher import load_teacher
-    from q4kd.trainer.teacher_signal import OnlineSignal
+    from q4kd.trainer.placement import place_teacher
+    from q4kd.trainer.teacher import OnlineSignal, load_teacher
 
     widths: set[tuple[int, int]] = set()
     kd_loss: Any = importlib.import_module("q4kd.trainer.kd_loss")
@@ -143,7 +143,7 @@ def vocabulary_widths(arguments: list[str]) -> int:
     ids = torch.from_numpy(np.load(args.ids, allow_pickle=False)).long().unsqueeze(0)
     arrays = {}
     for name in ("native", "padded"):
-        teacher = load_teacher(getattr(args, name), dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(getattr(args, name), dtype="float32"), events=EventLog(None))
         arrays[name] = teacher.logits(ids)[0].numpy()
     causal_lm: Any = student.load_student(args.student, seed=1)
     model = student.DistillationModel(causal_lm, kd_loss.KDLossConfig())

@@ -77,11 +77,14 @@ def student_steps(arguments: list[str]) -> int:
 
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.lora import merged_state
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.sharding import whole_state
     from q4kd.trainer.student import load_student
     from q4kd.trainer.teacher import load_teacher
 
-    teacher = load_teacher(args.teacher, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_teacher(
+        place_teacher(args.teacher, dtype="float32"), events=EventLog(None), announce=lambda _line: None
+    )
     arrays: dict[str, Any] = {}
     for name, settings in VARIANTS.items():
         arrays[name] = np.array(_Trained(args, teacher, settings).losses)
