@@ -113,7 +113,7 @@ def resolve_given(teacher: str | None, student: str | None, data: str | None) ->
 
 
 def _check_teacher(path: Path) -> None:
-    from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.model_open import open_model
 
     if not path.is_file():
         raise InputError(f"--teacher {path}", expected="a GGUF file", got="a folder", remedy="name the file in it")

@@ -20,11 +20,12 @@ def forward_times(model: Path, ids: Path, out: Path, warm_up: int, passes: int) 
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     events = EventLog(Path("events.jsonl"))
     events.start()
-    teacher = load_teacher(model, device="cuda", events=events)
+    teacher = load_teacher(place_teacher(model, device="cuda"), events=events)
     ids_BT = torch.from_numpy(read_array(ids)).long().cuda()
     times = []
     for number in range(warm_up + passes):

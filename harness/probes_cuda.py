@@ -37,12 +37,13 @@ def cuda_hold(model: Path, ids: Path, seconds: float) -> int:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     events = EventLog(Path("events.jsonl"))
     events.start()
     events.emit("imports_done")
-    teacher = load_teacher(model, device="cuda", events=events)
+    teacher = load_teacher(place_teacher(model, device="cuda"), events=events)
     # Samples up to half a second outside a phase belong to it: keep the load and the pass further away than that.
     time.sleep(_APART_S)
     events.emit("hold_started")
@@ -63,12 +64,13 @@ def cuda_busy(model: Path, seconds: float) -> None:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     events = EventLog(Path("events.jsonl"))
     events.start()
     events.emit("imports_done")
-    teacher = load_teacher(model, device="cuda", events=events)
+    teacher = load_teacher(place_teacher(model, device="cuda"), events=events)
     ids = torch.randint(0, teacher.vocab_size, (32, 256), generator=torch.Generator().manual_seed(3))
     started = time.monotonic()
     while time.monotonic() - started < seconds:

@@ -53,10 +53,11 @@ def packed_logits(cases: Path, out: Path) -> None:
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     batch = _order(case["settings"], case["sequences"]).batch(0)
-    teacher = load_teacher(Path(case["settings"]["teacher"]), dtype="float32", events=EventLog(None))
+    teacher = load_teacher(place_teacher(Path(case["settings"]["teacher"]), dtype="float32"), events=EventLog(None))
     causal_lm = student.load_student(Path(case["settings"]["student"]), seed=1)
     model = student.DistillationModel(causal_lm, KDLossConfig()).eval()
     shape = (*batch.ids_BT.shape, -1)

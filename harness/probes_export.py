@@ -23,7 +23,8 @@ def exported_models(run: Path, ids: Path, text: Path, out: Path, facts: Path) ->
     from q4kd.harness.__main__ import main
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.gguf_tokenizer import read_tokenizer
-    from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.model_open import open_model
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
@@ -35,7 +36,7 @@ def exported_models(run: Path, ids: Path, text: Path, out: Path, facts: Path) ->
         return max(codes.values())
     arrays: Arrays = {"run": _logits(run / "model", ids_1T), "hf": _logits(Path("hf"), ids_1T)}
     for form in FORMS:
-        teacher = load_teacher(Path(f"{form}.gguf"), dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(Path(f"{form}.gguf"), dtype="float32"), events=EventLog(None))
         arrays[form] = teacher.logits(ids_1T)[0].numpy()
     tokenizer = read_tokenizer(open_model(Path("f16.gguf")))
     arrays["ids"] = np.array(tokenizer.encode(text.read_text(encoding="utf-8")).ids)

@@ -86,8 +86,8 @@ def _evaluate(name: str, given: Arrays, settings: dict[str, Any], device: str) -
     import torch
 
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.loss_teacher_head import DenseHead
     from q4kd.trainer.loss_topk import topk_kd_loss
-    from q4kd.trainer.teacher_head import DenseHead
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     arrays = {key: torch.from_numpy(array).to(device) for key, array in given.items() if key != "cases"}
@@ -135,7 +135,7 @@ def _record(case: dict[str, Any]) -> JsonObject:
     from torch.utils._pytree import tree_leaves
 
     from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
-    from q4kd.trainer.teacher_head import DenseHead
+    from q4kd.trainer.loss_teacher_head import DenseHead
 
     class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Storages that operators made: the shapes they have, and the bytes of those still alive."""

@@ -13,12 +13,13 @@ def model_logits(ids: Path, out: Path, models: tuple[Path, ...]) -> None:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
     arrays: Arrays = {}
     for path in models:
-        teacher = load_teacher(path, dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(path, dtype="float32"), events=EventLog(None))
         arrays[path.stem] = teacher.logits(ids_1T)[0].numpy()
     save_arrays(out, arrays)
 
@@ -30,11 +31,12 @@ def open_models(out: Path, cases: tuple[str, ...]) -> None:
     ``--cases`` is the name of a case, an invalid file and a valid one, repeated.
     """
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     def outcome(path: str) -> tuple[str | None, str | None]:
         try:
-            load_teacher(Path(path), events=EventLog(None), announce=lambda _line: None)
+            load_teacher(place_teacher(Path(path)), events=EventLog(None), announce=lambda _line: None)
         except Exception as error:  # the type of whatever comes is the observation
             return type(error).__name__, str(error)[:300]
         return None, None

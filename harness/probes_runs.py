@@ -109,9 +109,9 @@ def vocabulary_widths(native: Path, padded: Path, student: Path, ids: Path, out:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.student import DistillationModel, load_student
-    from q4kd.trainer.teacher import load_teacher
-    from q4kd.trainer.teacher_signal import OnlineSignal
+    from q4kd.trainer.teacher import OnlineSignal, load_teacher
 
     widths: set[tuple[int, int]] = set()
     kd_loss: Any = importlib.import_module("q4kd.trainer.kd_loss")
@@ -125,7 +125,7 @@ def vocabulary_widths(native: Path, padded: Path, student: Path, ids: Path, out:
     ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
     arrays = {}
     for name, path in (("native", native), ("padded", padded)):
-        teacher = load_teacher(path, dtype="float32", events=EventLog(None))
+        teacher = load_teacher(place_teacher(path, dtype="float32"), events=EventLog(None))
         arrays[name] = teacher.logits(ids_1T)[0].numpy()
     causal_lm: Any = load_student(student, seed=1)
     model = DistillationModel(causal_lm, kd_loss.KDLossConfig())

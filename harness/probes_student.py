@@ -75,11 +75,12 @@ def student_steps(teacher: Path, student: Path, out: Path, facts: Path) -> None:
 
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.lora import merged_state
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.sharding import whole_state
     from q4kd.trainer.student import load_student
     from q4kd.trainer.teacher import load_teacher
 
-    loaded = load_teacher(teacher, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    loaded = load_teacher(place_teacher(teacher, dtype="float32"), events=EventLog(None), announce=lambda _line: None)
     arrays: Arrays = {name: np.array(_Trained(student, loaded, settings).losses) for name, settings in VARIANTS.items()}
     lora = _Trained(student, loaded, {"lora_rank": 4})
     after = {name.replace(".base_layer.", "."): value for name, value in lora.student.named_parameters()}

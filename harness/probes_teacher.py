@@ -20,9 +20,10 @@ def frozen_teacher(model: Path, out: Path) -> None:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
-    teacher = load_teacher(model, dtype="float32", events=EventLog(None))
+    teacher = load_teacher(place_teacher(model, dtype="float32"), events=EventLog(None))
     ids = torch.arange(8).unsqueeze(0)
     hidden = teacher.hidden(ids)[0]
 

@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from teachers import load_quietly
 
 from q4kd.harness.apr_write import convert_gguf
 from q4kd.harness.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.events import EventLog
-from q4kd.trainer.teacher import load_teacher
 
 MAX_SECONDS = 5.0
 MAX_GROWTH = 500_000_000
@@ -121,7 +120,7 @@ class Corpus:
 def run_case(path: Path) -> str:
     """Load and use one file; return ``refused`` or ``computed``. Whatever else comes out is a defect."""
     try:
-        teacher = load_teacher(path, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+        teacher = load_quietly(path, dtype="float32")
         teacher.logits(torch.tensor([[0, 1, 2]]))
     except InputError as error:
         line = str(error)

@@ -55,14 +55,11 @@ def test_the_same_model_as_gguf_and_as_apr_gives_the_same_bits(
     tmp_path: Path, source: Path, names: Names, copy_head: bool
 ) -> None:
     torch = pytest.importorskip("torch")
-    from q4kd.trainer.events import EventLog
-    from q4kd.trainer.teacher import load_teacher
+    from teachers import load_quietly
 
     target = tmp_path / "model.apr"
     convert_gguf(source, target, names=names, copy_head=copy_head)
-    as_gguf, as_apr = (
-        load_teacher(path, events=EventLog(None), announce=lambda _line: None) for path in (source, target)
-    )
+    as_gguf, as_apr = (load_quietly(path) for path in (source, target))
     assert as_apr.model.tokens == as_gguf.model.tokens != ()
     # A copied head is a tensor of its own: every other dimension must agree.
     differing = {"tied_head"} if copy_head and as_gguf.config.tied_head else set()
@@ -111,13 +108,12 @@ def write_small_gguf(path: Path, architecture: str) -> Path:
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_the_other_architectures_keep_their_bits_too(tmp_path: Path, architecture: str, names: Names) -> None:
     torch = pytest.importorskip("torch")
-    from q4kd.trainer.events import EventLog
-    from q4kd.trainer.teacher import load_teacher
+    from teachers import load_quietly
 
     source = write_small_gguf(tmp_path / "model.gguf", architecture)
     convert_gguf(source, tmp_path / "model.apr", names=names)
     paths = (source, tmp_path / "model.apr")
-    as_gguf, as_apr = (load_teacher(path, events=EventLog(None), announce=lambda _line: None) for path in paths)
+    as_gguf, as_apr = (load_quietly(path) for path in paths)
     assert as_apr.config == as_gguf.config
     assert as_apr.config.rope_layout == ("interleaved" if architecture == "llama" else "split_halves")
     ids = torch.arange(32).remainder(40).view(1, 32)

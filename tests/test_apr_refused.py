@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from q4kd.harness.__main__ import main
 from q4kd.trainer import apr_header
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 
 # --- what is refused ---
 

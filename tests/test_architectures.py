@@ -15,13 +15,13 @@ pytest.importorskip("transformers")
 
 from architecture_models import CASES, make_model, make_tokenizer, row_errors, state_arrays  # noqa: E402
 from model_files import retype  # noqa: E402
+from teachers import load_quietly  # noqa: E402
 
 from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
 from q4kd.trainer.architecture import ROPE_FACTORS  # noqa: E402
-from q4kd.trainer.backend import BackendChoice  # noqa: E402
 from q4kd.trainer.gguf_write import write_gguf  # noqa: E402
-from q4kd.trainer.model_file import ModelFile, PackedTensor, open_model  # noqa: E402
-from q4kd.trainer.teacher import Teacher  # noqa: E402
+from q4kd.trainer.model_file import ModelFile, PackedTensor  # noqa: E402
+from q4kd.trainer.model_open import open_model  # noqa: E402
 
 BOUND = 1e-5
 IDS = np.random.default_rng(2).integers(0, 320, 24)
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def logits(model: ModelFile, backend: str = "q4k") -> np.ndarray:
-    teacher = Teacher(model, BackendChoice(backend, "named by the test"))
+    teacher = load_quietly(model, backend=backend, dtype="float32")
     return teacher.logits(torch.from_numpy(IDS)[None])[0].numpy()
 
 

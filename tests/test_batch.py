@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from teachers import load_quietly
 from torch import Tensor
 
 from q4kd.trainer import attention
@@ -10,12 +11,10 @@ from q4kd.trainer.batch import Batch
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.encoding import Encoded
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel, load_student
-from q4kd.trainer.teacher import Teacher, load_teacher
-from q4kd.trainer.teacher_signal import OnlineSignal
+from q4kd.trainer.teacher import OnlineSignal, Teacher
 from q4kd.trainer.token_set import TokenSet
 
 
@@ -28,7 +27,7 @@ def starts_of(lengths: list[list[int]]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return load_teacher(teacher_path(), dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    return load_quietly(teacher_path(), dtype="float32")
 
 
 def test_a_batch_is_cut_and_kept_with_its_starts() -> None:

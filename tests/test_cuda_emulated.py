@@ -17,7 +17,7 @@ from q4kd.trainer.cuda.stream import WeightStream, cut_slabs
 from q4kd.trainer.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.forward import CpuForward
 from q4kd.trainer.gguf_write import write_gguf
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 
 
 def golden_ids() -> torch.Tensor:

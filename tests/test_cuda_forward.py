@@ -19,7 +19,7 @@ from q4kd.trainer.cuda.forward import CudaForward  # noqa: E402
 from q4kd.trainer.cuda.load import load_forward  # noqa: E402
 from q4kd.trainer.cuda.numerics import attention  # noqa: E402
 from q4kd.trainer.cuda.synthetic import make_tensors, qwen2_5_7b  # noqa: E402
-from q4kd.trainer.model_file import open_model  # noqa: E402
+from q4kd.trainer.model_open import open_model  # noqa: E402
 
 SMALL = dataclasses.replace(
     qwen2_5_7b(3), hidden_size=512, ffn_size=1280, num_heads=4, num_kv_heads=2, vocab_size=1003, context_length=4096

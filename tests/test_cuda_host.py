@@ -13,7 +13,7 @@ from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.cuda.forward import CudaForward
 from q4kd.trainer.cuda.kernels import Kernels
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 
 
 @pytest.mark.skipif(host_compiler() is None, reason="no C++ compiler")

@@ -22,7 +22,8 @@ from q4kd.trainer.cuda.load import (
 from q4kd.trainer.cuda.synthetic import make_blocks, make_tensors, qwen2_5_7b, tensor_types, write_gguf
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.forward import CpuForward
-from q4kd.trainer.model_file import ModelFile, open_model
+from q4kd.trainer.model_file import ModelFile
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.quant import decode_rows
 
 TINY = dataclasses.replace(

@@ -22,7 +22,7 @@ import q4kd.trainer.export_hf as export_hf
 from q4kd.harness.__main__ import main
 from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logits
 from q4kd.trainer.files import read_json, sha256_file
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 
 IDS = np.arange(5, 29)
 

@@ -15,7 +15,7 @@ from q4kd.trainer import fidelity  # noqa: E402
 from q4kd.trainer.demo import teacher_path  # noqa: E402
 from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.fidelity import Scores, check_comparable, compare_rows, score, summarise  # noqa: E402
-from q4kd.trainer.model_file import open_model  # noqa: E402
+from q4kd.trainer.model_open import open_model  # noqa: E402
 
 VOCAB = 50
 

@@ -9,7 +9,7 @@ import pytest
 
 from q4kd.trainer import attention, footprint, gemm, quant, weights
 from q4kd.trainer.footprint import predict_footprint
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.synthetic import write_large_teacher
 
 LENGTH = 512
@@ -18,6 +18,7 @@ import json, sys
 from pathlib import Path
 import numpy, torch
 from q4kd.trainer.events import EventLog
+from q4kd.trainer.placement import place_teacher
 from q4kd.trainer.teacher import load_teacher
 
 def status(key):
@@ -28,7 +29,8 @@ def status(key):
 torch.set_num_threads(1)
 torch.nn.functional.linear(torch.ones(4, 4), torch.ones(4, 4))
 baseline = status("VmRSS")
-teacher = load_teacher(Path(sys.argv[1]), dtype=sys.argv[2], events=EventLog(None), announce=lambda line: None)
+placement = place_teacher(Path(sys.argv[1]), dtype=sys.argv[2])
+teacher = load_teacher(placement, events=EventLog(None), announce=lambda line: None)
 logits = teacher.logits(torch.arange(int(sys.argv[3]))[None])
 assert torch.isfinite(logits[0, -1]).all()
 print(json.dumps({"taken": status("VmHWM") - baseline, "file": teacher.model.file_bytes}))

@@ -13,7 +13,8 @@ from exported_models import FOLDERS, TEXTS, write_folder
 from q4kd.harness.__main__ import main
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.gguf_tokenizer import read_tokenizer
-from q4kd.trainer.model_file import ModelFile, open_model
+from q4kd.trainer.model_file import ModelFile
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.student import load_tokenizer
 
 # One folder for each kind of tokenizer.

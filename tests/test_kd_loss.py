@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_arrays import arrays, exact_loss, relative
+from teachers import load_quietly
 
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
 from q4kd.trainer.divergence import sum_rows
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
-from q4kd.trainer.teacher import load_teacher
-from q4kd.trainer.teacher_head import DenseHead
+from q4kd.trainer.loss_teacher_head import DenseHead
 
 
 def run(a, config: KDLossConfig, num_targets: float | None = None, head=None):  # type: ignore[no-untyped-def]
@@ -297,7 +296,7 @@ def test_low_stays_within_its_arithmetic() -> None:
 
 
 def test_packed_teacher_heads_serve_both_modes(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    teacher = load_teacher(GOLDEN_TEACHER, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(GOLDEN_TEACHER, dtype="float32")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, teacher.vocab_size, (1, 20), generator=generator)
     vocab, source = teacher.vocab_size - 3, teacher.hidden(ids)[0]

@@ -9,8 +9,8 @@ from q4kd.trainer import loss_terms
 from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda.loss_kernels import LossKernels, loss_kernels, segments_of
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
+from q4kd.trainer.loss_teacher_head import DenseHead
 from q4kd.trainer.loss_topk import topk_kd_loss
-from q4kd.trainer.teacher_head import DenseHead
 
 pytestmark = [
     pytest.mark.gpu,

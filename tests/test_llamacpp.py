@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from teachers import load_quietly
 
 from q4kd.trainer.demo import data_path, golden_path, student_path, teacher_path
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.gguf_write import write_gguf_from_folder
 from q4kd.trainer.student import load_student, load_tokenizer
-from q4kd.trainer.teacher import load_teacher
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
@@ -18,7 +17,7 @@ from llamacpp_engine import their_logits  # noqa: E402
 
 
 def our_logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    teacher = load_teacher(path, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(path, dtype="float32")
     return teacher.logits(torch.from_numpy(ids).long()[None])[0].double().numpy()
 
 

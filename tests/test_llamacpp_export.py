@@ -15,12 +15,11 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="the independent engine; nox
 from exported_models import FOLDERS, TEXTS, write_folder  # noqa: E402
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: E402
 from llamacpp_engine import their_logits  # noqa: E402
+from teachers import load_quietly  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from q4kd.harness.__main__ import main  # noqa: E402
 from q4kd.harness.reference import log_softmax, read_gguf, reference_logits  # noqa: E402
-from q4kd.trainer.events import EventLog  # noqa: E402
-from q4kd.trainer.teacher import load_teacher  # noqa: E402
 
 COSINE, ERROR = 0.999, 1e-5
 IDS = np.random.default_rng(4).integers(5, 620, 96)
@@ -94,7 +93,7 @@ def test_llama_cpp_has_our_logits_of_the_same_file(
     exported: Callable[..., Path], name: str, form: str, record_parity: Callable[[dict[str, Any]], None]
 ) -> None:
     path = exported(name, form)
-    teacher = load_teacher(path, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(path, dtype="float32")
     ours = teacher.logits(torch.from_numpy(IDS)[None])[0].numpy()
     row = record(f"{name} {form} export", ours, their_logits(path, IDS), reference_logits(read_gguf(path), IDS))
     record_parity(row)

@@ -19,14 +19,14 @@ pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity b
 
 from architecture_models import CASES, Case, make_model, make_tokenizer, row_errors
 from llamacpp_engine import FILE_TYPES, quantise, their_logits
+from teachers import load_quietly
 
 from q4kd.harness.reference import log_softmax, read_gguf, reference_logits
 from q4kd.trainer.architecture import ROPE_FACTORS
-from q4kd.trainer.backend import BackendChoice
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.gguf_write import write_gguf
-from q4kd.trainer.model_file import ModelFile, open_model
-from q4kd.trainer.teacher import Teacher
+from q4kd.trainer.model_file import ModelFile
+from q4kd.trainer.model_open import open_model
 
 COSINE, COSINE_F16, ERROR = 0.999, 0.99999, 1e-5
 IDS = np.random.default_rng(3).integers(0, 320, 96)
@@ -59,7 +59,7 @@ def write(path: Path, name: str, recipe: str) -> Path:
 
 
 def our_logits(model: ModelFile) -> np.ndarray:
-    teacher = Teacher(model, BackendChoice("q4k", "named by the test"))
+    teacher = load_quietly(model, backend="q4k", dtype="float32")
     return teacher.logits(torch.from_numpy(IDS)[None])[0].numpy().astype(np.float64)
 
 

@@ -10,7 +10,7 @@ from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda import loss_chunks, loss_tensors
 from q4kd.trainer.cuda.loss_kernels import LossKernels
 from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig
-from q4kd.trainer.teacher_head import DenseHead
+from q4kd.trainer.loss_teacher_head import DenseHead
 
 BF16, F32 = torch.bfloat16, torch.float32
 

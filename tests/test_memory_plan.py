@@ -15,8 +15,8 @@ from q4kd.harness.__main__ import main
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.kd_loss import DIVERGENCES
-from q4kd.trainer.memory_plan import format_plan
-from q4kd.trainer.run_plan import host_room, plan_run
+from q4kd.trainer.memory_plan import MemoryPlan, format_plan
+from q4kd.trainer.run_plan import host_room, place_run_teacher, plan_run
 from q4kd.trainer.student_shape import shape_student
 
 
@@ -31,8 +31,12 @@ def write_student(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def planned(config: DistillConfig) -> MemoryPlan:
+    return plan_run(config, place_run_teacher(config))
+
+
 def items(config: DistillConfig) -> dict[str, int]:
-    return {item.name: item.bytes for item in plan_run(config).items}
+    return {item.name: item.bytes for item in planned(config).items}
 
 
 def test_saved_activations_are_those_of_the_architecture(tmp_path: Path) -> None:
@@ -79,18 +83,18 @@ def test_each_setting_moves_what_it_should(tmp_path: Path) -> None:
 
 
 def test_the_peak_is_the_largest_phase_and_files_may_be_dropped(tmp_path: Path) -> None:
-    plan = plan_run(settings(tmp_path))
+    plan = planned(settings(tmp_path))
     phases = plan.phase_bytes()
     assert plan.peak == max(phases.values()) < sum(item.bytes for item in plan.items)
     mapped = [item for item in plan.items if item.is_mapped]
     assert [item.name for item in mapped] == ["teacher weights"]
     assert plan.needed == plan.peak - mapped[0].bytes
-    more = plan_run(settings(tmp_path, accumulation=2))
+    more = planned(settings(tmp_path, accumulation=2))
     assert more.phase_bytes()["loss"] - phases["loss"] == items(settings(tmp_path))["gradients"]
 
 
 def test_a_plan_is_read_in_eighty_columns(tmp_path: Path) -> None:
-    plan = plan_run(settings(tmp_path, seq_len=256, batch_size=8))
+    plan = planned(settings(tmp_path, seq_len=256, batch_size=8))
     lines = format_plan(plan).splitlines()
     assert max(map(len, lines)) <= 80
     assert len({line.index(" MB") for line in lines if line.startswith((" * ", "   ")) and " MB " in line[40:50]}) == 1

@@ -12,8 +12,7 @@ import pytest
 
 from q4kd.trainer import memory_report, watchdog
 from q4kd.trainer.device import DeviceFacts
-from q4kd.trainer.memory_report import DeviceMemory, MemoryReport, measure, nvml_process_bytes
-from q4kd.trainer.teacher import Residency
+from q4kd.trainer.memory_report import DeviceMemory, MemoryReport, Residency, measure, nvml_process_bytes
 
 
 class _NVMLError(Exception):

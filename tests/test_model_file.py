@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from model_files import write_model
+from teachers import load_quietly
 
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.architecture import expected_shapes, read_dimensions
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.gguf_header import check_header
-from q4kd.trainer.model_file import open_model
-from q4kd.trainer.teacher import load_teacher
+from q4kd.trainer.model_open import open_model
 
 
 def test_golden_file_is_read_as_the_gguf_package_reads_it() -> None:
@@ -152,7 +151,7 @@ def test_rotary_factors_that_cannot_divide_are_refused(tmp_path: Path, factor: f
 def test_the_vocabulary_is_counted_in_the_embedding(tmp_path: Path, claimed: int) -> None:
     path = write_model(tmp_path / "m.gguf", _key("qwen2.vocab_size", claimed))
     assert open_model(path).config.vocab_size == 40
-    logits = load_teacher(path, events=EventLog(None), announce=lambda _line: None).logits(torch.tensor([[0, 39]]))
+    logits = load_quietly(path).logits(torch.tensor([[0, 39]]))
     assert logits.shape == (1, 2, 40)
 
 

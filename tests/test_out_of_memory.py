@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import weakref
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,24 @@ import pytest
 import torch
 
 import q4kd.trainer.out_of_memory as out_of_memory
-from q4kd.trainer.config import make_config
+from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import OutOfMemoryError
 from q4kd.trainer.out_of_memory import bytes_asked, explaining_memory, is_out_of_memory
+from q4kd.trainer.run_plan import place_run_teacher
 
 HUGE = 1 << 55
 
 
-def config(tmp_path: Path) -> object:
+def config(tmp_path: Path) -> DistillConfig:
     return make_config(
         {"teacher": teacher_path(), "student": student_path(), "data": tmp_path, "out": tmp_path, "seq_len": 64}
     )
+
+
+def explaining(tmp_path: Path) -> AbstractContextManager[None]:
+    settings = config(tmp_path)
+    return explaining_memory(settings, place_run_teacher(settings), lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_real_failures_of_torch_and_numpy_are_recognised() -> None:
 
 def test_the_explanation_names_asked_held_and_what_helps(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
-    with pytest.raises(OutOfMemoryError) as caught, explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+    with pytest.raises(OutOfMemoryError) as caught, explaining(tmp_path):
         torch.empty(HUGE, dtype=torch.uint8)
     message = str(caught.value)
     assert caught.value.exit_code == 75
@@ -73,8 +80,8 @@ def test_what_the_failed_step_held_is_given_back_before_explaining(
         torch.empty(HUGE, dtype=torch.uint8)
 
     alive: list[bool] = []
-    monkeypatch.setattr(out_of_memory, "_helps", lambda _config: str(alive.append(held[0]() is not None)))
-    with pytest.raises(OutOfMemoryError), explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+    monkeypatch.setattr(out_of_memory, "_helps", lambda *_arguments: str(alive.append(held[0]() is not None)))
+    with pytest.raises(OutOfMemoryError), explaining(tmp_path):
         step()
     assert alive == [False]
 
@@ -86,13 +93,14 @@ import torch
 from q4kd.trainer.config import make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.out_of_memory import explaining_memory
-from q4kd.trainer.run_plan import plan_run
+from q4kd.trainer.run_plan import place_run_teacher, plan_run
 folder = Path(sys.argv[1])
 config = make_config(
     {"teacher": teacher_path(), "student": student_path(), "data": folder, "out": folder, "seq_len": 64}
 )
-plan_run(config)
-with explaining_memory(config, lambda: None):
+placement = place_run_teacher(config)
+plan_run(config, placement)
+with explaining_memory(config, placement, lambda: None):
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     torch.empty(1 << 40, dtype=torch.uint8)
@@ -109,11 +117,11 @@ def test_an_exhausted_process_still_says_what_helps(tmp_path: Path) -> None:
 def test_other_errors_pass_and_a_plan_that_fails_still_explains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), explaining_memory(config(tmp_path), lambda: None):  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="shapes"), explaining(tmp_path):
         raise RuntimeError("shapes do not match")
 
     def broken(*_arguments: object) -> object:
         raise MemoryError
 
     monkeypatch.setattr("q4kd.trainer.run_plan.plan_run", broken)
-    assert "gradient_checkpointing" in out_of_memory.explain(config(tmp_path), "out of memory", None)  # type: ignore[arg-type]
+    assert "gradient_checkpointing" in out_of_memory.explain(config(tmp_path), None, "out of memory", None)

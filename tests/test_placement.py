@@ -1,17 +1,15 @@
 """What cannot fit is refused with its arithmetic; CUDA that is not there is refused with its remedy."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from teachers import load_quietly
 
-from q4kd.trainer.backend import BackendChoice
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.device import AllocationPolicy, DeviceClass
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.events import EventLog
-from q4kd.trainer.model_file import open_model
-from q4kd.trainer.placement import Place, check_fits, find_place
-from q4kd.trainer.teacher import load_teacher
+from q4kd.trainer.placement import Place, check_fits, find_place, place_teacher
 
 
 def place(device_class: DeviceClass, budget: int, weight_bytes: int) -> Place:
@@ -25,21 +23,24 @@ def place(device_class: DeviceClass, budget: int, weight_bytes: int) -> Place:
 def test_weights_that_cannot_fit_are_refused(
     backend: str, device_class: DeviceClass, weight_bytes: int, short: bool
 ) -> None:
-    model = open_model(teacher_path())
-    needed = model.num_weights * weight_bytes if backend == "dense" else model.tensor_bytes
-    choice = BackendChoice(backend, "test")
-    check_fits(model, choice, place(device_class, needed, weight_bytes))
+    placed = place_teacher(teacher_path(), backend=backend)
+    needed = placed.model.num_weights * weight_bytes if backend == "dense" else placed.model.tensor_bytes
+
+    def check(budget: int) -> None:
+        check_fits(dataclasses.replace(placed, place=place(device_class, budget, weight_bytes)))
+
+    check(needed)
     if short:
         with pytest.raises(InputError, match=r"expected \d+\.\d MB free .*got \d+\.\d MB"):
-            check_fits(model, choice, place(device_class, needed - 1, weight_bytes))
+            check(needed - 1)
     else:  # a memory map always fits
-        check_fits(model, choice, place(device_class, 0, weight_bytes))
+        check(0)
 
 
 def test_dense_that_does_not_fit_is_refused_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("q4kd.trainer.placement.mem_available", lambda: 1000)
     with pytest.raises(InputError, match="use --backend q4k"):
-        load_teacher(teacher_path(), backend="dense", events=EventLog(None), announce=lambda _line: None)
+        load_quietly(teacher_path(), backend="dense")
 
 
 def test_an_unquantised_teacher_stays_packed_where_dense_does_not_fit(
@@ -49,7 +50,7 @@ def test_an_unquantised_teacher_stays_packed_where_dense_does_not_fit(
 
     monkeypatch.setattr("q4kd.trainer.placement.mem_available", lambda: 1000)
     model = write_model(tmp_path / "plain.gguf")
-    teacher = load_teacher(model, events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(model)
     assert teacher.choice.backend == "q4k"
     assert "would not fit" in teacher.choice.reason
 

@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from teachers import load_quietly
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.evaluate import evaluate
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.run import prepare_student
 from q4kd.trainer.sharding import make_accelerator
 from q4kd.trainer.step import learning_rate, train_step
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.student import load_student, student_dtype
-from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher import Teacher
 
 
 def settings(**values: object) -> DistillConfig:
@@ -28,7 +28,7 @@ def settings(**values: object) -> DistillConfig:
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return load_teacher(teacher_path(), dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    return load_quietly(teacher_path(), dtype="float32")
 
 
 def masked_batch() -> Batch:

@@ -11,7 +11,7 @@ from q4kd.trainer import student as student_module
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.student import load_student, load_tokenizer, set_up_student, student_dtype
 from q4kd.trainer.student_shape import shape_student
 

@@ -10,7 +10,7 @@ from q4kd.harness.reference import from_hugging_face, read_gguf, reference_logit
 from q4kd.harness.synthetic_students import NOISE, Twin, read_tokens, write_padded_teacher, write_teacher_as_student
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.files import read_json
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 
 IDS = np.arange(40, 52)
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from model_files import write_model
+from teachers import load_quietly
 
 from q4kd.harness.inputs_demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.reference import read_gguf, reference_logits
 from q4kd.trainer.attention import causal_attention
 from q4kd.trainer.demo import golden_path, teacher_path
 from q4kd.trainer.errors import FrozenTeacherError, InputError
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.synthetic import write_large_teacher
-from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher import Teacher
 
 
 def load(path: Path, backend: str | None = None) -> Teacher:
-    return load_teacher(path, backend=backend, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    return load_quietly(path, backend=backend, dtype="float32")
 
 
 def ids_of(path: Path) -> np.ndarray:
@@ -135,7 +135,7 @@ def test_attention_in_blocks_is_attention(heads: int, kv_heads: int, length: int
 def test_bfloat16_rounds_products_and_keeps_float32_around_them() -> None:
     tokens = ids_of(GOLDEN_LOGITS)
     exact = reference_logits(read_gguf(GOLDEN_TEACHER), tokens)
-    teacher = load_teacher(GOLDEN_TEACHER, dtype="bfloat16", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(GOLDEN_TEACHER, dtype="bfloat16")
     ids = torch.from_numpy(tokens).long()[None]
     assert teacher.hidden(ids).dtype == teacher.logits(ids).dtype == torch.float32
     errors = row_errors(teacher.logits(ids)[0].numpy(), exact)

@@ -3,20 +3,17 @@
 import pytest
 import torch
 from emulated_cuda import build, product  # noqa: F401 - the fixture stands in for the CUDA product
+from teachers import load_quietly
 
 import q4kd.trainer.forward as cpu_forward
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
-from q4kd.trainer.events import EventLog
-from q4kd.trainer.teacher import load_teacher
-from q4kd.trainer.teacher_head import DenseHead, TeacherHead
+from q4kd.trainer.loss_teacher_head import DenseHead, TeacherHead
 
 
 @pytest.mark.parametrize("backend", ["q4k", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_heads_decode_alike_whole_and_in_tiles(dtype: str, backend: str) -> None:
-    teacher = load_teacher(
-        GOLDEN_TEACHER, dtype=dtype, backend=backend, events=EventLog(None), announce=lambda _line: None
-    )
+    teacher = load_quietly(GOLDEN_TEACHER, dtype=dtype, backend=backend)
     head = teacher.head
     assert isinstance(head, TeacherHead)
     whole = head.decoded()
@@ -34,7 +31,7 @@ def test_packed_heads_decode_alike_whole_and_in_tiles(dtype: str, backend: str) 
 
 
 def test_heads_decode_through_a_small_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = load_teacher(GOLDEN_TEACHER, dtype="bfloat16", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(GOLDEN_TEACHER, dtype="bfloat16")
     want = teacher.head.decoded()
     monkeypatch.setattr("q4kd.trainer.weights.Scratch.rows", lambda _self, _cols: 13)
     assert torch.equal(teacher.head.decoded(), want)  # type: ignore[arg-type]
@@ -42,7 +39,7 @@ def test_heads_decode_through_a_small_scratch(monkeypatch: pytest.MonkeyPatch) -
 
 def test_heads_too_large_to_hold_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_forward, "MAX_HEAD_BYTES", 1000)
-    teacher = load_teacher(GOLDEN_TEACHER, dtype="float32", events=EventLog(None), announce=lambda _line: None)
+    teacher = load_quietly(GOLDEN_TEACHER, dtype="float32")
     assert teacher.head.decoded() is None
     assert build(head_bytes=0).decoded_head() is None
 

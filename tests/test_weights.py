@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from teachers import load_quietly
 
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.trainer.errors import FrozenTeacherError, InputError
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.model_file import PackedTensor
 from q4kd.trainer.synthetic import random_blocks
-from q4kd.trainer.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher import Teacher
 from q4kd.trainer.weights import DenseMatrix, PackedMatrix, Scratch, decode_vector
 
 
@@ -112,9 +112,7 @@ def test_the_scratch_of_a_bfloat16_tile_does_not_overlap() -> None:
 
 
 def golden(backend: str) -> Teacher:
-    return load_teacher(
-        GOLDEN_TEACHER, backend=backend, dtype="float32", events=EventLog(None), announce=lambda _line: None
-    )
+    return load_quietly(GOLDEN_TEACHER, backend=backend, dtype="float32")
 
 
 @pytest.mark.parametrize("backend", ["q4k", "dense"])

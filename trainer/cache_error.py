@@ -9,12 +9,13 @@ import torch
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.cache_signal import as_stored, take_top
 from q4kd.trainer.cache_store import bytes_per_token
+from q4kd.trainer.cached_teacher import CachedSignal
 from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
 from q4kd.trainer.memory_report import sized
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel
 from q4kd.trainer.teacher import Teacher
-from q4kd.trainer.teacher_signal import CachedSignal, TeacherSignal
+from q4kd.trainer.teacher_signal import TeacherSignal
 
 _KL = KDLossConfig(alpha=0.0)
 

@@ -20,6 +20,7 @@ from q4kd.trainer.guards import check_vocabulary
 from q4kd.trainer.memory_report import sized
 from q4kd.trainer.out_of_memory import is_out_of_memory
 from q4kd.trainer.packing import Windows
+from q4kd.trainer.placement import place_teacher
 from q4kd.trainer.run_folder import locked
 from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher import Teacher, load_teacher
@@ -82,9 +83,8 @@ def _make(
     index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
     _say_size(index)
     check_disk(index)
-    teacher = load_teacher(
-        config.teacher, backend=config.backend, device=config.device, dtype=config.dtype, events=events
-    )
+    placement = place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+    teacher = load_teacher(placement, events=events)
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
     if sample_tokens and not index.shards:

@@ -3,18 +3,61 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.cache_reader import CacheReader
+from q4kd.trainer.cache_signal import Signal
 from q4kd.trainer.cache_store import INDEX_FILE, CacheIndex, CacheKey, explain_mismatch, read_index
 from q4kd.trainer.config import DistillConfig, no_stream
 from q4kd.trainer.data import BatchOrder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
+from q4kd.trainer.loss_topk import topk_kd_loss
 from q4kd.trainer.packing import Windows
-from q4kd.trainer.teacher_signal import CachedSignal
 from q4kd.trainer.training_data import TrainingData
+
+
+@dataclass(frozen=True)
+class CachedSignal:
+    """A distribution over k tokens and the tail, read from a cache.
+
+    Attributes:
+        top: of M positions.
+    """
+
+    top: Signal
+
+    def loss(
+        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
+    ) -> LossTerms:
+        """Return the loss over k + 1 events; see ``topk_kd_loss``.
+
+        Raises:
+            InputError: when what was read is not a distribution over different tokens.
+        """
+        try:
+            return topk_kd_loss(
+                hidden_MH,
+                weight_VH,
+                labels_M,
+                topk_ids_MK=self.top.ids_MK,
+                topk_log_probs_MK=self.top.log_probs_MK,
+                tail_log_prob_M=self.top.tail_M,
+                num_targets=num_targets,
+                config=config,
+            )
+        except ValueError as error:
+            raise InputError(
+                "teacher_cache",
+                expected="signals that q4kd cache wrote",
+                got=str(error)[:160],
+                remedy="delete the cache's folder and make it anew",
+            ) from error
 
 
 class CachedTeacher:

@@ -29,15 +29,10 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from q4kd.trainer.backend import backend_override, choose_backend
-    from q4kd.trainer.device import mem_available
-    from q4kd.trainer.dtypes import choose_dtype
-    from q4kd.trainer.model_file import open_model
-    from q4kd.trainer.placement import DENSE_BYTES
+    from q4kd.trainer.placement import place_teacher
 
-    model = open_model(args.model)
-    dense_fits = model.num_weights * DENSE_BYTES[choose_dtype("auto", "cpu").name] <= mem_available()
-    choice = choose_backend(backend_override(args.backend), model.bytes_by_type(), dense_fits=dense_fits)
+    placement = place_teacher(args.model, backend=args.backend)
+    model, choice = placement.model, placement.choice
     histogram: dict[str, dict[str, int]] = {}
     for tensor in model.tensors.values():
         entry = histogram.setdefault(tensor.type, {"tensors": 0, "weights": 0, "bytes": 0})
@@ -77,6 +72,7 @@ def _logits(args: argparse.Namespace) -> int:
     from q4kd.trainer.files import replacing
     from q4kd.trainer.footprint import predict_footprint
     from q4kd.trainer.memory_report import sized
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     ids = read_ids(args.ids)
@@ -86,7 +82,8 @@ def _logits(args: argparse.Namespace) -> int:
     events = EventLog(args.events)
     events.start()
     events.emit("imports_done")
-    teacher = load_teacher(args.model, backend=args.backend, device=args.device, dtype=args.dtype, events=events)
+    placement = place_teacher(args.model, backend=args.backend, device=args.device, dtype=args.dtype)
+    teacher = load_teacher(placement, events=events)
     shape = np.atleast_2d(ids).shape
     if args.device == "cpu":
         plan = predict_footprint(teacher.config, *shape, dtype=teacher.dtype)

@@ -43,11 +43,12 @@ def _plan(args: argparse.Namespace) -> int:
     config = read_run_arguments(args)
 
     from q4kd.trainer.memory_plan import format_plan
-    from q4kd.trainer.run_plan import check_plan, plan_run
+    from q4kd.trainer.run_plan import check_plan, place_run_teacher, plan_run
     from q4kd.trainer.training_data import check_sources
 
     check_sources(config)
-    plan = plan_run(config)
+    placement = place_run_teacher(config)
+    plan = plan_run(config, placement)
     print(json.dumps(plan.to_json(), indent=1) if args.json else format_plan(plan))
-    check_plan(config, plan)
+    check_plan(config, plan, placement)
     return 0

@@ -1,7 +1,6 @@
 """The command ``q4kd fidelity``: what quantising a model cost, in nats, agreement and perplexity."""
 
 import argparse
-import functools
 import json
 import sys
 import tempfile
@@ -83,7 +82,8 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.fidelity import check_comparable, score, summarise
     from q4kd.trainer.fidelity_text import read_sample
-    from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.model_open import open_model
+    from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 
     paths = {name: _as_file(getattr(args, name), scratch / f"{name}.gguf") for name in ("a", "b")}
@@ -93,8 +93,11 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     sample = read_sample(args.data, encode=encode, end=end, tokens=args.tokens, length=args.seq_len)
     _note_order(files)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    load = functools.partial(load_teacher, device=args.device, dtype=dtype, events=EventLog(None), announce=_drop)
-    a, b = (load(paths[name]) for name in ("a", "b"))
+    # Each is placed when the one before it is loaded, in the room that is left.
+    a, b = (
+        load_teacher(place_teacher(files[name], device=args.device, dtype=dtype), events=EventLog(None), announce=_drop)
+        for name in ("a", "b")
+    )
     scores = score(a, b, sample.windows, begin=begin, progress=_progress(sample.windows.size))
     return {
         "schema": SCHEMA,

@@ -36,7 +36,7 @@ from q4kd.trainer.out_of_memory import explaining_memory
 from q4kd.trainer.progress import Reporter
 from q4kd.trainer.run import Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.run_folder import check_run_folder, explaining_full_disk, kept, locked, save_step
-from q4kd.trainer.run_plan import check_plan, plan_run
+from q4kd.trainer.run_plan import check_plan, place_run_teacher, plan_run
 from q4kd.trainer.sharding import gather, trained_tensors
 from q4kd.trainer.signals import StopRequest
 from q4kd.trainer.step import learning_rate, train_step
@@ -271,14 +271,15 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events.start()
         events.emit("imports_done")
         check_sources(config)
-        plan = plan_run(config)
+        placement = place_run_teacher(config)
+        plan = plan_run(config, placement)
         events.emit("memory_plan", **plan.to_json())
         if is_main:
             print(format_plan(plan).splitlines()[0], flush=True)
-        check_plan(config, plan)
+        check_plan(config, plan, placement)
         teachers: list[Teacher] = []
-        with explaining_memory(config, lambda: teachers[0].residency() if teachers else None):
-            run = assemble(config, events, is_main)
+        with explaining_memory(config, placement, lambda: teachers[0].residency() if teachers else None):
+            run = assemble(config, placement, events, is_main)
             teachers += [run.teacher] if run.teacher is not None else []
             _run(run, resume)
             # Together: Gloo's threads must not outlive the interpreter, nor a process its peer's connections. Trackers

@@ -15,7 +15,8 @@ from q4kd.trainer.files import sha256_file
 from q4kd.trainer.gguf_vocabulary import Vocabulary
 from q4kd.trainer.gguf_write import file_rows, plan_tensors, with_rope_factors, write_gguf
 from q4kd.trainer.huggingface_config import read_huggingface_config
-from q4kd.trainer.model_file import PackedTensor, open_model
+from q4kd.trainer.model_file import PackedTensor
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.quant import decode_rows
 from q4kd.trainer.run_record import ExportSource
 from q4kd.trainer.source_model import read_config, read_state, read_vocabulary

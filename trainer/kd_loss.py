@@ -30,6 +30,7 @@ from torch import Tensor
 from q4kd.trainer.divergence import distributions, slope, values
 from q4kd.trainer.gemm import multiply
 from q4kd.trainer.loss_low import LowTensors, run_low
+from q4kd.trainer.loss_teacher_head import TeacherHead
 from q4kd.trainer.loss_terms import (
     DIVERGENCES,
     IGNORE,
@@ -42,7 +43,6 @@ from q4kd.trainer.loss_terms import (
     fused_loss,
     wide,
 )
-from q4kd.trainer.teacher_head import TeacherHead
 
 __all__ = ["DIVERGENCES", "IGNORE", "MODES", "Divergence", "KDLossConfig", "LossTerms", "Mode", "kd_loss"]
 

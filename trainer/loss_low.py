@@ -22,8 +22,8 @@ from torch import Tensor
 
 from q4kd.trainer.divergence import Distributions, distributions, slope, subtract_rows, values
 from q4kd.trainer.gemm import multiply
+from q4kd.trainer.loss_teacher_head import TeacherHead
 from q4kd.trainer.loss_terms import KDLossConfig, LossSums, wide
-from q4kd.trainer.teacher_head import TeacherHead
 
 DEFAULT_TILE = 8192
 _DEFAULT_CHUNK = 256

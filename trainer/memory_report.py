@@ -9,15 +9,29 @@ import importlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q4kd.trainer.device import mem_available
 
-if TYPE_CHECKING:
-    from q4kd.trainer.teacher import Residency
-
 _SMAPS = Path("/proc/self/smaps_rollup")
 _STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What the teacher holds in memory.
+
+    Attributes:
+        resident_bytes: bytes per GGML type as held (a dense copy of a Q4_K tensor counts under ``F32``).
+        dense_bytes_of_quantised: bytes of decoded copies of K-quant tensors.
+        scratch_bytes: bytes of the reusable tile buffer.
+        tensor_bytes: bytes of the tensors in the file.
+    """
+
+    resident_bytes: dict[str, int]
+    dense_bytes_of_quantised: int
+    scratch_bytes: int
+    tensor_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +96,7 @@ class MemoryReport:
         return "; ".join(parts)
 
 
-def measure(residency: "Residency | None" = None, *, cuda: bool = False) -> MemoryReport:
+def measure(residency: Residency | None = None, *, cuda: bool = False) -> MemoryReport:
     """Measure this process now.
 
     Args:

@@ -11,9 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.architecture import TeacherConfig
-from q4kd.trainer.errors import InputError, missing_path_remedy
-
-_APR_MAGICS = (b"APR\0", b"APR2", b"APRN")
 
 
 @dataclass(frozen=True)
@@ -65,31 +62,3 @@ class ModelFile:
         for tensor in self.tensors.values():
             count[tensor.type] += tensor.num_bytes
         return dict(count)
-
-
-def open_model(path: Path) -> ModelFile:
-    """Open and check a teacher, GGUF or .apr; the content decides which, not the name.
-
-    Raises:
-        InputError: for a file of another kind, a truncated one, one with an architecture, tensor or type that is not
-            implemented, or whose shapes contradict its metadata.
-    """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise InputError(
-            str(path),
-            expected="a readable model file",
-            got=str(error.strerror),
-            remedy=f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
-            if path.is_dir()
-            else missing_path_remedy(path, "check the path", pattern="*.gguf"),
-        ) from error
-    if magic in _APR_MAGICS:
-        from q4kd.trainer.apr_file import open_apr
-
-        return open_apr(path)
-    from q4kd.trainer.gguf_file import open_gguf
-
-    return open_gguf(path)

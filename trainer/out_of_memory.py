@@ -5,21 +5,18 @@ import mmap
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError, OutOfMemoryError
-from q4kd.trainer.memory_report import measure, sized
+from q4kd.trainer.memory_report import Residency, measure, sized
+from q4kd.trainer.placement import TeacherPlacement
 from q4kd.trainer.run_folder import kept
-
-if TYPE_CHECKING:
-    from q4kd.trainer.teacher import Residency
 
 # torch on CUDA: "Tried to allocate 1.50 GiB."; torch on the CPU: "you tried to allocate 4096 bytes"; NumPy: "Unable to
 # allocate 1.50 GiB for an array"; CuPy: "Out of memory allocating 4,096 bytes".
 _ASKED = re.compile(r"(?:tried to allocate|unable to allocate|allocating) ([\d.,]{1,24}) ?([KMGTP]iB|bytes)", re.I)
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pib": 1 << 50}
-# Address space kept back for the explanation, which maps the teacher's file and shapes students.
+# Address space kept back for the explanation, which shapes students.
 _RESERVE = 256 << 20
 _SAID = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
 
@@ -40,11 +37,14 @@ def bytes_asked(message: str) -> int | None:
 
 
 @contextlib.contextmanager
-def explaining_memory(config: DistillConfig, residency: "Callable[[], Residency | None]") -> Iterator[None]:
+def explaining_memory(
+    config: DistillConfig, placement: TeacherPlacement | None, residency: Callable[[], Residency | None]
+) -> Iterator[None]:
     """Turn an allocation that fails inside into an error that explains it.
 
     Args:
         config: of the run.
+        placement: of its teacher; None for a cached one.
         residency: of its teacher, when one is loaded.
 
     Raises:
@@ -60,12 +60,14 @@ def explaining_memory(config: DistillConfig, residency: "Callable[[], Residency 
         # Explaining takes memory too: what the failed step held hangs on its frames.
         traceback.clear_frames(error.__traceback__)
         reserve.close()
-        raise OutOfMemoryError(explain(config, str(error), residency())) from error
+        raise OutOfMemoryError(explain(config, placement, str(error), residency())) from error
     finally:
         reserve.close()
 
 
-def explain(config: DistillConfig, message: str, residency: "Residency | None") -> str:
+def explain(
+    config: DistillConfig, placement: TeacherPlacement | None, message: str, residency: Residency | None
+) -> str:
     """Return one line: asked, held, which setting helps, which checkpoints there are."""
     asked = bytes_asked(message)
     try:
@@ -74,15 +76,15 @@ def explain(config: DistillConfig, message: str, residency: "Residency | None") 
         held = f"unknown ({error})"
     return (
         f"out of memory on {config.device}: asked for {sized(asked) if asked else 'an unknown amount'}; held: {held}; "
-        f"what helps: {_helps(config)}; {kept(config.out)}"
+        f"what helps: {_helps(config, placement)}; {kept(config.out)}"
     )
 
 
-def _helps(config: DistillConfig) -> str:
+def _helps(config: DistillConfig, placement: TeacherPlacement | None) -> str:
     from q4kd.trainer.run_plan import plan_run, savings
 
     try:
-        found = savings(config, plan_run(config))
+        found = savings(config, plan_run(config, placement), placement)
     except (InputError, RuntimeError, MemoryError, OSError):
         return "a smaller batch_size, gradient_checkpointing, loss_mode low"
     useful = [f"{name} (saves {sized(saved)})" for name, saved in found.items() if saved > 0]

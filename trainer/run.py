@@ -22,6 +22,7 @@ from q4kd.trainer.guards import check_labels, check_vocabulary
 from q4kd.trainer.kd_loss import IGNORE
 from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
+from q4kd.trainer.placement import TeacherPlacement
 from q4kd.trainer.sharding import describe_processes, make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.student import (
     DistillationModel,
@@ -118,7 +119,7 @@ class Run:
             yield batch.to(self.accelerator.device)
 
 
-def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
+def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: EventLog, is_main: bool) -> Run:
     """Load teacher, student and data, and prepare the student for this process.
 
     Raises:
@@ -129,16 +130,8 @@ def assemble(config: DistillConfig, events: EventLog, is_main: bool) -> Run:
     accelerator = make_accelerator(config.device, **project_options(config))
     announce(describe_processes(accelerator))
     teacher = cached = None
-    if config.teacher_cache is None:
-        assert config.teacher is not None
-        teacher = load_teacher(
-            config.teacher,
-            backend=config.backend,
-            device=config.device,
-            dtype=config.dtype,
-            events=events,
-            announce=announce,
-        )
+    if placement is not None:
+        teacher = load_teacher(placement, events=events, announce=announce)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]

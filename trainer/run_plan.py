@@ -1,15 +1,13 @@
-"""From a run's settings to its memory plan: the teacher's header, the student's shapes, and the room on the machine."""
+"""From a run's settings to its memory plan: the teacher as placed, the student's shapes, the room on the machine."""
 
 import functools
 import os
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.backend import backend_override, choose_backend
 from q4kd.trainer.cache_store import read_index
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.device import mem_available
-from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.footprint import predict_footprint
 from q4kd.trainer.memory_items import (
@@ -21,27 +19,37 @@ from q4kd.trainer.memory_items import (
     plain_loss_shape,
 )
 from q4kd.trainer.memory_plan import MemoryPlan, count_flops, refuse, reliefs
-from q4kd.trainer.model_file import open_model
-from q4kd.trainer.placement import Place, find_place
+from q4kd.trainer.placement import Place, TeacherPlacement, find_place, place_teacher
 from q4kd.trainer.student import student_dtype
 from q4kd.trainer.student_shape import StudentShape, shape_student
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def plan_run(config: DistillConfig, place: Place | None = None) -> MemoryPlan:
+def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
+    """Decide how the teacher of a run will be held; None for a run that reads a cache in its stead.
+
+    Raises:
+        InputError: when teacher or device cannot be used.
+    """
+    if config.teacher is None or config.teacher_cache is not None:
+        return None
+    return place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+
+
+def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> MemoryPlan:
     """Count what a run will take and what the machine has. Nothing large is allocated.
 
     Args:
         config: of the run.
-        place: where it will compute; None looks.
+        placement: of its teacher, by ``place_run_teacher``; None for a cached one.
 
     Raises:
-        InputError: when teacher, student or device cannot be used.
+        InputError: when student or device cannot be used, or the teacher's context is shorter than a window.
     """
-    place = place or find_place(config.device, choose_dtype(config.dtype, config.device).name)
+    place = placement.place if placement is not None else find_place(config.device)
     student = _shape(config)
-    teacher = _teacher_shape(config, place) if config.teacher is not None and not config.teacher_cache else None
+    teacher = _teacher_shape(config, placement) if placement is not None else None
     if config.device == "cpu":
         loss = cpu_loss_shape(config, student)
     else:
@@ -62,20 +70,22 @@ def plan_run(config: DistillConfig, place: Place | None = None) -> MemoryPlan:
     )
 
 
-def check_plan(config: DistillConfig, plan: MemoryPlan) -> None:
+def check_plan(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> None:
     """Refuse a plan that cannot fit.
 
     Raises:
         InputError: with the arithmetic, and what each setting that helps would save.
     """
     if not plan.fits:
-        raise refuse(plan, savings(config, plan))
+        raise refuse(plan, savings(config, plan, placement))
 
 
-def savings(config: DistillConfig, plan: MemoryPlan) -> dict[str, int]:
-    """Return by how much each setting that takes less memory would lower a plan's peak."""
-    place = find_place(config.device, choose_dtype(config.dtype, config.device).name)
-    return {name: plan.needed - plan_run(changed, place).needed for name, changed in reliefs(config)}
+def savings(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> dict[str, int]:
+    """Return by how much each setting that takes less memory would lower a plan's peak.
+
+    None of these settings moves the teacher, so its placement serves them all.
+    """
+    return {name: plan.needed - plan_run(changed, placement).needed for name, changed in reliefs(config)}
 
 
 def _shape(config: DistillConfig) -> StudentShape:
@@ -92,9 +102,8 @@ def _shape(config: DistillConfig) -> StudentShape:
 _shape_cached = functools.lru_cache(maxsize=16)(shape_student)
 
 
-def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
-    assert config.teacher is not None
-    model = open_model(config.teacher)
+def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> TeacherShape:
+    model, place, backend = placement.model, placement.place, placement.choice.backend
     if config.seq_len > model.config.context_length:
         raise InputError(
             f"seq_len {config.seq_len}",
@@ -102,16 +111,10 @@ def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
             got=str(config.seq_len),
             remedy="give a smaller --seq-len",
         )
-    dense = model.num_weights * place.dense_weight_bytes
-    choice = choose_backend(
-        backend_override(config.backend), model.bytes_by_type(), place.device_class, dense_fits=dense <= place.budget
-    )
-    dims, packed = model.config, choice.backend != "dense"
+    dims, packed = model.config, backend != "dense"
     tokens = config.batch_size * config.seq_len
     if config.device == "cpu":
-        pass_ = predict_footprint(
-            dims, config.batch_size, config.seq_len, dtype=choose_dtype(config.dtype, "cpu").name, logits=False
-        )
+        pass_ = predict_footprint(dims, config.batch_size, config.seq_len, dtype=placement.dtype.name, logits=False)
         scratch, activations = pass_.scratch, pass_.activations
     else:
         from q4kd.trainer.cuda.stream import DEFAULT_SCRATCH_BYTES
@@ -123,12 +126,12 @@ def _teacher_shape(config: DistillConfig, place: Place) -> TeacherShape:
         activations = tokens * size * (3 * dims.ffn_size + 4 * dims.hidden_size)
     return TeacherShape(
         config=dims,
-        weight_bytes=model.tensor_bytes if packed else dense,
+        weight_bytes=model.tensor_bytes if packed else placement.dense_bytes,
         is_mapped=packed and config.device == "cpu",
         scratch_bytes=scratch,
         activation_bytes=activations,
         weights=model.num_weights,
-        basis=f"{choice.backend}: {'as in the file' if packed else f'x {place.dense_weight_bytes} bytes'}",
+        basis=f"{backend}: {'as in the file' if packed else f'x {place.dense_weight_bytes} bytes'}",
     )
 
 

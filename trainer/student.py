@@ -53,7 +53,9 @@ def check_folder(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-    raise _refuse(folder, "a folder with config.json", got, missing_path_remedy(folder, "pass a Hugging Face model folder"))
+    raise _refuse(
+        folder, "a folder with config.json", got, missing_path_remedy(folder, "pass a Hugging Face model folder")
+    )
 
 
 def student_dtype(config: DistillConfig) -> torch.dtype:

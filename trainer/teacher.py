@@ -7,61 +7,66 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from q4kd.trainer.backend import BackendChoice, backend_override, check_device, choose_backend
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.device import Allocation
-from q4kd.trainer.dtypes import choose_dtype
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import CpuForward
-from q4kd.trainer.memory_report import measure
-from q4kd.trainer.model_file import ModelFile, open_model
-from q4kd.trainer.placement import check_fits, find_place
+from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
+from q4kd.trainer.memory_report import Residency, measure
+from q4kd.trainer.placement import TeacherPlacement, check_fits
 from q4kd.trainer.teacher_forward import Forward, build_forward
 from q4kd.trainer.teacher_head import PackedHead
-from q4kd.trainer.teacher_signal import OnlineSignal
 
 
 @dataclass(frozen=True)
-class Residency:
-    """What the teacher holds in memory.
+class OnlineSignal:
+    """Hidden states of a teacher that is here.
 
     Attributes:
-        resident_bytes: bytes per GGML type as held (a dense copy of a Q4_K tensor counts under ``F32``).
-        dense_bytes_of_quantised: bytes of decoded copies of K-quant tensors.
-        scratch_bytes: bytes of the reusable tile buffer.
-        tensor_bytes: bytes of the tensors in the file.
+        hidden_BTH: final hidden states of the teacher.
+        head: its ``TeacherHead``.
     """
 
-    resident_bytes: dict[str, int]
-    dense_bytes_of_quantised: int
-    scratch_bytes: int
-    tensor_bytes: int
+    hidden_BTH: Tensor
+    head: Callable[[Tensor], Tensor]
+
+    def loss(
+        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
+    ) -> LossTerms:
+        """Return the loss over the whole vocabulary; see ``kd_loss``."""
+        return kd_loss(
+            hidden_MH,
+            weight_VH,
+            labels_M,
+            teacher_hidden=self.hidden_BTH.flatten(0, 1),
+            teacher_head=self.head,
+            num_targets=num_targets,
+            config=config,
+        )
 
 
 class Teacher:
-    """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused."""
+    """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused.
 
-    def __init__(
-        self,
-        model: ModelFile,
-        choice: BackendChoice,
-        device: str = "cpu",
-        dtype: str = "float32",
-        allocation: Allocation = "device",
-    ) -> None:
-        self.model = model
-        self.config = model.config
-        self.choice = choice
-        self.dtype = dtype
-        self._forward: Forward = build_forward(model, choice.backend, device, dtype, allocation)
+    Args:
+        placement: what was decided about it; its weights are loaded by that.
+    """
+
+    def __init__(self, placement: TeacherPlacement) -> None:
+        self.model = placement.model
+        self.config = placement.model.config
+        self.choice = placement.choice
+        self.dtype = placement.dtype.name
+        place = placement.place
+        self._forward: Forward = build_forward(
+            placement.model, self.choice.backend, place.device, self.dtype, place.policy.allocation
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -213,60 +218,26 @@ class Teacher:
         raise FrozenTeacherError("teacher.backward()")
 
 
-def load_teacher(
-    path: Path,
-    *,
-    backend: str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    events: EventLog,
-    announce: Callable[[str], None] = print,
-) -> Teacher:
-    """Open a teacher file and load it for a backend, saying which and why.
+def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Callable[[str], None] = print) -> Teacher:
+    """Load a teacher as it was decided, saying what and why.
 
     Args:
-        path: GGUF or .apr file.
-        backend: ``auto``, ``q4k`` or ``dense``; ``None`` means the environment variable or ``auto``.
-        device: ``cpu`` or ``cuda``.
-        dtype: of the matrix products: ``auto``, ``float32`` or ``bfloat16``.
+        placement: the decisions; see ``place_teacher``.
         events: receives ``teacher_loading``, ``backend_selected`` and ``teacher_ready``.
         announce: receives the log lines.
 
     Raises:
-        InputError: when the file or an option cannot be used, or the weights cannot fit.
+        InputError: when the weights cannot fit, or hold what is not a number.
     """
-    check_device(device)
-    compute = choose_dtype(dtype, device)
-    model = open_model(path)
-    place = find_place(device, compute.name)
-    choice = choose_backend(
-        backend_override(backend),
-        model.bytes_by_type(),
-        place.device_class,
-        dense_fits=model.num_weights * place.dense_weight_bytes <= place.budget,
-    )
-    check_fits(model, choice, place)
-    announce(f"teacher backend: {choice.backend} ({choice.reason})")
-    announce(f"teacher dtype: {compute.name} ({compute.reason})")
-    if device == "cuda":
-        policy = place.policy
-        announce(f"device: {place.name}, {place.device_class}; weights in {policy.allocation} memory ({policy.reason})")
-    events.emit(
-        "backend_selected",
-        backend=choice.backend,
-        device=device,
-        reason=choice.reason,
-        dtype=compute.name,
-        dtype_reason=compute.reason,
-        device_class=place.device_class,
-        allocation=place.policy.allocation,
-    )
-    events.emit("teacher_loading", file=path.name, file_bytes=model.file_bytes)
+    check_fits(placement)
+    _say_choice(placement, events, announce)
+    model = placement.model
+    events.emit("teacher_loading", file=model.path.name, file_bytes=model.file_bytes)
     quantised = sum(FORMATS[tensor.type].is_quantized for tensor in model.tensors.values())
-    if choice.backend == "dense" and quantised:
+    if placement.choice.backend == "dense" and quantised:
         announce(f"dequantizing {model.config.num_layers} layers to F32 ({quantised} K-quant tensors)")
     started = time.monotonic()
-    teacher = Teacher(model, choice, device, compute.name, place.policy.allocation)
+    teacher = Teacher(placement)
     held = teacher.residency()
     events.emit("teacher_ready", seconds=time.monotonic() - started, **vars(held))
     announce(
@@ -274,7 +245,26 @@ def load_teacher(
         f"{held.tensor_bytes} in the file, {held.dense_bytes_of_quantised} of them dequantised, "
         f"scratch {held.scratch_bytes} bytes"
     )
-    memory = measure(held, cuda=device == "cuda")
+    memory = measure(held, cuda=placement.place.device == "cuda")
     events.emit("memory", **memory.to_json())
     announce(f"memory: {memory.sentence()}")
     return teacher
+
+
+def _say_choice(placement: TeacherPlacement, events: EventLog, announce: Callable[[str], None]) -> None:
+    choice, dtype, place = placement.choice, placement.dtype, placement.place
+    allocation = place.policy.allocation
+    announce(f"teacher backend: {choice.backend} ({choice.reason})")
+    announce(f"teacher dtype: {dtype.name} ({dtype.reason})")
+    if place.device == "cuda":
+        announce(f"device: {place.name}, {place.device_class}; weights in {allocation} memory ({place.policy.reason})")
+    events.emit(
+        "backend_selected",
+        backend=choice.backend,
+        device=place.device,
+        reason=choice.reason,
+        dtype=dtype.name,
+        dtype_reason=dtype.reason,
+        device_class=place.device_class,
+        allocation=allocation,
+    )

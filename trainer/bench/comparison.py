@@ -12,7 +12,7 @@ import numpy as np
 from q4kd.trainer.bench.cpu import worker_arm
 from q4kd.trainer.bench.interleave import Arm, Ids, Ratio, Series, Shape, compare, interleave, least_cosine, make_ids
 from q4kd.trainer.bench.worker import ArmFailed
-from q4kd.trainer.model_file import open_model
+from q4kd.trainer.model_open import open_model
 from q4kd.trainer.synthetic import write_large_teacher
 
 # 129 M weights, 83 MB: the proportions of today's 130M models, in columns that K-quants divide (multiples of 256).

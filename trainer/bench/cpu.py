@@ -47,13 +47,13 @@ class TeacherArm:
         import torch
 
         from q4kd.trainer.events import EventLog
+        from q4kd.trainer.placement import place_teacher
         from q4kd.trainer.teacher import load_teacher
 
         torch.set_num_threads(self._threads)
         started = time.perf_counter()
-        self._teacher = load_teacher(
-            self._model, backend=self.name, dtype=self._dtype, events=EventLog(None), announce=lambda _line: None
-        )
+        placement = place_teacher(self._model, backend=self.name, dtype=self._dtype)
+        self._teacher = load_teacher(placement, events=EventLog(None), announce=lambda _line: None)
         held = self._teacher.residency()
         return {
             "engine": f"q4kd {self.name}",
@@ -99,7 +99,7 @@ class TransformersArm:
 
         from q4kd.trainer.bench.dense_twin import build_twin
         from q4kd.trainer.cuda.weights import DeviceTensor
-        from q4kd.trainer.model_file import open_model
+        from q4kd.trainer.model_open import open_model
 
         torch.set_num_threads(self._threads)
         model = open_model(self._model)

@@ -125,7 +125,7 @@ def load_packed(model: Path, tokens: int) -> dict[str, Any]:
     import torch
 
     from q4kd.trainer.cuda.load import load_forward
-    from q4kd.trainer.model_file import open_model
+    from q4kd.trainer.model_open import open_model
 
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q4kd.trainer.teacher_head import DenseHead
+from q4kd.trainer.loss_teacher_head import DenseHead
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from q4kd.trainer.bench.trl_arm import TrlArm
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
+from q4kd.trainer.placement import place_teacher
 from q4kd.trainer.step import StepResult
 from q4kd.trainer.teacher import load_teacher
 
@@ -228,7 +229,9 @@ def run_step(
         sizes = {"device": device, "batch_size": shape.batch, "seq_len": shape.length}
         config = make_config({**files, **sizes, "alpha": 0.1, "lr": 1e-5, **settings})
         load = functools.cache(
-            lambda: load_teacher(pair.teacher, device=device, dtype=config.dtype, events=EventLog(None), announce=say)
+            lambda: load_teacher(
+                place_teacher(pair.teacher, device=device, dtype=config.dtype), events=EventLog(None), announce=say
+            )
         )
         whole, alone, student = make_arms(config, load, where, make_engine)
         peers = [_peer(name, pair, where, layers, config) for name in against]

@@ -31,8 +31,8 @@ from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, knobs_of, loss_ker
 from q4kd.trainer.cuda.loss_low import run_low
 from q4kd.trainer.cuda.loss_tensors import LossTensors, project
 from q4kd.trainer.cuda.numerics import pinned_numerics
+from q4kd.trainer.loss_teacher_head import TeacherHead
 from q4kd.trainer.loss_terms import KDLossConfig, LossSums
-from q4kd.trainer.teacher_head import TeacherHead
 
 
 def run_on_cuda(
