@@ -152,7 +152,8 @@ def kd_loss_cases(arguments: list[str]) -> int:
 
     import torch
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
 
     with np.load(args.inputs, allow_pickle=False) as arrays:
         given = dict(arrays)

@@ -53,7 +53,7 @@ def packed_logits(arguments: list[str]) -> int:
 
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
-    from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.teacher import load_teacher
 
     batch = _order(case["settings"], case["sequences"]).batch(0)

@@ -42,7 +42,8 @@ def fused_losses(arguments: list[str]) -> int:
 def _evaluate(given: dict[str, Any], settings: dict[str, Any], device: str) -> tuple[Any, Any, Any]:
     import torch
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.loss_topk import topk_kd_loss
     from q4kd.trainer.teacher_head import DenseHead
 
@@ -98,7 +99,8 @@ def _record(case: dict[str, Any]) -> dict[str, Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.teacher_head import DenseHead
 
     class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -49,8 +49,8 @@ def distill_timed(arguments: list[str]) -> int:
 
         return call
 
-    distill: Any = importlib.import_module("q4kd.trainer.distill")
-    distill.train_step = clocked(distill.train_step, steps)
+    loop: Any = importlib.import_module("q4kd.trainer.training_loop")
+    loop.train_step = clocked(loop.train_step, steps)
     EventLog.emit = clocked(EventLog.emit, events, "step")  # type: ignore[method-assign]
     Reporter.step = clocked(Reporter.step, lines)  # type: ignore[method-assign]
     code = main(arguments[cut + 1 :])
@@ -86,8 +86,8 @@ def start_runs(arguments: list[str]) -> int:
     def begin(*_arguments: Any, **_options: Any) -> Any:
         raise _TrainingBegan
 
-    distill: Any = importlib.import_module("q4kd.trainer.distill")
-    distill.train_step = begin
+    loop: Any = importlib.import_module("q4kd.trainer.training_loop")
+    loop.train_step = begin
 
     def outcome(argv: list[str]) -> tuple[str | None, str]:
         said = io.StringIO()
@@ -128,6 +128,7 @@ def vocabulary_widths(arguments: list[str]) -> int:
 
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.teacher import load_teacher
     from q4kd.trainer.teacher_signal import OnlineSignal
 
@@ -146,7 +147,7 @@ def vocabulary_widths(arguments: list[str]) -> int:
         teacher = load_teacher(getattr(args, name), dtype="float32", events=EventLog(None))
         arrays[name] = teacher.logits(ids)[0].numpy()
     causal_lm: Any = student.load_student(args.student, seed=1)
-    model = student.DistillationModel(causal_lm, kd_loss.KDLossConfig())
+    model = student.DistillationModel(causal_lm, KDLossConfig())
     windows = ids[:, :-1]
     signal = OnlineSignal(teacher.hidden(windows), teacher.head_logits)
     model(windows, ids[:, 1:], signal, float(windows.numel()))

@@ -13,7 +13,7 @@ from q4kd.trainer.data import BatchOrder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.packing import Windows
-from q4kd.trainer.teacher_signal import CachedSignal
+from q4kd.trainer.teacher_signal import CachedSignal, check_signal
 from q4kd.trainer.training_data import TrainingData
 
 
@@ -38,7 +38,9 @@ class CachedTeacher:
             InputError: when a shard is missing, changed or not what its name says.
         """
         assert batch.windows_B is not None
-        return CachedSignal(self._reader.read(batch.windows_B).to(batch.ids_BT.device))
+        top = self._reader.read(batch.windows_B)
+        check_signal(top, self.index.key.rows)
+        return CachedSignal(top.to(batch.ids_BT.device), is_checked=True)
 
     def describe(self) -> dict[str, str | int]:
         """Return what run.json says of the teacher."""

@@ -16,7 +16,7 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.setting_value import convert, read_number
 
 if typing.TYPE_CHECKING:
-    from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
 
 LARGE = 1 << 40
 # As in kd_loss, which imports torch: the command line lists its options without it.
@@ -216,7 +216,7 @@ class DistillConfig:
     @property
     def loss(self) -> "KDLossConfig":
         """The loss's part of the settings."""
-        from q4kd.trainer.kd_loss import KDLossConfig
+        from q4kd.trainer.loss_config import KDLossConfig
 
         return KDLossConfig(
             alpha=self.alpha,

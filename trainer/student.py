@@ -14,8 +14,9 @@ from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.hub_id import remedy_for
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossTerms
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
 
@@ -254,9 +255,10 @@ class DistillationModel(nn.Module):
         num_targets: float,
         starts_BT: Tensor | None = None,
         *,
+        positions_P: Tensor | None = None,
         use: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> LossTerms | Any:
-        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden``.
+        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden`` and ``kd_loss``.
 
         With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
         whole only inside this call, when the model is called through its wrapper.
@@ -267,7 +269,8 @@ class DistillationModel(nn.Module):
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss
-        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), num_targets=num_targets, config=self.config)
+        options = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
+        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), **options)
         if self.clock is not None:
             self.clock.mark("loss")
         return terms

@@ -3,43 +3,46 @@
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, V vocabulary of the student.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
-from q4kd.trainer.loss_topk import topk_kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossTerms
+from q4kd.trainer.loss_topk import check_distributions, topk_kd_loss
 
 if TYPE_CHECKING:
-    from q4kd.trainer.batch import Batch
     from q4kd.trainer.cache_signal import Signal
 
 
-def cross_entropy(
-    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
-) -> LossTerms:
-    """Return the loss without a teacher."""
-    nobody = {"teacher_hidden": None, "teacher_head": None}
-    return kd_loss(hidden_MH, weight_VH, labels_M, **nobody, num_targets=num_targets, config=config)
+def cross_entropy(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Any) -> LossTerms:
+    """Return the loss without a teacher; ``options`` are ``TeacherSignal.loss``'s."""
+    return kd_loss(hidden_MH, weight_VH, labels_M, teacher_hidden=None, teacher_head=None, **options)
 
 
 class TeacherSignal(Protocol):
     """The teacher's side of the loss on one micro-batch."""
 
     def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
+        self,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        labels_M: Tensor,
+        *,
+        num_targets: float,
+        config: KDLossConfig,
+        positions_P: Tensor | None = None,
     ) -> LossTerms:
-        """Return the loss of the student's hidden states ``[M, H]`` and head ``[V, H]`` against this teacher."""
+        """Return the loss of the student's hidden states ``[M, H]`` and head ``[V, H]`` against this teacher.
 
-
-class SignalSource(Protocol):
-    """Where signals come from: ``Teacher``, which computes them, or ``CachedTeacher``, which reads them."""
-
-    def signal(self, batch: "Batch") -> TeacherSignal:
-        """Return the signal of every position of a batch, on the batch's device."""
+        ``positions_P`` are the positions that have a label, where they are known; see ``kd_loss``.
+        """
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,14 @@ class OnlineSignal:
     head: Callable[[Tensor], Tensor]
 
     def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
+        self,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        labels_M: Tensor,
+        *,
+        num_targets: float,
+        config: KDLossConfig,
+        positions_P: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss over the whole vocabulary; see ``kd_loss``."""
         return kd_loss(
@@ -66,6 +76,7 @@ class OnlineSignal:
             teacher_head=self.head,
             num_targets=num_targets,
             config=config,
+            positions_P=positions_P,
         )
 
 
@@ -75,19 +86,28 @@ class CachedSignal:
 
     Attributes:
         top: of M positions.
+        is_checked: whether ``check_signal`` has seen it.
     """
 
     top: "Signal"
+    is_checked: bool = False
 
     def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
+        self,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        labels_M: Tensor,
+        *,
+        num_targets: float,
+        config: KDLossConfig,
+        positions_P: Tensor | None = None,
     ) -> LossTerms:
         """Return the loss over k + 1 events; see ``topk_kd_loss``.
 
         Raises:
             InputError: when what was read is not a distribution over different tokens.
         """
-        try:
+        with _explaining_signals():
             return topk_kd_loss(
                 hidden_MH,
                 weight_VH,
@@ -97,11 +117,29 @@ class CachedSignal:
                 tail_log_prob_M=self.top.tail_M,
                 num_targets=num_targets,
                 config=config,
+                positions_P=positions_P,
+                is_checked=self.is_checked,
             )
-        except ValueError as error:
-            raise InputError(
-                "teacher_cache",
-                expected="signals that q4kd cache wrote",
-                got=str(error)[:160],
-                remedy="delete the cache's folder and make it anew",
-            ) from error
+
+
+def check_signal(top: "Signal", vocab: int) -> None:
+    """Check a signal on the host, so that no step reads it back from a device.
+
+    Raises:
+        InputError: as ``CachedSignal.loss``, for any of its positions.
+    """
+    with _explaining_signals():
+        check_distributions(top.ids_MK, torch.cat([top.log_probs_MK, top.tail_M.unsqueeze(1)], 1), vocab)
+
+
+@contextlib.contextmanager
+def _explaining_signals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            "teacher_cache",
+            expected="signals that q4kd cache wrote",
+            got=str(error)[:160],
+            remedy="delete the cache's folder and make it anew",
+        ) from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from q4kd.harness.sabotage.registry import declare, replace
 
-_TEACHER = "q4kd.trainer.teacher:Teacher.hidden"
+_TEACHER = "q4kd.trainer.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student:DistillationModel.hidden"
 _CUT = "q4kd.trainer.packing:Windows._cut"
 _CHAT = "q4kd.trainer.chat:ChatTemplate.encode"
@@ -19,7 +19,7 @@ _Call = Callable[..., Any]
 
 
 def _teacher_sees_all() -> None:
-    replace(_TEACHER, lambda original: lambda self, ids, _starts=None: original(self, ids))
+    replace(_TEACHER, lambda original: lambda self, ids, _starts: original(self, ids, None))
 
 
 def _student_sees_all() -> None:

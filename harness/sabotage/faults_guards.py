@@ -8,6 +8,7 @@ from q4kd.harness.sabotage.registry import declare, replace
 
 _GUARDS = "q4kd.trainer.guards"
 _LOSS = "q4kd.trainer.kd_loss"
+_ROWS = "q4kd.trainer.divergence:divergence_rows"
 _LOAD_STUDENT = "q4kd.trainer.student:load_student"
 _Call = Callable[..., Any]
 
@@ -71,7 +72,7 @@ def _slice_after_softmax() -> None:
         return lambda log_p, log_q, config: original(log_p + missing.pop(), log_q, config)
 
     replace(f"{_LOSS}:kd_loss", make_loss)
-    replace(f"{_LOSS}:divergence_rows", make_rows)
+    replace(_ROWS, make_rows)
 
 
 def _last_columns() -> None:
@@ -150,7 +151,7 @@ declare(
     "the teacher's softmax includes its padding rows",
     _slice_after_softmax,
     f"{_LOSS}:kd_loss",
-    f"{_LOSS}:divergence_rows",
+    _ROWS,
     arms=("padded",),
 )
 declare(

@@ -6,7 +6,7 @@ from typing import Any
 
 from q4kd.harness.sabotage.registry import declare, replace
 
-_CHUNK = "q4kd.trainer.loss_terms:KDLossConfig.chunk_for"
+_CHUNK = "q4kd.trainer.loss_config:KDLossConfig.chunk_for"
 _WALKS = "q4kd.trainer.loss_low:_Walks.__init__"
 _GRADIENT = "q4kd.trainer.loss_low:_Walks._gradient"
 _LOW = "q4kd.trainer.loss_low:run_low"

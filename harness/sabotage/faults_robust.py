@@ -137,9 +137,9 @@ def _config_not_compared() -> None:
 def _resume_skips_batch() -> None:
     def make(original: _Call) -> _Call:
         def restore(run: Any) -> Any:
-            path = original(run)
-            run.done += 1
-            return path
+            progress = original(run)
+            progress.done += 1
+            return progress
 
         return restore
 

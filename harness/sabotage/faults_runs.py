@@ -1,6 +1,7 @@
 """Faults in what a run says of itself, and in the smoke run."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import time
@@ -10,6 +11,7 @@ from typing import Any
 from q4kd.harness.sabotage.registry import declare, replace
 
 _DISTILL = "q4kd.trainer.distill"
+_STEPS = "q4kd.trainer.training_loop:_take_steps"
 _REPORT = "q4kd.trainer.progress:Reporter.step"
 _Call = Callable[..., Any]
 
@@ -79,8 +81,7 @@ def _one_step_more() -> None:
     def make(original: _Call) -> _Call:
         def assemble(config: Any, *rest: Any) -> Any:
             run = original(config, *rest)
-            run.last_step += config.max_steps is not None
-            return run
+            return dataclasses.replace(run, last_step=run.last_step + (config.max_steps is not None))
 
         return assemble
 
@@ -109,21 +110,18 @@ def _smoke_own_schedule() -> None:
     """Let the learning rate of a smoke run fall to zero at its own end."""
 
     def make(original: _Call) -> _Call:
-        def train(run: Any, *rest: Any) -> None:
-            kept, run.total_steps = run.total_steps, run.last_step
-            original(run, *rest)
-            run.total_steps = kept
+        def steps(run: Any, *rest: Any) -> None:
+            original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
-        return train
+        return steps
 
-    replace(f"{_DISTILL}:_train", make)
+    replace(_STEPS, make)
 
 
 def _projects_itself() -> None:
     def make(original: _Call) -> _Call:
         def finish(run: Any, *rest: Any) -> None:
-            run.total_steps = run.last_step
-            original(run, *rest)
+            original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
         return finish
 
@@ -167,7 +165,7 @@ declare(
     "smoke-own-schedule",
     "the learning rate of a smoke run ends with it",
     _smoke_own_schedule,
-    f"{_DISTILL}:_train",
+    _STEPS,
 )
 declare(
     "checkpoint", "smoke-writes-model", "a smoke run leaves a final model", _smoke_writes_model, f"{_DISTILL}:_finish"

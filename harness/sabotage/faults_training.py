@@ -12,6 +12,7 @@ import numpy as np
 from q4kd.harness.sabotage.registry import declare, replace
 
 _LOSS = "q4kd.trainer.kd_loss"
+_ROWS = "q4kd.trainer.divergence:divergence_rows"
 _STEP = "q4kd.trainer.step"
 KILL_STEP = 10
 # Experiments with one run have the arm None; of the KD-against-CE experiment only the KD arms are sabotaged.
@@ -27,7 +28,7 @@ def _kd_term_zero() -> None:
 
         return rows
 
-    replace(f"{_LOSS}:divergence_rows", make)
+    replace(_ROWS, make)
 
 
 def _soft_cross_entropy() -> None:
@@ -40,7 +41,7 @@ def _soft_cross_entropy() -> None:
 
         return rows
 
-    replace(f"{_LOSS}:divergence_rows", make)
+    replace(_ROWS, make)
 
 
 def _smoothed_teacher() -> None:
@@ -51,7 +52,7 @@ def _smoothed_teacher() -> None:
 
         return rows
 
-    replace(f"{_LOSS}:divergence_rows", make)
+    replace(_ROWS, make)
 
 
 def _half_gradient() -> None:
@@ -62,7 +63,7 @@ def _half_gradient() -> None:
 
         return rows
 
-    replace(f"{_LOSS}:divergence_rows", make)
+    replace(_ROWS, make)
 
 
 def _no_t_squared() -> None:
@@ -156,7 +157,7 @@ declare(
     "kd-term-zero",
     "the divergence and its gradient are multiplied by zero",
     _kd_term_zero,
-    f"{_LOSS}:divergence_rows",
+    _ROWS,
     arms=KD_ARMS,
 )
 declare(
@@ -164,21 +165,21 @@ declare(
     "soft-cross-entropy",
     "forward KL without the teacher's entropy",
     _soft_cross_entropy,
-    f"{_LOSS}:divergence_rows",
+    _ROWS,
 )
 declare(
     "loss",
     "smoothed-teacher",
     "the teacher's distribution is mixed with 1 % uniform",
     _smoothed_teacher,
-    f"{_LOSS}:divergence_rows",
+    _ROWS,
 )
 declare(
     "loss",
     "half-gradient",
     "the divergence's gradient is halved, its value kept",
     _half_gradient,
-    f"{_LOSS}:divergence_rows",
+    _ROWS,
 )
 declare("loss", "no-t-squared", "the reported KD term lacks the factor T²", _no_t_squared, f"{_LOSS}:_chunk_terms")
 declare(

@@ -13,7 +13,8 @@ from torch import Tensor
 from q4kd.trainer.cuda.kernels import Kernels
 from q4kd.trainer.cuda.launch import Launcher
 from q4kd.trainer.cuda.plans import DTYPES, Facts, Plan, Planned, require
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.host_copy import copy_from_host
+from q4kd.trainer.loss_config import KDLossConfig
 
 # Columns of a block and sums of a segment: as in kd_loss.cuh.
 _SEGMENTS = {8: 8192, 1: 2048}
@@ -23,9 +24,9 @@ NUM_KNOBS = 5
 
 def knobs_of(config: KDLossConfig, device: torch.device, share: float = 1.0) -> Tensor:
     """Return the equation's numbers as the kernels read them, float32 ``[5]``; gradients come times ``share``."""
-    heat, kd_weight = config.temperature, 1 - config.alpha
-    values = [config.alpha * share, 1 / heat, kd_weight * heat * share, heat**2, config.beta]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    temperature, kd_weight = config.temperature, 1 - config.alpha
+    values = [config.alpha * share, 1 / temperature, kd_weight * temperature * share, temperature**2, config.beta]
+    return copy_from_host(torch.tensor(values, dtype=torch.float32), device)
 
 
 def kind_of(config: KDLossConfig, with_teacher: bool) -> str:
