@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.loss_config import Divergence, KDLossConfig, LogitsType, Mode
 from q4kd.trainer.setting_value import convert, read_number
 
-if typing.TYPE_CHECKING:
-    from q4kd.trainer.loss_config import KDLossConfig
-
 LARGE = 1 << 40
-# As in kd_loss, which imports torch: the command line lists its options without it.
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
 Packing = Literal["documents", "stream", "none"]
 StudentDtype = Literal["auto", "float32", "bfloat16"]
 StudentKernels = Literal["torch", "liger"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
-LossMode = Literal["fast", "low"]
-LossLogits = Literal["float32", "bfloat16"]
 BestMetric = Literal["kl", "loss", "agreement"]
 
 
@@ -110,17 +104,17 @@ class DistillConfig:
         "forward_kl", "loss", "distance from the teacher", choices=typing.get_args(Divergence)
     )
     beta: float = _setting(0.5, "loss", "mixture weight of jsd", low=1e-3, high=1 - 1e-3)
-    loss_mode: LossMode = _setting(
+    loss_mode: Mode = _setting(
         "fast",
         "loss",
         "fast holds the teacher's head decoded; low tiles the vocabulary too",
-        choices=typing.get_args(LossMode),
+        choices=typing.get_args(Mode),
     )
-    loss_logits: LossLogits = _setting(
+    loss_logits: LogitsType = _setting(
         "float32",
         "loss",
         "in what CUDA holds the logits of bfloat16 products; bfloat16 is faster and rounds each logit to 8 bits",
-        choices=typing.get_args(LossLogits),
+        choices=typing.get_args(LogitsType),
     )
     chunk_tokens: int = _setting(
         0, "loss", "tokens whose logits exist at one time; 0 chooses", unit="tokens", low=0, high=1 << 20
@@ -214,10 +208,8 @@ class DistillConfig:
     )
 
     @property
-    def loss(self) -> "KDLossConfig":
+    def loss(self) -> KDLossConfig:
         """The loss's part of the settings."""
-        from q4kd.trainer.loss_config import KDLossConfig
-
         return KDLossConfig(
             alpha=self.alpha,
             temperature=self.temperature,

@@ -4,14 +4,14 @@ Letters in shapes: C tokens of a chunk, R columns of a tile, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 # The label of a position that is not learnt, as in torch's own losses.
 IGNORE_INDEX = -100
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 Mode = Literal["fast", "low"]
-MODES: tuple[Mode, ...] = ("fast", "low")
+MODES: tuple[Mode, ...] = get_args(Mode)
 LogitsType = Literal["float32", "bfloat16"]
 
 # Bytes that a chunk's float32 [C, V] tensors may take together on the CPU, and how many of them live at one time.

@@ -1,8 +1,9 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,27 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
+def _no_packing(*_positions: Any, **_options: Any) -> None:
+    """Say of any positions that they are those of one document a row."""
+
+
+@contextlib.contextmanager
+def _without_packing_search() -> Iterator[None]:
+    """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
+
+    It looks where positions come without a mask; packed documents come with one here, so there are none to find.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, _no_packing)
+    setattr(masking_utils, name, _no_packing)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
+
+
 class DistillationModel(nn.Module):
     """Student plus loss in one module, so that data-parallel wrappers see a forward that returns the loss.
 
@@ -243,7 +265,8 @@ class DistillationModel(nn.Module):
             bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
             packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
             packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
-        outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
+        with _without_packing_search():
+            outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
