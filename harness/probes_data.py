@@ -52,7 +52,7 @@ def packed_logits(cases: Path, out: Path) -> None:
 
     from q4kd.trainer import student
     from q4kd.trainer.events import EventLog
-    from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.teacher import load_teacher
 

@@ -16,7 +16,7 @@ from q4kd.trainer.files import read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from q4kd.trainer.loss_terms import LossTerms
+    from q4kd.trainer.loss_sums import LossTerms
 
 
 @probe("kd-loss")
@@ -24,7 +24,8 @@ def kd_loss_cases(inputs: Path, out: Path) -> None:
     """Evaluate the trainer's fused loss and its gradients on given arrays and settings."""
     import torch
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
 
     given = read_arrays(inputs)
     teacher_hidden = torch.from_numpy(given["teacher_hidden"])
@@ -85,7 +86,8 @@ def fused_losses(inputs: Path, out: Path, device: Literal["cpu", "cuda"] = "cpu"
 def _evaluate(name: str, given: Arrays, settings: dict[str, Any], device: str) -> Arrays:
     import torch
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.loss_teacher_head import DenseHead
     from q4kd.trainer.loss_topk import topk_kd_loss
 
@@ -134,7 +136,8 @@ def _record(case: dict[str, Any]) -> JsonObject:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
+    from q4kd.trainer.kd_loss import kd_loss
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.loss_teacher_head import DenseHead
 
     class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -47,8 +47,8 @@ def distill_timed(*words: str, out: Path) -> int:
     steps: _Clock = []
     events: _Clock = []
     lines: _Clock = []
-    distill: Any = importlib.import_module("q4kd.trainer.distill")
-    distill.train_step = _clocked(distill.train_step, steps)
+    loop: Any = importlib.import_module("q4kd.trainer.training_loop")
+    loop.train_step = _clocked(loop.train_step, steps)
     EventLog.emit = _clocked(EventLog.emit, events, "step")  # type: ignore[method-assign]
     Reporter.step = _clocked(Reporter.step, lines)  # type: ignore[method-assign]
     code = main(list(words))
@@ -80,8 +80,8 @@ def start_runs(cases: Path, out: Path) -> None:
     def begin(*_arguments: object, **_options: object) -> NoReturn:
         raise _TrainingBegan
 
-    distill: Any = importlib.import_module("q4kd.trainer.distill")
-    distill.train_step = begin
+    loop: Any = importlib.import_module("q4kd.trainer.training_loop")
+    loop.train_step = begin
 
     def outcome(argv: list[str]) -> tuple[str | None, str]:
         said = io.StringIO()
@@ -109,6 +109,7 @@ def vocabulary_widths(native: Path, padded: Path, student: Path, ids: Path, out:
     import torch
 
     from q4kd.trainer.events import EventLog
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.placement import place_teacher
     from q4kd.trainer.student import DistillationModel, load_student
     from q4kd.trainer.teacher import OnlineSignal, load_teacher
@@ -128,7 +129,7 @@ def vocabulary_widths(native: Path, padded: Path, student: Path, ids: Path, out:
         teacher = load_teacher(place_teacher(path, dtype="float32"), events=EventLog(None))
         arrays[name] = teacher.logits(ids_1T)[0].numpy()
     causal_lm: Any = load_student(student, seed=1)
-    model = DistillationModel(causal_lm, kd_loss.KDLossConfig())
+    model = DistillationModel(causal_lm, KDLossConfig())
     windows = ids_1T[:, :-1]
     signal = OnlineSignal(teacher.hidden(windows), teacher.head_logits)
     model(windows, ids_1T[:, 1:], signal, float(windows.numel()))

@@ -44,7 +44,7 @@ class _Trained:
         from q4kd.trainer import run, step, student
         from q4kd.trainer.batch import Batch
         from q4kd.trainer.config import make_config
-        from q4kd.trainer.kd_loss import IGNORE
+        from q4kd.trainer.loss_config import IGNORE_INDEX
         from q4kd.trainer.sharding import make_accelerator
 
         given = {"teacher": ".", "student": folder, "data": ".", "out": ".", "lr": 0.003}
@@ -62,7 +62,7 @@ class _Trained:
             windows = torch.from_numpy(drawn)
             # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
             kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
-            batch = Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE))
+            batch = Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE_INDEX))
             rate = step.learning_rate(index, config, STEPS)
             result = step.train_step(accelerator, model, teacher, optimizer, batch, config, rate)
             self.losses.append([result.loss, result.ce, result.kd, result.grad_norm])

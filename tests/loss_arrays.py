@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from q4kd.harness.reference import reference_loss
-from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
+from q4kd.trainer.loss_config import IGNORE_INDEX, KDLossConfig
 
 
 def arrays(seed: int, tokens: int = 24, vocab: int = 120, hidden: int = 16) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def relative(found: object, exact: np.ndarray) -> float:
 
 def exact_loss(a: dict[str, torch.Tensor], config: KDLossConfig, products: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
     """The dense float64 loss, of logits made in ``products``, and its gradients for hidden states and head."""
-    kept = (a["labels"] != IGNORE).numpy()
+    kept = (a["labels"] != IGNORE_INDEX).numpy()
     hidden, weight = a["hidden"].double().numpy()[kept], a["weight"].double().numpy()
     teacher = (a["teacher_hidden"][kept].to(products) @ a["teacher_weight"].to(products).T).double().numpy()
     exact = reference_loss(

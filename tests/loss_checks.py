@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q4kd.harness.reference import log_softmax, reference_loss
 from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, Part, knobs_of, segments_of, width_of
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 
 BF16, F32 = torch.bfloat16, torch.float32
 # The one rounding of a gradient to 8 significant bits: what an element, or a row that one element dominates, may lose.

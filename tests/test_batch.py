@@ -11,7 +11,7 @@ from q4kd.trainer.batch import Batch
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.encoding import Encoded
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
+from q4kd.trainer.loss_config import IGNORE_INDEX, KDLossConfig
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel, load_student
 from q4kd.trainer.teacher import OnlineSignal, Teacher
@@ -32,15 +32,15 @@ def teacher() -> Teacher:
 
 def test_a_batch_is_cut_and_kept_with_its_starts() -> None:
     ids = torch.arange(12).view(3, 4)
-    labels = torch.full((3, 4), IGNORE)
+    labels = torch.full((3, 4), IGNORE_INDEX)
     labels[0, 1] = 7
     batch = Batch(ids, labels, starts_of([[4], [2, 2], [1, 3]]))
     parts = list(batch.split(2))
     assert [len(part) for part in parts] == [2, 1]
     assert parts[1].starts_BT is not None
     assert parts[1].starts_BT.tolist() == [[0, 1, 1, 1]]
-    assert int(batch.count_targets()) == 1
-    assert int(parts[1].count_targets()) == 0
+    assert batch.num_targets == 1
+    assert parts[1].num_targets == 0
     assert set(batch.arrays()) == {"ids", "labels", "starts"}
     joined = Windows(TokenSet.join([Encoded.make(range(9))]), 4, "documents")
     plain = Batch.stack([joined[0], joined[1]])
@@ -120,7 +120,7 @@ def test_starts_that_mean_nothing_are_refused(teacher: Teacher, starts: list[lis
 def test_a_fused_loss_of_no_label_is_zero(teacher: Teacher) -> None:
     model = DistillationModel(load_student(student_path(), seed=3), KDLossConfig())
     ids = torch.arange(8)[None]
-    labels = torch.full((1, 8), IGNORE)
+    labels = torch.full((1, 8), IGNORE_INDEX)
     terms = model(ids, labels, OnlineSignal(teacher.hidden(ids), teacher.head_logits), 5.0)
     terms.loss.backward()
     assert float(terms.loss.detach()) == 0.0

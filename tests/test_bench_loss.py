@@ -8,7 +8,7 @@ import torch
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer.bench import loss as bench
-from q4kd.trainer.kd_loss import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 
 SHAPE = bench.LossShape(tokens=20, vocab=96, hidden=8, teacher_hidden=256, padding=8)
 

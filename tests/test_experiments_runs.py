@@ -88,8 +88,8 @@ def test_a_summary_without_projection_is_collected_as_not_a_number(tmp_path: Pat
 def test_start_runs_tells_a_refusal_from_a_run_that_would_begin(
     tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distill: Any = importlib.import_module("q4kd.trainer.distill")
-    monkeypatch.setattr(distill, "train_step", distill.train_step)  # the probe replaces it for good
+    loop: Any = importlib.import_module("q4kd.trainer.training_loop")
+    monkeypatch.setattr(loop, "train_step", loop.train_step)  # the probe replaces it for good
     monkeypatch.chdir(tmp_path)
     data = training_text(inputs, 1)
 

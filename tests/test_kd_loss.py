@@ -13,7 +13,8 @@ from teachers import load_quietly
 from q4kd.harness.inputs_demo import GOLDEN_TEACHER
 from q4kd.harness.reference import reference_loss
 from q4kd.trainer.divergence import sum_rows
-from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
 from q4kd.trainer.loss_teacher_head import DenseHead
 
 
@@ -25,7 +26,7 @@ def run(a, config: KDLossConfig, num_targets: float | None = None, head=None):  
         a["labels"],
         teacher_hidden=a["teacher_hidden"],
         teacher_head=head or DenseHead(a["teacher_weight"]),
-        num_targets=num_targets or float((a["labels"] != IGNORE).sum()),
+        num_targets=num_targets or float((a["labels"] != IGNORE_INDEX).sum()),
         config=config,
     )
     terms.loss.backward()
@@ -49,9 +50,9 @@ def test_loss_and_gradients_are_the_dense_float64_ones(  # type: ignore[no-untyp
 ) -> None:
     a = arrays(seed)
     if unmasked == "some":
-        a["labels"][::4] = IGNORE
+        a["labels"][::4] = IGNORE_INDEX
     if unmasked == "one":
-        a["labels"][torch.arange(24) != seed % 24] = IGNORE
+        a["labels"][torch.arange(24) != seed % 24] = IGNORE_INDEX
     config = KDLossConfig(
         alpha=alpha,
         temperature=temperature,
@@ -78,7 +79,7 @@ def test_loss_and_gradients_are_the_dense_float64_ones(  # type: ignore[no-untyp
 def test_gradients_of_one_nearly_certain_token_keep_their_digits(mode, seed, name, beta) -> None:  # type: ignore[no-untyped-def]
     """Of q * (f - mean of f) next to nothing is left; a mean that was rounded, or of rounded products, was 1e-3 off."""
     a = arrays(seed)
-    a["labels"][torch.arange(24) != seed % 24] = IGNORE
+    a["labels"][torch.arange(24) != seed % 24] = IGNORE_INDEX
     config = KDLossConfig(alpha=0.0, temperature=0.5, divergence=name, beta=beta, mode=mode, vocab_tile=13)
     _, grad_hidden, grad_weight = run(a, config)
     exact, want_hidden, want_weight = exact_loss(a, config)
@@ -180,7 +181,7 @@ def test_a_batch_without_targets_adds_nothing() -> None:
     # One of several micro-batches may have none: the divisor is that of them all.
     for mode in MODES:
         a = arrays(8)
-        a["labels"][:] = IGNORE
+        a["labels"][:] = IGNORE_INDEX
         terms, grad_hidden, grad_weight = run(a, KDLossConfig(mode=mode), num_targets=5.0)
         assert float(terms.loss.detach()) == 0.0
         assert not grad_hidden.any()
@@ -204,7 +205,7 @@ def test_reference_gradient_is_the_numerical_derivative() -> None:
 
 def test_masked_positions_and_normalisation() -> None:
     a = arrays(1)
-    a["labels"][5:] = IGNORE
+    a["labels"][5:] = IGNORE_INDEX
     terms, grad_hidden, _ = run(a, KDLossConfig(alpha=0.5, chunk_tokens=2))
     assert torch.all(grad_hidden[5:] == 0)
     halves, _, _ = run(a, KDLossConfig(alpha=0.5, chunk_tokens=2), num_targets=10.0)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from q4kd.trainer import loss_terms
+from q4kd.trainer import loss_sums
 from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda.loss_kernels import LossKernels, loss_kernels, segments_of
-from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig, kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
 from q4kd.trainer.loss_teacher_head import DenseHead
 from q4kd.trainer.loss_topk import topk_kd_loss
 
@@ -90,7 +91,7 @@ def make(tokens: int, vocab: int, dtype: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 128), torch.randn(vocab, 128) * 0.2
     labels = torch.randint(0, vocab, (tokens,))
-    labels[::5] = IGNORE
+    labels[::5] = IGNORE_INDEX
     # A teacher near the student: its head is the student's, its hidden states are other.
     given = {
         "hidden": hidden,
@@ -109,7 +110,7 @@ def run(a: dict[str, Tensor], config: KDLossConfig):  # type: ignore[no-untyped-
         a["labels"],
         teacher_hidden=a["teacher_hidden"],
         teacher_head=DenseHead(a["teacher_weight"]),
-        num_targets=float((a["labels"] != IGNORE).sum()),
+        num_targets=float((a["labels"] != IGNORE_INDEX).sum()),
         config=config,
     )
     terms.loss.backward()
@@ -118,7 +119,7 @@ def run(a: dict[str, Tensor], config: KDLossConfig):  # type: ignore[no-untyped-
 
 def dense(a: dict[str, Tensor], config: KDLossConfig):  # type: ignore[no-untyped-def]
     """Float64 on the device, gradients by autograd."""
-    kept = a["labels"] != IGNORE
+    kept = a["labels"] != IGNORE_INDEX
     hidden, weight = a["hidden"].double().requires_grad_(), a["weight"].double().requires_grad_()
     s = hidden[kept] @ weight.T
     t = (a["teacher_hidden"][kept].double() @ a["teacher_weight"].double().T)[:, : len(weight)]
@@ -201,7 +202,7 @@ def test_low_takes_at_most_512_megabytes(divergence) -> None:  # type: ignore[no
     head = DenseHead((torch.randn(VOCAB + 128, 3584, device="cuda") * 0.02).to(BF16))
     source = torch.randn(tokens, 3584, device="cuda", dtype=BF16)
     labels = torch.randint(0, VOCAB, (tokens,), device="cuda")
-    labels[::50] = IGNORE
+    labels[::50] = IGNORE_INDEX
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -255,14 +256,14 @@ def test_products_add_to_float32_in_place_and_by_slabs(monkeypatch: pytest.Monke
     a, b = torch.randn(20_001, 256, device="cuda").to(BF16), torch.randn(256, 64, device="cuda").to(BF16)
     start = torch.randn(20_001, 64, device="cuda")
     want = start.double() + a.double() @ b.double()
-    print("in place:", loss_terms._adds_in_float32(start.device))
+    print("in place:", loss_sums._adds_in_float32(start.device))
     for by_slabs in (False, True):
         if by_slabs:
-            monkeypatch.setattr(loss_terms, "_adds_in_float32", lambda _device: False)
+            monkeypatch.setattr(loss_sums, "_adds_in_float32", lambda _device: False)
         out = start.clone()
-        loss_terms.add_product(out, a, b, beta=1, alpha=1)
+        loss_sums.add_product(out, a, b, beta=1, alpha=1)
         assert relative(out, want) < 1e-6
-        loss_terms.add_product(out.fill_(torch.nan), a, b, beta=0, alpha=1)
+        loss_sums.add_product(out.fill_(torch.nan), a, b, beta=0, alpha=1)
         assert relative(out, want - start.double()) < 1e-6
 
 

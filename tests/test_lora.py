@@ -11,8 +11,8 @@ import torch
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.kd_loss import KDLossConfig
 from q4kd.trainer.lora import add_adapters, effective_weight, merged_state, save_adapter
+from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.sharding import trained_tensors, whole_state
 from q4kd.trainer.student import DistillationModel, load_student
 

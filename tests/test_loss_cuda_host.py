@@ -5,11 +5,11 @@ import torch
 from host_kernels import host_launcher
 from loss_arrays import arrays, exact_loss, relative
 
-from q4kd.trainer import loss_terms
+from q4kd.trainer import loss_sums
 from q4kd.trainer.cuda import loss as cuda_loss
 from q4kd.trainer.cuda import loss_chunks, loss_tensors
 from q4kd.trainer.cuda.loss_kernels import LossKernels
-from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, MODES, KDLossConfig
+from q4kd.trainer.loss_config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
 from q4kd.trainer.loss_teacher_head import DenseHead
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -29,21 +29,20 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
     monkeypatch.setattr(loss_tensors, "multiply", lambda x, weight, out: out.copy_(x.float() @ weight.float().T))
-    monkeypatch.setattr(loss_terms, "multiply_wide", lambda a, b: a.float() @ b.float())
-    monkeypatch.setattr(loss_terms, "add_product", add)
+    monkeypatch.setattr(loss_sums, "multiply_wide", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(loss_sums, "add_product", add)
 
 
 def run(kernels: LossKernels, a, config: KDLossConfig, head=None, dtype=F32):  # type: ignore[no-untyped-def]
     hidden, weight = (a[name].clone().to(dtype).requires_grad_() for name in ("hidden", "weight"))
-    positions = (a["labels"] != IGNORE).nonzero().squeeze(1)
+    positions = loss_sums.target_positions(a["labels"])
 
-    def compute(sums: loss_terms.LossSums) -> None:
+    def compute(sums: loss_sums.LossSums) -> None:
         teacher = (None, None) if config.alpha == 1 else (a["teacher_hidden"], head or DenseHead(a["teacher_weight"]))
-        cuda_loss.run_on_cuda(
-            sums, hidden.detach(), weight.detach(), a["labels"], positions, *teacher, config, kernels=kernels
-        )
+        inputs = loss_sums.LossInputs(hidden.detach(), weight.detach(), a["labels"], positions, *teacher)
+        cuda_loss.run_on_cuda(sums, inputs, config, kernels=kernels)
 
-    terms = loss_terms.fused_loss(hidden, weight, float(len(positions)), config, compute, by_tiles=config.mode == "low")
+    terms = loss_sums.fused_loss(hidden, weight, float(len(positions)), config, compute, by_tiles=config.mode == "low")
     terms.loss.backward()
     return terms, hidden.grad, weight.grad
 
@@ -57,7 +56,7 @@ def run(kernels: LossKernels, a, config: KDLossConfig, head=None, dtype=F32):  #
 def test_float32_students(kernels, monkeypatch, divergence, mode, vocab, chunk, tile, alpha, temperature) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(loss_chunks, "SLICE", 3)
     a = arrays(1, tokens=9, vocab=vocab)
-    a["labels"][::4] = IGNORE
+    a["labels"][::4] = IGNORE_INDEX
     config = KDLossConfig(
         divergence=divergence, mode=mode, chunk_tokens=chunk, vocab_tile=tile, alpha=alpha, temperature=temperature
     )

@@ -6,7 +6,7 @@ import torch
 from host_kernels import host_launcher
 
 from q4kd.trainer.cuda.loss_kernels import LossKernels, knobs_of, segments_of, whole
-from q4kd.trainer.kd_loss import DIVERGENCES, KDLossConfig
+from q4kd.trainer.loss_config import DIVERGENCES, KDLossConfig
 
 BF16, F32 = torch.bfloat16, torch.float32
 

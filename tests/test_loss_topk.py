@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from q4kd.trainer.kd_loss import DIVERGENCES, IGNORE, KDLossConfig, kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import DIVERGENCES, IGNORE_INDEX, KDLossConfig
 from q4kd.trainer.loss_topk import topk_kd_loss
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 50
@@ -17,7 +18,7 @@ def make(seed: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Ten
     teacher = 2 * torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64)
     log_p, ids = torch.log_softmax(teacher, 1).topk(k, 1)
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    labels[::4] = IGNORE
+    labels[::4] = IGNORE_INDEX
     rest = torch.log_softmax(teacher, 1).scatter(1, ids, -torch.inf).logsumexp(1)
     return {
         "hidden": torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype),
@@ -40,7 +41,7 @@ def run(a: dict[str, Tensor], config: KDLossConfig, **changed: Any) -> tuple[Any
         topk_ids_MK=a["ids"],
         topk_log_probs_MK=a["log_p"],
         tail_log_prob_M=a["tail"],
-        num_targets=float((a["labels"] != IGNORE).sum()),
+        num_targets=float((a["labels"] != IGNORE_INDEX).sum()),
         config=config,
     )
     terms.loss.backward()
@@ -52,7 +53,7 @@ def run(a: dict[str, Tensor], config: KDLossConfig, **changed: Any) -> tuple[Any
 def dense(a: dict[str, Tensor], config: KDLossConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Float64, by autograd, over explicit event probabilities: no formula of the trainer's."""
     hidden, weight = a["hidden"].double().requires_grad_(), a["weight"].double().requires_grad_()
-    kept = a["labels"] != IGNORE
+    kept = a["labels"] != IGNORE_INDEX
     q_all = torch.softmax(hidden[kept] @ weight.T, 1)
     ids = a["ids"][kept].long()
     listed = torch.zeros_like(q_all).scatter(1, ids, 1.0)
@@ -106,7 +107,7 @@ def test_it_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(diverge
             a["labels"],
             teacher_hidden=a["teacher"].float(),
             teacher_head=lambda rows: rows @ eye,
-            num_targets=float((a["labels"] != IGNORE).sum()),
+            num_targets=float((a["labels"] != IGNORE_INDEX).sum()),
             config=config,
         ).kd
     )
@@ -155,7 +156,7 @@ def test_what_is_no_signal_is_refused() -> None:
     with pytest.raises(ValueError, match="sum of 1"):
         run(a, config, log_p=a["log_p"] * torch.nan)
     with pytest.raises(ValueError, match="no label is unmasked"):
-        run(a, config, labels=torch.full((TOKENS,), IGNORE))
+        run(a, config, labels=torch.full((TOKENS,), IGNORE_INDEX))
 
 
 def test_nothing_larger_than_a_chunk_of_logits_exists() -> None:

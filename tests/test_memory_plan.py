@@ -14,7 +14,7 @@ import torch
 from q4kd.harness.__main__ import main
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
-from q4kd.trainer.kd_loss import DIVERGENCES
+from q4kd.trainer.loss_config import DIVERGENCES
 from q4kd.trainer.memory_plan import MemoryPlan, format_plan
 from q4kd.trainer.run_plan import host_room, place_run_teacher, plan_run
 from q4kd.trainer.student_shape import shape_student

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from q4kd.trainer import token_set
 from q4kd.trainer.encoding import Encoded
-from q4kd.trainer.loss_terms import IGNORE
+from q4kd.trainer.loss_config import IGNORE_INDEX
 from q4kd.trainer.packing import Window, Windows, pack
 from q4kd.trainer.token_set import TokenSet, TokenWriter
 
@@ -33,13 +33,13 @@ def test_every_token_but_first_ones_is_a_label_once(lengths: list[int], seq_len:
     firsts = {int(part.ids[0]) for part in documents if len(part.ids)}
     joined = [int(token) for part in documents for token in part.ids]
     windows = all_windows(documents, seq_len, "documents")
-    labels = [int(label) for window in windows for label in window.labels if label != IGNORE]
+    labels = [int(label) for window in windows for label in window.labels if label != IGNORE_INDEX]
     used = joined[: len(windows) * seq_len + 1]
     assert labels == [token for token in used[1:] if token not in firsts]
     assert [int(token) for window in windows for token in window.ids] == used[:-1]
     assert len(joined) - len(used) < seq_len or not windows
     alone = [int(label) for window in all_windows(documents, seq_len, "none") for label in window.labels]
-    assert [label for label in alone if label != IGNORE] == [token for token in joined if token not in firsts]
+    assert [label for label in alone if label != IGNORE_INDEX] == [token for token in joined if token not in firsts]
     stream = [int(label) for window in all_windows(documents, seq_len, "stream") for label in window.labels]
     assert stream == used[1:]
 
@@ -53,7 +53,7 @@ def test_a_position_starts_where_its_document_does_and_predicts_it_alone(lengths
             assert (of[start : position + 1] == of[position]).all()
             assert start == 0 or of[start - 1] != of[position]
             label = window.labels[position]
-            assert label == IGNORE or label == window.ids[position] + 1
+            assert label == IGNORE_INDEX or label == window.ids[position] + 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,8 +72,8 @@ def test_padding_has_no_label_and_follows_every_token() -> None:
     assert first.ids.tolist() == [1000, 1001, 1002, 1003]
     assert first.labels.tolist() == [1001, 1002, 1003, 1004]
     assert last.ids[0] == 1004
-    assert last.labels.tolist() == [1005, IGNORE, IGNORE, IGNORE]
-    assert other.labels.tolist() == [2001, 2002, IGNORE, IGNORE]
+    assert last.labels.tolist() == [1005, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
+    assert other.labels.tolist() == [2001, 2002, IGNORE_INDEX, IGNORE_INDEX]
     assert not other.starts.any()
 
 
@@ -81,7 +81,7 @@ def test_what_is_not_learnt_has_no_label() -> None:
     prompt = Encoded(np.arange(5, dtype=np.int32), np.array([False, False, True, True, False]))
     text = Encoded(np.arange(10, 15, dtype=np.int32))
     windows = Windows(TokenSet.join([text, prompt]), 9, "documents")
-    assert windows[0].labels.tolist() == [11, 12, 13, 14, IGNORE, IGNORE, 2, 3, IGNORE]
+    assert windows[0].labels.tolist() == [11, 12, 13, 14, IGNORE_INDEX, IGNORE_INDEX, 2, 3, IGNORE_INDEX]
     assert windows.has_label()
     masked = Encoded(prompt.ids, np.zeros(5, bool))
     assert not Windows(TokenSet.join([masked]), 4, "documents").has_label()

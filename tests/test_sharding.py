@@ -18,7 +18,7 @@ from q4kd.trainer import sharding
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.guards import check_isolation
-from q4kd.trainer.kd_loss import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.student import DistillationModel, load_student
 
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

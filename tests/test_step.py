@@ -12,7 +12,7 @@ from q4kd.trainer.batch import Batch
 from q4kd.trainer.config import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.evaluate import evaluate
-from q4kd.trainer.kd_loss import IGNORE
+from q4kd.trainer.loss_config import IGNORE_INDEX
 from q4kd.trainer.run import prepare_student
 from q4kd.trainer.sharding import make_accelerator
 from q4kd.trainer.step import learning_rate, train_step
@@ -34,7 +34,7 @@ def teacher() -> Teacher:
 def masked_batch() -> Batch:
     windows = torch.from_numpy(np.random.default_rng(1).integers(0, 2048, (4, 17)))
     kept = torch.arange(16) < torch.tensor([16, 9, 3, 1]).unsqueeze(1)
-    return Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE))
+    return Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE_INDEX))
 
 
 def losses(teacher: Teacher | None, **values: object) -> list[float]:
@@ -100,12 +100,12 @@ def test_evaluation_counts_labels_alone_and_leaves_the_mode(teacher: Teacher) ->
     with torch.no_grad():
         log_q = torch.log_softmax(student(batch.ids_BT).logits.double(), -1).flatten(0, 1)
         log_p = torch.log_softmax(teacher.logits(batch.ids_BT).double(), -1).flatten(0, 1)[:, : log_q.shape[1]]
-    kept = batch.labels_BT.flatten() != IGNORE
+    kept = batch.labels_BT.flatten() != IGNORE_INDEX
     loss = -log_q[kept].gather(1, batch.labels_BT.flatten()[kept].unsqueeze(1)).mean()
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[kept].mean()
     assert together.loss == pytest.approx(float(loss), rel=1e-5)
     assert together.kl == pytest.approx(float(kl), rel=1e-5)
     assert together.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
     assert together.agreement == float((log_p.argmax(-1) == log_q.argmax(-1))[kept].double().mean())
-    none = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
+    none = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
     assert evaluate(accelerator, model, teacher, [none]) is None

@@ -196,7 +196,7 @@ def test_a_student_that_says_what_the_cache_does_is_refused(
     from q4kd.trainer.cached_teacher import CachedTeacher
     from q4kd.trainer.errors import DegenerateDistillationError
     from q4kd.trainer.guards import check_cached_not_degenerate
-    from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.student import DistillationModel, load_student
 
     model = DistillationModel(load_student(student_path(), 1), KDLossConfig()).eval()

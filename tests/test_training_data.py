@@ -13,7 +13,7 @@ from q4kd.trainer.config import make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.guards import check_isolation, check_labels
-from q4kd.trainer.kd_loss import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.student import DistillationModel, encoder, load_student, load_tokenizer
 from q4kd.trainer.training_data import TrainingData, make_encoder, open_data
 
@@ -98,9 +98,9 @@ def test_prompts_that_fill_windows_are_counted_and_do_not_stop_a_stream(tokenize
     found = opened(tokenizer, path, 1, **changes)
     assert "7 of 8 windows without a label (prompts fill them)" in found.describe(config)
     stream = opened(tokenizer, path, 1, streaming=True, **changes).order
-    assert not stream.batch(0).count_targets()
+    assert stream.batch(0).num_targets == 0
     check_labels(stream, path)
-    assert not stream.batch(0).count_targets()
+    assert stream.batch(0).num_targets == 0
 
 
 def test_data_without_a_label_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from q4kd.trainer.batch import Batch
 from q4kd.trainer.cache_signal import as_stored, take_top
 from q4kd.trainer.cache_store import bytes_per_token
 from q4kd.trainer.cached_teacher import CachedSignal
-from q4kd.trainer.kd_loss import IGNORE, KDLossConfig
+from q4kd.trainer.loss_config import IGNORE_INDEX, KDLossConfig
 from q4kd.trainer.memory_report import sized
 from q4kd.trainer.packing import Windows
 from q4kd.trainer.student import DistillationModel
@@ -64,10 +64,9 @@ def measure_error(
     labelled = 0
     for number in np.linspace(0, len(windows) - 1, count).astype(np.int64):
         batch = Batch.stack([windows[int(number)]]).to(device)
-        kept = int(batch.count_targets())
-        if kept == 0:
+        if batch.num_targets == 0:
             continue
-        labelled += kept
+        labelled += batch.num_targets
         signal = teacher.signal(batch)
         hidden_TH, labels_T = model.hidden(batch.ids_BT, batch.starts_BT)[0], batch.labels_BT[0]
         head_VH = model.head_weight
@@ -79,7 +78,7 @@ def measure_error(
         logits_TV = teacher.head_logits(signal.hidden_BTH[0])[:, : len(head_VH)]
         for k in ks:
             top = as_stored(take_top(logits_TV, k))
-            sums[k] += online, divergence(CachedSignal(top)), float(top.tail_M.exp()[labels_T != IGNORE].sum())
+            sums[k] += online, divergence(CachedSignal(top)), float(top.tail_M.exp()[labels_T != IGNORE_INDEX].sum())
     means = {k: [float(value) for value in sums[k] / max(1, labelled)] for k in ks}
     return [CacheError(k, online, cached, tail, labelled) for k, (online, cached, tail) in means.items()]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from q4kd.trainer.host_copy import copy_from_host
+
 # This is far above 2^-8, which rounding a log-probability of -16 to float16 takes from a sum of one.
 _SUM_TOLERANCE = 1e-2
 
@@ -28,7 +30,7 @@ class Signal:
 
     def to(self, device: torch.device) -> "Signal":
         """Return the signal on a device."""
-        return Signal(self.ids_MK.to(device), self.log_probs_MK.to(device), self.tail_M.to(device))
+        return Signal(*(copy_from_host(part, device) for part in (self.ids_MK, self.log_probs_MK, self.tail_M)))
 
 
 def take_top(logits_MV: Tensor, k: int) -> Signal:

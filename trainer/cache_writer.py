@@ -110,7 +110,7 @@ def _signals(
     for start in range(chosen.start, chosen.stop, how.batch_size):
         numbers = np.arange(start, min(start + how.batch_size, chosen.stop))
         batch = Batch.stack([windows[int(number)] for number in numbers]).to(how.device)
-        hidden_MH = teacher.hidden(batch.ids_BT, batch.starts_BT).flatten(0, 1)
+        hidden_MH = teacher.hidden_of(batch).flatten(0, 1)
         for hidden_CH in torch.split(hidden_MH, how.chunk):
             logits_CV = teacher.head_logits(hidden_CH)[:, : index.key.rows]
             yield take_top(logits_CV, index.k).to(torch.device("cpu"))

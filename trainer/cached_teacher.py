@@ -1,11 +1,14 @@
 """A teacher that is not loaded: what it said of every window is read from a cache that must belong to the run."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from q4kd.trainer.batch import Batch
@@ -16,9 +19,10 @@ from q4kd.trainer.config import DistillConfig, no_stream
 from q4kd.trainer.data import BatchOrder
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
-from q4kd.trainer.loss_topk import topk_kd_loss
+from q4kd.trainer.loss_sums import LossTerms
+from q4kd.trainer.loss_topk import check_distributions, topk_kd_loss
 from q4kd.trainer.packing import Windows
+from q4kd.trainer.teacher_signal import LossOptions
 from q4kd.trainer.training_data import TrainingData
 
 
@@ -27,20 +31,20 @@ class CachedSignal:
     """A distribution over k tokens and the tail, read from a cache.
 
     Attributes:
-        top: of M positions.
+        top: signal of M positions.
+        is_checked: whether ``check_signal`` has seen it.
     """
 
     top: Signal
+    is_checked: bool = False
 
-    def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
-    ) -> LossTerms:
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over k + 1 events; see ``topk_kd_loss``.
 
         Raises:
             InputError: when what was read is not a distribution over different tokens.
         """
-        try:
+        with _explaining_signals():
             return topk_kd_loss(
                 hidden_MH,
                 weight_VH,
@@ -48,16 +52,32 @@ class CachedSignal:
                 topk_ids_MK=self.top.ids_MK,
                 topk_log_probs_MK=self.top.log_probs_MK,
                 tail_log_prob_M=self.top.tail_M,
-                num_targets=num_targets,
-                config=config,
+                is_checked=self.is_checked,
+                **options,
             )
-        except ValueError as error:
-            raise InputError(
-                "teacher_cache",
-                expected="signals that q4kd cache wrote",
-                got=str(error)[:160],
-                remedy="delete the cache's folder and make it anew",
-            ) from error
+
+
+def check_signal(top: Signal, vocab: int) -> None:
+    """Check a signal on the host, so that no step reads it back from a device.
+
+    Raises:
+        InputError: as ``CachedSignal.loss``, for any of its positions.
+    """
+    with _explaining_signals():
+        check_distributions(top.ids_MK, torch.cat([top.log_probs_MK, top.tail_M.unsqueeze(1)], 1), vocab)
+
+
+@contextlib.contextmanager
+def _explaining_signals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            "teacher_cache",
+            expected="signals that q4kd cache wrote",
+            got=str(error)[:160],
+            remedy="delete the cache's folder and make it anew",
+        ) from error
 
 
 class CachedTeacher:
@@ -81,7 +101,9 @@ class CachedTeacher:
             InputError: when a shard is missing, changed or not what its name says.
         """
         assert batch.windows_B is not None
-        return CachedSignal(self._reader.read(batch.windows_B).to(batch.ids_BT.device))
+        top = self._reader.read(batch.windows_B)
+        check_signal(top, self.index.key.rows)
+        return CachedSignal(top.to(batch.ids_BT.device), is_checked=True)
 
     def describe(self) -> dict[str, str | int]:
         """Return what run.json says of the teacher."""

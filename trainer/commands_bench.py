@@ -79,7 +79,7 @@ def _loss(args: argparse.Namespace) -> int:
         cuda_facts()
     from q4kd.trainer.bench.loss import compare_loss, table
     from q4kd.trainer.bench.loss_inputs import CPU_SHAPE, CUDA_SHAPE
-    from q4kd.trainer.kd_loss import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
 
     default = CUDA_SHAPE if args.device == "cuda" else CPU_SHAPE
     sizes = {

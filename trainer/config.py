@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from q4kd.trainer.errors import InputError, unknown_name
+from q4kd.trainer.loss_config import Divergence, KDLossConfig, LogitsType, Mode
 from q4kd.trainer.setting_value import Setting, read_number
 
-if typing.TYPE_CHECKING:
-    from q4kd.trainer.kd_loss import KDLossConfig
-
 LARGE = 1 << 40
-# These repeat those of kd_loss, which imports torch; the command line lists its options without torch.
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
 Packing = Literal["documents", "stream", "none"]
 StudentDtype = Literal["auto", "float32", "bfloat16"]
 StudentKernels = Literal["torch", "liger"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Schedule = Literal["cosine", "linear", "constant"]
-LossMode = Literal["fast", "low"]
-LossLogits = Literal["float32", "bfloat16"]
 BestMetric = Literal["kl", "loss", "agreement"]
 Backend = Literal["auto", "q4k", "dense"]
 Device = Literal["cpu", "cuda"]
@@ -88,10 +82,8 @@ class DistillConfig:
     temperature: float = _setting(1.0, "loss", "divides both logits", 1e-3, 1e3)
     divergence: Divergence = _setting("forward_kl", "loss", "distance from the teacher")
     beta: float = _setting(0.5, "loss", "mixture weight of jsd", 1e-3, 1 - 1e-3)
-    loss_mode: LossMode = _setting(
-        "fast", "loss", "fast holds the teacher's head decoded; low tiles the vocabulary too"
-    )
-    loss_logits: LossLogits = _setting(
+    loss_mode: Mode = _setting("fast", "loss", "fast holds the teacher's head decoded; low tiles the vocabulary too")
+    loss_logits: LogitsType = _setting(
         "float32",
         "loss",
         "in what CUDA holds the logits of bfloat16 products; bfloat16 is faster and rounds each logit to 8 bits",
@@ -173,10 +165,8 @@ class DistillConfig:
     )
 
     @property
-    def loss(self) -> "KDLossConfig":
+    def loss(self) -> KDLossConfig:
         """The loss's part of the settings."""
-        from q4kd.trainer.kd_loss import KDLossConfig
-
         return KDLossConfig(
             alpha=self.alpha,
             temperature=self.temperature,

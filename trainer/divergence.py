@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 
 # Elements that are copied to float64 at one time.
 _COPIED = 1 << 19
@@ -33,6 +33,22 @@ def distributions(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> Distrib
     if config.divergence == "jsd":
         log_m = torch.logaddexp(log_p + math.log(config.beta), log_q + math.log1p(-config.beta))
     return Distributions(log_p.exp(), log_p, log_q.exp(), log_q, log_m)
+
+
+def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple[Tensor, Tensor]:
+    """Return D per row and its gradient with respect to the student's scaled logits s / T.
+
+    Args:
+        log_p: teacher log-probabilities ``[C, V]``.
+        log_q: student log-probabilities ``[C, V]``.
+        config: selects D and beta.
+
+    Returns:
+        ``(D float64 [C], dD/d(s/T) [C, V])``.
+    """
+    both = distributions(log_p, log_q, config)
+    rows_C, student_2C = values(both, config)
+    return rows_C, slope(both, student_2C, config)
 
 
 def values(of: Distributions, config: KDLossConfig) -> tuple[Tensor, Tensor]:

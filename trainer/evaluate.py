@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.kd_loss import IGNORE, KDLossConfig, divergence_rows
+from q4kd.trainer.divergence import divergence_rows
+from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.sharding import reshard
 from q4kd.trainer.teacher import Teacher
 
@@ -67,8 +68,8 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
-        teacher_MH = teacher.hidden(batch.ids_BT, batch.starts_BT).flatten(0, 1) if teacher is not None else None
-        measure = functools.partial(_sums, labels_M=batch.labels_BT.flatten(), teacher=teacher, teacher_MH=teacher_MH)
+        teacher_MH = teacher.hidden_of(batch).flatten(0, 1) if teacher is not None else None
+        measure = functools.partial(_sums, batch=batch, teacher=teacher, teacher_MH=teacher_MH)
         sums += model(batch.ids_BT, batch.labels_BT, None, 1, batch.starts_BT, use=measure)
     reshard(model)
     model.train(was_training)
@@ -85,12 +86,12 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
 
 
 def _sums(
-    hidden_MH: Tensor, head_VH: Tensor, labels_M: Tensor, teacher: Teacher | None, teacher_MH: Tensor | None
+    hidden_MH: Tensor, head_VH: Tensor, batch: Batch, teacher: Teacher | None, teacher_MH: Tensor | None
 ) -> Tensor:
     """Return summed cross-entropy, KL, agreement and count over labelled positions, float64 ``[4]``."""
     sums = torch.zeros(4, dtype=torch.float64, device=hidden_MH.device)
-    positions = (labels_M != IGNORE).nonzero().squeeze(1)
-    for rows in torch.split(positions, CHUNK_TOKENS):
+    labels_M = batch.labels_BT.flatten()
+    for rows in torch.split(batch.facts.positions_P, CHUNK_TOKENS):
         log_q = torch.log_softmax((hidden_MH[rows] @ head_VH.T).float(), -1)
         sums[0] -= log_q.gather(1, labels_M[rows].unsqueeze(1)).sum(dtype=torch.float64)
         sums[3] += len(rows)

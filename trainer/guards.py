@@ -10,11 +10,11 @@ from torch import Tensor
 from q4kd.trainer.batch import Batch
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.sharding import reshard, whole
+from q4kd.trainer.step import SignalSource
 from q4kd.trainer.student import DistillationModel, has_weights
 from q4kd.trainer.teacher import Teacher
-from q4kd.trainer.teacher_signal import SignalSource
 from q4kd.trainer.training_data import Order
 
 # The demo teacher sits 2.7e-3 nats from its own float32 original (so weights are compared too), and 3.7 to 4.0 nats

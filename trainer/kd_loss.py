@@ -9,7 +9,7 @@ One equation, with logits s (student) and t (teacher), labels y and temperature 
     jsd          D = beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
 
 (Hinton et al., https://arxiv.org/abs/1503.02531; generalised JSD as in https://arxiv.org/abs/2306.13649.) Every
-divergence is zero at equality. Sums run over the positions whose label is not ``IGNORE`` and are divided by
+divergence is zero at equality. Sums run over the positions whose label is not ``IGNORE_INDEX`` and are divided by
 ``num_targets``, the count of such positions in the whole accumulated batch.
 
 Mode ``fast``: nothing larger than ``[chunk, V]`` exists, each chunk's logits, loss and gradients are made and dropped
@@ -27,40 +27,101 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from q4kd.trainer.divergence import distributions, slope, values
+from q4kd.trainer.divergence import divergence_rows
 from q4kd.trainer.gemm import multiply
-from q4kd.trainer.loss_low import LowTensors, run_low
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_low import run_low
+from q4kd.trainer.loss_sums import LossInputs, LossSums, LossTerms, fused_loss, target_positions, wide
 from q4kd.trainer.loss_teacher_head import TeacherHead
-from q4kd.trainer.loss_terms import (
-    DIVERGENCES,
-    IGNORE,
-    MODES,
-    Divergence,
-    KDLossConfig,
-    LossSums,
-    LossTerms,
-    Mode,
-    fused_loss,
-    wide,
-)
-
-__all__ = ["DIVERGENCES", "IGNORE", "MODES", "Divergence", "KDLossConfig", "LossTerms", "Mode", "kd_loss"]
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple[Tensor, Tensor]:
-    """Return D per row and its gradient with respect to the student's scaled logits s / T.
+def kd_loss(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    labels_M: Tensor,
+    *,
+    teacher_hidden: Tensor | None,
+    teacher_head: Callable[[Tensor], Tensor] | None,
+    num_targets: float,
+    config: KDLossConfig,
+    positions_P: Tensor | None = None,
+) -> LossTerms:
+    """Compute the loss of the module's equation.
 
     Args:
-        log_p: teacher log-probabilities ``[C, V]``.
-        log_q: student log-probabilities ``[C, V]``.
-        config: selects D and beta.
+        hidden_MH: student hidden states before its head, ``[M, H]``.
+        weight_VH: student head ``[V, H]``.
+        labels_M: int64 next-token ids ``[M]``; ``IGNORE_INDEX`` masks a position in both terms.
+        teacher_hidden: the teacher's hidden states ``[M, H']``; None only with ``alpha`` = 1.
+        teacher_head: maps ``[C, H']`` to logits ``[C, V']``, V' >= V; the columns past V are dropped. A
+            ``TeacherHead`` is decoded once in ``fast``, and is required by ``low``, which decodes it in tiles.
+        num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
+        config: the equation's knobs.
+        positions_P: int64 ``[P]``, the positions that are not masked, rising. Without it they are looked for in
+            ``labels_M``, for which the host waits where these are on a device.
 
     Returns:
-        ``(D float64 [C], dD/d(s/T) [C, V])``.
+        Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``, once.
+
+    Raises:
+        ValueError: when the teacher is missing although ``alpha`` < 1, when ``low`` gets a head that cannot be decoded
+            in tiles, or when ``num_targets`` is not positive.
+        InputError: on CUDA, when the kernels cannot be compiled or loaded.
     """
-    both = distributions(log_p, log_q, config)
-    rows_C, student_2C = values(both, config)
-    return rows_C, slope(both, student_2C, config)
+    if config.alpha < 1 and (teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"alpha = {config.alpha} needs a teacher")
+    if config.alpha == 1:
+        teacher_hidden = teacher_head = None
+    is_low = config.mode == "low"
+    if is_low and not isinstance(teacher_head, TeacherHead | None):
+        raise ValueError("mode low decodes the teacher's head in tiles: pass Teacher.head, not a function")
+    if positions_P is None:
+        positions_P = target_positions(labels_M)
+    inputs = LossInputs(hidden_MH.detach(), weight_VH.detach(), labels_M, positions_P, teacher_hidden, teacher_head)
+
+    def compute(sums: LossSums) -> None:
+        if hidden_MH.is_cuda:
+            from q4kd.trainer.cuda.loss import run_on_cuda
+
+            run_on_cuda(sums, inputs, config)
+        elif is_low:
+            run_low(sums, inputs, config)
+        else:
+            run_fast(sums, inputs, config)
+
+    return fused_loss(hidden_MH, weight_VH, num_targets, config, compute, by_tiles=is_low)
+
+
+def run_fast(sums: LossSums, inputs: LossInputs, config: KDLossConfig) -> None:
+    """Fill ``sums`` in mode ``fast``, a chunk of tokens at a time."""
+    weight = wide(inputs.weight)
+    logits_of = None if inputs.teacher_head is None else _teacher_logits(inputs.teacher_head, len(weight))
+
+    def teach(rows: Tensor) -> Tensor | None:
+        if logits_of is None or inputs.teacher_hidden is None:
+            return None
+        return logits_of(inputs.teacher_hidden[rows]).to(weight.dtype)
+
+    for rows in torch.split(inputs.positions, config.chunk_for(len(weight))):
+        hidden_CH = wide(inputs.hidden[rows])
+        # The logits have no name here, so that they are gone when they have been read.
+        ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teach(rows), inputs.labels[rows], config)
+        sums.add_terms(ce, kd)
+        if sums.wanted:
+            sums.add_gradient(rows, grad_CV, hidden_CH, weight)
+        del grad_CV
+
+
+def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[Tensor], Tensor]:
+    """Return what gives the first ``vocab`` logits of hidden states; a head that may be held is decoded now.
+
+    Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
+    """
+    decoded = head.decoded() if isinstance(head, TeacherHead) else None
+    if decoded is None:
+        return lambda hidden_CH: head(hidden_CH)[:, :vocab]
+    weight_VH = decoded[:vocab]
+    return lambda hidden_CH: multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH)
 
 
 def _chunk_terms(
@@ -77,97 +138,13 @@ def _chunk_terms(
     grad_CV *= config.alpha
     if teacher_CV is None:
         return ce, torch.zeros((), dtype=torch.float64, device=ce.device), grad_CV
-    heat = config.temperature
-    if heat != 1.0:
-        log_q = torch.log_softmax(student_CV / heat, -1)
+    temperature = config.temperature
+    if temperature != 1.0:
+        log_q = torch.log_softmax(student_CV / temperature, -1)
     del student_CV
-    log_p = torch.log_softmax(teacher_CV if heat == 1.0 else teacher_CV / heat, -1)
+    log_p = torch.log_softmax(teacher_CV if temperature == 1.0 else teacher_CV / temperature, -1)
     del teacher_CV
     rows, gradient = divergence_rows(log_p, log_q, config)
     # d(T^2 D)/ds = T^2 * dD/d(s/T) / T
-    grad_CV.add_(gradient, alpha=(1 - config.alpha) * heat)
-    return ce, heat**2 * rows.sum(), grad_CV
-
-
-def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[Tensor], Tensor]:
-    """Return what gives the first ``vocab`` logits of hidden states; a head that may be held is decoded now.
-
-    Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
-    """
-    decoded = head.decoded() if isinstance(head, TeacherHead) else None
-    if decoded is None:
-        return lambda hidden_CH: head(hidden_CH)[:, :vocab]
-    weight_VH = decoded[:vocab]
-    return lambda hidden_CH: multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH)
-
-
-def kd_loss(
-    hidden_MH: Tensor,
-    weight_VH: Tensor,
-    labels_M: Tensor,
-    *,
-    teacher_hidden: Tensor | None,
-    teacher_head: Callable[[Tensor], Tensor] | None,
-    num_targets: float,
-    config: KDLossConfig,
-) -> LossTerms:
-    """Compute the loss of the module's equation.
-
-    Args:
-        hidden_MH: student hidden states before its head, ``[M, H]``.
-        weight_VH: student head ``[V, H]``.
-        labels_M: int64 next-token ids ``[M]``; ``IGNORE`` masks a position in both terms.
-        teacher_hidden: the teacher's hidden states ``[M, H']``; None only with ``alpha`` = 1.
-        teacher_head: maps ``[C, H']`` to logits ``[C, V']``, V' >= V; the columns past V are dropped. A
-            ``TeacherHead`` is decoded once in ``fast``, and is required by ``low``, which decodes it in tiles.
-        num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
-        config: the equation's knobs.
-
-    Returns:
-        Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``, once.
-
-    Raises:
-        ValueError: when the teacher is missing although ``alpha`` < 1, when ``low`` gets a head that cannot be decoded
-            in tiles, or when ``num_targets`` is not positive.
-        InputError: on CUDA, when the kernels cannot be compiled or loaded.
-    """
-    if config.alpha < 1 and (teacher_hidden is None or teacher_head is None):
-        raise ValueError(f"alpha = {config.alpha} needs a teacher")
-    if config.alpha == 1:
-        teacher_hidden = teacher_head = None
-    positions = (labels_M != IGNORE).nonzero().squeeze(1)
-    is_low = config.mode == "low"
-    if is_low and not isinstance(teacher_head, TeacherHead | None):
-        raise ValueError("mode low decodes the teacher's head in tiles: pass Teacher.head, not a function")
-
-    def run_torch(sums: LossSums) -> None:
-        weight = wide(weight_VH.detach())
-        logits_of = None if teacher_head is None else _teacher_logits(teacher_head, len(weight))
-
-        def teach(rows: Tensor) -> Tensor | None:
-            if logits_of is None or teacher_hidden is None:
-                return None
-            return logits_of(teacher_hidden[rows]).to(weight.dtype)
-
-        for rows in torch.split(positions, config.chunk_for(len(weight))):
-            hidden_CH = wide(hidden_MH.detach()[rows])
-            # The logits have no name here, so that they are gone when they have been read.
-            ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teach(rows), labels_M[rows], config)
-            sums.add_terms(ce, kd)
-            if sums.wanted:
-                sums.add_gradient(rows, grad_CV, hidden_CH, weight)
-            del grad_CV
-
-    def compute(sums: LossSums) -> None:
-        tensors = hidden_MH.detach(), weight_VH.detach(), labels_M, positions, teacher_hidden
-        if hidden_MH.is_cuda:
-            from q4kd.trainer.cuda.loss import run_on_cuda
-
-            run_on_cuda(sums, *tensors, teacher_head, config)
-        elif is_low:
-            assert isinstance(teacher_head, TeacherHead | None)
-            run_low(sums, LowTensors(*tensors, teacher_head), config)
-        else:
-            run_torch(sums)
-
-    return fused_loss(hidden_MH, weight_VH, num_targets, config, compute, by_tiles=is_low)
+    grad_CV.add_(gradient, alpha=(1 - config.alpha) * temperature)
+    return ce, temperature**2 * rows.sum(), grad_CV

@@ -22,23 +22,12 @@ from torch import Tensor
 
 from q4kd.trainer.divergence import Distributions, distributions, slope, subtract_rows, values
 from q4kd.trainer.gemm import multiply
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossInputs, LossSums, wide
 from q4kd.trainer.loss_teacher_head import TeacherHead
-from q4kd.trainer.loss_terms import KDLossConfig, LossSums, wide
 
 DEFAULT_TILE = 8192
 _DEFAULT_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class LowTensors:
-    """What the loss is of; ``positions`` are the unmasked ones. See ``kd_loss``."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    positions: Tensor
-    teacher_hidden: Tensor | None
-    teacher_head: TeacherHead | None
 
 
 class _Rows:
@@ -72,20 +61,21 @@ class _Tile:
 class _Walks:
     """The walks over one call's tensors, in the float type sums are taken in."""
 
-    def __init__(self, tensors: LowTensors, config: KDLossConfig) -> None:
-        self.tensors, self.config = tensors, config
+    def __init__(self, tensors: LossInputs, config: KDLossConfig) -> None:
+        assert isinstance(tensors.teacher_head, TeacherHead | None)
+        self.tensors, self.config, self.teacher_head = tensors, config, tensors.teacher_head
         self.hidden_PH = wide(tensors.hidden[tensors.positions])
         self.labels_P = tensors.labels[tensors.positions]
         self.teacher_PH: Tensor | None = None
-        if tensors.teacher_head is not None and tensors.teacher_hidden is not None:
-            self.teacher_PH = tensors.teacher_hidden[tensors.positions].to(tensors.teacher_head.dtype)
+        if self.teacher_head is not None and tensors.teacher_hidden is not None:
+            self.teacher_PH = tensors.teacher_hidden[tensors.positions].to(self.teacher_head.dtype)
         self.rows = _Rows(len(self.labels_P))
         chunk = config.chunk_tokens or _DEFAULT_CHUNK
         self.chunks = [slice(start, start + chunk) for start in range(0, len(self.labels_P), chunk)]
 
     def tiles(self) -> Iterator[_Tile]:
         """Yield the tiles in order; the teacher's weights of one are overwritten by the next."""
-        head, weight_VH = self.tensors.teacher_head, self.tensors.weight
+        head, weight_VH = self.teacher_head, self.tensors.weight
         vocab, step = len(weight_VH), self.config.vocab_tile or DEFAULT_TILE
         buffer = None
         if head is not None and self.teacher_PH is not None:
@@ -114,7 +104,7 @@ class _Walks:
 
     def sum_up(self) -> None:
         """Walk once for the rows' sums and the labels' logits."""
-        rows, heat = self.rows, self.config.temperature
+        rows, temperature = self.rows, self.config.temperature
         for tile in self.tiles():
             for chunk in self.chunks:
                 student_CR, teacher_CR = self.logits(tile, chunk)
@@ -123,7 +113,7 @@ class _Walks:
                 _merge(rows.log_z_1[chunk], student_CR)
                 if teacher_CR is not None:
                     _merge(rows.log_w[chunk], teacher_CR)
-                    _merge(rows.log_z[chunk], student_CR.div_(heat))
+                    _merge(rows.log_z[chunk], student_CR.div_(temperature))
 
     def add_values(self) -> None:
         """Walk once for the divergence of every row and the student's part of it."""
@@ -178,12 +168,12 @@ class _Walks:
         return grad_CR.add_(tilt_CR, alpha=(1 - config.alpha) * config.temperature)
 
 
-def run_low(sums: LossSums, tensors: LowTensors, config: KDLossConfig) -> None:
+def run_low(sums: LossSums, tensors: LossInputs, config: KDLossConfig) -> None:
     """Fill ``sums``; see the module's text.
 
     Args:
         sums: made for tiles.
-        tensors: detached.
+        tensors: with a ``TeacherHead``, or no teacher.
         config: the equation's knobs; ``chunk_tokens`` 0 means 256.
     """
     walks = _Walks(tensors, config)

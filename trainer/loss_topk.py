@@ -19,8 +19,9 @@ Letters in shapes: M tokens, C tokens of a chunk, K listed tokens, H hidden size
 import torch
 from torch import Tensor
 
-from q4kd.trainer.kd_loss import divergence_rows
-from q4kd.trainer.loss_terms import IGNORE, KDLossConfig, LossSums, LossTerms, fused_loss, multiply_wide, wide_type
+from q4kd.trainer.divergence import divergence_rows
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossSums, LossTerms, fused_loss, multiply_wide, target_positions, wide_type
 
 # log of the smallest normal float32: a probability that was rounded to zero is taken to be this, not nothing.
 _LEAST_LOG_PROB = -87.33
@@ -40,18 +41,22 @@ def topk_kd_loss(
     tail_log_prob_M: Tensor,
     num_targets: float,
     config: KDLossConfig,
+    positions_P: Tensor | None = None,
+    is_checked: bool = False,
 ) -> LossTerms:
     """Compute the loss against cached log-probabilities; see the module's text.
 
     Args:
         hidden_MH: student hidden states before its head, ``[M, H]``.
         weight_VH: student head ``[V, H]``.
-        labels_M: int64 next-token ids ``[M]``; ``IGNORE`` masks a position in both terms.
+        labels_M: int64 next-token ids ``[M]``; ``IGNORE_INDEX`` masks a position in both terms.
         topk_ids_MK: int32 or int64 ``[M, K]``, different from each other within a row, below V.
         topk_log_probs_MK: the teacher's log-probabilities of these tokens at temperature 1, float ``[M, K]``.
         tail_log_prob_M: log of the teacher's probability of all other tokens, ``[M]``; may be minus infinity.
         num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
         config: the equation's knobs; ``mode`` is not used, nothing larger than ``[C, V]`` exists.
+        positions_P: int64 ``[P]``, the positions that are not masked, rising; as in ``kd_loss``.
+        is_checked: whether ``check_distributions`` has seen the signal: on a device the host would wait for it here.
 
     Returns:
         Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``.
@@ -62,11 +67,12 @@ def topk_kd_loss(
     """
     if config.temperature != 1:
         raise ValueError(f"cached log-probabilities are those of temperature 1, got temperature {config.temperature}")
-    positions = (labels_M != IGNORE).nonzero().squeeze(1)
+    if positions_P is None:
+        positions_P = target_positions(labels_M)
     ids_MK, tail_M1 = topk_ids_MK.long(), tail_log_prob_M.unsqueeze(1)
     log_p_ME = torch.cat([topk_log_probs_MK.float(), tail_M1.float()], 1)
-    if config.alpha < 1:
-        _check_signal(ids_MK[positions], log_p_ME[positions], weight_VH.shape[0])
+    if config.alpha < 1 and not is_checked:
+        check_distributions(ids_MK[positions_P], log_p_ME[positions_P], weight_VH.shape[0])
 
     # Tensor cores on CUDA: bfloat16 operands, float32 logits and sums. Elsewhere all of it is wide.
     on_tensor_cores = hidden_MH.is_cuda and hidden_MH.dtype == torch.bfloat16
@@ -75,7 +81,7 @@ def topk_kd_loss(
 
     def compute(sums: LossSums) -> None:
         weight = weight_VH.detach().to(dtype)
-        for rows in torch.split(positions, chunk):
+        for rows in torch.split(positions_P, chunk):
             hidden_CH = hidden_MH.detach()[rows].to(dtype)
             logits_CV = multiply_wide(hidden_CH, weight.T)
             ce, kd, grad_CV = _chunk_terms(
@@ -89,8 +95,17 @@ def topk_kd_loss(
     return fused_loss(hidden_MH, weight_VH, num_targets, config, compute)
 
 
-def _check_signal(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:
-    """Refuse what is not a distribution over different tokens below ``vocab``, before anything is indexed with it."""
+def check_distributions(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:
+    """Refuse what is not a distribution over different tokens below ``vocab``, before anything is indexed with it.
+
+    Args:
+        ids_MK: int64 token ids ``[M, K]``.
+        log_p_ME: float log-probabilities of these and of the tail, ``[M, K + 1]``.
+        vocab: V.
+
+    Raises:
+        ValueError: saying what was found.
+    """
     if ids_MK.numel() == 0:
         return
     low, high = int(ids_MK.min()), int(ids_MK.max())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.encoding import Encoded
-from q4kd.trainer.loss_terms import IGNORE
+from q4kd.trainer.loss_config import IGNORE_INDEX
 from q4kd.trainer.token_set import TokenSet
 
 
@@ -81,18 +81,18 @@ class Windows:
         ids = tokens.ids[start:stop].astype(np.int64)
         labels = make_labels(ids)
         if tokens.learnt is not None:
-            labels[~tokens.learnt[start + 1 : stop]] = IGNORE
+            labels[~tokens.learnt[start + 1 : stop]] = IGNORE_INDEX
         starts = np.zeros(self.seq_len, np.int64)
         if self.packing == "documents":
             inside = tokens.offsets[np.searchsorted(tokens.offsets, start, side="right") :]
             inside = inside[: np.searchsorted(inside, stop)] - start
-            labels[inside - 1] = IGNORE
+            labels[inside - 1] = IGNORE_INDEX
             for first in inside[inside < self.seq_len]:
                 starts[first:] = first
         missing = self.seq_len - len(labels)
         if missing:
             inputs = np.concatenate([ids[:-1], np.full(missing, ids[-1])])
-            return Window(inputs, np.concatenate([labels, np.full(missing, IGNORE)]), starts)
+            return Window(inputs, np.concatenate([labels, np.full(missing, IGNORE_INDEX)]), starts)
         return Window(ids[:-1], labels, starts)
 
     def count_unlabelled(self) -> int:
@@ -113,11 +113,11 @@ class Windows:
 
     def count_labels(self) -> int:
         """Count the labels of all windows."""
-        return sum(int((self[index].labels != IGNORE).sum()) for index in range(len(self)))
+        return sum(int((self[index].labels != IGNORE_INDEX).sum()) for index in range(len(self)))
 
     def has_label(self) -> bool:
         """Return whether any window has a label; it looks no further than the first that has one."""
-        return any(bool((self[index].labels != IGNORE).any()) for index in range(len(self)))
+        return any(bool((self[index].labels != IGNORE_INDEX).any()) for index in range(len(self)))
 
 
 def pack(documents: Iterable[Encoded], seq_len: int, packing: str) -> Iterator[Window]:

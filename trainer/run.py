@@ -5,24 +5,23 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from q4kd.trainer.batch import Batch
-from q4kd.trainer.cached_teacher import CachedTeacher, open_cached_teacher
 from q4kd.trainer.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file, write_json
-from q4kd.trainer.guards import check_labels, check_vocabulary
-from q4kd.trainer.kd_loss import IGNORE
+from q4kd.trainer.guards import check_labels
 from q4kd.trainer.lora import add_adapters, merged_state, save_adapter
+from q4kd.trainer.loss_config import IGNORE_INDEX
 from q4kd.trainer.optimizer import MasterWeightOptimizer, make_optimizer
 from q4kd.trainer.placement import TeacherPlacement
+from q4kd.trainer.run_source import RunSource, check_tokens, load_online, open_cached
 from q4kd.trainer.sharding import describe_processes, make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.student import (
     DistillationModel,
@@ -32,8 +31,6 @@ from q4kd.trainer.student import (
     set_up_student,
     student_dtype,
 )
-from q4kd.trainer.teacher import Teacher, load_teacher
-from q4kd.trainer.teacher_signal import SignalSource
 from q4kd.trainer.tracking import project_options, start_trackers
 from q4kd.trainer.training_data import TrainingData, make_encoder, open_data
 
@@ -50,33 +47,61 @@ SPLIT = ("batch_size", "accumulation", "processes")
 
 
 @dataclass
+class Progress:
+    """How far a run is: all that changes while it trains, beside weights and optimizer.
+
+    Attributes:
+        done: steps that are taken.
+        is_evaluated: whether the state after them is evaluated.
+        leg_steps: of them, those since the run was started or resumed.
+        training_seconds: of this leg's steps and their data.
+        first_step_seconds: of its first step, which loads and compiles what the others find ready.
+    """
+
+    done: int = 0
+    is_evaluated: bool = False
+    leg_steps: int = 0
+    training_seconds: float = 0.0
+    first_step_seconds: float = 0.0
+
+    def count_step(self, seconds: float) -> None:
+        """Count a step that took so long, with its data."""
+        self.done += 1
+        self.leg_steps += 1
+        self.is_evaluated = False
+        self.first_step_seconds = self.first_step_seconds or seconds
+        self.training_seconds += seconds
+
+
+@dataclass(frozen=True)
 class Run:
-    """Everything the loop needs."""
+    """What a run is made of, assembled before its first step. How far it is, ``Progress`` says.
+
+    Attributes:
+        config: its settings.
+        accelerator: ``accelerate.Accelerator`` of this process.
+        model: prepared ``DistillationModel``.
+        optimizer: of the model's parameters.
+        adapted: peft's model around the student; None when every weight is trained.
+        tokenizer: the student's.
+        source: what it learns from.
+        data: what it trains on and is evaluated on.
+        events: its log.
+        total_steps: of the full run.
+        last_step: at which it ends: earlier for a smoke run.
+    """
 
     config: DistillConfig
     accelerator: Any
     model: Any
     optimizer: MasterWeightOptimizer
-    # peft's model around the student; None when every weight is trained.
     adapted: Any
     tokenizer: Any
-    # One of the two: online, or what one said before.
-    teacher: Teacher | None
-    cached: CachedTeacher | None
+    source: RunSource
     data: TrainingData
     events: EventLog
     total_steps: int
     last_step: int
-    done: int = 0
-    is_evaluated: bool = False
-    training_seconds: float = 0.0
-    # Of this leg's first step, which loads and compiles what the others find ready.
-    first_step_seconds: float = 0.0
-
-    @property
-    def source(self) -> SignalSource | None:
-        """Where the steps' signals come from."""
-        return self.cached or self.teacher
 
     @property
     def unwrapped(self) -> DistillationModel:
@@ -97,8 +122,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What a resumed run must repeat: config, number of processes that share a batch, the cache's teacher."""
-        settings = {**self.config.to_json(), "processes": self.accelerator.num_processes}
-        return settings if self.cached is None else {**settings, "cached_teacher": self.cached.identity}
+        return {**self.config.to_json(), "processes": self.accelerator.num_processes, **self.source.settings()}
 
     def batch(self, step: int) -> Batch:
         """Return this process's share of a step's batch, on its device."""
@@ -115,7 +139,7 @@ class Run:
             chosen = [index for index in mine if index < windows]
             batch = Batch.stack([held_out[index] for index in chosen or [start]])
             if not chosen:  # this process still takes part, with a window that has no labels
-                batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
+                batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
             yield batch.to(self.accelerator.device)
 
 
@@ -129,21 +153,16 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     # First, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
     announce(describe_processes(accelerator))
-    teacher = cached = None
-    if placement is not None:
-        teacher = load_teacher(placement, events=events, announce=announce)
+    online = None if placement is None else load_online(placement, events, announce)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]
-    if teacher is not None:
-        check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
-        announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
+    if online is not None:
+        check_tokens(online, tokenizer, rows, announce)
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
     data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), sequences, config.out)
     check_labels(data.order, config.data)
-    if config.teacher_cache is not None:
-        cached = open_cached_teacher(config, data, tokenizer, rows)
-        announce(f"teacher: cached, {cached.index.k} of {rows} tokens, mean tail mass {cached.index.tail_mass:.3%}")
+    source = online or open_cached(config, data, tokenizer, rows, announce)
     total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
     start_trackers(accelerator, config, events)
     model, optimizer, adapted = prepare_student(config, accelerator, student)
@@ -154,8 +173,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
         optimizer=optimizer,
         adapted=adapted,
         tokenizer=tokenizer,
-        teacher=teacher,
-        cached=cached,
+        source=source,
         data=data,
         events=events,
         total_steps=total,
@@ -193,20 +211,13 @@ def write_run_file(run: Run) -> None:
         "steps": run.total_steps,
         "data_sha256": run.data.sha256,
         "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
+        "teacher": run.source.describe(),
     }
-    if run.cached is not None:
-        document["teacher"] = run.cached.describe()
-    elif config.teacher is not None:
-        document["teacher"] = {
-            "file": config.teacher.name,
-            "bytes": config.teacher.stat().st_size,
-            "sha256": sha256_file(config.teacher),
-        }
     write_json(config.out / "run.json", document)
 
 
-def restore(run: Run) -> Path:
-    """Continue from the newest checkpoint of a run with the same settings and data; return its folder.
+def restore(run: Run) -> Progress:
+    """Continue from the newest checkpoint of a run with the same settings and data; return how far it was.
 
     The sequences of a step may be spread over another number of processes or micro-batches.
 
@@ -227,9 +238,10 @@ def restore(run: Run) -> Path:
     # What is loaded goes into shards: a weight that is still whole would be dropped for its old shard.
     reshard(run.model)
     restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
-    run.done, run.is_evaluated = state.step, state.evaluation is not None
-    run.events.emit("resumed", step=run.done, checkpoint=path.name)
-    return path
+    run.events.emit("resumed", step=state.step, checkpoint=path.name)
+    if run.is_main:
+        print(f"Resumed from {path.name}", flush=True)
+    return Progress(done=state.step, is_evaluated=state.evaluation is not None)
 
 
 def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:

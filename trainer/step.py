@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,14 @@ from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import NotFiniteError
 from q4kd.trainer.sharding import without_sync
 from q4kd.trainer.step_clock import StepClock
-from q4kd.trainer.teacher_signal import SignalSource
+from q4kd.trainer.teacher_signal import TeacherSignal
+
+
+class SignalSource(Protocol):
+    """Where signals come from: ``Teacher``, which computes them, or ``CachedTeacher``, which reads them."""
+
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return the signal of every position of a batch, on the batch's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +68,16 @@ def train_step(
 ) -> StepResult:
     """Take one step on ``batch``, this process's share of ``accumulation * batch_size`` sequences.
 
+    The host queues the device's work and waits for it once before the update, whatever the number of micro-batches;
+    what it must know of them earlier, it has found in ``batch.facts``. Another wait, for the update itself, ends the
+    step: its times are then read.
+
     Args:
         accelerator: ``accelerate.Accelerator``.
         model: prepared ``DistillationModel``.
         teacher: online or cached; None for a cross-entropy-only step.
         optimizer: ``MasterWeightOptimizer`` of the model's parameters.
-        batch: on the accelerator's device.
+        batch: on the accelerator's device; one of several processes has cut its own from the batch of the whole step.
         config: run settings.
         lr: learning rate of this step.
 
@@ -77,9 +88,8 @@ def train_step(
     clock = StepClock(batch.ids_BT.device)
     clock.start()
     accelerator.unwrap_model(model).clock = clock
-    num_targets = int(accelerator.reduce(batch.count_targets(), reduction="sum"))
     # A step without a label (a long prompt can fill one) has a loss and gradients of zero.
-    divisor = max(1, num_targets)
+    divisor = max(1, batch.facts.step_targets)
     sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -89,14 +99,15 @@ def train_step(
         clock.mark("teacher")
         is_last = index + 1 == len(micro_batches)
         with contextlib.nullcontext() if is_last else without_sync(model):
-            terms = model(part.ids_BT, part.labels_BT, signal, divisor, part.starts_BT)
+            positions_P = part.facts.positions_P
+            terms = model(part.ids_BT, part.labels_BT, signal, divisor, part.starts_BT, positions_P=positions_P)
             # Data-parallel wrappers average gradients over processes; the loss is a sum over all their targets.
             (terms.loss * accelerator.num_processes).backward()
         clock.mark("student")
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
     sums = accelerator.reduce(sums, reduction="sum")
     norm = optimizer.clip(config.clip)
-    # The one time that the host waits for the device before the update: what is not finite must not be applied.
+    # The one time that the host waits before the update: what is not finite must not be applied.
     loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise NotFiniteError({"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr})
@@ -110,7 +121,7 @@ def train_step(
         kd=kd,
         grad_norm=grad_norm,
         lr=lr,
-        tokens=num_targets,
+        tokens=batch.facts.step_targets,
         seconds=time.monotonic() - started,
         **{f"{part}_s": seconds for part, seconds in parts.items()},
     )

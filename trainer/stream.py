@@ -149,7 +149,7 @@ class StreamOrder:
 
     def has_label(self) -> bool:
         """Return whether one of the first batches has a label: a long prompt may fill the very first one."""
-        return any(bool(self.batch(step).count_targets()) for step in range(_LOOKED))
+        return any(self.batch(step).num_targets for step in range(_LOOKED))
 
 
 def open_stream(

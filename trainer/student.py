@@ -1,7 +1,8 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from q4kd.trainer.attention import document_mask
 from q4kd.trainer.config import DistillConfig
 from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms
 from q4kd.trainer.lora import effective_weight
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossTerms
 from q4kd.trainer.step_clock import StepClock
 from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
 
@@ -168,6 +170,27 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
+def _no_packing(*_positions: Any, **_options: Any) -> None:
+    """Say of any positions that they are those of one document a row."""
+
+
+@contextlib.contextmanager
+def _without_packing_search() -> Iterator[None]:
+    """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
+
+    It looks where positions come without a mask; packed documents come with one here, so there are none to find.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, _no_packing)
+    setattr(masking_utils, name, _no_packing)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
+
+
 class DistillationModel(nn.Module):
     """Student plus loss in one module, so that data-parallel wrappers see a forward that returns the loss.
 
@@ -212,7 +235,8 @@ class DistillationModel(nn.Module):
             bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
             packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
             packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
-        outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
+        with _without_packing_search():
+            outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
@@ -224,9 +248,10 @@ class DistillationModel(nn.Module):
         num_targets: float,
         starts_BT: Tensor | None = None,
         *,
+        positions_P: Tensor | None = None,
         use: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> LossTerms | Any:
-        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden``.
+        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden`` and ``kd_loss``.
 
         With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
         whole only inside this call, when the model is called through its wrapper.
@@ -237,7 +262,8 @@ class DistillationModel(nn.Module):
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss
-        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), num_targets=num_targets, config=self.config)
+        options = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
+        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), **options)
         if self.clock is not None:
             self.clock.mark("loss")
         return terms

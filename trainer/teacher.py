@@ -7,26 +7,27 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Unpack
 
 import torch
 from torch import Tensor
 
-from q4kd.trainer.batch import Batch
+from q4kd.trainer.batch import Batch, check_starts
 from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import CpuForward
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
+from q4kd.trainer.kd_loss import LossTerms, kd_loss
 from q4kd.trainer.memory_report import Residency, measure
 from q4kd.trainer.placement import TeacherPlacement, check_fits
 from q4kd.trainer.teacher_forward import Forward, build_forward
 from q4kd.trainer.teacher_head import PackedHead
+from q4kd.trainer.teacher_signal import LossOptions
 
 
 @dataclass(frozen=True)
 class OnlineSignal:
-    """Hidden states of a teacher that is here.
+    """Hidden states of a teacher that is loaded.
 
     Attributes:
         hidden_BTH: final hidden states of the teacher.
@@ -36,19 +37,10 @@ class OnlineSignal:
     hidden_BTH: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
-    ) -> LossTerms:
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over the whole vocabulary; see ``kd_loss``."""
-        return kd_loss(
-            hidden_MH,
-            weight_VH,
-            labels_M,
-            teacher_hidden=self.hidden_BTH.flatten(0, 1),
-            teacher_head=self.head,
-            num_targets=num_targets,
-            config=config,
-        )
+        teacher_MH = self.hidden_BTH.flatten(0, 1)
+        return kd_loss(hidden_MH, weight_VH, labels_M, teacher_hidden=teacher_MH, teacher_head=self.head, **options)
 
 
 class Teacher:
@@ -87,6 +79,8 @@ class Teacher:
     def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states.
 
+        Ids and starts are read to be checked: the host waits for those that are on a device. ``hidden_of`` does not.
+
         Args:
             ids_BT: int64 token ids ``[B, T]``, each in ``[0, V)``.
             starts_BT: int64 first position of each position's document, ``[B, T]``, before which it attends to
@@ -100,10 +94,24 @@ class Teacher:
                 fall, or lie behind their position.
         """
         self._check_ids(ids_BT)
+        if starts_BT is not None:
+            check_starts(starts_BT, ids_BT)
+        return self._checked_hidden(ids_BT, starts_BT)
+
+    @torch.no_grad()
+    def hidden_of(self, batch: Batch) -> Tensor:
+        """Return ``hidden`` of a batch, whose ids and starts were looked at when it was made: nothing waits for them.
+
+        Raises:
+            InputError: as ``hidden``.
+        """
+        self._check_ids(batch.ids_BT, batch.facts.id_range)
+        return self._checked_hidden(batch.ids_BT, batch.starts_BT)
+
+    def _checked_hidden(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         device = self._forward.device
         if starts_BT is None:
             return self._forward.hidden(ids_BT.to(device))
-        self._check_starts(starts_BT, ids_BT)
         return self._forward.hidden(ids_BT.to(device), starts_BT.to(device))
 
     @torch.no_grad()
@@ -124,7 +132,7 @@ class Teacher:
 
     def signal(self, batch: Batch) -> OnlineSignal:
         """Return what a step on ``batch`` is taught: this teacher's hidden states and head."""
-        return OnlineSignal(self.hidden(batch.ids_BT, batch.starts_BT), self.head)
+        return OnlineSignal(self.hidden_of(batch), self.head)
 
     @torch.no_grad()
     def embed(self, row_ids: Tensor) -> Tensor:
@@ -159,7 +167,7 @@ class Teacher:
     def _check_out(self, out: Tensor, shape: tuple[int, ...]) -> None:
         if out.requires_grad:
             raise FrozenTeacherError("teacher logits into a tensor that requires a gradient")
-        # Of the type alone: "cuda" is any index of it.
+        # This compares the device type only: "cuda" matches any index.
         fits = out.shape == shape and out.dtype == torch.float32 and out.is_contiguous()
         if not fits or out.device.type != self._forward.device.type:
             raise InputError(
@@ -169,7 +177,7 @@ class Teacher:
                 remedy="make it with torch.empty, or leave it out",
             )
 
-    def _check_ids(self, ids_BT: Tensor) -> None:
+    def _check_ids(self, ids_BT: Tensor, id_range: tuple[int, int] | None = None) -> None:
         limit = self.config.vocab_size
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:
             raise InputError("ids", expected="[B, T], not empty", got=str(tuple(ids_BT.shape)), remedy="reshape them")
@@ -180,27 +188,13 @@ class Teacher:
                 got=str(ids_BT.shape[1]),
                 remedy="cut the sequences to the teacher's context length",
             )
-        low, high = int(ids_BT.min()), int(ids_BT.max())
+        low, high = (int(ids_BT.min()), int(ids_BT.max())) if id_range is None else id_range
         if low < 0 or high >= limit:
             raise InputError(
                 "ids",
                 expected=f"token ids from 0 to {limit - 1}",
                 got=f"{low}..{high}",
                 remedy="use the same tokenizer",
-            )
-
-    def _check_starts(self, starts_BT: Tensor, ids_BT: Tensor) -> None:
-        fits = starts_BT.shape == ids_BT.shape and starts_BT.dtype == torch.int64
-        if fits:
-            positions_T = torch.arange(ids_BT.shape[1], device=starts_BT.device)
-            rising = (starts_BT.diff(dim=1) >= 0).all()
-            fits = bool(rising & ((starts_BT >= 0) & (starts_BT <= positions_T)).all())
-        if not fits:
-            raise InputError(
-                "starts",
-                expected=f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position",
-                got=f"{starts_BT.dtype} {tuple(starts_BT.shape)}",
-                remedy="give each position the first one of its document",
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> "Teacher":

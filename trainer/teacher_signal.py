@@ -3,35 +3,33 @@
 Letters in shapes: M tokens, H hidden size, V vocabulary of the student.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 from torch import Tensor
 
-from q4kd.trainer.kd_loss import KDLossConfig, LossTerms, kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossTerms
 
-if TYPE_CHECKING:
-    from q4kd.trainer.batch import Batch
 
+class LossOptions(TypedDict):
+    """What every loss is told beside its tensors; see ``kd_loss``.
 
-def cross_entropy(
-    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
-) -> LossTerms:
-    """Return the loss without a teacher."""
-    nobody = {"teacher_hidden": None, "teacher_head": None}
-    return kd_loss(hidden_MH, weight_VH, labels_M, **nobody, num_targets=num_targets, config=config)
+    ``positions_P`` are the positions that have a label, int64, where they are known on the host.
+    """
+
+    num_targets: float
+    config: KDLossConfig
+    positions_P: NotRequired[Tensor | None]
 
 
 class TeacherSignal(Protocol):
     """The teacher's side of the loss on one micro-batch."""
 
-    def loss(
-        self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, num_targets: float, config: KDLossConfig
-    ) -> LossTerms:
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss of the student's hidden states ``[M, H]`` and head ``[V, H]`` against this teacher."""
 
 
-class SignalSource(Protocol):
-    """Where signals come from: ``Teacher``, which computes them, or ``CachedTeacher``, which reads them."""
-
-    def signal(self, batch: "Batch") -> TeacherSignal:
-        """Return the signal of every position of a batch, on the batch's device."""
+def cross_entropy(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
+    """Return the loss without a teacher."""
+    return kd_loss(hidden_MH, weight_VH, labels_M, teacher_hidden=None, teacher_head=None, **options)

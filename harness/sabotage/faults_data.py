@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from q4kd.trainer.packing import Window, Windows
     from q4kd.trainer.stream import StreamOrder
 
-_TEACHER = "q4kd.trainer.teacher:Teacher.hidden"
+_TEACHER = "q4kd.trainer.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student:DistillationModel.hidden"
 _CUT = "q4kd.trainer.packing:Windows._cut"
 _CHAT = "q4kd.trainer.chat:ChatTemplate.encode"
@@ -26,7 +26,7 @@ _LABELS = "q4kd.trainer.guards:check_labels"
 @patch("loop", "teacher-sees-all", "the teacher attends across the borders of packed documents", _TEACHER)
 @patch("loop", "student-sees-all", "the student attends across the borders of packed documents", _STUDENT)
 def _sees_all(original: Call, self: object, ids: object, _starts: object = None) -> object:
-    return original(self, ids)
+    return original(self, ids, None)
 
 
 @patch("loss", "border-labels-kept", "the last token of a document is taught the first of the next one", _CUT)

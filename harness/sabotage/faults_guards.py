@@ -9,14 +9,14 @@ from q4kd.harness.sabotage.registry import Call, declare, fault, patch, replace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from q4kd.trainer.loss_terms import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
 
 _VOCABULARY = "q4kd.trainer.guards:check_vocabulary"
 _DEGENERATE = "q4kd.trainer.guards:check_not_degenerate"
 _FLOOR = "q4kd.trainer.guards:KL_FLOOR"
 _SAME = "q4kd.trainer.guards:same_weights"
 _LOSS = "q4kd.trainer.kd_loss:kd_loss"
-_ROWS = "q4kd.trainer.kd_loss:divergence_rows"
+_ROWS = "q4kd.trainer.divergence:divergence_rows"
 _LOAD_STUDENT = "q4kd.trainer.student:load_student"
 _LOGITS = "q4kd.trainer.teacher:Teacher.head_logits"
 _Head = Callable[["Tensor"], "Tensor"]

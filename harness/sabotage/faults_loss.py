@@ -10,10 +10,11 @@ from q4kd.harness.sabotage.registry import Call, declare, patch, replace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from q4kd.trainer.loss_terms import KDLossConfig, LossSums
+    from q4kd.trainer.loss_config import KDLossConfig
+    from q4kd.trainer.loss_sums import LossSums
     from q4kd.trainer.teacher_head import TeacherHead
 
-_CHUNK = "q4kd.trainer.loss_terms:KDLossConfig.chunk_for"
+_CHUNK = "q4kd.trainer.loss_config:KDLossConfig.chunk_for"
 _WALKS = "q4kd.trainer.loss_low:_Walks.__init__"
 _GRADIENT = "q4kd.trainer.loss_low:_Walks._gradient"
 _LOW = "q4kd.trainer.loss_low:run_low"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from q4kd.trainer.checkpoint import CheckpointState
     from q4kd.trainer.optimizer import MasterWeightOptimizer
-    from q4kd.trainer.run import Run
+    from q4kd.trainer.run import Progress, Run
 
 _CHECKPOINT = "q4kd.trainer.checkpoint"
 _SAVE = f"{_CHECKPOINT}:save_checkpoint"
@@ -133,10 +133,10 @@ def _config_not_compared(_original: Call, *_arguments: object) -> None:
 
 
 @patch("checkpoint", "resume-skips-batch", "a resumed run goes on one step too far", _RESTORE)
-def _resume_skips_batch(original: Call, run: "Run") -> object:
-    path = original(run)
-    run.done += 1
-    return path
+def _resume_skips_batch(original: Callable[..., "Progress"], run: "Run") -> "Progress":
+    progress = original(run)
+    progress.done += 1
+    return progress
 
 
 @patch("checkpoint", "resume-forgets-moments", "a resumed run starts with empty moments", _LOAD)

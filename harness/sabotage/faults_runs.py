@@ -1,6 +1,7 @@
 """Faults in what a run says of itself, and in the smoke run."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from q4kd.trainer.run import Run
 
 _DISTILL = "q4kd.trainer.distill"
+_STEPS = "q4kd.trainer.training_loop:_take_steps"
 _REPORT = "q4kd.trainer.progress:Reporter.step"
 _CONFIG = "q4kd.trainer.config:make_config"
 
@@ -84,8 +86,7 @@ def _zero_means_default(original: Call, self: object, total: int, every: int, st
 @patch("loop", "one-step-more", "a smoke run takes one step more", "q4kd.trainer.run:assemble")
 def _one_step_more(original: Callable[..., "Run"], config: "DistillConfig", *rest: object) -> "Run":
     run = original(config, *rest)
-    run.last_step += config.max_steps is not None
-    return run
+    return dataclasses.replace(run, last_step=run.last_step + (config.max_steps is not None))
 
 
 @patch("loop", "smoke-leaks", "every run stops after 10 steps", _CONFIG)
@@ -99,11 +100,9 @@ def _smoke_writes_model(original: Call, run: "Run", *rest: object) -> None:
     run.unwrapped.student.save_pretrained(run.config.out / "model", safe_serialization=True)
 
 
-@patch("loop", "smoke-own-schedule", "the learning rate of a smoke run ends with it", f"{_DISTILL}:_train")
+@patch("loop", "smoke-own-schedule", "the learning rate of a smoke run ends with it", _STEPS)
 def _smoke_own_schedule(original: Call, run: "Run", *rest: object) -> None:
-    kept, run.total_steps = run.total_steps, run.last_step
-    original(run, *rest)
-    run.total_steps = kept
+    original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
 
 @patch(
@@ -113,8 +112,7 @@ def _smoke_own_schedule(original: Call, run: "Run", *rest: object) -> None:
     f"{_DISTILL}:_finish",
 )
 def _projects_itself(original: Call, run: "Run", *rest: object) -> None:
-    run.total_steps = run.last_step
-    original(run, *rest)
+    original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
 
 @patch("logging", "projection-missing", "the summary lacks the projection", "q4kd.trainer.files:write_json")

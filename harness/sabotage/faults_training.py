@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from q4kd.trainer.checkpoint import CheckpointState
-    from q4kd.trainer.loss_terms import KDLossConfig
+    from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.optimizer import MasterWeightOptimizer
 
-_ROWS = "q4kd.trainer.kd_loss:divergence_rows"
+_ROWS = "q4kd.trainer.divergence:divergence_rows"
 _TERMS = "q4kd.trainer.kd_loss:_chunk_terms"
 _LABELS = "q4kd.trainer.packing:make_labels"
 _RATE = "q4kd.trainer.step:learning_rate"

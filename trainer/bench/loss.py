@@ -22,8 +22,9 @@ from torch import Tensor
 
 from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, spread
 from q4kd.trainer.bench.loss_inputs import LossShape, LossWork, make_work
-from q4kd.trainer.kd_loss import KDLossConfig, kd_loss
-from q4kd.trainer.loss_terms import LogitsType, add_product, multiply_wide
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_config import KDLossConfig, LogitsType
+from q4kd.trainer.loss_sums import add_product, multiply_wide
 
 
 class LossArm:

@@ -10,7 +10,7 @@ import torch
 
 from q4kd.trainer.bench.device_probes import copy_bandwidth, median_seconds
 from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, knobs_of, loss_kernels, whole
-from q4kd.trainer.kd_loss import DIVERGENCES, Divergence, KDLossConfig
+from q4kd.trainer.loss_config import DIVERGENCES, Divergence, KDLossConfig
 
 ROWS = 1024
 

@@ -21,8 +21,6 @@ its blocks wait for each other's sums, and only three or four of them fit a mult
 Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,55 +29,42 @@ from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, knobs_of, loss_ker
 from q4kd.trainer.cuda.loss_low import run_low
 from q4kd.trainer.cuda.loss_tensors import LossTensors, project
 from q4kd.trainer.cuda.numerics import pinned_numerics
+from q4kd.trainer.loss_config import KDLossConfig
+from q4kd.trainer.loss_sums import LossInputs, LossSums
 from q4kd.trainer.loss_teacher_head import TeacherHead
-from q4kd.trainer.loss_terms import KDLossConfig, LossSums
 
 
-def run_on_cuda(
-    sums: LossSums,
-    hidden_MH: Tensor,
-    weight_VH: Tensor,
-    labels_M: Tensor,
-    positions: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Any,
-    config: KDLossConfig,
-    kernels: LossKernels | None = None,
-) -> None:
-    """Fill ``sums``; see ``kd_loss`` for the arguments, which are detached.
+def run_on_cuda(sums: LossSums, inputs: LossInputs, config: KDLossConfig, kernels: LossKernels | None = None) -> None:
+    """Fill ``sums``.
 
     Args:
         sums: made for tiles if ``config.mode`` is low.
-        hidden_MH: ``[M, H]``.
-        weight_VH: ``[V, H]``.
-        labels_M: ``[M]``.
-        positions: int64 ``[P]``, the unmasked ones.
-        teacher_hidden: ``[M, H']`` or None.
-        teacher_head: a ``TeacherHead``, or in fast a function from hidden states to logits.
+        inputs: on the device; their head is a ``TeacherHead``, or in fast a function from hidden states to logits.
         config: the equation's knobs.
         kernels: those of the tensors' device; made when absent.
 
     Raises:
         InputError: when the kernels cannot be compiled or loaded.
     """
-    if len(positions) == 0:
+    if len(inputs.positions) == 0:
         return
-    device = hidden_MH.device
+    device = inputs.hidden.device
     kernels = loss_kernels(device) if kernels is None else kernels
-    dtype = torch.bfloat16 if hidden_MH.dtype == torch.bfloat16 else torch.float32
-    is_whole = len(positions) == len(labels_M)
+    dtype = torch.bfloat16 if inputs.hidden.dtype == torch.bfloat16 else torch.float32
+    is_whole = len(inputs.positions) == len(inputs.labels)
 
     def unmasked(tensor: Tensor) -> Tensor:
-        return tensor if is_whole else tensor[positions]
+        return tensor if is_whole else tensor[inputs.positions]
 
+    teacher_hidden, teacher_head = inputs.teacher_hidden, inputs.teacher_head
     if teacher_hidden is not None:
         kept = teacher_head.dtype if isinstance(teacher_head, TeacherHead) else teacher_hidden.dtype
         teacher_hidden = unmasked(teacher_hidden).to(device, kept)
     given = LossTensors(
-        hidden=unmasked(hidden_MH).to(dtype),
-        weight=weight_VH.to(dtype),
-        labels=unmasked(labels_M).contiguous(),
-        positions=positions,
+        hidden=unmasked(inputs.hidden).to(dtype),
+        weight=inputs.weight.to(dtype),
+        labels=unmasked(inputs.labels).contiguous(),
+        positions=inputs.positions,
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
         config=config,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 
 CHUNK_BYTES = 3_000_000_000
 _CHUNKS = (8192, 4096, 2048, 1024, 512, 256)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from q4kd.trainer.cuda.launch import Argument
 from q4kd.trainer.cuda.plans import DTYPES, KernelSet, Launch, kernel, offset, require
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.host_copy import copy_from_host
+from q4kd.trainer.loss_config import KDLossConfig
 
 # kd_loss.cuh has the same columns of a block, by width, and the same sums of a segment.
 _SEGMENTS = {8: 8192, 1: 2048}
@@ -23,7 +24,7 @@ def knobs_of(config: KDLossConfig, device: torch.device, share: float = 1.0) -> 
     """Return the equation's numbers as the kernels read them, float32 ``[5]``; gradients come times ``share``."""
     temperature, kd_weight = config.temperature, 1 - config.alpha
     values = [config.alpha * share, 1 / temperature, kd_weight * temperature * share, temperature**2, config.beta]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return copy_from_host(torch.tensor(values, dtype=torch.float32), device)
 
 
 def kind_of(config: KDLossConfig, with_teacher: bool) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from q4kd.trainer.cuda.loss_chunks import LOW_CHUNK, LOW_TILE
 from q4kd.trainer.cuda.loss_kernels import SUMS, LossKernels, Part, knobs_of, segments_of, width_of
 from q4kd.trainer.cuda.loss_tensors import LossTensors, project
-from q4kd.trainer.loss_terms import LossSums
+from q4kd.trainer.loss_sums import LossSums
 
 
 class _Tiles:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q4kd.trainer.cuda.loss_kernels import kind_of
 from q4kd.trainer.cuda.numerics import multiply
-from q4kd.trainer.loss_terms import KDLossConfig
+from q4kd.trainer.loss_config import KDLossConfig
 
 
 @dataclass(frozen=True)

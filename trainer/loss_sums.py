@@ -1,4 +1,4 @@
-"""What every form of the fused loss shares: its knobs, its result, and the autograd function that only scales.
+"""What every form of the fused loss shares: its result, its sums, and the autograd function that only scales.
 
 Loss and gradients are made in one pass (``kd_loss.py``, ``loss_low.py``, ``loss_topk.py``, ``cuda/loss.py``), so that
 backward multiplies them by the incoming scalar and makes nothing. Letters in shapes: M tokens, C tokens of a chunk,
@@ -8,53 +8,15 @@ R columns of a tile, H hidden size, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd")
-Mode = Literal["fast", "low"]
-MODES: tuple[Mode, ...] = ("fast", "low")
-LogitsType = Literal["float32", "bfloat16"]
+from q4kd.trainer.loss_config import IGNORE_INDEX, KDLossConfig
 
-# Bytes that a chunk's float32 [C, V] tensors may take together on the CPU, and how many of them live at one time.
-_CPU_CHUNK_BYTES = 512 << 20
-_CPU_LIVE = 6
-_CPU_MAX_CHUNK = 1024
+# Rows of the head's gradient that are added to at one time, where a product cannot add them itself.
 _SLAB = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class KDLossConfig:
-    """Knobs of the equation in ``kd_loss.py``.
-
-    Attributes:
-        alpha: weight of the cross-entropy, in [0, 1]; 1 needs no teacher.
-        temperature: divides both logits; > 0.
-        divergence: which D.
-        beta: the mixture weight of ``jsd``, in (0, 1).
-        mode: ``fast`` makes a chunk's logits over the whole vocabulary; ``low`` a tile of it at a time, twice.
-        chunk_tokens: C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes.
-        vocab_tile: R, the columns of logits that exist at one time in ``low``; 0 means 8,192.
-        logits: in what a CUDA device holds the logits of bfloat16 products. float32 keeps values to 1e-6; bfloat16
-            halves the bytes of the softmax at an error of 2^-9 of each logit, some 1e-3 of a small divergence.
-    """
-
-    alpha: float = 0.5
-    temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    mode: Mode = "fast"
-    chunk_tokens: int = 0
-    vocab_tile: int = 0
-    logits: LogitsType = "float32"
-
-    def chunk_for(self, vocab: int) -> int:
-        """Return C for plain torch arithmetic: as set, else up to 1,024, six float32 ``[C, V]`` in 512 MiB."""
-        return self.chunk_tokens or max(1, min(_CPU_MAX_CHUNK, _CPU_CHUNK_BYTES // (4 * _CPU_LIVE * vocab)))
 
 
 @dataclass(frozen=True)
@@ -66,35 +28,55 @@ class LossTerms:
     kd: Tensor
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss is of, detached; ``positions`` are those of the M that have a label. See ``kd_loss``."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # int64 [M]
+    positions: Tensor  # int64 [P], rising
+    teacher_hidden: Tensor | None  # [M, H']
+    teacher_head: Callable[[Tensor], Tensor] | None
+
+
+def target_positions(labels_M: Tensor) -> Tensor:
+    """Return the positions whose label is not ``IGNORE_INDEX``, int64 ``[P]``, rising.
+
+    How many there are is read: the host waits for labels that are on a device.
+    """
+    return (labels_M != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 class LossSums:
     """What a pass over the chunks adds up: the two sums in float64, and the gradients divided by the targets.
 
-    A gradient that nobody asks for is None, and its product is not made. ``hidden_MH`` is float32 (or float64);
-    ``weight_VH`` too, unless it is finished tile by tile and so may have the head's own type.
+    A gradient that nobody asks for is None, and its product is not made. ``grad_hidden_MH`` is float32 (or float64);
+    ``grad_weight_VH`` too, unless it is finished tile by tile and so may have the head's own type.
 
     Args:
         hidden_MH: the student's hidden states.
         weight_VH: the student's head.
         num_targets: divisor of the sums and of both gradients.
-        by_tiles: whether ``weight_VH`` is written tile by tile.
+        by_tiles: whether ``grad_weight_VH`` is written tile by tile.
     """
 
     def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, num_targets: float, *, by_tiles: bool) -> None:
         self.num_targets = num_targets
         self.ce = torch.zeros((), dtype=torch.float64, device=hidden_MH.device)
         self.kd = torch.zeros_like(self.ce)
-        self.hidden_MH = self.weight_VH = None
+        self.grad_hidden_MH = self.grad_weight_VH = None
         if torch.is_grad_enabled() and hidden_MH.requires_grad:
-            self.hidden_MH = torch.zeros(hidden_MH.shape, dtype=wide_type(hidden_MH), device=hidden_MH.device)
+            self.grad_hidden_MH = torch.zeros(hidden_MH.shape, dtype=wide_type(hidden_MH), device=hidden_MH.device)
         if torch.is_grad_enabled() and weight_VH.requires_grad:
             dtype = weight_VH.dtype if by_tiles else wide_type(weight_VH)
-            self.weight_VH = torch.empty(weight_VH.shape, dtype=dtype, device=weight_VH.device)
+            self.grad_weight_VH = torch.empty(weight_VH.shape, dtype=dtype, device=weight_VH.device)
         self._has_weight = False
 
     @property
     def wanted(self) -> bool:
         """Whether any gradient is asked for."""
-        return self.hidden_MH is not None or self.weight_VH is not None
+        return self.grad_hidden_MH is not None or self.grad_weight_VH is not None
 
     def add_terms(self, ce: Tensor, kd: Tensor) -> None:
         """Add a chunk's summed cross-entropy and T^2 * D."""
@@ -109,19 +91,19 @@ class LossSums:
         The gradient is the summed loss's; ``share`` 1 says that it is divided by the targets already.
         """
         share = 1 / self.num_targets if share is None else share
-        if self.hidden_MH is not None:
+        if self.grad_hidden_MH is not None:
             product_CH = multiply_wide(grad_CV, weight_VH)
-            self.hidden_MH[rows] = product_CH if share == 1 else product_CH.mul_(share)
-        if self.weight_VH is not None:
+            self.grad_hidden_MH[rows] = product_CH if share == 1 else product_CH.mul_(share)
+        if self.grad_weight_VH is not None:
             # What was there before the first product is ignored: beta is 0.
-            add_product(self.weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
+            add_product(self.grad_weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
             self._has_weight = True
 
     def open_tile(self, columns: slice) -> Tensor | None:
         """Return where the head's gradient of a tile of rows is summed, ``[R, H]``; None if nobody asks for it."""
-        if self.weight_VH is None:
+        if self.grad_weight_VH is None:
             return None
-        of_head = self.weight_VH[columns]
+        of_head = self.grad_weight_VH[columns]
         return of_head if of_head.dtype == wide_type(of_head) else torch.empty_like(of_head, dtype=torch.float32)
 
     def add_tile(
@@ -137,22 +119,22 @@ class LossSums:
     ) -> None:
         """Add what ``add_gradient`` does, of a tile's columns: ``first`` of the chunks overwrites ``tile_RH``."""
         share = 1 / self.num_targets if share is None else share
-        if self.hidden_MH is not None:
-            self.hidden_MH.index_add_(0, rows, multiply_wide(grad_CR, weight_RH), alpha=share)
+        if self.grad_hidden_MH is not None:
+            self.grad_hidden_MH.index_add_(0, rows, multiply_wide(grad_CR, weight_RH), alpha=share)
         if tile_RH is not None:
             add_product(tile_RH, grad_CR.T, hidden_CH, beta=int(not first), alpha=share)
 
     def close_tile(self, columns: slice, tile_RH: Tensor | None) -> None:
         """Round a finished tile of the head's gradient to its type."""
-        if self.weight_VH is not None and tile_RH is not None:
-            if tile_RH.dtype != self.weight_VH.dtype:
-                self.weight_VH[columns] = tile_RH
+        if self.grad_weight_VH is not None and tile_RH is not None:
+            if tile_RH.dtype != self.grad_weight_VH.dtype:
+                self.grad_weight_VH[columns] = tile_RH
             self._has_weight = True
 
     def finish(self) -> None:
         """Make the head's gradient zero where no chunk came."""
-        if self.weight_VH is not None and not self._has_weight:
-            self.weight_VH.zero_()
+        if self.grad_weight_VH is not None and not self._has_weight:
+            self.grad_weight_VH.zero_()
 
 
 def wide_type(tensor: Tensor) -> torch.dtype:
@@ -213,7 +195,7 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(hidden_MH.device.type, enabled=False):
             compute(sums)
         sums.finish()
-        ctx.gradients = sums.hidden_MH, sums.weight_VH
+        ctx.gradients = sums.grad_hidden_MH, sums.grad_weight_VH
         ctx.dtypes = hidden_MH.dtype, weight_VH.dtype
         ce, kd = sums.ce / sums.num_targets, sums.kd / sums.num_targets
         ctx.mark_non_differentiable(ce, kd)

@@ -1,0 +1,50 @@
+"""The loss's settings and the names in them, without torch: the command line lists its options from here.
+
+Letters in shapes: C tokens of a chunk, R columns of a tile, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+# The label of a position that is not learnt, as in torch's own losses.
+IGNORE_INDEX = -100
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+Mode = Literal["fast", "low"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+LogitsType = Literal["float32", "bfloat16"]
+
+# Bytes that a chunk's float32 [C, V] tensors may take together on the CPU, and how many of them live at one time.
+_CPU_CHUNK_BYTES = 512 << 20
+_CPU_LIVE = 6
+_CPU_MAX_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDLossConfig:
+    """Knobs of the equation in ``kd_loss.py``.
+
+    Attributes:
+        alpha: weight of the cross-entropy, in [0, 1]; 1 needs no teacher.
+        temperature: divides both logits; > 0.
+        divergence: which D.
+        beta: the mixture weight of ``jsd``, in (0, 1).
+        mode: ``fast`` makes a chunk's logits over the whole vocabulary; ``low`` a tile of it at a time, twice.
+        chunk_tokens: C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes.
+        vocab_tile: R, the columns of logits that exist at one time in ``low``; 0 means 8,192.
+        logits: in what a CUDA device holds the logits of bfloat16 products. float32 keeps values to 1e-6; bfloat16
+            halves the bytes of the softmax at an error of 2^-9 of each logit, some 1e-3 of a small divergence.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 1.0
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+    mode: Mode = "fast"
+    chunk_tokens: int = 0
+    vocab_tile: int = 0
+    logits: LogitsType = "float32"
+
+    def chunk_for(self, vocab: int) -> int:
+        """Return C for plain torch arithmetic: as set, else up to 1,024, six float32 ``[C, V]`` in 512 MiB."""
+        return self.chunk_tokens or max(1, min(_CPU_MAX_CHUNK, _CPU_CHUNK_BYTES // (4 * _CPU_LIVE * vocab)))
