@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import PurePath
 from typing import Any
 
-from q4kd.harness.contract import Claim
+from q4kd.harness.claims_model import Claim
 from q4kd.harness.experiment import Arm, Experiment, get_experiment
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.normal_form import PACKAGE, bound_in, top_level

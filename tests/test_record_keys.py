@@ -13,7 +13,9 @@ import pytest
 from edited_sources import edited, reworded, with_moved
 
 from q4kd.harness import digests
-from q4kd.harness.contract import Claim, Falsifier, default_contracts_folder, load_contracts
+from q4kd.harness.claims_folder import default_contracts_folder
+from q4kd.harness.claims_model import Claim, Falsifier
+from q4kd.harness.contract import load_contracts
 from q4kd.harness.digests import record_key, record_parts, target_digests, target_tree
 from q4kd.harness.experiment import EXPERIMENTS
 from q4kd.harness.sabotage.registry import Fault, MissingTarget, all_faults

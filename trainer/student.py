@@ -17,7 +17,7 @@ from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.loss_sums import LossTerms
 from q4kd.trainer.step_clock import StepClock
-from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
+from q4kd.trainer.teacher_signal import LossOptions, TeacherSignal, cross_entropy
 
 _LIGER = "setting student_kernels liger"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -262,7 +262,7 @@ class DistillationModel(nn.Module):
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss
-        options = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
+        options: LossOptions = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
         terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), **options)
         if self.clock is not None:
             self.clock.mark("loss")

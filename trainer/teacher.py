@@ -17,7 +17,8 @@ from q4kd.trainer.errors import FrozenTeacherError, InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats import FORMATS
 from q4kd.trainer.forward import CpuForward
-from q4kd.trainer.kd_loss import LossTerms, kd_loss
+from q4kd.trainer.kd_loss import kd_loss
+from q4kd.trainer.loss_sums import LossTerms
 from q4kd.trainer.memory_report import Residency, measure
 from q4kd.trainer.placement import TeacherPlacement, check_fits
 from q4kd.trainer.teacher_forward import Forward, build_forward

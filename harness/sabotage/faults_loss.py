@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from q4kd.trainer.loss_config import KDLossConfig
     from q4kd.trainer.loss_sums import LossSums
-    from q4kd.trainer.teacher_head import TeacherHead
+    from q4kd.trainer.loss_teacher_head import TeacherHead
 
 _CHUNK = "q4kd.trainer.loss_config:KDLossConfig.chunk_for"
 _WALKS = "q4kd.trainer.loss_low:_Walks.__init__"
