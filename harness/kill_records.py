@@ -15,20 +15,8 @@ RECORDS_FORMAT = "q4kd-kills/1"
 class KillRecord:
     """What is filed of one fault and one claim's falsifier. It is never believed: its raw runs are judged again.
 
-    Attributes:
-        contract: file stem of the claim's contract.
-        id: the claim's id within it.
-        fault: name of the fault.
-        experiment: name of the experiment that ran with it.
-        raw: name of the archive of the raw runs.
-        raw_sha256: SHA-256 of that archive; None until it is filed.
-        profile: machine class that it ran on.
-        parts: digests of what makes the record valid, by the name of the part.
-        verdict: the verdict at the time, with ``caught`` and ``detail`` as in ``KillOutcome``.
-        runs: names of the raw runs.
-        judge_version: version of the rules at the time.
-        created: UTC time, ISO 8601.
-        versions: package → version installed at the time.
+    ``raw`` names the archive of the raw runs; its SHA-256 is None until it is filed. ``parts`` are the digests of what
+    makes the record valid, by name. The verdict and the package versions are those of the time, ``created`` (ISO 8601).
     """
 
     contract: str

@@ -138,7 +138,7 @@ class _Running:
             code = code or 2
         session.exitstatus = code or int(self._other_failures > 0)
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+    def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
         """Print the verdict of every claim."""
         if not self._session.assembles:
             return

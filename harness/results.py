@@ -56,12 +56,8 @@ class Mutations:
 class KillOutcome:
     """One planted fault as a claim's falsifier saw it.
 
-    Attributes:
-        fault: name of the fault.
-        status: what its runs showed.
-        detail: the status and what was seen, or why there is no record, for a person.
-        verdict: the verdict on the sabotaged runs; None when they were not judged.
-        record: key of the kill record; None when there is none.
+    ``detail`` says the status and what was seen, for a person. ``verdict`` is None when the sabotaged runs were not
+    judged, ``record`` (the key of the kill record) when there is none.
     """
 
     fault: str
@@ -80,20 +76,9 @@ class KillOutcome:
         """Return whether the sabotaged runs were judged falsified, as they had to be."""
         return self.status is KillStatus.CAUGHT
 
-    @property
-    def seen(self) -> str:
-        """Return the detail without the status that it begins with."""
-        return (self.detail or "").removeprefix(f"{self.status}: ")
-
     def to_json(self) -> JsonObject:
         """Return the entry of ``sabotage`` in a finding."""
-        return {
-            "fault": self.fault,
-            "caught": self.caught,
-            "verdict": self.verdict,
-            "record": self.record,
-            "detail": self.detail,
-        }
+        return {name: value for name, value in vars(self).items() if name != "status"} | {"caught": self.caught}
 
     @staticmethod
     def from_json(entry: JsonRecord) -> "KillOutcome":
@@ -108,14 +93,9 @@ class KillOutcome:
 class ClaimResult:
     """What became of one claim.
 
-    Attributes:
-        verdict: never more than survived this attempt.
-        reason: why it is inconclusive, a key of ``REASONS``; None otherwise.
-        checks: in the order of the contract.
-        runs: names below ``runs/`` that were judged.
-        mutations: None when the checks themselves did not corroborate.
-        sabotage: one outcome for each fault that the claim names.
-        seconds: wall time of running and judging.
+    ``reason`` is a key of ``REASONS`` when it is inconclusive, else None. ``checks`` are in the order of the contract,
+    ``runs`` names what was judged below ``runs/``, and ``sabotage`` has one outcome for each fault of the claim.
+    ``mutations`` is None when the checks themselves did not corroborate. ``seconds`` is wall time.
     """
 
     verdict: Verdict
@@ -149,18 +129,10 @@ class ClaimResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding(ClaimResult):
-    """The result of a claim with the claim that it is about.
+    """The result of a claim with the claim that it is about, as ``Claim`` has it.
 
-    Attributes:
-        contract: file stem of the contract.
-        id: the claim's id within it.
-        key: ``contract::id``.
-        rule: the rule as claimed.
-        prediction: what had to be observed.
-        scope: whether the verdict counts for the exit code.
-        experiment: the experiment judged; None for a prose claim.
-        if_fails: what a refutation most likely means.
-        waiver: the waiver that applies; None where none does.
+    ``scope`` says whether the verdict counts for the exit code; ``experiment`` is None for a prose claim; ``waiver`` is
+    the one that applies, or None.
     """
 
     contract: str
@@ -227,15 +199,8 @@ def _parts(row: JsonRecord) -> dict[str, Any]:
 class Findings:
     """One verdict for each claim in scope, the counts, and the exit code that follows from them.
 
-    Attributes:
-        schema: format of the file.
-        judge_version: version of the rules that drew the verdicts.
-        profile: machine class the claims were judged on.
-        created: UTC time at which the findings were written, ISO 8601.
-        scope: ``partial`` when a selection left claims out.
-        summary: counts of verdicts, and of claims out of scope, not gating and waived.
-        exit_code: 0, 1 or 2.
-        rows: the findings, in the order of the plan.
+    ``rows`` are the findings in the order of the plan; ``created`` is ISO 8601, UTC; ``scope`` is ``partial`` when a
+    selection left claims out. The schema describes every field.
     """
 
     schema: str

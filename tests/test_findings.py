@@ -7,23 +7,22 @@ from typing import Any
 import pytest
 from example_bundle import CAUGHT, CONTRACT, PROSE, register
 from jsonschema import Draft202012Validator
+from typed_findings import check_result, finding
 
 from q4kd.harness import findings as module
 from q4kd.harness.claims_model import Contract
 from q4kd.harness.contract import parse_contract
 from q4kd.harness.findings import assemble, exit_code, headline, validate_findings
+from q4kd.harness.kill_records import RECORDS_FORMAT, KillRecord, read_kill_records
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
-from q4kd.harness.results import CheckResult, ClaimResult, Finding, Findings, KillOutcome
+from q4kd.harness.results import ClaimResult, Findings, KillOutcome, KillStatus
 from q4kd.trainer.errors import InputError
 
-CHECK: dict[str, Any] = {
-    "check": "peak", "params": {"limit": 1}, "observation": {"peak": 0.5}, "verdict": "corroborated", "reason": None,
-    "measured": "0.5", "bound": "<= 1", "counterexample": None, "margin": 0.5,
-}  # fmt: skip
+CHECK = check_result("peak", params={"limit": 1}, observation={"peak": 0.5}, measured="0.5", bound="<= 1", margin=0.5)
 HELD = ClaimResult(
     verdict="corroborated",
-    checks=(CheckResult(**CHECK),),
+    checks=(CHECK,),
     runs=("demo",),
     sabotage=(KillOutcome.from_json(CAUGHT),),
 )
@@ -64,17 +63,13 @@ def test_a_partial_scope_cannot_pass(contracts: list[Contract]) -> None:
     assert document.exit_code == 2 and "partial" in headline(document)
 
 
-def row(verdict: Any, scope: Any = "required") -> Finding:
-    texts = dict.fromkeys(("contract", "id", "key", "rule", "prediction", "if_fails"), "")
-    return Finding(verdict=verdict, scope=scope, experiment=None, **texts)
-
-
 def test_the_exit_code_over_every_set_of_verdicts() -> None:
     """An independent statement of the rule, over all multisets of up to three required verdicts."""
     for size in range(4):
         for verdicts in itertools.combinations_with_replacement(("corroborated", "falsified", "inconclusive"), size):
             for scope in ("full", "partial"):
-                rows = [row(verdict) for verdict in verdicts] + [row("falsified", "not_gating")]
+                rows = [finding(verdict=verdict) for verdict in verdicts]
+                rows.append(finding(verdict="falsified", scope="not_gating"))
                 if verdicts.count("falsified"):
                     expected = 1
                 elif scope == "full" and size and set(verdicts) == {"corroborated"}:
@@ -121,3 +116,39 @@ def test_a_malformed_result_cannot_be_written(contracts: list[Contract]) -> None
 
 def test_the_schema_is_one() -> None:
     Draft202012Validator.check_schema(module._schema().schema)
+
+
+@pytest.mark.parametrize(
+    ("caught", "detail", "status"),
+    [
+        (True, "caught: 300.0 is over", KillStatus.CAUGHT),
+        (True, "misfire: of another program", KillStatus.CAUGHT),
+        (False, "missed: 10", KillStatus.MISSED),
+        (False, "misfire: run demo ended killed, code None", KillStatus.MISFIRE),
+        (False, "VOID: the fault was not planted", KillStatus.VOID),
+        (False, "kill record stale: this fault was never run", KillStatus.STALE),
+        (False, "caught: trust me", KillStatus.MISSED),
+        (False, None, KillStatus.MISSED),
+    ],
+)
+def test_an_outcome_is_written_as_it_was_read_and_only_caught_counts_as_caught(
+    caught: bool, detail: str | None, status: KillStatus
+) -> None:
+    entry = {"fault": "f", "caught": caught, "verdict": None, "record": None, "detail": detail}
+    outcome = KillOutcome.from_json(entry)
+    assert (outcome.status, outcome.caught, outcome.to_json()) == (status, caught, entry)
+
+
+def test_kill_records_that_nothing_can_be_found_by_are_refused() -> None:
+    good = {"contract": "c", "id": "i", "fault": "f", "experiment": "e", "raw": "f--e.tar.gz"}
+    document = {"format": RECORDS_FORMAT, "records": {"k": {**good, "unknown": 1}}}
+    assert read_kill_records(document, "kills.json") == {"k": KillRecord(**good)}
+    lacking = {name: value for name, value in good.items() if name != "raw"}
+    for records in ([], {"k": []}, {"k": {**good, "raw": 1}}, {"k": lacking}, {"k": {**good, "parts": []}}):
+        with pytest.raises(InputError, match="kill records by key"):
+            read_kill_records({**document, "records": records}, "kills.json")
+    with pytest.raises(InputError, match="kill records by key"):
+        read_kill_records({"format": RECORDS_FORMAT}, "kills.json")
+    for other in ({**document, "format": "q4kd-kills/2"}, [], None):
+        with pytest.raises(InputError, match="q4kd-kills/1"):
+            read_kill_records(other, "kills.json")

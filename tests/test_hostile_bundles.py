@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from example_bundle import CONTRACT, PAIR, PROSE, build, register
 
-from q4kd.harness import bundle as bundles
 from q4kd.harness.__main__ import main
 from q4kd.harness.bundle import MANIFEST, manifest_of, manifest_text, seal
+from q4kd.harness.interchange import write_interchange
 from q4kd.harness.store import MemoryStore, TarStore, open_store, parse_shallow, snapshot
 from q4kd.harness.verify import verify_bundle, verify_store
 from q4kd.trainer.errors import InputError
@@ -275,7 +275,7 @@ def test_control_characters_never_reach_the_terminal(
     environment = json.loads((new / "environment.json").read_text())
     environment["packages"][NASTY] = NASTY
     (new / "environment.json").write_text(json.dumps(environment))
-    bundles.write_interchange(new, open_store(new))
+    write_interchange(new, open_store(new))
     seal(new)
     monkeypatch.setenv("FORCE_COLOR", "")
     odd = build(tmp_path / "c", samples=4)

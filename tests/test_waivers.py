@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from example_bundle import CONTRACT, PROSE, build, register
+from typed_findings import finding
 
 from q4kd.harness.bundle import seal
 from q4kd.harness.bundle_diff import compare_bundles
@@ -14,7 +15,7 @@ from q4kd.harness.findings import exit_code, headline, parse_findings
 from q4kd.harness.interchange import write_interchange
 from q4kd.harness.report import render
 from q4kd.harness.report_markdown import render_markdown
-from q4kd.harness.results import Finding, Findings
+from q4kd.harness.results import Findings
 from q4kd.harness.store import DirectoryStore, open_store
 from q4kd.harness.verify import VerifyResult, verify_bundle
 from q4kd.harness.waivers import Waiver, load_waivers
@@ -89,12 +90,7 @@ def test_it_holds_to_the_end_of_its_last_day(created: str, holds: bool) -> None:
     ],
 )
 def test_the_exit_code_forgives_only_what_is_inconclusive(verdicts: Any, code: int) -> None:
-    texts = dict.fromkeys(("contract", "id", "key", "rule", "prediction", "if_fails"), "")
-    waiver = Waiver(**GOOD)
-    rows = [
-        Finding(scope="required", verdict=v, waiver=waiver if w else None, experiment=None, **texts)
-        for v, w in verdicts
-    ]
+    rows = [finding(verdict=verdict, waiver=Waiver(**GOOD) if waived else None) for verdict, waived in verdicts]
     assert exit_code(rows, "full") == code
     assert exit_code(rows, "partial") == max(code, 2) if code != 1 else exit_code(rows, "partial") == 1
 
