@@ -167,10 +167,7 @@ def _index(args: argparse.Namespace) -> int:
 
     if not args.folder.is_dir():
         raise InputError(
-            str(args.folder),
-            expected="a folder of bundles",
-            got="no such folder",
-            remedy="name the one that `q4kd nightly` or `falsify --out` writes to",
+            str(args.folder), expected="a folder of bundles", got="no such folder", remedy="name the folder they lie in"
         )
     site = args.out or args.folder
     count, unreadable = write_site(args.folder, site)
