@@ -159,7 +159,7 @@ class KernelLog:
 
     @property
     def readable(self) -> bool:
-        """Whether the log could be opened."""
+        """Return whether the log could be opened."""
         return self._handle is not None
 
     def oom_line(self, pid: int) -> str | None:

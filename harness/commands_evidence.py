@@ -166,7 +166,9 @@ def _index(args: argparse.Namespace) -> int:
     from q4kd.harness.index import write_site
 
     if not args.folder.is_dir():
-        raise InputError(str(args.folder), expected="a folder of bundles", got="none", remedy="check the path")
+        raise InputError(
+            str(args.folder), expected="a folder of bundles", got="no such folder", remedy="name the folder they lie in"
+        )
     site = args.out or args.folder
     count, unreadable = write_site(args.folder, site)
     print(f"{site / 'index.html'}: {count} bundles" + (f", {unreadable} unreadable" if unreadable else ""))

@@ -5,13 +5,15 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 
 from q4kd.harness.cause import memory_cgroup
+from q4kd.harness.memory import device_name, nvml_session
 from q4kd.harness.requirements import requirements
 from q4kd.trainer.device import ALLOCATION_VARIABLE, allocation_override, allocation_policy, check_allocation, classify
 from q4kd.trainer.errors import InputError
@@ -46,70 +48,50 @@ def examine() -> list[Line]:
     ]
 
 
-def gpu_devices() -> list[dict[str, Any]]:
-    """Return ``{"name", "capability", "memory"}`` per NVIDIA device; ``memory`` is None where NVML does not support it.
+@dataclass(frozen=True)
+class GpuDevice:
+    """One NVIDIA device. ``memory``, bytes, is None where it has none of its own, as on GB10: NVML says so."""
 
-    On GB10 the device has no memory of its own, and NVML answers "not supported".
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    found = []
-    try:
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            try:
-                memory: int | None = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            except pynvml.NVMLError:
-                memory = None
-            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-            found.append(
-                {"name": name if isinstance(name, str) else name.decode(), "capability": capability, "memory": memory}
-            )
-    except pynvml.NVMLError:
-        return found
-    finally:
-        pynvml.nvmlShutdown()
+    name: str
+    capability: tuple[int, int]
+    memory: int | None
+
+
+def gpu_devices() -> list[GpuDevice]:
+    """Return the devices that NVML can describe, in index order; none without NVML or a driver."""
+    found: list[GpuDevice] = []
+    with suppress(Exception), nvml_session() as library:  # NVML's error classes are made at run time
+        for index in range(library.nvmlDeviceGetCount()):
+            handle = library.nvmlDeviceGetHandleByIndex(index)
+            memory: int | None = None
+            with suppress(library.NVMLError):
+                memory = int(library.nvmlDeviceGetMemoryInfo(handle).total)
+            major, minor = library.nvmlDeviceGetCudaComputeCapability(handle)
+            found.append(GpuDevice(device_name(library, handle), (int(major), int(minor)), memory))
     return found
 
 
 def driver_cuda() -> int | None:
     """Return the major CUDA version that the driver supports, or None."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # NVML's error classes are made at run time; without a driver there is no version
-        return None
+    with suppress(Exception), nvml_session() as library:
+        return int(library.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    return None
 
 
-def gpu_lines(devices: list[dict[str, Any]]) -> list[Line]:
+def gpu_lines(devices: list[GpuDevice]) -> list[Line]:
     """Describe the devices, or what to do about their absence."""
     if not devices:
         present = Path("/dev/nvidiactl").exists()
-        remedy = (
-            "the device node is there but NVML does not answer: check the driver with nvidia-smi" if present else None
-        )
+        remedy = "the device node is there but NVML does not answer: see what nvidia-smi says" if present else None
         return [Line("GPU", "missing" if present else "note", "none found; CUDA claims are out of scope here", remedy)]
     lines = []
     for index, device in enumerate(devices):
-        major, minor = device["capability"]
-        if device["memory"] is None:
-            memory = "unified memory (NVML reports no device memory)"
-        else:
-            memory = f"{device['memory'] / 2**30:.0f} GiB of device memory"
-        lines.append(Line(f"GPU {index}", "ok", f"{device['name']}, compute capability {major}.{minor}, {memory}"))
-        lines.append(placement_line(index, (major, minor)))
+        memory = "unified memory (NVML reports no device memory)"
+        if device.memory is not None:
+            memory = f"{device.memory / 2**30:.0f} GiB of device memory"
+        capability = ".".join(map(str, device.capability))
+        lines.append(Line(f"GPU {index}", "ok", f"{device.name}, compute capability {capability}, {memory}"))
+        lines.append(placement_line(index, device.capability))
     return lines
 
 

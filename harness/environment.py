@@ -6,11 +6,12 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from q4kd.harness.json_types import JsonValue
 from q4kd.harness.profile import probe_gpu
 from q4kd.harness.redact import redact
 
@@ -21,7 +22,7 @@ PACKAGES = (
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
-def environment(profile: str, source: Path | None = None) -> dict[str, Any]:
+def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue]:
     """Describe this machine and this code.
 
     Args:
@@ -56,7 +57,7 @@ def environment(profile: str, source: Path | None = None) -> dict[str, Any]:
             "driver": _driver(),
             "error": redact(gpu.error)[:200] if gpu.driver_present and gpu.error else None,
         },
-        "boot_id": _first_line(Path("/proc/sys/kernel/random/boot_id")),
+        "boot_id": _line(Path("/proc/sys/kernel/random/boot_id")),
     }
 
 
@@ -86,31 +87,25 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _packages() -> Mapping[str, str]:
     found: dict[str, str] = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def _cpu_model() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()[:200]
-    except OSError:
-        return None
-    return None
+    line = _line(Path("/proc/cpuinfo"), "model name")
+    return line.partition(":")[2].strip() if line is not None else None
 
 
 def _driver() -> str | None:
-    line = _first_line(Path("/proc/driver/nvidia/version"))
-    match = re.search(r"\b(\d{2,4}(?:\.\d+)+)\b", line or "")
+    match = re.search(r"\b(\d{2,4}(?:\.\d+)+)\b", _line(Path("/proc/driver/nvidia/version")) or "")
     return match.group(1) if match else None
 
 
-def _first_line(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip()[:200]
-    except OSError:
-        return None
+def _line(path: Path, start: str = "") -> str | None:
+    """Return the first line of a file that starts so, at most 300 characters of it; None without one."""
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(start):
+                return line.strip()[:300]
+    return None

@@ -137,7 +137,7 @@ def _resolve(role: Role, text: str | None) -> Path | None:
             f"--{role} {text}",
             expected="an existing path" if role == "data" else "an existing path, or a hub id org/name[:file]",
             got="neither" if role != "data" else "none",
-            remedy="check the spelling",
+            remedy="name what is there; a relative path starts at the working folder",
         )
     return _from_hub(role, match.group(1), match.group(2))
 

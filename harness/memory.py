@@ -1,8 +1,10 @@
 """Memory of a running process tree, measured from outside it and written as JSON lines."""
 
+import importlib
 import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +80,23 @@ def resident_bytes(process: psutil.Process) -> tuple[int, int] | None:
     except psutil.Error:
         return None
     return (size.rss, size.rss - size.shared) if size.rss else None
+
+
+@contextmanager
+def nvml_session() -> Iterator[Any]:
+    """Yield NVML, started; it is stopped at the end. Raises what it raises without its library, a driver or a right."""
+    library: Any = importlib.import_module("pynvml")
+    library.nvmlInit()
+    try:
+        yield library
+    finally:
+        library.nvmlShutdown()
+
+
+def device_name(library: Any, handle: object) -> str:
+    """Return the name of an NVML device, which older bindings give as bytes."""
+    name = library.nvmlDeviceGetName(handle)
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 class GpuMeter:

@@ -1,6 +1,5 @@
 """Profiles: the classes of machine that claims are judged on, with what each provides and its measured rooflines."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import cast
 
 from q4kd.harness.claims_folder import default_contracts_folder
 from q4kd.harness.json_types import JsonObject, JsonRecord
+from q4kd.harness.memory import device_name, nvml_session
 from q4kd.harness.schema_match import Schema
 from q4kd.harness.store import Store
 from q4kd.trainer.errors import InputError
@@ -179,13 +179,6 @@ def probe_gpu() -> GpuProbe:
 
 def gpu_names() -> Sequence[str]:
     """Return the names of the NVIDIA devices in index order. Raises what NVML raises when it cannot tell."""
-    nvml = importlib.import_module("pynvml")
-    nvml.nvmlInit()
-    try:
-        names = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
-            names.append(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name))
-        return names
-    finally:
-        nvml.nvmlShutdown()
+    with nvml_session() as library:
+        handles = map(library.nvmlDeviceGetHandleByIndex, range(library.nvmlDeviceGetCount()))
+        return [device_name(library, handle) for handle in handles]

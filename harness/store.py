@@ -47,7 +47,7 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         """Take the folder ``root`` (InputError when it is not one)."""
         if not root.is_dir():
-            raise InputError(str(root), expected="a folder", got="none", remedy="check the path")
+            raise InputError(str(root), expected="a folder", got="none", remedy="name the folder of a bundle")
         self.root = root
 
     def names(self) -> list[str]:
@@ -216,4 +216,9 @@ def open_store(path: Path) -> Store:
         return DirectoryStore(path)
     if path.is_file():
         return TarStore(path)
-    raise InputError(str(path), expected="a bundle folder or .tar.gz", got="no such file", remedy="check the path")
+    raise InputError(
+        str(path),
+        expected="a bundle folder or .tar.gz",
+        got="no such file",
+        remedy="name what `q4kd falsify` wrote: its line `evidence:` says where",
+    )

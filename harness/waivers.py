@@ -42,7 +42,7 @@ class Waiver:
         return day.date() <= date.fromisoformat(self.expires)
 
     def __str__(self) -> str:
-        """Return it in one line."""
+        """Return the waiver in one line."""
         return f"waived by {self.owner} until {self.expires}: {self.reason}"
 
 

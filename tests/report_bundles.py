@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from example_bundle import CONTRACT, PAIR, PROSE, build
+from typed_findings import finding, findings
 
-from q4kd.harness.results import CheckResult, Finding, Findings
+from q4kd.harness.results import CheckResult, Findings
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 HIDDEN = "\x1b[31m\x07\u202egnp.exe\u2066\ud800"
@@ -66,22 +67,6 @@ def build_history(root: Path, margins: list[float], profile: str = "cpu") -> Ite
         yield folder
 
 
-def result_of(check: str, **fields: Any) -> CheckResult:
-    """Return what a check decided, corroborated by default."""
-    decided = {"verdict": "corroborated", "reason": None, "measured": None, "bound": None}
-    return CheckResult(
-        check=check,
-        **{"params": {}, "observation": {}, "counterexample": None, "margin": None, **decided, **fields},
-    )
-
-
 def findings_of(*checks: CheckResult) -> Findings:
     """Return the findings of one claim, ``c::A``, judged by these checks on the run ``demo``."""
-    row = Finding(
-        verdict="corroborated", checks=checks, runs=("demo",), contract="c", id="A", key="c::A", rule="", prediction="",
-        scope="required", experiment="demo", if_fails="",
-    )  # fmt: skip
-    return Findings(
-        schema="q4kd-findings/1", judge_version=1, profile="cpu", created="2026-11-24T00:00:00+00:00", scope="full",
-        summary={}, exit_code=0, rows=(row,),
-    )  # fmt: skip
+    return findings(finding(*checks, key="c::A", runs=("demo",)))

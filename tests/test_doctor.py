@@ -85,8 +85,8 @@ def test_two_cupy_wheels_overwrite_each_other():
 
 def test_a_device_without_its_own_memory_is_unified():
     devices = [
-        {"name": "NVIDIA GB10", "capability": (12, 1), "memory": None},
-        {"name": "NVIDIA H200", "capability": (9, 0), "memory": 141 << 30},
+        doctor.GpuDevice("NVIDIA GB10", (12, 1), None),
+        doctor.GpuDevice("NVIDIA H200", (9, 0), 141 << 30),
     ]
     unified, shared, classic, own = gpu_lines(devices)
     assert "managed memory" in shared.found and "MemAvailable" in shared.found

@@ -1,7 +1,8 @@
 import random
 
 import pytest
-from report_bundles import findings_of, result_of
+from report_bundles import findings_of
+from typed_findings import check_result
 
 from q4kd.harness.index_trends import Measure, marks_of, measures_of, spread_of, trends_of
 
@@ -58,14 +59,14 @@ def test_values_by_other_bounds_or_on_another_machine_are_not_compared() -> None
 
 def test_what_is_measured_is_a_margin_or_a_number_of_known_direction() -> None:
     checks = [
-        result_of("parity", margin=0.25),
-        result_of("parity", margin=0.5),
-        result_of("parity", measured="worst cosine 0.9998 over 96 rows", params={"metric": "cosine"}),
-        result_of("improves", measured="margin 0.3946 ± 0.0263 SE over 3 seeds"),
-        result_of("table", measured="2 entries, 0 wrong"),
-        result_of("parity", margin=0.7, verdict="inconclusive"),
-        result_of("parity", margin=1e300),
-        result_of("improves", measured="margin 1e999"),
+        check_result("parity", margin=0.25),
+        check_result("parity", margin=0.5),
+        check_result("parity", measured="worst cosine 0.9998 over 96 rows", params={"metric": "cosine"}),
+        check_result("improves", measured="margin 0.3946 ± 0.0263 SE over 3 seeds"),
+        check_result("table", measured="2 entries, 0 wrong"),
+        check_result("parity", margin=0.7, verdict="inconclusive"),
+        check_result("parity", margin=1e300),
+        check_result("improves", measured="margin 1e999"),
     ]
     found = list(measures_of(findings_of(*checks)))
     assert [(m.check, m.value, m.lower, m.unit) for m in found] == [

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from example_bundle import write_run
-from report_bundles import findings_of, result_of
+from report_bundles import findings_of
+from typed_findings import check_result
 
 from q4kd.harness.plots import ceiling_bytes, memory_plots, thin, utilisation_plots
 from q4kd.harness.raw import DirectoryStore, RawRun, read_runs
@@ -28,7 +29,7 @@ def write_arm(folder: Path, slope: float, seed: int) -> None:
 def memory_finding(**observation: float) -> Findings:
     ceiling = {"times": 2.0, "of": "gguf_tensor_bytes", "plus_bytes": 50}
     params = {"series": "rss_above_baseline", "phase": ["a", "b"], "ceiling": ceiling}
-    return findings_of(result_of("memory_ceiling", params=params, observation=observation))
+    return findings_of(check_result("memory_ceiling", params=params, observation=observation))
 
 
 def test_memory_is_drawn_above_its_baseline_with_the_ceiling_and_a_title(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_the_ceiling_drawn_is_the_one_judged_by() -> None:
     assert ceiling_bytes(replace(check, observation={})) is None
     assert ceiling_bytes(replace(check, params={"series": "rss", "ceiling": {"bytes": 5}})) == 5
     outside = {"outside": {"times": 3, "plus_bytes": 1}}
-    assert ceiling_bytes(result_of("residency", params=outside, observation={"tensor_bytes": 10})) == 31
+    assert ceiling_bytes(check_result("residency", params=outside, observation={"tensor_bytes": 10})) == 31
 
 
 def test_too_few_samples_or_none_draw_nothing(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def write_samples(folder: Path, events: list[tuple[str, float]], rows: list[dict
 
 
 def finding(check: str, params: dict[str, Any]) -> Findings:
-    return findings_of(result_of(check, params=params))
+    return findings_of(check_result(check, params=params))
 
 
 def test_a_ceiling_holds_in_its_phase_and_nowhere_else(tmp_path: Path) -> None:
