@@ -146,7 +146,6 @@ class Experiment:
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
-        sources: further modules that decide what is measured; when one changes, the kill records are stale.
     """
 
     name: str
@@ -157,7 +156,6 @@ class Experiment:
     collect: Callable[[Path, Inputs], Facts] = _no_facts
     exclusive: bool = False
     parallel: int = 1
-    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that are not safe as folder names, and arms that could be confused."""
@@ -242,14 +240,13 @@ def declare(
     collect: Callable[[Path, Inputs], Facts] = _no_facts,
     exclusive: bool = False,
     parallel: int = 1,
-    sources: tuple[str, ...] = (),
 ) -> Experiment:
     """Register the experiment of these parts, which are ``Experiment``'s, and return it.
 
     Raises:
         ValueError: as ``register`` and ``Experiment`` do.
     """
-    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel, sources))
+    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel))
 
 
 def get_experiment(name: str) -> Experiment:

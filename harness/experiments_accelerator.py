@@ -21,7 +21,6 @@ SEQUENCES, SEQ_LEN, ACCUMULATION = 32, 256, 4
 SHORT_STEPS, LONG_STEPS = 31, 500
 WARM_UP, PASSES = 3, 9
 MANAGED_BYTES = 40_000_000_000
-_SOURCES = ("q4kd.harness.experiments_cuda", "q4kd.harness.synthetic_students", "q4kd.trainer.synthetic")
 
 
 def _teacher(inputs: Inputs) -> Path:
@@ -85,7 +84,6 @@ for _name, _steps, _needs in (
         needs=_needs,
         collect=_collect_distill,
         exclusive=True,
-        sources=(*_SOURCES, "q4kd.harness.experiments_runs", "q4kd.harness.experiments_training"),
     )
 
 
@@ -111,7 +109,6 @@ declare(
     needs=("cuda",),
     collect=_collect_forward,
     exclusive=True,
-    sources=(*_SOURCES, "q4kd.harness.probes_accelerator"),
 )
 
 
@@ -128,5 +125,4 @@ declare(
     needs=("cuda", "unified"),
     collect=collect_probe,
     exclusive=True,
-    sources=("q4kd.harness.probes_accelerator",),
 )

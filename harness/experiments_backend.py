@@ -15,7 +15,6 @@ declare(
     "the trainer's tables of backend, device class and allocation, filled in by its own functions",
     Arm(None, lambda _inputs: ["probe", "decision-tables", "--out", "probe.json"], timeout_s=60),
     collect=collect_probe,
-    sources=("q4kd.harness.probes_backend",),
 )
 
 

@@ -29,7 +29,6 @@ WINDOWS = BATCHES * BATCH
 # The float64 forward is run on these windows; of the k columns these many are kept as evidence.
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.reference")
 
 
 def _words(inputs: Inputs, out: str, k: int = K) -> list[str]:
@@ -96,7 +95,6 @@ declare(
     f"q4kd cache of {WINDOWS} windows with k = {K}, beside a float64 forward over the teacher",
     Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=ONE_THREAD),
     collect=_collect_signals,
-    sources=_SOURCES,
 )
 
 
@@ -165,7 +163,6 @@ declare(
         env=ONE_THREAD,
     ),
     collect=collect_refusals,
-    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )
 
 
@@ -195,7 +192,6 @@ declare(
     Arm(None, _interrupted_argv, timeout_s=120, env=ONE_THREAD),
     prepare=made_cache,
     collect=_collect_interrupted,
-    sources=(*_SOURCES, "q4kd.harness.probes_cache"),
 )
 
 
@@ -228,5 +224,4 @@ declare(
         for arm in ("online", "cached")
     ),
     collect=_collect_training,
-    sources=_SOURCES,
 )

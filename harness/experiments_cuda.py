@@ -47,7 +47,6 @@ declare(
     needs=_CUDA,
     collect=_collect_decode,
     exclusive=True,
-    sources=("q4kd.harness.probes_cuda", "q4kd.harness.synthetic_models"),
 )
 
 
@@ -73,7 +72,6 @@ declare(
     needs=_CUDA,
     collect=_collect_parity,
     exclusive=True,
-    sources=("q4kd.harness.reference",),
 )
 
 
@@ -92,7 +90,6 @@ declare(
     needs=_CUDA,
     collect=lambda _run_dir, inputs: gguf_facts(teacher_7b(inputs)),
     exclusive=True,
-    sources=("q4kd.trainer.synthetic", "q4kd.harness.probes_cuda"),
 )
 
 declare(
@@ -106,5 +103,4 @@ declare(
     ),
     needs=_CUDA,
     exclusive=True,
-    sources=("q4kd.trainer.synthetic", "q4kd.harness.probes_cuda"),
 )

@@ -32,12 +32,6 @@ _TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_SOURCES = (
-    "q4kd.harness.experiments_runs",
-    "q4kd.harness.experiments_guards",
-    "q4kd.harness.probes_data",
-    "q4kd.harness.training_documents",
-)
 
 
 # --- packed-documents: logits of packed windows beside float64 on each document alone ---
@@ -95,7 +89,6 @@ declare(
     "teacher and student on windows of several documents, beside float64 on each document alone",
     Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
     collect=_collect_packed,
-    sources=(*_SOURCES, "q4kd.harness.reference"),
 )
 
 
@@ -212,7 +205,6 @@ declare(
     "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
     *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
     collect=_collect_batches,
-    sources=_SOURCES,
 )
 
 
@@ -242,5 +234,4 @@ declare(
         env=ONE_THREAD,
     ),
     collect=collect_probe,
-    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

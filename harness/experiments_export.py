@@ -21,7 +21,6 @@ POSITIONS, COLUMNS = 64, 64
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
 # Rows of 256 and 512 weights hold superblocks; the head is one matrix with the embedding.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-_SOURCES = ("q4kd.harness.synthetic_students", "q4kd.harness.reference")
 
 
 def live_student(inputs: Inputs) -> Path:
@@ -160,5 +159,4 @@ declare(
     "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
     Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
     collect=_collect_export,
-    sources=(*_SOURCES, "q4kd.harness.probes_export"),
 )

@@ -14,8 +14,6 @@ from q4kd.harness.reference import log_softmax, read_gguf, reference_logits
 from q4kd.harness.synthetic_students import write_padded_teacher
 from q4kd.trainer.files import read_json, write_json
 
-_SOURCES = ("q4kd.harness.experiments_export", "q4kd.harness.synthetic_students", "q4kd.harness.reference")
-
 # --- fidelity: a Q4_K_M file against its float32 folder, and against itself ---
 
 WINDOWS, LENGTH = 16, 64
@@ -90,7 +88,6 @@ declare(
     ),
     collect=_collect_fidelity,
     parallel=2,
-    sources=_SOURCES,
 )
 
 
@@ -136,5 +133,4 @@ declare(
         env=ONE_THREAD,
     ),
     collect=collect_refusals,
-    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

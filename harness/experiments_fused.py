@@ -21,7 +21,6 @@ TOKENS, VOCAB, PADDING, HIDDEN, SOURCE = 40, 300, 4, 24, 32
 CUDA_VOCAB = 16_640
 LISTED = (8, 64)
 ELEMENTS = 400
-_SOURCES = ("q4kd.harness.probes_loss", "q4kd.harness.reference")
 # Settings of a case, as the probe reads them from JSON.
 _Case = dict[str, Any]
 
@@ -197,7 +196,6 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
         needs=("cuda",) if _device == "cuda" else (),
         collect=functools.partial(_collect_losses, _vocab),
         exclusive=_device == "cuda",
-        sources=_SOURCES,
     )
 
 
@@ -281,5 +279,4 @@ declare(
     "every tensor that the fused loss makes, recorded by a dispatch mode around it",
     Arm(None, _allocation_argv, timeout_s=120),
     collect=_collect_allocations,
-    sources=_SOURCES,
 )

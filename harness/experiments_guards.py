@@ -34,7 +34,6 @@ EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
 ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2
 POSITIONS, COLUMNS = 64, 128
 EXCHANGED = (700, 1500)
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.synthetic_students")
 
 
 def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None = None) -> Path:
@@ -108,7 +107,6 @@ declare(
         for name in ("native", "padded", "exact")
     ),
     collect=_collect_vocabulary,
-    sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.experiments_training"),
 )
 
 
@@ -136,7 +134,6 @@ declare(
     "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
     Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
     collect=_collect_widths,
-    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )
 
 
@@ -198,5 +195,4 @@ declare(
         env=ONE_THREAD,
     ),
     collect=_collect_refused,
-    sources=(*_SOURCES, "q4kd.harness.probes_runs"),
 )

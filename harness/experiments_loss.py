@@ -117,7 +117,6 @@ declare(
     "the fused loss and its gradients against a dense float64 reference",
     Arm(None, _loss_argv, timeout_s=60),
     collect=_collect_loss,
-    sources=("q4kd.harness.probes", "q4kd.harness.reference"),
 )
 
 
@@ -172,5 +171,4 @@ declare(
     "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
     Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
     collect=_collect_first_step,
-    sources=("q4kd.harness.reference",),
 )

@@ -74,14 +74,11 @@ def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators}
 
 
-_SOURCES = ("q4kd.harness.probes", "q4kd.harness.probes_models", "q4kd.harness.synthetic_models")
-
 declare(
     "model-files",
     "logits of small models of every architecture and type against float64; two of them also as .apr",
     Arm(None, _models_argv, timeout_s=120),
     collect=_collect_models,
-    sources=(*_SOURCES, "q4kd.harness.reference", "q4kd.harness.apr_write"),
 )
 
 
@@ -119,5 +116,4 @@ declare(
     "GGUF and .apr files that would be silently wrong, each beside its valid twin",
     Arm(None, _refused_argv, timeout_s=120),
     collect=collect_probe,
-    sources=(*_SOURCES, "q4kd.harness.broken_apr", "q4kd.harness.apr_write"),
 )

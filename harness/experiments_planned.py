@@ -10,7 +10,6 @@ from q4kd.harness.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.inputs_collect import arm_of, read_events, save_pairs
 from q4kd.harness.inputs_demo import argparse_documents, changed_student, demo_teacher, distill_words, set_words
 
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.experiments_robust", "q4kd.harness.synthetic_students")
 _PLANS: dict[str, dict[str, object]] = {
     "batch-8": {"batch_size": 8},
     "batch-16": {"batch_size": 16},
@@ -82,5 +81,4 @@ declare(
         for name, settings in _PLANS.items()
     ),
     collect=_collect_planned,
-    sources=_SOURCES,
 )

@@ -12,7 +12,6 @@ from q4kd.harness.inputs_demo import VOCAB, demo_teacher, logits_words
 from q4kd.harness.reference import read_gguf, reference_logits
 
 SEQUENCES, LENGTH, EVERY, COLUMNS = 64, 64, 4, 32
-_SOURCES = ("q4kd.harness.probes_precision", "q4kd.harness.reference")
 
 # --- bfloat16-errors, cuda-bfloat16-errors: logits of the demo teacher in bfloat16, packed and dense ---
 
@@ -68,5 +67,4 @@ for _name, _device, _needs in (("bfloat16-errors", "cpu", ()), ("cuda-bfloat16-e
         prepare=_exact,
         collect=_collect_errors,
         exclusive=bool(_needs),
-        sources=_SOURCES,
     )

@@ -77,5 +77,4 @@ declare(
     needs=("cuda",),
     collect=_collect_products,
     exclusive=True,
-    sources=("q4kd.harness.probes_precision", "q4kd.harness.synthetic_models"),
 )

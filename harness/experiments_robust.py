@@ -13,7 +13,6 @@ from q4kd.harness.inputs_demo import argparse_documents, demo_student, demo_teac
 from q4kd.harness.probes_robust import CHILD_EVENTS
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
-_SOURCES = ("q4kd.harness.experiments_runs", "q4kd.harness.probes_robust")
 KILLS, WRITING, STEPS = 20, 6, 90
 
 
@@ -69,7 +68,6 @@ declare(
         env=ONE_THREAD,
     ),
     collect=_collect_killed,
-    sources=_SOURCES,
 )
 
 
@@ -187,7 +185,6 @@ for _name, (_action, _title, _settings) in _ENDINGS.items():
         f"q4kd distill with {_title}",
         Arm(None, functools.partial(_ended_argv, _action, _settings), timeout_s=200, env=ONE_THREAD),
         collect=_collect_ended,
-        sources=_SOURCES,
     )
 
 
@@ -204,5 +201,4 @@ declare(
     "resuming from a checkpoint with one byte changed, with other settings, and from the same one intact",
     Arm(None, _damaged_argv, timeout_s=200, env=ONE_THREAD),
     collect=collect_probe,
-    sources=_SOURCES,
 )

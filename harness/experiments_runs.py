@@ -55,7 +55,6 @@ declare(
     f"the clock around each of {STEPS} steps and around the event and the line that report it",
     Arm(None, _timed_argv, timeout_s=120, stall_s=60, env=ONE_THREAD),
     collect=_collect_timings,
-    sources=("q4kd.harness.probes_runs",),
 )
 
 
@@ -107,5 +106,4 @@ declare(
     _arm("smoke", "--max-steps", str(SMOKE_STEPS)),
     _arm("full"),
     collect=_collect_smoke,
-    sources=("q4kd.harness.experiments_training",),
 )

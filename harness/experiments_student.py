@@ -9,8 +9,6 @@ from q4kd.harness.inputs_collect import arm_of, collect_probe, save_pairs, step_
 from q4kd.harness.inputs_demo import demo_student, demo_teacher, distill_words, set_words, training_text
 from q4kd.harness.probes_student import RANKS, VARIANTS
 
-_SOURCES = ("q4kd.harness.probes_student",)
-
 # --- student-steps: the trainer's step under settings that must not matter, with adapters, and on bfloat16 weights ---
 
 
@@ -41,7 +39,6 @@ declare(
     "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
     Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
     collect=_collect_steps,
-    sources=_SOURCES,
 )
 
 
@@ -84,7 +81,6 @@ declare(
         for kind in ("one", "copies", "shards")
     ),
     collect=_collect_ranks,
-    sources=_SOURCES,
 )
 
 
@@ -95,5 +91,4 @@ declare(
     "settings that do not exist, beside those that were meant",
     Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),
     collect=collect_probe,
-    sources=_SOURCES,
 )

@@ -70,7 +70,6 @@ declare(
     "q4kd logits on a 94 MB Q4_K file, memory sampled from outside",
     _watched(None),
     collect=_collect_load,
-    sources=("q4kd.trainer.synthetic",),
 )
 declare(
     "load-teacher-controlled",
@@ -78,7 +77,6 @@ declare(
     _watched("packed"),
     Arm("dense", _dense_argv, timeout_s=60),
     collect=_collect_load,
-    sources=("q4kd.trainer.synthetic",),
 )
 
 
@@ -122,7 +120,6 @@ declare(
     "q4kd logits of the golden and the demo teacher against float64, llama.cpp and a frozen golden",
     *(Arm(arm, functools.partial(_parity_argv, arm), timeout_s=120, stall_s=60) for arm in ("golden", "demo")),
     collect=_collect_parity,
-    sources=("q4kd.harness.reference",),
 )
 
 
@@ -138,7 +135,6 @@ declare(
     "every way to ask the teacher for a gradient, beside its valid twin",
     Arm(None, _frozen_argv, timeout_s=60),
     collect=collect_probe,
-    sources=("q4kd.harness.probes",),
 )
 
 
@@ -182,5 +178,4 @@ declare(
     "the trainer's decoders and products on random and extreme superblocks",
     Arm(None, _superblock_argv, timeout_s=60),
     collect=_collect_superblock,
-    sources=("q4kd.harness.probes", "q4kd.harness.block_spec"),
 )

@@ -1,29 +1,24 @@
 """Kill records: the evidence that a falsifier can fail, kept with the raw observations of the sabotaged runs.
 
-A record is found by a digest of everything that makes it valid: the falsifier, the check's and the judge's source, the
-fault, the experiment's definition, and the source of the patched functions. When any of them changes, the record is
-stale. A record is never believed: its raw runs are judged again each time.
+A record is found by a digest of everything that makes it valid (``digests``): the falsifier, its checks, the judge, the
+fault, the experiment and the patched functions. When the meaning of any of them changes, the record is stale. A record
+is never believed: its raw runs are judged again each time.
 """
 
-import ast
-import dataclasses
 import hashlib
-import importlib.util
-import inspect
-import json
 from collections.abc import Iterable, Mapping, Set
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from q4kd.harness.child import VOID_EXIT
 from q4kd.harness.contract import Claim
-from q4kd.harness.experiment import EXPERIMENTS, get_experiment
+from q4kd.harness.digests import parts_digest, record_parts
+from q4kd.harness.experiment import get_experiment
 from q4kd.harness.judge import judge_claim
 from q4kd.harness.mutations import NOT_SHOWN
 from q4kd.harness.raw import RawRun, TarStore
 from q4kd.harness.raw import run_names as stored_runs
-from q4kd.harness.sabotage.registry import Fault, MissingTarget, apply_source, get_fault, tested_packages
+from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json, read_bounded, write_atomic, write_json
 
@@ -38,98 +33,6 @@ def default_kills(profile: str) -> Path:
     import q4kd.evidence
 
     return Path(next(iter(q4kd.evidence.__path__))) / "kills" / profile
-
-
-def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> dict[str, str]:
-    """Return the digest of every part that makes a kill record valid, by the part's name.
-
-    Raises:
-        MissingTarget: when a patched function is no longer in its module.
-        InputError: when the experiment is unknown.
-        ValueError: when the claim is prose.
-    """
-    if claim.falsifier is None:
-        raise ValueError(f"{claim.key} is prose: it has no falsifier")
-    sources = (*get_experiment(experiment).sources, EXPERIMENTS.module(experiment))
-    asked = dataclasses.asdict(falsifier := claim.falsifier.for_profile(profile))
-    del asked["sabotage"], asked["timeout_s"]  # neither changes what a caught fault showed
-    declaration = [fault.name, fault.family, fault.targets, fault.arms, fault.declared_exit]
-    parts = {
-        "claim": f"{claim.key} {profile}",
-        "falsifier": _canonical(asked),
-        "judge": _module_text("q4kd.harness.judge") + _module_text("q4kd.harness.checks.judgement"),
-        "fault": f"{_canonical(declaration)}\n{apply_source(fault)}",
-        "experiment": "\n".join([experiment, *map(_module_text, sources)]),
-    }
-    for use in falsifier.checks:
-        parts[f"check {use.check}"] = _check_text(use.check)
-    for target in fault.targets:
-        parts[f"target {target}"] = target_source(target)
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
-
-
-def record_key(claim: Claim, fault: Fault, experiment: str, profile: str) -> str:
-    """Return the SHA-256 over ``record_parts`` that a kill record is filed under. Raises as it does."""
-    return _digest(record_parts(claim, fault, experiment, profile))
-
-
-def _digest(parts: Mapping[str, str]) -> str:
-    return hashlib.sha256(_canonical(parts).encode()).hexdigest()
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=dict)
-
-
-def _check_text(name: str) -> str:
-    from q4kd.harness.checks import CHECKS
-
-    check: Any = CHECKS[name]
-    return _module_text(check.__name__ if inspect.ismodule(check) else check.judge.__module__)
-
-
-@lru_cache(maxsize=256)
-def _module_text(module: str) -> str:
-    """Return a module's source without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise InputError(f"module {module}", expected="its source file", got="none", remedy="reinstall q4kd")
-    return Path(spec.origin).read_text(encoding="utf-8")
-
-
-def target_source(target: str) -> str:
-    """Return the source text that defines ``module:Qual.name``, found without importing the module.
-
-    A target in a package that is not under test stands for itself by name: its source changes with every release.
-
-    Raises:
-        MissingTarget: when the module or the definition is not there.
-    """
-    module, _, qualname = target.partition(":")
-    if module.partition(".")[0] not in tested_packages():
-        return target
-    try:
-        text = _module_text(module)
-    except (InputError, ImportError) as error:
-        raise MissingTarget(target) from error
-    node: ast.AST = ast.parse(text)
-    for part in qualname.split("."):
-        found = [child for child in ast.iter_child_nodes(node) if part in _defined(child)]
-        if not found:
-            raise MissingTarget(target)
-        node = found[-1]
-    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
-    first = min([node.lineno, *(item.lineno for item in decorators)])  # type: ignore[attr-defined]
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])  # type: ignore[attr-defined]
-
-
-def _defined(node: ast.AST) -> set[str]:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {node.name}
-    targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else []
-    if isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 class KillStore:
@@ -243,7 +146,7 @@ def _rejudge_one(claim: Claim, name: str, profile: str, kills: KillStore) -> dic
         return without(f"VOID, {missing.target} is missing")
     except InputError as error:
         return without(str(error))
-    key = _digest(parts)
+    key = parts_digest(parts)
     record = kills.records.get(key)
     if record is None:
         return without(_what_changed(claim, name, parts, kills))

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from q4kd.harness.bundle import pack_bytes
 from q4kd.harness.contract import Claim, default_contracts_folder, load_contracts
+from q4kd.harness.digests import record_key, record_parts
 from q4kd.harness.environment import PACKAGES
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.falsify import require_packages
 from q4kd.harness.given import GivenFiles
 from q4kd.harness.judge import JUDGE_VERSION
-from q4kd.harness.kills import KillStore, default_kills, judge_faulted, record_key, record_parts, rejudge
+from q4kd.harness.kills import KillStore, default_kills, judge_faulted, rejudge
 from q4kd.harness.mutations import WatchedRun
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import detect_profile, load_profile

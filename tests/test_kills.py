@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edited_sources import edited
 from fakeworld import plugin as world
 
+from q4kd.harness import digests, matrix
 from q4kd.harness import kills as kills_module
-from q4kd.harness import matrix
 from q4kd.harness.contract import Claim, Falsifier
 from q4kd.harness.experiment import Inputs
 from q4kd.harness.kills import (
@@ -16,13 +17,11 @@ from q4kd.harness.kills import (
     apply_kill_rule,
     default_kills,
     judge_faulted,
-    record_key,
     rejudge,
-    target_source,
 )
 from q4kd.harness.matrix import kill_matrix, show
 from q4kd.harness.runner import ExperimentRunner
-from q4kd.harness.sabotage.registry import Fault, MissingTarget, get_fault
+from q4kd.harness.sabotage.registry import get_fault
 from q4kd.trainer.errors import InputError
 
 
@@ -157,17 +156,20 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
 
     assert stale(claim("inflate", ceiling=51.0), store) == "changed since: falsifier"
     assert stale(claim("inflate", min_observations=2), store) == "changed since: falsifier"
-    true_text = kills_module._module_text
-    for module, part in [
-        ("fakeworld.check", "check fake"),
-        ("q4kd.harness.judge", "judge"),
-        ("fakeworld.experiments", "experiment"),
+    for module, old, new, part in [
+        ("fakeworld.check", 'worst] > params["ceiling"]', 'worst] >= params["ceiling"]', "check fake"),
+        ("q4kd.harness.checks.judgement", "just_over(limit", "just_above(limit", None),
+        ("q4kd.harness.judge", "worst = min(", "worst = max(", "judge"),
+        ("fakeworld.experiments", '"seed.txt"', '"seeds.txt"', "experiment"),
+        ("fakeworld.experiments", "# Count how", "# Say how", None),
+        ("fakeworld.experiments", '"never ends"', '"does not end"', None),
     ]:
-        monkeypatch.setattr(
-            kills_module, "_module_text", lambda name, m=module: true_text(name) + ("#" if name == m else "")
-        )
-        assert stale(one, store) == f"changed since: {part}"
-    monkeypatch.setattr(kills_module, "_module_text", true_text)
+        monkeypatch.setattr(digests, "TREES", edited(module, old, new))
+        if part is None:
+            assert rejudge(one, "cpu", store)[0]["caught"], (module, new)
+        else:
+            assert stale(one, store) == f"changed since: {part}"
+    monkeypatch.setattr(digests, "TREES", digests.SyntaxTrees())
 
     fault = get_fault("inflate")
     for other in (
@@ -181,32 +183,6 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
     # What does not bear on the catch does not age it.
     assert rejudge(claim("inflate", timeout_s=9.0), "cpu", store)[0]["caught"]
     assert rejudge(dataclasses.replace(one, rule="reworded"), "cpu", store)[0]["caught"]
-
-
-def test_the_key_follows_the_source_of_the_patched_function(runner, monkeypatch):
-    fault = Fault("f", "t", "loss", ("q4kd.trainer.files:sha256_file",), lambda: None)
-    one = claim("f")
-    key = record_key(one, fault, "measure", "cpu")
-    text = kills_module._module_text("q4kd.trainer.files")
-    changed = text.replace("digest.update(piece)", "digest.update(piece[:1])")
-    elsewhere = text.replace("def read_json(", "def read_json_(")
-    assert text not in (changed, elsewhere)
-    true_text = kills_module._module_text
-    for new, same in ((changed, False), (elsewhere, True)):
-        monkeypatch.setattr(
-            kills_module, "_module_text", lambda name, new=new: new if name == "q4kd.trainer.files" else true_text(name)
-        )
-        assert (record_key(one, fault, "measure", "cpu") == key) is same
-
-
-def test_target_source_finds_definitions_without_importing():
-    assert target_source("q4kd.trainer.files:sha256_file").startswith("def sha256_file(")
-    assert target_source("q4kd.harness.raw:RawRun.exit").startswith("    @cached_property\n    def exit(")
-    assert target_source("q4kd.trainer.files:_CHUNK") == "_CHUNK = 1 << 20"
-    assert target_source("torch.nn.functional:linear") == "torch.nn.functional:linear"
-    for missing in ("q4kd.trainer.files:gone", "q4kd.trainer.gone:f", "q4kd.harness.raw:RawRun.gone"):
-        with pytest.raises(MissingTarget):
-            target_source(missing)
 
 
 def test_records_are_not_believed(runner, store):

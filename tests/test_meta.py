@@ -15,9 +15,10 @@ from q4kd.harness.bundle import open_bundle, pack_bytes
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import Judgement
 from q4kd.harness.contract import load_contracts
+from q4kd.harness.digests import record_key, record_parts
 from q4kd.harness.experiment import EXPERIMENTS, Arm, Experiment
 from q4kd.harness.interchange import message_of
-from q4kd.harness.kills import KillStore, judge_faulted, record_key, record_parts
+from q4kd.harness.kills import KillStore, judge_faulted
 from q4kd.harness.plan import make_plan
 from q4kd.harness.profile import load_profile
 from q4kd.harness.raw import DirectoryStore, RawRun, TarStore, read_runs, run_names, runs_of

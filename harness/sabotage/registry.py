@@ -4,12 +4,10 @@ It is closed to contracts. Another project adds faults by an entry point in ``q4
 ``register``, a ``Fault``, or several.
 """
 
-import ast
 import functools
 import importlib
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -256,20 +254,3 @@ def plant(fault: Fault) -> None:
     for target in fault.targets:
         if target not in planted:
             raise MissingTarget(target)
-
-
-def apply_source(fault: Fault) -> str:
-    """Return the source of the function that plants a fault, with the arguments of a ``functools.partial``.
-
-    Decorators are left out: what they declare is hashed by its values.
-    """
-    function: Call = fault.apply
-    bound = ""
-    while isinstance(function, functools.partial):
-        bound += f"\n# partial: {function.args!r} {function.keywords!r}"
-        function = function.func
-    source = textwrap.dedent(inspect.getsource(function))
-    if source.startswith("@"):
-        definition = ast.parse(source).body[0]
-        source = "".join(source.splitlines(keepends=True)[definition.lineno - 1 :])
-    return source + bound
