@@ -31,6 +31,7 @@ DECIDING = (
     "q4kd.harness.experiments_",
     "q4kd.harness.probes",
     "q4kd.harness.sabotage.faults_",
+    "q4kd.harness.inputs_",
     "q4kd.harness.apr_write",
     "q4kd.harness.broken_apr",
     "q4kd.harness.synthetic_",

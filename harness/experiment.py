@@ -41,9 +41,9 @@ EXPERIMENT_MODULES = (
     "q4kd.harness.experiments_cache",
     "q4kd.harness.experiments_accelerator",
 )
-# What an arm measured of its outputs, as JSON writes it.
+# What an arm measured of its outputs; ``facts.json`` holds it.
 Facts: TypeAlias = dict[str, object]
-# For the ``env`` of an arm: one thread, so that results and memory do not depend on the cores of the machine.
+# An arm with this ``env`` has one thread, so that results and memory do not depend on the cores of the machine.
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 

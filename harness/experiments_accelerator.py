@@ -44,12 +44,12 @@ def _student(inputs: Inputs) -> Path:
 
 
 def _text(inputs: Inputs) -> Path:
-    # About 30,000 tokens of the demo's: more than the 8,193 of one step.
+    # The text has about 30,000 tokens of the demo's, more than the 8,193 of one step.
     return inputs.file("argparse.txt", lambda path: shutil.copyfile(argparse.__file__, path))
 
 
 def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
-    # Four micro-batches: the student's activations of 8,192 tokens at once would take more than its weights.
+    # A step has four micro-batches: the activations of 8,192 tokens at once would take more than the weights.
     settings = {
         "steps": steps,
         "batch_size": SEQUENCES // ACCUMULATION,

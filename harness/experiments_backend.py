@@ -28,7 +28,7 @@ def _argv(backend: tuple[str, ...], inputs: Inputs) -> list[str]:
 
 
 def _announced(run_dir: Path) -> dict[str, str | bool]:
-    """Lay the event of the choice beside the line of the log."""
+    """Return what the event of the choice says, and whether the log has the line that says the same."""
     event = next(iter(read_events(run_dir, "backend_selected")), {})
     line = f"teacher backend: {event.get('backend')} ({event.get('reason')})"
     stated = (run_dir / "stdout.log").read_text(encoding="utf-8").splitlines()
@@ -36,7 +36,7 @@ def _announced(run_dir: Path) -> dict[str, str | bool]:
 
 
 def _collect(run_dir: Path, _inputs: Inputs) -> Facts:
-    """Read what the default arm announced, and compare the dense arm's logits with its, which ran before."""
+    """Read what the default arm announced, and compare its logits with those of the dense arm, which runs later."""
     if arm_of(run_dir) == "default":
         return {"tables": {"announced": _announced(run_dir)}}
     other = run_dir.parent / "teacher-backends.default" / "logits.npy"

@@ -26,7 +26,7 @@ from q4kd.trainer.files import read_json, sha256_file, write_json
 
 BATCHES, K = 6, 512
 WINDOWS = BATCHES * BATCH
-# Windows that the float64 forward is run on, and columns of the k that are kept as evidence.
+# The float64 forward is run on these windows; of the k columns these many are kept as evidence.
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
 
@@ -102,7 +102,7 @@ declare(
 
 
 def _other_tokenizer(inputs: Inputs) -> Path:
-    """Return the student with the ids of two tokens exchanged that the text does not hold."""
+    """Return the student with the ids of two tokens exchanged; the text holds neither."""
 
     def make(folder: Path) -> None:
         shutil.copytree(demo_student(inputs), folder)
@@ -116,7 +116,7 @@ def _other_tokenizer(inputs: Inputs) -> Path:
 
 
 def _damaged(inputs: Inputs) -> Path:
-    """Return a cache with the lowest bit of one tail turned, which leaves it a distribution."""
+    """Return a cache with the lowest bit of one tail flipped, so that each row is still a distribution."""
 
     def make(folder: Path) -> None:
         shutil.copytree(made_cache(inputs, 8), folder)
@@ -136,7 +136,7 @@ def _refusals(inputs: Inputs) -> Path:
     records: list[dict[str, str | list[str]]] = []
 
     def add(case: str, *extra: str, student: Path | None = None, data: Path = text, folder: Path = cache) -> None:
-        # Each in a folder of its own: a run that was started leaves it locked to nobody, but not empty.
+        # Each run has a folder of its own: one that was started leaves it unlocked, but not empty.
         number, teacher, fresh = len(records), demo_teacher(inputs), demo_student(inputs)
         argv = distill_words(teacher, student or fresh, data, *extra, out=f"argv-{number}")
         twin = distill_words(teacher, fresh, text, out=f"twin_argv-{number}")

@@ -120,7 +120,7 @@ def _batch_cases(inputs: Inputs) -> Path:
 
 
 def _chat_windows(inputs: Inputs) -> dict[tuple[int, ...], list[int]]:
-    """Return the labels of each window of the chats by its own ids: what the assistant says and the end of its turn."""
+    """Return the labels of each window of the chats by its ids: the assistant's words and the end of its turn."""
     tokenizer, windows = demo_tokenizer(inputs), {}
     for messages in chat_messages():
         text, said = "", []

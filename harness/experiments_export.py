@@ -30,7 +30,7 @@ def live_student(inputs: Inputs) -> Path:
 
 
 def _text_folder(inputs: Inputs) -> Path:
-    """Return a folder of two texts, of which the split by name holds out the second."""
+    """Return a folder of two texts; the split by name holds out the second."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -60,7 +60,7 @@ def finished_run(inputs: Inputs) -> Path:
 
 
 def smoke_run(inputs: Inputs) -> Path:
-    """Return a run cut short by --max-steps, so without a model."""
+    """Return a run that --max-steps cut short, so that it has no model."""
     return _run(inputs, "smoke-run", "--max-steps", "2")
 
 

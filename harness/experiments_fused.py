@@ -17,7 +17,7 @@ from q4kd.trainer.files import read_json, write_json
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TOKENS, VOCAB, PADDING, HIDDEN, SOURCE = 40, 300, 4, 24, 32
-# Wide rows on the device: its kernels cut a row into segments of 8,192 columns.
+# Rows on the device are wide, since its kernels cut a row into segments of 8,192 columns.
 CUDA_VOCAB = 16_640
 LISTED = (8, 64)
 ELEMENTS = 400
@@ -33,7 +33,7 @@ def loss_cases(vocab: int) -> dict[str, _Case]:
         for temperature in (0.7, 3.0):
             name, warm = f"{divergence}-t{temperature:g}", common | {"temperature": temperature}
             cases[f"fast-{name}"] = {**warm, "mode": "fast"}
-            # Tiles that do not divide the vocabulary.
+            # The tiles do not divide the vocabulary.
             cases[f"low-{name}"] = {**warm, "mode": "low", "vocab_tile": 64 if vocab < 1000 else 4096}
         for listed in _listed(vocab):
             cases[f"top{listed}-{divergence}"] = {**common, "listed": listed}
@@ -55,14 +55,14 @@ def _given(vocab: int, inputs: Inputs) -> Path:
         rng = np.random.default_rng(8)
         labels = rng.integers(0, vocab, TOKENS)
         labels[::5] = -100
-        # A whole chunk of seven tokens without a label, and labels in the last columns, which end a short tile.
+        # One chunk of seven tokens has no label, and some labels lie in the last columns, which end a short tile.
         labels[14:21] = -100
         labels[-3:-1] = vocab - 1
         drawn = {
             "hidden": rng.normal(0, 1, (TOKENS, HIDDEN)),
             "weight": rng.normal(0, 0.5, (vocab, HIDDEN)),
             "teacher_hidden": rng.normal(0, 1, (TOKENS, SOURCE)),
-            # The rows past the student's vocabulary are the likeliest of all: to keep them would show.
+            # The rows past the student's vocabulary are the likeliest of all, so that keeping them would show.
             "teacher_weight": rng.normal(0, 0.4, (vocab + PADDING, SOURCE))
             * np.where(np.arange(vocab + PADDING) < vocab, 1, 3)[:, None],
         }
@@ -136,7 +136,7 @@ def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
     hidden, weight = given["hidden"].astype(np.float64), given["weight"].astype(np.float64)
     student, teacher, labels = hidden[kept] @ weight.T, _teacher_logits(given, vocab)[kept], given["labels"][kept]
     rng = np.random.default_rng(6)
-    # Of the head's gradient a seeded choice, its labels' rows among it by their number; of the hidden states' all.
+    # A seeded choice of the head's gradient is kept, and all of the hidden states'.
     chosen = rng.choice(weight.size, ELEMENTS, replace=False)
     pairs: dict[str, tuple[list[Array], list[Array]]] = {}
 
@@ -202,22 +202,22 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
 # --- loss-allocations: what the loss makes, recorded from outside it ---
 
 CHUNK, TILE = 64, 512
-# So narrow that logits are larger than heads, hidden states and their gradients.
+# These sides are so narrow that logits are larger than heads, hidden states and their gradients.
 NARROW = {"tokens": 512, "vocab": 6000, "hidden": 4, "teacher_hidden": 4, "padding": 8}
-# 8,192 tokens x 151,936, H = 896, H' = 3,584, C = 256, R = 8,192: every side a sixteenth, chunks a quarter.
+# FULL stands for C = 256 and R = 8,192. SCALED has a sixteenth of every side, and chunks of a quarter.
 FULL = {"tokens": 8192, "vocab": 151_936, "hidden": 896, "teacher_hidden": 3584}
 SCALED = {name: size // 16 for name, size in FULL.items()} | {"padding": 8}
 
 
 def allocation_cases() -> dict[str, _Case]:
-    """Return the case of every mode and divergence: where logits are largest, and of low the sizes to scale."""
+    """Return the cases of every mode and divergence: sizes at which logits are largest, and for low the scaled ones."""
     cases: dict[str, _Case] = {}
     for divergence in _DIVERGENCES:
         common = {"divergence": divergence, "temperature": 2.0, "chunk_tokens": CHUNK, "vocab_tile": TILE}
         cases[f"fast-{divergence}"] = {**NARROW, "config": {**common, "mode": "fast"}}
         cases[f"low-{divergence}"] = {**NARROW, "config": {**common, "mode": "low"}}
         cases[f"scaled-{divergence}"] = {**SCALED, "config": {**common, "mode": "low"}}
-    # What chooses C by itself must not choose all tokens: 512 MiB / (6 x 4 x 40,000) = 559.
+    # A chunk that is chosen by itself must not be all tokens: 512 MiB / (6 x 4 x 40,000) = 559.
     chosen = {"tokens": 1200, "vocab": 40_000, "hidden": 2, "teacher_hidden": 2, "padding": 0}
     cases["fast-chosen"] = {**chosen, "config": {"mode": "fast"}}
     return cases
@@ -254,14 +254,14 @@ def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
             tables.setdefault("low-bytes", {})[f"{divergence}: within the sum of its parts"] = (
                 record["peak_bytes"] <= allowed
             )
-            # Seen at all: its own gradients at the least.
+            # The recorder must have seen its gradients at the least.
             known = record["peak_bytes"] > gradients
         elif name == "fast-chosen":
             known = record["made"] > 0
             tables.setdefault("fast", {})["by itself: all tokens at once"] = largest >= case["tokens"] * case["vocab"]
         else:
             width = case["vocab"] if mode == "fast" else TILE
-            # The control: the recorder sees the logits that must exist. Without it silence proves nothing.
+            # The control is that the recorder sees the logits that must exist: without it silence proves nothing.
             known = [CHUNK, width] in record["largest"] or largest > CHUNK * width
             tables.setdefault(mode, {})[f"{divergence}: elements of the largest tensor"] = largest
         if not known:

@@ -28,7 +28,7 @@ from q4kd.harness.inputs_demo import (
 from q4kd.harness.synthetic_students import Twin, read_tokens, write_padded_teacher, write_teacher_as_student
 from q4kd.trainer.files import write_json
 
-# The demo's vocabulary, padded by the share of Qwen2.5-7B's file; and that file's sizes with its 0.5B student's.
+# PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT are that file's and its student's.
 NATIVE, PADDED, WIDER = VOCAB, 2080, 2064
 EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
 ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2

@@ -33,7 +33,7 @@ def _loss_cases() -> dict[str, dict[str, JsonValue]]:
                 name = _case(divergence, temperature, alpha)
                 cases[name] = {**common, "temperature": temperature, "alpha": alpha}
         cases[f"{divergence}-equal"] = {**common, "alpha": 0.0, "equal": True}
-        # T² scaling: at T = 2 the term must be 4 x the term at T = 1 of halved logits, to the last bit.
+        # At T = 2 the term must be 4 x the term of halved logits at T = 1, to the last bit.
         cases[f"{divergence}-halved"] = {**common, "alpha": 0.0, "scale": 0.5}
     return cases
 
@@ -67,7 +67,7 @@ def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
     hidden, weight = given["hidden"].astype(np.float64), given["weight"].astype(np.float64)
     student = hidden[kept] @ weight.T
     teacher = (given["teacher_hidden"].astype(np.float64)[kept] @ given["teacher_weight"].astype(np.float64).T)[:, :300]
-    # Of each gradient a seeded choice of elements: the evidence of many sabotaged runs is kept for good.
+    # A seeded choice of each gradient's elements is kept, since the evidence of many sabotaged runs stays for good.
     rng = np.random.default_rng(6)
     of_hidden = rng.choice(hidden.size, GRADIENT_ELEMENTS, replace=False)
     of_weight = rng.choice(weight.size, GRADIENT_ELEMENTS, replace=False)

@@ -24,7 +24,7 @@ from q4kd.harness.synthetic_models import (
 
 POSITIONS = 64
 COLUMNS = 64
-# Which models also exist as .apr, and under whose tensor names.
+# These models also exist as .apr, with the tensor names of that convention.
 APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
 
 # --- model-files: logits of every architecture from GGUF, and of two from .apr as well ---
@@ -38,7 +38,7 @@ def small_model(inputs: Inputs, name: str) -> Path:
 def small_apr(inputs: Inputs, name: str) -> Path:
     """Return the same model as .apr."""
     source = small_model(inputs, name)
-    # The suffix says GGUF: recognising a container is by content.
+    # The suffix says GGUF, since a container is recognised by its content.
     return inputs.file(f"models/{name}-apr.gguf", lambda path: convert_gguf(source, path, names=APR_NAMES[name]))
 
 

@@ -46,7 +46,7 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     made, assembled, over = marks["memory_plan"][0]["t"], marks["run_plan"][0]["t"], marks["step"][-1]["t"]
     samples = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
     during = [sample for sample in samples if made <= sample["t"] <= over]
-    # The first sample after the plan: before it, imports are still growing.
+    # The first sample must follow the plan at once: before it, imports are still growing.
     if not during or during[0]["t"] > assembled:
         return None
     plan = marks["memory_plan"][0]

@@ -21,12 +21,12 @@ def _ids(inputs: Inputs) -> Path:
 
 
 def _kept(logits_STV: Array) -> Array:
-    """Return every fourth position and a seeded choice of columns: the evidence is kept for good."""
+    """Return every fourth position and a seeded choice of columns, since the evidence is kept for good."""
     return logits_STV[:, EVERY - 1 :: EVERY][:, :, seeded_columns(logits_STV.shape[-1], COLUMNS, seed=6)]
 
 
 def _exact(inputs: Inputs) -> Path:
-    """Return float64 logits of every sequence, as kept, rounded to float32: 1e-7, far below bfloat16's 4e-3."""
+    """Return the kept float64 logits of every sequence, rounded to float32 (1e-7, far below bfloat16's 4e-3)."""
 
     def make() -> Array:
         model = read_gguf(demo_teacher(inputs))
@@ -50,7 +50,7 @@ def _collect_errors(run_dir: Path, inputs: Inputs) -> Facts:
     if not path.is_file():
         return {"comparators": {}}
     found = _kept(read_array(path))
-    path.unlink()  # 34 MB, of which what is judged is kept
+    path.unlink()  # it has 34 MB, of which what is judged is kept
     dense = "transformers, dense bfloat16 by gguf.quants"
     source = "q4kd logits, bfloat16" if arm_of(run_dir) == "packed" else dense
     pairs = {"float64": (found, read_array(_exact(inputs)))}

@@ -11,11 +11,11 @@ from q4kd.harness.inputs_collect import Comparators, save_pairs
 from q4kd.harness.probes_precision import FUSED_TOKENS
 from q4kd.harness.synthetic_models import random_matrix
 
-# Through the scratch a product is judged eight tokens at a time: rounding the weights once is 1.7e-3 on average, and
-# what single tokens have more or less of it says nothing of the kernels.
+# A product through the scratch is judged eight tokens at a time: rounding the weights once costs 1.7e-3 on average,
+# and how much single tokens deviate from that says nothing of the kernels.
 GROUP = 8
 TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
-# Rows and columns: one row tile a block, and four of them (cuda.kernels.MANY_ROWS).
+# Rows and columns of the matrices: a block takes one row tile of the first, four of the second (kernels.MANY_ROWS).
 SHAPES = ((517, 3584), (8209, 512))
 PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
 
@@ -32,7 +32,7 @@ def make_operands() -> Arrays:
         for name in ("Q4_K", "Q6_K"):
             operands[f"{name.lower()}-{rows}"] = random_matrix(rng, name, rows, cols, 0.02)
         x = rng.standard_normal((TOKENS, cols)).astype(np.float32)
-        # A sum far from zero: minimums and offsets must cancel exactly. Through bfloat16 they cannot.
+        # The sum is far from zero, so that minimums and offsets must cancel exactly. Through bfloat16 they cannot.
         x[: FUSED_TOKENS[-1], 0] = 30.0
         operands[f"x-{cols}"] = (x.view(np.uint32) >> 16).astype(np.uint16)
     return operands
@@ -61,7 +61,7 @@ def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
         return {"comparators": comparators}
     for name, wanted in exact_products(read_arrays(_operands(inputs))).items():
         way, tail = name.rpartition("-")[2], wanted.shape[1] - 16
-        # The last rows of a matrix end a tile that is not full; of the others, a seeded choice.
+        # The last rows of a matrix end a tile that is not full and are all kept; of the others a seeded choice is.
         rows = np.random.default_rng(7).choice(tail, PRODUCT_COLUMNS[way] - 16, replace=False)
         kept = np.concatenate([np.sort(rows), np.arange(tail, wanted.shape[1])])
         judged = (len(wanted) // GROUP, -1) if way == "decoded" else (len(wanted), -1)

@@ -33,7 +33,7 @@ def _killed_case(inputs: Inputs) -> Path:
 
 
 def _terms(path: Path) -> dict[int, list[list[float]]]:
-    """Return loss, its parts and the gradient's norm by step, once for every time the step was taken."""
+    """Return loss, its parts and the norm of the gradient by step, once for each time the step was taken."""
     found: dict[int, list[list[float]]] = {}
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for event in (json.loads(line) for line in lines if line.endswith("}")):
@@ -146,7 +146,7 @@ def _best(run_dir: Path) -> dict[str, int | bool]:
 
 
 _ENDINGS: dict[str, tuple[str, str, dict[str, object]]] = {
-    # Decoupled decay multiplies each weight by 1 - lr x weight_decay = -99 a step: float32 ends at 99^19.
+    # Decoupled decay multiplies each weight by 1 - lr x weight_decay = -99 a step, and float32 ends at 99^19.
     "run-explodes": (
         "nothing",
         "settings under which weights grow 99-fold a step",

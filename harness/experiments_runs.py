@@ -39,7 +39,7 @@ declare(
 
 
 def _timed_argv(inputs: Inputs) -> list[str]:
-    # Steps of 512 tokens: still far less than a real step, so what reporting costs here it costs at most elsewhere.
+    # Steps of 512 tokens are far shorter than real ones, so reporting costs at most this share of a step elsewhere.
     words = ("--set", "log_every=1", "--set", "batch_size=16")
     return ["probe", "distill-timed", "--out", "timings.npz", "--", *_argv(words, inputs)]
 
@@ -74,7 +74,7 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
 
 
 def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
-    """Count steps three ways, look for a model, and compare the two arms (the smoke run comes first)."""
+    """Count steps three ways, look for a model, and compare the two arms, of which the smoke run comes first."""
     checkpoint, out = checkpoint_facts(run_dir), run_dir / "run"
     counted = checkpoint or {}
     counts = {

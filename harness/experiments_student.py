@@ -25,10 +25,10 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
         return facts | {"comparators": {}}
     whole = found["whole"]
     pairs = {name: (found[name], whole) for name in VARIANTS if name != "whole"}
-    # Losses only: what bfloat16 does to the norm of a gradient is not what is claimed.
+    # Only losses are compared: the claim says nothing of what bfloat16 does to the norm of a gradient.
     pairs["bfloat16"] = (found["bfloat16"][:, :3], whole[:, :3])
     comparators = save_pairs(run_dir, pairs, ("the setting", "plain float32 steps on whole batches"))
-    # What training did to the logits: a merge that forgot it would differ from the adapted student by all of it.
+    # Compared is what training did to the logits: a merge that forgot it would differ by all of it.
     moved = {"merged": (found["merged"] - found["untrained"], found["adapted"] - found["untrained"])}
     comparators |= save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
     return facts | {"comparators": comparators}
@@ -51,7 +51,7 @@ RANK_STEPS = 4
 def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
     processes = 1 if kind == "one" else RANKS
     settings = {
-        # Two micro-batches: gradients are added up in each process before they travel.
+        # There are two micro-batches, so that gradients are added up in each process before they travel.
         "batch_size": SEQUENCES_PER_STEP // processes // 2,
         "accumulation": 2,
         "steps": RANK_STEPS,

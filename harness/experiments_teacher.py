@@ -32,7 +32,7 @@ from q4kd.trainer.synthetic import write_large_teacher
 
 LARGE_POSITIONS = 192
 COLUMNS = {"golden": 128, "demo": 256}
-# What each arm is compared with besides float64: name of the array, where its logits are, who computed them.
+# Each arm is compared with these besides float64: name of the array, file of the logits, who computed them.
 OTHER = {
     "golden": ("llamacpp", GOLDEN_LOGITS, "llama.cpp, same file"),
     "demo": ("frozen", golden_path(), "golden.npz, by transformers"),
@@ -52,7 +52,7 @@ def _load_argv(inputs: Inputs) -> list[str]:
 
 
 def _dense_argv(inputs: Inputs) -> list[str]:
-    """Ask for what must not happen unasked: its log is the control of the one that is searched."""
+    """Return words that ask for what must not happen unasked: the log is the control of the one that is searched."""
     return [*_parity_argv("golden", inputs), "--backend", "dense"]
 
 
@@ -61,7 +61,7 @@ def _collect_load(run_dir: Path, inputs: Inputs) -> Facts:
 
 
 def _watched(arm: str | None) -> Arm:
-    # A fixed number of threads: their buffers are part of what is measured.
+    # The number of threads is fixed, because their buffers are part of what is measured.
     return Arm(arm, _load_argv, timeout_s=180, stall_s=60, interval_s=0.02, env={"OMP_NUM_THREADS": "2"})
 
 
@@ -102,7 +102,7 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     subject = read_array(run_dir / "logits.npy")
     # float32 rounding of the reference (6e-8) is far below the bounds it serves, and halves the evidence.
     exact = reference_logits(read_gguf(model), read_array(ids)).astype(np.float32)
-    # Every position, and a seeded choice of columns: the evidence of many sabotaged runs is kept for good.
+    # Every position and a seeded choice of columns are kept, since the evidence of sabotaged runs stays for good.
     columns = seeded_columns(exact.shape[1], COLUMNS[arm])
     name, source, other_engine = OTHER[arm]
     comparators: Comparators = {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
-# Arrays of a file by name: each has a type of its own.
+# Arrays of a file by name, each of which has a type of its own.
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 

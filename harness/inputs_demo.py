@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_TEACHER = GOLDEN / "qwen2-q4_k_m.gguf"
 GOLDEN_LOGITS = GOLDEN / "qwen2-q4_k_m.llamacpp.npz"
-# Tokens and rows of the demo's vocabulary, and of what small runs train on in a step.
+# VOCAB is the demo's; small runs train on BATCH sequences of SEQ_LEN tokens in a step.
 VOCAB = 2048
 SEQ_LEN, BATCH = 32, 4
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 PACKAGE = "q4kd"
 # Fields that change nothing of what a program does: implied by a node's place, or read by type checkers alone.
 _UNREAD = frozenset({"ctx", "kind", "type_comment", "returns"})
+# Decorators that register a function and leave it as it is: what they declare counts by its values.
+_REGISTERING = frozenset({("fault",), ("patch",), ("probe",)})
 
 
 class Origin(NamedTuple):
@@ -79,7 +81,7 @@ class Reading:
             }
         self.text.append(f"{type(node).__name__}(")
         for name in node._fields:
-            part = getattr(node, name, None)
+            part = acting_decorators(node) if name == "decorator_list" else getattr(node, name, None)
             if isinstance(node, ast.JoinedStr):  # Python 3.12 has empty strings in it where others have none
                 part = [item for item in node.values if not (isinstance(item, ast.Constant) and item.value == "")]
             annotates = name == "annotation" and isinstance(node, ast.arg)
@@ -127,6 +129,15 @@ def dotted(node: ast.AST) -> tuple[str, ...]:
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
 
 
+def acting_decorators(node: ast.AST) -> list[ast.expr]:
+    """Return the decorators of a definition without those that only register it."""
+    return [
+        decorator
+        for decorator in getattr(node, "decorator_list", ())
+        if not (isinstance(decorator, ast.Call) and dotted(decorator.func)[-1:] in _REGISTERING)
+    ]
+
+
 def bound_in(nodes: Iterable[ast.AST]) -> set[str]:
     """Return the names that statements bind in the scope they stand in, without those that imports bind."""
     bound, outer, waiting = set(), set(), list(nodes)
@@ -165,7 +176,7 @@ def look_up(node: ast.AST, found: set[tuple[str, ...]], hidden: frozenset[str] =
     children: Iterable[ast.AST] = ast.iter_child_nodes(node)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
         arguments = node.args
-        for outer in (*getattr(node, "decorator_list", ()), *arguments.defaults, *filter(None, arguments.kw_defaults)):
+        for outer in (*acting_decorators(node), *arguments.defaults, *filter(None, arguments.kw_defaults)):
             look_up(outer, found, hidden)
         children = node.body if isinstance(node.body, list) else [node.body]
         parameters = {part.arg for part in ast.walk(arguments) if isinstance(part, ast.arg)}

@@ -91,7 +91,7 @@ def _has_steps(path: Path, count: int) -> bool:
 
 
 def _is_writing(out: Path) -> bool:
-    """Whether a checkpoint is being written: a temporary folder, or a final one that is not complete."""
+    """Say whether a checkpoint is being written: there is a temporary folder, or a final one that is not complete."""
     folder = out / "checkpoints"
     if not folder.is_dir():
         return False
@@ -147,7 +147,7 @@ def killed_runs(case: Path, out: Path) -> None:
 
 
 def _with_own_events(argv: tuple[str, ...]) -> list[str]:
-    """Return the command with another file for its events: those of a run's record are of the recorded process."""
+    """Return the command with another file for its events, since ``events.jsonl`` is the recorded process's own."""
     return [CHILD_EVENTS if word == "events.jsonl" else word for word in argv]
 
 
@@ -165,13 +165,13 @@ def ended_run(*words: str, do: Literal["nothing", "SIGINT", "SIGTERM", "stall", 
     elif do == "starve":
         code = _wait(pid, lambda: _count_steps(events) >= 1)
         if code is None:
-            # Little more than it has: the next large block is refused, and what explains it has room to.
+            # The limit is little more than it has: the next large block is refused, and the explanation has room.
             size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
             resource.prlimit(pid, resource.RLIMIT_AS, (size + _HEADROOM, size + _HEADROOM))
     elif do == "fill":
         code = _wait(pid, lambda: Path("run/checkpoints/step-000002").is_dir())
         if code is None:
-            # As on a full disk: no file grows past half a megabyte any more.
+            # No file grows past half a megabyte any more, as on a full disk.
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
     if code is None:
         # What was done to it must end it soon; a run that does not notice is killed.

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 STEPS, SEQUENCES, LENGTH = 4, 8, 24
 RANKS = 2
-# Far below half of bfloat16's spacing at 1 (2^-8), so that one update rounds to nothing.
+# TINY is far below half of bfloat16's spacing at 1 (2^-8), so that one update rounds to nothing.
 TINY, TINY_STEPS = 2e-4, 20
-# By the name of what is compared: settings that must not change the losses, or not by much.
+# Settings that must not change the losses, or not by much, by the name of what is compared.
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "whole": {},
     "accumulated": {"batch_size": 2, "accumulation": 4},
-    # In smaller parts too: arrays equal to the bit would be taken for one array compared with itself.
+    # Its batch is accumulated too: arrays equal to the bit would be taken for one array compared with itself.
     "recomputed": {"gradient_checkpointing": True, "batch_size": 4, "accumulation": 2},
     "bfloat16": {"student_dtype": "bfloat16"},
 }
@@ -60,7 +60,7 @@ class _Trained:
         for index in range(STEPS):
             drawn = rng.integers(0, int(self.student.config.vocab_size), (SEQUENCES, LENGTH + 1))
             windows = torch.from_numpy(drawn)
-            # From nearly all labels of the first sequence to one of the last: micro-batches weigh unequally.
+            # The first sequence keeps all labels, the last one a single label: micro-batches weigh unequally.
             kept = torch.arange(LENGTH) < torch.linspace(LENGTH, 1, SEQUENCES).long().unsqueeze(1)
             batch = Batch(windows[:, :-1], windows[:, 1:].masked_fill(~kept, IGNORE_INDEX))
             rate = step.learning_rate(index, config, STEPS)
@@ -110,7 +110,7 @@ def student_steps(teacher: Path, student: Path, out: Path, facts: Path) -> None:
 
 
 def _tiny_updates() -> dict[str, bool]:
-    """Move a bfloat16 weight of one by updates that it cannot hold one by one."""
+    """Move a bfloat16 weight of value 1 by updates that are each too small for it."""
     import torch
 
     from q4kd.trainer.optimizer import MasterWeightOptimizer
@@ -156,7 +156,7 @@ def distill_ranks(kind: Literal["copies", "shards"], /, *words: str) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Forked before torch has threads. The main rank stays here: its events are those of the supervised process.
+    # The fork comes before torch has threads. The main rank stays here: its events are the supervised process's.
     other = multiprocessing.get_context("fork").Process(target=_other_rank, args=(1, port, words))
     other.start()
     code = _rank(0, port, words)

@@ -71,7 +71,7 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
     activations = torch.from_numpy(given["activations"])
 
     def decode(name: str, packed: Array) -> Array:
-        # Poisoned first: an element that the decoder leaves out shows as NaN.
+        # The output is poisoned first: an element that the decoder leaves out shows as NaN.
         decoded = torch.full((len(packed), SUPERBLOCK), torch.nan)
         return decode_rows(name, torch.from_numpy(packed), decoded).numpy()
 
@@ -94,7 +94,7 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
     save_arrays(out, results)
     k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized and name.lower() in given}
     tables = {
-        # What a matrix really holds, not what the format says.
+        # A matrix is asked for the bytes that it holds, not the format.
         "superblock_bytes": {
             name: matrix(name, given[name.lower()]).resident_bytes // len(given[name.lower()]) for name in k_quants
         },

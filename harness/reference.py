@@ -40,7 +40,7 @@ class ReferenceModel:
 
     @property
     def num_layers(self) -> int:
-        """Count the blocks."""
+        """Number of blocks."""
         return len({name.split(".")[1] for name in self.weights if name.startswith("blk.")})
 
 

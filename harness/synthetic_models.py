@@ -20,7 +20,7 @@ LAYERS, HIDDEN, FFN, VOCAB, CONTEXT = 3, 256, 512, 512, 128
 
 @dataclass(frozen=True)
 class SmallModel:
-    """What a small model is like.
+    """The properties of a small model.
 
     Attributes:
         architecture: GGUF name.
@@ -57,7 +57,7 @@ def random_matrix(rng: np.random.Generator, type_name: str, rows: int, cols: int
     kind = gguf.GGMLQuantizationType[type_name]
     if type_name == "Q5_K":
         blocks = rng.integers(0, 256, (rows * cols // 256, 176), dtype=np.uint8)
-        # As Q4_K, with quants of mean 15.5.
+        # The layout is Q4_K's, with quants of mean 15.5.
         d = np.full(len(blocks), sigma / 380, np.float16)
         blocks[:, 0:2] = d.view(np.uint8).reshape(-1, 2)
         blocks[:, 2:4] = (d * np.float16(15.5)).view(np.uint8).reshape(-1, 2)
@@ -132,7 +132,7 @@ def write_small_model(
     writer.close()
 
 
-# What a GGUF may say that would be silently wrong if it were ignored: case -> what is added to a valid llama file.
+# A GGUF may say each of these, and would be silently wrong if it were ignored: case -> addition to a valid llama file.
 BROKEN_GGUF: dict[str, Callable[[gguf.GGUFWriter], None]] = {
     "unknown tensor": lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((4, HIDDEN), np.float32)),
     "experts": lambda writer: writer.add_expert_count(8),

@@ -28,10 +28,10 @@ _HF_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Which axis of a weight runs over the hidden units.
+# In these weights the first axis runs over the hidden units, in the others the last one.
 _HIDDEN_IS_ROW = ("attn_output", "ffn_down", "attn_norm", "ffn_norm", "output_norm")
 Twin = Literal["exact", "permuted", "noisy"]
-# Of a weight's own spread: within what K-quants lose, so that the two are the same model to any user.
+# Share of a weight's own spread. K-quants lose as much, so that the two are the same model to any user.
 NOISE = 0.1
 
 

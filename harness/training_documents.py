@@ -27,7 +27,7 @@ def document_texts(count: int) -> list[str]:
 
 
 def write_jsonl(inputs: Inputs, name: str, records: Sequence[Mapping[str, object]]) -> Path:
-    """Make the input ``name`` of one record a line."""
+    """Return the JSONL input ``name``, which has one record a line."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     return inputs.file(name, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -48,7 +48,7 @@ def chat_messages() -> list[list[dict[str, str]]]:
 
 
 def run_settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, object]:
-    """Return the settings of a run on ``data``; evaluation data is given, so that every document is trained on."""
+    """Return the settings of a run on ``data``, its evaluation data too, so that every document is trained on."""
     return {
         "teacher": str(demo_teacher(inputs)),
         "student": str(demo_student(inputs)),

@@ -88,12 +88,12 @@ CHANGES = [
         {"refused-caches", "refused-data", "refused-exports", "refused-runs"},
     ),
     (
-        *("experiments_training", "min(counters)", "max(counters)", "experiment"),
+        *("inputs_collect", "min(counters)", "max(counters)", "experiment"),
         {"distill-7b", "distill-7b-long", "distill-run", "smoke-run", "vocabulary-run"},
     ),
     (
-        *("sabotage.faults_quant", "make(original)", "make(make(original))", "fault"),
-        {"half-precision-q4k", "half-precision-q6k", "q5k-high-bits-dropped", "q6k-offset", "swapped-nibbles"},
+        *("sabotage.faults_quant", "out.copy_(out.half())", "out.copy_(out.bfloat16())", "fault"),
+        {"half-precision-q4k", "half-precision-q6k"},
     ),
 ]
 

@@ -42,7 +42,7 @@ def _environment_first(_original: Call, option: str | None, environment: Mapping
     _CLASSIFY,
 )
 def _hopper_is_unified(original: _Classify, capability: tuple[int, int], integrated: bool | None) -> str:
-    # As a rule of thumb "9.0 and later share memory" would have it.
+    # A rule of thumb says that devices from 9.0 on share memory.
     return "unified" if capability >= (9, 0) else original(capability, integrated)
 
 
@@ -53,7 +53,7 @@ def _allocation_override_ignored(original: _Policy, device_class: str, _override
 
 @patch("dispatch", "new-devices-without-class", "compute capabilities from 13.0 on are of no class", _CLASSIFY)
 def _new_devices_without_class(original: _Classify, capability: tuple[int, int], integrated: bool | None) -> str:
-    # A table that ends with the devices of its day.
+    # The table ends with the devices of its day.
     return original(capability, integrated) if capability < (13, 0) else "unknown"
 
 
@@ -99,5 +99,5 @@ def _idle_steps(original: Call, *arguments: object) -> object:
     "q4kd.trainer.cuda.allocation:allocate_bytes",
 )
 def _short_allocation(original: Call, num_bytes: int, allocation: str) -> object:
-    # About what cudaMalloc reaches on a GB10 before its window ends.
+    # On a GB10 cudaMalloc reaches about this much before its window ends.
     return original(min(num_bytes, 30_000_000_000), allocation)

@@ -27,7 +27,7 @@ _Compare = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", ...]]
 
 @patch("checkpoint", "export-norm-left-out", "exported norms before attention are all ones", _STATE)
 def _norm_left_out(original: Callable[..., _State], *arguments: object) -> _State:
-    # What is written agrees with these weights: they are changed as they are read.
+    # The weights are changed as they are read, so that what is written agrees with them.
     state = {name: tensor.clone() for name, tensor in original(*arguments).items()}
     for name, tensor in state.items():
         if name.endswith("input_layernorm.weight"):

@@ -64,7 +64,7 @@ def _normalised_by_micro_batch(
 @patch("loop", "recomputed-without-gradient", "layers whose activations are recomputed get no gradient", _SET_UP)
 def _recomputed_without_gradient(original: Call, student: Any, config: "DistillConfig") -> None:
     original(student, config)
-    if config.gradient_checkpointing:  # as reentrant checkpointing does where its input needs no gradient
+    if config.gradient_checkpointing:  # reentrant checkpointing does this where its input needs no gradient
         student.base_model.layers.requires_grad_(False)
 
 

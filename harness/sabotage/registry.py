@@ -36,7 +36,7 @@ VOID_EXIT = 97  # of a child whose fault could not be planted: nothing was teste
 
 
 class MissingTarget(Exception):  # noqa: N818 - it makes a fault VOID, which is an outcome and not a program error
-    """A fault names an object that does not exist (any more): the fault tests nothing."""
+    """Raised for a fault that names an object that does not exist (any more): it tests nothing."""
 
     def __init__(self, target: str) -> None:
         self.target = target
