@@ -93,7 +93,7 @@ def load_online(config: DistillConfig, events: EventLog, announce: Callable[[str
         InputError: as ``load_teacher``.
     """
     assert config.teacher is not None
-    given = {"backend": config.backend, "device": config.device, "dtype": config.dtype}
+    given: dict[str, Any] = {"backend": config.backend, "device": config.device, "dtype": config.dtype}
     return OnlineSource(load_teacher(config.teacher, **given, events=events, announce=announce))
 
 

@@ -19,7 +19,7 @@ from q4kd.trainer.lora import effective_weight
 from q4kd.trainer.loss_config import KDLossConfig
 from q4kd.trainer.loss_sums import LossTerms
 from q4kd.trainer.step_clock import StepClock
-from q4kd.trainer.teacher_signal import TeacherSignal, cross_entropy
+from q4kd.trainer.teacher_signal import LossOptions, TeacherSignal, cross_entropy
 
 # Nothing is fetched: a student is a folder. Set before transformers is imported, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -292,7 +292,7 @@ class DistillationModel(nn.Module):
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss
-        options = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
+        options: LossOptions = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
         terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), **options)
         if self.clock is not None:
             self.clock.mark("loss")

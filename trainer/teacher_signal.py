@@ -6,7 +6,7 @@ Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, V 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -21,28 +21,24 @@ if TYPE_CHECKING:
     from q4kd.trainer.cache_signal import Signal
 
 
-def cross_entropy(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Any) -> LossTerms:
-    """Return the loss without a teacher; ``options`` are ``TeacherSignal.loss``'s."""
+class LossOptions(TypedDict):
+    """What every form of the loss is told beside its tensors; see ``kd_loss``."""
+
+    num_targets: float
+    config: KDLossConfig
+    positions_P: NotRequired[Tensor | None]
+
+
+def cross_entropy(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
+    """Return the loss without a teacher."""
     return kd_loss(hidden_MH, weight_VH, labels_M, teacher_hidden=None, teacher_head=None, **options)
 
 
 class TeacherSignal(Protocol):
     """The teacher's side of the loss on one micro-batch."""
 
-    def loss(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        labels_M: Tensor,
-        *,
-        num_targets: float,
-        config: KDLossConfig,
-        positions_P: Tensor | None = None,
-    ) -> LossTerms:
-        """Return the loss of the student's hidden states ``[M, H]`` and head ``[V, H]`` against this teacher.
-
-        ``positions_P`` are the positions that have a label, where they are known; see ``kd_loss``.
-        """
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
+        """Return the loss of the student's hidden states ``[M, H]`` and head ``[V, H]`` against this teacher."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +53,7 @@ class OnlineSignal:
     hidden_BTH: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def loss(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        labels_M: Tensor,
-        *,
-        num_targets: float,
-        config: KDLossConfig,
-        positions_P: Tensor | None = None,
-    ) -> LossTerms:
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over the whole vocabulary; see ``kd_loss``."""
         return kd_loss(
             hidden_MH,
@@ -74,9 +61,7 @@ class OnlineSignal:
             labels_M,
             teacher_hidden=self.hidden_BTH.flatten(0, 1),
             teacher_head=self.head,
-            num_targets=num_targets,
-            config=config,
-            positions_P=positions_P,
+            **options,
         )
 
 
@@ -92,16 +77,7 @@ class CachedSignal:
     top: "Signal"
     is_checked: bool = False
 
-    def loss(
-        self,
-        hidden_MH: Tensor,
-        weight_VH: Tensor,
-        labels_M: Tensor,
-        *,
-        num_targets: float,
-        config: KDLossConfig,
-        positions_P: Tensor | None = None,
-    ) -> LossTerms:
+    def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over k + 1 events; see ``topk_kd_loss``.
 
         Raises:
@@ -115,9 +91,7 @@ class CachedSignal:
                 topk_ids_MK=self.top.ids_MK,
                 topk_log_probs_MK=self.top.log_probs_MK,
                 tail_log_prob_M=self.top.tail_M,
-                num_targets=num_targets,
-                config=config,
-                positions_P=positions_P,
+                **options,
                 is_checked=self.is_checked,
             )
 
