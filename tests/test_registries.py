@@ -9,7 +9,8 @@ from q4kd.harness.claims_folder import default_contracts_folder
 from q4kd.harness.contract import load_contracts
 from q4kd.harness.experiment import EXPERIMENTS
 from q4kd.harness.findings import NOT_RUN, PROSE
-from q4kd.harness.kills import NOT_SHOWN, STALE
+from q4kd.harness.mutations import NOT_SHOWN
+from q4kd.harness.results import KillStatus
 from q4kd.harness.sabotage.registry import all_faults, resolve
 from q4kd.harness.session import HARNESS_ERROR
 
@@ -63,4 +64,4 @@ def test_the_trainer_knows_nothing_of_the_harness_and_plants_no_faults() -> None
 
 
 def test_reasons_given_outside_the_checks_are_of_the_same_closed_list() -> None:
-    assert {NOT_RUN, PROSE, NOT_SHOWN, STALE, HARNESS_ERROR} <= set(REASONS)
+    assert {NOT_RUN, PROSE, NOT_SHOWN, KillStatus.STALE, HARNESS_ERROR} <= set(REASONS)
