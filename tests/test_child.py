@@ -8,7 +8,11 @@ import psutil
 import pytest
 
 from q4kd.harness.sabotage import registry
+<<<<<<< HEAD
 from q4kd.harness.sabotage.registry import VOID_EXIT, Fault, MissingTarget, plant, register, replace, resolve
+=======
+from q4kd.harness.sabotage.registry import Fault, MissingTarget, fault, patch, plant, register, replace, resolve
+>>>>>>> subjects
 
 TESTS = str(Path(__file__).parent)
 
@@ -190,6 +194,40 @@ def test_no_target_is_touched_unless_all_exist(monkeypatch):
     with pytest.raises(MissingTarget):
         plant(Fault("x", "t", "loss", targets, lambda: replace(targets[0], lambda _: lambda: 9)))
     assert here.original() == 1
+
+
+def test_a_patch_stands_in_for_each_target_and_in_tables_of_them(monkeypatch):
+    here = sys.modules[HERE]
+    monkeypatch.setattr(registry, "_FAULTS", {})
+    monkeypatch.setattr(here, "original", original)
+    monkeypatch.setattr(here, "TABLE", {"it": original, "other": len}, raising=False)
+
+    @patch("loss", "tenfold", "gives ten times as much", f"{HERE}:original", f"{HERE}:TABLE", arms=(None, "a"))
+    def tenfold(real, *arguments, **options):
+        return 10 * real(*arguments, **options)
+
+    planted = registry._FAULTS["tenfold"]
+    assert (planted.targets, planted.arms) == ((f"{HERE}:original", f"{HERE}:TABLE"), (None, "a"))
+    plant(planted)
+    assert here.original() == here.TABLE["it"]() == 10
+    assert here.TABLE["other"] is len
+    assert tenfold(lambda: 7) == 70
+
+
+def test_a_declared_fault_plants_by_the_decorated_function(monkeypatch):
+    here = sys.modules[HERE]
+    monkeypatch.setattr(registry, "_FAULTS", {})
+    monkeypatch.setattr(here, "original", original)
+
+    @fault("loss", "nine", "gives nine", f"{HERE}:original", declared_exit=("stalled",))
+    def nine():
+        replace(f"{HERE}:original", lambda _real: lambda: 9)
+
+    assert registry._FAULTS["nine"].declared_exit == ("stalled",)
+    plant(registry._FAULTS["nine"])
+    assert here.original() == 9
+    with pytest.raises(ValueError, match="targets of the form"):
+        fault("loss", "targetless", "breaks nothing")(nine)
 
 
 def test_a_missing_fault_module_is_an_error(monkeypatch):

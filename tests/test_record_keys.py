@@ -111,6 +111,14 @@ def test_a_change_here_ages_the_records_that_depend_on_it(
     assert asked and stale_parts(before, records()) == {part: asked}
 
 
+def test_what_a_fault_is_called_in_its_declaration_ages_no_record(
+    before: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "Q4_K's mins are taken as zero", "Q4_K's mins are forgotten"
+    monkeypatch.setattr(digests, "TREES", edited("q4kd.harness.sabotage.faults_quant", old, new))
+    assert stale_parts(before, records()) == {}
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "part"),
     [
