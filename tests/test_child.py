@@ -8,11 +8,17 @@ import psutil
 import pytest
 
 from q4kd.harness.sabotage import registry
-<<<<<<< HEAD
-from q4kd.harness.sabotage.registry import VOID_EXIT, Fault, MissingTarget, plant, register, replace, resolve
-=======
-from q4kd.harness.sabotage.registry import Fault, MissingTarget, fault, patch, plant, register, replace, resolve
->>>>>>> subjects
+from q4kd.harness.sabotage.registry import (
+    VOID_EXIT,
+    Fault,
+    MissingTarget,
+    fault,
+    patch,
+    plant,
+    register,
+    replace,
+    resolve,
+)
 
 TESTS = str(Path(__file__).parent)
 
