@@ -6,12 +6,16 @@ It belongs to the harness because the card may cite an evidence bundle, which th
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from q4kd.harness.command_help import Commands
 from q4kd.trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from q4kd.trainer.model_card import Evidence
+    from q4kd.trainer.run_record import ExportSource, RunRecord
 
 _TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m")
 _DENSE = ("f32", "f16", "bf16")
@@ -104,7 +108,7 @@ def _refuse_existing(out: Path) -> None:
         )
 
 
-def _export_hf(source: Any, out: Path, dtype: str | None, evidence: Any) -> int:
+def _export_hf(source: "ExportSource", out: Path, dtype: str | None, evidence: "Evidence | None") -> int:
     from q4kd.trainer.export_hf import export_hf
 
     report = export_hf(source, out, dtype=dtype, evidence=evidence)
@@ -114,7 +118,7 @@ def _export_hf(source: Any, out: Path, dtype: str | None, evidence: Any) -> int:
     return 0
 
 
-def _export_gguf(source: Any, out: Path, recipe: str) -> int:
+def _export_gguf(source: "ExportSource", out: Path, recipe: str) -> int:
     from q4kd.trainer.export_gguf import export_gguf
 
     notes = _notes(source.record)
@@ -130,7 +134,7 @@ def _export_gguf(source: Any, out: Path, recipe: str) -> int:
     return 0
 
 
-def _notes(record: Any) -> dict[str, str | int]:
+def _notes(record: "RunRecord | None") -> dict[str, str | int]:
     """Return the metadata of a GGUF that say where the model comes from."""
     from q4kd.trainer.model_card import program_version
 
@@ -160,12 +164,13 @@ def _progress() -> Callable[[int, int], None]:
     return say
 
 
-def read_evidence(bundle: Path) -> Any:
+def read_evidence(bundle: Path) -> "Evidence":
     """Verify a bundle and return its verdicts for a model card.
 
     Raises:
         InputError: when it does not verify: a card cites nothing that cannot be drawn again.
     """
+    from q4kd.harness.findings import read_findings
     from q4kd.harness.store import open_store, read_object, snapshot
     from q4kd.harness.verify import verify_store
     from q4kd.trainer.model_card import Evidence
@@ -179,17 +184,14 @@ def read_evidence(bundle: Path) -> Any:
             got=f"{result.status}: {result.problems[0] if result.problems else ''}",
             remedy="see q4kd evidence verify",
         )
-    findings, environment = (read_object(store, name) for name in ("findings.json", "environment.json"))
+    findings, environment = read_findings(store), read_object(store, "environment.json")
     return Evidence(
         bundle=bundle.resolve().name,
-        profile=str(findings["profile"]),
+        profile=findings.profile,
         commit=str(environment.get("commit") or "unknown"),
         headline=result.headline or "",
         caveats=result.caveats,
-        verdicts=[_verdict(finding) for finding in findings["findings"]],
+        verdicts=[
+            (row.key, row.verdict, "; ".join(check.measured or "" for check in row.checks)) for row in findings.rows
+        ],
     )
-
-
-def _verdict(finding: Mapping[str, Any]) -> tuple[str, str, str]:
-    measured = "; ".join(str(check.get("measured") or "") for check in finding.get("checks") or ())
-    return f"{finding['contract']}::{finding['id']}", str(finding["verdict"]), measured
