@@ -188,7 +188,7 @@ def kernels(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """The reviewer's pages in Chromium. It installs none: without one the tests fail here and skip in ``tests``."""
     python = str(environment(session) / "python")
-    arguments = ("-m", "pytest", "tests/test_report_browser.py", *session.posargs)
+    arguments = ("-m", "pytest", "tests/harness/report/test_browser.py", *session.posargs)
     session.run(python, *arguments, env={"Q4KD_REQUIRE_BROWSER": "1"}, external=True)
 
 
@@ -196,7 +196,7 @@ def browser(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """100,000 mutated model files against the readers: about ten minutes. Options after ``--`` replace the count."""
     options = session.posargs or ["--cases", "100000"]
-    session.run(str(environment(session) / "python"), "tests/fuzz_models.py", *options, external=True)
+    session.run(str(environment(session) / "python"), "tests/support/fuzz_models.py", *options, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -84,7 +84,7 @@ def cli_page() -> str:
 
 def settings_page() -> str:
     """Return the page of ``DistillConfig``, one table by group of fields."""
-    from q4kd.trainer.config import settings
+    from q4kd.trainer.config.settings import settings
 
     groups: dict[str, list[tuple[str, ...]]] = {}
     for setting in settings().values():
@@ -97,7 +97,7 @@ def settings_page() -> str:
         groups.setdefault(setting.group, []).append(row)
     parts = [
         "# Settings of a run\n",
-        "Generated from `q4kd.trainer.config.DistillConfig`. Each is a key of RUN.yaml and of `--set KEY=VALUE`. "
+        "Generated from `q4kd.trainer.config.settings.DistillConfig`. Each is a key of RUN.yaml and of `--set KEY=VALUE`. "
         "RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key is refused. "
         "[Why the defaults are what they are](../explanation/defaults.md).\n",
     ]
@@ -146,7 +146,7 @@ def contracts_page() -> str:
 
 def findings_page() -> str:
     """Return the page of the findings' schema."""
-    intro = "Generated from `harness/findings.schema.json`, which every `findings.json` is checked against."
+    intro = "Generated from `harness/bundle/findings.schema.json`, which every `findings.json` is checked against."
     return _schema_page("Findings", intro, ROOT / "harness" / "findings.schema.json")
 
 
@@ -173,8 +173,8 @@ def checks_page() -> str:
 
 def experiments_page() -> str:
     """Return the page of experiments and planted faults."""
-    from q4kd.harness.experiment import EXPERIMENTS
-    from q4kd.harness.sabotage.registry import all_faults
+    from q4kd.harness.runs.experiment import EXPERIMENTS
+    from q4kd.harness.runs.faults import all_faults
 
     experiments = [
         (

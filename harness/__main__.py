@@ -2,7 +2,7 @@
 
 import sys
 
-from q4kd.harness.cli_main import build_parser, main
+from q4kd.harness.cli.main import build_parser, main
 
 __all__ = ["build_parser", "main"]
 

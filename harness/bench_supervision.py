@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from q4kd.harness.experiment import Inputs
-from q4kd.harness.inputs_demo import demo_student, demo_teacher, distill_words, training_text
-from q4kd.harness.supervise import child_environment, run_supervised
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, distill_words, training_text
+from q4kd.harness.runs.experiment import Inputs
+from q4kd.harness.runs.supervise import child_environment, run_supervised
 from q4kd.trainer.files import write_json
 
 SAMPLE_INTERVAL_S = 0.05

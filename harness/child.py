@@ -46,7 +46,7 @@ def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def _plant(name: str) -> int:
-    from q4kd.harness.sabotage.registry import VOID_EXIT, MissingTarget, get_fault, plant
+    from q4kd.harness.runs.faults import VOID_EXIT, MissingTarget, get_fault, plant
 
     try:
         fault = get_fault(name)
@@ -65,7 +65,7 @@ def _plant(name: str) -> int:
 
 
 def _probe(command: list[str]) -> int:
-    from q4kd.harness.probes import PROBES
+    from q4kd.harness.runs.probes import PROBES
 
     if not command or command[0] not in PROBES:
         known = ", ".join(sorted(PROBES)) or "none are registered"

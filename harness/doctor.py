@@ -12,10 +12,16 @@ from typing import Literal
 
 import psutil
 
-from q4kd.harness.cause import memory_cgroup
-from q4kd.harness.memory import device_name, nvml_session
 from q4kd.harness.requirements import requirements
-from q4kd.trainer.device import ALLOCATION_VARIABLE, allocation_override, allocation_policy, check_allocation, classify
+from q4kd.harness.runs.exit_cause import memory_cgroup
+from q4kd.harness.runs.memory import device_name, nvml_session
+from q4kd.trainer.device.devices import (
+    ALLOCATION_VARIABLE,
+    allocation_override,
+    allocation_policy,
+    check_allocation,
+    classify,
+)
 from q4kd.trainer.errors import InputError
 
 State = Literal["ok", "missing", "note"]

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from q4kd.harness.given import GivenFiles
+from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 
 if TYPE_CHECKING:
-    from q4kd.harness.claims_model import Contract
+    from q4kd.harness.claims.model import Contract
 
 INCONCLUSIVE_EXIT = 2
 _GRACE_S = 30.0
@@ -42,7 +42,7 @@ def require_packages(contracts: Iterable["Contract"]) -> None:
     Raises:
         ModuleNotFoundError: which the command line answers with the extra to install.
     """
-    from q4kd.harness.experiment import EXPERIMENTS
+    from q4kd.harness.runs.experiment import EXPERIMENTS
 
     if importlib.util.find_spec("torch") is not None:
         return
@@ -97,22 +97,22 @@ def falsify(
     Raises:
         InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
     """
-    from q4kd.harness.claims_folder import default_contracts_folder
-    from q4kd.harness.contract import load_contracts
-    from q4kd.harness.profile import detect_profile, load_profile
+    from q4kd.harness.claims.contract import load_contracts
+    from q4kd.harness.claims.folder import default_contracts_folder
+    from q4kd.harness.claims.profile import detect_profile, load_profile
 
     folder = (contracts or default_contracts_folder()).resolve()
     loaded = load_contracts(folder)
     require_packages(loaded)
     if waivers is not None:
-        from q4kd.harness.waivers import load_waivers
+        from q4kd.harness.claims.waivers import load_waivers
 
         load_waivers(waivers, {claim.key for contract in loaded for claim in contract.claims})
     name = profile or detect_profile()
     load_profile(name, folder)
     bundle = refuse_used(out or new_bundle_path(name)).resolve()
     if sign is not None:
-        from q4kd.harness.dsse import load_private_key
+        from q4kd.harness.bundle.dsse import load_private_key
 
         load_private_key(sign)  # refused now, not after everything has run
     with tempfile.TemporaryDirectory(prefix="q4kd-pytest-", ignore_cleanup_errors=True) as root:
@@ -126,7 +126,7 @@ def falsify(
         status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():
-        from q4kd.harness.signing import sign_bundle
+        from q4kd.harness.bundle.signing import sign_bundle
 
         print(f"\nsigned by {sign_bundle(bundle, sign)}")
     shown = os.path.relpath(bundle) if bundle.is_relative_to(Path.cwd()) else str(bundle)

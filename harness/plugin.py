@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # at run time these come with the first contract, not with every pytest that has q4kd installed
-    from q4kd.harness.claims_model import Claim, Contract
+    from q4kd.harness.claims.model import Claim, Contract
     from q4kd.harness.session import Outcome, Session
 
 _SESSION = pytest.StashKey["Session"]()
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the contracts, make the plan and, in the controlling process, open the bundle."""
     if not config.getoption("contracts", None):
         return
-    from q4kd.harness.given import resolve_given
+    from q4kd.harness.runs.user_inputs import resolve_given
     from q4kd.harness.session import Session
     from q4kd.trainer.errors import InputError
 

@@ -9,24 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from q4kd.harness import bundle as bundles
-from q4kd.harness.claims_folder import contract_files
-from q4kd.harness.claims_model import Claim, Contract
-from q4kd.harness.contract import load_contracts
-from q4kd.harness.experiment import Inputs
+from q4kd.harness.bundle import writer as bundles
+from q4kd.harness.bundle.exporters import write_interchange
+from q4kd.harness.bundle.findings import PROSE, assemble, headline, sabotage_lines
+from q4kd.harness.claims.contract import load_contracts
+from q4kd.harness.claims.folder import contract_files
+from q4kd.harness.claims.model import Claim, Contract
+from q4kd.harness.claims.plan import Plan, make_plan
+from q4kd.harness.claims.profile import detect_profile, load_profile
+from q4kd.harness.claims.waivers import applying, expired_lines, load_waivers, today
 from q4kd.harness.falsify import new_bundle_path, refuse_used
-from q4kd.harness.findings import PROSE, assemble, headline, sabotage_lines
-from q4kd.harness.given import GivenFiles
-from q4kd.harness.interchange import write_interchange
-from q4kd.harness.judge import JUDGE_VERSION, judge_claim
-from q4kd.harness.kills import KillStore, apply_kill_rule, default_kills, rejudge
-from q4kd.harness.mutations import apply_mutation_rule
-from q4kd.harness.plan import Plan, make_plan
-from q4kd.harness.profile import detect_profile, load_profile
-from q4kd.harness.results import ClaimResult, Findings
-from q4kd.harness.runner import ExperimentRunner, HarnessError
-from q4kd.harness.store import DirectoryStore
-from q4kd.harness.waivers import applying, expired_lines, load_waivers, today
+from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
+from q4kd.harness.judging.kills import KillStore, apply_kill_rule, default_kills, rejudge
+from q4kd.harness.judging.mutations import apply_mutation_rule
+from q4kd.harness.judging.results import ClaimResult, Findings
+from q4kd.harness.records.store import DirectoryStore
+from q4kd.harness.runs.experiment import Inputs
+from q4kd.harness.runs.runner import ExperimentRunner, HarnessError
+from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_atomic, write_json
 from q4kd.trainer.yaml_lines import printable
@@ -233,8 +233,8 @@ class Session:
 
 def close_bundle(folder: Path) -> None:
     """Finish a bundle whose findings are written: interchange formats, the reports, then the seal over everything."""
-    from q4kd.harness.report import render  # matplotlib and jinja2 are only needed here
-    from q4kd.harness.report_markdown import FILE, render_markdown
+    from q4kd.harness.report.html import render  # matplotlib and jinja2 are only needed here
+    from q4kd.harness.report.markdown import FILE, render_markdown
 
     store = DirectoryStore(folder)
     write_interchange(folder, store)

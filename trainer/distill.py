@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from q4kd.trainer.backend import check_device
-from q4kd.trainer.config import DistillConfig
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.training_data import check_sources
+from q4kd.trainer.device.backend import check_device
+from q4kd.trainer.device.memory_watchdog import guarded
+from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
-from q4kd.trainer.guards import check_isolation
-from q4kd.trainer.memory_plan import format_plan
-from q4kd.trainer.out_of_memory import explaining_memory
-from q4kd.trainer.placement import TeacherPlacement
-from q4kd.trainer.run import Progress, Run, assemble, restore, write_model, write_run_file
-from q4kd.trainer.run_folder import check_run_folder, explaining_full_disk, locked
-from q4kd.trainer.run_plan import check_plan, place_run_teacher, plan_run
-from q4kd.trainer.training_data import check_sources
-from q4kd.trainer.training_loop import train_to_the_end
-from q4kd.trainer.watchdog import guarded
+from q4kd.trainer.train.guards import check_isolation
+from q4kd.trainer.train.loop import train_to_the_end
+from q4kd.trainer.train.memory.out_of_memory import explaining_memory
+from q4kd.trainer.train.memory.plan import format_plan
+from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
+from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
+from q4kd.trainer.train.run.folder import check_run_folder, explaining_full_disk, locked
 
 
 def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = None) -> None:

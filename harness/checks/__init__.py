@@ -16,9 +16,9 @@ from typing import Protocol, cast
 from jsonschema import Draft202012Validator
 
 from q4kd.harness.checks.judgement import READABLE, REASONS, Judgement, Mutation
-from q4kd.harness.extensions import load_extensions
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
+from q4kd.harness.runs.extensions import load_extensions
 
 __all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation", "time_bounds"]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "error_ratio"
 _ARM = {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$"}

@@ -19,8 +19,8 @@ from q4kd.harness.checks.judgement import (
     just_under,
     pick_run,
 )
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "gpu_utilization"
 # NVML averages over up to a second, and has nothing to say of a process between two averages.

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, completion, inconclusive
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "improves"
 _SEED = re.compile(r"([a-z0-9_]{1,40})-seed([0-9]{1,6})")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import inf, nextafter
 from typing import Literal, TypeAlias
 
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.trainer.errors import InputError
 
 Verdict = Literal["corroborated", "falsified", "inconclusive"]

@@ -10,8 +10,8 @@ regular expression: matching fragments is linear in the log, whatever a contract
 from collections.abc import Mapping
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "log_absent"
 _FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}

@@ -16,8 +16,8 @@ from q4kd.harness.checks.judgement import (
     inconclusive,
     pick_run,
 )
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "log_present"
 _FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}

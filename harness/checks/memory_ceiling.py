@@ -14,8 +14,8 @@ from q4kd.harness.checks.judgement import (
     just_over,
     pick_run,
 )
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "memory_ceiling"
 MAX_EDGE_S = 0.5

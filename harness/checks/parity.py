@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "parity"
 METRICS = ("relative_frobenius", "cosine", "max_abs", "bit_equal")

@@ -6,8 +6,8 @@ The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message
 from collections.abc import Mapping
 
 from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
-from q4kd.harness.json_types import JsonRecord
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "rejects"
 PARAMS: JsonRecord = {

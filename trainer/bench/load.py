@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.architecture import TeacherConfig
 from q4kd.trainer.files import write_json
+from q4kd.trainer.formats.architecture import TeacherConfig
 
 ARMS = ("q4k", "transformers")
 DEFAULT_LIMIT_S = 120.0
@@ -40,7 +40,7 @@ def measure_load(
     """
     import torch
 
-    from q4kd.trainer.cuda.synthetic import make_tensors, write_gguf
+    from q4kd.trainer.bench.synthetic_7b import make_tensors, write_gguf
 
     with tempfile.TemporaryDirectory(prefix="q4kd-bench-") as folder:
         model = Path(folder) / "model.gguf"
@@ -58,7 +58,7 @@ def measure_load(
 
 def run_load(out: Path) -> list[str]:
     """Measure loads of a synthetic Qwen2.5-7B on the current device; write ``load.json`` and return table lines."""
-    from q4kd.trainer.cuda.synthetic import qwen2_5_7b
+    from q4kd.trainer.bench.synthetic_7b import qwen2_5_7b
 
     out.mkdir(parents=True, exist_ok=True)
     return measure_load(qwen2_5_7b(), out, print)
@@ -124,8 +124,8 @@ def load_packed(model: Path, tokens: int) -> dict[str, Any]:
     """Load with this project, then run ``tokens`` positions; return seconds and the bytes held at each stage."""
     import torch
 
-    from q4kd.trainer.cuda.load import load_forward
-    from q4kd.trainer.model_open import open_model
+    from q4kd.trainer.formats.open import open_model
+    from q4kd.trainer.teacher.cuda.load import load_forward
 
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
@@ -173,7 +173,7 @@ def held_bytes() -> dict[str, int | None]:
 
     import torch
 
-    from q4kd.trainer.memory_report import nvml_process_bytes
+    from q4kd.trainer.device.memory_report import nvml_process_bytes
 
     free, total = torch.cuda.mem_get_info()
     return {

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from q4kd.trainer.documents import is_held_out
+from q4kd.trainer.data.documents import is_held_out
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.gguf_vocabulary import QWEN2_SPLIT
+from q4kd.trainer.formats.gguf.vocabulary import QWEN2_SPLIT
 
 END_OF_TEXT = "<|endoftext|>"
 SKIPPED_FOLDERS = frozenset(

@@ -26,7 +26,7 @@ from q4kd.trainer.demo import data_path
 from q4kd.trainer.demo.corpus import END_OF_TEXT, read_texts, token_bytes, token_stream, windows
 from q4kd.trainer.demo.train import CONTEXT, held_out_loss, student_config, train
 from q4kd.trainer.files import read_json, sha256_file, write_atomic, write_json
-from q4kd.trainer.gguf_write import write_gguf
+from q4kd.trainer.formats.gguf.writer import write_gguf
 
 TEACHER = "teacher-q4_k_m.gguf"
 NAME = "q4kd demo teacher"
@@ -59,7 +59,7 @@ def package(checkpoint: Path, out: Path, corpus: Path, *, eval_windows: int) -> 
         "teacher_file": TEACHER,
         "teacher_bytes": teacher.stat().st_size,
         "teacher_sha256": sha256_file(teacher),
-        "data": "the Python standard library's source; files held out by q4kd.trainer.documents.is_held_out",
+        "data": "the Python standard library's source; files held out by q4kd.trainer.data.documents.is_held_out",
         "training": read_json(checkpoint / "training.json"),
         "held_out": {"context": CONTEXT, "windows": len(eval_NT), "float32": before, "q4_k_m": after},
         "round_trip_error": errors,

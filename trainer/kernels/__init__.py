@@ -1,1 +1,1 @@
-"""CUDA C++ sources, compiled at run time by ``q4kd.trainer.cuda.compile``; a package, so that they are installed."""
+"""Kernels: compiled, planned and launched on CUDA; products and attention on the CPU."""

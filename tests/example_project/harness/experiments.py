@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from q4kd.harness.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, register
 
 
 def _make(path: Path) -> None:

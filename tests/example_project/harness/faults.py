@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from q4kd.harness.sabotage.registry import Fault, replace
+from q4kd.harness.runs.faults import Fault, replace
 
 _MERGE = "harness.sorting:merge"
 _Merge = Callable[[list[int], list[int]], list[int]]

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
-from q4kd.harness.raw import RawRun
+from q4kd.harness.records.raw_run import RawRun
 
 NAME = "sorted_output"
 PARAMS: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": {}}

@@ -1,0 +1,1 @@
+"""Evidence bundles: they are written, signed, verified from their raw records, compared and exported."""

@@ -1,0 +1,111 @@
+"""What a bundle records of its machine: an allow-list. No environment variables, user names, host names or paths."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from q4kd.harness.claims.profile import probe_gpu
+from q4kd.harness.records.json_types import JsonValue
+from q4kd.harness.records.redact import redact
+
+PACKAGES = (
+    "q4kd", "accelerate", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy", "nvidia-ml-py", "psutil",
+    "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch", "transformers", "triton",
+)  # fmt: skip
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+
+
+def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue]:
+    """Describe this machine and this code.
+
+    Args:
+        profile: name of the profile judged on.
+        source: folder of the source checkout; its commit is recorded when git can tell.
+
+    Returns:
+        ``commit`` (str or None), ``dirty`` (bool or None), ``packages``, ``python``, ``platform``, ``cpu``,
+        ``memory_bytes``, ``gpu`` (names and driver, or why not), ``boot_id``, ``profile``. What could not be read is
+        None, never invented.
+    """
+    commit, dirty = git_state(source or Path(__file__).resolve().parent)
+    gpu = probe_gpu()
+    return {
+        "schema": "q4kd-environment/1",
+        "profile": profile,
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+        "packages": _packages(),
+        "cpu": {
+            "model": _cpu_model(),
+            "cores_logical": psutil.cpu_count(),
+            "cores_physical": psutil.cpu_count(logical=False),
+            "cores_usable": len(os.sched_getaffinity(0)),
+        },
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": {
+            "names": list(gpu.names),
+            "driver": _driver(),
+            "error": redact(gpu.error)[:200] if gpu.driver_present and gpu.error else None,
+        },
+        "boot_id": _line(Path("/proc/sys/kernel/random/boot_id")),
+    }
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit checked out in ``folder`` and whether tracked files differ; (None, None) without git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None or not _COMMIT.fullmatch(commit.strip()):
+        return None, None
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit.strip(), None if status is None else bool(status.strip())
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],  # noqa: S607 - the git on PATH is the one the user works with
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _packages() -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _cpu_model() -> str | None:
+    line = _line(Path("/proc/cpuinfo"), "model name")
+    return line.partition(":")[2].strip() if line is not None else None
+
+
+def _driver() -> str | None:
+    match = re.search(r"\b(\d{2,4}(?:\.\d+)+)\b", _line(Path("/proc/driver/nvidia/version")) or "")
+    return match.group(1) if match else None
+
+
+def _line(path: Path, start: str = "") -> str | None:
+    """Return the first line of a file that starts so, at most 300 characters of it; None without one."""
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(start):
+                return line.strip()[:300]
+    return None

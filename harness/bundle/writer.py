@@ -1,0 +1,160 @@
+"""The evidence bundle: its layout, its seal and its archive. ``verify.py`` reads what is written here."""
+
+import gzip
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from q4kd.harness.bundle.dsse import ENVELOPE
+from q4kd.harness.bundle.environment import environment
+from q4kd.harness.claims.folder import contract_files
+from q4kd.harness.claims.plan import Plan
+from q4kd.harness.claims.profile import profile_bytes
+from q4kd.harness.judging.results import Findings
+from q4kd.harness.records.json_types import JsonObject
+from q4kd.harness.records.redact import redact
+from q4kd.harness.records.store import MAX_FILE, DirectoryStore, Store
+from q4kd.harness.records.tar_archive import REMEDY, safe_name
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
+from q4kd.trainer.yaml_lines import MAX_BYTES
+
+__all__ = [
+    "environment",
+    "manifest_of",
+    "manifest_text",
+    "open_bundle",
+    "pack",
+    "pack_bytes",
+    "pack_store",
+    "redact",
+    "seal",
+    "write_findings",
+]
+
+MANIFEST = "MANIFEST.sha256"
+FOLDERS = ("contracts/profiles", "runs", "sabotage")
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs: JsonObject) -> None:
+    """Start a bundle: its folders, the contracts and profile as run, the plan, the machine and the inputs' digests.
+
+    Args:
+        folder: where to write; created, and refused when it already holds a bundle's findings.
+        contracts: folder of the contracts in force.
+        profile: name of the profile in force.
+        plan: the plan made from both.
+        inputs: name → ``{"sha256": …, "bytes": …}`` of weights and data; names, never paths outside the run.
+
+    Raises:
+        InputError: when the folder holds another bundle.
+    """
+    for name in ("findings.json", MANIFEST):
+        if (folder / name).exists():
+            raise InputError(
+                str(folder), expected="a new folder", got="a finished bundle", remedy="choose another --out folder"
+            )
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in contract_files(contracts):
+        write_atomic(folder / "contracts" / path.name, read_bounded(path, MAX_BYTES))
+    write_atomic(folder / "contracts" / "profiles" / f"{profile}.yaml", profile_bytes(profile, contracts))
+    write_json(folder / "plan.json", plan.to_json())
+    write_json(folder / "environment.json", environment(profile))
+    write_json(folder / "inputs.json", dict(inputs))
+
+
+def write_findings(folder: Path, findings: Findings) -> None:
+    """Write ``findings.json`` atomically."""
+    write_json(folder / "findings.json", findings.to_json())
+
+
+def manifest_of(store: Store) -> dict[str, str]:
+    """Return name → SHA-256 of every file of a store but the manifest itself and the signature over it."""
+    return {name: hashlib.sha256(store.read(name, MAX_FILE)).hexdigest() for name in _sealed(store)}
+
+
+def manifest_text(digests: Mapping[str, str]) -> bytes:
+    """Return a manifest in its one form, that of ``sha256sum``, sorted by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+
+
+def _sealed(store: Store) -> list[str]:
+    return [name for name in store.names() if name not in (MANIFEST, ENVELOPE)]
+
+
+def seal(folder: Path) -> str:
+    """Write ``MANIFEST.sha256`` over all other files and return its own SHA-256. An older signature no longer fits.
+
+    Raises:
+        InputError: when the folder holds a link or anything else that a bundle may not.
+    """
+    data = manifest_text({name: sha256_file(folder / name) for name in _sealed(DirectoryStore(folder))})
+    write_atomic(folder / MANIFEST, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_manifest(data: bytes, origin: str) -> dict[str, str]:
+    """Return name → SHA-256 from a manifest's bytes (InputError when it is malformed or names a file twice)."""
+    result: dict[str, str] = {}
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        if match is None or match.group(2) in result:
+            raise InputError(
+                f"{origin}:{number}", expected="`<sha256>  <name>`, each name once", got=repr(line[:80]), remedy=REMEDY
+            )
+        result[safe_name(match.group(2), origin)] = match.group(1)
+    return result
+
+
+def seal_problems(store: Store) -> list[str]:
+    """Return, one line each, where the files of a bundle are not those its manifest lists.
+
+    Raises:
+        InputError: there is neither a manifest nor anything else of a bundle.
+    """
+    names = store.names()
+    if MANIFEST not in names and {"findings.json", "plan.json"} & set(names):
+        return [f"missing file: {MANIFEST}"]
+    data = store.read(MANIFEST, MAX_FILE)
+    try:
+        recorded = parse_manifest(data, MANIFEST)
+    except InputError as error:
+        return [f"changed file: {error}"]
+    actual = manifest_of(store)
+    lines = [f"missing file: {name}" for name in recorded if name not in actual]
+    lines += [f"added file: {name}" for name in actual if name not in recorded]
+    lines += [f"changed file: {name}" for name in recorded if name in actual and actual[name] != recorded[name]]
+    # Bytes that change no line, such as a lost line end, count as well.
+    return lines if data == manifest_text(recorded) else [*lines, f"changed file: {MANIFEST}"]
+
+
+def pack_bytes(folder: Path) -> bytes:
+    """Return the files below ``folder`` as a ``.tar.gz`` that depends on their names and contents only."""
+    return pack_store(DirectoryStore(folder))
+
+
+def pack_store(store: Store) -> bytes:
+    """Return the files of a store as ``pack_bytes`` does those of a folder."""
+    buffer = io.BytesIO()
+    with (
+        gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name in store.names():
+            data = store.read(name)
+            member = tarfile.TarInfo(name)
+            member.size, member.mode, member.mtime = len(data), 0o644, 0
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def pack(folder: Path, out: Path | None = None) -> Path:
+    """Write ``<folder>.tar.gz`` (or ``out``) and return its path. The same folder always gives the same bytes."""
+    target = out or folder.with_name(folder.name + ".tar.gz")
+    write_atomic(target, pack_bytes(folder))
+    return target

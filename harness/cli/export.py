@@ -1,0 +1,197 @@
+"""The command ``q4kd export``: a distilled model as a Hugging Face folder or as a GGUF file.
+
+It belongs to the harness because the card may cite an evidence bundle, which the harness alone can verify.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from q4kd.harness.cli.help import Commands
+from q4kd.trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from q4kd.trainer.export.model_card import Evidence
+    from q4kd.trainer.export.run_record import ExportSource, RunRecord
+
+_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m")
+_DENSE = ("f32", "f16", "bf16")
+_HELP = """RUN is a folder of `q4kd distill` (its final model, or one of its checkpoints), or any Hugging Face folder
+of a qwen2, qwen3, llama or mistral model. What is written is read back and compared before it takes its name; nothing
+that is already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k_m.gguf RUN/model` answers.
+"""
+
+
+def add_commands(subparsers: Commands) -> None:
+    """Add ``export`` to the command line."""
+    export = subparsers.add_parser(
+        "export",
+        help="a distilled model as a Hugging Face folder or a GGUF file",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("source", type=Path, metavar="RUN", help="run folder, or Hugging Face model folder")
+    export.add_argument("--format", choices=("hf", "gguf"), required=True, help="what to write")
+    export.add_argument(
+        "--quantize",
+        choices=_TYPES,
+        metavar="TYPE",
+        help=f"one of {', '.join(_TYPES)}; default: f16 for gguf, as stored for hf (which takes {', '.join(_DENSE)})",
+    )
+    export.add_argument(
+        "--out", type=Path, metavar="PATH", help="file or folder to write (default: RUN-TYPE.gguf or RUN-hf)"
+    )
+    export.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best (by the run's best_metric, held out), last, or a name like step-000120 (default: the final model)",
+    )
+    export.add_argument(
+        "--student", type=Path, metavar="DIR", help="the run's student folder, if it is no longer where it was"
+    )
+    export.add_argument(
+        "--bundle", type=Path, metavar="BUNDLE", help="evidence bundle, folder or .tar.gz, that the model card cites"
+    )
+    export.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.format == "hf" and args.quantize not in (None, *_DENSE):
+        raise InputError(
+            f"--quantize {args.quantize}",
+            expected=f"{', '.join(_DENSE)} for --format hf",
+            got=args.quantize,
+            remedy="use --format gguf for quantised weights",
+        )
+    if args.format == "gguf" and args.bundle is not None:
+        raise InputError(
+            "--bundle",
+            expected="--format hf, whose model card cites it",
+            got="--format gguf",
+            remedy="leave it out, or export a Hugging Face folder too",
+        )
+    evidence = None if args.bundle is None else read_evidence(args.bundle)
+
+    from q4kd.trainer.export.run_record import find_source
+
+    source = find_source(args.source, args.checkpoint, args.student)
+    recipe = args.quantize or "f16"
+    default = f"{source.title}-{recipe}.gguf" if args.format == "gguf" else f"{source.title}-hf"
+    out: Path = args.out or args.source.resolve().parent / default
+    _refuse_existing(out)
+    for line in () if source.record is None else source.record.missing:
+        print(f"note: {line}")
+    try:
+        if args.format == "gguf":
+            return _export_gguf(source, out, recipe)
+        return _export_hf(source, out, args.quantize, evidence)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}",
+            expected="a writable folder with room for the model",
+            got=str(error.strerror or error),
+            remedy="choose another folder, or make room",
+        ) from error
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(
+            f"--out {out}", expected="a name that is free", got="something there", remedy="choose another, or remove it"
+        )
+    if not out.parent.is_dir():
+        raise InputError(
+            f"--out {out}", expected=f"the folder {out.parent}", got="none", remedy="make it, or choose another"
+        )
+
+
+def _export_hf(source: "ExportSource", out: Path, dtype: str | None, evidence: "Evidence | None") -> int:
+    from q4kd.trainer.export.to_huggingface import export_hf
+
+    report = export_hf(source, out, dtype=dtype, evidence=evidence)
+    print(f"{out}: {report.dtype}, {sum(size for size, _ in report.files.values()):,} bytes of weights, model card")
+    for name, (_size, digest) in report.files.items():
+        print(f"sha256 {digest}  {name}")
+    return 0
+
+
+def _export_gguf(source: "ExportSource", out: Path, recipe: str) -> int:
+    from q4kd.trainer.export.to_gguf import export_gguf
+
+    notes = _notes(source.record)
+    report = export_gguf(source, out, recipe=recipe, notes=notes, progress=_progress())
+    types = ", ".join(f"{count} x {name}" for name, count in sorted(report.tensors.items()))
+    print(f"{out}: {recipe}, {report.num_bytes:,} bytes, tensors {types}")
+    if recipe.endswith(("_k", "_k_m")) and not {"Q4_K", "Q6_K"} & set(report.tensors):
+        print(f"note: no row is a multiple of 256 weights, so {recipe} holds no superblock; see the types above")
+    lossy = {name: worst for name, worst in sorted(report.round_trip.items()) if worst[0]}
+    errors = "; ".join(f"{name} at most {error:.2%} ({tensor})" for name, (error, tensor) in lossy.items())
+    print(f"read back: tokens and dimensions equal; relative error of a tensor: {errors or 'none'}")
+    print(f"sha256 {report.sha256}  {out.name}")
+    return 0
+
+
+def _notes(record: "RunRecord | None") -> dict[str, str | int]:
+    """Return the metadata of a GGUF that say where the model comes from."""
+    from q4kd.trainer.export.model_card import program_version
+
+    notes: dict[str, str | int] = {"q4kd.version": program_version()}
+    if record is not None:
+        found = {
+            "q4kd.teacher.file": record.teacher.get("file"),
+            "q4kd.teacher.sha256": record.teacher.get("sha256"),
+            "q4kd.data.sha256": record.data_sha256,
+            "q4kd.step": record.step,
+        }
+        notes |= {key: value for key, value in found.items() if value is not None}
+    return notes
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Return a callback that says on stderr, at most every five seconds, how far the file is."""
+    started = last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 5 and done < total:
+            last, left = now, (now - started) * (total - done) / done
+            print(f"export: {done / total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return say
+
+
+def read_evidence(bundle: Path) -> "Evidence":
+    """Verify a bundle and return its verdicts for a model card.
+
+    Raises:
+        InputError: when it does not verify: a card cites nothing that cannot be drawn again.
+    """
+    from q4kd.harness.bundle.findings import read_findings
+    from q4kd.harness.bundle.verify import verify_store
+    from q4kd.harness.records.store import open_store, read_object, snapshot
+    from q4kd.trainer.export.model_card import Evidence
+
+    store = snapshot(open_store(bundle), str(bundle))
+    result = verify_store(store)
+    if result.status != "consistent":
+        raise InputError(
+            f"--bundle {bundle}",
+            expected="a bundle that verifies",
+            got=f"{result.status}: {result.problems[0] if result.problems else ''}",
+            remedy="see q4kd evidence verify",
+        )
+    findings, environment = read_findings(store), read_object(store, "environment.json")
+    return Evidence(
+        bundle=bundle.resolve().name,
+        profile=findings.profile,
+        commit=str(environment.get("commit") or "unknown"),
+        headline=result.headline or "",
+        caveats=result.caveats,
+        verdicts=[
+            (row.key, row.verdict, "; ".join(check.measured or "" for check in row.checks)) for row in findings.rows
+        ],
+    )

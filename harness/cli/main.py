@@ -1,0 +1,143 @@
+"""The command line: ``q4kd COMMAND …``, also ``python -m q4kd.harness COMMAND …``.
+
+Exit codes: 0 done · 1 a claim is falsified, or the command's own "no" · 2 bad input, or an inconclusive verdict ·
+3 a defect of q4kd itself · 130 interrupted. A run that ends early: see ``TrainingAborted``, and 124 for a hang.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from q4kd.harness.cli.completion import complete
+from q4kd.harness.cli.help import Commands, format_commands
+from q4kd.trainer.errors import InputError, TrainingAborted
+
+USAGE_EXIT = 2
+DEFECT_EXIT = 3
+INTERRUPTED_EXIT = 130
+COMMAND_MODULES = (
+    "q4kd.trainer.cli.teacher",
+    "q4kd.trainer.cli.distill",
+    "q4kd.trainer.cli.cache",
+    "q4kd.trainer.cli.bench",
+    "q4kd.trainer.cli.fidelity",
+    "q4kd.harness.cli.falsify",
+    "q4kd.harness.cli.nightly",
+    "q4kd.harness.cli.contracts",
+    "q4kd.harness.cli.evidence",
+    "q4kd.harness.cli.completion",
+    "q4kd.harness.cli.export",
+)
+# These may download what --teacher or --student names by its hub id; no other command asks the hub.
+_MAY_DOWNLOAD = ("falsify", "sabotage", "nightly")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"q4kd: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT)
+
+
+class _CommandLine(_Parser):
+    """The parser of ``q4kd`` itself, which lists the commands on one screen."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="q4kd",
+            description="Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about "
+            "it.",
+        )
+        self.add_argument("--version", action="version", version=f"q4kd {_version()}")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.commands = Commands(
+            self.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_Parser)
+        )
+        for module in COMMAND_MODULES:
+            importlib.import_module(module).add_commands(self.commands)
+
+    def format_help(self) -> str:
+        return format_commands(self.description or "", self.commands.summaries)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every command. Imports no torch."""
+    return _CommandLine()
+
+
+def _parse(parser: _CommandLine, arguments: list[str]) -> argparse.Namespace:
+    """Parse everything, or say which option was unknown and which one it may mean."""
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        from q4kd.trainer.cli.arguments import suggest_option
+
+        known = parser.commands.options_of(parsed.command)
+        close = suggest_option(next((word for word in unknown if word.startswith("-")), ""), known)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close}?" if close else ""))
+    return parsed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code. Never raises, except with ``--debug``, which lets tracebacks print."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # --debug may stand anywhere before a bare "--": people add it to the end of the line that failed.
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:cut]
+    arguments = [word for word in arguments[:cut] if word != "--debug"] + arguments[cut:]
+    try:
+        parser = _CommandLine()
+        complete(parser)
+        args = _parse(parser, arguments)
+        if not hasattr(args, "run"):
+            parser.print_help()
+            return 0 if args.command is None and not arguments else USAGE_EXIT
+        args.debug = debug
+        if args.command not in _MAY_DOWNLOAD:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
+        return int(args.run(args))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else USAGE_EXIT
+    except KeyboardInterrupt:
+        print("q4kd: interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, TrainingAborted) as error:
+        return _report(str(error), USAGE_EXIT if isinstance(error, InputError) else error.exit_code, debug)
+    except ModuleNotFoundError as error:
+        from q4kd.harness.requirements import extra_of
+
+        package = (error.name or "").partition(".")[0]
+        extra = extra_of(package)
+        if extra is None:
+            return _report(f"internal error: {error}", DEFECT_EXIT, debug)
+        return _report(f"{package} is not installed; pip install 'q4kd[{extra}]'", USAGE_EXIT, debug)
+    except Exception as error:
+        return _report(f"internal error: {type(error).__name__}: {error}", DEFECT_EXIT, debug)
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if not message:  # another process of the run says it
+        return code
+    line = " ".join(message.split())
+    # A message may quote a hostile file; control characters must not reach the terminal.
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    hint = "; run with --debug for the traceback" if code == DEFECT_EXIT and not debug else ""
+    print(f"q4kd: {line}{hint}", file=sys.stderr)
+    return code
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("q4kd")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"

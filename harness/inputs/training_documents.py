@@ -1,0 +1,73 @@
+"""Documents and chats that experiments train on, and the windows that packing must make of them.
+
+The windows are worked out here from the texts with the ``tokenizers`` package alone, document by document.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, encode_texts
+from q4kd.harness.runs.experiment import Inputs
+
+MASKED = -100
+DOCUMENTS, CHATS = 40, 12
+
+
+def document_texts(count: int) -> list[str]:
+    """Return pieces of a library file of 40 to 200 characters, different in length."""
+    source, pieces, start = Path(argparse.__file__).read_text(encoding="utf-8"), [], 2000
+    for number in range(count):
+        length = 40 + (number * 97) % 160
+        pieces.append(source[start : start + length])
+        start += length
+    return pieces
+
+
+def write_jsonl(inputs: Inputs, name: str, records: Sequence[Mapping[str, object]]) -> Path:
+    """Return the JSONL input ``name``, which has one record a line."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    return inputs.file(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def text_documents(inputs: Inputs) -> Path:
+    """Return a JSONL file of the text documents."""
+    return write_jsonl(inputs, "documents.jsonl", [{"text": text} for text in document_texts(DOCUMENTS)])
+
+
+def chat_messages() -> list[list[dict[str, str]]]:
+    """Return chats of two turns each."""
+    texts = document_texts(4 * CHATS)
+    roles = ("user", "assistant", "user", "assistant")
+    return [
+        [{"role": role, "content": text} for role, text in zip(roles, texts[4 * n : 4 * n + 4], strict=True)]
+        for n in range(CHATS)
+    ]
+
+
+def run_settings(inputs: Inputs, data: Path, **changes: object) -> dict[str, object]:
+    """Return the settings of a run on ``data``, its evaluation data too, so that every document is trained on."""
+    return {
+        "teacher": str(demo_teacher(inputs)),
+        "student": str(demo_student(inputs)),
+        "data": str(data),
+        "held_out": str(data),
+        "out": "run",
+        "seed": 3,
+        "steps": 100,
+        **changes,
+    }
+
+
+def packed_windows(inputs: Inputs, length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return ids, labels and the number of its document for each position of the windows of the joined documents."""
+    tokens_of_documents = encode_texts(inputs, document_texts(DOCUMENTS))
+    flat = [(token, number) for number, tokens in enumerate(tokens_of_documents) for token in tokens]
+    windows = []
+    for start in range(0, len(flat) - length, length):
+        piece = flat[start : start + length + 1]
+        labels = [token if number == before else MASKED for (_, before), (token, number) in itertools.pairwise(piece)]
+        windows.append(([token for token, _ in piece[:-1]], labels, [number for _, number in piece[:-1]]))
+    return windows

@@ -1,0 +1,1 @@
+"""References that share no code with the trainer: a float64 forward pass and scalar block decoders."""

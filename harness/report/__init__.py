@@ -1,0 +1,1 @@
+"""Pages for reviewers: one bundle (report.html, findings.md) and a site over many."""

@@ -1,0 +1,1 @@
+"""Supervised runs: experiments and faults are declared, children are started and watched from outside."""

@@ -1,0 +1,1 @@
+"""The choice of a backend: decision tables, and runs that follow them."""

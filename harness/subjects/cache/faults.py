@@ -1,0 +1,80 @@
+"""Faults in the teacher's cache: signals of other windows, of half a distribution, of another run, or not checked."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from q4kd.harness.runs.faults import Call, patch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from q4kd.trainer.teacher.cache.reader import CacheReader
+    from q4kd.trainer.teacher.cache.signal import Signal
+    from q4kd.trainer.teacher.cache.store import CacheIndex
+
+_STORE, _WRITER, _TEACHER = "q4kd.trainer.teacher.cache.store", "q4kd.trainer.teacher.cache.writer", "q4kd.trainer.teacher.cache.cached_teacher"
+_READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
+_TOP = "q4kd.trainer.teacher.cache.signal:take_top"
+
+
+@patch(
+    "loop",
+    "cache-windows-written-shifted",
+    "the cache holds the signals of the window after",
+    f"{_WRITER}:_signals",
+)
+def _windows_written_shifted(
+    original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object
+) -> Iterator["Signal"]:
+    last = len(windows) - 1
+    for window in chosen:
+        after = min(window + 1, last)
+        yield from original(teacher, windows, range(after, after + 1), *rest)
+
+
+@patch("loop", "cache-windows-read-shifted", "a step reads the signals of the window after", _READ)
+def _windows_read_shifted(original: Call, self: "CacheReader", windows_B: "npt.NDArray[np.int64]") -> object:
+    return original(self, (windows_B + 1) % self.index.key.windows)
+
+
+@patch("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _TOP)
+def _tail_dropped(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+    signal = original(*arguments)
+    log_probs = signal.log_probs_MK - signal.log_probs_MK.logsumexp(-1).unsqueeze(-1)
+    return dataclasses.replace(signal, log_probs_MK=log_probs, tail_M=signal.tail_M.fill_(float("-inf")))
+
+
+@patch("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _TOP)
+def _ids_truncated(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+    signal = original(*arguments)
+    return dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF)
+
+
+@patch("dispatch", "cache-key-not-compared", "a cache of anything is taken", f"{_TEACHER}:check_key")
+def _key_not_compared(_original: Call, *_arguments: object) -> None:
+    return
+
+
+@patch(
+    "checkpoint",
+    "cache-digest-not-checked",
+    "a shard is read without comparing its digest",
+    f"{_STORE}:CacheIndex.check_shard",
+)
+def _digest_not_checked(_original: Call, self: "CacheIndex", shard: int) -> Path:
+    return self.folder / self.name(shard)
+
+
+@patch(
+    "checkpoint",
+    "cache-starts-over",
+    "a writer that is started again computes everything anew",
+    f"{_WRITER}:open_index",
+)
+def _starts_over(original: Callable[..., "CacheIndex"], *arguments: object) -> "CacheIndex":
+    index = original(*arguments)
+    index.shards.clear()  # forgets what was finished
+    return index

@@ -1,0 +1,1 @@
+"""The CUDA teacher: parity, memory, utilisation, time, and the allocator of unified devices."""

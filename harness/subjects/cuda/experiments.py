@@ -1,0 +1,106 @@
+"""Experiments on a CUDA device: decoders, parity of the forward pass, memory and utilisation of a 7B-shaped teacher."""
+
+import functools
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from q4kd.harness.inputs.arrays import Arrays, arrays_input, random_ids, read_array, read_arrays
+from q4kd.harness.inputs.collect import Comparators, save_pairs
+from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, logits_words, teacher_7b
+from q4kd.harness.inputs.synthetic_models import random_matrix
+from q4kd.harness.oracles.reference import read_gguf, reference_logits
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.trainer.formats.blocks.layout import FORMATS
+
+_CUDA = ("cuda",)
+
+# --- cuda-decode: every type's decoder on random rows ---
+
+
+def _rows(inputs: Inputs) -> Path:
+    def make() -> Arrays:
+        rng = np.random.default_rng(9)
+        return {name.lower(): random_matrix(rng, name, 37, 1024, 0.02) for name in FORMATS}
+
+    return arrays_input(inputs, "cuda-rows.npz", make)
+
+
+def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
+    decoded, comparators = read_arrays(run_dir / "decoded.npz"), Comparators()
+    for name, rows in read_arrays(_rows(inputs)).items() if decoded else ():
+        exact = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name.upper()])
+        pair = {name: (decoded[name], exact.reshape(len(rows), -1))}
+        comparators |= save_pairs(run_dir, pair, ("decoder on the device", "gguf.quants"))
+    return {"comparators": comparators}
+
+
+declare(
+    "cuda-decode",
+    "every type's decoder on the device, float32, against gguf",
+    Arm(
+        None,
+        lambda inputs: ["probe", "cuda-decode", "--rows", str(_rows(inputs)), "--out", "decoded.npz"],
+        timeout_s=180,
+    ),
+    needs=_CUDA,
+    collect=_collect_decode,
+    exclusive=True,
+)
+
+
+# --- cuda-parity: the golden teacher's logits on the device, in both dtypes ---
+
+
+def _parity_argv(dtype: str, inputs: Inputs) -> list[str]:
+    return logits_words(golden_teacher(inputs), golden_ids(inputs), "--device", "cuda", "--dtype", dtype)
+
+
+def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
+    if not (run_dir / "logits.npy").is_file():
+        return {"comparators": {}}
+    exact = reference_logits(read_gguf(golden_teacher(inputs)), read_array(golden_ids(inputs))).astype(np.float32)
+    pair = {"float64": (read_array(run_dir / "logits.npy"), exact)}
+    return {"comparators": save_pairs(run_dir, pair, ("q4kd logits on the device", "float64 forward over gguf"))}
+
+
+declare(
+    "cuda-parity",
+    "q4kd logits of the golden teacher on the device, against a float64 forward",
+    *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
+    needs=_CUDA,
+    collect=_collect_parity,
+    exclusive=True,
+)
+
+
+# --- cuda-hold and cuda-busy: a teacher in the shapes of Qwen2.5-7B ---
+
+
+def _hold_argv(inputs: Inputs) -> list[str]:
+    model, ids = str(teacher_7b(inputs)), str(random_ids(inputs, "hold-ids.npy", 4096, (1, 192)))
+    return ["probe", "cuda-hold", "--model", model, "--ids", ids, "--seconds", "3"]
+
+
+declare(
+    "load-teacher-7b",
+    "a 7B-shaped Q4_K_M teacher loaded to the device and held, its memory by process",
+    Arm(None, _hold_argv, timeout_s=300, stall_s=120, interval_s=0.02),
+    needs=_CUDA,
+    collect=lambda _run_dir, inputs: gguf_facts(teacher_7b(inputs)),
+    exclusive=True,
+)
+
+declare(
+    "teacher-busy-7b",
+    "forward passes of 32 x 256 tokens through a 7B-shaped teacher, utilisation by process",
+    Arm(
+        None,
+        lambda inputs: ["probe", "cuda-busy", "--model", str(teacher_7b(inputs)), "--seconds", "6"],
+        timeout_s=300,
+        stall_s=120,
+    ),
+    needs=_CUDA,
+    exclusive=True,
+)

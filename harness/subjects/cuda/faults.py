@@ -1,0 +1,65 @@
+"""Faults on a CUDA device. Their targets exist everywhere; without a device no experiment reaches them."""
+
+import time
+from typing import TYPE_CHECKING
+
+from q4kd.harness.runs.faults import Call, patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KERNELS = "q4kd.trainer.kernels.teacher_kernels:Kernels"
+BALLAST_BYTES = 6_000_000_000
+_HELD: list["Tensor"] = []
+
+
+@patch("quantisation", "device-half-decode", "weights are decoded through float16 on the device", f"{_KERNELS}.decode")
+def _half_decode(
+    original: Call, self: object, type_name: str, packed: object, start: int, stop: int, cols: int, out: "Tensor"
+) -> None:
+    original(self, type_name, packed, start, stop, cols, out)
+    out.copy_(out.half())  # eleven bits, and infinity beyond 65504
+
+
+@patch(
+    "dispatch",
+    "device-rope-layout-swapped",
+    "the rotary embedding on the device pairs the wrong elements",
+    f"{_KERNELS}.rope",
+)
+def _rope_layout_swapped(
+    original: Call,
+    self: object,
+    q: object,
+    k: object,
+    cos: object,
+    sin: object,
+    layout: str,
+    *rest: object,
+    **options: object,
+) -> None:
+    other = "split" if layout == "interleaved" else "interleaved"
+    original(self, q, k, cos, sin, other, *rest, **options)
+
+
+@patch("memory", "device-ballast", "six sized more are held on the device", "q4kd.trainer.teacher.teacher:load_teacher")
+def _device_ballast(original: Call, *arguments: object, **options: object) -> object:
+    import torch
+
+    _HELD.append(torch.ones(BALLAST_BYTES, dtype=torch.uint8, device="cuda"))
+    return original(*arguments, **options)
+
+
+@patch(
+    "dispatch",
+    "idle-device",
+    "the device waits 0.3 s after each pass",
+    "q4kd.trainer.teacher.cuda.forward:CudaForward.hidden",
+)
+def _idle_device(original: Call, self: object, ids: object) -> object:
+    result = original(self, ids)
+    import torch
+
+    torch.cuda.synchronize()
+    time.sleep(0.3)  # as if norms and attention ran on the host
+    return result

@@ -1,0 +1,1 @@
+"""Training data: documents, windows, batches, and what is refused."""

@@ -1,0 +1,75 @@
+"""Faults in training data: masks dropped, labels kept, documents lost, orders that follow calls and not steps."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from q4kd.harness.runs.faults import Call, fault, patch, replace
+
+if TYPE_CHECKING:
+    from q4kd.trainer.data.corpus import BatchOrder
+    from q4kd.trainer.data.encoding import Encoded
+    from q4kd.trainer.data.packing import Window, Windows
+    from q4kd.trainer.data.stream import StreamOrder
+
+_TEACHER = "q4kd.trainer.teacher.teacher:Teacher._checked_hidden"
+_STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
+_CUT = "q4kd.trainer.data.packing:Windows._cut"
+_CHAT = "q4kd.trainer.data.chat:ChatTemplate.encode"
+_READ = "q4kd.trainer.data.readers:read_documents"
+_BATCH = "q4kd.trainer.data.corpus:BatchOrder.batch"
+_STREAM_BATCH = "q4kd.trainer.data.stream:StreamOrder.batch"
+_LABELS = "q4kd.trainer.train.guards:check_labels"
+
+
+@patch("loop", "teacher-sees-all", "the teacher attends across the borders of packed documents", _TEACHER)
+@patch("loop", "student-sees-all", "the student attends across the borders of packed documents", _STUDENT)
+def _sees_all(original: Call, self: object, ids: object, _starts: object = None) -> object:
+    return original(self, ids, None)
+
+
+@patch("loss", "border-labels-kept", "the last token of a document is taught the first of the next one", _CUT)
+def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", start: int, stop: int) -> "Window":
+    window = original(self, start, stop)
+    labels = self.tokens.ids[start + 1 : stop].astype("int64")
+    return dataclasses.replace(window, labels=labels) if len(labels) == self.seq_len else window
+
+
+@patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
+def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
+    return dataclasses.replace(original(*arguments), learnt=None)
+
+
+@patch("loop", "document-lost", "the sixth document of a file is skipped", _READ)
+def _document_lost(
+    original: Callable[..., Iterable[object]], *arguments: object, **options: object
+) -> Iterator[object]:
+    return (document for number, document in enumerate(original(*arguments, **options)) if number != 5)
+
+
+@patch("loop", "every-epoch-alike", "the order is not drawn anew for each epoch", _BATCH)
+def _every_epoch_alike(original: Call, self: "BatchOrder", step: int) -> object:
+    return original(self, step % self.steps_per_epoch)
+
+
+@fault("loop", "reader-state", "batches follow the calls, not the step", _BATCH)
+def _reader_state() -> None:
+    """Give the next batch whatever step is asked for, as a loader does that is not wound forward."""
+
+    def make(original: Call) -> Call:
+        calls = itertools.count()
+        return lambda self, _step: original(self, next(calls))
+
+    replace(_BATCH, make)
+
+
+@patch("loop", "stream-not-wound", "a resumed stream starts at its beginning", _STREAM_BATCH)
+def _stream_not_wound_forward(original: Call, self: "StreamOrder", step: int) -> object:
+    first: int = self.__dict__.setdefault("first_step", step)
+    return original(self, step - first)
+
+
+@patch("loop", "label-guard-skipped", "that there is a label is not looked for", _LABELS)
+def _no_label_guard(_original: Call, *_arguments: object) -> None:
+    return

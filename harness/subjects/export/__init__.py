@@ -1,0 +1,1 @@
+"""Exported students: files that other programs read, and what quantising costs."""

@@ -1,0 +1,162 @@
+"""Experiments on what leaves a run: exported models, and how far a quantised one is from its original."""
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from q4kd.harness.inputs.arrays import random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.collect import collect_probe, reference_student, save_pairs
+from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher, distill_words, run_program
+from q4kd.harness.inputs.synthetic_students import write_live_student
+from q4kd.harness.oracles.reference import read_gguf, reference_logits
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.subjects.export.probes import FORMS
+from q4kd.trainer.files import read_json
+
+POSITIONS, COLUMNS = 64, 64
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
+# Rows of 256 and 512 weights hold superblocks; the head is one matrix with the embedding.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def live_student(inputs: Inputs) -> Path:
+    """Return a student whose every weight matters, with a chat template."""
+    make = functools.partial(write_live_student, source=demo_student(inputs), changes=SIZES, template=CHAT_TEMPLATE)
+    return inputs.file("live-student", make)
+
+
+def _text_folder(inputs: Inputs) -> Path:
+    """Return a folder of two texts; the split by name holds out the second."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for name, module in (("train.py", functools), ("held-2.py", shutil)):
+            shutil.copyfile(str(module.__file__), folder / name)
+
+    return inputs.file("export-texts", make)
+
+
+def _run(inputs: Inputs, name: str, *words: str) -> Path:
+    """Return the folder of a short run from the live student."""
+
+    def make(folder: Path) -> None:
+        settings = ("--set", "steps=4", "--set", "checkpoint_every=2", "--set", "eval_every=2", *words)
+        argv = distill_words(demo_teacher(inputs), live_student(inputs), _text_folder(inputs), *settings)
+        at = argv.index("--events")
+        del argv[at : at + 2]
+        argv[argv.index("--out") + 1] = str(folder)
+        run_program(argv, folder.parent)
+
+    return inputs.file(name, make)
+
+
+def finished_run(inputs: Inputs) -> Path:
+    """Return a run with its final model, two checkpoints and held-out evaluations."""
+    return _run(inputs, "finished-run")
+
+
+def smoke_run(inputs: Inputs) -> Path:
+    """Return a run that --max-steps cut short, so that it has no model."""
+    return _run(inputs, "smoke-run", "--max-steps", "2")
+
+
+def _ids(inputs: Inputs) -> Path:
+    return random_ids(inputs, "export-ids.npy", VOCAB, POSITIONS, seed=12, low=1)
+
+
+# --- exported-models: a run in every form, each run by the programs it is for ---
+
+
+def _export_argv(inputs: Inputs) -> list[str]:
+    run, text = str(finished_run(inputs)), str(_text_folder(inputs) / "train.py")
+    options = ["--run", run, "--ids", str(_ids(inputs)), "--text", text]
+    return ["probe", "exported-models", *options, "--out", "exported.npz", "--facts", "probe.json"]
+
+
+def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
+    facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "exported.npz")
+    if not found:
+        return facts | {"comparators": {}}
+    from tokenizers import Tokenizer
+
+    model, ids = finished_run(inputs) / "model", read_array(_ids(inputs))
+    exact = reference_logits(reference_student(model), ids)
+    columns = seeded_columns(VOCAB, COLUMNS)
+    comparators = save_pairs(
+        run_dir,
+        {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])},
+        ("transformers, exported folder", "transformers, the run's own model"),
+    )
+    for form in FORMS:
+        by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids)
+        for suffix, subject in (("teacher", found[form]), ("reference", by_reference)):
+            pair = {f"{form.replace('_', '')}-{suffix}": (subject[:, columns], exact[:, columns])}
+            comparators |= save_pairs(
+                run_dir, pair, (f"{form} export, {suffix} forward", "float64 forward over the run's model")
+            )
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    expected = np.array(tokenizer.encode((_text_folder(inputs) / "train.py").read_text(encoding="utf-8")).ids)
+    comparators |= save_pairs(
+        run_dir, {"token-ids": (found["ids"][None], expected[None])}, ("the GGUF's tokenizer", "the run's tokenizer")
+    )
+    tables = {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
+    return facts | {"comparators": comparators, "tables": tables}
+
+
+def _gguf_table(path: Path, model: Path) -> dict[str, object]:
+    """Return what a GGUF says of its tokenizer, beside the tokenizer.json of the run's model."""
+    fields = gguf.GGUFReader(path).fields
+
+    def value(key: str) -> Any:
+        return fields[key].contents() if key in fields else "absent"
+
+    content = read_json(model / "tokenizer.json")
+    by_id = {index: token for token, index in content["model"]["vocab"].items()}
+    by_id |= {added["id"]: added["content"] for added in content["added_tokens"]}
+    tokens = value("tokenizer.ggml.tokens")
+    control = {added["id"] for added in content["added_tokens"] if added["special"]}
+    kinds = value("tokenizer.ggml.token_type")
+    return {
+        "tokens that differ": sum(tokens[index] != token for index, token in by_id.items()),
+        "merges that differ": sum(
+            ours != (other if isinstance(other, str) else " ".join(other))
+            for ours, other in zip(value("tokenizer.ggml.merges"), content["model"]["merges"], strict=True)
+        ),
+        "special tokens marked": all(kinds[index] == gguf.TokenType.CONTROL for index in control),
+        "split": value("tokenizer.ggml.pre"),
+        "begin token": value("tokenizer.ggml.bos_token_id"),
+        "end token": value("tokenizer.ggml.eos_token_id"),
+        "begins every text": value("tokenizer.ggml.add_bos_token"),
+        "chat template kept": value("tokenizer.chat_template") == CHAT_TEMPLATE,
+    }
+
+
+def _folder_table(folder: Path, inputs: Inputs) -> dict[str, object]:
+    """Return what an exported folder says of itself, beside the run and its teacher."""
+    from tokenizers import Tokenizer
+
+    run, card = finished_run(inputs), (folder / "README.md").read_text(encoding="utf-8")
+    record, text = read_json(run / "run.json"), (_text_folder(inputs) / "train.py").read_text(encoding="utf-8")
+    ours, theirs = (Tokenizer.from_file(str(at / "tokenizer.json")) for at in (folder, run / "model"))
+    template = folder / "chat_template.jinja"
+    return {
+        "same ids": ours.encode(text).ids == theirs.encode(text).ids,
+        "chat template kept": template.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE,
+        "card begins with metadata": card.startswith("---\nlibrary_name: transformers\n"),
+        "card names the teacher's digest": record["teacher"]["sha256"] in card,
+        "card names the data's digest": record["data_sha256"] in card,
+        "card has the last evaluation": "| 4 |" in card,
+        "card names a path of this machine": str(run.parent) in card,
+    }
+
+
+declare(
+    "exported-models",
+    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
+    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
+    collect=_collect_export,
+)

@@ -1,0 +1,206 @@
+"""Faults in what leaves a run: an export that is another model, a tokenizer that lost a part, wrong figures."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q4kd.harness.runs.faults import Call, declare, fault, patch, replace
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from q4kd.trainer.formats.architecture import TeacherConfig
+
+_SOURCE, _FIDELITY = "q4kd.trainer.export.source_model", "q4kd.trainer.export.fidelity"
+_STATE = f"{_SOURCE}:read_state"
+_FITS = "q4kd.trainer.formats.blocks.quantize:_FITS"
+_ROWS = f"{_FIDELITY}:compare_rows"
+_State = dict[str, "Tensor"]
+_Compare = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", ...]]
+
+
+# --- exported weights ---
+
+
+@patch("checkpoint", "export-norm-left-out", "exported norms before attention are all ones", _STATE)
+def _norm_left_out(original: Callable[..., _State], *arguments: object) -> _State:
+    # The weights are changed as they are read, so that what is written agrees with them.
+    state = {name: tensor.clone() for name, tensor in original(*arguments).items()}
+    for name, tensor in state.items():
+        if name.endswith("input_layernorm.weight"):
+            tensor.fill_(1.0)
+    return state
+
+
+@patch("checkpoint", "export-tokens-reversed", "rows of the exported embedding are reversed", _STATE)
+def _embedding_reversed(original: Callable[..., _State], *arguments: object) -> _State:
+    state = original(*arguments)
+    return {**state, "model.embed_tokens.weight": state["model.embed_tokens.weight"].flip(0)}
+
+
+@patch(
+    "checkpoint",
+    "export-rounded",
+    "the exported folder's weights went through bfloat16",
+    f"{_SOURCE}:build_model",
+)
+def _rounded_in_silence(original: Callable[..., Any], *arguments: object) -> object:
+    return original(*arguments).bfloat16().float()
+
+
+@patch(
+    "checkpoint",
+    "export-rows-permuted",
+    "rows of Q and K are permuted as llama's in a qwen2 file",
+    "q4kd.trainer.formats.gguf.writer:file_rows",
+)
+def _rows_permuted(original: Call, config: "TeacherConfig", target: str, tensor: "Tensor") -> object:
+    if target.split(".")[-2] not in ("attn_q", "attn_k"):
+        return original(config, target, tensor)
+    heads = len(tensor) // config.head_dim
+    return tensor.reshape(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+@patch(
+    "quantisation",
+    "quantised-too-large",
+    "quantised weights are stored 4 % too large",
+    "q4kd.trainer.formats.blocks.quantize:quantize",
+)
+def _scales_too_large(original: Call, weights: "npt.NDArray[np.float32]", quant_type: str) -> object:
+    # A check of one tensor takes 4 % for rounding.
+    return original(weights if quant_type in ("F16", "F32") else weights * weights.dtype.type(1.04), quant_type)
+
+
+@fault("quantisation", "q4-few-levels", "Q4_K uses seven of its sixteen levels", _FITS)
+def _coarse_levels() -> None:
+    """Fit Q4_K to weights that have seven levels in each sub-block of 32."""
+
+    def make(original: Call) -> Call:
+        def fit(blocks: "npt.NDArray[np.float32]") -> object:
+            parts = blocks.reshape(-1, 32)
+            low = parts.min(1, keepdims=True)
+            step = (parts.max(1, keepdims=True) - low) / 6 + parts.dtype.type(1e-12)
+            return original((((parts - low) / step).round() * step + low).reshape(blocks.shape))
+
+        return fit
+
+    replace(_FITS, lambda original: {**original, "Q4_K": make(original["Q4_K"])})
+
+
+# --- exported tokenizer and card ---
+
+
+def _vocabulary_without(part: str) -> None:
+    def make(original: Callable[..., Any]) -> Call:
+        import dataclasses
+
+        return lambda *arguments: dataclasses.replace(original(*arguments), **{part: {}})
+
+    replace(f"{_SOURCE}:read_vocabulary", make)
+
+
+for _name, _part, _title in (
+    ("special-ids-dropped", "special_ids", "the GGUF names no begin and end tokens"),
+    ("template-dropped", "chat_templates", "the GGUF has no chat template"),
+):
+    _apply = functools.partial(_vocabulary_without, _part)
+    declare("vocabulary", _name, _title, _apply, f"{_SOURCE}:read_vocabulary")
+
+
+@patch(
+    "vocabulary",
+    "another-split",
+    "the GGUF says that text is split as GPT-2 does",
+    "q4kd.trainer.formats.gguf.vocabulary:pre_tokenizer_name",
+)
+def _another_split(_original: Call, _tokenizer: object) -> str:
+    return "gpt-2"
+
+
+@patch(
+    "vocabulary",
+    "folder-template-dropped",
+    "the exported folder has no chat template",
+    "q4kd.trainer.student.model:load_tokenizer",
+)
+def _folder_template_dropped(original: Callable[..., Any], *arguments: object) -> object:
+    tokenizer = original(*arguments)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@patch(
+    "logging",
+    "card-without-provenance",
+    "the model card does not say what the model was made from",
+    "q4kd.trainer.export.model_card:provenance",
+)
+def _card_without_provenance(_original: Call, _record: object) -> dict[str, object]:
+    return {}
+
+
+@patch(
+    "logging",
+    "card-with-paths",
+    "the model card shows the paths of the machine",
+    "q4kd.trainer.export.run_record:_public",
+)
+def _card_with_paths(_original: Call, value: object) -> object:
+    return value
+
+
+# --- refusals ---
+
+
+@patch(
+    "dispatch",
+    "smoke-run-exported",
+    "a run without a final model is exported from its last checkpoint unasked",
+    "q4kd.trainer.export.run_record:find_source",
+)
+def _smoke_run_exported(original: Call, path: Path, checkpoint: str | None = None, *rest: object) -> object:
+    unfinished = not (path / "model").is_dir() and not (path / "config.json").is_file()
+    return original(path, "last" if checkpoint is None and unfinished else checkpoint, *rest)
+
+
+@patch(
+    "dispatch",
+    "any-pair-compared",
+    "fidelity compares models that do not belong together",
+    f"{_FIDELITY}:check_comparable",
+)
+@patch(
+    "dispatch",
+    "export-overwrites",
+    "an export replaces what is there",
+    "q4kd.harness.cli.export:_refuse_existing",
+)
+def _unchecked(_original: Call, *_arguments: object, **_options: object) -> None:
+    return
+
+
+# --- fidelity ---
+
+
+@patch("loss", "fidelity-kl-reversed", "fidelity computes KL(A || B)", _ROWS)
+def _kl_reversed(original: _Compare, a: "Tensor", b: "Tensor", labels: "Tensor") -> tuple["Tensor", ...]:
+    return (original(b, a, labels)[0], *original(a, b, labels)[1:])
+
+
+@patch("loss", "fidelity-agreement-shifted", "agreement compares each row with the one before", _ROWS)
+def _agreement_shifted(original: _Compare, a: "Tensor", b: "Tensor", labels: "Tensor") -> tuple["Tensor", ...]:
+    return (*original(a, b, labels)[:3], a.argmax(-1) == b.roll(1, 0).argmax(-1))
+
+
+@patch("loss", "fidelity-labels-shifted", "perplexities are of the token before", _ROWS)
+def _labels_shifted(original: _Compare, a: "Tensor", b: "Tensor", labels: "Tensor") -> tuple["Tensor", ...]:
+    return original(a, b, labels.roll(1))
+
+
+@patch("loss", "fidelity-cooler-a", "logits of A are scaled by 1.001", _ROWS)
+def _cooler_a(original: _Compare, a: "Tensor", b: "Tensor", labels: "Tensor") -> tuple["Tensor", ...]:
+    return original(a * 1.001, b, labels)

@@ -1,0 +1,56 @@
+"""A measurement of what ``q4kd export`` writes: each form made by the command, then run by the programs it is for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from q4kd.harness.inputs.arrays import Array, Arrays, read_array, save_arrays
+from q4kd.harness.runs.probes import probe
+from q4kd.trainer.files import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS = ("f16", "q8_0", "q4_k_m")
+
+
+@probe("exported-models")
+def exported_models(run: Path, ids: Path, text: Path, out: Path, facts: Path) -> int:
+    """Export a run in every form, and record the logits of each, and the ids that the GGUF's tokenizer gives."""
+    import torch
+
+    from q4kd.harness.__main__ import main
+    from q4kd.trainer.device.placement import place_teacher
+    from q4kd.trainer.events import EventLog
+    from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
+    from q4kd.trainer.formats.open import open_model
+    from q4kd.trainer.teacher.teacher import load_teacher
+
+    ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
+    codes = {"hf": main(["export", str(run), "--format", "hf", "--out", "hf"])}
+    for form in FORMS:
+        codes[form] = main(["export", str(run), "--format", "gguf", "--quantize", form, "--out", f"{form}.gguf"])
+    write_json(facts, {"exit_codes": codes})
+    if any(codes.values()):
+        return max(codes.values())
+    arrays: Arrays = {"run": _logits(run / "model", ids_1T), "hf": _logits(Path("hf"), ids_1T)}
+    for form in FORMS:
+        teacher = load_teacher(place_teacher(Path(f"{form}.gguf"), dtype="float32"), events=EventLog(None))
+        arrays[form] = teacher.logits(ids_1T)[0].numpy()
+    tokenizer = read_tokenizer(open_model(Path("f16.gguf")))
+    arrays["ids"] = np.array(tokenizer.encode(text.read_text(encoding="utf-8")).ids)
+    save_arrays(out, arrays)
+    return 0
+
+
+def _logits(folder: Path, ids_1T: "Tensor") -> Array:
+    """Return the logits of transformers, float32 ``[T, V]``, as a user would load the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(folder, use_safetensors=True, local_files_only=True).eval()
+    with torch.no_grad():
+        logits_TV: Tensor = model(ids_1T).logits[0]
+    return logits_TV.float().numpy()

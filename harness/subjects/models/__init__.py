@@ -1,0 +1,1 @@
+"""Model files: what is read from them, and what is refused."""

@@ -1,0 +1,119 @@
+"""Experiments on model files: every architecture and type, both containers, and what must be refused."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from q4kd.harness.inputs.apr_write import Names, convert_gguf
+from q4kd.harness.inputs.arrays import array_input, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
+from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
+from q4kd.harness.inputs.synthetic_models import (
+    BROKEN_GGUF,
+    MODELS,
+    model_ids,
+    write_nan_scale,
+    write_small_model,
+    write_truncated,
+)
+from q4kd.harness.oracles.reference import read_gguf, reference_logits
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+
+POSITIONS = 64
+COLUMNS = 64
+# These models also exist as .apr, with the tensor names of that convention.
+APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
+
+# --- model-files: logits of every architecture from GGUF, and of two from .apr as well ---
+
+
+def small_model(inputs: Inputs, name: str) -> Path:
+    """Return one of the small models, made once."""
+    return inputs.file(f"models/{name}.gguf", functools.partial(write_small_model, model=MODELS[name]))
+
+
+def small_apr(inputs: Inputs, name: str) -> Path:
+    """Return the same model as .apr."""
+    source = small_model(inputs, name)
+    # The suffix says GGUF, since a container is recognised by its content.
+    return inputs.file(f"models/{name}-apr.gguf", lambda path: convert_gguf(source, path, names=APR_NAMES[name]))
+
+
+def _ids(inputs: Inputs) -> Path:
+    return array_input(inputs, "models/ids.npy", lambda: model_ids(POSITIONS))
+
+
+def _files(inputs: Inputs) -> dict[str, Path]:
+    found = {name: small_model(inputs, name) for name in MODELS}
+    return found | {f"{name}-apr": small_apr(inputs, name) for name in APR_NAMES}
+
+
+def _models_argv(inputs: Inputs) -> list[str]:
+    paths = [str(path) for path in _files(inputs).values()]
+    return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
+
+
+def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
+    if not (found := read_arrays(run_dir / "logits.npz")):
+        return {"comparators": {}}
+    logits = {name: found[path.stem] for name, path in _files(inputs).items()}
+    ids = read_array(_ids(inputs))
+    comparators: Comparators = {}
+    for name in MODELS:
+        exact = reference_logits(read_gguf(small_model(inputs, name)), ids).astype(np.float32)
+        columns = seeded_columns(exact.shape[1], COLUMNS)
+        pair = {f"{name}-float64": (logits[name][:, columns], exact[:, columns])}
+        comparators |= save_pairs(run_dir, pair, (f"q4kd, {name}", "float64 forward over gguf"))
+    for name in APR_NAMES:
+        columns = seeded_columns(logits[name].shape[1], COLUMNS)
+        pair = {f"{name}-apr": (logits[f"{name}-apr"][:, columns], logits[name][:, columns])}
+        comparators |= save_pairs(run_dir, pair, (f"q4kd, {name} as .apr", f"q4kd, {name} as GGUF"))
+    return {"comparators": comparators}
+
+
+declare(
+    "model-files",
+    "logits of small models of every architecture and type against float64; two of them also as .apr",
+    Arm(None, _models_argv, timeout_s=120),
+    collect=_collect_models,
+)
+
+
+# --- refused-models: files that must be refused, each beside its valid twin ---
+
+
+def _cases(inputs: Inputs) -> list[tuple[str, Path, Path]]:
+    """Return (case, invalid file, valid twin), making the files."""
+    llama = dataclasses.replace(MODELS["mistral"], sliding_window=None)
+    twin = small_model(inputs, "mistral")
+    found: list[tuple[str, Path, Path]] = []
+
+    def add(case: str, file: str, make: Callable[[Path], object], valid: Path) -> None:
+        found.append((case, inputs.file(f"models/broken/{file}", make), valid))
+
+    for case, change in BROKEN_GGUF.items():
+        plain = functools.partial(write_small_model, model=llama, change=change)
+        add(case, f"{case.replace(' ', '-')}.gguf", plain, twin)
+    add("truncated", "truncated.gguf", functools.partial(write_truncated, source=twin), twin)
+    add("NaN scale", "nan-scale.gguf", functools.partial(write_nan_scale, source=twin), twin)
+    apr = small_apr(inputs, "qwen2")
+    for case in BROKEN_APR:
+        make = functools.partial(write_broken_apr, source=apr, case=case)
+        add(f"apr: {case}", f"{case.replace(' ', '-')}.apr", make, apr)
+    return found
+
+
+def _refused_argv(inputs: Inputs) -> list[str]:
+    words = [word for case, bad, good in _cases(inputs) for word in (case, str(bad), str(good))]
+    return ["probe", "open-models", "--out", "probe.json", "--cases", *words]
+
+
+declare(
+    "refused-models",
+    "GGUF and .apr files that would be silently wrong, each beside its valid twin",
+    Arm(None, _refused_argv, timeout_s=120),
+    collect=collect_probe,
+)

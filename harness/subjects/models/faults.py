@@ -1,0 +1,76 @@
+"""Faults in reading model files: an architecture half implemented, a check left out, two tensors exchanged."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from q4kd.harness.runs.faults import Call, declare, patch, replace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FORWARD = "q4kd.trainer.teacher.cpu.forward"
+
+
+@patch(
+    "dispatch",
+    "rope-layout-swapped",
+    "interleaved rotary embedding is applied as split halves, and the other way round",
+    f"{_FORWARD}:rotate",
+)
+def _rope_layout_swapped(original: Call, x: object, cos: object, sin: object, layout: str) -> object:
+    return original(x, cos, sin, "interleaved" if layout == "split_halves" else "split_halves")
+
+
+def _vector_ignored(part: str) -> None:
+    """Load a model as if its optional vectors with ``part`` in their name were not there."""
+
+    def make(original: Call) -> Call:
+        return lambda self, name: None if part in name else original(self, name)
+
+    replace(f"{_FORWARD}:CpuForward._optional", make)
+
+
+for _name, _part, _title in (
+    ("qk-norm-skipped", "_norm.weight", "the norms of query and key heads are left out"),
+    ("rope-factors-ignored", "rope_freqs", "the rotary divisors of Llama 3.1 are left out"),
+    ("biases-dropped", ".bias", "the biases of Q, K and V are left out"),
+):
+    declare("dispatch", _name, _title, functools.partial(_vector_ignored, _part), f"{_FORWARD}:CpuForward._optional")
+
+
+@patch(
+    "quantisation",
+    "q5k-high-bits-dropped",
+    "the fifth bit of every Q5_K weight is taken as zero",
+    "q4kd.trainer.formats.blocks.decode:decode_q5_k",
+    "q4kd.trainer.formats.blocks.decode:DECODERS",
+)
+def _q5_k_high_bits(original: Call, packed: "Tensor", out: "Tensor") -> None:
+    low = packed.clone()
+    low[:, 16:48] = 0  # qh: the fifth bit of every weight
+    original(low, out)
+
+
+@patch(
+    "dispatch",
+    "apr-gate-up-swapped",
+    "gate and up projections of .apr files are exchanged",
+    "q4kd.trainer.formats.tensor_names:gguf_name",
+)
+def _apr_gate_up_swapped(original: Callable[..., str | None], *arguments: object) -> str:
+    swap = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+    return ".".join(swap.get(part, part) for part in str(original(*arguments)).split("."))
+
+
+def _unchecked(target: str, answer: object) -> None:
+    replace(target, lambda _original: lambda *_arguments, **_options: answer)
+
+
+for _name, _title, _target in (
+    ("tensors-unchecked", "unknown tensors are ignored in silence", "q4kd.trainer.formats.architecture:check_tensors"),
+    ("metadata-unchecked", "metadata that change the model are ignored", "q4kd.trainer.formats.gguf.reader:_refuse_unsupported"),
+    ("scales-unchecked", "NaN scales are loaded like any other", "q4kd.trainer.formats.blocks.scales:check_scales"),
+    ("footer-unchecked", "the checksum of .apr data is not compared", "q4kd.trainer.formats.apr.header:check_footer"),
+):
+    declare("dispatch", _name, _title, functools.partial(_unchecked, _target, 0), _target)

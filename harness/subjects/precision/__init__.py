@@ -1,0 +1,1 @@
+"""Products in low precision, beside a dense model's own error."""

@@ -1,0 +1,1 @@
+"""Runs that are killed, damaged, starved or given nonsense."""

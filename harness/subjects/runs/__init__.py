@@ -1,0 +1,1 @@
+"""Whole runs of the program: logs, progress, plans, smoke runs, vocabularies."""

@@ -1,0 +1,1 @@
+"""The frozen teacher: residency, parity, block decoding, refused gradients."""

@@ -1,0 +1,1 @@
+"""Training: first step, control experiments, guards, the student and its optimiser."""

@@ -1,0 +1,288 @@
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edited_sources import edited
+from fakeworld import plugin as world
+
+from q4kd.harness import kill_matrix as matrix
+from q4kd.harness.claims.model import Claim, Falsifier
+from q4kd.harness.judging import digests
+from q4kd.harness.judging import kills as kills_module
+from q4kd.harness.judging.kill_records import KillRecord
+from q4kd.harness.judging.kills import (
+    KillStore,
+    apply_kill_rule,
+    default_kills,
+    judge_faulted,
+    rejudge,
+)
+from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
+from q4kd.harness.kill_matrix import kill_matrix, show
+from q4kd.harness.runs.experiment import Inputs
+from q4kd.harness.runs.faults import get_fault
+from q4kd.harness.runs.runner import ExperimentRunner
+from q4kd.trainer.errors import InputError
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    world.install(monkeypatch.setattr)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return ExperimentRunner(tmp_path / "work", Inputs(tmp_path / "inputs", "cpu"), "cpu")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return KillStore(tmp_path / "kills")
+
+
+def claim(*faults, experiment="measure", ceiling=50.0, claim_id="FT-1", **more):
+    falsifier = Falsifier(
+        check="fake", experiment=experiment, params={"ceiling": ceiling}, profiles={}, sabotage=faults, **more
+    )
+    texts = {"rule": "r", "prediction": "p", "if_fails": "f"}
+    return Claim(contract="c", id=claim_id, line=1, falsifier=falsifier, prose={}, **texts)
+
+
+def marks(cells):
+    return {(cell.claim.partition("::")[2], cell.fault): cell.mark for cell in cells}
+
+
+def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store):
+    one = claim("inflate", "harmless", "crash", "absent", "forgets", "die", "die-undeclared")
+    cells = kill_matrix([one], "cpu", store, runner, changed=False)
+    assert marks(cells) == {
+        ("FT-1", "inflate"): "caught",
+        ("FT-1", "harmless"): "missed",
+        ("FT-1", "crash"): "misfire",
+        ("FT-1", "absent"): "VOID",
+        ("FT-1", "forgets"): "VOID",
+        ("FT-1", "die"): "caught",
+        ("FT-1", "die-undeclared"): "misfire",
+    }
+    again = {entry.fault: entry for entry in rejudge(one, "cpu", KillStore(store.folder))}
+    assert {name for name, entry in again.items() if entry.caught} == {"inflate", "die"}
+    assert again["inflate"].verdict == "falsified"
+    assert again["inflate"].detail == "caught: measure measured 100"
+    assert again["harmless"].detail.startswith("missed: ")
+    assert again["absent"].detail == "kill record stale: this fault was never run"
+    assert all("VOID" not in record.detail for record in store.records.values())
+
+
+def test_a_verdict_that_a_faulted_run_supports_is_still_missed(runner, store):
+    cells = kill_matrix([claim("inflate", ceiling=1000.0)], "cpu", store, runner, changed=False)
+    assert [cell.mark for cell in cells] == ["missed"]
+
+
+def test_claims_share_a_faulted_experiment_and_its_clean_arm(runner, store):
+    claims = [claim("inflate-b", experiment="compare", claim_id=f"FT-{n}", ceiling=40.0 + n) for n in range(3)]
+    cells = kill_matrix(claims, "cpu", store, runner, changed=False)
+    assert set(marks(cells).values()) == {"caught"}
+    ran = {path.name: len(path.read_text()) for path in runner.inputs.folder.glob(".ran-*")}
+    assert ran == {".ran-compare.a": 1, ".ran-compare.b": 1}
+    assert [path.name for path in store.folder.glob("*.gz")] == ["inflate-b--compare.tar.gz"]
+
+
+def test_changed_runs_only_what_has_no_valid_record(runner, store):
+    one = claim("inflate", "harmless")
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    fresh = {cell.fault: cell.fresh for cell in kill_matrix([one], "cpu", store, runner, changed=True)}
+    assert fresh == {"inflate": False, "harmless": True}
+    looser = claim("inflate", ceiling=60.0)
+    assert [cell.fresh for cell in kill_matrix([looser], "cpu", store, runner, changed=True)] == [True]
+
+
+def test_an_unknown_fault_stops_the_matrix_before_anything_runs(runner, store):
+    with pytest.raises(InputError, match="one of: absent"):
+        kill_matrix([claim("inflate", "inflat")], "cpu", store, runner, changed=False)
+    assert not runner.bundle_dir.exists()
+
+
+def test_the_archive_is_deterministic_and_holds_only_raw_files(runner, store, tmp_path):
+    one = claim("inflate")
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    data = (store.folder / "inflate--measure.tar.gz").read_bytes()
+    root = runner.faulted_root("measure", "inflate")
+    assert matrix._archive(root, set()) == data
+    assert b"checkpoint.bin" not in gzip.decompress(data)
+    archive, _ = store.archive("inflate--measure.tar.gz")
+    assert "runs/measure/exit.json" in archive.names()
+
+
+def test_an_archive_keeps_the_arrays_that_its_verdicts_rest_on(runner, store, monkeypatch):
+    run, judge = runner.run, matrix.judge_faulted
+
+    def run_with_arrays(*arguments, **options):
+        runs = run(*arguments, **options)
+        folder = runner.faulted_root("measure", "inflate") / "runs" / "measure" / "arrays"
+        folder.mkdir(exist_ok=True)
+        for name in ("first", "second", "unread"):
+            np.savez(folder / f"{name}.npz", subject=np.arange(3.0))
+        return runs
+
+    def judge_reading(one, fault, profile, runs):
+        assert len(runs["measure"].array({"FT-1": "first", "FT-2": "second"}[one.id])["subject"]) == 3
+        return judge(one, fault, profile, runs)
+
+    monkeypatch.setattr(runner, "run", run_with_arrays)
+    monkeypatch.setattr(matrix, "judge_faulted", judge_reading)
+
+    def kept_after(*claims):
+        assert {cell.mark for cell in kill_matrix(claims, "cpu", store, runner, changed=False)} == {"caught"}
+        names = KillStore(store.folder).archive("inflate--measure.tar.gz")[0].names()
+        return {Path(name).stem for name in names if name.endswith(".npz")}
+
+    one, other = claim("inflate"), claim("inflate", claim_id="FT-2")
+    assert kept_after(one) == {"first"}
+    # Whoever is not asked this time keeps what its record rests on.
+    assert kept_after(other) == {"first", "second"}
+    assert kept_after(one, other) == {"first", "second"}
+
+
+def stale(one, store):
+    (entry,) = rejudge(one, "cpu", store)
+    assert entry.caught is False
+    assert entry.record is None
+    assert entry.detail.startswith("kill record stale: ")
+    return entry.detail.removeprefix("kill record stale: ")
+
+
+def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypatch):
+    one = claim("inflate")
+    assert stale(one, store) == "this fault was never run"
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    assert rejudge(one, "cpu", store)[0].caught
+
+    assert stale(claim("inflate", ceiling=51.0), store) == "changed since: falsifier"
+    assert stale(claim("inflate", min_observations=2), store) == "changed since: falsifier"
+    for module, old, new, part in [
+        ("fakeworld.check", 'worst] > params["ceiling"]', 'worst] >= params["ceiling"]', "check fake"),
+        ("q4kd.harness.checks.judgement", "just_over(limit", "just_above(limit", None),
+        ("q4kd.harness.judging.judge", "worst = min(", "worst = max(", "judge"),
+        ("fakeworld.experiments", '"seed.txt"', '"seeds.txt"', "experiment"),
+        ("fakeworld.experiments", "# Count how", "# Say how", None),
+        ("fakeworld.experiments", '"never ends"', '"does not end"', None),
+    ]:
+        monkeypatch.setattr(digests, "TREES", edited(module, old, new))
+        if part is None:
+            assert rejudge(one, "cpu", store)[0]["caught"], (module, new)
+        else:
+            assert stale(one, store) == f"changed since: {part}"
+    monkeypatch.setattr(digests, "TREES", digests.SyntaxTrees())
+
+    fault = get_fault("inflate")
+    for other in (
+        dataclasses.replace(fault, declared_exit=("signalled",)),
+        dataclasses.replace(fault, apply=lambda: None),
+    ):
+        monkeypatch.setattr(kills_module, "get_fault", lambda name, f=other: f)
+        assert stale(one, store) == "changed since: fault"
+    monkeypatch.setattr(kills_module, "get_fault", lambda name: fault)
+
+    # What does not bear on the catch does not age it.
+    assert rejudge(claim("inflate", timeout_s=9.0), "cpu", store)[0].caught
+    assert rejudge(dataclasses.replace(one, rule="reworded"), "cpu", store)[0].caught
+
+
+def test_records_are_not_believed(runner, store):
+    one = claim("inflate", "harmless")
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    path = store.folder / "records.json"
+    value = json.loads(path.read_text())
+    for record in value["records"].values():
+        record |= {"caught": True, "verdict": "falsified", "detail": "caught: trust me"}
+    path.write_text(json.dumps(value))
+    assert [entry.caught for entry in rejudge(one, "cpu", KillStore(store.folder))] == [True, False]
+    # The archive of another fault in its place: the digest, and failing that argv.json, give it away.
+    (store.folder / "harmless--measure.tar.gz").write_bytes((store.folder / "inflate--measure.tar.gz").read_bytes())
+    assert "not the one recorded" in rejudge(one, "cpu", KillStore(store.folder))[1].detail
+    for record in value["records"].values():
+        record["raw_sha256"] = KillStore(store.folder).archive("inflate--measure.tar.gz")[1]
+    path.write_text(json.dumps(value))
+    entry = rejudge(one, "cpu", KillStore(store.folder))[1]
+    assert (entry.caught, entry.detail) == (False, "misfire: run measure names another fault")
+
+
+def test_a_clean_run_is_never_a_catch(runner):
+    one = claim("inflate", ceiling=1.0)  # falsified by the clean program too
+    outcome = judge_faulted(one, get_fault("inflate"), "cpu", runner.run("measure"))
+    assert not outcome.caught
+    assert judge_faulted(one, get_fault("inflate"), "cpu", {}).detail.startswith("misfire")
+
+
+def test_a_missing_or_unsafe_archive_is_stale_not_an_error(runner, store):
+    one = claim("inflate")
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    (key,) = store.records
+    (store.folder / "inflate--measure.tar.gz").unlink()
+    assert "inflate--measure.tar.gz" in stale(one, KillStore(store.folder))
+    again = KillStore(store.folder)
+    again.records[key] = dataclasses.replace(again.records[key], raw="../../etc/x.tar.gz")
+    assert "a plain *.tar.gz name" in stale(one, again)
+
+
+def test_an_archive_over_two_megabytes_is_refused(store):
+    record = KillRecord(contract="c", id="i", fault="f", experiment="e", raw="f--e.tar.gz")
+    with pytest.raises(InputError, match="at most"):
+        store.add("k", record, b"x" * ((2 << 20) + 1))
+    assert store.records == {}
+
+
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "records.json").write_text('{"format": "q4kd-kills/2", "records": {}}')
+    with pytest.raises(InputError, match="q4kd-kills/1"):
+        KillStore(tmp_path)
+
+
+CAUGHT = KillOutcome.of("a", KillStatus.CAUGHT, "x")
+MISSED = KillOutcome.of("b", KillStatus.MISSED, "x")
+STALE = KillOutcome.of("c", KillStatus.STALE, "never run")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kills", "result"),
+    [
+        ("corroborated", [CAUGHT], ("corroborated", None)),
+        ("corroborated", [], ("inconclusive", "not shown to fail")),
+        ("corroborated", [MISSED], ("inconclusive", "not shown to fail")),
+        ("corroborated", [CAUGHT, MISSED], ("inconclusive", "not shown to fail")),
+        ("corroborated", [CAUGHT, STALE], ("inconclusive", "kill record stale")),
+        ("corroborated", [MISSED, STALE], ("inconclusive", "kill record stale")),
+        ("falsified", [], ("falsified", None)),
+        ("falsified", [STALE], ("falsified", None)),
+    ],
+)
+def test_the_kill_rule(verdict, kills, result):
+    ruled = apply_kill_rule(ClaimResult(verdict=verdict), kills)
+    assert (ruled.verdict, ruled.reason) == result
+    assert ruled.sabotage == tuple(kills)
+
+
+def test_the_kill_rule_keeps_the_reason_of_an_inconclusive_finding():
+    assert apply_kill_rule(ClaimResult.inconclusive("prose"), [STALE]).reason == "prose"
+
+
+def test_a_bundle_gets_the_records_it_used(runner, store, tmp_path):
+    one, two = claim("inflate"), claim("harmless", claim_id="FT-2")
+    kill_matrix([one, two], "cpu", store, runner, changed=False)
+    key = rejudge(one, "cpu", store)[0].record
+    store.copy_to(tmp_path / "sabotage", [key])
+    assert {path.name for path in (tmp_path / "sabotage").iterdir()} == {"kills.json", "inflate--measure.tar.gz"}
+    assert list(json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"]) == [key]
+
+
+def test_the_matrix_is_printed(capsys):
+    cell = matrix.Cell("c::FT-1", "measure", "inflate", KillStatus.MISSED, "missed: 10 \x1b[31m", True)
+    show([cell], "cpu")
+    out = capsys.readouterr().out
+    assert "FT-1" in out
+    assert "1 missed" in out
+    assert "\x1b[31m" not in out
+
+
+def test_installed_records_lie_in_the_evidence_package():
+    assert default_kills("cpu").parts[-3:] == ("evidence", "kills", "cpu")

@@ -1,0 +1,67 @@
+"""Contracts, experiments and faults refer to each other by name: every name must lead somewhere, and be used."""
+
+from pathlib import Path
+
+import pytest
+
+from q4kd.harness.bundle.findings import NOT_RUN, PROSE
+from q4kd.harness.checks import REASONS
+from q4kd.harness.claims.contract import load_contracts
+from q4kd.harness.claims.folder import default_contracts_folder
+from q4kd.harness.judging.mutations import NOT_SHOWN
+from q4kd.harness.judging.results import KillStatus
+from q4kd.harness.runs.experiment import EXPERIMENTS
+from q4kd.harness.runs.faults import all_faults, resolve
+from q4kd.harness.session import HARNESS_ERROR
+
+CLAIMS = [claim for contract in load_contracts(default_contracts_folder()) for claim in contract.claims]
+
+
+def test_every_claim_is_executable_with_known_names() -> None:
+    for claim in CLAIMS:
+        assert claim.falsifier is not None, claim.key
+        assert claim.falsifier.experiment in EXPERIMENTS, claim.key
+        assert claim.falsifier.sabotage, claim.key
+        assert set(claim.falsifier.sabotage) <= set(all_faults()), claim.key
+        assert claim.if_fails.strip()
+
+
+def test_every_experiment_and_every_fault_is_used() -> None:
+    falsifiers = [claim.falsifier for claim in CLAIMS if claim.falsifier]
+    assert {falsifier.experiment for falsifier in falsifiers} == set(EXPERIMENTS)
+    assert {fault for falsifier in falsifiers for fault in falsifier.sabotage} == set(all_faults())
+
+
+@pytest.mark.parametrize("name", sorted(all_faults()))
+def test_every_fault_has_its_targets(name: str) -> None:
+    for target in all_faults()[name].targets:
+        resolve(target)
+
+
+def test_the_faults_everyone_asks_for_are_there() -> None:
+    wanted = {
+        "dequantize-at-load",
+        "silent-dequantize",
+        "wrong-subblock-scale",
+        "swapped-nibbles",
+        "ballast",
+        "sigkill-at-step",
+        "hang-at-step-0",
+        "kd-term-zero",
+        "labels-shuffled",
+    }
+    assert wanted <= set(all_faults())
+
+
+def test_the_trainer_knows_nothing_of_the_harness_and_plants_no_faults() -> None:
+    import q4kd.trainer
+
+    folder = Path(q4kd.trainer.__path__[0])
+    for path in folder.rglob("*.py"):
+        text = path.read_text()
+        assert "q4kd.harness" not in text, path
+        assert "sabotage" not in text, path
+
+
+def test_reasons_given_outside_the_checks_are_of_the_same_closed_list() -> None:
+    assert {NOT_RUN, PROSE, NOT_SHOWN, KillStatus.STALE, HARNESS_ERROR} <= set(REASONS)

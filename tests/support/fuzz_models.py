@@ -1,0 +1,191 @@
+"""Mutated model files against the reader: run a few thousand by the test suite, any number by hand.
+
+``python tests/support/fuzz_models.py --cases 100000 --out fuzz.json``
+
+Every case is a valid small file with something wrong. It must either be refused with an InputError, or be a model that
+computes; within five seconds and without growing the process by more than 500 MB.
+"""
+
+import argparse
+import collections
+import json
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from teachers import load_quietly
+
+from q4kd.harness.inputs.apr_write import convert_gguf
+from q4kd.harness.inputs.synthetic_models import MODELS, SmallModel, write_small_model
+from q4kd.trainer.errors import InputError
+
+MAX_SECONDS = 5.0
+MAX_GROWTH = 500_000_000
+_EXTREMES = (0, 1, 3, 255, *(2**power - 1 for power in (16, 31, 32, 63, 64)), 2**31, 2**40, 2**48, 2**63, 2**64 - 64)
+_Mutation = Callable[[bytearray, random.Random, int], bytearray]
+
+
+def _flip(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(header)
+        data[at] ^= 1 << rng.randrange(8)
+    return data
+
+
+def _flip_anywhere(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    return _flip(data, rng, len(data))
+
+
+def _extreme(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    form = rng.choice("HIQ")
+    at = rng.randrange(header - 8)
+    struct.pack_into(f"<{form}", data, at, rng.choice(_EXTREMES) % (1 << 8 * struct.calcsize(form)))
+    return data
+
+
+def _truncate(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    return data[: rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(header)]
+
+
+def _drop(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    at = rng.randrange(header)
+    del data[at : at + rng.randint(1, 64)]
+    return data
+
+
+def _repeat(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    start = rng.randrange(header)
+    piece = data[start : start + rng.randint(1, 256)]
+    at = rng.randrange(header)
+    return data[:at] + piece * rng.choice((1, 2, 50)) + data[at:]
+
+
+def _grow(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    return data + rng.randbytes(rng.randint(1, 4096))
+
+
+MUTATIONS: tuple[_Mutation, ...] = (_flip, _flip, _flip_anywhere, _extreme, _extreme, _truncate, _drop, _repeat, _grow)
+
+
+def seal_apr(data: bytearray) -> bytearray:
+    """Make both checksums of a mutated .apr right again, so that what lies behind them is reached."""
+    if len(data) >= 68:
+        struct.pack_into("<I", data, 40, zlib.crc32(data[:40] + data[44:64]))
+        struct.pack_into("<I", data, len(data) - 4, zlib.crc32(data[:-4]))
+    return data
+
+
+class Corpus:
+    """Valid small files of both containers, and mutated copies of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources: list[tuple[str, bytes, int]] = []
+        tiny = SmallModel("qwen2", ("Q4_K", "Q6_K"), tied=True, biases=True)
+        for name, model in {"tiny": tiny, "llama3": MODELS["llama3"]}.items():
+            path = folder / f"{name}.gguf"
+            write_small_model(path, model)
+            self._add(path, model)
+            if name == "tiny":
+                convert_gguf(path, folder / "tiny.apr")
+                self._add(folder / "tiny.apr", model)
+
+    def _add(self, path: Path, model: SmallModel) -> None:
+        data = path.read_bytes()
+        # The header is what lies before the first weights: a few KB of a file of some hundred KB.
+        self.sources.append((path.name, data, 4096 if path.suffix == ".apr" else 3500))
+
+    def mutated(self, rng: random.Random) -> tuple[str, bytes]:
+        """Return a description and the bytes of one case."""
+        name, data, header = rng.choice(self.sources)
+        changed, words = bytearray(data), []
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            mutation = rng.choice(MUTATIONS)
+            words.append(mutation.__name__.strip("_"))
+            if len(changed) > 200:
+                changed = mutation(changed, rng, min(header, len(changed) - 8))
+        if name.endswith(".apr") and rng.random() < 0.7:
+            changed = seal_apr(changed)
+            words.append("sealed")
+        return f"{name}: {', '.join(words)}", bytes(changed)
+
+
+def run_case(path: Path) -> str:
+    """Load and use one file; return ``refused`` or ``computed``. Whatever else comes out is a defect."""
+    try:
+        teacher = load_quietly(path, dtype="float32")
+        teacher.logits(torch.tensor([[0, 1, 2]]))
+    except InputError as error:
+        line = str(error)
+        assert "\n" not in line and "expected" in line, line
+        return "refused"
+    return "computed"
+
+
+def fuzz(cases: int, seed: int, folder: Path) -> dict[str, object]:
+    """Run ``cases`` mutated files; return counts, the slowest case and the memory growth in bytes.
+
+    Raises:
+        AssertionError: naming the case's seed, for anything but a refusal or a computed model, or a bound that broke.
+    """
+    corpus = Corpus(folder)
+    target = folder / "case.model"
+    for name, data, _ in corpus.sources:
+        target.write_bytes(data)
+        assert run_case(target) == "computed", name
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    counts: collections.Counter[str] = collections.Counter()
+    slowest = (0.0, "none")
+    for case in range(cases):
+        what, data = corpus.mutated(random.Random(seed * 1_000_003 + case))
+        target.write_bytes(data)
+        started = time.monotonic()
+        try:
+            outcome = run_case(target)
+        except Exception as error:
+            kept = folder / f"failed-{seed}-{case}.model"
+            kept.write_bytes(data)
+            raise AssertionError(f"seed {seed}, case {case} ({what}), kept as {kept}: {error!r}") from error
+        seconds = time.monotonic() - started
+        counts[outcome] += 1
+        slowest = max(slowest, (seconds, what))
+        assert seconds < MAX_SECONDS, f"seed {seed}, case {case} ({what}) took {seconds:.1f} s"
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    assert growth < MAX_GROWTH + max(len(data) for _, data, _ in corpus.sources), f"grew by {growth} bytes"
+    return {
+        "cases": cases,
+        "seed": seed,
+        **counts,
+        "slowest_s": round(slowest[0], 3),
+        "slowest": slowest[1],
+        "growth_bytes": growth,
+    }
+
+
+def main() -> int:
+    """Fuzz from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        result = fuzz(args.cases, args.seed, Path(folder)) | {"seconds": round(time.monotonic() - started)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

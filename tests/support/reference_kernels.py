@@ -1,0 +1,115 @@
+"""The CUDA kernels' interface in plain torch on the CPU, so that what calls them can be tested without a GPU.
+
+Each method checks what the real one may assume (shapes, dtypes, contiguity) and computes in float32 with one rounding
+at the end. Repacked Q6_K blocks are reversed byte by byte: reading them as the file's layout, or the other way round,
+gives nonsense.
+"""
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.formats.architecture import RopeLayout
+from q4kd.trainer.formats.blocks.decode import decode_rows
+from q4kd.trainer.formats.blocks.layout import FORMATS
+from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.teacher.cpu.forward import rotate
+from q4kd.trainer.teacher.cuda.weights import DeviceTensor
+
+_LAYOUTS: dict[str, RopeLayout] = {"split": "split_halves", "interleaved": "interleaved"}
+
+
+def widening_multiply(x_MK: Tensor, weight_RK: Tensor, out_MR: Tensor) -> None:
+    """Stand in for the CUDA product, whose ``out_dtype`` torch's CPU product lacks; it also adds in float32 inside."""
+    assert x_MK.dtype == weight_RK.dtype
+    out_MR.copy_(x_MK.float() @ weight_RK.float().T)
+
+
+def device_tensors(model: ModelFile) -> dict[str, DeviceTensor]:
+    """Copy a file's tensors, as loading to a device does."""
+    return {
+        name: DeviceTensor(
+            name,
+            tensor.type,
+            tensor.shape,
+            torch.from_numpy(tensor.data.copy()).view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1),
+        )
+        for name, tensor in model.tensors.items()
+    }
+
+
+class ReferenceKernels:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def _rows(self, type_name: str, packed: Tensor, cols: int) -> Tensor:
+        if type_name == "Q6_K_SOA":
+            packed, type_name = packed.view(-1, 210).flip(1).view(packed.shape), "Q6_K"
+        elif type_name == "Q6_K":
+            raise AssertionError("Q6_K must be repacked first")
+        out = torch.empty(packed.shape[0], cols)
+        return decode_rows(type_name, packed.contiguous(), out)
+
+    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> None:
+        self.calls.append("decode")
+        assert 0 <= row_start < row_stop <= packed.shape[0]
+        assert out.shape == (row_stop - row_start, cols)
+        assert out.is_contiguous() and packed.is_contiguous()
+        out.copy_(self._rows(type_name, packed[row_start:row_stop], cols))
+
+    def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> None:
+        assert ids.dtype == torch.int64 and ids.dim() == 1 and out.shape == (len(ids), cols)
+        out.copy_(self._rows(type_name, packed[ids], cols))
+
+    def repack_q6_k(self, packed: Tensor) -> Tensor:
+        assert packed.shape[1] % FORMATS["Q6_K"].block_bytes == 0
+        return packed.view(-1, 210).flip(1).contiguous().view(packed.shape)
+
+    def matvec(self, type_name: str, packed: Tensor, x: Tensor, rows: int, out: Tensor) -> None:
+        self.calls.append("matvec")
+        assert type_name in ("Q4_K", "Q6_K_SOA")
+        assert x.dtype == torch.bfloat16 and 1 <= len(x) <= 16 and x.is_contiguous()
+        assert out.shape == (len(x), rows) and out.stride(1) == 1
+        out.copy_(x.float() @ self._rows(type_name, packed, x.shape[1]).T)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        assert weight.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous() and x.shape == out.shape
+        wide = x.float()
+        out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight)
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        assert residual.shape == delta.shape and delta.is_contiguous()
+        residual += delta.float()
+        self.rms_norm(residual, weight, eps, out)
+
+    def rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: str,
+        *,
+        q_bias: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        assert len(q) % len(cos) == 0 and cos.dtype == torch.float32 and q.stride(2) == 1
+        for x_MND, bias, norm in ((q, q_bias, q_norm), (k, k_bias, k_norm)):
+            wide = x_MND.float()
+            if bias is not None:
+                wide = wide + bias.view(wide.shape[1:])
+            if norm is not None:
+                wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm
+            wide_BNTD = wide.unflatten(0, (-1, len(cos))).transpose(1, 2)
+            x_MND.copy_(rotate(wide_BNTD, cos, sin, _LAYOUTS[layout]).transpose(1, 2).flatten(0, 1))
+
+    def add_bias(self, x: Tensor, bias: Tensor) -> None:
+        assert x.shape[1:] == bias.shape and x.stride(1) == 1
+        x.copy_(x.float() + bias)
+
+    def swiglu(self, gate_up: Tensor, out: Tensor) -> None:
+        assert gate_up.is_contiguous() and out.is_contiguous() and gate_up.shape == (len(out), 2 * out.shape[1])
+        gate, up = gate_up.float().chunk(2, 1)
+        out.copy_(torch.nn.functional.silu(gate) * up)

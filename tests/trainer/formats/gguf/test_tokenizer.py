@@ -1,0 +1,84 @@
+"""The tokenizer that a GGUF holds gives the ids of the one that was written into it."""
+
+import dataclasses
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from exported_models import FOLDERS, TEXTS, write_folder
+
+from q4kd.harness.__main__ import main
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
+from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.student.model import load_tokenizer
+
+# One folder for each kind of tokenizer.
+NAMES = {kind: name for name, (_case, kind) in FOLDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+def exported(folder: Path, kind: str) -> ModelFile:
+    out = folder / f"{kind}.gguf"
+    if not out.exists():
+        source = write_folder(folder / kind, NAMES[kind])
+        assert main(["export", str(source), "--format", "gguf", "--quantize", "q8_0", "--out", str(out)]) == 0
+    return open_model(out)
+
+
+@pytest.mark.parametrize("kind", sorted(NAMES))
+def test_ids_survive_the_file(folder: Path, kind: str) -> None:
+    ours = read_tokenizer(exported(folder, kind))
+    theirs = load_tokenizer(folder / kind)
+    for text in (*TEXTS, Path(textwrap.__file__).read_text(), "<s>a<|end|>"):
+        expected = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
+        assert ours.encode(text, add_special_tokens=False).ids == expected, text[:40]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.pre": "tekken"},
+        {"tokenizer.ggml.pre": None},
+        {"tokenizer.ggml.model": "t5"},
+        {"tokenizer.ggml.model": None},
+        {"tokenizer.ggml.merges": ["no such pair"]},
+        {"tokenizer.ggml.merges": ["single"]},
+        {"tokenizer.ggml.merges": [7]},
+        {"tokenizer.ggml.model": "llama"},
+        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]},
+    ],
+)
+def test_what_is_not_known_is_refused(folder: Path, changes: dict[str, object]) -> None:
+    model = exported(folder, "qwen2")
+    with pytest.raises(InputError, match="--tokenizer DIR"):
+        read_tokenizer(dataclasses.replace(model, metadata={**model.metadata, **changes}))
+
+
+def test_a_file_without_types_has_no_special_tokens(folder: Path) -> None:
+    model = exported(folder, "qwen2")
+    bare = dataclasses.replace(model, metadata={**model.metadata, "tokenizer.ggml.token_type": "none"})
+    assert len(read_tokenizer(bare).encode("<|end|>").ids) > 1
+    assert len(read_tokenizer(model).encode("<|end|>").ids) == 1
+
+
+def test_the_highest_score_is_joined_first_whatever_the_order_of_ids(folder: Path) -> None:
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -2.0, -1.0],
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    model = exported(folder, "llama")
+    small = dataclasses.replace(
+        model, tokens=("<unk>", "a", "b", "c", "bc", "ab"), metadata={**model.metadata, **changes}
+    )
+    assert read_tokenizer(small).encode("abc").tokens == ["ab", "c"]

@@ -1,0 +1,106 @@
+"""Loading a student in its dtype, and what settings ask of it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from q4kd.trainer.config.settings import DistillConfig, make_config
+from q4kd.trainer.demo import student_path
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.student import model as student_module
+from q4kd.trainer.student.model import load_student, load_tokenizer, set_up_student, student_dtype
+from q4kd.trainer.student.shape import shape_student
+
+
+def settings(**values: object) -> DistillConfig:
+    return make_config({"teacher": "t", "student": "s", "data": "d", "out": "o", **values})
+
+
+def test_dtypes() -> None:
+    assert student_dtype(settings()) == torch.float32
+    assert student_dtype(settings(device="cuda")) == torch.bfloat16
+    assert student_dtype(settings(device="cuda", student_dtype="float32")) == torch.float32
+    assert student_dtype(settings(student_dtype="bfloat16")) == torch.bfloat16
+
+
+def test_a_bfloat16_student_is_the_float32_one_rounded_and_its_buffers_are_not(tmp_path: Any) -> None:
+    exact: Any = load_student(student_path(), seed=3)
+    exact.save_pretrained(tmp_path)
+    for rounded in (load_student(student_path(), 3, torch.bfloat16), load_student(tmp_path, 0, torch.bfloat16)):
+        for (name, a), (other, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+            assert name == other
+            assert torch.equal(a.bfloat16(), b)
+        buffers = dict(rounded.named_buffers())
+        assert any("inv_freq" in name for name in buffers)
+        assert all(buffer.dtype == torch.float32 for buffer in buffers.values())
+
+
+def test_compile_is_asked_of_the_layers_and_not_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    student: Any = load_student(student_path(), seed=3)
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_args: asked.append(self))
+    set_up_student(student, settings(compile=True))
+    assert asked == [student.model]
+
+
+def test_recomputation_needs_an_architecture_that_offers_it() -> None:
+    student: Any = load_student(student_path(), seed=3)
+    set_up_student(student, settings(gradient_checkpointing=True))
+    assert all(layer.gradient_checkpointing for layer in student.model.layers)
+    student.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="gradient_checkpointing"):
+        set_up_student(student, settings(gradient_checkpointing=True))
+
+
+def test_liger_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    student: Any = load_student(student_path(), seed=3)
+    with pytest.raises(InputError, match="student_kernels torch"):
+        set_up_student(student, settings(student_kernels="liger"))
+    monkeypatch.setattr(student_module.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"pip install 'q4kd\[liger\]'"):
+        set_up_student(student, settings(student_kernels="liger", device="cuda"))
+
+
+@pytest.mark.parametrize("named", ["Qwen/Qwen2.5-0.5B", "folder", "file"])
+def test_what_is_no_folder_is_refused_before_the_hub_is_asked(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+
+    def ask(*_args: object, **_options: object) -> None:
+        raise AssertionError("looked for on the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    for look in (lambda path: shape_student(path, 1, 8, torch.float32), lambda path: load_student(path, 0)):
+        with pytest.raises(InputError) as caught:
+            look(Path(named))
+        assert ("hf download Qwen/Qwen2.5-0.5B --local-dir" in str(caught.value)) == ("/" in named)
+
+
+def test_a_hub_id_in_the_place_of_a_teacher_says_how_to_fetch_it() -> None:
+    with pytest.raises(InputError, match=r"hf download a/b-GGUF --include '\*.gguf' --local-dir DIR"):
+        open_model(Path("a/b-GGUF"))
+    with pytest.raises(InputError, match="check the path"):
+        open_model(Path("a/b/c.gguf"))
+    with pytest.raises(InputError, match=r"Is a directory; q4kd export .* --format gguf makes one"):
+        open_model(student_path())
+
+
+def test_a_student_that_lost_its_tokenizer_or_half_its_weights_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(student_path() / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"expected its tokenizer: .*tokenizer\.json.*, got none"):
+        load_tokenizer(tmp_path)
+    model: Any = load_student(tmp_path, 0)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(InputError, match="SafetensorError"):
+        load_student(tmp_path, 0)

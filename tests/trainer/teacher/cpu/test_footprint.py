@@ -1,0 +1,77 @@
+"""Predicted memory against what a process really takes, measured from its own kernel counters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from q4kd.trainer.bench.synthetic import write_large_teacher
+from q4kd.trainer.formats.blocks import decode as quant
+from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.kernels import attention, gemm
+from q4kd.trainer.teacher.cpu import footprint, weights
+from q4kd.trainer.teacher.cpu.footprint import predict_footprint
+
+LENGTH = 512
+_CHILD = """
+import json, sys
+from pathlib import Path
+import numpy, torch
+from q4kd.trainer.events import EventLog
+from q4kd.trainer.device.placement import place_teacher
+from q4kd.trainer.teacher.teacher import load_teacher
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+torch.nn.functional.linear(torch.ones(4, 4), torch.ones(4, 4))
+baseline = status("VmRSS")
+placement = place_teacher(Path(sys.argv[1]), dtype=sys.argv[2])
+teacher = load_teacher(placement, events=EventLog(None), announce=lambda line: None)
+logits = teacher.logits(torch.arange(int(sys.argv[3]))[None])
+assert torch.isfinite(logits[0, -1]).all()
+print(json.dumps({"taken": status("VmHWM") - baseline, "file": teacher.model.file_bytes}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("footprint") / "large.gguf"
+    write_large_teacher(path, layers=8, hidden=768, ffn=3072, vocab=65536, tied=True)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_process_takes_the_file_and_what_was_predicted(model: Path, dtype: str) -> None:
+    predicted = predict_footprint(open_model(model).config, 1, LENGTH, dtype=dtype)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(model), dtype, str(LENGTH)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    print(dtype, found, predicted)
+    assert found["file"] >= 80e6
+    assert found["taken"] <= 1.25 * found["file"] + predicted.total
+    # Not vacuous: what is left when the file and the scratch are taken away is at least half of the prediction.
+    assert found["taken"] - found["file"] - predicted.scratch >= 0.5 * predicted.activations
+
+
+def test_the_constants_are_those_of_the_code() -> None:
+    assert footprint.SCRATCH_BYTES == weights.DEFAULT_SCRATCH_BYTES
+    assert footprint.TILE_ROWS == weights._TILE_ROWS
+    assert (footprint.SCORE_BLOCK, footprint.SCORE_FLOATS) == (attention._BLOCK, attention._SCORES)
+    assert footprint.LARGEST_KEPT == gemm._LARGEST_KEPT
+    assert footprint.DECODED_AT_ONCE == quant._WEIGHTS_AT_ONCE
+
+
+def test_logits_and_the_feed_forward_grow_with_the_tokens(model: Path) -> None:
+    config = open_model(model).config
+    one, two = (predict_footprint(config, batch, LENGTH).activations for batch in (1, 2))
+    assert one < two <= 2 * one
+    assert one > 4 * LENGTH * config.vocab_size
+    without = predict_footprint(config, 1, LENGTH, logits=False).activations
+    assert 2 * 4 * LENGTH * config.ffn_size < without < one / 2

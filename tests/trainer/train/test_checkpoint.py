@@ -1,0 +1,173 @@
+"""Checkpoints: whole or not there, the newest and the best kept, everything verified before it is believed."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import q4kd.trainer.train.checkpoint as checkpoint
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json
+from q4kd.trainer.train.checkpoint import (
+    CheckpointState,
+    CheckpointTensors,
+    checkpoint_path,
+    is_best,
+    list_checkpoints,
+    prune_checkpoints,
+    random_tensors,
+    read_state,
+    record_evaluation,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from q4kd.trainer.train.distributed import gather, trained_tensors
+from q4kd.trainer.train.optimizer import MasterWeightOptimizer
+
+ALONE = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
+
+
+def trained(steps: int = 2) -> tuple[nn.Module, MasterWeightOptimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+    optimizer = MasterWeightOptimizer(model.named_parameters(), lambda groups: torch.optim.AdamW(groups, lr=0.1))
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: MasterWeightOptimizer) -> float:
+    loss = model(torch.ones(5, 4)).square().sum()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def save(run: Path, number: int, model: nn.Module, optimizer: MasterWeightOptimizer, **figures: float) -> Path:
+    tensors = CheckpointTensors(
+        gather(trained_tensors(model), True), gather(optimizer.tensors(), True), random_tensors(ALONE)
+    )
+    return save_checkpoint(run, tensors, CheckpointState(number, {"lr": 0.1}, "d", figures or None))
+
+
+def test_weights_moments_and_dropout_continue_where_they_were(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = save(tmp_path, 2, model, optimizer)
+    expected = [step(model, optimizer) for _ in range(3)]
+    other, its_optimizer = trained(0)
+    torch.manual_seed(99)
+    restore_checkpoint(path, other, its_optimizer, ALONE)
+    assert [step(other, its_optimizer) for _ in range(3)] == expected
+    assert read_state(path) == CheckpointState(2, {"lr": 0.1}, "d", None)
+    pair = trained(2)
+    torch.manual_seed(99)
+    assert step(*pair) != expected[0]  # the seed matters: dropout draws from it
+
+
+def test_every_process_gets_its_own_random_state_back(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    tensors = CheckpointTensors(
+        gather(trained_tensors(model), True), gather(optimizer.tensors(), True), {"cpu": torch.stack(states)}
+    )
+    path = save_checkpoint(tmp_path, tensors, CheckpointState(2, {}, "d"))
+    for process in (1, 0, 2):  # the third takes part only now
+        place = SimpleNamespace(device=torch.device("cpu"), num_processes=3, process_index=process)
+        restore_checkpoint(path, model, optimizer, place)
+        assert torch.equal(torch.get_rng_state(), states[process % 2])
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
+def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, part: str) -> None:
+    path = save(tmp_path, 2, *trained())
+    data = (path / part).read_bytes()
+    (path / part).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError, match=f"{part}.*delete this checkpoint to resume from the one before"):
+        read_state(path)
+    (path / part).unlink()
+    with pytest.raises(InputError, match="delete this checkpoint"):
+        read_state(path)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    pair = trained()
+    for number, kl in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, float("nan"))):
+        assert is_best(tmp_path, "kl", kl) == (number in (1, 2))
+        save(tmp_path, number, *pair)
+        if kl == kl:
+            record_evaluation(checkpoint_path(tmp_path, number), {"kl": kl, "agreement": kl})
+        prune_checkpoints(tmp_path, 2, "kl")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+    assert read_json(tmp_path / "checkpoints" / "best.json") == {
+        "checkpoint": "step-000002",
+        "metric": "kl",
+        "value": 1.0,
+    }
+    # The evaluation is in the state that digests of tensors do not cover, and the checkpoint still verifies.
+    assert read_state(checkpoint_path(tmp_path, 2)).evaluation == {"kl": 1.0, "agreement": 1.0}
+    assert prune_checkpoints(tmp_path, 1, "agreement") == checkpoint_path(tmp_path, 4)
+    assert not is_best(tmp_path, "agreement", 2.5)
+    assert is_best(tmp_path, "agreement", 2.6)
+
+
+def test_steps_are_ordered_by_number_and_left_overs_go(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step-1000000", "step-999999", ".step-000007.tmp", "best", "step-12"):
+        (folder / name).mkdir(parents=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+    save(tmp_path, 1_000_001, *trained())
+    assert not (folder / ".step-000007.tmp").exists()
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    path = save(tmp_path, 2, *trained())
+    before = (path / "state.json").stat().st_mtime_ns
+    assert save(tmp_path, 2, *trained(5)) == path
+    assert (path / "state.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stage", ["save_file", "_fsync", "write_json", "sync_folder"])
+def test_a_disk_that_fills_leaves_the_last_checkpoint_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    save(tmp_path, 2, *trained())
+
+    def full(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, stage, full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 4, *trained())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    read_state(checkpoint_path(tmp_path, 2))
+
+
+def test_nothing_has_the_final_name_before_every_part_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync, rename = checkpoint._fsync, Path.rename
+
+    def noted(path: Path) -> None:
+        synced.append(path.name)
+        fsync(path)
+
+    def renamed(self: Path, target: Path) -> Path:
+        if target.name == "step-000002":
+            assert sorted(synced) == ["model.safetensors", "optimizer.safetensors", "random.safetensors"]
+            assert (self / "state.json").is_file()
+            synced.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(checkpoint, "_fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save(tmp_path, 2, *trained())
+    assert synced[-1] == "renamed"

@@ -1,0 +1,192 @@
+"""The command ``q4kd bench``: speed against other engines, every arm timed in the same run."""
+
+import argparse
+from pathlib import Path
+
+from q4kd.trainer.cli.arguments import count
+from q4kd.trainer.errors import InputError, outside, unknown_name, unwritable
+
+_CPU_ENGINES = ("dense", "transformers", "llama.cpp")
+_PEERS = ("trl-bf16", "trl-nf4")
+_DTYPES = ("auto", "float32", "bfloat16")
+_MAX_ROUNDS = 1000
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``bench`` and its sub-commands."""
+    bench = subparsers.add_parser("bench", help="speed against other engines, in turn in one run")
+    commands = bench.add_subparsers(dest="bench_command", required=True, metavar="WHAT")
+    teacher = commands.add_parser("teacher", help="prefill with logits at every position")
+    teacher.add_argument("--model", type=Path, metavar="FILE", help="GGUF (default: a synthetic one, 129 M weights)")
+    teacher.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    teacher.add_argument("--tokens", default="1024", metavar="N,…", help="positions of a sequence, a comparison each")
+    teacher.add_argument("--pairs", type=int, default=9, metavar="N", help="counted rounds")
+    teacher.add_argument("--threads", type=int, default=2, metavar="N", help="of every CPU engine")
+    teacher.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the CPU engines that have a choice")
+    teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
+    teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
+    teacher.set_defaults(run=_teacher)
+    loss = commands.add_parser("loss", help="the fused loss against the four matrix products it cannot do without")
+    loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for option, what in (
+        ("tokens", "positions"),
+        ("vocab", "rows of the student's head"),
+        ("hidden", "student's size"),
+    ):
+        loss.add_argument(f"--{option}", metavar="N", help=f"{what} (default: by device)")
+    loss.add_argument("--teacher-hidden", metavar="N", help="teacher's size, a multiple of 256 (default: by device)")
+    loss.add_argument("--chunk", default="0", metavar="N", help="tokens of a chunk of fast; 0 chooses")
+    loss.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
+    loss.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    loss.add_argument("--pairs", type=int, default=15, metavar="N", help="counted rounds")
+    loss.add_argument("--out", type=Path, metavar="DIR", help="write loss.json there")
+    loss.set_defaults(run=_loss)
+    load = commands.add_parser("load", help="seconds and device memory of loading a 7B-shaped file")
+    load.add_argument("--out", type=Path, default=Path("bench-load"), metavar="DIR", help="write load.json there")
+    load.set_defaults(run=_load)
+    step = commands.add_parser("step", help="an optimiser step beside its parts, and beside TRL's GKD trainer")
+    step.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    step.add_argument("--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)")
+    step.add_argument("--rounds", type=int, default=9, metavar="N", help="counted rounds")
+    step.add_argument(
+        "--against", default="", metavar="PEER,…", help="trl-bf16, trl-nf4 (CUDA; each must be installed)"
+    )
+    step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of q4kd distill")
+    step.add_argument("--layers", type=int, default=28, metavar="N", help="of the 7B-shaped teacher")
+    step.add_argument("--out", type=Path, default=Path("bench-step"), metavar="DIR", help="write step.json there")
+    step.set_defaults(run=_step)
+    kernels = commands.add_parser("kernels", help="bandwidth of the CUDA decoders, time of the small-batch products")
+    kernels.set_defaults(run=_kernels)
+
+
+def _kernels(_args: argparse.Namespace) -> int:
+    from q4kd.trainer.device.devices import cuda_facts
+
+    print(cuda_facts().name)
+    from q4kd.trainer.bench.kernels import decode_table, launch_table, product_table
+
+    for table in (decode_table, product_table, launch_table):
+        print(table())
+    return 0
+
+
+def _loss(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    if args.device == "cuda":
+        from q4kd.trainer.device.devices import cuda_facts
+
+        cuda_facts()
+    from q4kd.trainer.bench.loss.comparison import compare_loss, table
+    from q4kd.trainer.bench.loss.inputs import CPU_SHAPE, CUDA_SHAPE
+    from q4kd.trainer.loss.config import KDLossConfig
+
+    default = CUDA_SHAPE if args.device == "cuda" else CPU_SHAPE
+    sizes = {
+        name: count(f"--{name.replace('_', '-')}", getattr(args, name), 1 << 22)
+        for name in ("tokens", "vocab", "hidden", "teacher_hidden")
+        if getattr(args, name)
+    }
+    shape = dataclasses.replace(default, **sizes)
+    if shape.teacher_hidden % 256:
+        raise InputError(
+            "--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="round it up"
+        )
+    chunk = 0 if args.chunk == "0" else count("--chunk", args.chunk, 1 << 20)
+    if not 1e-3 <= args.temperature <= 1e3:
+        raise outside("--temperature", args.temperature, 1e-3, 1e3)
+    config = KDLossConfig(chunk_tokens=chunk, divergence=args.divergence, temperature=args.temperature)
+    found = compare_loss(shape, args.device, config, count("--pairs", str(args.pairs), _MAX_ROUNDS), print)
+    lines = list(table(found))
+    if args.device == "cuda" and shape.vocab % 8 == 0:
+        from q4kd.trainer.bench.loss.kernels import kernel_rates, kernel_table
+
+        found["kernels"] = kernel_rates(shape.vocab, args.temperature)
+        lines += ["", *kernel_table(found["kernels"])]
+    if args.out:
+        _write(args.out, "loss.json", found)
+    print("\n".join(lines))
+    return 0
+
+
+def _write(folder: Path, name: str, found: object) -> None:
+    from q4kd.trainer.files import write_json
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, found)
+    except OSError as error:
+        raise unwritable(f"--out {folder}", error) from error
+
+
+def _load(args: argparse.Namespace) -> int:
+    from q4kd.trainer.device.devices import cuda_facts
+
+    cuda_facts()
+    from q4kd.trainer.bench.load import run_load
+
+    print("\n".join(run_load(args.out)))
+    return 0
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        from q4kd.trainer.device.devices import cuda_facts
+
+        cuda_facts()
+        from q4kd.trainer.bench.teacher.cuda import main
+
+        # That comparison makes a 7B-shaped model on the device and has engines and shapes of its own.
+        out = args.out or Path("bench-cuda")
+        return main(["--out", str(out), "--rounds", str(args.pairs), "--skip", "load"])
+    lengths = [count("--tokens", text, 1 << 20) for text in args.tokens.split(",")]
+    engines = [name for name in args.against.split(",") if name]
+    for name in engines:
+        if name not in _CPU_ENGINES:
+            raise unknown_name(f"--against {name[:40]}", name, _CPU_ENGINES, "engine")
+    rounds = count("--pairs", str(args.pairs), _MAX_ROUNDS)
+    threads = count("--threads", str(args.threads), 1024)
+
+    from q4kd.trainer.bench.teacher.comparison import compare_on_cpu, table
+    from q4kd.trainer.device.dtypes import choose_dtype
+
+    dtype = choose_dtype(args.dtype, "cpu")
+    print(f"dtype: {dtype.name} ({dtype.reason})")
+    found = compare_on_cpu(
+        args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
+    )
+    if args.out:
+        _write(args.out, "bench.json", found)
+    print("\n".join(table(found)))
+    return 0 if found["shapes"] else 1
+
+
+def _step(args: argparse.Namespace) -> int:
+    from q4kd.trainer.config.run_file import parse_assignment
+
+    if args.device == "cuda":
+        from q4kd.trainer.device.devices import cuda_facts
+
+        cuda_facts()
+    batch, cross, length = (args.shape or ("32x256" if args.device == "cuda" else "4x64")).partition("x")
+    if not cross:
+        raise InputError("--shape", expected="BxT, such as 32x256", got=repr(args.shape)[:40], remedy="write it so")
+    peers = [name for name in args.against.split(",") if name]
+    for name in peers:
+        if name not in _PEERS or args.device != "cuda":
+            expected, got = "trl-bf16 or trl-nf4, with --device cuda", f"{name!r} on {args.device}"[:60]
+            raise InputError("--against", expected=expected, got=got, remedy="leave it out, or name these on a GPU")
+    from q4kd.trainer.bench.interleave import Shape
+    from q4kd.trainer.bench.step.comparison import run_step
+
+    lines = run_step(
+        out=args.out,
+        device=args.device,
+        shape=Shape(count("--shape", batch, 1 << 16), count("--shape", length, 1 << 20)),
+        rounds=count("--rounds", str(args.rounds), _MAX_ROUNDS),
+        against=peers,
+        settings=dict(parse_assignment(text) for text in args.set),
+        layers=count("--layers", str(args.layers), 28),
+    )
+    print("\n".join(["", *lines]))
+    return 0

@@ -1,0 +1,1 @@
+"""Settings: one field each, with bounds, unit and help; their flags, their YAML keys, their schema."""

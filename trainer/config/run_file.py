@@ -1,0 +1,92 @@
+"""RUN.yaml and ``--set``: where settings come from, how they are printed, and the schema that editors complete from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from q4kd.trainer.config.settings import DistillConfig, settings
+from q4kd.trainer.config.value import Setting
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_bounded
+from q4kd.trainer.yaml_lines import parse_yaml, scalar_of_yaml_1_1
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def read_run_file(path: Path) -> dict[str, object]:
+    """Read RUN.yaml: a flat mapping of settings.
+
+    Raises:
+        InputError: when it is not such a mapping.
+    """
+    content = parse_yaml(read_bounded(path, MAX_CONFIG_BYTES), str(path), scalar_of_yaml_1_1).value
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(str(path), expected="a mapping of settings", got=type(content).__name__, remedy="see the docs")
+    return dict(content)
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """Parse ``key=value`` of ``--set``; the value is YAML, or plain text where it is not YAML (``**/*.py``).
+
+    Raises:
+        InputError: when there is no ``=``.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {text}", expected="key=value", got=text, remedy="for example --set lr=1e-4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def format_config(config: DistillConfig) -> str:
+    """Return RUN.yaml of the effective settings, by heading; what is not the default says what the default is."""
+    lines: list[str] = []
+    heading = ""
+    values = config.to_json()
+    for name, setting in settings().items():
+        if setting.group != heading:
+            heading = setting.group
+            lines += ["", f"# {heading}"] if lines else [f"# {heading}"]
+        line = f"{name}: {_scalar(values[name])}"
+        if not setting.is_required and values[name] != setting.default:
+            line += f"  # default: {_scalar(setting.default)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: object) -> str:
+    """Return a value as YAML on one line."""
+    return yaml.safe_dump(value, width=1 << 20, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def run_schema() -> str:
+    """Return the JSON Schema (2020-12) of RUN.yaml, as shipped in ``run.schema.json``."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "RUN.yaml of q4kd distill",
+        "type": "object",
+        "properties": {name: _property(setting) for name, setting in settings().items()},
+        "additionalProperties": False,
+    }
+    return json.dumps(schema, indent=1) + "\n"
+
+
+_JSON_TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+
+
+def _property(setting: Setting) -> dict[str, Any]:
+    entry: dict[str, Any] = {"description": setting.help + (f" ({setting.unit})" if setting.unit else "")}
+    if setting.choices:
+        entry["enum"] = [*setting.choices, *([None] if setting.is_optional else [])]
+    else:
+        name = _JSON_TYPES[setting.kind]
+        entry["type"] = [name, "null"] if setting.is_optional else name
+    if setting.low is not None:
+        entry |= {"minimum": setting.low, "maximum": setting.high}
+    if not setting.is_required:
+        entry["default"] = setting.default
+    return entry

@@ -1,0 +1,150 @@
+"""Training data: documents to tokens, tokens to windows, windows to batches that are a function of the step.
+
+A batch depends only on (data, seed, step), so a resumed run needs no reader state.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.documents import Document, SourceSettings, is_held_out
+from q4kd.trainer.data.encoding import DocumentEncoder
+from q4kd.trainer.data.packing import Windows
+from q4kd.trainer.data.readers import read_documents
+from q4kd.trainer.data.token_set import TokenSet, TokenWriter
+from q4kd.trainer.errors import InputError
+
+_SAY_EVERY_TOKENS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out tokens."""
+
+    train: TokenSet
+    held_out: TokenSet
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what is trained on."""
+        return self.train.sha256
+
+
+def limit_bytes(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
+    """Yield documents until they are ``max_bytes`` together; 0 yields all."""
+    total = 0
+    for document in documents:
+        yield document
+        total += document.num_bytes if max_bytes else 0
+        if max_bytes and total >= max_bytes:
+            return
+
+
+def split_rule(documents: Iterator[Document], has_own_file: bool) -> tuple[Iterator[Document], bool]:
+    """Return the documents again, and whether some are held out: not with a file of their own, nor of one alone."""
+    first = list(itertools.islice(documents, 2))
+    return itertools.chain(first, documents), len(first) > 1 and not has_own_file
+
+
+def refuse_empty(path: Path, settings: SourceSettings) -> InputError:
+    """Return the error for data without a document."""
+    return InputError(
+        str(path),
+        expected=f"UTF-8 text files, JSONL, parquet or token shards matching {settings.pattern!r}",
+        got="no document",
+        remedy="check --data and data_glob",
+    )
+
+
+def load_corpus(
+    path: Path,
+    encoder: DocumentEncoder,
+    settings: SourceSettings,
+    *,
+    max_bytes: int = 0,
+    held_out: Path | None = None,
+    folder: Path | None = None,
+) -> Corpus:
+    """Read, split and tokenise, a bounded group of documents at a time.
+
+    Without ``held_out`` a hash of each document's name chooses what is held out; one single document is all training
+    data.
+
+    Args:
+        path: file or folder of training data.
+        encoder: documents to tokens.
+        settings: how files are read.
+        max_bytes: stop after this many bytes of text; 0 reads all.
+        held_out: file or folder of evaluation data.
+        folder: where tokens that do not fit in memory are kept; None keeps all in memory.
+
+    Raises:
+        InputError: when a file or record cannot be used, or nothing is left to train on.
+    """
+    documents = limit_bytes(read_documents(path, settings=settings), max_bytes)
+    documents, splits = split_rule(documents, held_out is not None)
+    train, held = TokenWriter(folder), TokenWriter(folder)
+    # The writer of each document, in the order in which the encoder returns them.
+    order: list[TokenWriter] = []
+
+    def assigned() -> Iterator[Document]:
+        for document in documents:
+            order.append(held if splits and is_held_out(document.name) else train)
+            yield document
+
+    said = found = 0
+    for encoded in encoder.encode(assigned()):
+        found += 1
+        order.pop(0).add(encoded)
+        if train.num_tokens - said >= _SAY_EVERY_TOKENS:
+            said = train.num_tokens
+            print(f"tokenising: {said} tokens of {found} documents", file=sys.stderr, flush=True)
+    if not found:
+        raise refuse_empty(path, settings)
+    if held_out is not None:
+        for encoded in encoder.encode(read_documents(held_out, settings=settings)):
+            held.add(encoded)
+    return Corpus(train=train.finish(), held_out=held.finish())
+
+
+class BatchOrder:
+    """Windows in a seeded order, reshuffled every epoch; the batch of a step is computed, never remembered.
+
+    Raises:
+        InputError: when there are fewer windows than one step needs.
+    """
+
+    def __init__(self, windows: Windows, *, sequences_per_step: int, seed: int, path: Path) -> None:
+        if len(windows) < sequences_per_step:
+            raise InputError(
+                str(path),
+                expected=f"at least {sequences_per_step} windows of {windows.seq_len} tokens",
+                got=f"{len(windows)} ({len(windows.tokens.ids)} tokens)",
+                remedy="give more data, a smaller batch_size or a smaller seq_len",
+            )
+        self.windows = windows
+        self.sequences_per_step, self._seed = sequences_per_step, seed
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps in one pass; the windows left over differ from epoch to epoch."""
+        return len(self.windows) // self.sequences_per_step
+
+    def batch(self, step: int) -> Batch:
+        """Return the sequences of a step (counted from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self._seed, epoch)).permutation(len(self.windows)))
+        chosen = self._order[1][position * self.sequences_per_step : (position + 1) * self.sequences_per_step]
+        return Batch.stack([self.windows[int(index)] for index in chosen], chosen)
+
+    def has_label(self) -> bool:
+        """Whether any window has a label."""
+        return self.windows.has_label()

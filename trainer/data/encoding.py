@@ -1,0 +1,120 @@
+"""Documents to tokens, and which of them are learnt."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.trainer.data.documents import Document
+from q4kd.trainer.errors import InputError
+
+# At most so many documents, and so many bytes of them, are tokenised at one time.
+_GROUP, _GROUP_BYTES = 512, 8 << 20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document's tokens.
+
+    Attributes:
+        ids: int32 ``[n]``.
+        learnt: bool ``[n]``, whether a token is a label where it is the next one; None where all are.
+    """
+
+    ids: npt.NDArray[np.int32]
+    learnt: npt.NDArray[np.bool_] | None = None
+
+    @classmethod
+    def make(cls, ids: Sequence[int], learnt: npt.NDArray[np.bool_] | None = None) -> "Encoded":
+        """Return the tokens of a document from plain integers."""
+        return cls(np.asarray(ids, np.int32), learnt)
+
+
+class ChatEncoder(Protocol):
+    """An encoder of chats: ``chat.ChatTemplate``."""
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
+        """Return a chat's tokens and which are learnt."""
+
+
+class DocumentEncoder:
+    """Turns documents into tokens.
+
+    A text is ended by the end-of-text token, which is learnt. A prompt and a completion are tokenised apart, so that
+    the border is a border of tokens. Chats end as their template ends them, and pre-tokenised documents are kept as
+    they are.
+
+    Args:
+        encode: function from texts to token ids.
+        end_of_text: id that is appended to every text.
+        chat: encoder of chats.
+        completion_only: whether prompts are not learnt; a plain text has none, so it is refused.
+        vocab_size: number that every id must be below.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], list[list[int]]],
+        end_of_text: int,
+        *,
+        chat: ChatEncoder | None = None,
+        completion_only: bool = False,
+        vocab_size: int = 1 << 31,
+    ) -> None:
+        self._encode, self._end, self._chat = encode, end_of_text, chat
+        self._completion_only, self._vocab_size = completion_only, vocab_size
+
+    def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+        """Yield the tokens of each document, in order, tokenising a bounded group of them at a time.
+
+        Raises:
+            InputError: for a document that cannot be encoded, or an id outside the vocabulary.
+        """
+        group: list[Document] = []
+        size = 0
+        for document in documents:
+            group.append(document)
+            size += document.num_bytes
+            if len(group) >= _GROUP or size >= _GROUP_BYTES:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        yield from self._encode_group(group)
+
+    def _encode_group(self, group: list[Document]) -> Iterator[Encoded]:
+        texts = []
+        for document in group:
+            if document.ids is None and document.messages is None:
+                texts += [document.text] if document.completion is None else [document.text, document.completion]
+        ids = iter(self._encode(texts) if texts else [])
+        for document in group:
+            found = self._encode_one(document, ids)
+            if len(found.ids) and not 0 <= int(found.ids.min()) <= int(found.ids.max()) < self._vocab_size:
+                raise self._refuse(document, f"ids {found.ids.min()}..{found.ids.max()}")
+            yield found
+
+    def _encode_one(self, document: Document, texts: Iterator[list[int]]) -> Encoded:
+        if document.ids is not None:
+            if not 0 <= int(document.ids.min()) <= int(document.ids.max()) < self._vocab_size:
+                raise self._refuse(document, f"ids {document.ids.min()}..{document.ids.max()}")
+            learnt = None if document.labels is None else document.labels == document.ids
+            return Encoded(document.ids.astype(np.int32), learnt)
+        if document.messages is not None:
+            if self._chat is None:
+                raise InputError(document.name, expected="texts", got="a chat", remedy="use a tokenizer for chats")
+            return self._chat.encode(document.messages, document.name)
+        prompt = next(texts)
+        if document.completion is None:
+            if self._completion_only:
+                expected, got = "messages, or a prompt and a completion, for completion_only", "plain text"
+                remedy = "set completion_only to false, or give chats"
+                raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
+            return Encoded.make([*prompt, self._end])
+        completion = next(texts)
+        ids = np.array([*prompt, *completion, self._end], np.int32)
+        return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
+
+    def _refuse(self, document: Document, got: str) -> InputError:
+        expected, remedy = f"token ids from 0 to {self._vocab_size - 1}", "tokenise it with the student's tokenizer"
+        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)

@@ -1,0 +1,109 @@
+"""The text that ``q4kd fidelity`` runs two models over, as windows of token ids."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.trainer.data.documents import is_held_out
+from q4kd.trainer.data.readers import read_documents
+from q4kd.trainer.demo import data_path
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_bounded
+
+_MAX_IDS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of text.
+
+    Attributes:
+        name: what the text is.
+        windows: int64 ``[N, T]``.
+    """
+
+    name: str
+    windows: npt.NDArray[np.int64]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the ids."""
+        return hashlib.sha256(self.windows.tobytes()).hexdigest()
+
+
+def read_sample(
+    data: Path | None, *, encode: Callable[[list[str]], list[list[int]]], end: int | None, tokens: int, length: int
+) -> Sample:
+    """Read about ``tokens`` tokens of text and cut them into windows.
+
+    Args:
+        data: text file, JSONL file, folder of texts, or an integer .npy of token ids; None takes the files of this
+            Python's standard library that the demo teacher was not trained on.
+        encode: texts to token ids; not called for an .npy.
+        end: id put after each document; None puts none.
+        tokens: stop after this many.
+        length: tokens of a window.
+
+    Raises:
+        InputError: when there is not even one window.
+    """
+    if data is not None and data.suffix == ".npy":
+        name, ids = data.name, read_ids(data).ravel()[:tokens]
+    else:
+        name, texts = ("Python standard library, held out", _library()) if data is None else (data.name, _texts(data))
+        ids = _encode(texts, encode, end, tokens)
+    count = len(ids) // length
+    if not count:
+        subject, expected = "--data" if data is None else str(data), f"at least one window of {length} tokens"
+        remedy = "give more text, more --tokens or a smaller --seq-len"
+        raise InputError(subject, expected=expected, got=f"{len(ids)} tokens", remedy=remedy)
+    return Sample(name, ids[: count * length].reshape(count, length))
+
+
+def read_ids(path: Path) -> npt.NDArray[np.int64]:
+    """Read token ids, integers of any shape.
+
+    Raises:
+        InputError: when the file holds something else.
+    """
+    expected, remedy = "an integer .npy array", "write token ids with numpy.save"
+    try:
+        ids = np.load(io.BytesIO(read_bounded(path, _MAX_IDS_BYTES)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(str(path), expected=expected, got=str(error)[:100], remedy=remedy) from error
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        kind = ids.dtype if isinstance(ids, np.ndarray) else "an archive"
+        raise InputError(str(path), expected=expected, got=str(kind), remedy=remedy)
+    return ids.astype(np.int64)
+
+
+def _library() -> Iterator[str]:
+    from q4kd.trainer.demo.corpus import source_files
+
+    root = data_path()
+    for name in source_files(root):
+        if is_held_out(name):
+            yield (root / name).read_text(encoding="utf-8", errors="replace")
+
+
+def _texts(data: Path) -> Iterator[str]:
+    return (document.text for document in read_documents(data) if document.text)
+
+
+def _encode(
+    texts: Iterable[str], encode: Callable[[list[str]], list[list[int]]], end: int | None, tokens: int
+) -> npt.NDArray[np.int64]:
+    """Encode one document after another until there are enough tokens: int64 ``[at most tokens]``."""
+    ids: list[int] = []
+    for text in texts:
+        ids += encode([text])[0]
+        if end is not None:
+            ids.append(end)
+        if len(ids) >= tokens:
+            break
+    return np.array(ids[:tokens], np.int64)

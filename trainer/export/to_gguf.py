@@ -1,0 +1,156 @@
+"""``q4kd export --format gguf``: write the file, read it back with the teacher's own reader, then give it its name."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.export.run_record import ExportSource
+from q4kd.trainer.export.source_model import read_config, read_state, read_vocabulary
+from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.blocks.decode import decode_rows
+from q4kd.trainer.formats.gguf.vocabulary import Vocabulary
+from q4kd.trainer.formats.gguf.writer import file_rows, plan_tensors, with_rope_factors, write_gguf
+from q4kd.trainer.formats.huggingface import read_huggingface_config
+from q4kd.trainer.formats.model_file import PackedTensor
+from q4kd.trainer.formats.open import open_model
+
+# These bound the relative Frobenius error of one tensor after a round trip. Normal weights lose 7 % as Q4_K, 1.7 % as
+# Q6_K and 0.5 % as Q8_0; weights in another place or order lose 100 % and more.
+ROUND_TRIP = {"F32": 0.0, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.05, "Q6_K": 0.1, "Q4_K": 0.3}
+_PIECE_WEIGHTS = 1 << 22
+
+
+@dataclass
+class GgufReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        num_bytes: its size.
+        sha256: its digest.
+        tensors: number of tensors of each type.
+        round_trip: each type's worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
+    """
+
+    path: Path
+    num_bytes: int = 0
+    sha256: str = ""
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    round_trip: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+
+
+def export_gguf(
+    source: ExportSource,
+    out: Path,
+    *,
+    recipe: str,
+    notes: Mapping[str, str | int],
+    progress: Callable[[int, int], None] | None = None,
+) -> GgufReport:
+    """Write a model as one GGUF file with its tokenizer and chat template.
+
+    Args:
+        source: the model.
+        out: the file to write; nothing may be there.
+        recipe: key of ``gguf_write.RECIPES``.
+        notes: metadata on where the model comes from, keys ``q4kd.…``.
+        progress: called with (bytes done, all bytes).
+
+    Raises:
+        InputError: when the model or its tokenizer cannot be written truthfully, or the file read back is another.
+        OSError: when it cannot be written.
+    """
+    config = read_config(source)
+    settings = config.to_dict()
+    state, vocabulary = read_state(source), read_vocabulary(source, config)
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    report = GgufReport(out)
+    check = functools.partial(check_file, report, settings=settings, state=state, vocabulary=vocabulary)
+    write_gguf(
+        out,
+        config=settings,
+        state=state,
+        tokenizer=vocabulary,
+        recipe=recipe,
+        name=source.title,
+        notes=notes,
+        check=check,
+        progress=progress,
+    )
+    return report
+
+
+def check_file(
+    report: GgufReport,
+    path: Path,
+    *,
+    settings: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
+) -> None:
+    """Read a written file as a teacher is read, compare it with what it was made from, and fill in the report.
+
+    Raises:
+        InputError: when dimensions, tokens, special ids or template differ, or a tensor is further from its weights
+            than its type explains.
+    """
+    model, wanted = open_model(path), read_huggingface_config(settings)
+    for name, value in vars(wanted).items():
+        _demand(f"{name}", _float32(value), _float32(getattr(model.config, name)))
+    for role, index in vocabulary.special_ids.items():
+        key = {"unk": "unknown", "pad": "padding"}.get(role, role)
+        _demand(f"{role} token", index, model.metadata.get(f"tokenizer.ggml.{key}_token_id"))
+    _demand("chat template", vocabulary.chat_templates.get("default"), model.metadata.get("tokenizer.chat_template"))
+    by_id = {index: token for token, index in vocabulary.content["model"]["vocab"].items()}
+    by_id |= {added["id"]: added["content"] for added in vocabulary.content.get("added_tokens", ())}
+    for index, token in by_id.items():
+        _demand(f"token {index}", token, model.tokens[index])
+
+    worst: dict[str, tuple[float, str]] = {}
+    tensors = with_rope_factors(settings, state)
+    for target, name in plan_tensors(wanted, tensors).items():
+        tensor = model.tensors[target]
+        error = _round_trip(tensor, file_rows(wanted, target, tensors[name]))
+        if not error <= ROUND_TRIP[tensor.type]:
+            raise _other_file(f"{target} ({tensor.type})", f"within {ROUND_TRIP[tensor.type]:.1%}", f"{error:.1%}")
+        worst[tensor.type] = max(worst.get(tensor.type, (-1.0, "")), (error, target))
+    report.num_bytes, report.sha256 = model.file_bytes, sha256_file(path)
+    report.tensors = Counter(tensor.type for tensor in model.tensors.values())
+    report.round_trip = worst
+
+
+def _round_trip(tensor: PackedTensor, weights: Tensor) -> float:
+    """Return the relative Frobenius error of a stored tensor, a bounded piece of rows at a time."""
+    flat = weights.reshape(-1, weights.shape[-1])
+    packed = torch.from_numpy(tensor.data).reshape(len(flat), -1)
+    squares = total = 0.0
+    step = max(1, _PIECE_WEIGHTS // flat.shape[1])
+    for part, exact in zip(torch.split(packed, step), torch.split(flat, step), strict=True):
+        exact = exact.float()
+        decoded = decode_rows(tensor.type, part, torch.empty_like(exact))
+        squares += float((decoded - exact).square().sum(dtype=torch.float64))
+        total += float(exact.square().sum(dtype=torch.float64))
+    return math.sqrt(squares / total) if total else math.sqrt(squares)
+
+
+def _float32(value: object) -> object:
+    """Return a float as a GGUF stores it."""
+    return float(torch.tensor(value, dtype=torch.float32)) if isinstance(value, float) else value
+
+
+def _demand(what: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise _other_file(what, repr(expected)[:80], repr(got)[:80])
+
+
+def _other_file(what: str, expected: str, got: str) -> InputError:
+    remedy = "nothing was kept; please report this: the export is at fault"
+    return InputError(f"the written file's {what}", expected=expected, got=got, remedy=remedy)

@@ -1,0 +1,1 @@
+"""The .apr container, aprender's."""

@@ -1,0 +1,1 @@
+"""Quantised blocks: their layouts, decoders, scales, and the quantiser."""

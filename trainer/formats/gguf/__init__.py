@@ -1,0 +1,1 @@
+"""The GGUF container: its header, tensors, vocabulary and tokenizer are read and written."""

@@ -1,0 +1,93 @@
+"""Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf_vocabulary``."""
+
+from typing import Any
+
+import gguf
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIECE, SPACE
+from q4kd.trainer.formats.model_file import ModelFile
+
+_OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
+_SPLITS = {"qwen2": QWEN2_SPLIT, "llama-bpe": LLAMA3_SPLIT}
+# Longer pieces, in characters, are not taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
+_MAX_PIECE = 256
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
+
+
+def read_tokenizer(model: ModelFile) -> Tokenizer:
+    """Return the tokenizer of a GGUF. It adds no special tokens; those that a text spells are recognised.
+
+    Raises:
+        InputError: when the file holds none, or one whose way of splitting text is not known here.
+    """
+    kind, pre = model.metadata.get("tokenizer.ggml.model"), model.metadata.get("tokenizer.ggml.pre")
+    types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
+    if not isinstance(types, list) or len(types) != len(model.tokens):
+        types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
+    vocab = {
+        token: index
+        for index, (token, kind) in enumerate(zip(model.tokens, types, strict=True))
+        if kind != gguf.TokenType.UNUSED
+    }
+    try:
+        if kind == SENTENCEPIECE and model.tokens:
+            tokenizer = _sentencepiece(model, vocab, types)
+        elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
+            tokenizer = _byte_level(model, vocab, str(pre))
+        else:
+            expected = f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama"
+            raise InputError(subject, expected=expected, got=f"{kind!r} with {pre!r}", remedy=_OTHERWISE)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        expected = "tokens and merges that fit together"
+        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
+    added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
+    for token, kind in zip(model.tokens, types, strict=True):
+        if kind in added and token:
+            special = AddedToken(token, special=added[kind], normalized=False)
+            (tokenizer.add_special_tokens if added[kind] else tokenizer.add_tokens)([special])
+    return tokenizer
+
+
+def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
+    listed = model.metadata.get("tokenizer.ggml.merges")
+    pairs = [str(merge).partition(" ")[::2] for merge in listed] if isinstance(listed, list) else []
+    merges = [(left, right) for left, right in pairs if {left, right, left + right} <= vocab.keys()]
+    if len(merges) < len(pairs) or not merges:
+        raise ValueError(f"{len(pairs) - len(merges)} of {len(pairs)} merges name no tokens")
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    steps: list[Any] = []
+    if pre in _SPLITS:
+        steps.append(pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated", invert=False))
+    elif pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    """Rebuild the merges from the scores: two pieces join into a third, the one of highest score first."""
+    scores = model.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(model.tokens):
+        raise ValueError("no score for each token")
+    normal = {token: index for token, index in vocab.items() if types[index] == gguf.TokenType.NORMAL}
+    found = [
+        (-scores[index], normal[token[:cut]], normal[token[cut:]], token[:cut], token[cut:])
+        for token, index in normal.items()
+        if len(token) <= _MAX_PIECE
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    merges = [(left, right) for *_key, left, right in sorted(found)]
+    unknown = next((token for token, index in vocab.items() if types[index] == gguf.TokenType.UNKNOWN), None)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Replace(" ", SPACE)]
+    if model.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend(SPACE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer

@@ -1,0 +1,251 @@
+"""Writes a qwen2, qwen3, llama or mistral causal LM as a GGUF that llama.cpp and this project's loader both read.
+
+Type recipes: "f32"; "f16"; "bf16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K
+for the output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for
+attn_v and ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold
+superblocks: it is stored as Q8_0 (llama.cpp takes Q5_0 or Q8_0), and as F16 where they are not a multiple of 32 either.
+
+As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q and K are permuted for the interleaved
+rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_freqs.weight``.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json, replacing_path
+from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
+from q4kd.trainer.formats.blocks.layout import SUPERBLOCK
+from q4kd.trainer.formats.blocks.quantize import BLOCK, quantize
+from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary, config_special_ids
+from q4kd.trainer.formats.huggingface import read_huggingface_config, read_weights, rope_factors
+from q4kd.trainer.formats.tensor_names import gguf_name
+
+RECIPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
+}
+
+
+def uses_more_bits(layer: int, layers: int) -> bool:
+    """Return whether "q4_k_m" stores a layer's attn_v and ffn_down as Q6_K: at both ends, and every third between.
+
+    The rule is that of llama-quant.cpp.
+    """
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def tensor_type(name: str, shape: tuple[int, ...], *, recipe: str, layers: int, tied: bool) -> str:
+    """Return the GGML type of a tensor: F32, F16, BF16, Q8_0, Q6_K or Q4_K. ``shape`` is [rows, cols] or [n]."""
+    if len(shape) == 1 or recipe == "f32":
+        return "F32"
+    if recipe == "bf16":
+        return "BF16"
+    if recipe == "f16" or shape[1] % BLOCK["Q8_0"][0]:
+        return "F16"
+    if recipe == "q8_0" or shape[1] % SUPERBLOCK:
+        return "Q8_0"
+    if recipe == "q6_k" or name == "output.weight" or (name == "token_embd.weight" and tied):
+        return "Q6_K"
+    part = name.split(".")
+    if part[0] == "blk" and part[2] in ("attn_v", "ffn_down") and uses_more_bits(int(part[1]), layers):
+        return "Q6_K"
+    return "Q4_K"
+
+
+def write_gguf(
+    path: Path,
+    *,
+    config: Any,
+    state: Mapping[str, torch.Tensor],
+    tokenizer: Mapping[str, Any] | Vocabulary,
+    recipe: str,
+    name: str,
+    notes: Mapping[str, str | int] | None = None,
+    check: Callable[[Path], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write ``path``, whole or not at all; one tensor at a time is converted.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        config: a transformers config (qwen2, qwen3, llama, mistral) or its dict.
+        state: the model's state dict, with Hugging Face names and of any float dtype. With a tied head,
+            ``lm_head.weight`` may be there only if it equals the embedding.
+        tokenizer: a vocabulary, or the content of tokenizer.json, whose special ids are then those of ``config``.
+        recipe: a key of ``RECIPES``.
+        name: general.name.
+        notes: further metadata on where the model comes from, under keys that begin with ``q4kd.``.
+        check: function called with the complete file before it takes its name; if it raises, nothing is left behind.
+        progress: function called with (bytes done, all bytes) after each tensor.
+
+    Raises:
+        InputError: for what cannot be written truthfully: another architecture or tokenizer, missing, unknown or
+            wrongly shaped tensors, values that are not finite, more tokens than embedding rows.
+        OSError: when the file cannot be written.
+    """
+    if recipe not in RECIPES:
+        raise InputError("recipe", expected=" or ".join(RECIPES), got=recipe, remedy="choose one of these")
+    settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    dimensions = read_huggingface_config(settings)
+    if not isinstance(tokenizer, Vocabulary):
+        tokenizer = Vocabulary(content=tokenizer, special_ids=config_special_ids(settings))
+    tensors = with_rope_factors(settings, state)
+    sources = plan_tensors(dimensions, tensors)
+
+    with replacing_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, dimensions.architecture)
+        try:
+            writer.add_name(name)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_file_type(RECIPES[recipe])
+            for key, value in (notes or {}).items():
+                if isinstance(value, str):
+                    writer.add_string(key, value)
+                else:
+                    writer.add_uint64(key, value)
+            add_hyperparameters(writer, dimensions)
+            add_vocabulary(writer, tokenizer, dimensions.vocab_size)
+            _write_tensors(writer, dimensions, tensors, sources, recipe, progress)
+        finally:
+            for file in writer.fout or ():
+                file.close()
+        if check:
+            check(temporary)
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    dimensions: TeacherConfig,
+    tensors: Mapping[str, torch.Tensor],
+    sources: Mapping[str, str],
+    recipe: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Announce every tensor, write the header, then convert and write one tensor at a time."""
+    types, sizes = {}, {}
+    for target, source in sources.items():
+        shape = tuple(tensors[source].shape)
+        types[target] = kind = tensor_type(
+            target, shape, recipe=recipe, layers=dimensions.num_layers, tied=dimensions.tied_head
+        )
+        stored_shape, dtype = _stored(shape, kind)
+        sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
+        writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for target, source in sources.items():
+        rows = file_rows(dimensions, target, tensors[source])
+        writer.write_tensor_data(_convert(source, rows, types[target]))
+        done += sizes[target]
+        if progress:
+            progress(done, sum(sizes.values()))
+
+
+def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
+    factors = rope_factors(settings)
+    return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
+
+
+def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
+    """Write the model of a Hugging Face folder (config.json, tokenizer.json, ``*.safetensors``); see ``write_gguf``."""
+    write_gguf(
+        path,
+        config=read_json(model / "config.json"),
+        state=read_weights(model),
+        tokenizer=read_json(model / "tokenizer.json"),
+        recipe=recipe,
+        name=name,
+    )
+
+
+def add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
+    """Write a model's dimensions to a GGUF whose header is not written yet."""
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_vocab_size(config.vocab_size)
+    if config.head_dim * config.num_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if config.architecture == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+
+
+def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return ``{GGUF name: name in tensors}`` in file order, having checked names and shapes against the config."""
+    wanted = {
+        name: shape
+        for name, shape in expected_shapes(config).items()
+        # Only Qwen2 has biases; only Llama 3.1's rotary embedding has factors.
+        if (config.architecture == "qwen2" or not name.endswith(".bias"))
+        and (name != ROPE_FACTORS or ROPE_FACTORS in tensors)
+    }
+    sources = {gguf_name(source): source for source in tensors if source == ROPE_FACTORS or gguf_name(source) != source}
+    unknown = {source for source in tensors if sources.get(gguf_name(source)) != source}
+    unknown |= {source for target, source in sources.items() if target not in wanted}
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.tied_head and head is not None and embedding is not None and torch.equal(head, embedding):
+        unknown.discard("lm_head.weight")
+    missing = [target for target in wanted if target not in sources]
+    if unknown or missing:
+        expected = f"exactly those of a {config.architecture} causal LM" + " with a tied head" * config.tied_head
+        got = f"{len(unknown)} unknown and {len(missing)} missing, first {(sorted(unknown) + missing)[0]}"
+        remedy = "use the config.json that was saved with these weights"
+        raise InputError("model tensors", expected=expected, got=got, remedy=remedy)
+    for target, shape in wanted.items():
+        found = tuple(tensors[sources[target]].shape)
+        if found != shape:
+            remedy = "use the config.json that was saved with these weights"
+            raise InputError(sources[target], expected=str(list(shape)), got=str(list(found)), remedy=remedy)
+    return {target: sources[target] for target in wanted}
+
+
+def file_rows(config: TeacherConfig, target: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with rows in the file's order: Hugging Face pairs ``(i, i + D/2)``, llama ``(2i, 2i + 1)``."""
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(target.split(".")[-2])
+    if heads is None or config.rope_layout == "split_halves":
+        return tensor
+    return tensor.reshape(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+def _stored(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and dtype of the array that ``quantize`` makes of a float32 array of ``shape``."""
+    if kind in BLOCK:
+        weights, size = BLOCK[kind]
+        return (shape[0], shape[1] // weights * size), np.dtype(np.uint8)
+    if kind == "BF16":
+        return (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8)
+    return shape, np.dtype(np.float16 if kind == "F16" else np.float32)
+
+
+def _convert(source: str, tensor: torch.Tensor, kind: str) -> npt.NDArray[Any]:
+    if kind == "BF16":
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        if not torch.isfinite(rounded).all():
+            got, remedy = "NaN or infinite as bfloat16", "export an earlier checkpoint"
+            raise InputError(source, expected="finite values", got=got, remedy=remedy)
+        return rounded.view(torch.uint8).numpy()
+    try:
+        return quantize(tensor.detach().to("cpu", torch.float32).numpy(), kind)
+    except InputError as error:
+        subject = f"{source}: {error.subject}"
+        raise InputError(subject, expected=error.expected, got=error.got, remedy=error.remedy) from error

@@ -1,0 +1,64 @@
+"""A teacher file on disk, whatever its container: dimensions, tokens and packed tensors, memory-mapped and checked."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.trainer.formats.architecture import TeacherConfig
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor as it lies in the file.
+
+    Attributes:
+        name: GGUF name, such as ``blk.0.attn_q.weight``.
+        type: GGML type name, such as ``Q4_K``.
+        shape: outermost dimension first: ``(rows, cols)`` or ``(length,)``.
+        data: uint8 ``[rows, row_bytes]``, a view of the memory map.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return int(self.data.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """A checked model file. The tensors are views of a private memory map: nothing is read before it is used."""
+
+    path: Path
+    config: TeacherConfig
+    tensors: Mapping[str, PackedTensor]
+    tokens: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    file_bytes: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without header and padding."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def bytes_by_type(self) -> dict[str, int]:
+        """Tensor bytes per GGML type."""
+        count: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            count[tensor.type] += tensor.num_bytes
+        return dict(count)

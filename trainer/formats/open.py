@@ -1,0 +1,34 @@
+"""Open a teacher file with the reader of its container."""
+
+from pathlib import Path
+
+from q4kd.trainer.errors import InputError, missing_path_remedy
+from q4kd.trainer.formats.apr.reader import open_apr
+from q4kd.trainer.formats.gguf.reader import open_gguf
+from q4kd.trainer.formats.model_file import ModelFile
+
+_APR_MAGICS = (b"APR\0", b"APR2", b"APRN")
+
+
+def open_model(path: Path) -> ModelFile:
+    """Open and check a teacher, GGUF or .apr; the content decides which, not the name.
+
+    Raises:
+        InputError: for a file of another kind, a truncated one, one with an architecture, tensor or type that is not
+            implemented, or whose shapes contradict its metadata.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(
+            str(path),
+            expected="a readable model file",
+            got=str(error.strerror),
+            remedy=f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
+            if path.is_dir()
+            else missing_path_remedy(path, "name a file that is there", pattern="*.gguf"),
+        ) from error
+    if magic in _APR_MAGICS:
+        return open_apr(path)
+    return open_gguf(path)

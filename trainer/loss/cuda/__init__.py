@@ -1,0 +1,1 @@
+"""The distillation loss on CUDA: cuBLAS for the products, one kernel for the rest."""

@@ -1,0 +1,131 @@
+"""The whole of ``q4kd cache``, from top to bottom."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.packing import Windows
+from q4kd.trainer.data.training_data import make_encoder, open_data
+from q4kd.trainer.device.memory_report import sized
+from q4kd.trainer.device.placement import place_teacher
+from q4kd.trainer.errors import InputError, OutOfMemoryError
+from q4kd.trainer.events import EventLog
+from q4kd.trainer.files import sha256_file
+from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
+from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
+from q4kd.trainer.teacher.cache.store import CacheIndex, bytes_per_token
+from q4kd.trainer.teacher.cache.truncation_error import format_errors, measure_error
+from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, write_cache
+from q4kd.trainer.teacher.teacher import Teacher, load_teacher
+from q4kd.trainer.train.guards import check_vocabulary
+from q4kd.trainer.train.memory.out_of_memory import is_out_of_memory
+from q4kd.trainer.train.run.folder import locked
+
+
+def make_cache(
+    config: DistillConfig,
+    *,
+    k: int,
+    sample_tokens: int,
+    shard_bytes: int,
+    table_ks: Sequence[int],
+    events_path: Path | None = None,
+) -> None:
+    """Write the cache of a run's training windows to ``config.out``, or finish one that was begun.
+
+    Args:
+        config: settings of the run that will train on it; ``out`` is the cache's folder.
+        k: tokens listed at each position.
+        sample_tokens: tokens on which KL is compared with online before a new cache is begun; 0 skips it.
+        shard_bytes: about the size of a shard.
+        table_ks: numbers of listed tokens that are compared, beside ``k``.
+        events_path: where events go; None drops them.
+
+    Raises:
+        InputError: when an input cannot be used, the cache there is another one, or the disk is too small.
+        TrainingAborted: when memory or disk end it; finished shards are kept.
+    """
+    assert config.teacher is not None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with locked(config.out, is_main=True):
+        events = EventLog(events_path)
+        events.start()
+        try:
+            _make(config, k, sample_tokens, shard_bytes, table_ks, events)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory on {config.device}: {str(error).splitlines()[0][:160]}; choose a smaller batch_size or "
+                "chunk_tokens and run it again: finished shards are kept"
+            ) from error
+        finally:
+            events.close()
+
+
+def _make(
+    config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
+) -> None:
+    assert config.teacher is not None
+    tokenizer = load_tokenizer(config.student)
+    student: Any = load_student(config.student, config.seed, student_dtype(config))
+    rows: int = student.get_output_embeddings().weight.shape[0]
+    data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), 1, config.out)
+    windows = training_windows(data)
+    if k > rows:
+        raise InputError(f"--k {k}", expected=f"at most {rows}, the student's rows", got=str(k), remedy="choose less")
+    index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
+    _say_size(index)
+    check_disk(index)
+    placement = place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+    teacher = load_teacher(placement, events=events)
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
+    if sample_tokens and not index.shards:
+        ks = sorted({k, *(other for other in table_ks if other <= rows)})
+        _compare(config, teacher, student, windows, ks, k, sample_tokens, events)
+    started, had = time.monotonic(), len(index.shards)
+    write_cache(index, teacher, windows, how)
+    seconds = time.monotonic() - started
+    made = sum(len(index.windows_of(shard)) for shard in range(had, index.num_shards)) * windows.seq_len
+    size, tail = index.kept_bytes, index.tail_mass
+    events.emit("cache_done", shards=index.num_shards, kept=had, bytes=size, tail_mass=tail, seconds=seconds)
+    print(
+        f"cache: {len(windows):,} windows in {index.num_shards} shards ({had} kept), {sized(size)}, "
+        f"mean tail mass {tail:.3%}, {made / max(seconds, 1e-9):.0f} tok/s -> {index.folder}",
+        flush=True,
+    )
+
+
+def _say_size(index: CacheIndex) -> None:
+    tokens, cost = index.key.windows * index.key.seq_len, bytes_per_token(index.k, index.key.rows)
+    print(
+        f"cache: {tokens:,} tokens x {cost} bytes (k {index.k}) = {sized(index.num_bytes)}, "
+        f"{sized(index.kept_bytes)} of it there; {sized(shutil.disk_usage(index.folder).free)} free",
+        flush=True,
+    )
+
+
+def _compare(
+    config: DistillConfig,
+    teacher: Teacher,
+    student: Any,
+    windows: Windows,
+    ks: Sequence[int],
+    chosen: int,
+    tokens: int,
+    events: EventLog,
+) -> None:
+    """Print what each k costs and loses."""
+    device = torch.device(config.device)
+    model = DistillationModel(student, config.loss).eval().to(device)
+    errors = measure_error(teacher, model, windows, ks, tokens=tokens, device=device)
+    events.emit("cache_error", errors=[vars(error) for error in errors])
+    rows = len(model.head_weight)
+    print(format_errors(errors, rows=rows, tokens=len(windows) * windows.seq_len, chosen=chosen), flush=True)

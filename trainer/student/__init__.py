@@ -1,0 +1,1 @@
+"""The student: a Hugging Face model, its adapters, its shapes, its clock."""

@@ -1,0 +1,118 @@
+"""LoRA adapters on the student, by ``peft``: frozen weights W are used as W + (lora_alpha / lora_rank) * B A.
+
+(Hu et al., https://arxiv.org/abs/2106.09685.) The student keeps its class; only the targeted modules are replaced.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import read_json, write_json
+
+
+def add_adapters(student: Any, config: DistillConfig) -> Any:
+    """Freeze the student and put adapters into its targeted modules, in its own dtype; return peft's model around it.
+
+    B starts at zero, so the student's function does not change; A comes from ``config.seed``.
+
+    Raises:
+        InputError: when a target does not exist, or is a tied embedding, whose two uses an adapter would tear apart.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    subject = f"setting lora_targets {config.lora_targets[:60]!r}"
+    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    targets: str | list[str] = "all-linear" if names == ["all-linear"] else names
+    found = {name.rpartition(".")[2] for name, _ in student.named_modules() if name}
+    unknown = [name for name in names if targets != "all-linear" and name not in found]
+    if unknown or not names:
+        linear = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+        expected = f"all-linear, or some of {', '.join(sorted(linear))}"
+        got = f"{unknown[0]!r}, which this student has not" if unknown else "nothing"
+        raise InputError(subject, expected=expected, got=got, remedy="name some of these, separated by commas")
+    tied = getattr(student.config, "tie_word_embeddings", False)
+    ends = {_leaf(student, module) for module in (student.get_input_embeddings(), student.get_output_embeddings())}
+    if tied and ends & set(names):
+        expected = "no adapter on an embedding that is also the head"
+        got = f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings"
+        raise InputError(subject, expected=expected, got=got, remedy="leave it out")
+    torch.manual_seed(config.seed)
+    with warnings.catch_warnings():  # peft asks transformers by a name that is going away.
+        warnings.simplefilter("ignore", FutureWarning)
+        # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
+        return get_peft_model(
+            student,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
+
+
+def _leaf(student: nn.Module, wanted: nn.Module) -> str:
+    names = (name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    leaf: str = next(names)
+    return leaf
+
+
+def effective_weight(layer: Any) -> Tensor:
+    """Return the weight ``[V, H]`` that a head stands for: with an adapter W + scale * B A, a function of A and B."""
+    if not hasattr(layer, "lora_A"):
+        weight: Tensor = layer.weight
+        return weight
+    (adapter,) = layer.active_adapters
+    update = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
+    summed: Tensor = layer.base_layer.weight + layer.scaling[adapter] * update
+    return summed
+
+
+def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the adapter as ``peft`` loads it: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        adapted: what ``add_adapters`` returned.
+        folder: folder that is written.
+        state: the whole student's tensors, by the student's names.
+    """
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+    adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # That is a form with nothing filled in.
+    path = folder / "adapter_config.json"
+    settings = read_json(path)
+    # Only its name is kept: where it lies on this machine is nobody else's business.
+    settings["base_model_name_or_path"] = Path(str(settings.get("base_model_name_or_path") or "")).name or None
+    write_json(path, settings)
+
+
+def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the student's tensors, adapters added into their weights, under the names of a student without adapters.
+
+    The sum is taken in float32 and rounded once to the weight's dtype. The student itself stays as it is.
+
+    Args:
+        adapted: what ``add_adapters`` returned.
+        state: the whole student's tensors, by the student's names.
+    """
+    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, layer in adapted.get_base_model().named_modules():
+        # An embedding's A and B are plain parameters, and its product is transposed.
+        kind = next((kind for kind in ("lora_A", "lora_embedding_A") if len(getattr(layer, kind, ()))), None)
+        if kind is None:
+            continue
+        (adapter,) = layer.active_adapters
+        ending = "" if kind == "lora_embedding_A" else ".weight"
+        a = state[f"{name}.{kind}.{adapter}{ending}"].float()
+        b = state[f"{name}.{kind[:-1]}B.{adapter}{ending}"].float()
+        update = layer.scaling[adapter] * ((b @ a).T if kind == "lora_embedding_A" else b @ a)
+        weight = merged[f"{name}.weight"]
+        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
+    return merged

@@ -1,0 +1,269 @@
+"""The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
+from q4kd.trainer.kernels.attention import document_mask
+from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
+from q4kd.trainer.loss.sums import LossTerms
+from q4kd.trainer.student.lora import effective_weight
+from q4kd.trainer.student.step_clock import StepClock
+
+_LIGER = "setting student_kernels liger"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars out of this program's output."""
+    from transformers.utils import logging
+
+    quiet: Any = logging.disable_progress_bar
+    quiet()
+
+
+def _refuse(folder: Path, expected: str, got: str, remedy: str) -> InputError:
+    return InputError(f"student {folder}", expected=expected, got=got, remedy=remedy)
+
+
+def no_student(folder: Path, error: Exception) -> InputError:
+    """Return the refusal of a folder that transformers cannot read as a causal LM."""
+    expected = "a Hugging Face causal LM folder (config.json, tokenizer.json, safetensors weights or none)"
+    return _refuse(folder, expected, first_line(error), "pass --student a folder that save_pretrained wrote")
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether the folder holds safetensors weights; without them a student starts from its seed."""
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is no model folder, before transformers looks for it on the hub.
+
+    Raises:
+        InputError: when there is no config.json.
+    """
+    if (folder / "config.json").is_file():
+        return
+    got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+    raise _refuse(
+        folder, "a folder with config.json", got, missing_path_remedy(folder, "pass a Hugging Face model folder")
+    )
+
+
+def student_dtype(config: DistillConfig) -> torch.dtype:
+    """Return the dtype of the student's weights and products that the settings mean."""
+    name = config.student_dtype
+    if name == "auto":
+        name = "bfloat16" if config.device == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a student, or make a fresh one from config.json and ``seed``, whose weights are then rounded to ``dtype``.
+
+    Raises:
+        InputError: when the folder is not a causal LM, or holds only weights in a format that needs pickle.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    check_folder(folder)
+    if not has_weights(folder) and any(folder.glob("*.bin")):
+        remedy = "convert them with transformers' save_pretrained(safe_serialization=True)"
+        raise _refuse(folder, "weights as safetensors", "pickled .bin files, which may run code", remedy)
+    try:
+        if has_weights(folder):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            torch.manual_seed(seed)
+            make: Any = AutoModelForCausalLM.from_config
+            # Weights are drawn in float32 for every dtype, so that one seed is one student. Buffers, such as RoPE's
+            # frequencies, stay float32.
+            model = make(config, dtype=torch.float32, trust_remote_code=False)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise no_student(folder, error) from error
+    module: nn.Module = model
+    return module
+
+
+def set_up_student(student: Any, config: DistillConfig) -> None:
+    """Apply what the settings ask of the student's own forward and backward pass, in place.
+
+    Raises:
+        InputError: when it needs a package or a device that is not there, or the architecture does not offer it.
+    """
+    if config.student_kernels == "liger":
+        _apply_liger(student, config.device)
+    if config.gradient_checkpointing:
+        if not student.supports_gradient_checkpointing:
+            subject, got = "setting gradient_checkpointing", type(student).__name__
+            raise InputError(subject, expected="an architecture that offers it", got=got, remedy="leave it out")
+        # transformers 5 renames it.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if config.compile:
+        # Compiling in place keeps the names of parameters; the loss, which is fused by hand, stays out.
+        student.base_model.compile()
+
+
+def _apply_liger(student: Any, device: str) -> None:
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        got = f"device {device}" if device != "cuda" else "no liger-kernel"
+        remedy = "use student_kernels torch" if device != "cuda" else "pip install 'q4kd[liger]'"
+        raise InputError(_LIGER, expected="liger-kernel and device cuda", got=got, remedy=remedy)
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if student.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        expected = "an architecture that liger-kernel has kernels for"
+        raise InputError(_LIGER, expected=expected, got=student.config.model_type, remedy="use student_kernels torch")
+    # Only norms, SwiGLU and RoPE are Liger's: the loss is ours, and the head is multiplied in it.
+    _apply_liger_kernel_to_instance(
+        student, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the student's tokenizer.
+
+    Raises:
+        InputError: when there is none or it names no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_student(folder, error) from error
+    # Without its files, transformers makes up a tokenizer of no token but its special ones.
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in files):
+        remedy = "copy the tokenizer's files of its model there"
+        raise _refuse(folder, f"its tokenizer: {' or '.join(files)}", "none", remedy)
+    if tokenizer.eos_token_id is None:
+        raise _refuse(folder, "an end-of-text token", "none", "set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Return a function from texts to token ids, without special tokens and without length warnings."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _no_packing(*_positions: Any, **_options: Any) -> None:
+    """Say of any positions that they are those of one document a row."""
+
+
+@contextlib.contextmanager
+def _without_packing_search() -> Iterator[None]:
+    """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
+
+    It looks where positions come without a mask; packed documents come with one here, so there are none to find.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, _no_packing)
+    setattr(masking_utils, name, _no_packing)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
+
+
+class DistillationModel(nn.Module):
+    """Student plus loss in one module, so that data-parallel wrappers see a forward that returns the loss.
+
+    Args:
+        student: a Hugging Face causal LM whose output embedding has no bias.
+
+    Raises:
+        InputError: when the output embedding has a bias.
+    """
+
+    def __init__(self, student: Any, config: KDLossConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.config = config
+        # The clock is told where the student ends and the loss begins; whoever times steps sets it.
+        self.clock: StepClock | None = None
+        # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        if getattr(student.get_output_embeddings(), "bias", None) is not None:
+            expected, remedy = "an output head without bias", "use another student"
+            raise InputError("student", expected=expected, got="one with bias", remedy=remedy)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The student's head ``[V, H]``."""
+        return effective_weight(self.student.get_output_embeddings())
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one tensor again, as the student's config says."""
+        self.student.tie_weights()
+
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Return the student's final hidden states, float ``[B, T, H]``.
+
+        With ``starts_BT`` (int64, the first position of each position's document) no position attends to one before
+        its document, and positions count from its start, for students whose position embeddings are absolute.
+        """
+        packed: dict[str, Tensor] = {}
+        if starts_BT is not None:
+            visible = document_mask(starts_BT)
+            # The mask is a float that is added to the scores: eager attention would add a boolean mask as 0 and 1.
+            bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
+            packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
+            packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
+        with _without_packing_search():
+            outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        signal: TeacherSignal | None,
+        num_targets: float,
+        starts_BT: Tensor | None = None,
+        *,
+        positions_P: Tensor | None = None,
+        use: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> LossTerms | Any:
+        """Return the loss of a batch against the teacher's signal, or without one; see ``hidden`` and ``kd_loss``.
+
+        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
+        whole only inside this call, when the model is called through its wrapper.
+        """
+        hidden_MH = self.hidden(ids_BT, starts_BT).flatten(0, 1)
+        if use is not None:
+            return use(hidden_MH, self.head_weight)
+        if self.clock is not None:
+            self.clock.mark("student")
+        loss = cross_entropy if signal is None else signal.loss
+        options: LossOptions = {"num_targets": num_targets, "config": self.config, "positions_P": positions_P}
+        terms = loss(hidden_MH, self.head_weight, labels_BT.flatten(), **options)
+        if self.clock is not None:
+            self.clock.mark("loss")
+        return terms

@@ -1,0 +1,162 @@
+"""A student's sizes, found without allocating it: its own code runs on torch's meta device, which has shapes and no
+storage. Its parameters are counted, and what autograd keeps of a forward pass for the backward pass.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from q4kd.trainer.student.model import check_folder, no_student
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """A student's sizes.
+
+    Attributes:
+        parameters: number of weights, tied ones once.
+        linear_weights: number of weights in matrices that multiply, the head included; for FLOPs.
+        lora_parameters: weights of adapters of rank 1 on every linear layer but the head.
+        largest: number of weights of the largest parameter.
+        vocab: rows of the head.
+        hidden: hidden size.
+        layers: decoder layers.
+        is_tied: whether head and embedding are one parameter.
+        saved_bytes: bytes that autograd keeps of one forward pass up to the hidden states, every tensor once.
+        largest_saved_bytes: bytes of the largest of these tensors.
+        layer_input_bytes: bytes of the tensor that goes from layer to layer.
+        weight_bytes: bytes of a weight.
+        liger_saves: bytes within ``saved_bytes`` that Liger's RMSNorm and SwiGLU do not keep.
+    """
+
+    parameters: int
+    linear_weights: int
+    lora_parameters: int
+    largest: int
+    vocab: int
+    hidden: int
+    layers: int
+    is_tied: bool
+    saved_bytes: int
+    largest_saved_bytes: int
+    layer_input_bytes: int
+    weight_bytes: int
+    liger_saves: int
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what the fused attention kernels keep: query, key, value, mask, output and one float32 per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = query.shape
+        # The output lies in memory as the kernels lay it out, so that what follows takes no copy.
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *([mask] if mask is not None else []))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise NotImplementedError("shapes only")
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Gives fused attention, which has no meta form, one of its own, and answers questions about values with yes.
+
+    transformers asks one: whether the positions are those of one unbroken sequence.
+    """
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.Tensor.__bool__:
+            return True
+        if function is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else options.get("attn_mask")
+            return _Attention.apply(*args[:3], mask)  # type: ignore[no-untyped-call]
+        return function(*args, **options)
+
+
+def shape_student(
+    folder: Path, batch: int, length: int, dtype: torch.dtype, *, is_masked: bool = False
+) -> StudentShape:
+    """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
+
+    Args:
+        folder: folder of the student.
+        batch: number of sequences.
+        length: positions of each sequence.
+        dtype: dtype of weights and products.
+        is_masked: whether attention gets a mask, as with packed documents: keys and values are then kept once for each
+            query head.
+
+    Raises:
+        InputError: when the folder is not a causal LM, or its code cannot be followed without values.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        make: Any = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            model = make(config, dtype=dtype, trust_remote_code=False)
+            saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise no_student(folder, error) from error
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return StudentShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear_weights=sum(linear.weight.numel() for linear in linears),
+        lora_parameters=sum(sum(linear.weight.shape) for linear in linears if linear is not head),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        vocab=head.weight.shape[0],
+        hidden=head.weight.shape[1],
+        layers=int(config.num_hidden_layers),
+        is_tied=head.weight is model.get_input_embeddings().weight,
+        saved_bytes=saved,
+        largest_saved_bytes=largest,
+        layer_input_bytes=inputs,
+        weight_bytes=dtype.itemsize,
+        liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
+    )
+
+
+def _liger_saves(config: Any, tokens: int, size: int) -> int:
+    """Return the bytes that Liger does not keep: each norm's float32 input (2 a layer), and one of 4 tensors of SwiGLU.
+
+    (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
+    """
+    norms = 2 * config.num_hidden_layers + 1
+    saved: int = tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
+    return saved
+
+
+def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) -> tuple[int, int, int]:
+    """Return the bytes that autograd saves beside the weights, of the largest tensor, and of the hidden states."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # They are kept alive, so that no storage's address comes twice.
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    packed: dict[str, Tensor] = {}
+    if mask is not None:  # ``DistillationModel.hidden`` makes them so.
+        packed["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=mask, device="meta")
+        packed["position_ids"] = ids
+    with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
+    sizes = [storage.nbytes() for storage in kept.values()]
+    return sum(sizes), max(sizes), math.prod(hidden.shape) * hidden.element_size()

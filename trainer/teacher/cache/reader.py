@@ -1,0 +1,75 @@
+"""Reading a cache of teacher signals: windows in any order, from shards that are checked and then mapped."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.teacher.cache.signal import Signal, normalise
+from q4kd.trainer.teacher.cache.store import CacheIndex, damaged, id_dtype
+
+
+class CacheReader:
+    """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
+
+    Args:
+        index: index of a complete cache.
+
+    Raises:
+        InputError: when the cache is not complete.
+    """
+
+    def __init__(self, index: CacheIndex) -> None:
+        if not index.is_complete:
+            expected, got = f"{index.num_shards} shards", f"{len(index.shards)}"
+            remedy = "finish it: run q4kd cache again with the same arguments"
+            raise InputError(str(index.folder), expected=expected, got=got, remedy=remedy)
+        self.index = index
+        self._open: dict[int, Any] = {}
+
+    def read(self, windows_B: npt.NDArray[np.int64]) -> Signal:
+        """Return the signal of whole windows, M = B x T, each position made to sum to one.
+
+        Raises:
+            InputError: when a shard is missing, changed or not what its name says.
+        """
+        per_shard = self.index.windows_per_shard
+        places = [divmod(int(window), per_shard) for window in windows_B]
+        parts = {
+            name: torch.from_numpy(
+                np.concatenate([self._shard(shard).get_slice(name)[place] for shard, place in places])
+            )
+            for name in ("ids", "log_probs", "tail")
+        }
+        ids_MK = parts["ids"].long()
+        try:
+            if int(ids_MK.max()) >= self.index.key.rows:
+                raise ValueError(f"token id {int(ids_MK.max())}")
+            return normalise(ids_MK, parts["log_probs"].float(), parts["tail"].float())
+        except ValueError as error:
+            path = self.index.folder / self.index.name(places[0][0])
+            raise damaged(path, f"distributions over {self.index.key.rows} tokens", str(error)) from error
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._open:
+            self._open[number] = self._load(number)
+        return self._open[number]
+
+    def _load(self, number: int) -> Any:
+        index = self.index
+        path = index.check_shard(number)
+        shape = [len(index.windows_of(number)), index.key.seq_len]
+        ids = {torch.uint16: "U16", torch.uint32: "U32"}[id_dtype(index.key.rows)]
+        wanted = {"ids": ([*shape, index.k], ids), "log_probs": ([*shape, index.k], "F16"), "tail": (shape, "F16")}
+        try:
+            shard: Any = safe_open(path, framework="np")
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise damaged(path, "safetensors", str(error)[:100]) from error
+        if found != wanted:
+            raise damaged(path, str(wanted), str(found)[:200])
+        return shard

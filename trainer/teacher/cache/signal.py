@@ -1,0 +1,65 @@
+"""A cached teacher signal: its most likely tokens of each position, and the mass of all others in the tail.
+
+Letters in shapes: M positions, K listed tokens, V rows of the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.device.host_copy import copy_from_host
+
+# This is far above 2^-8, which rounding a log-probability of -16 to float16 takes from a sum of one.
+_SUM_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The teacher's distribution over k tokens and the tail at M positions.
+
+    Attributes:
+        ids_MK: int64 token ids.
+        log_probs_MK: float32.
+        tail_M: float32 log-probability of all other tokens.
+    """
+
+    ids_MK: Tensor
+    log_probs_MK: Tensor
+    tail_M: Tensor
+
+    def to(self, device: torch.device) -> "Signal":
+        """Return the signal on a device."""
+        return Signal(*(copy_from_host(part, device) for part in (self.ids_MK, self.log_probs_MK, self.tail_M)))
+
+
+def take_top(logits_MV: Tensor, k: int) -> Signal:
+    """Return the k most likely tokens of each row and the mass of the others, computed in float32.
+
+    Args:
+        logits_MV: teacher logits over the student's rows, float ``[M, V]``.
+        k: tokens kept, from 1 to V.
+    """
+    log_p_MV = torch.log_softmax(logits_MV.float(), -1)
+    log_probs_MK, ids_MK = log_p_MV.topk(k, dim=-1)
+    # The tail is summed by itself: one minus the listed probabilities would lose a small one to rounding.
+    tail_M = log_p_MV.scatter_(1, ids_MK, -torch.inf).logsumexp(-1)
+    return Signal(ids_MK, log_probs_MK, tail_M)
+
+
+def as_stored(signal: Signal) -> Signal:
+    """Return a signal as it is read back: rounded to float16, each position made to sum to one."""
+    return normalise(signal.ids_MK, signal.log_probs_MK.half().float(), signal.tail_M.half().float())
+
+
+def normalise(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
+    """Return the signal of what was read, each position made to sum to one.
+
+    Raises:
+        ValueError: where rounding does not explain what is missing.
+    """
+    total_M = torch.logaddexp(log_probs_MK.logsumexp(-1), tail_M)
+    furthest = float((total_M.exp() - 1).abs().max())
+    if not furthest <= _SUM_TOLERANCE:  # NaN is refused too.
+        raise ValueError(f"probabilities that miss one by {furthest:.2g}")
+    return Signal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)

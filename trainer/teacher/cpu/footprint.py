@@ -1,0 +1,82 @@
+"""Predicts from dimensions alone what a forward pass on the CPU will allocate beside the file's own pages.
+
+Activations are counted where they peak: in attention, in the feed-forward or with the logits, whichever is largest.
+Buffers live as long as ``forward.py`` and ``attention.py`` keep them; ``gemm.py`` says what the allocator keeps.
+
+Letters: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query
+and of the key projection, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from q4kd.trainer.formats.architecture import TeacherConfig
+
+_FLOAT = 4
+# ``weights.py``, ``attention.py``, ``gemm.py`` and ``quant.py`` have these constants too, but need torch; a test holds
+# them equal.
+SCRATCH_BYTES = 16 << 20
+TILE_ROWS = 1024
+SCORE_BLOCK = 128
+SCORE_FLOATS = 4 << 20
+DECODED_AT_ONCE = 4096 * 256
+LARGEST_KEPT = 31 << 20
+# A decoder's temporaries take so many bytes per weight: nibbles copied, split, joined, and one float32 buffer.
+_DECODER_BYTES = 8
+# oneDNN blocks a copy of the weights that it multiplies by.
+_PRODUCT_COPIES = 1
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted bytes of one pass.
+
+    Attributes:
+        activations: largest sum of live activations, logits included when asked for.
+        scratch: bytes of the weight tile, the decoders' temporaries and the product's own buffer.
+    """
+
+    activations: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """Sum of both."""
+        return self.activations + self.scratch
+
+
+def predict_footprint(
+    config: TeacherConfig, batch: int, length: int, *, dtype: str = "float32", logits: bool = True
+) -> Footprint:
+    """Predict the memory of ``Teacher.logits``, or of ``Teacher.hidden`` without ``logits``, on the CPU.
+
+    Args:
+        config: the teacher's dimensions.
+        batch: B.
+        length: T.
+        dtype: dtype of the matrix products, float32 or bfloat16.
+        logits: whether logits of every position are made at once, as the ``logits`` command does.
+    """
+    tokens = batch * length
+    size = 2 if dtype == "bfloat16" else _FLOAT
+    stream = _FLOAT * tokens * config.hidden_size
+    normed = size * tokens * config.hidden_size
+    queries = _FLOAT * tokens * config.q_size
+    keys = _FLOAT * tokens * config.kv_size
+    part = size * tokens * TILE_ROWS
+    groups = config.num_heads // config.num_kv_heads
+    block = min(SCORE_BLOCK, max(1, SCORE_FLOATS // (groups * length)), length)
+    scores = _FLOAT * length * (groups * block + config.head_dim)
+    attention = stream + normed + 3 * queries + 2 * keys + scores
+    feed_forward = stream + normed + 2 * size * tokens * config.ffn_size + part
+    # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
+    # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
+    kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
+    head = stream + normed + _FLOAT * tokens * config.vocab_size + max(part, kept) if logits else 0
+    tables = 3 * _FLOAT * length * config.head_dim
+    scratch = _scratch(config)
+    return Footprint(max(attention, feed_forward, head) + tables, scratch)
+
+
+def _scratch(config: TeacherConfig) -> int:
+    tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, config.ffn_size, config.q_size))
+    return tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE

@@ -1,0 +1,294 @@
+"""The forward pass on a CUDA device: packed weights decoded into a bounded scratch, cuBLAS, fused kernels, torch SDPA.
+
+Arithmetic in the default dtype: weights are decoded in float32 and rounded once to bfloat16; products take bfloat16 and
+accumulate in float32; norms, rotary embedding and SwiGLU compute in float32; the residual stream and the logits are
+float32. In float32 (for comparisons) everything is float32 and TF32 is off. Nothing but token ids comes from the host.
+
+Bytes for M tokens, bfloat16, with S = ``MLP_TOKENS`` (the feed-forward part runs S tokens at a time)::
+
+    residual 4 M H | normed, delta 2 M H each | Q, K, V 2 M (N + 2 K) D | attention 2 M N D
+    gate and up 4 M F (4 S F where both fit one slab) | gated 2 M F
+
+Qwen2.5-7B (H 3584, F 18944, (N + 2 K) D 4608) at M = 8,192: 117 + 59 + 59 + 76 + 59 + 621 + 310 MB = 1.30 GB, beside
+the weights (4.68 GB) and two scratch buffers (0.27 GB). The head (1.09 GB decoded) is held between the first
+``head_logits`` and the next ``hidden``, when the activations are gone.
+
+Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, N heads, K key-value
+heads, D head size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.kernels.numerics import attention, attention_bias, multiply, pinned_numerics
+from q4kd.trainer.teacher.cpu.forward import rope_tables
+from q4kd.trainer.teacher.cuda.graphs import PassGraphs
+from q4kd.trainer.teacher.cuda.layers import Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
+from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
+
+if TYPE_CHECKING:
+    from q4kd.trainer.kernels.teacher_kernels import Kernels
+
+MLP_TOKENS = 4096
+# A shorter pass is bound by the host, where ordering two streams costs more than it hides (measured on an H200).
+OVERLAP_MIN_TOKENS = 512
+# Passes up to here are replayed as CUDA graphs; each keeps the activations of its pass (165 MB for 7B at 1,024).
+GRAPH_MAX_TOKENS = 1024
+# Decoded heads of more bytes go through the scratch buffers slab by slab at every call instead of being held.
+DEFAULT_HEAD_BYTES = 1_300_000_000
+_KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Buffers of one pass, reused by every layer; all but the residual stream are in the compute dtype."""
+
+    residual: Tensor  # float32 [M, H]
+    normed: Tensor  # [M, H]
+    delta: Tensor  # [M, H]
+    qkv: Tensor  # [M, (N + 2 K) D]
+    gate_up: Tensor  # [min(M, S), 2 F]
+    gated: Tensor  # [M, F]
+
+
+class ScratchBytes:
+    """Counts what the forward pass holds beside the weights: scratch buffers, and the decoded head while it is held."""
+
+    def __init__(self, stream: WeightStream) -> None:
+        self._stream = stream
+        self.head: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
+        return self._stream.num_bytes + head
+
+
+class CudaForward:
+    """The weights of a model as a CUDA device holds them, and the forward pass over them.
+
+    Args:
+        config: the model's dimensions.
+        tensors: every tensor of the file, on the device; Q6_K ones are repacked in place, so they serve only once.
+        backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix now and drops them.
+        kernels: kernels of the tensors' device.
+        dtype: bfloat16, or float32 for comparisons.
+        overlap: whether the next weight is decoded beside the current product (two scratch buffers instead of one).
+        graphs: whether short passes are replayed as CUDA graphs.
+        scratch_bytes: bound of one scratch buffer.
+        head_bytes: bytes of the largest decoded head that is held for a pass.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        tensors: Mapping[str, DeviceTensor],
+        backend: str,
+        kernels: "Kernels",
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        overlap: bool = True,
+        graphs: bool = True,
+        scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+        head_bytes: int = DEFAULT_HEAD_BYTES,
+    ) -> None:
+        self.config, self._kernels, self._dtype = config, kernels, dtype
+        self.device = next(iter(tensors.values())).packed.device
+        self._weights = ModelWeights(config, tensors, backend, kernels, dtype)
+        self.matrices, self.vector_bytes = self._weights.matrices, self._weights.vector_bytes
+        self._head = self._weights.head
+        layers = [group for layer in self._weights.layers for group in layer.groups]
+        self._holds_head = self._head.rows * self._head.cols * dtype.itemsize <= head_bytes
+        # What repacking freed goes back to the driver, since scratch carved out of it would pin the rest.
+        torch.cuda.empty_cache()
+        timeline: Timeline | None = SideStream(self.device, 2) if overlap and backend == "q4k" else None
+        self._stream = WeightStream(
+            [layers] if self._holds_head else [layers, [self._head]],
+            dtype=dtype,
+            device=self.device,
+            scratch_bytes=scratch_bytes,
+            timeline=timeline,
+        )
+        self.scratch = ScratchBytes(self._stream)
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs = PassGraphs(self._run) if graphs else None
+
+    def embed(self, row_ids: Tensor) -> Tensor:
+        """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``, on the device."""
+        out = torch.empty(len(row_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
+        self._weights.embedding.matrices[0].gather(row_ids.to(self.device), out)
+        return out
+
+    @torch.no_grad()
+    def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """Return the final, normalised hidden states of checked int64 ids ``[B, T]``.
+
+        Args:
+            ids_BT: token ids.
+            starts_BT: checked int64 first position of each position's document; None keeps flash attention and graphs.
+
+        Returns:
+            compute dtype ``[B, T, H]``, on the device.
+        """
+        self.scratch.head = None
+        ids_BT = ids_BT.to(self.device)
+        if starts_BT is not None:
+            return self._run(ids_BT, attention_bias(starts_BT.to(self.device), self._dtype))
+        if self._graphs is not None and ids_BT.numel() <= GRAPH_MAX_TOKENS:
+            return self._graphs(ids_BT)
+        return self._run(ids_BT)
+
+    def _run(self, ids_BT: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
+        batch, length = ids_BT.shape
+        config, kernels = self.config, self._kernels
+        cos_TD, sin_TD = self._rope(length)
+        self._stream.begin(look_ahead=batch * length >= max(OVERLAP_MIN_TOKENS, FUSED_MAX_TOKENS + 1))
+        with pinned_numerics():
+            buffers = self._activations(self.embed(ids_BT.reshape(-1)))
+            residual, normed = buffers.residual, buffers.normed
+            kernels.rms_norm(residual, self._weights.layers[0].attn_norm, config.rms_eps, normed)
+            following = [layer.attn_norm for layer in self._weights.layers[1:]] + [self._weights.output_norm]
+            for layer, next_norm in zip(self._weights.layers, following, strict=True):
+                self._attend(layer, buffers, batch, cos_TD, sin_TD, bias_B1TT)
+                kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
+                self._feed_forward(layer, buffers)
+                kernels.add_rms_norm(residual, buffers.delta, next_norm, config.rms_eps, normed)
+        return normed.view(batch, length, -1)
+
+    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
+        # There is one table for each power of two, and none is dropped: captured passes go on reading them.
+        positions = 1 << (length - 1).bit_length()
+        if positions not in self._tables:
+            config = self.config
+            cos_TD, sin_TD = rope_tables(positions, config.head_dim, config.rope_base, self._weights.rope_factors)
+            self._tables[positions] = cos_TD.to(self.device), sin_TD.to(self.device)
+        cos_TD, sin_TD = self._tables[positions]
+        return cos_TD[:length], sin_TD[:length]
+
+    def _activations(self, residual_MH: Tensor) -> _Activations:
+        tokens, hidden = residual_MH.shape
+        config = self.config
+
+        def buffer(rows: int, cols: int) -> Tensor:
+            return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
+
+        # A group cut into slabs is finished for every token before SwiGLU can start.
+        whole = not all(self._stream.is_whole(layer.gate_up) for layer in self._weights.layers)
+        return _Activations(
+            residual=residual_MH,
+            normed=buffer(tokens, hidden),
+            delta=buffer(tokens, hidden),
+            qkv=buffer(tokens, config.q_size + 2 * config.kv_size),
+            gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * config.ffn_size),
+            gated=buffer(tokens, config.ffn_size),
+        )
+
+    def _is_few(self, group: Group, tokens: int) -> bool:
+        return tokens <= FUSED_MAX_TOKENS and self._dtype == torch.bfloat16 and group.is_fusable
+
+    def _product(self, group: Group, x_MK: Tensor, out_MR: Tensor) -> None:
+        if self._is_few(group, len(x_MK)):
+            group.multiply_few(x_MK, out_MR)
+            return
+        for rows, weight_RK in self._stream.decoded(group):
+            multiply(x_MK, weight_RK, out_MR[:, rows])
+
+    def _attend(
+        self,
+        layer: Layer,
+        buffers: _Activations,
+        batch: int,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        bias_B1TT: Tensor | None,
+    ) -> None:
+        config = self.config
+        self._product(layer.qkv, buffers.normed, buffers.qkv)
+        q_end, k_end = config.q_size, config.q_size + config.kv_size
+        q_MND = buffers.qkv[:, :q_end].view(-1, config.num_heads, config.head_dim)
+        k_MKD = buffers.qkv[:, q_end:k_end].view(-1, config.num_kv_heads, config.head_dim)
+        v_flat = buffers.qkv[:, k_end:]
+        self._kernels.rope(
+            q_MND,
+            k_MKD,
+            cos_TD,
+            sin_TD,
+            _KERNEL_LAYOUTS[config.rope_layout],
+            q_bias=layer.q_bias,
+            k_bias=layer.k_bias,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.rms_eps,
+        )
+        if layer.v_bias is not None:
+            self._kernels.add_bias(v_flat, layer.v_bias)
+        v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
+        q_BNTD, k_BKTD, v_BKTD = (
+            part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)
+        )
+        mixed_MH = attention(q_BNTD, k_BKTD, v_BKTD, bias_B1TT)
+        self._product(layer.attn_output, mixed_MH, buffers.delta)
+
+    def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
+        x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
+        tokens, step = len(x_MH), len(gate_up)
+        if step == tokens:
+            self._product(layer.gate_up, x_MH, gate_up)
+            self._kernels.swiglu(gate_up, gated_MF)
+        else:
+            for _, weight_RK in self._stream.decoded(layer.gate_up):
+                for start in range(0, tokens, step):
+                    stop = min(start + step, tokens)
+                    part = gate_up[: stop - start]
+                    multiply(x_MH[start:stop], weight_RK, part)
+                    self._kernels.swiglu(part, gated_MF[start:stop])
+        self._product(layer.ffn_down, gated_MF, buffers.delta)
+
+    @torch.no_grad()
+    def head_logits(self, hidden_MH: Tensor) -> Tensor:
+        """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``, on the device.
+
+        The head is decoded at the first call after ``hidden`` and held until the next pass or ``release_head``, so
+        that a caller may take its tokens in chunks.
+        """
+        x_MH = hidden_MH.to(self.device, self._dtype)
+        out_MV = torch.empty(len(x_MH), self._head.rows, dtype=torch.float32, device=self.device)
+        with pinned_numerics():
+            if self._is_few(self._head, len(x_MH)):
+                self._head.multiply_few(x_MH, out_MV)
+            elif self._holds_head:
+                multiply(x_MH, self._decoded_head(), out_MV)
+            else:
+                self._stream.begin(look_ahead=True)
+                for rows, weight_RK in self._stream.decoded(self._head):
+                    multiply(x_MH, weight_RK, out_MV[:, rows])
+        return out_MV
+
+    def _decoded_head(self) -> Tensor:
+        if self._head.resident is not None:
+            return self._head.resident
+        if self.scratch.head is None:
+            self.scratch.head = torch.empty(self._head.rows, self._head.cols, dtype=self._dtype, device=self.device)
+            self._head.matrices[0].decode(0, self._head.rows, self.scratch.head)
+        return self.scratch.head
+
+    @torch.no_grad()
+    def decoded_head(self) -> Tensor | None:
+        """Return the decoded head ``[V, H]``, held until the next pass or ``release_head``; None if it is too large."""
+        return self._decoded_head() if self._holds_head or self._head.resident is not None else None
+
+    @torch.no_grad()
+    def decode_head(self, start: int, stop: int, out_RH: Tensor) -> None:
+        """Write head rows ``start`` to ``stop`` to ``out_RH``, contiguous, of the compute dtype, on the device."""
+        self._head.matrices[0].decode(start, stop, out_RH)
+
+    def release_head(self) -> None:
+        """Free the decoded head, if one is held."""
+        self.scratch.head = None

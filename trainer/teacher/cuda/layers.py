@@ -1,0 +1,101 @@
+"""Arranges a model's tensors on the device for the forward pass: groups of matrices, and vectors in float32."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
+
+if TYPE_CHECKING:
+    from q4kd.trainer.kernels.teacher_kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block: matrices by the input they share, vectors in float32."""
+
+    attn_norm: Tensor
+    qkv: Group
+    attn_output: Group
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    ffn_norm: Tensor
+    gate_up: Group
+    ffn_down: Group
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups in the order in which a pass uses them."""
+        return self.qkv, self.attn_output, self.gate_up, self.ffn_down
+
+
+class ModelWeights:
+    """Every weight of a model; a tied head is the embedding.
+
+    Args:
+        config: the model's dimensions.
+        tensors: every tensor of the file, on the device; Q6_K ones are repacked in place.
+        backend: ``q4k`` keeps the blocks, ``dense`` decodes every matrix.
+        kernels: kernels of the tensors' device.
+        dtype: dtype of decoded matrices.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        tensors: Mapping[str, DeviceTensor],
+        backend: str,
+        kernels: "Kernels",
+        dtype: torch.dtype,
+    ) -> None:
+        self._tensors, self._kernels = tensors, kernels
+        self._dense = dtype if backend == "dense" else None
+        self.matrices: dict[str, CudaMatrix] = {}
+        self.vector_bytes: Counter[str] = Counter()
+        self.embedding = self._group("token_embd.weight")
+        self.layers = [self._layer(f"blk.{index}.") for index in range(config.num_layers)]
+        self.output_norm = self._vector("output_norm.weight")
+        self.head = self.embedding if config.tied_head else self._group("output.weight")
+        self.rope_factors = self._optional(ROPE_FACTORS)
+        del self._tensors
+
+    def _group(self, *names: str) -> Group:
+        matrices = {name: CudaMatrix(self._tensors[name], self._kernels) for name in names}
+        self.matrices |= matrices
+        group = Group(list(matrices.values()))
+        if self._dense is not None:
+            group.densify(self._dense, self._tensors[names[0]].packed.device)
+        return group
+
+    def _vector(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        vector = torch.empty(1, tensor.shape[0], dtype=torch.float32, device=tensor.packed.device)
+        self._kernels.decode(tensor.type, tensor.packed, 0, 1, tensor.shape[0], vector)
+        self.vector_bytes["F32"] += vector.numel() * 4
+        return vector[0]
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self._vector(name) if name in self._tensors else None
+
+    def _layer(self, prefix: str) -> Layer:
+        return Layer(
+            attn_norm=self._vector(prefix + "attn_norm.weight"),
+            qkv=self._group(*(f"{prefix}attn_{name}.weight" for name in "qkv")),
+            attn_output=self._group(prefix + "attn_output.weight"),
+            q_bias=self._optional(prefix + "attn_q.bias"),
+            k_bias=self._optional(prefix + "attn_k.bias"),
+            v_bias=self._optional(prefix + "attn_v.bias"),
+            q_norm=self._optional(prefix + "attn_q_norm.weight"),
+            k_norm=self._optional(prefix + "attn_k_norm.weight"),
+            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
+            gate_up=self._group(prefix + "ffn_gate.weight", prefix + "ffn_up.weight"),
+            ffn_down=self._group(prefix + "ffn_down.weight"),
+        )

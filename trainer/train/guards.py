@@ -1,0 +1,217 @@
+"""Checks before the first step: a run that cannot teach anything is refused, not started."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.training_data import Order
+from q4kd.trainer.errors import DegenerateDistillationError, InputError
+from q4kd.trainer.files import sha256_file
+from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.student.model import DistillationModel, has_weights
+from q4kd.trainer.teacher.teacher import Teacher
+from q4kd.trainer.train.distributed import reshard, whole
+from q4kd.trainer.train.step import SignalSource
+
+# The demo teacher sits 2.7e-3 nats from its own float32 original (so weights are compared too), and 3.7 to 4.0 nats
+# from an untrained student.
+KL_FLOOR = 1e-3
+SAME_WEIGHTS_ERROR = 0.2
+_PROBE_ROWS = 64
+
+
+def _wrong_vocabulary(expected: str, got: str, remedy: str) -> InputError:
+    return InputError("vocabulary", expected=expected, got=got, remedy=remedy)
+
+
+def check_vocabulary(
+    teacher_tokens: Sequence[str], teacher_rows: int, student_ids: Mapping[str, int], rows: int
+) -> None:
+    """Check that every token the student knows has the same id in the teacher.
+
+    Args:
+        teacher_tokens: the teacher's token strings by id.
+        teacher_rows: rows of the teacher's head.
+        student_ids: the student tokenizer's token → id map.
+        rows: rows of the student's head; the teacher's logits are cut to this width.
+
+    Raises:
+        InputError: when the student's head is wider than the teacher's, or narrower than its own tokenizer, or a
+            token's ids differ.
+    """
+    highest = max(student_ids.values(), default=-1)
+    if highest >= rows:
+        raise _wrong_vocabulary(
+            f"a student head with a row for each id of its tokenizer, {highest + 1}",
+            f"{rows} rows",
+            "resize its embedding, or give the tokenizer that belongs to it",
+        )
+    if rows > teacher_rows:
+        raise _wrong_vocabulary(
+            f"a student head of at most the teacher's {teacher_rows} rows",
+            f"{rows} rows",
+            "choose a student of the same model family",
+        )
+    if not teacher_tokens:
+        raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
+    for token, index in student_ids.items():
+        if index >= len(teacher_tokens) or teacher_tokens[index] != token:
+            other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+            raise _wrong_vocabulary(
+                f"the same token at every id (student: id {index} is {token!r})",
+                f"{other!r} in the teacher",
+                "choose a student with the teacher's tokenizer; equal widths are not enough",
+            )
+
+
+def check_labels(order: Order, path: Path) -> None:
+    """Refuse data that has no label in any window, or in the first batches of a stream.
+
+    Raises:
+        InputError: when every label is masked.
+    """
+    if not order.has_label():
+        expected, got = "at least one that is not masked", f"none in {path}"
+        remedy = "set completion_only to false, mend the chat template, or unmask labels of pre-tokenised data"
+        raise InputError("labels", expected=expected, got=got, remedy=remedy)
+
+
+@torch.no_grad()
+def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: int, device: torch.device) -> None:
+    """Refuse a student in which packed documents would see each other: another first one must not change the second.
+
+    Args:
+        model: prepared ``DistillationModel``; it is left in the mode it was in.
+        student_config: the student's Hugging Face config.
+        vocab_size: rows of its head.
+        seq_len: positions of a sequence.
+        device: device of the model.
+
+    Raises:
+        InputError: when it does, or a sliding window that the packed mask would replace is shorter than a sequence.
+    """
+    window = getattr(student_config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
+    if slides and window is not None and window < seq_len:
+        expected = f"attention over all {seq_len} positions for packing: documents"
+        got = f"a sliding window of {window}"
+        raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")
+    half = min(4, seq_len // 2)
+    positions = torch.arange(2 * half, device=device)
+    ids_1T = (positions % vocab_size)[None]
+    other_1T = torch.where(positions < half, (ids_1T + 1) % vocab_size, ids_1T)
+    starts_1T = (positions // half * half)[None]
+    was_training = model.training
+    model.eval()
+    one, two = (
+        model(ids, ids, None, 1, starts_1T, use=lambda hidden_MH, _head: hidden_MH.clone())
+        for ids in (ids_1T, other_1T)
+    )
+    model.train(was_training)
+    reshard(model)
+    if not torch.equal(one[half:], two[half:]):
+        raise InputError(
+            "student",
+            expected="attention that takes a mask, for packing: documents",
+            got=f"{type(student_config).__name__}, with which packed documents see each other",
+            remedy="set packing to none, or attn_implementation in its config.json to sdpa",
+        )
+
+
+def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
+    """Return whether the student is the teacher up to quantisation, judged by its embedding rows."""
+    embedding = model.student.get_input_embeddings().weight.detach()
+    if embedding.shape != (teacher.config.vocab_size, teacher.config.hidden_size):
+        return False
+    embedding = whole(embedding, embedding)
+    rows = torch.linspace(0, len(embedding) - 1, _PROBE_ROWS, device=embedding.device).long()
+    teacher_rows = teacher.embed(rows).to(embedding.device)
+    error = (embedding[rows].float() - teacher_rows).norm() / teacher_rows.norm()
+    return bool(error < SAME_WEIGHTS_ERROR)
+
+
+def holds_teacher_file(teacher: Path, student: Path) -> bool:
+    """Return whether a student folder with weights holds the teacher's own file, as beside its quantised form.
+
+    Only digests of GGUF files of the teacher's size are compared.
+    """
+    if not has_weights(student):
+        return False
+    size = teacher.stat().st_size
+    same_size = [path for path in student.glob("*.gguf") if path.is_file() and path.stat().st_size == size]
+    return bool(same_size) and sha256_file(teacher) in {sha256_file(path) for path in same_size}
+
+
+@torch.no_grad()
+def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
+    """Return the mean KL(teacher || student) in nats over the first sequence of a batch; ``model`` may be wrapped."""
+    ids_1T, starts_1T = ids_BT[:1], None if starts_BT is None else starts_BT[:1]
+    teacher_TH = teacher.hidden(ids_1T, starts_1T)[0]
+
+    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
+        log_q = torch.log_softmax((hidden_TH @ head_VH.T).float(), -1)
+        log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    kl: float = model(ids_1T, ids_1T, None, 1, starts_1T, use=measure)
+    reshard(model)
+    return kl
+
+
+def check_not_degenerate(
+    teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None, *, folder: Path
+) -> float:
+    """Refuse a student that already equals the teacher; return the step-0 KL.
+
+    Args:
+        teacher: the loaded teacher.
+        model: the student as it came from ``folder``.
+        ids_BT: the first batch.
+        starts_BT: first position of each position's document.
+        folder: folder of the student.
+
+    Raises:
+        DegenerateDistillationError: when the weights are the same up to quantisation, the folder holds the teacher's
+            file by digest, or the KL is under the floor.
+    """
+    kl = step_zero_kl(teacher, model, ids_BT, starts_BT)
+    same = same_weights(teacher, getattr(model, "module", model)) or holds_teacher_file(teacher.model.path, folder)
+    if same or kl < KL_FLOOR:
+        raise _degenerate(f"{'the same weights, ' if same else ''}KL {kl:.2e}")
+    return kl
+
+
+@torch.no_grad()
+def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) -> float:
+    """Refuse a student that already says what the cache does of a batch's first sequence; return the step-0 KL.
+
+    It is taken over k + 1 events, and so is at most that over the vocabulary.
+
+    Raises:
+        DegenerateDistillationError: when it is under the floor.
+    """
+    first, config = batch[:1], KDLossConfig(alpha=0.0)
+    signal, ids_T = cached.signal(first), first.ids_BT[0]
+
+    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
+        # Every position counts, as with a teacher that is here: any token that is not masked does for a label.
+        return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
+
+    kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)
+    reshard(model)
+    if kl < KL_FLOOR:
+        raise _degenerate(f"KL {kl:.2e} over the cached tokens")
+    return kl
+
+
+def _degenerate(got: str) -> DegenerateDistillationError:
+    return DegenerateDistillationError(
+        "teacher and student",
+        expected=f"two different models (KL at step 0 of at least {KL_FLOOR:g} nats)",
+        got=got,
+        remedy="choose another student, or pass --allow-degenerate-kd to train regardless",
+    )

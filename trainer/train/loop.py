@@ -1,0 +1,181 @@
+"""The steps of a run, and what comes between them: evaluations, checkpoints, the end that somebody asks for."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.errors import NotFiniteError, RunFolderError, StoppedError
+from q4kd.trainer.train.checkpoint import (
+    CheckpointState,
+    CheckpointTensors,
+    checkpoint_path,
+    is_best,
+    prune_checkpoints,
+    random_tensors,
+    record_evaluation,
+    save_checkpoint,
+)
+from q4kd.trainer.train.distributed import gather, trained_tensors
+from q4kd.trainer.train.evaluate import evaluate
+from q4kd.trainer.train.hang_watchdog import HangWatchdog
+from q4kd.trainer.train.run.assembly import Progress, Run
+from q4kd.trainer.train.run.folder import kept, save_step
+from q4kd.trainer.train.run.progress import Reporter
+from q4kd.trainer.train.step import StepResult, learning_rate, train_step
+from q4kd.trainer.train.stop_request import StopRequest
+
+# A checkpoint may take as long as so many steps before it counts as a hang.
+_CHECKPOINT_ALLOWANCE = 4
+
+
+def train_to_the_end(run: Run, progress: Progress, *, resumed: bool) -> None:
+    """Evaluate, take the remaining steps, write a checkpoint of the last one and evaluate again.
+
+    Raises:
+        NotFiniteError: at a step whose loss or gradient is not finite; its batch is kept.
+        StoppedError: when somebody asked the run to stop; a checkpoint is written then.
+        RunFolderError: when a checkpoint cannot be written.
+    """
+    reporter = Reporter(run.last_step, run.config.log_every, run.data.order.steps_per_epoch)
+    watchdog = HangWatchdog(run.config.hang_s, run.config.out, run.events, rank=run.accelerator.process_index)
+    with StopRequest(announce=run.is_main) as stop, watchdog:
+        if not resumed or (_evaluation_is_due(run, progress) and not progress.is_evaluated):
+            _evaluate(run, progress, watchdog)
+        with reporter.running(progress.done) if run.is_main else contextlib.nullcontext():
+            _take_steps(run, progress, reporter, watchdog, stop)
+        _checkpoint(run, progress, watchdog)
+        number = stop.agreed(run.accelerator)
+        if number:
+            raise _end_early(run, progress, number)
+        _evaluate(run, progress, watchdog)
+
+
+def _take_steps(run: Run, progress: Progress, reporter: Reporter, watchdog: HangWatchdog, stop: StopRequest) -> None:
+    """Take the remaining steps, or those until somebody asks the run to stop."""
+    every = run.config.checkpoint_every
+    run.model.train()
+    while progress.done < run.last_step:
+        watchdog.beat(progress.done)
+        _take_step(run, progress, reporter)
+        if stop.agreed(run.accelerator):
+            return
+        if every and progress.done % every == 0 and progress.done < run.last_step:
+            _checkpoint(run, progress, watchdog)
+        if _evaluation_is_due(run, progress):
+            _evaluate(run, progress, watchdog)
+
+
+def _take_step(run: Run, progress: Progress, reporter: Reporter) -> None:
+    """Take one step and report it."""
+    config, step = run.config, progress.done
+    before = time.monotonic()
+    batch = run.batch(step)
+    data_s = time.monotonic() - before
+    source = run.source if config.alpha < 1 else None
+    lr = learning_rate(step, config, run.total_steps)
+    try:
+        result = train_step(run.accelerator, run.model, source, run.optimizer, batch, config, lr)
+    except NotFiniteError as error:
+        raise _kept_for_inspection(run, step + 1, batch, error) from error
+    progress.count_step(data_s + result.seconds)
+    if run.is_main:
+        _report(run, progress, reporter, result, data_s)
+
+
+def _report(run: Run, progress: Progress, reporter: Reporter, result: StepResult, data_s: float) -> None:
+    run.events.emit("step", step=progress.done, steps=run.last_step, data_s=data_s, **vars(result))
+    tokens_per_second, teacher_share = result.tokens / result.seconds, result.teacher_s / max(result.seconds, 1e-9)
+    reporter.step(progress.done, result.loss, tokens_per_second, teacher_share)
+
+
+def _kept_for_inspection(run: Run, step: int, batch: Batch, error: NotFiniteError) -> NotFiniteError:
+    """Save a failed step's batch and terms; return the error with the place."""
+    path = save_step(run.config.out / "aborted", step, batch, error.terms)
+    run.events.emit("aborted", step=step, reason=str(error), **error.terms)
+    return NotFiniteError(error.terms, f"step {step}: {error}; the batch is in {path}, {kept(run.config.out)}")
+
+
+def _evaluation_is_due(run: Run, progress: Progress) -> bool:
+    every = run.config.eval_every
+    return bool(every) and progress.done % every == 0 and 0 < progress.done < run.last_step
+
+
+def _evaluate(run: Run, progress: Progress, watchdog: HangWatchdog) -> None:
+    """Evaluate, and keep the figures with this step's checkpoint; the best so far gets one of its own."""
+    config, done = run.config, progress.done
+    batches = 1 + config.eval_tokens // (config.seq_len * config.batch_size)
+    with watchdog.allowing("the evaluation", batches):
+        result = evaluate(run.accelerator, run.model, run.source.teacher, run.held_out_batches())
+    if result is None:
+        return
+    figures = result.figures
+    if run.is_main:
+        run.events.emit("eval", step=done, **figures)
+        print(f"Held-out at step {done}: {result.describe()}", flush=True)
+    is_kept = checkpoint_path(config.out, done).is_dir()
+    better = not is_kept and done > 0 and is_best(config.out, config.best_metric, figures[config.best_metric])
+    if _main_says(run, better):
+        _checkpoint(run, progress, watchdog, figures)
+    elif is_kept and run.is_main:
+        with _writing(run, progress):
+            record_evaluation(checkpoint_path(config.out, done), figures)
+            prune_checkpoints(config.out, config.keep, config.best_metric)
+
+
+def _main_says(run: Run, value: bool) -> bool:
+    """Return the main process's answer in every process: only it is sure to see the run's folder."""
+    if run.accelerator.num_processes == 1:
+        return value
+    told = torch.tensor([int(value and run.is_main)], device=run.accelerator.device)
+    return bool(run.accelerator.reduce(told, reduction="sum").item())
+
+
+def _checkpoint(
+    run: Run, progress: Progress, watchdog: HangWatchdog, evaluation: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint of this step; all processes must call it, since the state of all of them goes into it."""
+    config = run.config
+    with watchdog.allowing("the checkpoint", _CHECKPOINT_ALLOWANCE):
+        # Under FSDP every process holds a part of each tensor: all gather, one writes.
+        tensors = CheckpointTensors(
+            model=gather(trained_tensors(run.unwrapped.student), run.is_main),
+            optimizer=gather(run.optimizer.tensors(), run.is_main),
+            random=random_tensors(run.accelerator),
+        )
+        if not run.is_main:
+            return
+        state = CheckpointState(progress.done, run.settings, run.data.sha256, evaluation)
+        with _writing(run, progress):
+            path = save_checkpoint(config.out, tensors, state)
+            prune_checkpoints(config.out, config.keep, config.best_metric)
+    run.events.emit("checkpoint", step=progress.done, path=path.name)
+
+
+@contextlib.contextmanager
+def _writing(run: Run, progress: Progress) -> Iterator[None]:
+    """Explain a checkpoint that cannot be written, and name those that are kept."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise RunFolderError(
+            f"step {progress.done}: the checkpoint cannot be written ({said}); {kept(run.config.out)}"
+        ) from error
+
+
+def _end_early(run: Run, progress: Progress, number: int) -> StoppedError:
+    """Return the error that ends a run which somebody asked to stop; its checkpoint is written.
+
+    All processes end with it, one says so.
+    """
+    name = signal.Signals(number).name
+    run.events.emit("stopped", step=progress.done, signal=name)
+    path = checkpoint_path(run.config.out, progress.done)
+    said = f"{name}: stopped after step {progress.done}; continue from {path} with --resume"
+    return StoppedError(said if run.is_main else "", number)

@@ -1,0 +1,223 @@
+"""What a run holds in memory, thing by thing, counted before anything is allocated; and in which phases each lives.
+
+Memory peaks in one of four phases of a step, and what lives in all of them is counted once::
+
+    teacher     held + the teacher's own activations
+    loss        held + gradients of earlier micro-batches + saved activations + the loss's gradients and chunk
+    backward    held + all gradients + the tied embedding's, still apart + what the first layer saved + its temporaries
+    optimizer   held + all gradients + what an update needs beside them
+
+*held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
+the largest phase, not the sum. Imports of this program (Python, torch, transformers) are what it is counted above.
+
+Letters: M = B x T tokens of a micro-batch, P weights of the student, V rows of its head, H hidden size, C tokens of a
+chunk of the loss.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.device.memory_report import sized
+from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.student.shape import StudentShape
+from q4kd.trainer.teacher.cpu.footprint import LARGEST_KEPT
+
+Phase = Literal["teacher", "loss", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("teacher", "loss", "backward", "optimizer")
+# Two moments of AdamW, in bytes for each weight; blocks of 256 of the 8-bit ones share a float32 scale.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "paged_adamw": 8.0, "paged_adamw_8bit": 2.0 + 8 / 256}
+# float32 [C, V] that live at one time in the CPU's loss, and one for what glibc keeps between them.
+_CPU_CHUNK_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory.
+
+    Attributes:
+        name: what it is.
+        bytes: that it takes.
+        basis: what the bytes are computed from.
+        phases: in which it lives.
+        is_mapped: whether it is pages of a file, which the kernel may drop and read again.
+    """
+
+    name: str
+    bytes: int
+    basis: str
+    phases: tuple[Phase, ...] = PHASES
+    is_mapped: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What is known of the teacher from its file's header.
+
+    Attributes:
+        config: its dimensions.
+        weight_bytes: that its weights take where they are held.
+        is_mapped: whether they are pages of the file.
+        scratch_bytes: of its reusable buffers.
+        activation_bytes: of a pass over one micro-batch, at its peak.
+        weights: number of weights, for FLOPs.
+        basis: where ``weight_bytes`` comes from.
+    """
+
+    config: TeacherConfig
+    weight_bytes: int
+    is_mapped: bool
+    scratch_bytes: int
+    activation_bytes: int
+    weights: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """A cache in the place of a teacher: k tokens of a position, and bytes of the files where the host computes."""
+
+    k: int
+    mapped_bytes: int
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """Buffers of the loss beside the two gradients: bytes of a chunk, and of the teacher's decoded head."""
+
+    chunk_bytes: int
+    head_bytes: int
+    basis: str
+
+
+def saved_activations(config: DistillConfig, student: StudentShape) -> tuple[int, str]:
+    """Return the bytes that autograd keeps of a student's forward pass, and the arithmetic."""
+    saved = student.saved_bytes
+    basis = f"saved tensors of {student.layers} layers, counted in the student's own code"
+    if config.student_kernels == "liger":
+        saved -= student.liger_saves
+        basis += ", without what Liger's norms and SwiGLU do not keep"
+    if not config.gradient_checkpointing:
+        return saved, basis
+    layer = saved // max(1, student.layers)
+    return (
+        student.layers * student.layer_input_bytes + layer,
+        f"input of each of {student.layers} layers + one layer's saved tensors ({sized(layer)})",
+    )
+
+
+def count_items(
+    config: DistillConfig, student: StudentShape, teacher: TeacherShape | CacheShape | None, loss: LossShape
+) -> tuple[Item, ...]:
+    """Return everything that a run of these settings takes on the device that computes."""
+    size = student.weight_bytes
+    trained = config.lora_rank * student.lora_parameters if config.lora_rank else student.parameters
+    tokens = config.batch_size * config.seq_len
+    items = []
+    if isinstance(teacher, CacheShape):
+        items += _cache_items(teacher, tokens)
+    elif teacher is not None:
+        items += [
+            Item("teacher weights", teacher.weight_bytes, teacher.basis, is_mapped=teacher.is_mapped),
+            Item("teacher scratch", teacher.scratch_bytes, "decoded tiles, reused by every product"),
+            Item("teacher activations", teacher.activation_bytes, f"a pass over {tokens:,} tokens", ("teacher",)),
+            Item(
+                "teacher hidden states",
+                tokens * teacher.config.hidden_size * size,
+                f"{tokens:,} x {teacher.config.hidden_size:,} x {size} bytes",
+                ("loss", "backward"),
+            ),
+        ]
+        if loss.head_bytes:
+            rows, width = teacher.config.vocab_size, teacher.config.hidden_size
+            items.append(
+                Item(
+                    "teacher head, decoded", loss.head_bytes, f"{rows:,} x {width:,}, held by loss_mode fast", ("loss",)
+                )
+            )
+    items.append(Item("student weights", student.parameters * size, f"{student.parameters:,} x {size} bytes"))
+    if config.lora_rank:
+        items.append(Item("adapters", trained * size, f"{trained:,} x {size} bytes"))
+    if size < 4:
+        items.append(Item("master weights", trained * 4, f"{trained:,} x 4 bytes, float32"))
+    moments = MOMENT_BYTES[config.optimizer]
+    items.append(
+        Item("optimizer moments", int(trained * moments), f"{trained:,} x {moments:.3g} bytes ({config.optimizer})")
+    )
+    late: tuple[Phase, ...] = ("backward", "optimizer")
+    with_gradients: tuple[Phase, ...] = ("teacher", "loss", *late) if config.accumulation > 1 else late
+    items.append(Item("gradients", trained * size, f"{trained:,} x {size} bytes", with_gradients))
+    activations, basis = saved_activations(config, student)
+    items.append(Item("activations", activations, basis, ("loss",)))
+    layer = student.saved_bytes // max(1, student.layers)
+    items.append(Item("activations of the first layer", layer, "the last that its backward pass needs", ("backward",)))
+    # SwiGLU's backward pass makes gradients of product, gate and up before it drops any.
+    items.append(Item("temporaries of a layer", 3 * student.largest_saved_bytes, "gradients in SwiGLU", ("backward",)))
+    if config.device == "cpu":
+        items.append(Item("allocator", 2 * LARGEST_KEPT, "freed memory that glibc keeps, see gemm.py"))
+    return (*items, *_loss_items(config, student, loss), _optimizer_item(config, student, trained))
+
+
+def _cache_items(cache: CacheShape, tokens: int) -> list[Item]:
+    # int64 ids, and log-probabilities as read, and joined with the tail's, in float32.
+    size = tokens * (cache.k * (8 + 2 * 4) + 2 * 4)
+    return [
+        Item("teacher cache", cache.mapped_bytes, f"shards, k {cache.k}, mapped", is_mapped=True),
+        Item("cached signals", size, f"{tokens:,} x ({cache.k} x 16 + 8) bytes", ("teacher", "loss")),
+    ]
+
+
+def _loss_items(config: DistillConfig, student: StudentShape, loss: LossShape) -> list[Item]:
+    tokens, head = config.batch_size * config.seq_len, student.vocab * student.hidden
+    items = [
+        Item(
+            "loss: gradient of hidden states",
+            2 * 4 * tokens * student.hidden,
+            f"2 x {tokens:,} x {student.hidden:,} x 4 bytes: hidden states and gradient",
+            ("loss",),
+        ),
+        Item("loss: a chunk's logits", loss.chunk_bytes, loss.basis, ("loss",)),
+    ]
+    if not config.lora_rank:
+        items.append(
+            Item("loss: gradient of the head", 4 * head, f"{student.vocab:,} x {student.hidden:,} x 4 bytes", ("loss",))
+        )
+        if student.is_tied:
+            # The embedding's gradient is made whole before it is added to that of the head.
+            items.append(
+                Item(
+                    "gradient of the tied embedding",
+                    student.weight_bytes * head,
+                    f"{student.vocab:,} x {student.hidden:,} x {student.weight_bytes} bytes",
+                    ("backward",),
+                )
+            )
+    return items
+
+
+def _optimizer_item(config: DistillConfig, student: StudentShape, trained: int) -> Item:
+    if config.device == "cpu":
+        return Item("update", 2 * 4 * student.largest, f"2 x {student.largest:,} x 4 bytes, one weight", ("optimizer",))
+    slice_elements = min(trained, max(1 << 25, student.largest))
+    return Item("update", 4 * slice_elements, f"float32 gradients of {slice_elements:,} weights", ("optimizer",))
+
+
+def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
+    """Return the loss's buffers on the CPU, where the teacher's head is decoded tile by tile."""
+    tokens = config.batch_size * config.seq_len
+    if config.loss_mode == "low" and config.teacher_cache is None:
+        from q4kd.trainer.loss.tiled import DEFAULT_TILE
+
+        width = min(student.vocab, DEFAULT_TILE)
+        chunk = min(tokens, config.chunk_tokens or 256)
+        return LossShape(
+            10 * 4 * chunk * width + 4 * width * 2 * student.hidden, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)"
+        )
+    return plain_loss_shape(config, student)
+
+
+def plain_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
+    """Return the loss's buffers in plain torch arithmetic, which the loss over cached signals is on every device."""
+    chunk = min(config.batch_size * config.seq_len, config.loss.chunk_for(student.vocab))
+    count = _CPU_CHUNK_TENSORS[config.divergence]
+    return LossShape(count * 4 * chunk * student.vocab, 0, f"{count} x {chunk:,} x {student.vocab:,} x 4 bytes")

@@ -1,0 +1,141 @@
+"""The memory plan of a run: its items (``memory_items.py``) and the room there is; as a table, or as a refusal."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.device.memory_report import sized
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.student.shape import StudentShape
+from q4kd.trainer.train.memory.items import PHASES, Item, Phase, TeacherShape
+
+_COLUMNS = 80
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Items and what the machine has.
+
+    Attributes:
+        device: in words.
+        items: everything counted.
+        room: bytes that may be taken now.
+        room_basis: where ``room`` comes from.
+        flops: of one optimiser step, all processes' share apart.
+    """
+
+    device: str
+    items: tuple[Item, ...]
+    room: int
+    room_basis: str
+    flops: float
+
+    def phase_bytes(self) -> dict[Phase, int]:
+        """Return the bytes live in each phase."""
+        return {phase: sum(item.bytes for item in self.items if phase in item.phases) for phase in PHASES}
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return self.phase_bytes()[self.peak_phase]
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The largest phase, the first of equal ones."""
+        phases = self.phase_bytes()
+        return max(PHASES, key=lambda phase: phases[phase])
+
+    @property
+    def needed(self) -> int:
+        """Of the peak, what cannot be dropped and read again."""
+        return self.peak - sum(item.bytes for item in self.items if item.is_mapped)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.needed <= self.room
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "device": self.device,
+            "items": [{**vars(item), "phases": list(item.phases)} for item in self.items],
+            "phases": self.phase_bytes(),
+            "peak_bytes": self.peak,
+            "needed_bytes": self.needed,
+            "room_bytes": self.room,
+            "room_basis": self.room_basis,
+            "fits": self.fits,
+            "flops_per_step": self.flops,
+            "seconds_per_step": None,
+        }
+
+
+def count_flops(config: DistillConfig, student: StudentShape, teacher: TeacherShape | None) -> float:
+    """Return the floating-point operations of a step in products with weights (attention left out)."""
+    tokens = config.batch_size * config.seq_len * config.accumulation
+    again = 2 if config.gradient_checkpointing else 0
+    return float(tokens) * ((6 + again) * student.linear_weights + (2 * teacher.weights if teacher else 0))
+
+
+def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
+    """Return settings that take less memory, in the order in which to try them, each with what it says."""
+    found = []
+    if config.batch_size > 1:
+        half = config.batch_size // 2
+        more = -(-config.batch_size * config.accumulation // half)
+        said = f"batch_size {half} with accumulation {more} (the same batch)"
+        found.append((said, replace(config, batch_size=half, accumulation=more)))
+    if not config.gradient_checkpointing:
+        found.append(("gradient_checkpointing", replace(config, gradient_checkpointing=True)))
+    if config.loss_mode != "low" and config.teacher_cache is None:
+        found.append(("loss_mode low", replace(config, loss_mode="low")))
+    if config.device == "cuda" and config.optimizer == "adamw":
+        found.append(("optimizer adamw_8bit", replace(config, optimizer="adamw_8bit")))
+    if config.seq_len > 64:
+        found.append((f"seq_len {config.seq_len // 2}", replace(config, seq_len=config.seq_len // 2)))
+    return found
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """Return the plan as a table of at most 80 columns: bytes, and what they are computed from."""
+    lines = [f"memory plan: {sized(plan.peak)} above the program itself, on {plan.device}"]
+    for item in plan.items:
+        mark = "*" if plan.peak_phase in item.phases else " "
+        start = f" {mark} {item.name:<31} {sized(item.bytes):>8}  "
+        lines += _wrapped(item.basis, start, " " * len(start))
+    phases = ", ".join(f"{phase} {sized(size)}" for phase, size in plan.phase_bytes().items())
+    lines += _wrapped(f"{plan.peak_phase} phase (what is marked *); {phases}", "peak: ")
+    mapped = plan.peak - plan.needed
+    if mapped:
+        said = f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
+        lines += _wrapped(said, "      ")
+    lines += _wrapped(f"{sized(plan.room)} ({plan.room_basis})", "room: ")
+    lines += _wrapped(
+        f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it", "time: "
+    )
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, initial_indent=first, subsequent_indent=rest, break_long_words=False)
+
+
+def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
+    """Return the refusal of a plan that does not fit.
+
+    Args:
+        plan: that does not.
+        helpful: bytes that each change of the settings would save.
+    """
+    counted = [item for item in plan.items if plan.peak_phase in item.phases and not item.is_mapped]
+    largest = sorted(counted, key=lambda item: -item.bytes)[:4]
+    helps = "; ".join(f"{name} saves {sized(saved)}" for name, saved in helpful.items() if saved > 0)
+    return InputError(
+        "memory plan",
+        expected=f"at most {sized(plan.room)} ({plan.room_basis})",
+        got=f"{sized(plan.needed)}, of which " + ", ".join(f"{item.name} {sized(item.bytes)}" for item in largest),
+        remedy=f"{helps or 'use a smaller student or another machine'} (q4kd plan shows all)",
+    )

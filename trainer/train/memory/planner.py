@@ -1,0 +1,185 @@
+"""From a run's settings to its memory plan: the teacher as placed, the student's shapes, the room on the machine."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.device.devices import mem_available
+from q4kd.trainer.device.placement import Place, TeacherPlacement, find_place, place_teacher
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.student.model import student_dtype
+from q4kd.trainer.student.shape import StudentShape, shape_student
+from q4kd.trainer.teacher.cache.store import read_index
+from q4kd.trainer.teacher.cpu.footprint import predict_footprint
+from q4kd.trainer.train.memory.items import (
+    CacheShape,
+    LossShape,
+    TeacherShape,
+    count_items,
+    cpu_loss_shape,
+    plain_loss_shape,
+)
+from q4kd.trainer.train.memory.plan import MemoryPlan, count_flops, refuse, reliefs
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
+    """Decide how the teacher of a run will be held; None for a run that reads a cache in its stead.
+
+    Raises:
+        InputError: when teacher or device cannot be used.
+    """
+    if config.teacher is None or config.teacher_cache is not None:
+        return None
+    return place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+
+
+def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> MemoryPlan:
+    """Count what a run will take and what the machine has. Nothing large is allocated.
+
+    Args:
+        config: of the run.
+        placement: of its teacher, by ``place_run_teacher``; None for a cached one.
+
+    Raises:
+        InputError: when student or device cannot be used, or the teacher's context is shorter than a window.
+    """
+    place = placement.place if placement is not None else find_place(config.device)
+    student = _shape(config)
+    teacher = _teacher_shape(config, placement) if placement is not None else None
+    if config.device == "cpu":
+        loss = cpu_loss_shape(config, student)
+    else:
+        loss = _cuda_loss_shape(config, student, teacher, place)
+    cache = _cache_shape(config) if config.teacher_cache is not None else None
+    room, basis = place.budget, "free on the device, by the driver"
+    if place.device_class != "classic":
+        room, basis = host_room()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+        if processes > 1:
+            room, basis = room // processes, f"{basis}, shared by {processes} processes"
+    return MemoryPlan(
+        device=place.name,
+        items=count_items(config, student, teacher or cache, loss),
+        room=room,
+        room_basis=basis,
+        flops=count_flops(config, student, teacher),
+    )
+
+
+def check_plan(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> None:
+    """Refuse a plan that cannot fit.
+
+    Raises:
+        InputError: with the arithmetic, and what each setting that helps would save.
+    """
+    if not plan.fits:
+        raise refuse(plan, savings(config, plan, placement))
+
+
+def savings(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> dict[str, int]:
+    """Return by how much each setting that takes less memory would lower a plan's peak.
+
+    None of these settings moves the teacher, so its placement serves them all.
+    """
+    return {name: plan.needed - plan_run(changed, placement).needed for name, changed in reliefs(config)}
+
+
+def _shape(config: DistillConfig) -> StudentShape:
+    return _shape_cached(
+        config.student,
+        config.batch_size,
+        config.seq_len,
+        student_dtype(config),
+        is_masked=config.packing == "documents",
+    )
+
+
+# The same shape serves the plan and what each setting would save.
+_shape_cached = functools.lru_cache(maxsize=16)(shape_student)
+
+
+def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> TeacherShape:
+    model, place, backend = placement.model, placement.place, placement.choice.backend
+    if config.seq_len > model.config.context_length:
+        raise InputError(
+            f"seq_len {config.seq_len}",
+            expected=f"at most {model.config.context_length}, the teacher's context length",
+            got=str(config.seq_len),
+            remedy="give a smaller --seq-len",
+        )
+    dims, packed = model.config, backend != "dense"
+    tokens = config.batch_size * config.seq_len
+    if config.device == "cpu":
+        pass_ = predict_footprint(dims, config.batch_size, config.seq_len, dtype=placement.dtype.name, logits=False)
+        scratch, activations = pass_.scratch, pass_.activations
+    else:
+        from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES
+
+        size = place.dense_weight_bytes
+        # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
+        buffers = 3 * dims.ffn_size * dims.hidden_size * size
+        scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
+        activations = tokens * size * (3 * dims.ffn_size + 4 * dims.hidden_size)
+    return TeacherShape(
+        config=dims,
+        weight_bytes=model.tensor_bytes if packed else placement.dense_bytes,
+        is_mapped=packed and config.device == "cpu",
+        scratch_bytes=scratch,
+        activation_bytes=activations,
+        weights=model.num_weights,
+        basis=f"{backend}: {'as in the file' if packed else f'x {place.dense_weight_bytes} bytes'}",
+    )
+
+
+def _cache_shape(config: DistillConfig) -> CacheShape:
+    assert config.teacher_cache is not None
+    index = read_index(config.teacher_cache)
+    return CacheShape(k=index.k, mapped_bytes=index.num_bytes if config.device == "cpu" else 0)
+
+
+def _cuda_loss_shape(
+    config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, place: Place
+) -> LossShape:
+    """Return the loss's buffers on CUDA; see ``cuda/loss_chunks.py``, whose arithmetic this is."""
+    from q4kd.trainer.loss.cuda.chunks import CHUNK_BYTES, LOW_CHUNK, LOW_TILE, choose_chunk, chunk_bytes
+
+    tokens, size = config.batch_size * config.seq_len, student.weight_bytes
+    if config.teacher_cache is not None:
+        # Plain torch, over k + 1 events; loss_mode says nothing there.
+        return plain_loss_shape(config, student)
+    if config.loss_mode == "low":
+        chunk, width = min(tokens, config.chunk_tokens or LOW_CHUNK), min(student.vocab, LOW_TILE)
+        head = width * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
+        return LossShape(3 * chunk * width * 4 + head, 0, f"3 x {chunk:,} x {width:,} x 4 bytes + a tile of the head")
+    # bfloat16 products give bfloat16 logits, which become their gradient in place.
+    types: dict[str, Any] = {"logits_bytes": 4, "gradient_bytes": size, "with_teacher": teacher is not None}
+    chunk = min(tokens, config.chunk_tokens) or choose_chunk(tokens, student.vocab, CHUNK_BYTES, **types)
+    held = chunk_bytes(chunk, student.vocab, **types)
+    decoded = teacher.config.vocab_size * teacher.config.hidden_size * place.dense_weight_bytes if teacher else 0
+    return LossShape(held, decoded, f"chunks of {chunk:,} x {student.vocab:,}")
+
+
+def host_room(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> tuple[int, str]:
+    """Return the bytes that this process may still take of the host's memory, and which limit says so.
+
+    A container may have less than the machine: cgroup v2's ``memory.max``, of which page cache that the kernel can drop
+    does not count as used. Of v1 the same files under their old names.
+    """
+    available = mem_available(meminfo)
+    for limit_file, used_file, name in (
+        (cgroup / "memory.max", cgroup / "memory.current", "inactive_file"),
+        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, used = limit_file.read_text().strip(), int(used_file.read_text())
+            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
+            left = int(limit) - used + int(stat.get(name, 0))
+        except (OSError, ValueError):
+            continue  # no such cgroup, or "max"
+        if left < available:
+            return max(0, left), "what the memory limit of this container leaves"
+    return available, "MemAvailable of the host"

@@ -1,0 +1,264 @@
+"""Everything a run needs, assembled before its first step."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
+from q4kd.trainer.device.placement import TeacherPlacement
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.events import EventLog
+from q4kd.trainer.files import sha256_file, write_json
+from q4kd.trainer.loss.config import IGNORE_INDEX
+from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
+from q4kd.trainer.student.model import (
+    DistillationModel,
+    encoder,
+    load_student,
+    load_tokenizer,
+    set_up_student,
+    student_dtype,
+)
+from q4kd.trainer.train.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
+from q4kd.trainer.train.distributed import describe_processes, make_accelerator, prepare_model, reshard, whole_state
+from q4kd.trainer.train.guards import check_labels
+from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
+from q4kd.trainer.train.run.source import RunSource, check_tokens, load_online, open_cached
+from q4kd.trainer.train.run.tracking import project_options, start_trackers
+
+RUN_FILE_VERSION = 1
+# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
+RESUMABLE = frozenset(
+    {
+        *("out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric"),
+        *("trackers", "hang_s"),
+    }
+)
+# Their product is the sequences of a step: split in another way, they make the same steps to rounding.
+SPLIT = ("batch_size", "accumulation", "processes")
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that changes while it trains, beside weights and optimizer.
+
+    Attributes:
+        done: steps that are taken.
+        is_evaluated: whether the state after them is evaluated.
+        leg_steps: of them, those since the run was started or resumed.
+        training_seconds: of this leg's steps and their data.
+        first_step_seconds: of its first step, which loads and compiles what the others find ready.
+    """
+
+    done: int = 0
+    is_evaluated: bool = False
+    leg_steps: int = 0
+    training_seconds: float = 0.0
+    first_step_seconds: float = 0.0
+
+    def count_step(self, seconds: float) -> None:
+        """Count a step that took so long, with its data."""
+        self.done += 1
+        self.leg_steps += 1
+        self.is_evaluated = False
+        self.first_step_seconds = self.first_step_seconds or seconds
+        self.training_seconds += seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, assembled before its first step. How far it is, ``Progress`` says.
+
+    Attributes:
+        config: its settings.
+        accelerator: ``accelerate.Accelerator`` of this process.
+        model: prepared ``DistillationModel``.
+        optimizer: of the model's parameters.
+        adapted: peft's model around the student; None when every weight is trained.
+        tokenizer: the student's.
+        source: what it learns from.
+        data: what it trains on and is evaluated on.
+        events: its log.
+        total_steps: of the full run.
+        last_step: at which it ends: earlier for a smoke run.
+    """
+
+    config: DistillConfig
+    accelerator: Any
+    model: Any
+    optimizer: MasterWeightOptimizer
+    adapted: Any
+    tokenizer: Any
+    source: RunSource
+    data: TrainingData
+    events: EventLog
+    total_steps: int
+    last_step: int
+
+    @property
+    def unwrapped(self) -> DistillationModel:
+        """The student with its loss, without data-parallel wrappers."""
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and the log."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one optimiser step, over all processes."""
+        return self.config.seq_len * self.data.order.sequences_per_step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must repeat: config, number of processes that share a batch, the cache's teacher."""
+        return {**self.config.to_json(), "processes": self.accelerator.num_processes, **self.source.settings()}
+
+    def batch(self, step: int) -> Batch:
+        """Return this process's share of a step's batch, on its device."""
+        everything = self.data.order.batch(step)
+        share = everything[slice(self.accelerator.process_index, None, self.accelerator.num_processes)]
+        return share.to(self.accelerator.device)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """Yield this process's share of the held-out windows, on its device: equally many batches in every process."""
+        held_out, config, processes = self.data.held_out, self.config, self.accelerator.num_processes
+        windows = min(len(held_out), config.eval_tokens // config.seq_len)
+        for start in range(0, windows, config.batch_size * processes):
+            mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
+            chosen = [index for index in mine if index < windows]
+            batch = Batch.stack([held_out[index] for index in chosen or [start]])
+            if not chosen:  # this process still takes part, with a window that has no labels
+                batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
+            yield batch.to(self.accelerator.device)
+
+
+def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: EventLog, is_main: bool) -> Run:
+    """Load teacher, student and data, and prepare the student for this process.
+
+    Raises:
+        InputError: for whatever cannot be used, or does not fit together.
+    """
+    announce = functools.partial(print, flush=True) if is_main else _say_nothing
+    # First, because it chooses this process's GPU among several.
+    accelerator = make_accelerator(config.device, **project_options(config))
+    announce(describe_processes(accelerator))
+    online = None if placement is None else load_online(placement, events, announce)
+    tokenizer = load_tokenizer(config.student)
+    student: Any = load_student(config.student, config.seed, student_dtype(config))
+    rows: int = student.get_output_embeddings().weight.shape[0]
+    if online is not None:
+        check_tokens(online, tokenizer, rows, announce)
+    sequences = config.batch_size * config.accumulation * accelerator.num_processes
+    data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), sequences, config.out)
+    check_labels(data.order, config.data)
+    source = online or open_cached(config, data, tokenizer, rows, announce)
+    total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
+    start_trackers(accelerator, config, events)
+    model, optimizer, adapted = prepare_student(config, accelerator, student)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        adapted=adapted,
+        tokenizer=tokenizer,
+        source=source,
+        data=data,
+        events=events,
+        total_steps=total,
+        last_step=min(total, config.max_steps or total),
+    )
+
+
+def prepare_student(
+    config: DistillConfig, accelerator: Any, student: nn.Module
+) -> tuple[Any, MasterWeightOptimizer, Any]:
+    """Return the model that gives the loss, wrapped for the other processes, its optimizer, and peft's view with LoRA.
+
+    Raises:
+        InputError: for a setting that this student or this machine cannot follow.
+    """
+    set_up_student(student, config)
+    adapted = add_adapters(student, config) if config.lora_rank else None
+    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    if accelerator.process_index:  # the student is drawn: from here on each process drops units of its own
+        torch.manual_seed(config.seed + accelerator.process_index)
+    return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
+
+
+def _say_nothing(_line: str) -> None:
+    """Leave the log to the main process."""
+
+
+def write_run_file(run: Run) -> None:
+    """Write ``run.json``: what this run is made of, for whoever exports or reads it later."""
+    config = run.config
+    document: dict[str, Any] = {
+        "version": RUN_FILE_VERSION,
+        "config": config.to_json(),
+        "processes": run.accelerator.num_processes,
+        "steps": run.total_steps,
+        "data_sha256": run.data.sha256,
+        "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
+        "teacher": run.source.describe(),
+    }
+    write_json(config.out / "run.json", document)
+
+
+def restore(run: Run) -> Progress:
+    """Continue from the newest checkpoint of a run with the same settings and data; return how far it was.
+
+    The sequences of a step may be spread over another number of processes or micro-batches.
+
+    Raises:
+        InputError: when settings or data differ, or the checkpoint is damaged.
+    """
+    path = list_checkpoints(run.config.out)[-1]
+    state = read_state(path)
+    is_same = _sequences_per_step(state.config) == _sequences_per_step(run.settings)
+    difference = explain_difference(state.config, run.settings, RESUMABLE.union(SPLIT if is_same else ()))
+    if difference or state.data_sha256 != run.data.sha256:
+        raise InputError(
+            f"--resume from {path}",
+            expected="the settings and data of that run",
+            got=difference or "other training data",
+            remedy="repeat its settings, or start a new run in another folder",
+        )
+    # What is loaded goes into shards: a weight that is still whole would be dropped for its old shard.
+    reshard(run.model)
+    restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
+    run.events.emit("resumed", step=state.step, checkpoint=path.name)
+    if run.is_main:
+        print(f"Resumed from {path.name}", flush=True)
+    return Progress(done=state.step, is_evaluated=state.evaluation is not None)
+
+
+def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
+    numbers = [settings.get(name) for name in SPLIT]
+    return math.prod(numbers) if all(type(number) is int for number in numbers) else None  # type: ignore[arg-type]
+
+
+def write_model(run: Run) -> None:
+    """Write ``model/``, for transformers, and with LoRA ``adapter/``, for peft. All processes together."""
+    student = run.unwrapped.student
+    state = whole_state(student, run.is_main)
+    if not run.is_main:
+        return
+    folder = run.config.out / "model"
+    if run.adapted is not None:
+        save_adapter(run.adapted, run.config.out / "adapter", state)
+        state = merged_state(run.adapted, state)
+    student.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    run.tokenizer.save_pretrained(folder)
+    print(f"Model written to {folder}", flush=True)

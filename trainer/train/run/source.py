@@ -1,0 +1,117 @@
+"""What a run learns from: a teacher that is loaded, or a cache of what one said before.
+
+Both give a step its signal. Wherever else a run must tell them apart, it asks here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.training_data import TrainingData
+from q4kd.trainer.device.memory_report import Residency
+from q4kd.trainer.device.placement import TeacherPlacement
+from q4kd.trainer.events import EventLog
+from q4kd.trainer.files import sha256_file
+from q4kd.trainer.loss.signal import TeacherSignal
+from q4kd.trainer.teacher.cache.cached_teacher import CachedTeacher, open_cached_teacher
+from q4kd.trainer.teacher.teacher import Teacher, load_teacher
+from q4kd.trainer.train.guards import check_cached_not_degenerate, check_not_degenerate, check_vocabulary
+
+
+@dataclass(frozen=True)
+class OnlineSource:
+    """A teacher that is loaded.
+
+    Attributes:
+        teacher: can be asked about any text, the held-out one too.
+    """
+
+    teacher: Teacher
+
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return what a step on ``batch`` is taught."""
+        return self.teacher.signal(batch)
+
+    def settings(self) -> dict[str, str]:
+        """Return what a resumed run must find again beside its settings: nothing."""
+        return {}
+
+    def describe(self) -> dict[str, str | int]:
+        """Return what run.json says of the teacher. Its file is read whole, for the digest."""
+        path = self.teacher.model.path
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def residency(self) -> Residency:
+        """Return what the teacher holds in memory."""
+        return self.teacher.residency()
+
+    def check_difference(self, model: Any, batch: Batch, student: Path) -> None:
+        """Refuse a student of folder ``student`` that already is the teacher; see ``check_not_degenerate``."""
+        check_not_degenerate(self.teacher, model, batch.ids_BT, batch.starts_BT, folder=student)
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """What a teacher said before of every training window.
+
+    Attributes:
+        cached: reads it.
+        teacher: None: nobody can be asked about held-out text.
+    """
+
+    cached: CachedTeacher
+    teacher: None = None
+
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return what a step on ``batch`` is taught."""
+        return self.cached.signal(batch)
+
+    def settings(self) -> dict[str, str]:
+        """Return what a resumed run must find again beside its settings: the cache's teacher."""
+        return {"cached_teacher": self.cached.identity}
+
+    def describe(self) -> dict[str, str | int]:
+        """Return what run.json says of the teacher."""
+        return self.cached.describe()
+
+    def residency(self) -> None:
+        """Return None: no teacher is in memory."""
+
+    def check_difference(self, model: Any, batch: Batch, student: Path) -> None:
+        """Refuse a student that already says what the cache does; see ``check_cached_not_degenerate``."""
+        check_cached_not_degenerate(self.cached, model, batch)
+
+
+RunSource = OnlineSource | CachedSource
+
+
+def load_online(placement: TeacherPlacement, events: EventLog, announce: Callable[[str], None]) -> OnlineSource:
+    """Load the teacher of a run."""
+    return OnlineSource(load_teacher(placement, events=events, announce=announce))
+
+
+def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Callable[[str], None]) -> None:
+    """Check that each of the student's tokens has its id in the teacher, of whose rows the first ``rows`` are compared.
+
+    Raises:
+        InputError: as ``check_vocabulary``.
+    """
+    teacher = source.teacher
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
+
+
+def open_cached(
+    config: DistillConfig, data: TrainingData, tokenizer: Any, rows: int, announce: Callable[[str], None]
+) -> CachedSource:
+    """Open the cache of a run.
+
+    Raises:
+        InputError: as ``open_cached_teacher``.
+    """
+    cached = open_cached_teacher(config, data, tokenizer, rows)
+    announce(f"teacher: cached, {cached.index.k} of {rows} tokens, mean tail mass {cached.index.tail_mass:.3%}")
+    return CachedSource(cached)
