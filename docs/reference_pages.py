@@ -97,9 +97,9 @@ def settings_page() -> str:
         groups.setdefault(setting.group, []).append(row)
     parts = [
         "# Settings of a run\n",
-        "Generated from `q4kd.trainer.config.settings.DistillConfig`. Each is a key of RUN.yaml and of `--set KEY=VALUE`. "
-        "RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key is refused. "
-        "[Why the defaults are what they are](../explanation/defaults.md).\n",
+        "Generated from `q4kd.trainer.config.settings.DistillConfig`. Each is a key of RUN.yaml and of "
+        "`--set KEY=VALUE`. RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key "
+        "is refused. [Why the defaults are what they are](../explanation/defaults.md).\n",
     ]
     for group, rows in groups.items():
         parts += [f"## {group}\n", _table(("key", "type", "default", "unit", "accepted", "meaning"), rows)]

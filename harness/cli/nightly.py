@@ -84,4 +84,6 @@ def unit_text(kind: str) -> str:
     """Return the shipped systemd ``service`` or ``timer``."""
     import importlib.resources
 
-    return (importlib.resources.files("q4kd.harness.nightly") / "deploy" / f"q4kd-nightly.{kind}").read_text(encoding="utf-8")
+    return (importlib.resources.files("q4kd.harness.nightly") / "deploy" / f"q4kd-nightly.{kind}").read_text(
+        encoding="utf-8"
+    )

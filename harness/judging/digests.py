@@ -28,19 +28,12 @@ from q4kd.trainer.errors import InputError
 # faults, what they are given and compared with, checks and the judge. Names are followed into these; neither into the
 # rest of the harness, which records, nor into the trainer, which is what is measured.
 DECIDING = (
-    "q4kd.harness.experiments_",
-    "q4kd.harness.runs.probes",
-    "q4kd.harness.sabotage.faults_",
-    "q4kd.harness.inputs_",
-    "q4kd.harness.inputs.apr_write",
-    "q4kd.harness.inputs.broken_apr",
-    "q4kd.harness.synthetic_",
-    "q4kd.harness.inputs.training_documents",
-    "q4kd.trainer.bench.synthetic",
-    "q4kd.harness.oracles.block_spec",
-    "q4kd.harness.oracles.reference",
+    "q4kd.harness.subjects.",
+    "q4kd.harness.inputs.",
+    "q4kd.harness.oracles.",
     "q4kd.harness.checks.",
     "q4kd.harness.judging.judge",
+    "q4kd.trainer.bench.synthetic",
 )
 PROBES_MODULE = "q4kd.harness.runs.probes"
 TREES = SyntaxTrees()

@@ -15,32 +15,11 @@ from typing import TypeAlias
 
 from filelock import FileLock
 
-from q4kd.harness.runs.extensions import Extension, load_extensions
+from q4kd.harness.runs.extensions import Extension, load_extensions, subject_modules
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
 
-EXPERIMENT_MODULES = (
-    "q4kd.harness.subjects.teacher.experiments",
-    "q4kd.harness.subjects.models.experiments",
-    "q4kd.harness.subjects.backend.experiments",
-    "q4kd.harness.subjects.cuda.experiments",
-    "q4kd.harness.subjects.precision.experiments",
-    "q4kd.harness.subjects.precision.products",
-    "q4kd.harness.subjects.loss.experiments",
-    "q4kd.harness.subjects.loss.fused",
-    "q4kd.harness.subjects.training.experiments",
-    "q4kd.harness.subjects.runs.experiments",
-    "q4kd.harness.subjects.training.guards",
-    "q4kd.harness.subjects.export.experiments",
-    "q4kd.harness.subjects.export.fidelity",
-    "q4kd.harness.subjects.data.experiments",
-    "q4kd.harness.subjects.training.student",
-    "q4kd.harness.subjects.robustness.experiments",
-    "q4kd.harness.subjects.runs.planned",
-    "q4kd.harness.subjects.cache.experiments",
-    "q4kd.harness.subjects.cuda.accelerator",
-)
 # What an arm measured of its outputs; ``facts.json`` holds it.
 Facts: TypeAlias = dict[str, object]
 # An arm with this ``env`` has one thread, so that results and memory do not depend on the cores of the machine.
@@ -192,7 +171,7 @@ class _Registry(Mapping[str, Experiment]):
     def _load(self) -> None:
         if self._loaded:
             return
-        for module in EXPERIMENT_MODULES:
+        for module in subject_modules("experiments"):
             before = set(self._known)
             importlib.import_module(module)
             self._modules.update(dict.fromkeys(set(self._known) - before, module))

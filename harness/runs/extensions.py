@@ -1,10 +1,14 @@
-"""What other installed projects add to the registries, by entry points: experiments, checks and faults.
+"""Where the registries look: the folders of ``subjects``, and what other installed projects add by entry points.
 
-A project names its modules, or objects in them, under ``q4kd.experiments``, ``q4kd.checks`` and ``q4kd.faults``. A
-contract can only name what is installed; it brings no code. What is broken is refused by the name of its distribution.
+A module of a subject is found by its name: ``probes*`` registers probes, ``faults*`` registers faults, every other one
+registers experiments. Another project names its modules, or objects in them, under ``q4kd.experiments``,
+``q4kd.checks`` and ``q4kd.faults``. A contract can only name what is installed; it brings no code. An extension that is
+broken is refused by the name of its distribution.
 """
 
 import importlib.metadata
+import importlib.util
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +18,8 @@ from typing import Any, Literal
 from q4kd.trainer.errors import InputError
 
 Group = Literal["q4kd.experiments", "q4kd.checks", "q4kd.faults"]
+Kind = Literal["experiments", "probes", "faults"]
+SUBJECTS = "q4kd.harness.subjects"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,26 @@ def _blaming(origin: str) -> Iterator[None]:
             got=" ".join(f"{type(error).__name__}: {error}".split())[:300],
             remedy="repair or uninstall that distribution",
         ) from error
+
+
+@lru_cache(maxsize=4)
+def subject_modules(kind: Kind) -> tuple[str, ...]:
+    """Return the names of all subjects' modules of one kind, sorted. None of them is imported."""
+    spec = importlib.util.find_spec(SUBJECTS)
+    assert spec is not None and spec.submodule_search_locations is not None
+    names = [
+        f"{SUBJECTS}.{subject.name}.{module.name}"
+        for folder in spec.submodule_search_locations
+        for subject in pkgutil.iter_modules([folder])
+        for module in pkgutil.iter_modules([f"{folder}/{subject.name}"])
+    ]
+    return tuple(sorted(name for name in names if kind_of(name) == kind))
+
+
+def kind_of(module: str) -> Kind:
+    """Return what a subject's module registers, by the beginning of its last name."""
+    last = module.rpartition(".")[2]
+    return "probes" if last.startswith("probes") else "faults" if last.startswith("faults") else "experiments"
 
 
 @lru_cache(maxsize=8)

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from q4kd.harness import sabotage
-from q4kd.harness.runs.extensions import load_extensions
+from q4kd.harness.runs.extensions import SUBJECTS, kind_of, load_extensions, subject_modules
 from q4kd.trainer.errors import InputError
 
 Family = Literal[
@@ -166,7 +165,7 @@ def patch(
 
 def all_faults() -> Mapping[str, Fault]:
     """Import the fault modules and return every fault by name."""
-    for module in sabotage.FAULT_MODULES:
+    for module in subject_modules("faults"):
         importlib.import_module(module)
     for extension in load_extensions("q4kd.faults"):
         with extension.blamed():
@@ -234,12 +233,16 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
     if inspect.ismodule(holder):
         packages = tested_packages()
         for module_name, module in list(sys.modules.items()):
-            # This package keeps its own originals: a fault is for the program under test, not for what records it.
+            # Faults keep their originals: what is planted is for the program under test, not for what plants it.
             tested = module_name.partition(".")[0] in packages
-            if tested and not module_name.startswith("q4kd.harness.sabotage"):
+            if tested and module_name != __name__ and not _holds_faults(module_name):
                 for copy in [key for key, value in vars(module).items() if value is raw]:
                     setattr(module, copy, new)
     _PLANTED.append(target)
+
+
+def _holds_faults(module: str) -> bool:
+    return module.startswith(f"{SUBJECTS}.") and kind_of(module) == "faults"
 
 
 def plant(fault: Fault) -> None:

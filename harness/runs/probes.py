@@ -12,21 +12,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-PROBE_MODULES = (
-    "q4kd.harness.subjects.cuda.probes_accelerator",
-    "q4kd.harness.subjects.backend.probes",
-    "q4kd.harness.subjects.cache.probes",
-    "q4kd.harness.subjects.cuda.probes",
-    "q4kd.harness.subjects.data.probes",
-    "q4kd.harness.subjects.export.probes",
-    "q4kd.harness.subjects.loss.probes",
-    "q4kd.harness.subjects.models.probes",
-    "q4kd.harness.subjects.precision.probes",
-    "q4kd.harness.subjects.robustness.probes",
-    "q4kd.harness.subjects.runs.probes",
-    "q4kd.harness.subjects.training.probes",
-    "q4kd.harness.subjects.teacher.probes",
-)
+from q4kd.harness.runs.extensions import subject_modules
+
 Run = Callable[[list[str]], int]
 _Probe = TypeVar("_Probe", bound=Callable[..., int | None])
 
@@ -43,7 +30,7 @@ class _Registry(Mapping[str, Run]):
         self._known[name] = run
 
     def _load(self) -> dict[str, Run]:
-        for module in PROBE_MODULES:
+        for module in subject_modules("probes"):
             importlib.import_module(module)
         return self._known
 

@@ -237,8 +237,6 @@ def test_a_declared_fault_plants_by_the_decorated_function(monkeypatch):
 
 
 def test_a_missing_fault_module_is_an_error(monkeypatch):
-    from q4kd.harness import sabotage
-
-    monkeypatch.setattr(sabotage, "FAULT_MODULES", ("q4kd.harness.sabotage.no_such_faults",))
+    monkeypatch.setattr(registry, "subject_modules", lambda kind: (f"q4kd.harness.subjects.no_such_{kind}",))
     with pytest.raises(ModuleNotFoundError):
         registry.all_faults()

@@ -8,7 +8,8 @@ import pytest
 from apr_files import AprImage
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.model_file import ModelFile, open_model
+from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.formats.open import open_model
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -8,8 +8,8 @@ import pytest
 from reference_kernels import ReferenceKernels, device_tensors, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
-from q4kd.harness.subjects.teacher.experiments import GOLDEN_TEACHER
-from q4kd.trainer.formats.model_file import open_model
+from q4kd.harness.inputs.demo import GOLDEN_TEACHER
+from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from q4kd.trainer.teacher.cache.signal import Signal
     from q4kd.trainer.teacher.cache.store import CacheIndex
 
-_STORE, _WRITER, _TEACHER = "q4kd.trainer.teacher.cache.store", "q4kd.trainer.teacher.cache.writer", "q4kd.trainer.teacher.cache.cached_teacher"
+_STORE, _WRITER, _TEACHER = (
+    "q4kd.trainer.teacher.cache.store",
+    "q4kd.trainer.teacher.cache.writer",
+    "q4kd.trainer.teacher.cache.cached_teacher",
+)
 _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
 

@@ -69,7 +69,11 @@ def _unchecked(target: str, answer: object) -> None:
 
 for _name, _title, _target in (
     ("tensors-unchecked", "unknown tensors are ignored in silence", "q4kd.trainer.formats.architecture:check_tensors"),
-    ("metadata-unchecked", "metadata that change the model are ignored", "q4kd.trainer.formats.gguf.reader:_refuse_unsupported"),
+    (
+        "metadata-unchecked",
+        "metadata that change the model are ignored",
+        "q4kd.trainer.formats.gguf.reader:_refuse_unsupported",
+    ),
     ("scales-unchecked", "NaN scales are loaded like any other", "q4kd.trainer.formats.blocks.scales:check_scales"),
     ("footer-unchecked", "the checksum of .apr data is not compared", "q4kd.trainer.formats.apr.header:check_footer"),
 ):

@@ -1,4 +1,4 @@
-"""A thousand random cases of every kind of tampering. Each prints its count (`pytest -rP tests/harness/bundle/test_tampering.py`)."""
+"""A thousand random cases of every kind of tampering. With `pytest -rP`, each test prints its count."""
 
 import random
 from collections import Counter

@@ -48,12 +48,10 @@ def forget() -> object:
     extensions.load_extensions.cache_clear()
 
 
-EXPERIMENT = (
-    "from q4kd.harness.runs.experiment import Arm, Experiment\nE = Experiment({!r}, 't', (), (Arm(None, lambda i: []),))\n"
-)
-FAULT = (
-    "from q4kd.harness.runs.faults import Fault\nF = [Fault({!r}, 't', 'loop', ('json:dumps',), lambda: None)]\n"
-)
+EXPERIMENT = """from q4kd.harness.runs.experiment import Arm, Experiment
+E = Experiment({!r}, 't', (), (Arm(None, lambda i: []),))
+"""
+FAULT = "from q4kd.harness.runs.faults import Fault\nF = [Fault({!r}, 't', 'loop', ('json:dumps',), lambda: None)]\n"
 
 
 LOOKS: dict[str, Callable[[], object]] = {

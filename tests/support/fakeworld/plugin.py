@@ -4,15 +4,14 @@ import sys
 import types
 
 from fakeworld import check, program
-from q4kd.harness import sabotage
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.runs import experiment
 from q4kd.harness.runs import faults as registry
 
 
 def install(put=setattr):
-    put(sabotage, "FAULT_MODULES", ("fakeworld.faults",))
-    put(experiment, "EXPERIMENT_MODULES", ("fakeworld.experiments",))
+    for module in (registry, experiment):
+        put(module, "subject_modules", lambda kind: (f"fakeworld.{kind}",))
     put(registry, "_FAULTS", {})
     put(experiment.EXPERIMENTS, "_known", {})
     put(experiment.EXPERIMENTS, "_modules", {})

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from document_starts import starts_of
 from teachers import load_quietly
-from torch import Tensor
 
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.encoding import Encoded
@@ -16,13 +16,6 @@ from q4kd.trainer.kernels.attention import causal_attention, document_mask
 from q4kd.trainer.loss.config import IGNORE_INDEX, KDLossConfig
 from q4kd.trainer.student.model import DistillationModel, load_student
 from q4kd.trainer.teacher.teacher import OnlineSignal, Teacher
-
-
-def starts_of(lengths: list[list[int]]) -> Tensor:
-    """Return starts ``[B, T]`` of rows made of documents of these lengths."""
-    return torch.tensor(
-        [[sum(row[:index]) for index, length in enumerate(row) for _ in range(length)] for row in lengths]
-    )
 
 
 @pytest.fixture(scope="module")

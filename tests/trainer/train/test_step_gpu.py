@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_batch import starts_of
+from document_starts import starts_of
 from test_step import settings
 
 from q4kd.trainer.data.batch import Batch

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from document_starts import starts_of
 from host_kernels import HostLauncher, host_launcher
 from host_reads import host_reads
 from reference_kernels import device_tensors, widening_multiply
-from test_batch import starts_of
 from test_step import settings
 
 from q4kd.trainer.data.batch import Batch

@@ -230,7 +230,9 @@ def environment() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run everything and write ``cuda.json``."""
-    parser = argparse.ArgumentParser(prog="python -m q4kd.trainer.bench.teacher.cuda", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m q4kd.trainer.bench.teacher.cuda", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for cuda.json and load.json")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=15)

@@ -42,7 +42,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def pack_scales(scales: np.ndarray, mins: np.ndarray) -> np.ndarray:
-    """Pack 6-bit scales and mins, ``[n, 8]`` each, into ``[n, 12]`` by the bit diagram of ``trainer/formats/blocks/decode.py``."""
+    """Pack 6-bit scales and mins, ``[n, 8]`` each, into ``[n, 12]`` by the bit diagram of ``blocks/decode.py``."""
     low, high = np.s_[:, :4], np.s_[:, 4:]
     parts = [scales[low] | scales[high] >> 4 << 6, mins[low] | mins[high] >> 4 << 6]
     return np.concatenate([*parts, (scales[high] & 15) | (mins[high] & 15) << 4], axis=1).astype(np.uint8)
