@@ -68,9 +68,9 @@ def train_step(
 ) -> StepResult:
     """Take one step on ``batch``, this process's share of ``accumulation * batch_size`` sequences.
 
-    The host queues the device's work and waits for it once before the update, whatever the number of micro-batches;
-    what it must know of them earlier, it has found in ``batch.facts``. Another wait, for the update itself, ends the
-    step: its times are then read.
+    The host queues the device's work and waits for it once, before the update, whatever the number of micro-batches;
+    what it must know of them earlier, it has found in ``batch.facts``. On CUDA ``optimizer_s`` is therefore the time of
+    the update before this one, which that wait has seen to its end (see ``StepClock``).
 
     Args:
         accelerator: ``accelerate.Accelerator``.
@@ -85,9 +85,9 @@ def train_step(
         NotFiniteError: when loss or gradient norm is not finite; the update is not made.
     """
     started = time.monotonic()
-    clock = StepClock(batch.ids_BT.device)
+    distillation = accelerator.unwrap_model(model)
+    clock = distillation.clock = StepClock(batch.ids_BT.device, distillation.clock)
     clock.start()
-    accelerator.unwrap_model(model).clock = clock
     # A step without a label (a long prompt can fill one) has a loss and gradients of zero.
     divisor = max(1, batch.facts.step_targets)
     sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
@@ -107,7 +107,7 @@ def train_step(
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
     sums = accelerator.reduce(sums, reduction="sum")
     norm = optimizer.clip(config.clip)
-    # The one time that the host waits before the update: what is not finite must not be applied.
+    # The one time that the host waits: what is not finite must not be applied.
     loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise NotFiniteError({"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr})

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_settings import settings
 from teachers import load_quietly
 
-from q4kd.trainer.config.settings import DistillConfig, make_config
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.loss.config import IGNORE_INDEX
@@ -19,11 +19,6 @@ from q4kd.trainer.train.distributed import make_accelerator
 from q4kd.trainer.train.evaluate import evaluate
 from q4kd.trainer.train.run.assembly import prepare_student
 from q4kd.trainer.train.step import learning_rate, train_step
-
-
-def settings(**values: object) -> DistillConfig:
-    base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o", "lr": 0.01, "warmup_steps": 2}
-    return make_config({**base, **values})
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +67,43 @@ def test_the_clock_adds_up_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("teacher", "student", "loss", "student"):
         clock.mark(part)
     assert clock.read() == {"teacher": 1.0, "student": 3.0, "loss": 3.0, "optimizer": 0.0}
+
+
+class Tick:
+    """A CUDA event on a clock that the test holds; it is reached once the host has waited for it or for a later one."""
+
+    now, reached = 0.0, -1.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Tick.now += 1.0
+        self.at = Tick.now
+
+    def synchronize(self) -> None:
+        Tick.reached = max(Tick.reached, self.at)
+
+    def elapsed_time(self, later: "Tick") -> float:
+        assert later.at <= Tick.reached, "an event that is not reached has no time"
+        return 1000 * (later.at - self.at)
+
+
+def test_the_clock_on_cuda_reads_an_update_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Tick)
+    before, last, waits = None, 4.0, 0
+    for pause in (3.0, 5.0, 7.0):
+        clock = StepClock(torch.device("cuda"), before)
+        clock.start()
+        clock.mark("student")
+        Tick.reached = Tick.now  # the one wait of the step
+        Tick.now += pause
+        clock.mark("optimizer")
+        seconds = clock.read()
+        waits += Tick.reached == Tick.now
+        assert seconds == {"teacher": 0.0, "student": 1.0, "loss": 0.0, "optimizer": last}
+        before, last = clock, pause + 1.0
+    assert waits == 1  # the first step has no update before it
 
 
 def test_neither_micro_batches_nor_recomputation_change_the_steps(teacher: Teacher) -> None:

@@ -10,7 +10,7 @@ from document_starts import starts_of
 from host_kernels import HostLauncher, host_launcher
 from host_reads import host_reads
 from reference_kernels import device_tensors, widening_multiply
-from test_step import settings
+from run_settings import settings
 
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.demo import student_path, teacher_path
@@ -22,8 +22,8 @@ from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, KDLossConfig
 from q4kd.trainer.loss.cuda import fused as loss
 from q4kd.trainer.loss.cuda import tensors as loss_tensors
 from q4kd.trainer.loss.cuda.kernels import LossKernels
-from q4kd.trainer.loss.signal import CachedSignal
 from q4kd.trainer.student.model import load_student
+from q4kd.trainer.teacher.cache.cached_teacher import CachedSignal
 from q4kd.trainer.teacher.cache.signal import take_top
 from q4kd.trainer.teacher.cuda import forward
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
