@@ -12,8 +12,8 @@ from torch import Tensor
 
 from q4kd.trainer.kernels.launch import Argument
 
-TESTS = Path(__file__).resolve().parents[1] / "support"
-KERNELS = TESTS.parent / "trainer" / "kernels"
+SUPPORT = Path(__file__).resolve().parent
+KERNELS = SUPPORT.parents[1] / "trainer/kernels/src"
 # As NVRTC's -fmad=false: a fused multiply-add would round once where the reference rounds twice.
 # Shared memory is read in words of another size than it was written in, which nvcc allows and C++ does not.
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall")
@@ -30,8 +30,8 @@ def build(folder: Path, kernels: Path = KERNELS) -> Path:
     compiler = host_compiler()
     assert compiler is not None
     library = folder / "libq4kd_host_kernels.so"
-    includes = [f"-I{TESTS}", f"-I{kernels}"]
-    command = [compiler, *FLAGS, *includes, "-x", "c++", str(TESTS / "host_kernels.cpp"), "-o", str(library)]
+    includes = [f"-I{SUPPORT}", f"-I{kernels}"]
+    command = [compiler, *FLAGS, *includes, "-x", "c++", str(SUPPORT / "host_kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
     return library
 

@@ -91,7 +91,7 @@ class Kernels(KernelSet):
         return Launch(f"{name}_{suffix}", blocks(count * steps * tasks), arguments, [out])
 
     def repack_q6_k(self, packed: Tensor, out: Tensor | None = None, first_block: int = 0) -> Tensor:
-        """Move Q6_K superblocks from the file's layout into the aligned one (drawn in ``kernels/blocks.cuh``).
+        """Move Q6_K superblocks from the file's layout into the aligned one (drawn in ``src/blocks.cuh``).
 
         Args:
             packed: uint8, contiguous, whole superblocks of 210 bytes: a tensor, or a part of it.

@@ -31,7 +31,7 @@ from q4kd.trainer.errors import InputError
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
     world.install(monkeypatch.setattr)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support"))
     return ExperimentRunner(tmp_path / "work", Inputs(tmp_path / "inputs", "cpu"), "cpu")
 
 

@@ -74,7 +74,7 @@ def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
 
 
 def test_every_source_is_a_module() -> None:
-    folder = Path(nvrtc_compile.__file__).parents[1] / "kernels"
+    folder = Path(nvrtc_compile.__file__).parent / "src"
     assert {path.stem for path in folder.glob("*.cu")} == set(MODULES)
     assert [name for name, _ in read_source("decode").headers] == [
         "bits.cuh",

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the loss as typed methods; ``kernels/kd_loss.cuh`` says what they compute and how.
+"""The CUDA kernels of the loss as typed methods; ``kernels/src/kd_loss.cuh`` says what they compute and how.
 
 Letters in shapes: C tokens of a chunk, V columns of logits (a tile's, or the whole vocabulary's), S segments.
 """
