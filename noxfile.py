@@ -165,7 +165,7 @@ def parity(session: nox.Session) -> None:
     if not any(wheels.glob(built)):
         session.run(pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), requirement, external=True)
     session.run(pip, "install", "--quiet", str(next(wheels.glob(built))), external=True)
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_llamacpp*.py"))]
+    files = [str(path) for path in sorted((ROOT / "tests/trainer/llamacpp").glob("test_*.py"))]
     session.run(str(folder / "python"), "-m", "pytest", *files, *session.posargs, external=True)
 
 
@@ -176,7 +176,7 @@ def kernels(session: nox.Session) -> None:
     # CuPy for its NVRTC binding, and NVRTC itself: both install and compile without a GPU.
     session.run(str(folder / "pip"), "install", "--quiet", *EXTRAS["cuda13"], external=True)
     # Without this variable a missing compiler skips the tests; here it fails them.
-    files = [f"tests/test_kernels_{name}.py" for name in ("compile", "host")]
+    files = [f"tests/trainer/kernels/test_{name}.py" for name in ("compile", "kernels_host")]
     session.run(
         *(str(folder / "python"), "-m", "pytest", *files, *session.posargs),
         env={"Q4KD_REQUIRE_KERNELS": "1"},
