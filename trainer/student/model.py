@@ -178,7 +178,7 @@ def _no_packing(*_positions: Any, **_options: Any) -> None:
 def _without_packing_search() -> Iterator[None]:
     """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
 
-    It looks where positions come without a mask; packed documents come with one here, so there are none to find.
+    It looks where positions come without a mask. Packed documents come with one here, so none are to be found.
     """
     from transformers import masking_utils
 
@@ -235,7 +235,7 @@ class DistillationModel(nn.Module):
             bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
             packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
             packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
-        with _without_packing_search():
+        with _without_packing_search() if starts_BT is None else contextlib.nullcontext():
             outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state
         return hidden

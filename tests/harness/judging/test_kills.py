@@ -169,7 +169,7 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
     ]:
         monkeypatch.setattr(digests, "TREES", edited(module, old, new))
         if part is None:
-            assert rejudge(one, "cpu", store)[0]["caught"], (module, new)
+            assert rejudge(one, "cpu", store)[0].caught, (module, new)
         else:
             assert stale(one, store) == f"changed since: {part}"
     monkeypatch.setattr(digests, "TREES", digests.SyntaxTrees())

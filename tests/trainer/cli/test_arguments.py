@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-import q4kd.trainer
+import q4kd.trainer.config
 from q4kd.harness.__main__ import main
 from q4kd.trainer.cli.arguments import ELSEWHERE, add_run_arguments, read_run_arguments
 from q4kd.trainer.config.run_file import format_config, run_schema
@@ -68,7 +68,7 @@ def test_the_printed_config_is_the_config(capsys: pytest.CaptureFixture[str]) ->
 def test_the_shipped_schema_is_the_current_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--print-schema"]) == 0
     printed = capsys.readouterr().out
-    shipped = Path(q4kd.trainer.__path__[0]) / "run.schema.json"
+    shipped = Path(q4kd.trainer.config.__path__[0]) / "run.schema.json"
     assert shipped.read_text() == printed, "q4kd distill --print-schema > trainer/config/run.schema.json"
 
 
@@ -90,8 +90,7 @@ def test_the_schema_refuses_what_the_config_refuses() -> None:
 
 
 def test_divergences_are_those_of_the_loss() -> None:
-    of_setting = next(setting.metadata["choices"] for setting in FIELDS if setting.name == "divergence")
-    assert of_setting == DIVERGENCES == ("forward_kl", "reverse_kl", "jsd")
+    assert settings()["divergence"].choices == DIVERGENCES == ("forward_kl", "reverse_kl", "jsd")
 
 
 def test_names_of_other_trainers_are_answered_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
