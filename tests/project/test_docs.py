@@ -172,18 +172,6 @@ def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_architecture_names_every_module_and_no_other() -> None:
-    named: list[str] = []
-    for row in re.findall(r"^\| (`.*?) \| ", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE):
-        folder = ""
-        for name in re.findall(r"`([\w/]+\.(?:py|cuh?))`", row):
-            folder = name.rpartition("/")[0] or folder
-            named.append(f"{folder}/{name.rpartition('/')[2]}")
-    files = [path for package in ("harness", "trainer") for path in (ROOT / package).rglob("*")]
-    modules = [path for path in files if path.suffix in {".py", ".cu", ".cuh"} and path.name != "__init__.py"]
-    assert sorted(named) == sorted(path.relative_to(ROOT).as_posix() for path in modules)
-
-
 def test_the_help_shown_in_the_readme_is_the_real_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

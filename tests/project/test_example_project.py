@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from copied_sources import copy_sources
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = Path(__file__).parents[1] / "example_project"
@@ -26,9 +27,8 @@ def environment(site: Path) -> dict[str, str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with both wheels installed, and an environment that knows nothing of this checkout."""
     work = tmp_path_factory.mktemp("install")
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "runs", "tests")
-    shutil.copytree(ROOT, work / "q4kd", ignore=unwanted)
-    shutil.copytree(EXAMPLE, work / "acme", ignore=unwanted)
+    copy_sources(ROOT, work / "q4kd")
+    copy_sources(EXAMPLE, work / "acme")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(work / "wheels")]
     subprocess.run([*build, str(work / "q4kd"), str(work / "acme")], check=True, timeout=300)

@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from copied_sources import copy_sources
 
 from q4kd.harness.requirements import requirements
 
@@ -38,11 +38,7 @@ falsification_tests:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build leaves files beside its sources, and an earlier one's must not get into this one.
     source, out = tmp_path_factory.mktemp("source") / "q4kd", tmp_path_factory.mktemp("sdist")
-    everywhere = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
-    at_the_top = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "bundles", "runs", "tests")
-    shutil.copytree(
-        ROOT, source, ignore=lambda folder, names: (at_the_top if folder == str(ROOT) else everywhere)(folder, names)
-    )
+    copy_sources(ROOT, source)
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, check=True, timeout=300, capture_output=True)
     return next(out.glob("q4kd-*.tar.gz"))

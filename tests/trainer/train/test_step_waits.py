@@ -122,11 +122,11 @@ def test_a_cached_signal_that_was_checked_is_not_read_again() -> None:
     _, _, model, _ = engine()
     batch = packed_batch()
     top = take_top(torch.randn(batch.ids_BT.numel(), VOCAB), 8)
-    for signal, reads in ((CachedSignal(top, is_checked=True), 0), (CachedSignal(top), 4)):
+    for signal in (CachedSignal(top, is_checked=True), CachedSignal(top)):
         with host_reads() as found:
             given = (batch.ids_BT, batch.labels_BT, signal, 10, batch.starts_BT)
             model(*given, positions_P=batch.facts.positions_P).loss.backward()
-        assert len(found) == reads, found
+        assert bool(found) is not signal.is_checked, found
 
 
 def test_every_kind_of_wait_is_seen() -> None:
