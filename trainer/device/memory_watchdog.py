@@ -14,7 +14,7 @@ from collections.abc import Callable
 from q4kd.trainer.device.devices import classify, cuda_facts, mem_available
 from q4kd.trainer.device.memory_report import sized
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when less else is in memory
+EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when other programs hold less memory
 _INTERVAL_S = 0.1
 _IN_A_ROW = 3
 

@@ -1,7 +1,7 @@
-"""The three divergences of ``kd_loss.py`` and their derivatives, of whole rows or of some columns of them.
+"""The three divergences of ``fused.py`` and their derivatives, of whole rows or of some columns of them.
 
-Values are sums over columns, so that a tile's add up to its row's; what a derivative needs of the whole row is the
-student's part of it. Letters in shapes: C rows, V columns.
+Values are sums over columns, so the values of a row's tiles add up to the row's; a derivative needs of the whole row
+only the student's part of them. Letters in shapes: C rows, V columns.
 """
 
 import math
@@ -36,15 +36,9 @@ def distributions(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> Distrib
 
 
 def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple[Tensor, Tensor]:
-    """Return D per row and its gradient with respect to the student's scaled logits s / T.
+    """Return D per row, float64 ``[C]``, and its gradient ``[C, V]`` with respect to the scaled logits s / T.
 
-    Args:
-        log_p: teacher log-probabilities ``[C, V]``.
-        log_q: student log-probabilities ``[C, V]``.
-        config: selects D and beta.
-
-    Returns:
-        ``(D float64 [C], dD/d(s/T) [C, V])``.
+    ``log_p`` are the teacher's log-probabilities ``[C, V]``, ``log_q`` the student's.
     """
     both = distributions(log_p, log_q, config)
     rows_C, student_2C = values(both, config)

@@ -16,7 +16,7 @@ up to 4,096 tokens for the two gradient products, fed by slices of 1,024 tokens 
 two ``[slice, V]`` float32 are 2.5 GB. bfloat16 logits become their gradient in place, in slices as long as the chunk.
 ``CHUNK_BYTES`` bounds them. Measured on an H200, the kernel takes 4.9 ms on float32 logits and 3.3 ms on bfloat16 ones:
 its blocks wait for each other's sums, and only three or four of them fit a multiprocessor. Mode ``low`` is in
-``loss_low.py``.
+``tiled.py``.
 
 Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
@@ -35,13 +35,10 @@ from q4kd.trainer.loss.teacher_head import TeacherHead
 
 
 def run_on_cuda(sums: LossSums, inputs: LossInputs, config: KDLossConfig, kernels: LossKernels | None = None) -> None:
-    """Fill ``sums``.
+    """Fill ``sums``, which are made for tiles if ``config.mode`` is low.
 
-    Args:
-        sums: made for tiles if ``config.mode`` is low.
-        inputs: on the device; their head is a ``TeacherHead``, or in fast a function from hidden states to logits.
-        config: the equation's knobs.
-        kernels: those of the tensors' device; made when absent.
+    The head of ``inputs`` is a ``TeacherHead``, or in fast a function from hidden states to logits; ``kernels`` are
+    those of the tensors' device and are made when absent.
 
     Raises:
         InputError: when the kernels cannot be compiled or loaded.

@@ -28,15 +28,10 @@ from q4kd.trainer.teacher.cache.store import INDEX_FILE, CacheIndex, CacheKey, e
 
 @dataclass(frozen=True)
 class CachedSignal:
-    """A distribution over k tokens and the tail, read from a cache.
+    """A distribution over k tokens and the tail, read from a cache."""
 
-    Attributes:
-        top: signal of M positions.
-        is_checked: whether ``check_signal`` has seen it.
-    """
-
-    top: Signal
-    is_checked: bool = False
+    top: Signal  # of M positions
+    is_checked: bool = False  # whether ``check_signal`` has seen it
 
     def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over k + 1 events; see ``topk_kd_loss``.
@@ -72,19 +67,12 @@ def _explaining_signals() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(
-            "teacher_cache",
-            expected="signals that q4kd cache wrote",
-            got=str(error)[:160],
-            remedy="delete the cache's folder and make it anew",
-        ) from error
+        expected, remedy = "signals that q4kd cache wrote", "delete the cache's folder and make it anew"
+        raise InputError("teacher_cache", expected=expected, got=str(error)[:160], remedy=remedy) from error
 
 
 class CachedTeacher:
-    """Gives a step its teacher's signal from a cache.
-
-    Args:
-        index: index of a complete cache that belongs to this run.
+    """Gives a step its teacher's signal from a cache that belongs to this run.
 
     Raises:
         InputError: when the cache is not complete.
