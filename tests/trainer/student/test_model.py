@@ -88,7 +88,7 @@ def test_what_is_no_folder_is_refused_before_the_hub_is_asked(
 def test_a_hub_id_in_the_place_of_a_teacher_says_how_to_fetch_it() -> None:
     with pytest.raises(InputError, match=r"hf download a/b-GGUF --include '\*.gguf' --local-dir DIR"):
         open_model(Path("a/b-GGUF"))
-    with pytest.raises(InputError, match="check the path"):
+    with pytest.raises(InputError, match="name a file that is there"):
         open_model(Path("a/b/c.gguf"))
     with pytest.raises(InputError, match=r"Is a directory; q4kd export .* --format gguf makes one"):
         open_model(student_path())

@@ -112,18 +112,13 @@ class PackedMatrix:
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Decode only the rows asked for: int64 ``[n]`` to float32 ``[n, K]``."""
-        out = torch.empty(len(row_ids), self.cols, dtype=torch.float32)
-        return decode_rows(self.source_type, self._packed[row_ids], out)
+        return decode_rows(self.source_type, self._packed[row_ids], torch.empty(len(row_ids), self.cols))
 
 
 class DenseMatrix:
-    """A frozen matrix ``[R, K]`` decoded once, at load, to several times its size in the file.
+    """A frozen matrix ``[R, K]`` decoded once, at load, to float32 or bfloat16 (one rounding).
 
-    Only an explicit choice of backend makes one.
-
-    Args:
-        tensor: tensor as it lies in the file.
-        dtype: dtype in which it is held, float32 or bfloat16 (one rounding).
+    It takes several times its size in the file; only the ``dense`` backend makes one.
     """
 
     is_dense = True
@@ -174,5 +169,5 @@ def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: to
 
 def decode_vector(tensor: PackedTensor) -> Tensor:
     """Return a norm or bias as float32 ``[length]`` (a copy: vectors are small and used at every step)."""
-    out = torch.empty(1, tensor.shape[0], dtype=torch.float32)
+    out = torch.empty(1, tensor.shape[0])
     return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(1, -1), out)[0]
