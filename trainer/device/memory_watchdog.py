@@ -66,7 +66,7 @@ class MemoryWatchdog:
 
 
 def guarded(device: str) -> contextlib.AbstractContextManager[object]:
-    """Return a watchdog for a run on a device that shares the host's memory, and nothing to do for any other."""
+    """Return a watchdog for a run on a device that shares the host's memory, else a context that does nothing."""
     if device == "cpu":
         return contextlib.nullcontext()
     import torch

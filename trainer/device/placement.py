@@ -102,7 +102,7 @@ def find_place(device: str, dtype: str = "float32") -> Place:
 
 
 def check_fits(teacher: TeacherPlacement) -> None:
-    """Refuse weights that cannot fit. On the CPU packed weights are a memory map, which always does.
+    """Refuse weights that cannot fit. Packed weights on the CPU are a memory map, which always fits.
 
     Raises:
         InputError: with the bytes that are needed and those that are free.

@@ -1,4 +1,4 @@
-"""What a step is taught by, as the loss sees it: nobody, or a signal of a teacher that is online or cached.
+"""The teacher as the loss sees it: none, or the signal of a teacher that is online or cached.
 
 Letters in shapes: M tokens, H hidden size, V vocabulary of the student.
 """

@@ -89,7 +89,7 @@ class LossSums:
             product_CH = multiply_wide(grad_CV, weight_VH)
             self.grad_hidden_MH[rows] = product_CH if share == 1 else product_CH.mul_(share)
         if self.grad_weight_VH is not None:
-            # What was there before the first product is ignored: beta is 0.
+            # The first product overwrites what was there: its beta is 0.
             add_product(self.grad_weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
             self._has_weight = True
 
@@ -164,7 +164,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int, alpha: float) -
 
 @cache
 def _adds_in_float32(device: torch.device) -> bool:
-    """Whether this torch adds a product of bfloat16 to float32 in place; some versions want all of one type."""
+    """Return whether this torch adds a bfloat16 product to float32 in place; some versions want one type for all."""
     out, a = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)

@@ -31,10 +31,10 @@ _DEFAULT_CHUNK = 256
 
 
 class _Rows:
-    """What is known of every unmasked row: running sums, then values."""
+    """Running sums, then values, of every unmasked row."""
 
     def __init__(self, count: int) -> None:
-        # In float64: many small tiles would add up the rounding of each.
+        # The sums are float64, since many small tiles would add up the rounding of each.
         self.log_z_1 = torch.full((count,), -torch.inf, dtype=torch.float64)  # of the student at temperature 1
         self.log_z = self.log_z_1.clone()  # of the student at T
         self.log_w = self.log_z_1.clone()  # of the teacher at T

@@ -56,7 +56,8 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
-    return next(name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    leaf: str = next(name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
+    return leaf
 
 
 def effective_weight(layer: Any) -> Tensor:

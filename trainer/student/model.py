@@ -84,8 +84,8 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
             make: Any = AutoModelForCausalLM.from_config
-            # Weights are drawn in float32 for every dtype, so that one seed is one student. Buffers, such as RoPE's
-            # frequencies, stay float32.
+            # Weights are drawn in float32 for every dtype, so that a seed makes the same student in each. Buffers, such
+            # as RoPE's frequencies, stay float32.
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -144,7 +144,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise no_student(folder, error) from error
-    # Without its files, transformers makes up a tokenizer of no token but its special ones.
+    # Where its files are missing, transformers makes up a tokenizer that has only special tokens.
     files = sorted(set(tokenizer.vocab_files_names.values()))
     if not any((folder / name).is_file() for name in files):
         remedy = "copy the tokenizer's files of its model there"

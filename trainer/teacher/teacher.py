@@ -1,4 +1,4 @@
-"""The frozen teacher: what every device's forward pass is wrapped in. No parameters, no gradient, checked ids.
+"""The frozen teacher around a device's forward pass: it has no parameters and no gradient, and it checks its ids.
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, V vocabulary.
 """
@@ -92,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_of(self, batch: Batch) -> Tensor:
-        """Return ``hidden`` of a batch, whose ids and starts were looked at when it was made: nothing waits for them.
+        """Return ``hidden`` of a batch, whose ids and starts were read when it was made, so that nothing waits.
 
         Raises:
             InputError: as ``hidden``.
@@ -192,11 +192,11 @@ class Teacher:
 
 
 def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Callable[[str], None] = print) -> Teacher:
-    """Load a teacher as it was decided, saying what and why.
+    """Load a teacher as ``place_teacher`` decided, and say what was decided and why.
 
     Args:
-        placement: the decisions; see ``place_teacher``.
-        events: receives ``teacher_loading``, ``backend_selected`` and ``teacher_ready``.
+        placement: the decisions.
+        events: receives ``backend_selected``, ``teacher_loading``, ``teacher_ready`` and ``memory``.
         announce: receives the log lines.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A teacher that is not loaded: what it said of every window is read from a cache that must belong to the run."""
+"""A teacher that is not loaded: its signal for every window is read from a cache that must belong to the run."""
 
 import contextlib
 import dataclasses

@@ -13,8 +13,8 @@ so a position takes 4 k + 2 or 6 k + 2 bytes. float16 keeps log p to 2^-11 of it
 sum to one again, so that what rounding took from one token goes to all in proportion.
 
 Every file is written whole or not at all; a shard counts when ``cache.json`` names it. A cache is hostile until it is
-checked: sizes by ``cache.json``, contents by digest when a shard is first opened, ids, that they differ, and sums when
-they are read. Shards are mapped, so windows in random order cost their own bytes and not whole files.
+checked: sizes against ``cache.json``, contents by digest when a shard is first opened, and ids (in range and different
+within a position) and sums when they are read. Shards are mapped, so windows in random order cost only their own bytes.
 """
 
 import hashlib

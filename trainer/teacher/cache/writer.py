@@ -1,7 +1,7 @@
 """``q4kd cache``: the frozen teacher over every training window, in canonical order, into shards that can be resumed.
 
-Logits exist for one chunk of tokens at a time. A shard is written whole; whoever is killed loses at most the one that
-was being computed.
+Logits exist for one chunk of tokens at a time. A shard is written whole, so a killed run loses at most the one that it
+was computing.
 """
 
 import shutil
@@ -112,7 +112,7 @@ def _join(parts: Iterator[Signal]) -> Signal:
 
 
 def _progress(index: CacheIndex, total: int) -> Callable[[int], None]:
-    """Return a function that is told of windows done and says how far it is, every five seconds."""
+    """Return a function that takes the number of windows just done and prints the progress every five seconds."""
     started = last = time.monotonic()
     done = 0
 

@@ -112,7 +112,8 @@ class PackedMatrix:
 
     def gather(self, row_ids: Tensor) -> Tensor:
         """Decode only the rows asked for: int64 ``[n]`` to float32 ``[n, K]``."""
-        return decode_rows(self.source_type, self._packed[row_ids], torch.empty(len(row_ids), self.cols))
+        out = torch.empty(len(row_ids), self.cols, dtype=torch.float32)
+        return decode_rows(self.source_type, self._packed[row_ids], out)
 
 
 class DenseMatrix:
@@ -169,5 +170,5 @@ def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: to
 
 def decode_vector(tensor: PackedTensor) -> Tensor:
     """Return a norm or bias as float32 ``[length]`` (a copy: vectors are small and used at every step)."""
-    out = torch.empty(1, tensor.shape[0])
+    out = torch.empty(1, tensor.shape[0], dtype=torch.float32)
     return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(1, -1), out)[0]

@@ -1,4 +1,4 @@
-"""A model file's tensors onto the device: read in parallel into pinned buffers, copied while the next ones are read.
+"""Loads a model file's tensors: reads them in parallel into pinned buffers and copies these while it reads the next.
 
 All tensors share one allocation (the *arena*), each at a multiple of 256 bytes, so the device holds the file's tensor
 bytes and at most 255 more per tensor. Reading goes through ``preadv`` rather than the memory map: a page fault for
