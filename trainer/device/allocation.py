@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def allocate_bytes(num_bytes: int, allocation: Allocation) -> "Tensor":
     """Return an uninitialised uint8 ``[num_bytes]`` on the current CUDA device.
 
-    Managed memory (of a unified device: see ``device.check_allocation``) comes from CuPy, since torch has no allocator
+    Managed memory (for unified devices: see ``devices.check_allocation``) comes from CuPy, since torch has no allocator
     for it, and is freed with the tensor.
     """
     import torch

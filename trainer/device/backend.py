@@ -40,11 +40,8 @@ def choose_backend(
 ) -> BackendChoice:
     """Choose the backend for a teacher whose tensors have these GGML types.
 
-    Args:
-        override: one of ``OVERRIDES``.
-        types: of the file's tensors.
-        device_class: of the device that will hold it: named in the reason, and without influence on the answer.
-        dense_fits: whether the decoded weights fit into the memory that is left.
+    The device class is named in the reason and has no influence on the answer. ``dense_fits`` says whether the decoded
+    weights fit into the memory that is left.
 
     Raises:
         InputError: for an override that is not one of ``OVERRIDES``.
@@ -68,10 +65,6 @@ def backend_override(option: str | None, environment: Mapping[str, str] = os.env
 
 
 def check_device(device: str) -> None:
-    """Refuse a name that is no device.
-
-    Raises:
-        InputError: naming the devices.
-    """
+    """Raise InputError for a name that is not one of ``DEVICES``."""
     if device not in DEVICES:
         raise InputError("--device", expected=" or ".join(DEVICES), got=repr(device), remedy="choose one of these")

@@ -22,27 +22,19 @@ _INTEGRATED_CAPABILITIES = frozenset({(3, 2), (5, 3), (6, 2), (7, 2), (8, 7), (1
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A device as its driver describes it.
-
-    Attributes:
-        name: name as the driver spells it.
-        capability: compute capability, such as ``(9, 0)``.
-        integrated: attribute "integrated with the host memory"; None where it could not be read.
-        managed: attribute "can allocate managed memory"; None where it could not be read.
-        total_bytes: bytes of memory that the device reports as its own, or shares.
-    """
+    """A device as its driver describes it; None where an attribute could not be read."""
 
     name: str
-    capability: tuple[int, int]
-    integrated: bool | None
-    managed: bool | None
-    total_bytes: int
+    capability: tuple[int, int]  # compute capability, such as (9, 0)
+    integrated: bool | None  # attribute "integrated with the host memory"
+    managed: bool | None  # attribute "can allocate managed memory"
+    total_bytes: int  # memory that the device reports as its own, or shares
 
 
 def classify(capability: tuple[int, int], integrated: bool | None) -> DeviceClass:
     """Return ``classic`` or ``unified`` for any compute capability.
 
-    The attribute alone would do, if every driver set it; a capability that only integrated chips have settles the rest.
+    The attribute would be enough if every driver set it; a capability that only integrated chips have settles the rest.
     A host whose CPU can read device memory (GH200) is still classic: its GPU has memory of its own.
     """
     return "unified" if integrated or capability in _INTEGRATED_CAPABILITIES else "classic"
@@ -109,8 +101,8 @@ def memory_budget(device_class: DeviceClass, free_bytes: int | None, available: 
 
     Args:
         device_class: class of the device that will hold it.
-        free_bytes: cudaMemGetInfo's free memory in bytes; None on the CPU. On unified devices it leaves out reclaimable
-            page cache, so it is not used there.
+        free_bytes: cudaMemGetInfo's free memory; None on the CPU. It leaves out reclaimable page cache on unified
+            devices, so it is not used there.
         available: the host's MemAvailable in bytes.
     """
     return free_bytes if device_class == "classic" and free_bytes is not None else available
@@ -127,11 +119,9 @@ def cuda_facts(index: int = 0) -> DeviceFacts:
     except ImportError as error:
         raise _no_cuda(f"torch is not installed ({error})", "pip install 'q4kd[train]'") from error
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        raise _no_cuda(
-            "no CUDA device that torch can use" if built else f"torch {torch.__version__}, built without CUDA",
-            "q4kd doctor says what is missing; --device cpu needs nothing",
-        )
+        without = f"torch {torch.__version__}, built without CUDA"
+        got = "no CUDA device that torch can use" if torch.version.cuda else without
+        raise _no_cuda(got, "q4kd doctor says what is missing; --device cpu needs nothing")
     try:
         import cupy
     except ImportError as error:
@@ -139,17 +129,10 @@ def cuda_facts(index: int = 0) -> DeviceFacts:
         raise _no_cuda(f"CuPy is not installed ({error})", f"pip install 'q4kd[cuda{major}]'") from error
     properties = torch.cuda.get_device_properties(index)
     attributes = cupy.cuda.Device(index).attributes
-    return DeviceFacts(
-        name=properties.name,
-        capability=(properties.major, properties.minor),
-        integrated=_flag(attributes, "Integrated"),
-        managed=_flag(attributes, "ManagedMemory"),
-        total_bytes=int(properties.total_memory),
-    )
-
-
-def _flag(attributes: Mapping[str, int], name: str) -> bool | None:
-    return bool(attributes[name]) if name in attributes else None
+    known = {name: bool(value) for name, value in attributes.items()}
+    capability = (properties.major, properties.minor)
+    integrated, managed = known.get("Integrated"), known.get("ManagedMemory")
+    return DeviceFacts(properties.name, capability, integrated, managed, int(properties.total_memory))
 
 
 def _no_cuda(got: str, remedy: str) -> InputError:

@@ -27,10 +27,10 @@ def choose_dtype(requested: str, device: str, cpu_flags: Collection[str] | None 
     Args:
         requested: one of ``REQUESTS``.
         device: ``cpu`` or ``cuda``; every CUDA device that q4kd compiles for has bfloat16 tensor cores.
-        cpu_flags: for tests; read from the machine by default.
+        cpu_flags: the processor's feature flags; read from the machine by default.
 
     Raises:
-        InputError: for another request.
+        InputError: for a request that is not one of ``REQUESTS``.
     """
     if requested not in REQUESTS:
         raise InputError("--dtype", expected=" or ".join(REQUESTS), got=repr(requested)[:40], remedy="choose one")
@@ -49,11 +49,8 @@ def native_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """Return the processor's feature flags, empty where the system does not list them."""
     key = "Features" if platform.machine() == "aarch64" else "flags"
     try:
-        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
-            for line in lines:
-                name, _, rest = line.partition(":")
-                if name.strip() == key:
-                    return frozenset(rest.split())
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        pass
-    return frozenset()
+        return frozenset()
+    fields = (line.partition(":") for line in lines)
+    return next((frozenset(rest.split()) for name, _, rest in fields if name.strip() == key), frozenset())

@@ -7,8 +7,8 @@ from torch import Tensor
 def copy_from_host(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device.
 
-    From pageable memory the host would wait for everything that is queued on the device. So what goes to CUDA goes
-    through pinned memory; torch keeps that until the copy is made.
+    The host would wait for everything that is queued on the device if it copied from pageable memory. A copy to CUDA
+    therefore goes through pinned memory, which torch keeps until the copy is made.
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

@@ -19,63 +19,37 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Residency:
-    """What the teacher holds in memory.
+    """What the teacher holds in memory."""
 
-    Attributes:
-        resident_bytes: bytes per GGML type as held (a dense copy of a Q4_K tensor counts under ``F32``).
-        dense_bytes_of_quantised: bytes of decoded copies of K-quant tensors.
-        scratch_bytes: bytes of the reusable tile buffer.
-        tensor_bytes: bytes of the tensors in the file.
-    """
-
-    resident_bytes: dict[str, int]
-    dense_bytes_of_quantised: int
-    scratch_bytes: int
-    tensor_bytes: int
+    resident_bytes: dict[str, int]  # per GGML type as held: a dense copy of a Q4_K tensor counts under F32
+    dense_bytes_of_quantised: int  # decoded copies of K-quant tensors
+    scratch_bytes: int  # the reusable tile buffer
+    tensor_bytes: int  # the tensors in the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """Bytes on the device held by this process.
+    """Bytes on the device held by this process."""
 
-    Attributes:
-        process: NVML's figure for this process; None where NVML does not support it or does not list the process.
-        why_unknown: the reason when ``process`` is None.
-        allocated: in torch's live tensors.
-        reserved: by torch's allocator from the driver, live tensors included.
-        peak_allocated: largest ``allocated`` so far.
-        other: ``process - reserved``: context, kernels, library workspaces; None where ``process`` is.
-    """
-
-    process: int | None
-    why_unknown: str | None
-    allocated: int
-    reserved: int
-    peak_allocated: int
-    other: int | None
+    process: int | None  # NVML's figure; None where NVML does not support it or does not list the process
+    why_unknown: str | None  # the reason when ``process`` is None
+    allocated: int  # in torch's live tensors
+    reserved: int  # by torch's allocator from the driver, live tensors included
+    peak_allocated: int  # largest ``allocated`` so far
+    other: int | None  # ``process - reserved``: context, kernels, library workspaces; None where ``process`` is
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """Bytes held by this process.
+    """Bytes held by this process."""
 
-    Attributes:
-        rss: resident on the host, mapped files included.
-        pss: the same with shared pages divided among their owners; None where the kernel does not say.
-        anonymous: resident on the host without mapped files.
-        available: the host's MemAvailable.
-        device: None without CUDA.
-        teacher: resident weight bytes by GGML type (dense copies under the dtype they are held in).
-        scratch: bytes of the teacher's reusable decode buffers.
-    """
-
-    rss: int
-    pss: int | None
-    anonymous: int
-    available: int
-    device: DeviceMemory | None
-    teacher: dict[str, int]
-    scratch: int
+    rss: int  # resident on the host, mapped files included
+    pss: int | None  # the same with shared pages divided among their owners; None where the kernel does not say
+    anonymous: int  # resident on the host without mapped files
+    available: int  # the host's MemAvailable
+    device: DeviceMemory | None  # None without CUDA
+    teacher: dict[str, int]  # resident weights by GGML type (dense copies under the dtype they are held in)
+    scratch: int  # the teacher's reusable decode buffers
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -85,12 +59,9 @@ class MemoryReport:
         """Return one line for people: who holds what."""
         parts = [f"host {sized(self.rss)} resident ({sized(self.anonymous)} without mapped files)"]
         if self.device is not None:
-            whole = self.device.process
+            whole, tensors, peak = self.device.process, self.device.allocated, self.device.peak_allocated
             told = sized(whole) if whole is not None else f"unknown ({self.device.why_unknown})"
-            parts.append(
-                f"device {told} by NVML, {sized(self.device.allocated)} in tensors, "
-                f"peak {sized(self.device.peak_allocated)}"
-            )
+            parts.append(f"device {told} by NVML, {sized(tensors)} in tensors, peak {sized(peak)}")
         held = ", ".join(f"{name} {sized(size)}" for name, size in sorted(self.teacher.items()))
         parts.append(f"teacher {held or 'none'}; scratch {sized(self.scratch)}")
         return "; ".join(parts)

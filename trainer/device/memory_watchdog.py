@@ -14,7 +14,7 @@ from collections.abc import Callable
 from q4kd.trainer.device.devices import classify, cuda_facts, mem_available
 from q4kd.trainer.device.memory_report import sized
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when less else is in memory
+EXIT_CODE = 75  # EX_TEMPFAIL: the same run may succeed when other programs hold less memory
 _INTERVAL_S = 0.1
 _IN_A_ROW = 3
 
@@ -66,7 +66,7 @@ class MemoryWatchdog:
 
 
 def guarded(device: str) -> contextlib.AbstractContextManager[object]:
-    """Return a watchdog for a run on a device that shares the host's memory, and nothing to do for any other."""
+    """Return a watchdog for a run on a device that shares the host's memory, else a context that does nothing."""
     if device == "cpu":
         return contextlib.nullcontext()
     import torch

@@ -28,21 +28,13 @@ DENSE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Place:
-    """A device, its allocation policy and its budget.
-
-    Attributes:
-        name: of the device.
-        device_class: of the device.
-        policy: how weights are allocated there, and why.
-        budget: bytes that may be taken.
-        dense_weight_bytes: bytes of a decoded weight in the compute dtype.
-    """
+    """A device, its allocation policy and its budget."""
 
     name: str
     device_class: DeviceClass
-    policy: AllocationPolicy
-    budget: int
-    dense_weight_bytes: int
+    policy: AllocationPolicy  # how weights are allocated there, and why
+    budget: int  # bytes that may be taken
+    dense_weight_bytes: int  # bytes of a decoded weight in the compute dtype
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -52,19 +44,12 @@ class Place:
 
 @dataclass(frozen=True)
 class TeacherPlacement:
-    """What was decided about a teacher, once, for all that plan, load or describe it.
+    """What was decided about a teacher, once, for all that plan, load or describe it."""
 
-    Attributes:
-        model: its file, opened and checked.
-        choice: whether its weights stay packed, and why.
-        dtype: that it computes in, and why.
-        place: where its weights will lie.
-    """
-
-    model: ModelFile
-    choice: BackendChoice
-    dtype: DtypeChoice
-    place: Place
+    model: ModelFile  # opened and checked
+    choice: BackendChoice  # whether its weights stay packed, and why
+    dtype: DtypeChoice  # of its products, and why
+    place: Place  # where its weights will lie
 
     @property
     def dense_bytes(self) -> int:
@@ -91,14 +76,13 @@ def place_teacher(
     place = find_place(device, compute.name)
     opened = open_model(model) if isinstance(model, Path) else model
     dense_fits = opened.num_weights * place.dense_weight_bytes <= place.budget
-    choice = choose_backend(
-        backend_override(backend), opened.bytes_by_type(), place.device_class, dense_fits=dense_fits
-    )
+    override = backend_override(backend)
+    choice = choose_backend(override, opened.bytes_by_type(), place.device_class, dense_fits=dense_fits)
     return TeacherPlacement(opened, choice, compute, place)
 
 
 def find_place(device: str, dtype: str = "float32") -> Place:
-    """Look at a device, ``cpu`` or ``cuda``, that a teacher shall be loaded to and compute on in ``dtype``.
+    """Describe a device, ``cpu`` or ``cuda``, to which a teacher may be loaded to compute in ``dtype``.
 
     Raises:
         InputError: when CUDA cannot be used, or the allocation override cannot be followed.
@@ -113,13 +97,12 @@ def find_place(device: str, dtype: str = "float32") -> Place:
     policy = allocation_policy(device_class, allocation_override())
     check_allocation(policy, device_class)
     free, _total = torch.cuda.mem_get_info()
-    return Place(
-        facts.name, device_class, policy, memory_budget(device_class, int(free), mem_available()), DENSE_BYTES[dtype]
-    )
+    budget = memory_budget(device_class, int(free), mem_available())
+    return Place(facts.name, device_class, policy, budget, DENSE_BYTES[dtype])
 
 
 def check_fits(teacher: TeacherPlacement) -> None:
-    """Refuse weights that cannot fit. On the CPU packed weights are a memory map, which always does.
+    """Refuse weights that cannot fit. Packed weights on the CPU are a memory map, which always fits.
 
     Raises:
         InputError: with the bytes that are needed and those that are free.
@@ -133,9 +116,6 @@ def check_fits(teacher: TeacherPlacement) -> None:
     else:
         needed, sum_up = model.tensor_bytes, "packed"
     if needed > place.budget:
-        raise InputError(
-            f"{model.path}: the {backend} backend on {place.name}",
-            expected=f"{sized(needed)} free ({sum_up})",
-            got=sized(place.budget),
-            remedy="use --backend q4k" if backend == "dense" else "free memory, or use a smaller teacher",
-        )
+        subject, expected = f"{model.path}: the {backend} backend on {place.name}", f"{sized(needed)} free ({sum_up})"
+        remedy = "use --backend q4k" if backend == "dense" else "free memory, or use a smaller teacher"
+        raise InputError(subject, expected=expected, got=sized(place.budget), remedy=remedy)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q4kd.trainer.kernels.gemm import has_avx512_product, multiply
 
-# A block has so many queries, and at most so many scores. Keys behind its last query are not multiplied at all, so
+# A block has at most so many queries, and so many scores. Keys behind its last query are not multiplied at all, so
 # small blocks skip more of the causal half; below 128 the products become inefficient.
 _BLOCK = 128
 _SCORES = 4 << 20
@@ -33,13 +33,8 @@ def document_mask(starts_BT: Tensor) -> Tensor:
 def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
     """Return softmax(q k' / sqrt(D)) v over the keys not behind each query, float32 ``[B, T, N, D]``, contiguous.
 
-    Query head ``n`` reads key-value head ``n // G``. All arguments but ``starts_BT`` are float32 and contiguous.
-
-    Args:
-        q_BNTD: queries.
-        k_BKTD: keys.
-        v_BKTD: values.
-        starts_BT: int64 first position that each query may read, not falling along T; None stands for zeros.
+    Query head ``n`` reads key-value head ``n // G``. Queries, keys and values are float32 and contiguous; ``starts_BT``
+    is the int64 first position that each query may read, not falling along T; None stands for zeros.
     """
     batch, heads, length, head_dim = q_BNTD.shape
     if not _OWN_PRODUCTS or length < _LONG:

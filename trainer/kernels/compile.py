@@ -7,6 +7,7 @@ follows links, and it loads code from a folder of any owner and mode. Nothing bu
 no CUDA toolkit is needed.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -83,11 +84,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def compile_source(source: Source, arch: str) -> bytes:
-    """Compile to a cubin.
-
-    Args:
-        source: module and headers.
-        arch: architecture, such as ``sm_90a``.
+    """Compile to a cubin for an architecture, such as ``sm_90a``.
 
     Raises:
         CompileError: with the compiler's log.
@@ -96,19 +93,14 @@ def compile_source(source: Source, arch: str) -> bytes:
     nvrtc_version()
     from cupy_backends.cuda.libs import nvrtc
 
-    program = nvrtc.createProgram(
-        source.text,
-        f"{source.name}.cu",
-        [text.encode() for _, text in source.headers],
-        [name.encode() for name, _ in source.headers],
-    )
+    names, texts = [name.encode() for name, _ in source.headers], [text.encode() for _, text in source.headers]
+    program = nvrtc.createProgram(source.text, f"{source.name}.cu", texts, names)
     try:
-        try:
-            nvrtc.compileProgram(program, [*OPTIONS, f"-arch={arch}"])
-        except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program)
-            raise CompileError(f"{source.name}.cu for {arch}: {error}\n{log}") from error
+        nvrtc.compileProgram(program, [*OPTIONS, f"-arch={arch}"])
         return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise CompileError(f"{source.name}.cu for {arch}: {error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -159,11 +151,7 @@ def read_cached(path: Path) -> bytes | None:
 
 
 def load_cubin(name: str, arch: str) -> bytes:
-    """Return a module's cubin, from the cache or compiled now.
-
-    Args:
-        name: one of ``MODULES``.
-        arch: architecture, such as ``sm_90a``.
+    """Return the cubin of one of ``MODULES`` for an architecture, from the cache or compiled now.
 
     Raises:
         CompileError: with the compiler's log.
@@ -177,8 +165,6 @@ def load_cubin(name: str, arch: str) -> bytes:
         return cached
     cubin = compile_source(source, arch)
     if path is not None:
-        try:
+        with contextlib.suppress(OSError):  # A full disk costs the next start a compilation and no more.
             write_atomic(path, hashlib.sha256(cubin).digest() + cubin)
-        except OSError:
-            return cubin  # A full disk costs the next start a compilation and no more.
     return cubin

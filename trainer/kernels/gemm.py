@@ -14,10 +14,8 @@ from torch import Tensor
 
 def has_avx512_product() -> bool:
     """Return whether oneDNN's float32 product is there and the processor has AVX-512."""
-    probe = getattr(torch.cpu, "_is_avx512_supported", None)
-    return (
-        probe is not None and bool(probe()) and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    has_avx512 = getattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    return bool(has_avx512()) and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 _AVX512_PRODUCT = has_avx512_product()
@@ -40,11 +38,10 @@ def multiply(x_MK: Tensor, weight_RK: Tensor) -> Tensor:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed between products, up to 62 MiB, instead of giving it back to the kernel.
 
-    oneDNN's product allocates its result. Given back and asked for again, the pages of a 1,024 x 3,072 result fault
-    anew at every product, which took a fifth of a feed-forward's time. glibc raises its own thresholds when a large
-    block is freed: to that block's size for mapping apart, at most 32 MiB, and to twice that for giving back
-    (mallopt(3), M_MMAP_THRESHOLD). The block freed here is never touched, so it takes no memory; other allocators
-    ignore it.
+    oneDNN's product allocates its result. If its pages are given back, a 1,024 x 3,072 result faults them in anew at
+    every product, which took a fifth of a feed-forward's time. glibc raises its own thresholds when a large block is
+    freed: to that block's size for mapping apart, at most 32 MiB, and to twice that for giving back (mallopt(3),
+    M_MMAP_THRESHOLD). The block freed here is never touched, so it takes no memory; other allocators ignore it.
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 

@@ -28,21 +28,15 @@ class Launcher(Protocol):
     def __call__(self, kernel: str, grid: int, arguments: Sequence[Argument], writes: Sequence[Tensor]) -> None:
         """Launch ``grid`` blocks of 256 threads. Tensors are passed by address, integers as 64 bits, ``None`` as null.
 
-        Args:
-            kernel: name of the kernel.
-            grid: number of blocks.
-            arguments: arguments in the kernel's order.
-            writes: the tensors among ``arguments`` that the kernel writes.
+        ``writes`` are the tensors among ``arguments`` that the kernel writes.
         """
 
 
 class ArgumentBuffer:
     """The memory in which a kernel's arguments lie while it is launched, eight bytes each, and pointers to them.
 
-    The driver copies them before a launch returns, so one buffer serves every launch of a kernel from one thread.
-
-    Args:
-        arguments: arguments of one launch; those of others have the same types in the same places.
+    The driver copies them before a launch returns, so one buffer serves every launch of a kernel from one thread; the
+    arguments of each have the same types in the same places.
     """
 
     def __init__(self, arguments: Sequence[Argument]) -> None:
@@ -54,9 +48,8 @@ class ArgumentBuffer:
 
     def fill(self, arguments: Sequence[Argument]) -> None:
         """Write a launch's arguments: addresses of tensors, 64-bit integers, float32 numbers, null for ``None``."""
-        self._layout.pack_into(
-            self._words, 0, *[value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
-        )
+        words = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
+        self._layout.pack_into(self._words, 0, *words)
 
 
 class _ThreadBuffers(threading.local):

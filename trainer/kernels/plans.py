@@ -25,27 +25,20 @@ _PLAIN = frozenset((str, int, float, type(None)))  # told apart from tensors soo
 
 
 class Launch(NamedTuple):
-    """What a checked call launches.
-
-    Attributes:
-        kernel: name of the kernel.
-        grid: number of blocks of 256 threads; 0 where there is nothing to do.
-        arguments: arguments in the kernel's order.
-        writes: the tensors among ``arguments`` that the kernel writes.
-    """
+    """What a checked call launches."""
 
     kernel: str
-    grid: int
-    arguments: Sequence[Argument]
-    writes: Sequence[Tensor]
+    grid: int  # blocks of 256 threads; 0 where there is nothing to do
+    arguments: Sequence[Argument]  # in the kernel's order
+    writes: Sequence[Tensor]  # those among the arguments that the kernel writes
 
 
 _Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 def _pick(places: Sequence[int]) -> _Pick:
-    """Return what takes those places of a tuple, as a tuple."""
-    # One place is taken as a slice, since of one index alone ``itemgetter`` returns no tuple.
+    """Return a function that takes those places of a tuple, as a tuple."""
+    # One place is taken as a slice, since ``itemgetter`` returns no tuple for a single index.
     return operator.itemgetter(*places) if len(places) > 1 else operator.itemgetter(slice(places[0], places[0] + 1))
 
 
@@ -99,12 +92,10 @@ class KernelSet:
     ) -> None:
         """Require a dtype, a shape (``None``: any length), contiguity and the device.
 
-        With ``rows``, only every row must be contiguous; the stride between them is free, as long as they do not
-        overlap.
+        With ``rows``, only each row must be contiguous; the stride between rows is free as long as they do not overlap.
         """
-        fits = tensor.dim() == len(shape) and all(
-            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-        )
+        sizes = zip(shape, tensor.shape, strict=False)
+        fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in sizes)
         require(
             fits and tensor.dtype in dtypes and tensor.device == self.device,
             f"{name}: expected {[str(dtype) for dtype in dtypes]} {list(shape)} on {self.device}, "
@@ -112,10 +103,8 @@ class KernelSet:
         )
         if rows and tensor.numel():
             apart = len(tensor) == 1 or tensor.stride(0) >= math.prod(tensor.shape[1:])
-            require(
-                tensor[0].is_contiguous() and apart,
-                f"{name}: expected rows contiguous in themselves, got strides {tensor.stride()}",
-            )
+            message = f"{name}: expected rows contiguous in themselves, got strides {tensor.stride()}"
+            require(tensor[0].is_contiguous() and apart, message)
         else:
             require(tensor.is_contiguous(), f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
@@ -125,7 +114,7 @@ _Call = ParamSpec("_Call")
 
 
 def kernel(declared: Callable[Concatenate[_Set, _Call], Launch]) -> Callable[Concatenate[_Set, _Call], None]:
-    """Make a kernel's declaration a method that launches it; its tensors are planned for by all but their addresses."""
+    """Make a kernel's declaration a method that launches it, planned once for tensors that differ only in address."""
 
     @functools.wraps(declared)
     def launch(kernels: _Set, /, *call: Any, **options: Any) -> None:

@@ -40,8 +40,7 @@ class Kernels(KernelSet):
         Args:
             type_name: a GGML type, or ``Q6_K_SOA``.
             packed: uint8 ``[R, row_bytes]``, contiguous (``Q6_K_SOA``: any shape of as many bytes).
-            row_start: first row.
-            row_stop: row after the last, at most R.
+            row_start, row_stop: 0 to R.
             cols: K.
             out: bfloat16 or float32 ``[row_stop - row_start, K]``, contiguous; every element is written.
 
@@ -83,9 +82,8 @@ class Kernels(KernelSet):
         weights, tasks = _STEPS.get(type_name, _SUPERBLOCK_STEP)
         name, suffix = f"gather_{type_name.lower()}", DTYPES[out.dtype]
         if _by_elements(weights, cols, packed, out):
-            return Launch(
-                f"{name}_elements_{suffix}", blocks(count * cols), [packed, rows, cols, ids, count, out], [out]
-            )
+            elements: list[Argument] = [packed, rows, cols, ids, count, out]
+            return Launch(f"{name}_elements_{suffix}", blocks(count * cols), elements, [out])
         steps = cols // weights
         arguments: list[Argument] = [packed, rows * steps, steps, ids, count, out]
         return Launch(f"{name}_{suffix}", blocks(count * steps * tasks), arguments, [out])
@@ -156,7 +154,6 @@ class Kernels(KernelSet):
         Args:
             x_MH: bfloat16 or float32 ``[M, H]``, contiguous.
             weight_H: float32 ``[H]``.
-            eps: added to the mean square.
             out_MH: bfloat16 or float32 ``[M, H]``, contiguous; may be ``x_MH``.
         """
         self._check("x", x_MH, _ANY, None, None)
@@ -177,7 +174,6 @@ class Kernels(KernelSet):
             residual_MH: bfloat16 or float32 ``[M, H]``, contiguous; updated.
             delta_MH: bfloat16 or float32 ``[M, H]``, contiguous.
             weight_H: float32 ``[H]``.
-            eps: added to the mean square.
             out_MH: bfloat16 or float32 ``[M, H]``, contiguous.
         """
         self._check("residual", residual_MH, _ANY, None, None)
@@ -212,13 +208,10 @@ class Kernels(KernelSet):
         Args:
             q_MND: bfloat16 or float32 ``[M, N, D]``; heads contiguous, rows may be apart (a fused product's columns).
             k_MKD: same type, ``[M, K, D]``.
-            cos_TD: float32 ``[T, D/2]``, contiguous; row m is position ``m % T``.
-            sin_TD: float32 ``[T, D/2]``, contiguous.
+            cos_TD, sin_TD: float32 ``[T, D/2]``, contiguous; row m is position ``m % T``.
             layout: ``split`` pairs (i, i + D/2), ``interleaved`` pairs (2i, 2i + 1).
-            q_bias: float32 ``[N * D]``.
-            k_bias: float32 ``[K * D]``.
-            q_norm: float32 ``[D]``.
-            k_norm: float32 ``[D]``.
+            q_bias, k_bias: float32 ``[N * D]`` and ``[K * D]``.
+            q_norm, k_norm: float32 ``[D]``.
             eps: added to the mean squares of the norms.
         """
         require(layout in ("split", "interleaved"), f"layout {layout}: expected split or interleaved")

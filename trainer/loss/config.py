@@ -22,27 +22,19 @@ _CPU_MAX_CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class KDLossConfig:
-    """Knobs of the equation in ``kd_loss.py``.
+    """Knobs of the equation in ``fused.py``.
 
-    Attributes:
-        alpha: weight of the cross-entropy, in [0, 1]; 1 needs no teacher.
-        temperature: divides both logits; > 0.
-        divergence: which D.
-        beta: the mixture weight of ``jsd``, in (0, 1).
-        mode: ``fast`` makes a chunk's logits over the whole vocabulary; ``low`` a tile of it at a time, twice.
-        chunk_tokens: C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes.
-        vocab_tile: R, the columns of logits that exist at one time in ``low``; 0 means 8,192.
-        logits: in what a CUDA device holds the logits of bfloat16 products. float32 keeps values to 1e-6; bfloat16
-            halves the bytes of the softmax at an error of 2^-9 of each logit, some 1e-3 of a small divergence.
+    ``logits`` is the type in which a CUDA device holds the logits of bfloat16 products: float32 keeps values to 1e-6;
+    bfloat16 halves the bytes of the softmax at an error of 2^-9 of each logit, some 1e-3 of a small divergence.
     """
 
-    alpha: float = 0.5
-    temperature: float = 1.0
+    alpha: float = 0.5  # weight of the cross-entropy, in [0, 1]; 1 needs no teacher
+    temperature: float = 1.0  # divides both logits; > 0
     divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    mode: Mode = "fast"
-    chunk_tokens: int = 0
-    vocab_tile: int = 0
+    beta: float = 0.5  # the mixture weight of jsd, in (0, 1)
+    mode: Mode = "fast"  # fast makes a chunk's logits over the whole vocabulary; low a tile of it at a time, twice
+    chunk_tokens: int = 0  # C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes
+    vocab_tile: int = 0  # R, the columns of logits that exist at one time in low; 0 means 8,192
     logits: LogitsType = "float32"
 
     def chunk_for(self, vocab: int) -> int:

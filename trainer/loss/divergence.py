@@ -1,7 +1,7 @@
-"""The three divergences of ``kd_loss.py`` and their derivatives, of whole rows or of some columns of them.
+"""The three divergences of ``fused.py`` and their derivatives, of whole rows or of some columns of them.
 
-Values are sums over columns, so that a tile's add up to its row's; what a derivative needs of the whole row is the
-student's part of it. Letters in shapes: C rows, V columns.
+Values are sums over columns, so the values of a row's tiles add up to the row's; a derivative needs of the whole row
+only the student's part of them. Letters in shapes: C rows, V columns.
 """
 
 import math
@@ -18,7 +18,7 @@ _COPIED = 1 << 19
 
 @dataclass(frozen=True)
 class Distributions:
-    """Teacher p and student q at temperature T, and their logarithms, ``[C, V]``; of jsd, log m as well."""
+    """Teacher p and student q at temperature T, and their logarithms, ``[C, V]``; for jsd also log m."""
 
     p: Tensor
     log_p: Tensor
@@ -36,15 +36,9 @@ def distributions(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> Distrib
 
 
 def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple[Tensor, Tensor]:
-    """Return D per row and its gradient with respect to the student's scaled logits s / T.
+    """Return D per row, float64 ``[C]``, and its gradient ``[C, V]`` with respect to the scaled logits s / T.
 
-    Args:
-        log_p: teacher log-probabilities ``[C, V]``.
-        log_q: student log-probabilities ``[C, V]``.
-        config: selects D and beta.
-
-    Returns:
-        ``(D float64 [C], dD/d(s/T) [C, V])``.
+    ``log_p`` are the teacher's log-probabilities ``[C, V]``, ``log_q`` the student's.
     """
     both = distributions(log_p, log_q, config)
     rows_C, student_2C = values(both, config)
@@ -54,7 +48,7 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, config: KDLossConfig) -> tuple
 def values(of: Distributions, config: KDLossConfig) -> tuple[Tensor, Tensor]:
     """Return D, float64 ``[C]``, and what ``slope`` needs of the whole rows, float64 ``[2, C]``.
 
-    These are the sums of q * f and of q, where f is dD/dq up to a constant; zeros of forward_kl.
+    The latter are the sums of q * f and of q, where f is dD/dq up to a constant; they are zeros for forward_kl.
     """
     sum_p, sum_q = sum_rows(of.p), sum_rows(of.q)
     if config.divergence == "forward_kl":
@@ -72,8 +66,8 @@ def values(of: Distributions, config: KDLossConfig) -> tuple[Tensor, Tensor]:
 def slope(of: Distributions, student_2C: Tensor, config: KDLossConfig) -> Tensor:
     """Return dD/d(s / T) ``[C, V]``, given the whole rows' sums that ``values`` returns; jsd overwrites ``of.q``.
 
-    It is q * (f - mean of f under q). The mean is that of f as rounded here, not D: where q is nearly one-hot, the two
-    nearly cancel, and of what is left D's own rounding would be a large part.
+    It is q * (f - mean of f under q). The mean is that of f as rounded here, not D: where q is nearly one-hot, f and
+    its mean nearly cancel, and D's own rounding would be a large part of the difference.
     """
     if config.divergence == "forward_kl":
         return of.q - of.p
@@ -82,10 +76,10 @@ def slope(of: Distributions, student_2C: Tensor, config: KDLossConfig) -> Tensor
 
 
 def _tilt(of: Distributions, config: KDLossConfig) -> Tensor:
-    """Return f ``[C, V]``: log q - log p, and of jsd log q - log m + log(1 - beta) without ever taking a log m.
+    """Return f ``[C, V]``: log q - log p, or for jsd log q - log m + log(1 - beta) without ever taking a log m.
 
-    The latter is -log(1 + beta p / ((1 - beta) q)): small where p is, whatever the size of the logarithms. Past e^80 q
-    is so small that what is cut off does not count.
+    The latter is -log(1 + beta p / ((1 - beta) q)): small where p is, whatever the size of the logarithms. The odds are
+    cut off at e^80, past which q is too small to count.
     """
     if of.log_m is None:
         return of.log_q - of.log_p
@@ -105,7 +99,7 @@ def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, excess: Tensor) -> Tensor:
 
     The sums of a and b are both one, up to rounding; keeping them cancels the rounding of the two normalisations to
     first order, which the textbook form adds to the result. At equality every term is exactly zero.
-    ``excess`` holds by how much the sums of b's rows exceed those of a's, float64 ``[C]``.
+    ``excess`` is the sum of each of b's rows minus that of a's, float64 ``[C]``.
     """
     return sum_rows(log_a - log_b, a) + excess
 
@@ -113,7 +107,7 @@ def kl_rows(a: Tensor, log_a: Tensor, log_b: Tensor, excess: Tensor) -> Tensor:
 def sum_rows(values_CV: Tensor, weights_CV: Tensor | None = None) -> Tensor:
     """Return the sum of each row, or of its products with weights, float64 ``[C]``; of products no bit is lost.
 
-    A few rows at a time: the CPU's torch copies to float64 what it sums in float64.
+    A few rows are summed at a time, since torch copies to float64 on the CPU what it sums in float64.
     """
     rows = max(1, _COPIED // values_CV.shape[1])
     parts = torch.split(values_CV, rows)

@@ -13,8 +13,8 @@ divergence is zero at equality. Sums run over the positions whose label is not `
 ``num_targets``, the count of such positions in the whole accumulated batch.
 
 Mode ``fast``: nothing larger than ``[chunk, V]`` exists, each chunk's logits, loss and gradients are made and dropped
-before the next, and the teacher's head is decoded once a call. Mode ``low`` (``loss_low.py``): nothing larger than
-``[chunk, tile]``. On CUDA both run on the kernels of ``cuda/loss.py``, or raise; here is plain torch.
+before the next, and the teacher's head is decoded once a call. Mode ``low`` (``tiled.py``): nothing larger than
+``[chunk, tile]``. On CUDA both run on the kernels of ``cuda/``, or raise; this module is plain torch.
 
 Types: plain torch widens hidden states and head to float32 (float64 stays) and multiplies in it. Gradients are summed
 in float32 over all chunks and rounded once, to the types of hidden states and head.
@@ -57,8 +57,8 @@ def kd_loss(
             ``TeacherHead`` is decoded once in ``fast``, and is required by ``low``, which decodes it in tiles.
         num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
         config: the equation's knobs.
-        positions_P: int64 ``[P]``, the positions that are not masked, rising. Without it they are looked for in
-            ``labels_M``, for which the host waits where these are on a device.
+        positions_P: int64 ``[P]``, the positions that are not masked, rising. Without it they are searched for in
+            ``labels_M``, and the host waits for labels that are on a device.
 
     Returns:
         Scalars in float64; ``loss`` is differentiable in ``hidden_MH`` and ``weight_VH``, once.

@@ -1,4 +1,4 @@
-"""What a step is taught by, as the loss sees it: nobody, or a signal of a teacher that is online or cached.
+"""The teacher as the loss sees it: none, or the signal of a teacher that is online or cached.
 
 Letters in shapes: M tokens, H hidden size, V vocabulary of the student.
 """
@@ -13,14 +13,11 @@ from q4kd.trainer.loss.sums import LossTerms
 
 
 class LossOptions(TypedDict):
-    """What every loss is told beside its tensors; see ``kd_loss``.
-
-    ``positions_P`` are the positions that have a label, int64, where they are known on the host.
-    """
+    """What every loss is told beside its tensors; see ``kd_loss``."""
 
     num_targets: float
     config: KDLossConfig
-    positions_P: NotRequired[Tensor | None]
+    positions_P: NotRequired[Tensor | None]  # int64, the positions that have a label where the host knows them
 
 
 class TeacherSignal(Protocol):

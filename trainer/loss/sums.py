@@ -1,8 +1,8 @@
 """What every form of the fused loss shares: its result, its sums, and the autograd function that only scales.
 
-Loss and gradients are made in one pass (``kd_loss.py``, ``loss_low.py``, ``loss_topk.py``, ``cuda/loss.py``), so that
-backward multiplies them by the incoming scalar and makes nothing. Letters in shapes: M tokens, C tokens of a chunk,
-R columns of a tile, H hidden size, V vocabulary.
+Loss and gradients are made in one pass (``fused.py``, ``tiled.py``, ``topk.py``, ``cuda/``), so that backward only
+multiplies them by the incoming scalar. Letters in shapes: M tokens, C tokens of a chunk, R columns of a tile, H hidden
+size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class LossInputs:
 def target_positions(labels_M: Tensor) -> Tensor:
     """Return the positions whose label is not ``IGNORE_INDEX``, int64 ``[P]``, rising.
 
-    How many there are is read: the host waits for labels that are on a device.
+    Their number is read, so the host waits for labels that are on a device.
     """
     return (labels_M != IGNORE_INDEX).nonzero().squeeze(1)
 
@@ -52,13 +52,7 @@ class LossSums:
     """What a pass over the chunks adds up: the two sums in float64, and the gradients divided by the targets.
 
     A gradient that nobody asks for is None, and its product is not made. ``grad_hidden_MH`` is float32 (or float64);
-    ``grad_weight_VH`` too, unless it is finished tile by tile and so may have the head's own type.
-
-    Args:
-        hidden_MH: the student's hidden states.
-        weight_VH: the student's head.
-        num_targets: divisor of the sums and of both gradients.
-        by_tiles: whether ``grad_weight_VH`` is written tile by tile.
+    ``grad_weight_VH`` too, unless it is finished ``by_tiles`` and so may have the head's own type.
     """
 
     def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, num_targets: float, *, by_tiles: bool) -> None:
@@ -95,7 +89,7 @@ class LossSums:
             product_CH = multiply_wide(grad_CV, weight_VH)
             self.grad_hidden_MH[rows] = product_CH if share == 1 else product_CH.mul_(share)
         if self.grad_weight_VH is not None:
-            # What was there before the first product is ignored: beta is 0.
+            # The first product overwrites what was there: its beta is 0.
             add_product(self.grad_weight_VH, grad_CV.T, hidden_CH, beta=int(self._has_weight), alpha=share)
             self._has_weight = True
 
@@ -170,7 +164,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int, alpha: float) -
 
 @cache
 def _adds_in_float32(device: torch.device) -> bool:
-    """Whether this torch adds a product of bfloat16 to float32 in place; some versions want all of one type."""
+    """Return whether this torch adds a bfloat16 product to float32 in place; some versions want one type for all."""
     out, a = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
@@ -229,15 +223,15 @@ def fused_loss(
     *,
     by_tiles: bool = False,
 ) -> LossTerms:
-    """Run ``compute`` under autograd and return the terms.
+    """Run ``compute`` under autograd and return the terms, mixed by ``config.alpha``.
 
     Args:
         hidden_MH: student hidden states ``[M, H]``.
         weight_VH: student head ``[V, H]``.
         num_targets: divisor of both sums, > 0.
-        config: its ``alpha`` mixes them.
+        config: the equation's knobs.
         compute: fills the sums and those gradients that are not None.
-        by_tiles: whether it writes the head's gradient tile by tile.
+        by_tiles: whether ``compute`` writes the head's gradient tile by tile.
 
     Raises:
         ValueError: when ``num_targets`` is not positive.

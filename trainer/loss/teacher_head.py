@@ -19,7 +19,7 @@ class TeacherHead(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoded weights, and of the hidden states in their products."""
+        """Type of the decoded weights, and of the hidden states in their products."""
 
     def __call__(self, hidden_MH: Tensor) -> Tensor:
         """Return logits ``[M, V]``."""
@@ -32,24 +32,11 @@ class TeacherHead(Protocol):
 
 
 class DenseHead:
-    """A head that is held as a matrix.
-
-    Args:
-        weight_VH: float ``[V, H]``.
-    """
+    """A head that is held as a float matrix ``[V, H]``."""
 
     def __init__(self, weight_VH: Tensor) -> None:
         self._weight_VH = weight_VH.detach()
-
-    @property
-    def rows(self) -> int:
-        """V."""
-        return self._weight_VH.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._weight_VH.dtype
+        self.rows, self.dtype = len(weight_VH), weight_VH.dtype
 
     def __call__(self, hidden_MH: Tensor) -> Tensor:
         """Return logits ``[M, V]`` in the weights' type."""

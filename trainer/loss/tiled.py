@@ -9,7 +9,7 @@ leaves it, so it is rounded straight into the gradient of the head's own type.
 Bytes beyond parameters and their gradients, float32, C = 256, R = 8,192, for 8,192 tokens of a 7B teacher (H' = 3,584)
 and a 0.5B student (H = 896): at most eight ``[C, R]`` (of jsd) 67 MB, a sum's float64 copy 4 MB + teacher tile
 ``[R, H']`` 117 MB + student tile and its gradient, where the head is bfloat16, 59 MB + hidden states of the unmasked
-positions 29 + 117 MB + their gradient 29 MB = 422 MB, whatever V is. (On CUDA: ``cuda/loss_low.py``.)
+positions 29 + 117 MB + their gradient 29 MB = 422 MB, whatever V is. (On CUDA: ``cuda/tiled.py``.)
 
 Letters in shapes: M tokens, C tokens of a chunk, R columns of a tile, H hidden size, V vocabulary.
 """
@@ -31,10 +31,10 @@ _DEFAULT_CHUNK = 256
 
 
 class _Rows:
-    """What is known of every unmasked row: running sums, then values."""
+    """Running sums, then values, of every unmasked row."""
 
     def __init__(self, count: int) -> None:
-        # In float64: many small tiles would add up the rounding of each.
+        # The sums are float64, since many small tiles would add up the rounding of each.
         self.log_z_1 = torch.full((count,), -torch.inf, dtype=torch.float64)  # of the student at temperature 1
         self.log_z = self.log_z_1.clone()  # of the student at T
         self.log_w = self.log_z_1.clone()  # of the teacher at T
@@ -143,10 +143,9 @@ class _Walks:
                 # Made in a function of its own: a chunk's tensors are gone before the next one's are made.
                 grad_CR = self._gradient(tile, chunk)
                 if sums.wanted:
-                    positions, is_first = self.tensors.positions[chunk], chunk.start == 0
-                    sums.add_tile(
-                        positions, grad_CR, self.hidden_PH[chunk], tile.weight, head_gradient_RH, first=is_first
-                    )
+                    positions, hidden_CH = self.tensors.positions[chunk], self.hidden_PH[chunk]
+                    is_first = chunk.start == 0
+                    sums.add_tile(positions, grad_CR, hidden_CH, tile.weight, head_gradient_RH, first=is_first)
                 del grad_CR
             if self.chunks:
                 sums.close_tile(tile.columns, head_gradient_RH)
@@ -169,13 +168,7 @@ class _Walks:
 
 
 def run_low(sums: LossSums, tensors: LossInputs, config: KDLossConfig) -> None:
-    """Fill ``sums``; see the module's text.
-
-    Args:
-        sums: made for tiles.
-        tensors: with a ``TeacherHead``, or no teacher.
-        config: the equation's knobs; ``chunk_tokens`` 0 means 256.
-    """
+    """Fill ``sums``, which are made for tiles; see the module's text. The teacher, if any, has a ``TeacherHead``."""
     walks = _Walks(tensors, config)
     walks.sum_up()
     has_teacher = walks.teacher_PH is not None

@@ -1,6 +1,6 @@
 """The distillation loss against a cached teacher: its k most likely tokens, and one bucket for all others.
 
-The equation is that of ``kd_loss.py`` with D taken over k + 1 events: the k listed tokens, and "any other token"
+The equation is that of ``fused.py`` with D taken over k + 1 events: the k listed tokens, and "any other token"
 (the *tail*), whose probability is what the listed ones leave. The student's tail is the sum of its own probabilities
 of the tokens not listed, so nothing is dropped and both sides add up to one.
 
@@ -85,9 +85,8 @@ def topk_kd_loss(
         for rows in torch.split(positions_P, chunk):
             hidden_CH = hidden_MH.detach()[rows].to(dtype)
             logits_CV = multiply_wide(hidden_CH, weight.T)
-            ce, kd, grad_CV = _chunk_terms(
-                logits_CV, ids_MK[rows], log_p_ME[rows].to(logits_CV.dtype), labels_M[rows], config
-            )
+            log_p_CE = log_p_ME[rows].to(logits_CV.dtype)
+            ce, kd, grad_CV = _chunk_terms(logits_CV, ids_MK[rows], log_p_CE, labels_M[rows], config)
             sums.add_terms(ce, kd)
             if sums.wanted:
                 grad_CV = grad_CV.mul_(1 / num_targets).to(dtype)
@@ -105,7 +104,7 @@ def check_distributions(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:
         vocab: V.
 
     Raises:
-        ValueError: saying what was found.
+        ValueError: with what was found.
     """
     if ids_MK.numel() == 0:
         return
@@ -119,9 +118,8 @@ def check_distributions(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:
         raise ValueError("cached token ids: expected different ones within a position, got a repeated one")
     furthest = float((log_p_ME.logsumexp(1).exp() - 1).abs().max())
     if not furthest <= _SUM_TOLERANCE:  # also NaN
-        raise ValueError(
-            f"cached log-probabilities: expected a sum of 1 with the tail, got one that is off by {furthest}"
-        )
+        got = f"one that is off by {furthest}"
+        raise ValueError(f"cached log-probabilities: expected a sum of 1 with the tail, got {got}")
 
 
 def _chunk_terms(

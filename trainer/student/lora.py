@@ -42,25 +42,21 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
         got = f"{sorted(ends & set(names))[0]!r} of a student with tied embeddings"
         raise InputError(subject, expected=expected, got=got, remedy="leave it out")
     torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # peft asks transformers by a name that is going away.
+    with warnings.catch_warnings():  # peft calls transformers by a name that is deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         # The optimiser has float32 masters; float32 adapters beside bfloat16 weights would cast every activation.
-        return get_peft_model(
-            student,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-                lora_dropout=config.lora_dropout,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-            autocast_adapter_dtype=False,
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
         )
+        return get_peft_model(student, settings, autocast_adapter_dtype=False)
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
-    names = (name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
-    leaf: str = next(names)
+    leaf: str = next(name.rpartition(".")[2] for name, module in student.named_modules() if module is wanted)
     return leaf
 
 
@@ -78,17 +74,14 @@ def effective_weight(layer: Any) -> Tensor:
 def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
     """Write the adapter as ``peft`` loads it: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Args:
-        adapted: what ``add_adapters`` returned.
-        folder: folder that is written.
-        state: the whole student's tensors, by the student's names.
+    ``adapted`` is what ``add_adapters`` returned; ``state`` holds the whole student's tensors, by the student's names.
     """
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     adapted.save_pretrained(str(folder), state_dict=prefixed, safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # That is a form with nothing filled in.
+    (folder / "README.md").unlink(missing_ok=True)  # It is a template with nothing filled in.
     path = folder / "adapter_config.json"
     settings = read_json(path)
-    # Only its name is kept: where it lies on this machine is nobody else's business.
+    # Only the base model's name is kept: its path on this machine is private.
     settings["base_model_name_or_path"] = Path(str(settings.get("base_model_name_or_path") or "")).name or None
     write_json(path, settings)
 
@@ -96,11 +89,8 @@ def save_adapter(adapted: Any, folder: Path, state: dict[str, Tensor]) -> None:
 def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the student's tensors, adapters added into their weights, under the names of a student without adapters.
 
-    The sum is taken in float32 and rounded once to the weight's dtype. The student itself stays as it is.
-
-    Args:
-        adapted: what ``add_adapters`` returned.
-        state: the whole student's tensors, by the student's names.
+    The sum is taken in float32 and rounded once to the weight's dtype. The student itself stays as it is. The arguments
+    are those of ``save_adapter``.
     """
     merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in adapted.get_base_model().named_modules():

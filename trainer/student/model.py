@@ -47,24 +47,18 @@ def has_weights(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no model folder, before transformers looks for it on the hub.
-
-    Raises:
-        InputError: when there is no config.json.
-    """
+    """Raise InputError for a folder without config.json, before transformers looks for it on the hub."""
     if (folder / "config.json").is_file():
         return
     got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-    raise _refuse(
-        folder, "a folder with config.json", got, missing_path_remedy(folder, "pass a Hugging Face model folder")
-    )
+    remedy = missing_path_remedy(folder, "pass a Hugging Face model folder")
+    raise _refuse(folder, "a folder with config.json", got, remedy)
 
 
 def student_dtype(config: DistillConfig) -> torch.dtype:
     """Return the dtype of the student's weights and products that the settings mean."""
-    name = config.student_dtype
-    if name == "auto":
-        name = "bfloat16" if config.device == "cuda" else "float32"
+    by_device = "bfloat16" if config.device == "cuda" else "float32"
+    name = by_device if config.student_dtype == "auto" else config.student_dtype
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -90,8 +84,8 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
             make: Any = AutoModelForCausalLM.from_config
-            # Weights are drawn in float32 for every dtype, so that one seed is one student. Buffers, such as RoPE's
-            # frequencies, stay float32.
+            # Weights are drawn in float32 for every dtype, so that a seed makes the same student in each. Buffers, such
+            # as RoPE's frequencies, stay float32.
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -150,7 +144,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise no_student(folder, error) from error
-    # Without its files, transformers makes up a tokenizer of no token but its special ones.
+    # Where its files are missing, transformers makes up a tokenizer that has only special tokens.
     files = sorted(set(tokenizer.vocab_files_names.values()))
     if not any((folder / name).is_file() for name in files):
         remedy = "copy the tokenizer's files of its model there"
@@ -178,7 +172,7 @@ def _no_packing(*_positions: Any, **_options: Any) -> None:
 def _without_packing_search() -> Iterator[None]:
     """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
 
-    It looks where positions come without a mask. Packed documents come with one here, so none are to be found.
+    It looks where positions come without a mask; packed documents come with one here, so it would find none.
     """
     from transformers import masking_utils
 

@@ -17,37 +17,21 @@ from q4kd.trainer.student.model import check_folder, no_student
 
 @dataclass(frozen=True)
 class StudentShape:
-    """A student's sizes.
+    """A student's sizes."""
 
-    Attributes:
-        parameters: number of weights, tied ones once.
-        linear_weights: number of weights in matrices that multiply, the head included; for FLOPs.
-        lora_parameters: weights of adapters of rank 1 on every linear layer but the head.
-        largest: number of weights of the largest parameter.
-        vocab: rows of the head.
-        hidden: hidden size.
-        layers: decoder layers.
-        is_tied: whether head and embedding are one parameter.
-        saved_bytes: bytes that autograd keeps of one forward pass up to the hidden states, every tensor once.
-        largest_saved_bytes: bytes of the largest of these tensors.
-        layer_input_bytes: bytes of the tensor that goes from layer to layer.
-        weight_bytes: bytes of a weight.
-        liger_saves: bytes within ``saved_bytes`` that Liger's RMSNorm and SwiGLU do not keep.
-    """
-
-    parameters: int
-    linear_weights: int
-    lora_parameters: int
-    largest: int
-    vocab: int
-    hidden: int
-    layers: int
-    is_tied: bool
-    saved_bytes: int
-    largest_saved_bytes: int
-    layer_input_bytes: int
-    weight_bytes: int
-    liger_saves: int
+    parameters: int  # number of weights, tied ones once
+    linear_weights: int  # number of weights in matrices that multiply, the head included; for FLOPs
+    lora_parameters: int  # weights of adapters of rank 1 on every linear layer but the head
+    largest: int  # number of weights of the largest parameter
+    vocab: int  # rows of the head
+    hidden: int  # hidden size
+    layers: int  # decoder layers
+    is_tied: bool  # whether head and embedding are one parameter
+    saved_bytes: int  # that autograd keeps of one forward pass up to the hidden states, every tensor once
+    largest_saved_bytes: int  # of the largest of these tensors
+    layer_input_bytes: int  # of the tensor that goes from layer to layer
+    weight_bytes: int  # of a weight
+    liger_saves: int  # bytes within ``saved_bytes`` that Liger's RMSNorm and SwiGLU do not keep
 
 
 class _Attention(torch.autograd.Function):
@@ -88,13 +72,8 @@ def shape_student(
 ) -> StudentShape:
     """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
 
-    Args:
-        folder: folder of the student.
-        batch: number of sequences.
-        length: positions of each sequence.
-        dtype: dtype of weights and products.
-        is_masked: whether attention gets a mask, as with packed documents: keys and values are then kept once for each
-            query head.
+    Weights and products are of ``dtype``. ``is_masked`` says whether attention gets a mask, as with packed documents:
+    keys and values are then kept once for each query head.
 
     Raises:
         InputError: when the folder is not a causal LM, or its code cannot be followed without values.

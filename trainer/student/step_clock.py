@@ -1,8 +1,8 @@
 """Where a step's time goes, part by part, without making the device wait in between.
 
-On CUDA, work is queued: the host's clock would say how long queueing took. So each mark is an event in the stream, and
-the times between events are read after the one wait of the step. The update is queued after that wait: its time is
-read a step later, so that reading it makes nobody wait.
+CUDA work is queued, and the host's clock would only say how long queueing took. So each mark is an event in the stream,
+and the times between events are read after the one wait of the step. The update is queued after that wait; its time is
+read a step later, so that no reading waits.
 """
 
 import time
@@ -14,12 +14,7 @@ PARTS = ("teacher", "student", "loss", "optimizer")
 
 
 class StepClock:
-    """Adds up seconds by part, from one ``start`` to ``read``.
-
-    Args:
-        device: device of the step's work.
-        before: clock of the step before; None for the first step.
-    """
+    """Adds up seconds by part, from ``start`` to ``read``; ``before`` is the clock of the step before, if any."""
 
     def __init__(self, device: torch.device, before: "StepClock | None" = None) -> None:
         self._is_cuda = device.type == "cuda"
@@ -50,7 +45,7 @@ class StepClock:
         spans = list(zip(self._marks, self._marks[1:], strict=False))
         if self._is_cuda:
             if self._last_update:
-                spans[-1] = (self._last_update[0], self._last_update[1])
+                spans[-1] = self._last_update[0], self._last_update[1]
             else:
                 self._marks[-1][1].synchronize()
         seconds = dict.fromkeys(PARTS, 0.0)

@@ -3,24 +3,12 @@
 Letters in shapes: M tokens, R rows of a tile, H hidden size, V rows of the head (its vocabulary, padding included).
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-class _HeadForward(Protocol):
-    """The part of a forward pass that a packed head is made of; see ``teacher.Forward``."""
-
-    def decoded_head(self) -> Tensor | None:
-        """Return the decoded head, if it may be held."""
-
-    def decode_head(self, start: int, stop: int, out_RH: Tensor) -> None:
-        """Decode rows of the head."""
-
-
-class _Logits(Protocol):
-    def __call__(self, hidden_MH: Tensor) -> Tensor: ...
+from q4kd.trainer.teacher.forward import Forward
 
 
 class PackedHead:
@@ -33,19 +21,9 @@ class PackedHead:
         dtype: the compute dtype.
     """
 
-    def __init__(self, logits: _Logits, forward: _HeadForward, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, logits: Callable[[Tensor], Tensor], forward: Forward, rows: int, dtype: torch.dtype) -> None:
         self._logits, self._forward = logits, forward
-        self._rows, self._dtype = rows, dtype
-
-    @property
-    def rows(self) -> int:
-        """V."""
-        return self._rows
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The teacher's compute dtype."""
-        return self._dtype
+        self.rows, self.dtype = rows, dtype
 
     def __call__(self, hidden_MH: Tensor) -> Tensor:
         """Return float32 logits ``[M, V]``, detached."""

@@ -1,4 +1,4 @@
-"""The frozen teacher: what every device's forward pass is wrapped in. No parameters, no gradient, checked ids.
+"""The frozen teacher around a device's forward pass: it has no parameters and no gradient, and it checks its ids.
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, V vocabulary.
 """
@@ -28,15 +28,10 @@ from q4kd.trainer.teacher.head import PackedHead
 
 @dataclass(frozen=True)
 class OnlineSignal:
-    """Hidden states of a teacher that is loaded.
-
-    Attributes:
-        hidden_BTH: final hidden states of the teacher.
-        head: its ``TeacherHead``.
-    """
+    """Final hidden states ``[B, T, H]`` and head of a teacher that is loaded."""
 
     hidden_BTH: Tensor
-    head: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]  # a ``TeacherHead``
 
     def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over the whole vocabulary; see ``kd_loss``."""
@@ -45,11 +40,7 @@ class OnlineSignal:
 
 
 class Teacher:
-    """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused.
-
-    Args:
-        placement: what was decided about it; its weights are loaded by that.
-    """
+    """A teacher without parameters: not an ``nn.Module``, every output detached, every gradient request refused."""
 
     def __init__(self, placement: TeacherPlacement) -> None:
         self.model = placement.model
@@ -101,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_of(self, batch: Batch) -> Tensor:
-        """Return ``hidden`` of a batch, whose ids and starts were looked at when it was made: nothing waits for them.
+        """Return ``hidden`` of a batch, whose ids and starts were read when it was made, so that nothing waits.
 
         Raises:
             InputError: as ``hidden``.
@@ -111,9 +102,7 @@ class Teacher:
 
     def _checked_hidden(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         device = self._forward.device
-        if starts_BT is None:
-            return self._forward.hidden(ids_BT.to(device))
-        return self._forward.hidden(ids_BT.to(device), starts_BT.to(device))
+        return self._forward.hidden(ids_BT.to(device), None if starts_BT is None else starts_BT.to(device))
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -169,34 +158,23 @@ class Teacher:
         if out.requires_grad:
             raise FrozenTeacherError("teacher logits into a tensor that requires a gradient")
         # This compares the device type only: "cuda" matches any index.
-        fits = out.shape == shape and out.dtype == torch.float32 and out.is_contiguous()
-        if not fits or out.device.type != self._forward.device.type:
-            raise InputError(
-                "out",
-                expected=f"contiguous float32 {shape} on {self._forward.device.type}",
-                got=f"{'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device.type}",
-                remedy="make it with torch.empty, or leave it out",
-            )
+        fits, device = out.shape == shape and out.dtype == torch.float32, self._forward.device.type
+        if not fits or not out.is_contiguous() or out.device.type != device:
+            expected, remedy = f"contiguous float32 {shape} on {device}", "make it with torch.empty, or leave it out"
+            got = f"{'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device.type}"
+            raise InputError("out", expected=expected, got=got, remedy=remedy)
 
     def _check_ids(self, ids_BT: Tensor, id_range: tuple[int, int] | None = None) -> None:
-        limit = self.config.vocab_size
+        limit, most = self.config.vocab_size, self.config.context_length
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:
             raise InputError("ids", expected="[B, T], not empty", got=str(tuple(ids_BT.shape)), remedy="reshape them")
-        if ids_BT.shape[1] > self.config.context_length:
-            raise InputError(
-                "ids",
-                expected=f"at most {self.config.context_length} positions",
-                got=str(ids_BT.shape[1]),
-                remedy="cut the sequences to the teacher's context length",
-            )
+        if ids_BT.shape[1] > most:
+            expected, remedy = f"at most {most} positions", "cut the sequences to the teacher's context length"
+            raise InputError("ids", expected=expected, got=str(ids_BT.shape[1]), remedy=remedy)
         low, high = (int(ids_BT.min()), int(ids_BT.max())) if id_range is None else id_range
         if low < 0 or high >= limit:
-            raise InputError(
-                "ids",
-                expected=f"token ids from 0 to {limit - 1}",
-                got=f"{low}..{high}",
-                remedy="use the same tokenizer",
-            )
+            expected = f"token ids from 0 to {limit - 1}"
+            raise InputError("ids", expected=expected, got=f"{low}..{high}", remedy="use the same tokenizer")
 
     def requires_grad_(self, requires_grad: bool = True) -> "Teacher":
         """Accept ``False``, which is always true of a teacher; refuse ``True``."""
@@ -214,11 +192,11 @@ class Teacher:
 
 
 def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Callable[[str], None] = print) -> Teacher:
-    """Load a teacher as it was decided, saying what and why.
+    """Load a teacher as ``place_teacher`` decided, and say what was decided and why.
 
     Args:
-        placement: the decisions; see ``place_teacher``.
-        events: receives ``teacher_loading``, ``backend_selected`` and ``teacher_ready``.
+        placement: the decisions.
+        events: receives ``backend_selected``, ``teacher_loading``, ``teacher_ready`` and ``memory``.
         announce: receives the log lines.
 
     Raises:

@@ -1,4 +1,4 @@
-// Softmax, divergence and their gradient over rows of student and teacher logits; kd_loss.py has the equation.
+// Softmax, divergence and their gradient over rows of student and teacher logits; loss/fused.py has the equation.
 //
 // A row is cut into segments of 8192 columns (2048 in width 1), a block each, whose logits lie in registers.
 // `loss_stats_*` reads them once and writes what a segment adds to its row's sums; `loss_grad_*` adds those up, reads the

@@ -16,28 +16,21 @@ LOW_CHUNK, LOW_TILE = 2048, 8192
 def slice_of(chunk: int, *, in_place: bool) -> int:
     """Return how many of a chunk's tokens have logits at one time.
 
-    Where logits become their gradient in place, a slice needs no buffer but the teacher's and is as long as the chunk:
+    A slice whose logits become their gradient in place needs no buffer but the teacher's and is as long as the chunk:
     products of 1,024 rows take a tenth longer than those of 4,096 (H200).
     """
     return chunk if in_place else min(chunk, SLICE)
 
 
 def chunk_bytes(chunk: int, vocab: int, *, logits_bytes: int, gradient_bytes: int, with_teacher: bool) -> int:
-    """Return the bytes of ``fast``'s buffers for a chunk of ``chunk`` tokens; ``loss.py`` says what they are."""
+    """Return the bytes of ``fast``'s buffers for a chunk of ``chunk`` tokens; ``fused.py`` lists them."""
     rows = slice_of(chunk, in_place=logits_bytes == gradient_bytes)
     logits = rows * vocab * logits_bytes
     return chunk * vocab * gradient_bytes + logits * (with_teacher + (logits_bytes != gradient_bytes))
 
 
 def choose_chunk(tokens: int, vocab: int, budget: int, **types: Any) -> int:
-    """Return the largest chunk, of a fixed list, whose buffers fit ``budget`` bytes (else the smallest).
-
-    Args:
-        tokens: P; a chunk is no larger.
-        vocab: V.
-        budget: bytes.
-        types: as for ``chunk_bytes``.
-    """
+    """Return the largest chunk, of a fixed list, whose buffers fit ``budget`` bytes, else the smallest; at most P."""
     fitting = (chunk for chunk in _CHUNKS if chunk_bytes(min(chunk, tokens), vocab, **types) <= budget)
     return min(tokens, next(fitting, _CHUNKS[-1]))
 
@@ -51,12 +44,7 @@ def _budget(device: torch.device) -> int:
 def fast_chunk(tokens: int, vocab: int, config: KDLossConfig, hidden: Tensor, *, with_teacher: bool = True) -> int:
     """Return the tokens of a chunk of ``fast``: as set, else what fits the device's share of bytes.
 
-    Args:
-        tokens: P.
-        vocab: V.
-        config: ``chunk_tokens`` and ``logits``.
-        hidden: of the student, for its type and device.
-        with_teacher: whether there are logits of a teacher.
+    ``tokens`` is P, and ``hidden`` are the student's hidden states, for their type and device.
     """
     if config.chunk_tokens:
         return min(tokens, config.chunk_tokens)

@@ -11,12 +11,12 @@ side::
     kernel, bfloat16 logits: read 2 + 2, write 2: 7.5 GB               1.8 ms and 2.5 ms
     head gradient, summed in float32 over chunks: 8 V H = 1.1 GB a chunk after the first, under its product's arithmetic
 
-Read in two launches, float32 logits would be 22.4 GB (5.3 and 7.5 ms). Hence one launch that reads once, and chunks of
-up to 4,096 tokens for the two gradient products, fed by slices of 1,024 tokens of logits: ``[chunk, V]`` bfloat16 plus
-two ``[slice, V]`` float32 are 2.5 GB. bfloat16 logits become their gradient in place, in slices as long as the chunk.
+Two launches would read 22.4 GB of float32 logits (5.3 and 7.5 ms). So one launch reads them once, and the two gradient
+products take chunks of up to 4,096 tokens, fed by slices of 1,024 tokens of logits: ``[chunk, V]`` bfloat16 plus two
+``[slice, V]`` float32 are 2.5 GB. bfloat16 logits become their gradient in place, in slices as long as the chunk.
 ``CHUNK_BYTES`` bounds them. Measured on an H200, the kernel takes 4.9 ms on float32 logits and 3.3 ms on bfloat16 ones:
 its blocks wait for each other's sums, and only three or four of them fit a multiprocessor. Mode ``low`` is in
-``loss_low.py``.
+``tiled.py``.
 
 Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
@@ -35,13 +35,10 @@ from q4kd.trainer.loss.teacher_head import TeacherHead
 
 
 def run_on_cuda(sums: LossSums, inputs: LossInputs, config: KDLossConfig, kernels: LossKernels | None = None) -> None:
-    """Fill ``sums``.
+    """Fill ``sums``, which are made for tiles if ``config.mode`` is low.
 
-    Args:
-        sums: made for tiles if ``config.mode`` is low.
-        inputs: on the device; their head is a ``TeacherHead``, or in fast a function from hidden states to logits.
-        config: the equation's knobs.
-        kernels: those of the tensors' device; made when absent.
+    The head of ``inputs`` is a ``TeacherHead``, or in fast a function from hidden states to logits; ``kernels`` are
+    those of the tensors' device and are made when absent.
 
     Raises:
         InputError: when the kernels cannot be compiled or loaded.
@@ -119,7 +116,7 @@ class _Softmax:
         self._knobs = knobs_of(given.config, device, share)
         self._sums = torch.empty(rows, self._part.all_segments, SUMS, device=device)
         self._counters = torch.empty(rows + 1, dtype=torch.int32, device=device)
-        # A label that no column answers to would leave its row as it is.
+        # A row whose label is in no column keeps its NaN, so that it cannot pass unseen.
         self.ce = torch.full((len(given.labels),), torch.nan, device=device)
         self.kd = torch.full_like(self.ce, torch.nan)
 

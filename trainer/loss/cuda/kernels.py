@@ -14,7 +14,7 @@ from q4kd.trainer.kernels.launch import Argument
 from q4kd.trainer.kernels.plans import DTYPES, KernelSet, Launch, kernel, offset, require
 from q4kd.trainer.loss.config import KDLossConfig
 
-# kd_loss.cuh has the same columns of a block, by width, and the same sums of a segment.
+# kd_loss.cuh has the same columns of a block, by width, and the same number of sums of a segment.
 _SEGMENTS = {8: 8192, 1: 2048}
 SUMS = 8
 NUM_KNOBS = 5
@@ -25,11 +25,6 @@ def knobs_of(config: KDLossConfig, device: torch.device, share: float = 1.0) -> 
     temperature, kd_weight = config.temperature, 1 - config.alpha
     values = [config.alpha * share, 1 / temperature, kd_weight * temperature * share, temperature**2, config.beta]
     return copy_from_host(torch.tensor(values, dtype=torch.float32), device)
-
-
-def kind_of(config: KDLossConfig, with_teacher: bool) -> str:
-    """Return which kernels serve: a divergence's, or those of the cross-entropy alone."""
-    return config.divergence if with_teacher else "ce"
 
 
 def width_of(columns: int) -> int:
@@ -44,19 +39,12 @@ def segments_of(columns: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """The columns of the vocabulary that a call's logits are.
-
-    Attributes:
-        first_column: first column of the call's logits.
-        first_segment: first of their segments among the row's.
-        all_segments: S of the whole row.
-        width: elements read at a time, the same for every part of a row.
-    """
+    """The columns of the vocabulary that a call's logits are."""
 
     first_column: int
-    first_segment: int
-    all_segments: int
-    width: int
+    first_segment: int  # first of their segments among the row's
+    all_segments: int  # S of the whole row
+    width: int  # elements read at a time, the same for every part of a row
 
 
 def whole(columns: int) -> Part:

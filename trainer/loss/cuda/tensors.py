@@ -11,7 +11,6 @@ from torch import Tensor
 
 from q4kd.trainer.kernels.numerics import multiply
 from q4kd.trainer.loss.config import KDLossConfig
-from q4kd.trainer.loss.cuda.kernels import kind_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class LossTensors:
 
     @property
     def kind(self) -> str:
-        """Which kernels serve."""
-        return kind_of(self.config, self.teacher_hidden is not None)
+        """Which kernels serve: a divergence's, or ``ce`` for the cross-entropy alone."""
+        return "ce" if self.teacher_hidden is None else self.config.divergence
 
     def logits(self, rows: int, columns: int) -> Tensor:
         """Return a new buffer of logits."""
@@ -38,7 +37,7 @@ class LossTensors:
 
 
 def project(x_CH: Tensor, weight_RH: Tensor, out_CR: Tensor) -> None:
-    """Write ``x @ W.T`` to ``out``, also where cuBLAS does not write its type."""
+    """Write ``x @ W.T`` to ``out``, also where cuBLAS cannot write the type of ``out``."""
     if out_CR.dtype in (x_CH.dtype, torch.float32):
         multiply(x_CH, weight_RH, out_CR)
     else:

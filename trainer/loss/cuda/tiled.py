@@ -1,7 +1,7 @@
 """Mode ``low`` of the CUDA loss: nothing larger than ``[chunk, tile]`` exists.
 
 It walks the vocabulary in tiles of R = 8,192, all tokens of a tile in chunks of C = 2,048; bytes beyond parameters and
-gradients, of the shapes in ``loss.py``: two ``[C, R]`` float32 134 MB + their gradient 34 MB + teacher tile ``[R, H']``
+gradients, for the shapes in ``fused.py``: two ``[C, R]`` float32 134 MB + gradient 34 MB + teacher tile ``[R, H']``
 59 MB + tile of the head's gradient in float32 29 MB + sums 5 MB + hidden states where some positions are masked
 15 + 59 MB + their gradient in float32, before it is rounded, 29 MB + cuBLAS's workspace 32 MB = 396 MB, whatever V is.
 
@@ -20,13 +20,7 @@ from q4kd.trainer.loss.sums import LossSums
 
 
 class _Tiles:
-    """The vocabulary in tiles: both heads' rows of each, decoded into one buffer, and buffers for logits.
-
-    Args:
-        given: the call.
-        chunk: C.
-        tile: R.
-    """
+    """The vocabulary in tiles of R columns: the teacher's rows of each, decoded into one buffer, and logits of both."""
 
     def __init__(self, given: LossTensors, chunk: int, tile: int) -> None:
         vocab, device = len(given.weight), given.hidden.device
@@ -43,9 +37,8 @@ class _Tiles:
         self._teacher = self._teacher_tile = None
         if given.teacher_hidden is not None:
             self._teacher = torch.empty_like(self._student)
-            self._teacher_tile = torch.empty(
-                min(tile, vocab), given.teacher_hidden.shape[1], dtype=given.teacher_head.dtype, device=device
-            )
+            shape = min(tile, vocab), given.teacher_hidden.shape[1]
+            self._teacher_tile = torch.empty(shape, dtype=given.teacher_head.dtype, device=device)
 
     def __iter__(self) -> Iterator[tuple[slice, Part]]:
         """Yield the tiles in order, the teacher's rows of each decoded."""
@@ -98,26 +91,9 @@ def run_low(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
         for rows in tiles.chunks():
             student_CR, teacher_CR = tiles.logits(columns, rows)
             grad_CR = grad_buffer[: student_CR.numel()].view(student_CR.shape)
-            kernels.gradient(
-                kind,
-                student_CR,
-                teacher_CR,
-                knobs,
-                row_sums[rows],
-                part,
-                given.labels[rows],
-                grad_CR,
-                ce[rows],
-                kd[rows],
-            )
-            sums.add_tile(
-                given.positions[rows],
-                grad_CR,
-                given.hidden[rows],
-                given.weight[columns],
-                tile_RH,
-                first=rows.start == 0,
-                share=1,
-            )
+            written = given.labels[rows], grad_CR, ce[rows], kd[rows]
+            kernels.gradient(kind, student_CR, teacher_CR, knobs, row_sums[rows], part, *written)
+            operands = grad_CR, given.hidden[rows], given.weight[columns]
+            sums.add_tile(given.positions[rows], *operands, tile_RH, first=rows.start == 0, share=1)
         sums.close_tile(columns, tile_RH)
     sums.add_terms(ce.sum(dtype=torch.float64), kd.sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A teacher that is not loaded: what it said of every window is read from a cache that must belong to the run."""
+"""A teacher that is not loaded: its signal for every window is read from a cache that must belong to the run."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -28,15 +29,10 @@ from q4kd.trainer.teacher.cache.store import INDEX_FILE, CacheIndex, CacheKey, e
 
 @dataclass(frozen=True)
 class CachedSignal:
-    """A distribution over k tokens and the tail, read from a cache.
+    """A distribution over k tokens and the tail, read from a cache."""
 
-    Attributes:
-        top: signal of M positions.
-        is_checked: whether ``check_signal`` has seen it.
-    """
-
-    top: Signal
-    is_checked: bool = False
+    top: Signal  # of M positions
+    is_checked: bool = False  # whether ``check_signal`` has seen it
 
     def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
         """Return the loss over k + 1 events; see ``topk_kd_loss``.
@@ -72,19 +68,12 @@ def _explaining_signals() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(
-            "teacher_cache",
-            expected="signals that q4kd cache wrote",
-            got=str(error)[:160],
-            remedy="delete the cache's folder and make it anew",
-        ) from error
+        expected, remedy = "signals that q4kd cache wrote", "delete the cache's folder and make it anew"
+        raise InputError("teacher_cache", expected=expected, got=str(error)[:160], remedy=remedy) from error
 
 
 class CachedTeacher:
-    """Gives a step its teacher's signal from a cache.
-
-    Args:
-        index: index of a complete cache that belongs to this run.
+    """Gives a step its teacher's signal from a cache that belongs to this run.
 
     Raises:
         InputError: when the cache is not complete.
@@ -116,7 +105,7 @@ class CachedTeacher:
 
 
 def training_windows(data: TrainingData) -> Windows:
-    """Return the windows that signals are cached of, in canonical order: that of the data, whatever seed and epoch.
+    """Return the windows whose signals are cached, in the order of the data, whatever the seed and the epoch.
 
     Raises:
         InputError: for a stream, whose windows have no fixed order.
@@ -127,7 +116,7 @@ def training_windows(data: TrainingData) -> Windows:
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
-    """Return the SHA-256 of a tokenizer's token -> id map: saving it anew changes its files, but not this."""
+    """Return the SHA-256 of a tokenizer's token -> id map, which saving it anew does not change, unlike its files."""
     content = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -149,8 +138,8 @@ def make_key(data: TrainingData, tokenizer: Any, rows: int, teacher_sha256: str)
 def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: Any, rows: int) -> CachedTeacher:
     """Open the cache of a run and check that it belongs to it.
 
-    When a teacher is named as well, as in a RUN.yaml that made the cache, the cache must be of that file; it is not
-    loaded.
+    When a teacher is named as well, as in the RUN.yaml that made the cache, the cache must be of that file. The file is
+    not loaded.
 
     Raises:
         InputError: naming what differs, or what is missing.
@@ -159,20 +148,18 @@ def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: An
     index = read_index(config.teacher_cache)
     wanted = make_key(data, tokenizer, rows, index.key.teacher_sha256)
     if config.teacher is not None:
-        wanted = dataclasses.replace(wanted, teacher_sha256=_digest(config))
+        wanted = dataclasses.replace(wanted, teacher_sha256=_digest(config.teacher))
     check_key(index, wanted)
     return CachedTeacher(index)
 
 
-def _digest(config: DistillConfig) -> str:
-    assert config.teacher is not None
+def _digest(teacher: Path) -> str:
     try:
-        return sha256_file(config.teacher)
+        return sha256_file(teacher)
     except OSError as error:
-        expected = "the file that the cache was made from"
+        expected, got = "the file that the cache was made from", str(error.strerror)
         remedy = "leave it out: the cache names its teacher by digest"
-        subject, got = f"--teacher {config.teacher}", str(error.strerror)
-        raise InputError(subject, expected=expected, got=got, remedy=remedy) from error
+        raise InputError(f"--teacher {teacher}", expected=expected, got=got, remedy=remedy) from error
 
 
 def check_key(index: CacheIndex, wanted: CacheKey) -> None:

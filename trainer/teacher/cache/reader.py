@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.teacher.cache.signal import Signal, normalise
@@ -15,18 +16,14 @@ from q4kd.trainer.teacher.cache.store import CacheIndex, damaged, id_dtype
 class CacheReader:
     """Reads signals of windows in any order. Each shard is checked by digest once, and mapped from then on.
 
-    Args:
-        index: index of a complete cache.
-
     Raises:
         InputError: when the cache is not complete.
     """
 
     def __init__(self, index: CacheIndex) -> None:
         if not index.is_complete:
-            expected, got = f"{index.num_shards} shards", f"{len(index.shards)}"
-            remedy = "finish it: run q4kd cache again with the same arguments"
-            raise InputError(str(index.folder), expected=expected, got=got, remedy=remedy)
+            expected, remedy = f"{index.num_shards} shards", "finish it: run q4kd cache again with the same arguments"
+            raise InputError(str(index.folder), expected=expected, got=str(len(index.shards)), remedy=remedy)
         self.index = index
         self._open: dict[int, Any] = {}
 
@@ -38,17 +35,16 @@ class CacheReader:
         """
         per_shard = self.index.windows_per_shard
         places = [divmod(int(window), per_shard) for window in windows_B]
-        parts = {
-            name: torch.from_numpy(
-                np.concatenate([self._shard(shard).get_slice(name)[place] for shard, place in places])
-            )
-            for name in ("ids", "log_probs", "tail")
-        }
-        ids_MK = parts["ids"].long()
+
+        def part(name: str) -> Tensor:
+            slices = [self._shard(shard).get_slice(name)[place] for shard, place in places]
+            return torch.from_numpy(np.concatenate(slices))
+
+        ids_MK = part("ids").long()
         try:
             if int(ids_MK.max()) >= self.index.key.rows:
                 raise ValueError(f"token id {int(ids_MK.max())}")
-            return normalise(ids_MK, parts["log_probs"].float(), parts["tail"].float())
+            return normalise(ids_MK, part("log_probs").float(), part("tail").float())
         except ValueError as error:
             path = self.index.folder / self.index.name(places[0][0])
             raise damaged(path, f"distributions over {self.index.key.rows} tokens", str(error)) from error

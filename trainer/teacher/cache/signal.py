@@ -16,17 +16,11 @@ _SUM_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Signal:
-    """The teacher's distribution over k tokens and the tail at M positions.
+    """The teacher's distribution over k tokens and the tail at M positions."""
 
-    Attributes:
-        ids_MK: int64 token ids.
-        log_probs_MK: float32.
-        tail_M: float32 log-probability of all other tokens.
-    """
-
-    ids_MK: Tensor
-    log_probs_MK: Tensor
-    tail_M: Tensor
+    ids_MK: Tensor  # int64 token ids
+    log_probs_MK: Tensor  # float32
+    tail_M: Tensor  # float32 log-probability of all other tokens
 
     def to(self, device: torch.device) -> "Signal":
         """Return the signal on a device."""
@@ -34,12 +28,7 @@ class Signal:
 
 
 def take_top(logits_MV: Tensor, k: int) -> Signal:
-    """Return the k most likely tokens of each row and the mass of the others, computed in float32.
-
-    Args:
-        logits_MV: teacher logits over the student's rows, float ``[M, V]``.
-        k: tokens kept, from 1 to V.
-    """
+    """Return the k most likely tokens, 1 to V, of each row of logits, and the mass of the others, in float32."""
     log_p_MV = torch.log_softmax(logits_MV.float(), -1)
     log_probs_MK, ids_MK = log_p_MV.topk(k, dim=-1)
     # The tail is summed by itself: one minus the listed probabilities would lose a small one to rounding.

@@ -13,8 +13,8 @@ so a position takes 4 k + 2 or 6 k + 2 bytes. float16 keeps log p to 2^-11 of it
 sum to one again, so that what rounding took from one token goes to all in proportion.
 
 Every file is written whole or not at all; a shard counts when ``cache.json`` names it. A cache is hostile until it is
-checked: sizes by ``cache.json``, contents by digest when a shard is first opened, ids, that they differ, and sums when
-they are read. Shards are mapped, so windows in random order cost their own bytes and not whole files.
+checked: sizes against ``cache.json``, contents by digest when a shard is first opened, and ids (in range and different
+within a position) and sums when they are read. Shards are mapped, so windows in random order cost only their own bytes.
 """
 
 import hashlib
@@ -43,25 +43,15 @@ _MAX_SHARDS = 1 << 20
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache belongs to: with any other value its signals would be wrong.
+    """What a cache belongs to: with any other value its signals would be wrong."""
 
-    Attributes:
-        teacher_sha256: digest of the teacher's file.
-        tokenizer_sha256: digest of the student tokenizer's token -> id map.
-        data_sha256: digest of the training tokens, the borders of documents, and which tokens have a label.
-        rows: student's vocabulary rows, to which the teacher's logits were cut before softmax.
-        seq_len: T.
-        windows: how many windows there are.
-        packing: how documents were put into windows.
-    """
-
-    teacher_sha256: str
-    tokenizer_sha256: str
-    data_sha256: str
-    rows: int
-    seq_len: int
-    windows: int
-    packing: str
+    teacher_sha256: str  # digest of the teacher's file
+    tokenizer_sha256: str  # digest of the student tokenizer's token -> id map
+    data_sha256: str  # digest of the training tokens, the borders of documents, and which tokens have a label
+    rows: int  # the student's vocabulary rows, to which the teacher's logits were cut before softmax
+    seq_len: int  # T
+    windows: int  # number of windows
+    packing: str  # how documents were put into windows
 
 
 def bytes_per_token(k: int, rows: int) -> int:
@@ -219,13 +209,9 @@ def _parse(folder: Path, document: object) -> CacheIndex:
 
 def explain_mismatch(found: CacheKey, wanted: CacheKey) -> str | None:
     """Return which parts of two keys differ, or None."""
-    theirs, ours = asdict(found), asdict(wanted)
-    parts = [f"{name}: {_short(theirs[name])} → {_short(ours[name])}" for name in ours if theirs[name] != ours[name]]
+    pairs = [(name, theirs, getattr(wanted, name)) for name, theirs in asdict(found).items()]
+    parts = [f"{name}: {theirs!s:.12} → {ours!s:.12}" for name, theirs, ours in pairs if theirs != ours]
     return "; ".join(parts) or None
-
-
-def _short(value: object) -> str:
-    return str(value)[:12]
 
 
 def damaged(path: Path, expected: str, got: str) -> InputError:

@@ -22,21 +22,13 @@ _KL = KDLossConfig(alpha=0.0)
 
 @dataclass(frozen=True)
 class CacheError:
-    """What is left of KL(teacher || student) when k tokens are listed; means over the sample's labelled positions.
+    """What is left of KL(teacher || student) when k tokens are listed; means over the sample's labelled positions."""
 
-    Attributes:
-        k: listed tokens.
-        online: KL over the whole vocabulary, nats per token.
-        cached: the same over k + 1 events, of signals as they are stored.
-        tail_mass: teacher's probability outside the k tokens.
-        tokens: labelled positions.
-    """
-
-    k: int
-    online: float
-    cached: float
-    tail_mass: float
-    tokens: int
+    k: int  # listed tokens
+    online: float  # KL over the whole vocabulary, nats per token
+    cached: float  # the same over k + 1 events, of signals as they are stored
+    tail_mass: float  # the teacher's probability outside the k tokens
+    tokens: int  # labelled positions
 
 
 @torch.no_grad()
@@ -51,13 +43,8 @@ def measure_error(
 ) -> list[CacheError]:
     """Measure on windows evenly spread over the data, by the losses that training would take.
 
-    Args:
-        teacher: online.
-        model: student with its loss, in evaluation mode, on ``device``.
-        windows: the training data.
-        ks: numbers of listed tokens.
-        tokens: size of the sample, rounded up to whole windows.
-        device: device of the model.
+    The student ``model`` is in evaluation mode on ``device``; ``ks`` are numbers of listed tokens. ``tokens`` is the
+    size of the sample, rounded up to whole windows.
     """
     count = min(len(windows), -(-tokens // windows.seq_len))
     sums = {k: np.zeros(3) for k in ks}

@@ -1,7 +1,7 @@
 """``q4kd cache``: the frozen teacher over every training window, in canonical order, into shards that can be resumed.
 
-Logits exist for one chunk of tokens at a time. A shard is written whole; whoever is killed loses at most the one that
-was being computed.
+Logits exist for one chunk of tokens at a time. A shard is written whole, so a killed run loses at most the one that it
+was computing.
 """
 
 import shutil
@@ -29,17 +29,11 @@ _DISK_MARGIN = 1.01
 
 @dataclass(frozen=True)
 class Pass:
-    """How the teacher goes over the windows.
+    """How the teacher goes over the windows."""
 
-    Attributes:
-        batch_size: windows of one forward pass.
-        chunk: tokens whose logits exist at one time.
-        device: where windows are put.
-    """
-
-    batch_size: int
-    chunk: int
-    device: torch.device
+    batch_size: int  # windows of one forward pass
+    chunk: int  # tokens whose logits exist at one time
+    device: torch.device  # where windows are put
 
 
 def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIndex:
@@ -50,9 +44,8 @@ def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIn
     Raises:
         InputError: when the folder holds a cache of another key or k.
     """
-    for pattern in (".signal-*.tmp", f".{INDEX_FILE}.*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in [*folder.glob(".signal-*.tmp"), *folder.glob(f".{INDEX_FILE}.*.tmp")]:
+        path.unlink()
     if not (folder / INDEX_FILE).is_file():
         return CacheIndex(folder, key, k, {}, windows_per_shard(k, key.rows, key.seq_len, shard_bytes))
     index = read_index(folder)
@@ -71,11 +64,7 @@ def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIn
 
 
 def check_disk(index: CacheIndex) -> None:
-    """Refuse to start what the disk has no room for.
-
-    Raises:
-        InputError: with the arithmetic.
-    """
+    """Raise InputError, with the arithmetic, when the disk has no room for what is missing."""
     missing = int(_DISK_MARGIN * (index.num_bytes - index.kept_bytes))
     free = shutil.disk_usage(index.folder).free
     if missing > free:
@@ -118,16 +107,12 @@ def _signals(
 
 
 def _join(parts: Iterator[Signal]) -> Signal:
-    found = list(parts)
-    return Signal(
-        torch.cat([part.ids_MK for part in found]),
-        torch.cat([part.log_probs_MK for part in found]),
-        torch.cat([part.tail_M for part in found]),
-    )
+    columns = zip(*((part.ids_MK, part.log_probs_MK, part.tail_M) for part in parts), strict=True)
+    return Signal(*map(torch.cat, columns))
 
 
 def _progress(index: CacheIndex, total: int) -> Callable[[int], None]:
-    """Return a function that is told of windows done and says how far it is, every five seconds."""
+    """Return a function that takes the number of windows just done and prints the progress every five seconds."""
     started = last = time.monotonic()
     done = 0
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from q4kd.trainer.formats.architecture import TeacherConfig
 
 _FLOAT = 4
-# ``weights.py``, ``attention.py``, ``gemm.py`` and ``quant.py`` have these constants too, but need torch; a test holds
-# them equal.
+# ``weights.py``, ``attention.py``, ``gemm.py`` and ``blocks/decode.py`` have these constants too, but need torch; a
+# test holds them equal.
 SCRATCH_BYTES = 16 << 20
 TILE_ROWS = 1024
 SCORE_BLOCK = 128
@@ -28,15 +28,10 @@ _PRODUCT_COPIES = 1
 
 @dataclass(frozen=True)
 class Footprint:
-    """Predicted bytes of one pass.
+    """Predicted bytes of one pass."""
 
-    Attributes:
-        activations: largest sum of live activations, logits included when asked for.
-        scratch: bytes of the weight tile, the decoders' temporaries and the product's own buffer.
-    """
-
-    activations: int
-    scratch: int
+    activations: int  # largest sum of live activations, logits included when asked for
+    scratch: int  # the weight tile, the decoders' temporaries and the product's own buffer
 
     @property
     def total(self) -> int:
@@ -73,10 +68,6 @@ def predict_footprint(
     kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
     head = stream + normed + _FLOAT * tokens * config.vocab_size + max(part, kept) if logits else 0
     tables = 3 * _FLOAT * length * config.head_dim
-    scratch = _scratch(config)
-    return Footprint(max(attention, feed_forward, head) + tables, scratch)
-
-
-def _scratch(config: TeacherConfig) -> int:
     tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, config.ffn_size, config.q_size))
-    return tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
+    scratch = tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
+    return Footprint(max(attention, feed_forward, head) + tables, scratch)

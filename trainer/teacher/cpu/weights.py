@@ -117,13 +117,9 @@ class PackedMatrix:
 
 
 class DenseMatrix:
-    """A frozen matrix ``[R, K]`` decoded once, at load, to several times its size in the file.
+    """A frozen matrix ``[R, K]`` decoded once, at load, to float32 or bfloat16 (one rounding).
 
-    Only an explicit choice of backend makes one.
-
-    Args:
-        tensor: tensor as it lies in the file.
-        dtype: dtype in which it is held, float32 or bfloat16 (one rounding).
+    It takes several times its size in the file; only the ``dense`` backend makes one.
     """
 
     is_dense = True

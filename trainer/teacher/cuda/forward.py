@@ -67,8 +67,7 @@ class ScratchBytes:
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
-        return self._stream.num_bytes + head
+        return self._stream.num_bytes + (0 if self.head is None else self.head.nbytes)
 
 
 class CudaForward:
@@ -109,12 +108,9 @@ class CudaForward:
         # What repacking freed goes back to the driver, since scratch carved out of it would pin the rest.
         torch.cuda.empty_cache()
         timeline: Timeline | None = SideStream(self.device, 2) if overlap and backend == "q4k" else None
+        passes = [layers] if self._holds_head else [layers, [self._head]]
         self._stream = WeightStream(
-            [layers] if self._holds_head else [layers, [self._head]],
-            dtype=dtype,
-            device=self.device,
-            scratch_bytes=scratch_bytes,
-            timeline=timeline,
+            passes, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
         )
         self.scratch = ScratchBytes(self._stream)
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
@@ -130,9 +126,8 @@ class CudaForward:
     def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states of checked int64 ids ``[B, T]``.
 
-        Args:
-            ids_BT: token ids.
-            starts_BT: checked int64 first position of each position's document; None keeps flash attention and graphs.
+        With ``starts_BT`` (checked int64, the first position of each position's document), attention takes a bias and
+        the pass is not replayed as a graph.
 
         Returns:
             compute dtype ``[B, T, H]``, on the device.
@@ -148,7 +143,7 @@ class CudaForward:
     def _run(self, ids_BT: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
         batch, length = ids_BT.shape
         config, kernels = self.config, self._kernels
-        cos_TD, sin_TD = self._rope(length)
+        tables = self._rope(length)
         self._stream.begin(look_ahead=batch * length >= max(OVERLAP_MIN_TOKENS, FUSED_MAX_TOKENS + 1))
         with pinned_numerics():
             buffers = self._activations(self.embed(ids_BT.reshape(-1)))
@@ -156,7 +151,7 @@ class CudaForward:
             kernels.rms_norm(residual, self._weights.layers[0].attn_norm, config.rms_eps, normed)
             following = [layer.attn_norm for layer in self._weights.layers[1:]] + [self._weights.output_norm]
             for layer, next_norm in zip(self._weights.layers, following, strict=True):
-                self._attend(layer, buffers, batch, cos_TD, sin_TD, bias_B1TT)
+                self._attend(layer, buffers, batch, tables, bias_B1TT)
                 kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
                 self._feed_forward(layer, buffers)
                 kernels.add_rms_norm(residual, buffers.delta, next_norm, config.rms_eps, normed)
@@ -201,13 +196,7 @@ class CudaForward:
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
     def _attend(
-        self,
-        layer: Layer,
-        buffers: _Activations,
-        batch: int,
-        cos_TD: Tensor,
-        sin_TD: Tensor,
-        bias_B1TT: Tensor | None,
+        self, layer: Layer, buffers: _Activations, batch: int, tables: tuple[Tensor, Tensor], bias_B1TT: Tensor | None
     ) -> None:
         config = self.config
         self._product(layer.qkv, buffers.normed, buffers.qkv)
@@ -218,8 +207,7 @@ class CudaForward:
         self._kernels.rope(
             q_MND,
             k_MKD,
-            cos_TD,
-            sin_TD,
+            *tables,
             _KERNEL_LAYOUTS[config.rope_layout],
             q_bias=layer.q_bias,
             k_bias=layer.k_bias,
@@ -260,6 +248,8 @@ class CudaForward:
         """
         x_MH = hidden_MH.to(self.device, self._dtype)
         out_MV = torch.empty(len(x_MH), self._head.rows, dtype=torch.float32, device=self.device)
+        if not len(x_MH):  # positions without a label: an evaluation's last batch may have no others
+            return out_MV
         with pinned_numerics():
             if self._is_few(self._head, len(x_MH)):
                 self._head.multiply_few(x_MH, out_MV)

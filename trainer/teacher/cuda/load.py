@@ -1,4 +1,4 @@
-"""A model file's tensors onto the device: read in parallel into pinned buffers, copied while the next ones are read.
+"""Loads a model file's tensors: reads them in parallel into pinned buffers and copies these while it reads the next.
 
 All tensors share one allocation (the *arena*), each at a multiple of 256 bytes, so the device holds the file's tensor
 bytes and at most 255 more per tensor. Reading goes through ``preadv`` rather than the memory map: a page fault for
@@ -36,7 +36,7 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Stands for ``num_bytes`` at ``file_offset`` of the file, wanted at ``arena_offset`` of the arena."""
+    """A run of ``num_bytes`` bytes at ``file_offset`` of the file that goes to ``arena_offset`` of the arena."""
 
     file_offset: int
     arena_offset: int
@@ -140,13 +140,9 @@ def read_into(descriptor: int, chunk: FileChunk, buffer: Tensor) -> Tensor:
 
 
 def fill_arena(path: Path, chunks: Sequence[FileChunk], arena: Tensor, new_copier: Callable[[], Copier]) -> None:
-    """Read every chunk of the file into the arena, by up to ``MAX_THREADS`` threads with a copier each.
+    """Read every chunk of the file into the uint8 arena, by up to ``MAX_THREADS`` threads with a copier each.
 
-    Args:
-        path: path of the model file.
-        chunks: chunks in the order of the file.
-        arena: uint8, on the device.
-        new_copier: function that makes a copier, called once per thread on the calling thread.
+    ``new_copier`` makes a copier; it is called once per thread, on the calling thread.
 
     Raises:
         InputError: when the file cannot be read as it was when it was opened.
@@ -196,12 +192,7 @@ def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
 
 
 def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copier]) -> dict[str, DeviceTensor]:
-    """Fill ``arena`` with a model's tensors and check them.
-
-    Args:
-        model: an opened file.
-        arena: uint8 of at least ``arena_layout``'s bytes, on the device.
-        new_copier: function that makes a copier, such as ``lambda: PinnedCopier(arena.device)``.
+    """Fill ``arena``, uint8 of at least ``arena_layout``'s bytes, with a model's tensors and check them.
 
     Returns:
         Every tensor of the file, as views of the arena.

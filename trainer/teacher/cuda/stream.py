@@ -160,7 +160,7 @@ class WeightStream:
     @property
     def num_bytes(self) -> int:
         """Bytes of the scratch buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def begin(self, *, look_ahead: bool) -> None:
         """Start a pass on the current stream, on which every pass must come after the last one.

@@ -24,19 +24,12 @@ _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """One tensor of a model file on the device, in the file's own bytes.
+    """One tensor of a model file on the device, in the file's own bytes."""
 
-    Attributes:
-        name: GGUF name.
-        type: GGML type name.
-        shape: ``(rows, cols)`` or ``(length,)``.
-        packed: uint8 ``[rows, row_bytes]``, contiguous; one row for a vector.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    packed: Tensor
+    name: str  # GGUF name
+    type: str  # GGML type name
+    shape: tuple[int, ...]  # (rows, cols) or (length,)
+    packed: Tensor  # uint8 [rows, row_bytes], contiguous; one row for a vector
 
 
 class CudaMatrix:
@@ -59,7 +52,7 @@ class CudaMatrix:
     @property
     def resident_bytes(self) -> int:
         """Bytes that this matrix keeps on the device."""
-        return self._data.numel() * self._data.element_size()
+        return self._data.nbytes
 
     @property
     def is_fusable(self) -> bool:

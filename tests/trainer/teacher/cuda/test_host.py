@@ -31,3 +31,4 @@ def test_the_golden_logits_come_from_the_kernels_own_source(tmp_path: Path, monk
         found = forward.head_logits(hidden[0]).numpy()
         errors = np.linalg.norm(found - exact[:tokens], axis=1) / np.linalg.norm(exact[:tokens], axis=1)
         assert errors.max() <= bound
+        assert forward.head_logits(hidden[0, :0]).shape == (0, found.shape[1])
