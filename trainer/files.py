@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 from q4kd.trainer.errors import InputError, unreadable
 
-_CHUNK = 1 << 20
 FieldKind = type | UnionType | int
 
 
@@ -75,12 +74,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal SHA-256 of a file, read piece by piece."""
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
