@@ -50,8 +50,7 @@ def train_to_the_end(run: Run, progress: Progress, *, resumed: bool) -> None:
         with reporter.running(progress.done) if run.is_main else contextlib.nullcontext():
             _take_steps(run, progress, reporter, watchdog, stop)
         _checkpoint(run, progress, watchdog)
-        number = stop.agreed(run.accelerator)
-        if number:
+        if number := stop.agreed(run.accelerator):
             raise _end_early(run, progress, number)
         _evaluate(run, progress, watchdog)
 
@@ -72,7 +71,6 @@ def _take_steps(run: Run, progress: Progress, reporter: Reporter, watchdog: Hang
 
 
 def _take_step(run: Run, progress: Progress, reporter: Reporter) -> None:
-    """Take one step and report it."""
     config, step = run.config, progress.done
     before = time.monotonic()
     batch = run.batch(step)
@@ -163,10 +161,8 @@ def _writing(run: Run, progress: Progress) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise RunFolderError(
-            f"step {progress.done}: the checkpoint cannot be written ({said}); {kept(run.config.out)}"
-        ) from error
+        said = f"the checkpoint cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise RunFolderError(f"step {progress.done}: {said}; {kept(run.config.out)}") from error
 
 
 def _end_early(run: Run, progress: Progress, number: int) -> StoppedError:

@@ -78,7 +78,7 @@ def train_step(
         teacher: online or cached; None for a cross-entropy-only step.
         optimizer: ``MasterWeightOptimizer`` of the model's parameters.
         batch: on the accelerator's device; one of several processes has cut its own from the batch of the whole step.
-        config: run settings.
+        config: settings of the run.
         lr: learning rate of this step.
 
     Raises:
@@ -109,19 +109,11 @@ def train_step(
     norm = optimizer.clip(config.clip)
     # The one time that the host waits: what is not finite must not be applied.
     loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    terms = {"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr}
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise NotFiniteError({"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr})
+        raise NotFiniteError(terms)
     optimizer.step()
     optimizer.zero_grad()
     clock.mark("optimizer")
-    parts = clock.read()
-    return StepResult(
-        loss=loss,
-        ce=ce,
-        kd=kd,
-        grad_norm=grad_norm,
-        lr=lr,
-        tokens=batch.facts.step_targets,
-        seconds=time.monotonic() - started,
-        **{f"{part}_s": seconds for part, seconds in parts.items()},
-    )
+    parts = {f"{part}_s": seconds for part, seconds in clock.read().items()}
+    return StepResult(**terms, **parts, tokens=batch.facts.step_targets, seconds=time.monotonic() - started)
