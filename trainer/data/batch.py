@@ -137,11 +137,7 @@ class Batch:
 
 
 def check_starts(starts_BT: Tensor, ids_BT: Tensor) -> None:
-    """Refuse starts that mean nothing.
-
-    Args:
-        starts_BT: int64 first position of each position's document, ``[B, T]``.
-        ids_BT: the token ids, for their shape.
+    """Refuse first positions of documents, int64 ``[B, T]``, that do not fit the token ids.
 
     Raises:
         InputError: when they fall along T, lie behind their position, or have another shape or type.
@@ -152,9 +148,6 @@ def check_starts(starts_BT: Tensor, ids_BT: Tensor) -> None:
         rising = (starts_BT.diff(dim=1) >= 0).all()
         fits = bool(rising & ((starts_BT >= 0) & (starts_BT <= positions_T)).all())
     if not fits:
-        raise InputError(
-            "starts",
-            expected=f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position",
-            got=f"{starts_BT.dtype} {tuple(starts_BT.shape)}",
-            remedy="give each position the first one of its document",
-        )
+        expected = f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position"
+        got, remedy = f"{starts_BT.dtype} {tuple(starts_BT.shape)}", "give each position the first one of its document"
+        raise InputError("starts", expected=expected, got=got, remedy=remedy)

@@ -1,6 +1,6 @@
 """The data of a run, from its settings: batches, held-out windows, and the digest that a resumed run must meet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +11,9 @@ from q4kd.trainer.data.chat import ChatTemplate
 from q4kd.trainer.data.corpus import BatchOrder, load_corpus
 from q4kd.trainer.data.documents import SourceSettings
 from q4kd.trainer.data.encoding import DocumentEncoder
-from q4kd.trainer.data.packing import Windows
+from q4kd.trainer.data.packing import Window, Windows, pack
 from q4kd.trainer.data.readers import read_documents
-from q4kd.trainer.data.stream import Stream, open_stream
+from q4kd.trainer.data.stream import Stream, StreamOrder
 from q4kd.trainer.data.token_set import TokenSet
 from q4kd.trainer.errors import InputError, missing_path_remedy
 
@@ -110,12 +110,7 @@ def open_data(
     if config.streaming:
         return _open_stream(config, encoder, settings, sequences_per_step)
     corpus = load_corpus(
-        config.data,
-        encoder,
-        settings,
-        max_bytes=config.data_max_bytes,
-        held_out=config.held_out,
-        folder=folder,
+        config.data, encoder, settings, max_bytes=config.data_max_bytes, held_out=config.held_out, folder=folder
     )
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
@@ -126,6 +121,9 @@ def open_data(
 def _open_stream(
     config: DistillConfig, encoder: DocumentEncoder, settings: SourceSettings, sequences_per_step: int
 ) -> TrainingData:
+    if config.steps is None:
+        expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
+        raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
     stream = Stream(
         path=config.data,
         encoder=encoder,
@@ -135,13 +133,11 @@ def _open_stream(
         buffer=config.shuffle_buffer,
         seed=config.seed,
     )
-    order = open_stream(
-        stream,
-        seq_len=config.seq_len,
-        packing=config.packing,
-        sequences_per_step=sequences_per_step,
-        steps=config.steps,
-    )
+
+    def windows() -> Iterator[Window]:
+        return pack(encoder.encode(stream.training_documents()), config.seq_len, config.packing)
+
+    order = StreamOrder(windows, sequences_per_step=sequences_per_step, steps=config.steps)
     if config.held_out is None:
         held = stream.held_out_tokens(config.eval_tokens)
     else:

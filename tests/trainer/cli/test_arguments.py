@@ -68,7 +68,7 @@ def test_the_printed_config_is_the_config(capsys: pytest.CaptureFixture[str]) ->
 def test_the_shipped_schema_is_the_current_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--print-schema"]) == 0
     printed = capsys.readouterr().out
-    shipped = Path(q4kd.trainer.__path__[0]) / "config" / "run.schema.json"
+    shipped = Path(q4kd.trainer.__path__[0]) / "run.schema.json"
     assert shipped.read_text() == printed, "q4kd distill --print-schema > trainer/config/run.schema.json"
 
 
