@@ -34,7 +34,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
 
     Raises:
         InputError: when an input cannot be used; nothing has been trained then.
-        TrainingAborted: when it ends before its last step; the subclass says why.
+        TrainingAborted: when the run ends before its last step; the subclass says why.
     """
     from accelerate import PartialState
 
@@ -111,7 +111,7 @@ def _check_packing(run: Run) -> None:
 
 
 def _begin(run: Run) -> Progress:
-    """Refuse a new run that has nothing to teach; return that no step is taken."""
+    """Refuse a new run that has nothing to teach; return the progress of a run without a step."""
     config = run.config
     if config.alpha < 1 and not config.allow_degenerate_kd:
         run.source.check_difference(run.model, run.batch(0), config.student)

@@ -1,4 +1,4 @@
-"""Files read within bounds and written whole: nobody sees half a file, a hostile one gets no unbounded memory."""
+"""Files are read within bounds and written whole: nobody sees half a file, and a hostile one gets bounded memory."""
 
 import contextlib
 import hashlib
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside ``path``, which takes its place as that of ``replacing`` does.
+    """Yield the path of an empty file beside ``path``, which takes its place as the file of ``replacing`` does.
 
     Raises:
         OSError: as ``write_atomic``.

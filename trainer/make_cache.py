@@ -117,7 +117,7 @@ def _say_size(index: CacheIndex) -> None:
 def _compare(
     config: DistillConfig, teacher: Teacher, student: Any, windows: Windows, ks: Sequence[int], tokens: int
 ) -> list[CacheError]:
-    """Return what each k costs and loses."""
+    """Return what each number of listed tokens costs and loses."""
     device = torch.device(config.device)
     model = DistillationModel(student, config.loss).eval().to(device)
     return measure_error(teacher, model, windows, ks, tokens=tokens, device=device)

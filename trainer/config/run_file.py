@@ -24,10 +24,7 @@ def read_run_file(path: Path) -> dict[str, object]:
     """
     content = parse_yaml(read_bounded(path, MAX_CONFIG_BYTES), str(path), scalar_of_yaml_1_1).value
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        got, remedy = (
-            type(content).__name__,
-            "write one setting a line, such as lr: 1e-4; q4kd distill --help lists them",
-        )
+        got, remedy = type(content).__name__, "write one setting a line, such as lr: 1e-4; see q4kd distill --help"
         raise InputError(str(path), expected="a mapping of settings", got=got, remedy=remedy)
     return dict(content)
 
@@ -48,7 +45,7 @@ def parse_assignment(text: str) -> tuple[str, object]:
 
 
 def format_config(config: DistillConfig) -> str:
-    """Return RUN.yaml of the effective settings, by heading; what is not the default says what the default is."""
+    """Return RUN.yaml of the effective settings, by heading; a value that is not the default names the default."""
     values, sections = config.to_json(), []
     for heading, group in itertools.groupby(settings().items(), lambda item: item[1].group):
         section = f"# {heading}\n"

@@ -1,7 +1,7 @@
 """What one step or micro-batch holds: token ids, the labels that are learnt from them, and where documents begin.
 
-Batches are made on the host, checked and counted there, and then copied to a device: whoever trains on one never waits
-for the device to say what the host knew. Letters in shapes: B sequences, T positions, P positions with a label.
+Batches are made, checked and counted on the host, and then copied to a device, so that training never waits for the
+device to tell what the host knew. Letters in shapes: B sequences, T positions, P positions with a label.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ class Batch:
         return int(self.facts.counts_B.sum())
 
     def __getitem__(self, sequences: slice) -> "Batch":
-        """Return some of the sequences. Of consecutive ones nothing is read, so a device is not waited for."""
+        """Return some of the sequences. Consecutive ones are taken without waiting for the device."""
         labels_BT, facts = self.labels_BT[sequences], self.facts
         start, stop, stride = sequences.indices(len(self))
         if stride == 1:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from q4kd.trainer.data.documents import Document
 from q4kd.trainer.errors import InputError
 
-# At most so many documents, and so many bytes of them, are tokenised at one time.
+# At most this many documents, and this many bytes of them, are tokenised at one time.
 _GROUP, _GROUP_BYTES = 512, 8 << 20
 
 

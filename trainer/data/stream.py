@@ -25,7 +25,7 @@ from q4kd.trainer.data.token_set import TokenSet, TokenWriter
 # This bounds the bytes of documents in the shuffle buffer, whatever their number.
 MAX_BUFFER_BYTES = 256 << 20
 _SAMPLED = 1 << 20
-# A label is looked for in so many batches.
+# A label is looked for in this many batches.
 _LOOKED = 64
 
 
@@ -73,7 +73,7 @@ class Stream:
     seed: int
 
     def _documents(self, order: list[int] | None = None) -> tuple[Iterator[Document], bool]:
-        # Every pass counts towards the limit what comes first by name.
+        # With a limit every pass reads by name, so that each reads the same files.
         files = read_documents(self.path, settings=self.settings, order=None if self.max_bytes else order)
         return split_rule(limit_bytes(files, self.max_bytes), self.held_out)
 

@@ -20,7 +20,7 @@ def make_accelerator(device: str, **options: Any) -> Any:
 
     Args:
         device: cpu or cuda.
-        options: more of Accelerator's own, such as ``log_with``.
+        options: further arguments of ``Accelerator``, such as ``log_with``.
 
     Raises:
         InputError: when the launcher asks for FSDP 1, DeepSpeed or another engine that this student is not written for.
@@ -28,11 +28,11 @@ def make_accelerator(device: str, **options: Any) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-    # Every process reads the student's file, which they share in page cache; left to itself, transformers would give
-    # all but one of them empty weights.
+    # Every process reads the student's file, which they share in page cache; by default transformers gives all but one
+    # of them empty weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # student_dtype alone decides dtypes: a launcher's autocast would round again. Gradients live in the buckets that
-    # are reduced: no second copy.
+    # are reduced, so that there is no second copy.
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=handlers, **options)
     kind = accelerator.distributed_type
@@ -87,7 +87,7 @@ def prepare_model(accelerator: Any, model: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def without_sync(model: Any) -> Iterator[None]:
-    """Let gradients add up in this process: those of all but the last micro-batch need not travel."""
+    """Let gradients add up in this process: only those of the last micro-batch are reduced over processes."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
         try:
@@ -100,13 +100,13 @@ def without_sync(model: Any) -> Iterator[None]:
 
 
 def reshard(model: Any) -> None:
-    """Give back what a forward pass without a backward pass left whole."""
+    """Shard again the weights that a forward pass without a backward pass left whole."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
+    """Whether this process holds only a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
@@ -147,7 +147,7 @@ def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that are trained, whole, by name: with adapters these alone. All processes together."""
+    """Yield the whole parameters that are trained, by name; all processes must call it together."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole(parameter, parameter.detach())
@@ -181,9 +181,9 @@ def gather(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tenso
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers, whole, on the host of the process that keeps them; tied ones once.
+    """Return whole parameters and persistent buffers on the host of the process that keeps them, tied ones once.
 
-    All processes together.
+    All processes must call it together.
     """
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     state = model.state_dict().items()

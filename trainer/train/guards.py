@@ -173,7 +173,7 @@ def check_not_degenerate(
 def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) -> float:
     """Refuse a student that already says what the cache does of a batch's first sequence; return the step-0 KL.
 
-    It is taken over k + 1 events, and so is at most that over the vocabulary.
+    The KL is taken over k + 1 events, so it is at most the KL over the vocabulary.
 
     Raises:
         DegenerateDistillationError: when it is under the floor.
@@ -182,7 +182,7 @@ def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) 
     signal, ids_T = cached.signal(first), first.ids_BT[0]
 
     def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
-        # Every position counts, as with a teacher that is here: any token that is not masked does for a label.
+        # Every position counts, as with a loaded teacher: any token that is not masked serves as a label.
         return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
 
     kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)

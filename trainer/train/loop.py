@@ -30,7 +30,7 @@ from q4kd.trainer.train.run.progress import Reporter
 from q4kd.trainer.train.step import StepResult, learning_rate, train_step
 from q4kd.trainer.train.stop_request import StopRequest
 
-# A checkpoint may take as long as so many steps before it counts as a hang.
+# A checkpoint may take as long as this many steps before it counts as a hang.
 _CHECKPOINT_ALLOWANCE = 4
 
 
@@ -127,7 +127,7 @@ def _evaluate(run: Run, progress: Progress, watchdog: HangWatchdog) -> None:
 
 
 def _main_says(run: Run, value: bool) -> bool:
-    """Return the main process's answer in every process: only it is sure to see the run's folder."""
+    """Return the main process's answer in every process: the others may not see the run's folder."""
     if run.accelerator.num_processes == 1:
         return value
     told = torch.tensor([int(value and run.is_main)], device=run.accelerator.device)
@@ -166,10 +166,7 @@ def _writing(run: Run, progress: Progress) -> Iterator[None]:
 
 
 def _end_early(run: Run, progress: Progress, number: int) -> StoppedError:
-    """Return the error that ends a run which somebody asked to stop; its checkpoint is written.
-
-    All processes end with it, one says so.
-    """
+    """Return the error with which all processes end a run that was asked to stop; the main one says so."""
     name = signal.Signals(number).name
     run.events.emit("stopped", step=progress.done, signal=name)
     path = checkpoint_path(run.config.out, progress.done)

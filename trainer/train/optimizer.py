@@ -31,7 +31,7 @@ class MasterWeightOptimizer:
     Args:
         parameters: named parameters of the student; those without gradient are left out.
         make: makes the optimizer from its parameter groups.
-        weight_decay: of matrices; norms and biases (fewer than two dimensions) get none.
+        weight_decay: weight decay of matrices; norms and biases (fewer than two dimensions) get none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MasterWeightOptimizer:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            # float() copies no float32 weight, which so is its own master.
+            # float() copies no float32 weight, so that such a weight is its own master.
             self.masters[name] = local(parameter.detach()).float().requires_grad_(True)
         decayed = [name for name, parameter in self.parameters.items() if parameter.ndim >= 2]
         plain = [name for name in self.parameters if name not in set(decayed)]

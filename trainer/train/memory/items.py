@@ -1,4 +1,4 @@
-"""What a run holds in memory, thing by thing, counted before anything is allocated; and in which phases each lives.
+"""The items that a run holds in memory, counted before anything is allocated, and the phases in which each lives.
 
 Memory peaks in one of four phases of a step, and what lives in all of them is counted once::
 
@@ -8,7 +8,7 @@ Memory peaks in one of four phases of a step, and what lives in all of them is c
     optimizer   held + all gradients + what an update needs beside them
 
 *held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
-the largest phase, not the sum. Imports of this program (Python, torch, transformers) are what it is counted above.
+the largest phase, not the sum. What imports take (Python, torch, transformers) is not counted.
 
 Letters: M = B x T tokens of a micro-batch, P weights of the student, V rows of its head, H hidden size, C tokens of a
 chunk of the loss.
@@ -79,7 +79,7 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """A cache in the place of a teacher: k tokens of a position, and bytes of the files where the host computes."""
+    """A cache in place of a teacher: tokens listed at a position, and bytes of its files where the host computes."""
 
     k: int
     mapped_bytes: int

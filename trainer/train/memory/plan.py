@@ -49,7 +49,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Of the peak, what cannot be dropped and read again."""
+        """Bytes of the peak that cannot be dropped and read again."""
         return self.peak - sum(item.bytes for item in self.items if item.is_mapped)
 
     @property
@@ -81,7 +81,7 @@ def count_flops(config: DistillConfig, student: StudentShape, teacher: TeacherSh
 
 
 def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
-    """Return settings that take less memory, in the order in which to try them, each with what it says."""
+    """Return settings that take less memory, with a text for each, in the order in which to try them."""
     found = []
     if config.batch_size > 1:
         half = config.batch_size // 2

@@ -1,4 +1,4 @@
-"""From a run's settings to its memory plan: the teacher as placed, the student's shapes, the room on the machine."""
+"""Makes a run's memory plan from its settings: the placed teacher, the student's shapes, the room on the machine."""
 
 import functools
 import os
@@ -27,7 +27,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
-    """Decide how the teacher of a run will be held; None for a run that reads a cache in its stead.
+    """Decide how the teacher of a run will be held; None for a run that reads a cache instead.
 
     Raises:
         InputError: when teacher or device cannot be used.

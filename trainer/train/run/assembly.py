@@ -41,7 +41,7 @@ RESUMABLE = frozenset((
     "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric", "trackers",
     "hang_s",
 ))  # fmt: skip
-# Their product is the sequences of a step: split in another way, they make the same steps to rounding.
+# The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
 
 
@@ -133,7 +133,7 @@ class Run:
             mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
             chosen = [index for index in mine if index < windows]
             batch = Batch.stack([held_out[index] for index in chosen or [start]])
-            if not chosen:  # this process still takes part, with a window that has no labels
+            if not chosen:  # This process still takes part, with a window that has no labels.
                 batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
             yield batch.to(self.accelerator.device)
 
@@ -179,7 +179,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
 def prepare_student(
     config: DistillConfig, accelerator: Any, student: nn.Module
 ) -> tuple[Any, MasterWeightOptimizer, Any]:
-    """Return the model that gives the loss, wrapped for the other processes, its optimizer, and peft's view with LoRA.
+    """Return the model that gives the loss, wrapped for several processes, its optimizer, and peft's model with LoRA.
 
     Raises:
         InputError: for a setting that this student or this machine cannot follow.
@@ -187,13 +187,13 @@ def prepare_student(
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
     model = prepare_model(accelerator, DistillationModel(student, config.loss))
-    if accelerator.process_index:  # the student is drawn: from here on each process drops units of its own
+    if accelerator.process_index:  # The weights are drawn by now; from here on each process draws dropout of its own.
         torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
 def write_run_file(run: Run) -> None:
-    """Write ``run.json``: what this run is made of, for whoever exports or reads it later."""
+    """Write ``run.json``, which says what this run is made of; exports read it."""
     student = run.config.student
     document = {
         "version": RUN_FILE_VERSION,
@@ -238,7 +238,7 @@ def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
 
 
 def write_model(run: Run) -> None:
-    """Write ``model/``, for transformers, and with LoRA ``adapter/``, for peft. All processes together."""
+    """Write ``model/`` for transformers, and ``adapter/`` for peft with LoRA; all processes must call it together."""
     student = run.unwrapped.student
     state = whole_state(student, run.is_main)
     if not run.is_main:

@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, never overwritten by accident; what one that failed leaves there."""
+"""The folder of a run: one run holds it at a time, no run overwrites another, and a failed step is kept in it."""
 
 import errno
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 """What a run learns from: a teacher that is loaded, or a cache of what one said before.
 
-Both give a step its signal. Wherever else a run must tell them apart, it asks here.
+Both give a step its signal; every other difference between them is here, too.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ RunSource = OnlineSource | CachedSource
 
 
 def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Callable[[str], None]) -> None:
-    """Check that each of the student's tokens has its id in the teacher, of whose rows the first ``rows`` are compared.
+    """Check that each of the student's tokens has its id in the teacher; the first ``rows`` rows are compared.
 
     Raises:
         InputError: as ``check_vocabulary``.
