@@ -56,7 +56,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check_cuda() -> str:
-    """Return the CUDA device's name; where there is none, an InputError says so before anything else is imported."""
+    """Return the CUDA device's name, or refuse a machine without one before anything larger is imported."""
     from q4kd.trainer.device.devices import cuda_facts
 
     return cuda_facts().name
@@ -138,17 +138,17 @@ def _teacher(args: argparse.Namespace) -> int:
     for name in engines:
         if name not in _CPU_ENGINES:
             raise unknown_name(f"--against {name[:40]}", name, _CPU_ENGINES, "engine")
-    sizes = {
-        "rounds": count("--pairs", str(args.pairs), _MAX_ROUNDS),
-        "threads": count("--threads", str(args.threads), 1024),
-    }
+    rounds = count("--pairs", str(args.pairs), _MAX_ROUNDS)
+    threads = count("--threads", str(args.threads), 1024)
 
     from q4kd.trainer.bench.teacher.comparison import compare_on_cpu, table
     from q4kd.trainer.device.dtypes import choose_dtype
 
     dtype = choose_dtype(args.dtype, "cpu")
     print(f"dtype: {dtype.name} ({dtype.reason})")
-    found = compare_on_cpu(args.model, engines, lengths, **sizes, dtype=dtype.name, announce=print)
+    found = compare_on_cpu(
+        args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
+    )
     if args.out:
         _write(args.out, "bench.json", found)
     print("\n".join(table(found)))

@@ -77,7 +77,7 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     _note_order(files)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     place = functools.partial(place_teacher, device=args.device, dtype=dtype)
-    # The report says for both what each would announce.
+    # What each would announce is left out, because the report says it for both.
     load = functools.partial(load_teacher, events=EventLog(None), announce=lambda _line: None)
     # Each is placed when the one before it is loaded, in the room that is left.
     a, b = (load(place(files[name])) for name in ("a", "b"))

@@ -103,7 +103,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     starts_1T = (positions // half * half)[None]
     was_training = model.training
     model.eval()
-    runs = [model(ids, ids, None, 1, starts_1T, use=lambda h, _: h.clone()) for ids in (ids_1T, other_1T)]
+    runs = [model(ids, ids, None, 1, starts_1T, use=lambda hidden, _head: hidden.clone()) for ids in (ids_1T, other_1T)]
     model.train(was_training)
     reshard(model)
     if not torch.equal(runs[0][half:], runs[1][half:]):
