@@ -226,10 +226,6 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         random = load_file(path / _file("random"))
     except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
         raise _refuse(path, "tensors of this student", first_line(error)) from error
-    _restore_random(path, random, accelerator)
-
-
-def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) -> None:
     try:
         torch.set_rng_state(_own_state(random["cpu"], accelerator))
         if accelerator.device.type == "cuda" and "cuda" in random:

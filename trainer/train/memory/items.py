@@ -119,14 +119,15 @@ def count_items(
     if isinstance(teacher, CacheShape):
         items += _cache_items(teacher, tokens)
     elif teacher is not None:
+        width = teacher.config.hidden_size
         items += [
             Item("teacher weights", teacher.weight_bytes, teacher.basis, is_mapped=teacher.is_mapped),
             Item("teacher scratch", teacher.scratch_bytes, "decoded tiles, reused by every product"),
             Item("teacher activations", teacher.activation_bytes, f"a pass over {tokens:,} tokens", ("teacher",)),
-            _array("teacher hidden states", tokens, teacher.config.hidden_size, size=size, phases=("loss", "backward")),
+            _array("teacher hidden states", tokens, width, size=size, phases=("loss", "backward")),
         ]
         if loss.head_bytes:
-            basis = f"{teacher.config.vocab_size:,} x {teacher.config.hidden_size:,}, held by loss_mode fast"
+            basis = f"{teacher.config.vocab_size:,} x {width:,}, held by loss_mode fast"
             items.append(Item("teacher head, decoded", loss.head_bytes, basis, ("loss",)))
     items.append(_array("student weights", student.parameters, size=size))
     if config.lora_rank:
