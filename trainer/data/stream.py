@@ -18,9 +18,10 @@ from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.corpus import limit_bytes, refuse_empty, split_rule
 from q4kd.trainer.data.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.data.encoding import DocumentEncoder
-from q4kd.trainer.data.packing import Window
+from q4kd.trainer.data.packing import Window, pack
 from q4kd.trainer.data.readers import list_files, read_documents
 from q4kd.trainer.data.token_set import TokenSet, TokenWriter
+from q4kd.trainer.errors import InputError
 
 # This bounds the bytes of documents in the shuffle buffer, whatever their number.
 MAX_BUFFER_BYTES = 256 << 20
@@ -149,3 +150,21 @@ class StreamOrder:
     def has_label(self) -> bool:
         """Return whether one of the first batches has a label: a long prompt may fill the very first one."""
         return any(self.batch(step).num_targets for step in range(_LOOKED))
+
+
+def open_stream(
+    stream: Stream, *, seq_len: int, packing: str, sequences_per_step: int, steps: int | None
+) -> StreamOrder:
+    """Return the batches of a stream.
+
+    Raises:
+        InputError: when the number of steps is not given.
+    """
+    if steps is None:
+        expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
+        raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
+
+    def windows() -> Iterator[Window]:
+        return pack(stream.encoder.encode(stream.training_documents()), seq_len, packing)
+
+    return StreamOrder(windows, sequences_per_step=sequences_per_step, steps=steps)

@@ -1,6 +1,6 @@
 """The data of a run, from its settings: batches, held-out windows, and the digest that a resumed run must meet."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +11,9 @@ from q4kd.trainer.data.chat import ChatTemplate
 from q4kd.trainer.data.corpus import BatchOrder, load_corpus
 from q4kd.trainer.data.documents import SourceSettings
 from q4kd.trainer.data.encoding import DocumentEncoder
-from q4kd.trainer.data.packing import Window, Windows, pack
+from q4kd.trainer.data.packing import Windows
 from q4kd.trainer.data.readers import read_documents
-from q4kd.trainer.data.stream import Stream, StreamOrder
+from q4kd.trainer.data.stream import Stream, open_stream
 from q4kd.trainer.data.token_set import TokenSet
 from q4kd.trainer.errors import InputError, missing_path_remedy
 
@@ -121,9 +121,6 @@ def open_data(
 def _open_stream(
     config: DistillConfig, encoder: DocumentEncoder, settings: SourceSettings, sequences_per_step: int
 ) -> TrainingData:
-    if config.steps is None:
-        expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
-        raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
     stream = Stream(
         path=config.data,
         encoder=encoder,
@@ -133,11 +130,8 @@ def _open_stream(
         buffer=config.shuffle_buffer,
         seed=config.seed,
     )
-
-    def windows() -> Iterator[Window]:
-        return pack(encoder.encode(stream.training_documents()), config.seq_len, config.packing)
-
-    order = StreamOrder(windows, sequences_per_step=sequences_per_step, steps=config.steps)
+    sizes = {"seq_len": config.seq_len, "sequences_per_step": sequences_per_step}
+    order = open_stream(stream, **sizes, packing=config.packing, steps=config.steps)
     if config.held_out is None:
         held = stream.held_out_tokens(config.eval_tokens)
     else:
