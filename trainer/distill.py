@@ -1,4 +1,4 @@
-"""The whole run, top to bottom: ``q4kd distill``. Its steps are in ``training_loop.py``."""
+"""The whole run of ``q4kd distill``, from top to bottom. Its steps are in ``train/loop.py``."""
 
 import resource
 import shutil
@@ -34,7 +34,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
 
     Raises:
         InputError: when an input cannot be used; nothing has been trained then.
-        TrainingAborted: when it ends before its last step; the subclass says why.
+        TrainingAborted: when the run ends before its last step; the subclass says why.
     """
     from accelerate import PartialState
 
@@ -55,8 +55,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             run = assemble(config, placement, events, is_main)
         with explaining_memory(config, placement, run.source.residency):
             _train(run, resume)
-            # Together: Gloo's threads must not outlive the interpreter, nor a process its peer's connections. Trackers
-            # write what they hold.
+            # Processes end together, because Gloo's threads must not outlive the interpreter, nor a process its peer's
+            # connections. Trackers write what they hold.
             run.accelerator.wait_for_everyone()
             run.accelerator.end_training()
         events.close()
@@ -111,7 +111,7 @@ def _check_packing(run: Run) -> None:
 
 
 def _begin(run: Run) -> Progress:
-    """Refuse a new run that has nothing to teach; return that no step is taken."""
+    """Refuse a new run that has nothing to teach; return the progress of a run without a step."""
     config = run.config
     if config.alpha < 1 and not config.allow_degenerate_kd:
         run.source.check_difference(run.model, run.batch(0), config.student)
@@ -120,19 +120,16 @@ def _begin(run: Run) -> Progress:
 
 def _finish(run: Run, progress: Progress, started: float) -> None:
     """Write the final model of a full run; project the full run from a smoke run."""
-    config = run.config
-    summary = _summary(run, progress, started)
-    if config.max_steps is None:
+    summary, is_smoke = _summary(run, progress, started), run.config.max_steps is not None
+    if not is_smoke:
         write_model(run)
     if run.is_main:
-        if config.max_steps is not None:
-            print(
-                f"Smoke run: {progress.done} of {run.total_steps} steps; the full run would take "
-                f"{summary['projected_seconds_of_full_run'] / 60:.1f} min at {summary['tokens_per_second']:.0f} tok/s; "
-                "no final model is written",
-                flush=True,
-            )
-        write_json(config.out / "summary.json", summary)
+        if is_smoke:
+            took = f"{progress.done} of {run.total_steps} steps"
+            minutes, speed = summary["projected_seconds_of_full_run"] / 60, summary["tokens_per_second"]
+            would = f"the full run would take {minutes:.1f} min at {speed:.0f} tok/s"
+            print(f"Smoke run: {took}; {would}; no final model is written", flush=True)
+        write_json(run.config.out / "summary.json", summary)
     run.events.emit("done", step=progress.done, **{key: value for key, value in summary.items() if key != "steps"})
 
 

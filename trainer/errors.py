@@ -53,8 +53,7 @@ def unwritable(subject: str, error: OSError, expected: str = "a writable folder"
 
 def outside(subject: str, value: float, low: float, high: float) -> InputError:
     """Return the refusal of a number that is not from ``low`` to ``high``."""
-    remedy = "choose a number in between"
-    return InputError(subject, expected=f"{low} to {high}", got=str(value), remedy=remedy)
+    return InputError(subject, expected=f"{low} to {high}", got=str(value), remedy="choose a number in between")
 
 
 def first_line(error: Exception) -> str:
@@ -120,7 +119,7 @@ class StoppedError(TrainingAborted):
     """Somebody asked the run to stop, by Ctrl-C or SIGTERM, and it did so after writing a checkpoint.
 
     Args:
-        message: what was kept; empty in a process that leaves saying so to another one.
+        message: what was kept; empty in a process beside the one that says it.
         signal_number: number of the signal.
     """
 
@@ -130,19 +129,18 @@ class StoppedError(TrainingAborted):
 
 
 def missing_path_remedy(path: Path, otherwise: str, *, pattern: str = "", repository: str = "model") -> str:
-    """Return what to do about a path that is not there: nothing is fetched, so for a hub id it says how to.
+    """Return what to do about a path that is not there: nothing is fetched, so for a hub id it says how to fetch.
 
     Args:
-        path: as given.
+        path: the path as given.
         otherwise: the remedy when it cannot be a hub id (``org/name``).
-        pattern: which files of the repository are needed; all where empty.
-        repository: its kind: ``model`` or ``dataset``.
+        pattern: pattern of the files that are needed; empty where all are.
+        repository: kind of the repository: ``model`` or ``dataset``.
     """
     name = str(path)
     if not _HUB_ID.fullmatch(name) or path.exists():
         return otherwise
     chosen = f" --include '{pattern}'" if pattern else ""
     kind = "" if repository == "model" else f" --repo-type {repository}"
-    return (
-        f"nothing is fetched here: for a hub id, hf download {name}{kind}{chosen} --local-dir DIR, then give the path"
-    )
+    command = f"hf download {name}{kind}{chosen} --local-dir DIR"
+    return f"nothing is fetched here: for a hub id, {command}, then give the path"

@@ -60,6 +60,4 @@ class EventLog:
 
 
 def _finite(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Files read within bounds and written whole: nobody sees half a file, a hostile one gets no unbounded memory."""
+"""Files are read within bounds and written whole: nobody sees half a file, and a hostile one gets bounded memory."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 from q4kd.trainer.errors import InputError, unreadable
 
-_CHUNK = 1 << 20
 FieldKind = type | UnionType | int
 
 
@@ -40,7 +39,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside ``path``, which takes its place as that of ``replacing`` does.
+    """Yield the path of an empty file beside ``path``, which takes its place as the file of ``replacing`` does.
 
     Raises:
         OSError: as ``write_atomic``.
@@ -75,12 +74,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal SHA-256 of a file, read piece by piece."""
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

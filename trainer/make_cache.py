@@ -19,7 +19,7 @@ from q4kd.trainer.files import sha256_file
 from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
 from q4kd.trainer.teacher.cache.store import CacheIndex, bytes_per_token
-from q4kd.trainer.teacher.cache.truncation_error import format_errors, measure_error
+from q4kd.trainer.teacher.cache.truncation_error import CacheError, format_errors, measure_error
 from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, write_cache
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 from q4kd.trainer.train.guards import check_vocabulary
@@ -61,10 +61,9 @@ def make_cache(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemoryError(
-                f"out of memory on {config.device}: {str(error).splitlines()[0][:160]}; choose a smaller batch_size or "
-                "chunk_tokens and run it again: finished shards are kept"
-            ) from error
+            said = f"out of memory on {config.device}: {str(error).splitlines()[0][:160]}"
+            remedy = "choose a smaller batch_size or chunk_tokens and run it again: finished shards are kept"
+            raise OutOfMemoryError(f"{said}; {remedy}") from error
         finally:
             events.close()
 
@@ -79,7 +78,8 @@ def _make(
     data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), 1, config.out)
     windows = training_windows(data)
     if k > rows:
-        raise InputError(f"--k {k}", expected=f"at most {rows}, the student's rows", got=str(k), remedy="choose less")
+        expected, remedy = f"at most {rows}, the student's rows", "choose a smaller k"
+        raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
     index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
     _say_size(index)
     check_disk(index)
@@ -89,7 +89,9 @@ def _make(
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
     if sample_tokens and not index.shards:
         ks = sorted({k, *(other for other in table_ks if other <= rows)})
-        _compare(config, teacher, student, windows, ks, k, sample_tokens, events)
+        errors = _compare(config, teacher, student, windows, ks, sample_tokens)
+        events.emit("cache_error", errors=[vars(error) for error in errors])
+        print(format_errors(errors, rows=rows, tokens=len(windows) * windows.seq_len, chosen=k), flush=True)
     started, had = time.monotonic(), len(index.shards)
     write_cache(index, teacher, windows, how)
     seconds = time.monotonic() - started
@@ -113,19 +115,9 @@ def _say_size(index: CacheIndex) -> None:
 
 
 def _compare(
-    config: DistillConfig,
-    teacher: Teacher,
-    student: Any,
-    windows: Windows,
-    ks: Sequence[int],
-    chosen: int,
-    tokens: int,
-    events: EventLog,
-) -> None:
-    """Print what each k costs and loses."""
+    config: DistillConfig, teacher: Teacher, student: Any, windows: Windows, ks: Sequence[int], tokens: int
+) -> list[CacheError]:
+    """Return what each number of listed tokens costs and loses."""
     device = torch.device(config.device)
     model = DistillationModel(student, config.loss).eval().to(device)
-    errors = measure_error(teacher, model, windows, ks, tokens=tokens, device=device)
-    events.emit("cache_error", errors=[vars(error) for error in errors])
-    rows = len(model.head_weight)
-    print(format_errors(errors, rows=rows, tokens=len(windows) * windows.seq_len, chosen=chosen), flush=True)
+    return measure_error(teacher, model, windows, ks, tokens=tokens, device=device)

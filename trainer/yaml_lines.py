@@ -74,9 +74,8 @@ def printable(text: str, limit: int = 160) -> str:
 def line_error(origin: str, line: int, text: tuple[str, ...], *, expected: str, got: str, remedy: str) -> InputError:
     """Return an ``InputError`` whose subject is ``origin:line`` and whose message quotes that line."""
     quoted = printable(text[line - 1]) if 0 < line <= len(text) else ""
-    return InputError(
-        f"{printable(origin)}:{line}: `{quoted}`", expected=expected, got=printable(got, 400), remedy=remedy
-    )
+    subject = f"{printable(origin)}:{line}: `{quoted}`"
+    return InputError(subject, expected=expected, got=printable(got, 400), remedy=remedy)
 
 
 def plain_scalar(text: str) -> YamlValue:
@@ -99,10 +98,8 @@ def scalar_of_yaml_1_1(text: str) -> YamlValue:
         yaml.YAMLError: a YAML 1.1 scalar without a value, such as ``=``.
     """
     loader: Any = yaml.SafeLoader("")
-    value: YamlValue = loader.construct_object(
-        yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-    )
-    return value
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return cast("YamlValue", loader.construct_object(yaml.ScalarNode(tag, text)))
 
 
 def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = plain_scalar) -> Document:
@@ -118,16 +115,13 @@ def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = pl
             (4 MB, depth 64, 200,000 nodes after expanding aliases, 10,000 nodes for one alias).
     """
     if len(data) > MAX_BYTES:
-        raise InputError(
-            origin, expected=f"at most {MAX_BYTES} bytes of YAML", got=f"{len(data)} bytes", remedy="split the file"
-        )
+        expected, got = f"at most {MAX_BYTES} bytes of YAML", f"{len(data)} bytes"
+        raise InputError(origin, expected=expected, got=got, remedy="split the file")
     try:
         source = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{origin}:{line}", expected="UTF-8 text", got=f"byte {data[error.start]:#04x}", remedy="save it as UTF-8"
-        ) from error
+        line, got = data[: error.start].count(b"\n") + 1, f"byte {data[error.start]:#04x}"
+        raise InputError(f"{origin}:{line}", expected="UTF-8 text", got=got, remedy="save it as UTF-8") from error
     text = tuple(_LINE_BREAK.split(source))
     builder = _Builder(origin, text, scalar)
     try:
@@ -139,13 +133,11 @@ def parse_yaml(data: bytes, origin: str, scalar: Callable[[str], YamlValue] = pl
         problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
         if "nesting depth" in problem:  # a libyaml with a limit of its own reads ahead of our count
             raise line_error(origin, line, text, **_TOO_DEEP) from error
-        raise line_error(
-            origin, line, text, expected="well-formed YAML", got=problem, remedy="fix the syntax of that line"
-        ) from error
+        remedy = "fix the syntax of that line"
+        raise line_error(origin, line, text, expected="well-formed YAML", got=problem, remedy=remedy) from error
     if not builder.done:
-        raise InputError(
-            origin, expected="a YAML document", got="an empty file", remedy="write its first keys, or remove the file"
-        )
+        remedy = "write its first keys, or remove the file"
+        raise InputError(origin, expected="a YAML document", got="an empty file", remedy=remedy)
     return Document(origin=origin, value=builder.value, lines=builder.lines, text=text)
 
 
@@ -267,8 +259,9 @@ class _Builder:
             raise self.refuse("plain keys", "a merge key `<<`", "write the keys out")
         elif value in frame.container:
             first = self.lines.get((*frame.path, value), self.line)
-            got = f"the key {value!r} again (first on line {first})"
-            raise self.refuse("each key once", got, "keep one of the two")
+            raise self.refuse(
+                "each key once", f"the key {value!r} again (first on line {first})", "keep one of the two"
+            )
         else:
             frame.key, frame.has_key = cast("str", value), True
             self.lines[(*frame.path, frame.key)] = self.line

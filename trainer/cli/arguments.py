@@ -18,42 +18,19 @@ from q4kd.trainer.errors import InputError
 EPILOG = """Settings come from RUN.yaml, then from the flags, then from --set: the last one wins.
 A RUN.yaml is a flat mapping of the names above, with _ for -:  lr: 1e-4
 """
-
-
-# Names of other trainers, such as transformers and TRL, for the same setting; an unknown name is looked up here.
+# What other trainers, such as transformers and TRL, call the same setting; an unknown name is looked up here.
 ELSEWHERE = {
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "adam_epsilon": "eps",
-    "assistant_only_loss": "completion_only",
-    "completion_only_loss": "completion_only",
-    "cutoff_len": "seq_len",
-    "dataset": "data",
-    "eval_steps": "eval_every",
-    "gradient_accumulation_steps": "accumulation",
-    "learning_rate": "lr",
-    "logging_steps": "log_every",
-    "lora_r": "lora_rank",
-    "lr_scheduler_type": "schedule",
-    "max_grad_norm": "clip",
-    "max_length": "seq_len",
-    "max_seq_length": "seq_len",
-    "micro_batch_size": "batch_size",
-    "model": "student",
-    "model_name_or_path": "student",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "optim": "optimizer",
-    "output_dir": "out",
-    "per_device_train_batch_size": "batch_size",
-    "report_to": "trackers",
-    "save_steps": "checkpoint_every",
-    "save_total_limit": "keep",
-    "teacher_model_name_or_path": "teacher",
-    "torch_compile": "compile",
-    "torch_dtype": "student_dtype",
-    "train_file": "data",
-}
+    "output_dir": "out", "train_file": "data", "dataset": "data", "teacher_model_name_or_path": "teacher",
+    "model": "student", "model_name_or_path": "student", "torch_dtype": "student_dtype", "torch_compile": "compile",
+    "assistant_only_loss": "completion_only", "completion_only_loss": "completion_only",
+    "cutoff_len": "seq_len", "max_length": "seq_len", "max_seq_length": "seq_len",
+    "micro_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "learning_rate": "lr", "lr_scheduler_type": "schedule", "max_grad_norm": "clip", "lora_r": "lora_rank",
+    "optim": "optimizer", "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps",
+    "report_to": "trackers", "logging_steps": "log_every", "eval_steps": "eval_every",
+    "save_steps": "checkpoint_every", "save_total_limit": "keep",
+}  # fmt: skip
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] = ()) -> None:
@@ -67,9 +44,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN.yaml", help="settings as a flat YAML mapping")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="any setting; null unsets"
-    )
+    options: dict[str, Any] = {"action": "append", "default": [], "dest": "assignments", "metavar": "KEY=VALUE"}
+    parser.add_argument("--set", **options, help="any setting; null unsets")
     groups: dict[str, Any] = {}
     for name, setting in settings().items():
         if name in omit:
@@ -81,13 +57,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, omit: Collection[str] 
 
 def _describe(setting: Setting) -> dict[str, Any]:
     """Return the keywords of ``add_argument``. Bounds are checked by ``make_config``, for every source alike."""
-    details = [setting.unit] if setting.unit else []
-    details.append("required" if setting.is_required else f"default: {setting.default_text}")
-    options: dict[str, Any] = {
-        "dest": setting.name,
-        "default": None,
-        "help": f"{setting.help} ({'; '.join(details)})".replace("%", "%%"),
-    }
+    details = "required" if setting.is_required else f"default: {setting.default_text}"
+    text = f"{setting.help} ({setting.unit}; {details})" if setting.unit else f"{setting.help} ({details})"
+    options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text.replace("%", "%%")}
     if setting.kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if setting.choices:

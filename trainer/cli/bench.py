@@ -28,12 +28,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     teacher.set_defaults(run=_teacher)
     loss = commands.add_parser("loss", help="the fused loss against the four matrix products it cannot do without")
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for option, what in (
-        ("tokens", "positions"),
-        ("vocab", "rows of the student's head"),
-        ("hidden", "student's size"),
-    ):
-        loss.add_argument(f"--{option}", metavar="N", help=f"{what} (default: by device)")
+    loss.add_argument("--tokens", metavar="N", help="positions (default: by device)")
+    loss.add_argument("--vocab", metavar="N", help="rows of the student's head (default: by device)")
+    loss.add_argument("--hidden", metavar="N", help="student's size (default: by device)")
     loss.add_argument("--teacher-hidden", metavar="N", help="teacher's size, a multiple of 256 (default: by device)")
     loss.add_argument("--chunk", default="0", metavar="N", help="tokens of a chunk of fast; 0 chooses")
     loss.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
@@ -48,9 +45,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     step.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     step.add_argument("--shape", default=None, metavar="BxT", help="sequences and positions (default 32x256, CPU 4x64)")
     step.add_argument("--rounds", type=int, default=9, metavar="N", help="counted rounds")
-    step.add_argument(
-        "--against", default="", metavar="PEER,…", help="trl-bf16, trl-nf4 (CUDA; each must be installed)"
-    )
+    peers = "trl-bf16, trl-nf4 (CUDA; each must be installed)"
+    step.add_argument("--against", default="", metavar="PEER,…", help=peers)
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of q4kd distill")
     step.add_argument("--layers", type=int, default=28, metavar="N", help="of the 7B-shaped teacher")
     step.add_argument("--out", type=Path, default=Path("bench-step"), metavar="DIR", help="write step.json there")
@@ -59,10 +55,15 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     kernels.set_defaults(run=_kernels)
 
 
-def _kernels(_args: argparse.Namespace) -> int:
+def _check_cuda() -> str:
+    """Return the CUDA device's name, or refuse a machine without one before anything larger is imported."""
     from q4kd.trainer.device.devices import cuda_facts
 
-    print(cuda_facts().name)
+    return cuda_facts().name
+
+
+def _kernels(_args: argparse.Namespace) -> int:
+    print(_check_cuda())
     from q4kd.trainer.bench.kernels import decode_table, launch_table, product_table
 
     for table in (decode_table, product_table, launch_table):
@@ -74,9 +75,7 @@ def _loss(args: argparse.Namespace) -> int:
     import dataclasses
 
     if args.device == "cuda":
-        from q4kd.trainer.device.devices import cuda_facts
-
-        cuda_facts()
+        _check_cuda()
     from q4kd.trainer.bench.loss.comparison import compare_loss, table
     from q4kd.trainer.bench.loss.inputs import CPU_SHAPE, CUDA_SHAPE
     from q4kd.trainer.loss.config import KDLossConfig
@@ -89,9 +88,8 @@ def _loss(args: argparse.Namespace) -> int:
     }
     shape = dataclasses.replace(default, **sizes)
     if shape.teacher_hidden % 256:
-        raise InputError(
-            "--teacher-hidden", expected="a multiple of 256", got=args.teacher_hidden, remedy="round it up"
-        )
+        expected, got = "a multiple of 256", args.teacher_hidden
+        raise InputError("--teacher-hidden", expected=expected, got=got, remedy="round it up")
     chunk = 0 if args.chunk == "0" else count("--chunk", args.chunk, 1 << 20)
     if not 1e-3 <= args.temperature <= 1e3:
         raise outside("--temperature", args.temperature, 1e-3, 1e3)
@@ -120,9 +118,7 @@ def _write(folder: Path, name: str, found: object) -> None:
 
 
 def _load(args: argparse.Namespace) -> int:
-    from q4kd.trainer.device.devices import cuda_facts
-
-    cuda_facts()
+    _check_cuda()
     from q4kd.trainer.bench.load import run_load
 
     print("\n".join(run_load(args.out)))
@@ -131,9 +127,7 @@ def _load(args: argparse.Namespace) -> int:
 
 def _teacher(args: argparse.Namespace) -> int:
     if args.device == "cuda":
-        from q4kd.trainer.device.devices import cuda_facts
-
-        cuda_facts()
+        _check_cuda()
         from q4kd.trainer.bench.teacher.cuda import main
 
         # That comparison makes a 7B-shaped model on the device and has engines and shapes of its own.
@@ -165,12 +159,11 @@ def _step(args: argparse.Namespace) -> int:
     from q4kd.trainer.config.run_file import parse_assignment
 
     if args.device == "cuda":
-        from q4kd.trainer.device.devices import cuda_facts
-
-        cuda_facts()
+        _check_cuda()
     batch, cross, length = (args.shape or ("32x256" if args.device == "cuda" else "4x64")).partition("x")
     if not cross:
-        raise InputError("--shape", expected="BxT, such as 32x256", got=repr(args.shape)[:40], remedy="write it so")
+        got, remedy = repr(args.shape)[:40], "write sequences, an x, and the positions of each"
+        raise InputError("--shape", expected="BxT, such as 32x256", got=got, remedy=remedy)
     peers = [name for name in args.against.split(",") if name]
     for name in peers:
         if name not in _PEERS or args.device != "cuda":

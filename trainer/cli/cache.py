@@ -18,23 +18,13 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     cache = subparsers.add_parser("cache", help="a teacher's top-k log-probabilities, to train without it")
     add_run_arguments(cache, omit=("out", "teacher_cache"))
     cache.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder of the cache")
-    cache.add_argument(
-        "--k", type=int, default=DEFAULT_K, metavar="K", help=f"tokens listed at each position (default {DEFAULT_K})"
-    )
-    cache.add_argument(
-        "--sample-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens on which KL is compared with online for k = 8, 32, 128 first; 0 skips it (default 4096)",
-    )
-    cache.add_argument(
-        "--shard-mb",
-        type=int,
-        default=64,
-        metavar="N",
-        help="size of a shard, which an interruption loses (default 64)",
-    )
+    compared = "tokens on which KL is compared with online for k = 8, 32, 128 first; 0 skips it"
+    for option, metavar, default, text in (
+        ("--k", "K", DEFAULT_K, "tokens listed at each position"),
+        ("--sample-tokens", "N", 4096, compared),
+        ("--shard-mb", "N", 64, "size of a shard, which an interruption loses"),
+    ):
+        cache.add_argument(option, type=int, default=default, metavar=metavar, help=f"{text} (default {default})")
     cache.add_argument("--events", type=Path, help="append events as JSON lines to this file")
     cache.set_defaults(run=_cache)
 
@@ -63,12 +53,6 @@ def _cache(args: argparse.Namespace) -> int:
 
     from q4kd.trainer.make_cache import make_cache
 
-    make_cache(
-        config,
-        k=args.k,
-        sample_tokens=args.sample_tokens,
-        shard_bytes=args.shard_mb * 1_000_000,
-        table_ks=_TABLE_KS,
-        events_path=args.events,
-    )
+    sizes = {"k": args.k, "sample_tokens": args.sample_tokens, "shard_bytes": args.shard_mb * 1_000_000}
+    make_cache(config, **sizes, table_ks=_TABLE_KS, events_path=args.events)
     return 0

@@ -1,6 +1,7 @@
 """The command ``q4kd fidelity``: what quantising a model cost, in nats, agreement and perplexity."""
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -23,40 +24,22 @@ _SHOWN_QUANTILES = ("median", "90%", "99%", "99.9%", "max")
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``fidelity`` to the command line."""
-    fidelity = subparsers.add_parser(
-        "fidelity",
-        help="what quantising a model cost: KL, agreement, perplexity",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    fidelity.add_argument("a", type=Path, metavar="A", help="the quantised model: GGUF or .apr file")
-    fidelity.add_argument(
-        "b", type=Path, metavar="B", help="its original: a GGUF or .apr file, or a Hugging Face folder"
-    )
-    fidelity.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="text file, JSONL, folder, or .npy of token ids (default: held-out files of Python's standard library)",
-    )
-    fidelity.add_argument(
-        "--tokens", type=int, default=16_384, metavar="N", help="tokens of text to run over (default 16384)"
-    )
-    fidelity.add_argument(
-        "--seq-len", type=int, default=512, metavar="T", help="tokens of a window (default 512, as llama.cpp's)"
-    )
-    fidelity.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="Hugging Face folder with the tokenizer (default: B's own)"
-    )
-    fidelity.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    fidelity.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        help="of matrix products (default: float32 on the CPU, auto on CUDA); bfloat16 adds noise of its own to both",
-    )
-    fidelity.add_argument("--json", action="store_true", help="print JSON")
-    fidelity.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to this file")
+    fidelity = subparsers.add_parser("fidelity", help="what quantising a model cost: KL, agreement, perplexity")
+    fidelity.epilog, fidelity.formatter_class = _HELP, argparse.RawDescriptionHelpFormatter
     fidelity.set_defaults(run=_fidelity)
+    add = fidelity.add_argument
+    add("a", type=Path, metavar="A", help="the quantised model: GGUF or .apr file")
+    add("b", type=Path, metavar="B", help="its original: a GGUF or .apr file, or a Hugging Face folder")
+    text = "text file, JSONL, folder, or .npy of token ids (default: held-out files of Python's standard library)"
+    add("--data", type=Path, metavar="PATH", help=text)
+    add("--tokens", type=int, default=16_384, metavar="N", help="tokens of text to run over (default 16384)")
+    add("--seq-len", type=int, default=512, metavar="T", help="tokens of a window (default 512, as llama.cpp's)")
+    add("--tokenizer", type=Path, metavar="DIR", help="Hugging Face folder with the tokenizer (default: B's own)")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    text = "of matrix products (default: float32 on the CPU, auto on CUDA); bfloat16 adds noise of its own to both"
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help=text)
+    add("--json", action="store_true", help="print JSON")
+    add("--out", type=Path, metavar="FILE", help="also write the JSON to this file")
 
 
 def _fidelity(args: argparse.Namespace) -> int:
@@ -93,11 +76,11 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     sample = read_sample(args.data, encode=encode, end=end, tokens=args.tokens, length=args.seq_len)
     _note_order(files)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    place = functools.partial(place_teacher, device=args.device, dtype=dtype)
+    # What each would announce is left out, because the report says it for both.
+    load = functools.partial(load_teacher, events=EventLog(None), announce=lambda _line: None)
     # Each is placed when the one before it is loaded, in the room that is left.
-    a, b = (
-        load_teacher(place_teacher(files[name], device=args.device, dtype=dtype), events=EventLog(None), announce=_drop)
-        for name in ("a", "b")
-    )
+    a, b = (load(place(files[name])) for name in ("a", "b"))
     scores = score(a, b, sample.windows, begin=begin, progress=_progress(sample.windows.size))
     return {
         "schema": SCHEMA,
@@ -127,17 +110,11 @@ def _as_file(path: Path, temporary: Path) -> Path:
     dtype = str(Counter(tensor.dtype for tensor in state.values()).most_common(1)[0][0])
     if dtype not in _DENSE_RECIPES:
         expected = f"weights in {', '.join(_DENSE_RECIPES)}"
-        raise InputError(str(path), expected=expected, got=dtype, remedy="name the original")
+        raise InputError(str(path), expected=expected, got=dtype, remedy="name a folder of the original weights")
     _say(f"{path.name}: written as a temporary {dtype.removeprefix('torch.')} file")
+    tokenizer, recipe = read_vocabulary(source, config), _DENSE_RECIPES[dtype]
     try:
-        write_gguf(
-            temporary,
-            config=config,
-            state=state,
-            tokenizer=read_vocabulary(source, config),
-            recipe=_DENSE_RECIPES[dtype],
-            name=source.title,
-        )
+        write_gguf(temporary, config=config, state=state, tokenizer=tokenizer, recipe=recipe, name=source.title)
     except OSError as error:
         subject, remedy = f"temporary folder {temporary.parent}", "set TMPDIR to a folder with more room"
         got = str(error.strerror)
@@ -154,7 +131,7 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Callable[[list[str
 
     begin = special("bos") if model.metadata.get("tokenizer.ggml.add_bos_token") is True else None
     if args.data is not None and args.data.suffix == ".npy":
-        return _no_text, None, begin
+        return lambda _texts: [], None, begin  # the data are ids already
     if args.tokenizer is not None:
         from q4kd.trainer.student.model import encoder, load_tokenizer
 
@@ -169,11 +146,6 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Callable[[list[str
 
     own = read_tokenizer(model)
     return lambda texts: [own.encode(text, add_special_tokens=False).ids for text in texts], special("eos"), begin
-
-
-def _no_text(_texts: list[str]) -> list[list[int]]:
-    """Encode nothing: the data are ids already."""
-    return []
 
 
 def _note_order(files: dict[str, Any]) -> None:
@@ -192,10 +164,6 @@ def _identity(given: Path, path: Path, model: Any) -> dict[str, Any]:
         "tensor_bytes_by_type": dict(sorted(model.bytes_by_type().items())),
         "bits_per_weight": round(8 * model.tensor_bytes / model.num_weights, 3),
     }
-
-
-def _drop(_line: str) -> None:
-    """Leave out what a teacher announces; the report says it for both."""
 
 
 def _say(line: str) -> None:

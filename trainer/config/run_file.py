@@ -1,5 +1,6 @@
 """RUN.yaml and ``--set``: where settings come from, how they are printed, and the schema that editors complete from."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def read_run_file(path: Path) -> dict[str, object]:
     """
     content = parse_yaml(read_bounded(path, MAX_CONFIG_BYTES), str(path), scalar_of_yaml_1_1).value
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(str(path), expected="a mapping of settings", got=type(content).__name__, remedy="see the docs")
+        got, remedy = type(content).__name__, "write one setting a line, such as lr: 1e-4; see q4kd distill --help"
+        raise InputError(str(path), expected="a mapping of settings", got=got, remedy=remedy)
     return dict(content)
 
 
@@ -43,19 +45,16 @@ def parse_assignment(text: str) -> tuple[str, object]:
 
 
 def format_config(config: DistillConfig) -> str:
-    """Return RUN.yaml of the effective settings, by heading; what is not the default says what the default is."""
-    lines: list[str] = []
-    heading = ""
-    values = config.to_json()
-    for name, setting in settings().items():
-        if setting.group != heading:
-            heading = setting.group
-            lines += ["", f"# {heading}"] if lines else [f"# {heading}"]
-        line = f"{name}: {_scalar(values[name])}"
-        if not setting.is_required and values[name] != setting.default:
-            line += f"  # default: {_scalar(setting.default)}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    """Return RUN.yaml of the effective settings, by heading; a value that is not the default names the default."""
+    values, sections = config.to_json(), []
+    for heading, group in itertools.groupby(settings().items(), lambda item: item[1].group):
+        section = f"# {heading}\n"
+        for name, setting in group:
+            differs = not setting.is_required and values[name] != setting.default
+            note = f"  # default: {_scalar(setting.default)}" if differs else ""
+            section += f"{name}: {_scalar(values[name])}{note}\n"
+        sections.append(section)
+    return "\n".join(sections)
 
 
 def _scalar(value: object) -> str:

@@ -143,12 +143,7 @@ class DistillConfig:
     eval_tokens: int = _setting(16_384, "reporting", "held-out tokens evaluated", 0, LARGE, "tokens")
 
     checkpoint_every: int = _setting(
-        500,
-        "checkpoints",
-        "steps between checkpoints; 0 writes one after the last step only",
-        0,
-        LARGE,
-        "steps",
+        500, "checkpoints", "steps between checkpoints; 0 writes one after the last step only", 0, LARGE, "steps"
     )
     keep: int = _setting(2, "checkpoints", "newest checkpoints kept, beside the best one", 1, 1 << 20)
     best_metric: BestMetric = _setting("kl", "checkpoints", "held-out figure by which the best checkpoint is chosen")
@@ -156,12 +151,7 @@ class DistillConfig:
     seed: int = _setting(0, "guards", "of the data order, of a fresh student and of dropout", 0, (1 << 32) - 1)
     allow_degenerate_kd: bool = _setting(False, "guards", "train although teacher and student are the same function")
     hang_s: float = _setting(
-        900.0,
-        "guards",
-        "a step that takes longer has its stacks written and the run ended; 0 never",
-        0.0,
-        1e7,
-        "s",
+        900.0, "guards", "a step that takes longer has its stacks written and the run ended; 0 never", 0.0, 1e7, "s"
     )
 
     @property
@@ -179,9 +169,7 @@ class DistillConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, paths as strings."""
-        return {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
-        }
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
 
 
 @functools.cache
@@ -199,10 +187,11 @@ def _settings_of_cached_run(values: Mapping[str, object]) -> Mapping[str, object
         "best_metric": ("loss", "there is no teacher to compare held-out text with: leave it out"),
     }
     for name, (only, remedy) in wrong.items():
-        given = read_number(values.get(name, only)) if name == "temperature" else values.get(name, only)
+        given = values.get(name, only)
+        given = read_number(given) if name == "temperature" else given
         if given != only:
-            expected = f"{only} with teacher_cache"
-            raise InputError(f"setting {name}", expected=expected, got=repr(given)[:80], remedy=remedy)
+            expected, got = f"{only} with teacher_cache", repr(given)[:80]
+            raise InputError(f"setting {name}", expected=expected, got=got, remedy=remedy)
     return {**values, "best_metric": "loss"}
 
 

@@ -1,7 +1,7 @@
 """What one step or micro-batch holds: token ids, the labels that are learnt from them, and where documents begin.
 
-Batches are made on the host, checked and counted there, and then copied to a device: whoever trains on one never waits
-for the device to say what the host knew. Letters in shapes: B sequences, T positions, P positions with a label.
+Batches are made, checked and counted on the host, and then copied to a device, so that training never waits for the
+device to tell what the host knew. Letters in shapes: B sequences, T positions, P positions with a label.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ class Batch:
         return int(self.facts.counts_B.sum())
 
     def __getitem__(self, sequences: slice) -> "Batch":
-        """Return some of the sequences. Of consecutive ones nothing is read, so a device is not waited for."""
+        """Return some of the sequences. Consecutive ones are taken without waiting for the device."""
         labels_BT, facts = self.labels_BT[sequences], self.facts
         start, stop, stride = sequences.indices(len(self))
         if stride == 1:
@@ -137,11 +137,7 @@ class Batch:
 
 
 def check_starts(starts_BT: Tensor, ids_BT: Tensor) -> None:
-    """Refuse starts that mean nothing.
-
-    Args:
-        starts_BT: int64 first position of each position's document, ``[B, T]``.
-        ids_BT: the token ids, for their shape.
+    """Refuse first positions of documents, int64 ``[B, T]``, that do not fit the token ids.
 
     Raises:
         InputError: when they fall along T, lie behind their position, or have another shape or type.
@@ -152,9 +148,6 @@ def check_starts(starts_BT: Tensor, ids_BT: Tensor) -> None:
         rising = (starts_BT.diff(dim=1) >= 0).all()
         fits = bool(rising & ((starts_BT >= 0) & (starts_BT <= positions_T)).all())
     if not fits:
-        raise InputError(
-            "starts",
-            expected=f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position",
-            got=f"{starts_BT.dtype} {tuple(starts_BT.shape)}",
-            remedy="give each position the first one of its document",
-        )
+        expected = f"int64 {tuple(ids_BT.shape)}, not falling, each from 0 to its position"
+        got, remedy = f"{starts_BT.dtype} {tuple(starts_BT.shape)}", "give each position the first one of its document"
+        raise InputError("starts", expected=expected, got=got, remedy=remedy)

@@ -1,8 +1,8 @@
 """Turns chats into tokens by the student's chat template, and finds which tokens the assistant said.
 
-Where the template marks generation (``{% generation %}``), transformers returns the mask. Elsewhere an assistant
-message is what the text up to and with it adds to the text before it with the assistant's turn opened; that those are
-prefixes of the whole text is checked for each chat, because some templates rewrite earlier turns.
+Where the template marks generation (``{% generation %}``), transformers returns the mask. Otherwise two texts are
+rendered for an assistant message: all up to its opened turn, and all up to its end; what the second adds is the
+message. Both must be prefixes of the whole text, which is checked for each chat: some templates rewrite earlier turns.
 """
 
 import re

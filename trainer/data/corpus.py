@@ -47,19 +47,16 @@ def limit_bytes(documents: Iterable[Document], max_bytes: int) -> Iterator[Docum
 
 
 def split_rule(documents: Iterator[Document], has_own_file: bool) -> tuple[Iterator[Document], bool]:
-    """Return the documents again, and whether some are held out: not with a file of their own, nor of one alone."""
+    """Return the documents again, and whether some are held out: none where others are given, or there is only one."""
     first = list(itertools.islice(documents, 2))
     return itertools.chain(first, documents), len(first) > 1 and not has_own_file
 
 
 def refuse_empty(path: Path, settings: SourceSettings) -> InputError:
     """Return the error for data without a document."""
-    return InputError(
-        str(path),
-        expected=f"UTF-8 text files, JSONL, parquet or token shards matching {settings.pattern!r}",
-        got="no document",
-        remedy="check --data and data_glob",
-    )
+    expected = f"UTF-8 text files, JSONL, parquet or token shards matching {settings.pattern!r}"
+    remedy = "name a folder or file that holds some with --data, or set data_glob to a pattern that their names match"
+    return InputError(str(path), expected=expected, got="no document", remedy=remedy)
 
 
 def load_corpus(
@@ -78,9 +75,9 @@ def load_corpus(
 
     Args:
         path: file or folder of training data.
-        encoder: documents to tokens.
-        settings: how files are read.
-        max_bytes: stop after this many bytes of text; 0 reads all.
+        encoder: encoder of documents.
+        settings: settings by which files are read.
+        max_bytes: bytes of text after which reading stops; 0 reads all.
         held_out: file or folder of evaluation data.
         folder: where tokens that do not fit in memory are kept; None keeps all in memory.
 
@@ -122,12 +119,10 @@ class BatchOrder:
 
     def __init__(self, windows: Windows, *, sequences_per_step: int, seed: int, path: Path) -> None:
         if len(windows) < sequences_per_step:
-            raise InputError(
-                str(path),
-                expected=f"at least {sequences_per_step} windows of {windows.seq_len} tokens",
-                got=f"{len(windows)} ({len(windows.tokens.ids)} tokens)",
-                remedy="give more data, a smaller batch_size or a smaller seq_len",
-            )
+            expected = f"at least {sequences_per_step} windows of {windows.seq_len} tokens"
+            got = f"{len(windows)} ({len(windows.tokens.ids)} tokens)"
+            remedy = "give more data, a smaller batch_size or a smaller seq_len"
+            raise InputError(str(path), expected=expected, got=got, remedy=remedy)
         self.windows = windows
         self.sequences_per_step, self._seed = sequences_per_step, seed
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None

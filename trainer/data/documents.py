@@ -138,9 +138,8 @@ def _labels(value: object, ids: Tokens, where: str) -> Tokens | None:
         return None
     labels = _ids(value, where, "labels")
     if labels.shape != ids.shape or not bool(((labels == ids) | (labels == -100)).all()):
-        raise bad_record(
-            where, "labels as long as input_ids, each the same id or -100", f"{len(labels)} for {len(ids)}"
-        )
+        expected = "labels as long as input_ids, each the same id or -100"
+        raise bad_record(where, expected, f"{len(labels)} for {len(ids)}")
     return labels
 
 

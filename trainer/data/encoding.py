@@ -10,7 +10,7 @@ import numpy.typing as npt
 from q4kd.trainer.data.documents import Document
 from q4kd.trainer.errors import InputError
 
-# At most so many documents, and so many bytes of them, are tokenised at one time.
+# At most this many documents, and this many bytes of them, are tokenised at one time.
 _GROUP, _GROUP_BYTES = 512, 8 << 20
 
 
@@ -90,14 +90,12 @@ class DocumentEncoder:
         ids = iter(self._encode(texts) if texts else [])
         for document in group:
             found = self._encode_one(document, ids)
-            if len(found.ids) and not 0 <= int(found.ids.min()) <= int(found.ids.max()) < self._vocab_size:
-                raise self._refuse(document, f"ids {found.ids.min()}..{found.ids.max()}")
+            self._check_range(document, found.ids)
             yield found
 
     def _encode_one(self, document: Document, texts: Iterator[list[int]]) -> Encoded:
         if document.ids is not None:
-            if not 0 <= int(document.ids.min()) <= int(document.ids.max()) < self._vocab_size:
-                raise self._refuse(document, f"ids {document.ids.min()}..{document.ids.max()}")
+            self._check_range(document, document.ids)  # before they become int32
             learnt = None if document.labels is None else document.labels == document.ids
             return Encoded(document.ids.astype(np.int32), learnt)
         if document.messages is not None:
@@ -115,6 +113,8 @@ class DocumentEncoder:
         ids = np.array([*prompt, *completion, self._end], np.int32)
         return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
 
-    def _refuse(self, document: Document, got: str) -> InputError:
-        expected, remedy = f"token ids from 0 to {self._vocab_size - 1}", "tokenise it with the student's tokenizer"
-        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
+    def _check_range(self, document: Document, ids: npt.NDArray[np.integer[Any]]) -> None:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            expected, got = f"token ids from 0 to {self._vocab_size - 1}", f"ids {ids.min()}..{ids.max()}"
+            remedy = "tokenise it with the student's tokenizer"
+            raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)

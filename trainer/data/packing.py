@@ -111,10 +111,6 @@ class Windows:
         borders = np.stack([starts + 1, np.minimum(starts + self.seq_len + 1, ends)], 1).ravel()[:-1]
         return total - int(np.logical_or.reduceat(learnt, borders)[::2].sum())
 
-    def count_labels(self) -> int:
-        """Count the labels of all windows."""
-        return sum(int((self[index].labels != IGNORE_INDEX).sum()) for index in range(len(self)))
-
     def has_label(self) -> bool:
         """Return whether any window has a label; it looks no further than the first that has one."""
         return any(bool((self[index].labels != IGNORE_INDEX).any()) for index in range(len(self)))
@@ -130,8 +126,7 @@ def pack(documents: Iterable[Encoded], seq_len: int, packing: str) -> Iterator[W
         if packing != "none" and size <= seq_len:
             continue
         windows = Windows(TokenSet.join(held), seq_len, packing)
-        for index in range(len(windows)):
-            yield windows[index]
+        yield from map(windows.__getitem__, range(len(windows)))
         held = _after(held, windows.num_used)
         size = sum(len(part.ids) for part in held)
 

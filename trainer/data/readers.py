@@ -30,10 +30,8 @@ def _read_text(path: Path, name: str) -> Document:
     try:
         return Document(name, data.decode())
     except UnicodeDecodeError as error:
-        got, remedy = (
-            f"byte {data[error.start]:#04x} at {error.start}",
-            "convert it: iconv -f latin1 -t utf-8 converts Latin-1",
-        )
+        got = f"byte {data[error.start]:#04x} at {error.start}"
+        remedy = "convert it: iconv -f latin1 -t utf-8 converts Latin-1"
         raise InputError(str(path), expected="UTF-8 text", got=got, remedy=remedy) from error
 
 
@@ -78,11 +76,10 @@ def _read_json(path: Path, name: str, settings: SourceSettings) -> Iterator[Docu
     """
     if not _holds_records(path, settings):
         fields = ", ".join(sorted(_first_record(path) or {}))[:80]
+        got = f"fields {fields}" if fields else "other JSON"
         expected = f"records with {' or '.join(settings.columns)}, in a list or one a line"
         remedy = "rename the fields, or pass --data-format text to train on the file as it is"
-        raise InputError(
-            str(path), expected=expected, got=f"fields {fields}" if fields else "other JSON", remedy=remedy
-        )
+        raise InputError(str(path), expected=expected, got=got, remedy=remedy)
     text = _read_text(path, name).text.lstrip()
     if not text.startswith("["):
         yield from _read_jsonl(path, name, settings)

@@ -26,7 +26,7 @@ from q4kd.trainer.errors import InputError
 # This bounds the bytes of documents in the shuffle buffer, whatever their number.
 MAX_BUFFER_BYTES = 256 << 20
 _SAMPLED = 1 << 20
-# A label is looked for in so many batches.
+# A label is looked for in this many batches.
 _LOOKED = 64
 
 
@@ -58,7 +58,7 @@ class Stream:
     Attributes:
         path: file or folder.
         encoder: encoder of documents.
-        settings: how files are read.
+        settings: settings by which files are read.
         max_bytes: bytes of one pass; 0 reads all.
         held_out: whether evaluation data has a file of its own.
         buffer: documents in the shuffle buffer.
@@ -74,7 +74,7 @@ class Stream:
     seed: int
 
     def _documents(self, order: list[int] | None = None) -> tuple[Iterator[Document], bool]:
-        # Every pass counts towards the limit what comes first by name.
+        # With a limit every pass reads by name, so that each reads the same files.
         files = read_documents(self.path, settings=self.settings, order=None if self.max_bytes else order)
         return split_rule(limit_bytes(files, self.max_bytes), self.held_out)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from q4kd.trainer.data.encoding import Encoded
 
-# So many bytes of tokens are held in memory before they go to the file.
+# This many bytes of tokens are held in memory before they go to the file.
 SPILL_BYTES = 256 << 20
 _HASHED = 1 << 24
 

@@ -110,12 +110,7 @@ def open_data(
     if config.streaming:
         return _open_stream(config, encoder, settings, sequences_per_step)
     corpus = load_corpus(
-        config.data,
-        encoder,
-        settings,
-        max_bytes=config.data_max_bytes,
-        held_out=config.held_out,
-        folder=folder,
+        config.data, encoder, settings, max_bytes=config.data_max_bytes, held_out=config.held_out, folder=folder
     )
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
@@ -135,13 +130,8 @@ def _open_stream(
         buffer=config.shuffle_buffer,
         seed=config.seed,
     )
-    order = open_stream(
-        stream,
-        seq_len=config.seq_len,
-        packing=config.packing,
-        sequences_per_step=sequences_per_step,
-        steps=config.steps,
-    )
+    sizes = {"seq_len": config.seq_len, "sequences_per_step": sequences_per_step}
+    order = open_stream(stream, **sizes, packing=config.packing, steps=config.steps)
     if config.held_out is None:
         held = stream.held_out_tokens(config.eval_tokens)
     else:

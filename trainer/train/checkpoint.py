@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,19 @@ from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
 STATE_VERSION = 2
 BEST_FILE = "best.json"
-# Each function says whether the first of two evaluations is the better one.
-IS_BETTER: Mapping[str, Callable[[float, float], bool]] = {
-    "loss": lambda one, other: one < other,
-    "kl": lambda one, other: one < other,
-    "agreement": lambda one, other: one > other,
-}
+# The best evaluation is the one whose metric times its sign is lowest.
+_SIGN: Mapping[str, int] = {"loss": 1, "kl": 1, "agreement": -1}
 _NAME = re.compile(r"step-(\d{6,12})")
 _LEFT_OVER = re.compile(r"\.step-\d{6,12}\.tmp")
 _PARTS = ("model", "optimizer", "random")
 _STATE_FIELDS: dict[str, FieldKind] = {
-    "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None,
-    "sha256": dict,
+    "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None, "sha256": dict
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint knows beside tensors.
+    """What a checkpoint holds beside tensors.
 
     Attributes:
         step: optimiser steps taken.
@@ -60,10 +55,10 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """What a checkpoint holds: one safetensors file for each field.
+    """The tensors of a checkpoint: one safetensors file for each field.
 
     Attributes:
-        model: weights that are trained, by name (``sharding.trained_tensors``).
+        model: weights that are trained, by name (``distributed.trained_tensors``).
         optimizer: its state as ``parameter|key`` (``MasterWeightOptimizer.tensors``).
         random: states of the generators, uint8 ``[processes, n]`` (``random_tensors``).
     """
@@ -128,15 +123,8 @@ def save_checkpoint(run: Path, tensors: CheckpointTensors, state: CheckpointStat
         for part in _PARTS:
             save_file(dict(getattr(tensors, part)), temporary / _file(part))
             _fsync(temporary / _file(part))
-        document = {
-            "version": STATE_VERSION,
-            "step": state.step,
-            "config": dict(state.config),
-            "data_sha256": state.data_sha256,
-            "evaluation": dict(state.evaluation) if state.evaluation is not None else None,
-            "sha256": {_file(part): sha256_file(temporary / _file(part)) for part in _PARTS},
-        }
-        write_json(temporary / "state.json", document)
+        digests = {_file(part): sha256_file(temporary / _file(part)) for part in _PARTS}
+        write_json(temporary / "state.json", {"version": STATE_VERSION, **vars(state), "sha256": digests})
         sync_folder(temporary)
         temporary.rename(final)
         sync_folder(folder)
@@ -179,8 +167,8 @@ def _evaluations(run: Path, metric: str) -> dict[Path, float]:
 
 def is_best(run: Path, metric: str, value: float) -> bool:
     """Return whether an evaluation is better than every checkpoint's; one that is not finite never is."""
-    better = IS_BETTER[metric]
-    return math.isfinite(value) and all(better(value, other) for other in _evaluations(run, metric).values())
+    sign, others = _SIGN[metric], _evaluations(run, metric).values()
+    return math.isfinite(value) and all(sign * value < sign * other for other in others)
 
 
 def prune_checkpoints(run: Path, keep: int, metric: str) -> Path | None:
@@ -189,11 +177,8 @@ def prune_checkpoints(run: Path, keep: int, metric: str) -> Path | None:
     Raises:
         OSError: when ``best.json`` cannot be written.
     """
-    folder, best = run / "checkpoints", None
-    values = _evaluations(run, metric)
-    for path, value in values.items():
-        if best is None or IS_BETTER[metric](value, values[best]):
-            best = path
+    folder, values = run / "checkpoints", _evaluations(run, metric)
+    best = min(values, key=lambda path: _SIGN[metric] * values[path], default=None)
     if best is not None:
         write_json(folder / BEST_FILE, {"checkpoint": best.name, "metric": metric, "value": values[best]})
     for old in list_checkpoints(run)[:-keep]:
@@ -241,10 +226,6 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         random = load_file(path / _file("random"))
     except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
         raise _refuse(path, "tensors of this student", first_line(error)) from error
-    _restore_random(path, random, accelerator)
-
-
-def _restore_random(path: Path, random: Mapping[str, Tensor], accelerator: Any) -> None:
     try:
         torch.set_rng_state(_own_state(random["cpu"], accelerator))
         if accelerator.device.type == "cuda" and "cuda" in random:

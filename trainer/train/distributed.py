@@ -20,7 +20,7 @@ def make_accelerator(device: str, **options: Any) -> Any:
 
     Args:
         device: cpu or cuda.
-        options: more of Accelerator's own, such as ``log_with``.
+        options: further arguments of ``Accelerator``, such as ``log_with``.
 
     Raises:
         InputError: when the launcher asks for FSDP 1, DeepSpeed or another engine that this student is not written for.
@@ -28,11 +28,11 @@ def make_accelerator(device: str, **options: Any) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-    # Every process reads the student's file, which they share in page cache; left to itself, transformers would give
-    # all but one of them empty weights.
+    # Every process reads the student's file, which they share in page cache; by default transformers gives all but one
+    # of them empty weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # student_dtype alone decides dtypes: a launcher's autocast would round again. Gradients live in the buckets that
-    # are reduced: no second copy.
+    # are reduced, so that there is no second copy.
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=handlers, **options)
     kind = accelerator.distributed_type
@@ -41,12 +41,9 @@ def make_accelerator(device: str, **options: Any) -> Any:
     if _asks_for_shards() and os.environ.get("FSDP_VERSION", "1") != "2":
         wrong = "FSDP 1"
     if wrong:
-        raise InputError(
-            "accelerate launch",
-            expected="no engine, or --use_fsdp --fsdp_version 2",
-            got=wrong,
-            remedy="add --fsdp_version 2" if wrong == "FSDP 1" else "leave that engine out",
-        )
+        expected = "no engine, or --use_fsdp --fsdp_version 2"
+        remedy = "add --fsdp_version 2" if wrong == "FSDP 1" else "leave that engine out"
+        raise InputError("accelerate launch", expected=expected, got=wrong, remedy=remedy)
     return accelerator
 
 
@@ -66,9 +63,9 @@ def _asks_for_shards() -> bool:
 def prepare_model(accelerator: Any, model: nn.Module) -> Any:
     """Return the model on its device, wrapped for the other processes. Its trained parameters may be new objects.
 
-    accelerate shards on GPUs only; torch, which it calls, on CPUs too, so it is called here: one unit for each of the
-    student's layers (the launcher's ``reshard_after_forward`` and ``offload_params`` hold), and one for the rest. That
-    holds embedding and head, whole from the start of ``forward`` to the end of the backward pass.
+    accelerate shards on GPUs only. torch, which it calls, shards on CPUs too, so torch is called here: one unit for
+    each of the student's layers (by the launcher's ``reshard_after_forward`` and ``offload_params``), and one for the
+    rest, embedding and head, which is whole from the start of ``forward`` to the end of the backward pass.
     """
     if not _asks_for_shards() or accelerator.num_processes == 1:
         return accelerator.prepare_model(model)
@@ -78,21 +75,19 @@ def prepare_model(accelerator: Any, model: nn.Module) -> Any:
 
     plugin = FullyShardedDataParallelPlugin()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    is_offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    policy = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    policy = CPUOffloadPolicy() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy()
     layers = set(getattr(model, "_no_split_modules", None) or ())
+    is_dropped = bool(plugin.reshard_after_forward)
     for module in model.modules():
         if type(module).__name__ in layers:
-            fully_shard(
-                module, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=policy
-            )
+            fully_shard(module, mesh=mesh, reshard_after_forward=is_dropped, offload_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     return model
 
 
 @contextlib.contextmanager
 def without_sync(model: Any) -> Iterator[None]:
-    """Let gradients add up in this process: those of all but the last micro-batch need not travel."""
+    """Let gradients add up in this process: only those of the last micro-batch are reduced over processes."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
         try:
@@ -105,13 +100,13 @@ def without_sync(model: Any) -> Iterator[None]:
 
 
 def reshard(model: Any) -> None:
-    """Give back what a forward pass without a backward pass left whole."""
+    """Shard again the weights that a forward pass without a backward pass left whole."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
+    """Whether this process holds only a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
@@ -133,10 +128,8 @@ def whole(parameter: Tensor, part: Tensor) -> Tensor:
     if is_sharded(part):
         return part.full_tensor()  # type: ignore[attr-defined, no-any-return]
     like: Any = parameter
-    sharded = DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return sharded.full_tensor()
+    layout = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **layout).full_tensor()
 
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -154,7 +147,7 @@ def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that are trained, whole, by name: with adapters these alone. All processes together."""
+    """Yield the whole parameters that are trained, by name; all processes must call it together."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole(parameter, parameter.detach())
@@ -179,23 +172,18 @@ def load_trained_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
 
 
 def gather(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the host where ``keep``, one at a time on the device; elsewhere nothing is kept.
+    """Return whole tensors on the host of the process that keeps them, with one at a time on the device.
 
-    Args:
-        tensors: as ``trained_tensors`` and ``MasterWeightOptimizer.tensors`` give them.
-        keep: whether this is the process that writes.
+    ``tensors`` are those of ``trained_tensors`` or ``MasterWeightOptimizer.tensors``.
     """
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if keep:
-            found[name] = tensor.detach().cpu().contiguous()
-    return found
+    # Where nothing is kept the tensors are made all the same: making one takes all processes.
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors if keep}
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers, whole, on the host of the process that keeps them; tied ones once.
+    """Return whole parameters and persistent buffers on the host of the process that keeps them, tied ones once.
 
-    All processes together.
+    All processes must call it together.
     """
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     state = model.state_dict().items()

@@ -15,7 +15,7 @@ from q4kd.trainer.loss.divergence import divergence_rows
 from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.distributed import reshard
 
-# Of the two heads' logits; a chunk of float32 log-probabilities at 152k tokens of vocabulary is then 150 MB.
+# Tokens whose logits exist at one time; their float32 log-probabilities over a vocabulary of 152k take 150 MB.
 CHUNK_TOKENS = 256
 
 
@@ -59,8 +59,8 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
     Args:
         accelerator: ``accelerate.Accelerator``.
         model: prepared ``DistillationModel``; it is left in the mode it was in.
-        teacher: None when there is only a cache, which has nothing on held-out text.
-        batches: of this process, on its device. Batches may be empty of labels.
+        teacher: None when there is only a cache, which holds nothing of held-out text.
+        batches: batches of this process, on its device; they may hold no labels.
 
     Logits exist for one chunk of tokens at a time, as in training; log-probabilities are float32, sums float64.
     """

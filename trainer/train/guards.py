@@ -84,12 +84,8 @@ def check_labels(order: Order, path: Path) -> None:
 def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: int, device: torch.device) -> None:
     """Refuse a student in which packed documents would see each other: another first one must not change the second.
 
-    Args:
-        model: prepared ``DistillationModel``; it is left in the mode it was in.
-        student_config: the student's Hugging Face config.
-        vocab_size: rows of its head.
-        seq_len: positions of a sequence.
-        device: device of the model.
+    ``model`` is a prepared ``DistillationModel``, left in the mode it was in, and ``student_config`` the student's
+    Hugging Face config.
 
     Raises:
         InputError: when it does, or a sliding window that the packed mask would replace is shorter than a sequence.
@@ -107,19 +103,14 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     starts_1T = (positions // half * half)[None]
     was_training = model.training
     model.eval()
-    one, two = (
-        model(ids, ids, None, 1, starts_1T, use=lambda hidden_MH, _head: hidden_MH.clone())
-        for ids in (ids_1T, other_1T)
-    )
+    runs = [model(ids, ids, None, 1, starts_1T, use=lambda hidden, _head: hidden.clone()) for ids in (ids_1T, other_1T)]
     model.train(was_training)
     reshard(model)
-    if not torch.equal(one[half:], two[half:]):
-        raise InputError(
-            "student",
-            expected="attention that takes a mask, for packing: documents",
-            got=f"{type(student_config).__name__}, with which packed documents see each other",
-            remedy="set packing to none, or attn_implementation in its config.json to sdpa",
-        )
+    if not torch.equal(runs[0][half:], runs[1][half:]):
+        expected = "attention that takes a mask, for packing: documents"
+        got = f"{type(student_config).__name__}, with which packed documents see each other"
+        remedy = "set packing to none, or attn_implementation in its config.json to sdpa"
+        raise InputError("student", expected=expected, got=got, remedy=remedy)
 
 
 def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
@@ -165,14 +156,7 @@ def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor
 def check_not_degenerate(
     teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None, *, folder: Path
 ) -> float:
-    """Refuse a student that already equals the teacher; return the step-0 KL.
-
-    Args:
-        teacher: the loaded teacher.
-        model: the student as it came from ``folder``.
-        ids_BT: the first batch.
-        starts_BT: first position of each position's document.
-        folder: folder of the student.
+    """Refuse a student of ``folder`` that already equals the teacher; return the KL of the first batch in nats.
 
     Raises:
         DegenerateDistillationError: when the weights are the same up to quantisation, the folder holds the teacher's
@@ -189,7 +173,7 @@ def check_not_degenerate(
 def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) -> float:
     """Refuse a student that already says what the cache does of a batch's first sequence; return the step-0 KL.
 
-    It is taken over k + 1 events, and so is at most that over the vocabulary.
+    The KL is taken over k + 1 events, so it is at most the KL over the vocabulary.
 
     Raises:
         DegenerateDistillationError: when it is under the floor.
@@ -198,7 +182,7 @@ def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) 
     signal, ids_T = cached.signal(first), first.ids_BT[0]
 
     def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
-        # Every position counts, as with a teacher that is here: any token that is not masked does for a label.
+        # Every position counts, as with a loaded teacher: any token that is not masked serves as a label.
         return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
 
     kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)

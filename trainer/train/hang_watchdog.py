@@ -37,18 +37,11 @@ class HangWatchdog:
     """
 
     def __init__(
-        self,
-        seconds: float,
-        folder: Path,
-        events: EventLog,
-        *,
-        rank: int = 0,
-        stop: Callable[[], object] | None = None,
+        self, seconds: float, folder: Path, events: EventLog, *, rank: int = 0, stop: Callable[[], object] | None = None
     ) -> None:
         self._seconds, self._folder, self._events, self._rank = seconds, folder, events, rank
-        self._stop = stop or _exit
-        self._beats = 0
-        self._step = 0
+        self._stop = stop or (lambda: os._exit(EXIT_CODE))
+        self._beats = self._step = 0
         self._doing, self._allowed = "", seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watchdog", daemon=True)
@@ -99,7 +92,7 @@ class HangWatchdog:
         suffix = f"-rank-{self._rank}" if self._rank else ""
         path = self._folder / f"hang-step-{self._step + 1:06d}{suffix}.txt"
         line = f"{doing}: expected an end within {self._allowed:g} s, got none after {quiet:.0f} s"
-        where = f"stacks of all threads in {path}"
+        where, remedy = f"stacks of all threads in {path}", "if steps are just slow, raise hang_s"
         try:
             with path.open("w", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -108,11 +101,8 @@ class HangWatchdog:
             where = f"stacks not saved ({error.strerror})"
         with contextlib.suppress(OSError, ValueError):
             self._events.emit("hang", step=self._step + 1, doing=doing, seconds=quiet, path=path.name)
-        print(
-            f"q4kd: {line}; {where}; if steps are just slow, raise hang_s; --resume continues from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"q4kd: {line}; {where}; {remedy}; --resume continues from the last checkpoint"
+        print(said, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError, AttributeError):
             _dump(sys.stderr)
 
@@ -120,7 +110,3 @@ class HangWatchdog:
 def _dump(file: "IO[Any]") -> None:
     file.flush()
     faulthandler.dump_traceback(file, all_threads=True)
-
-
-def _exit() -> None:
-    os._exit(EXIT_CODE)

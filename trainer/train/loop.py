@@ -30,7 +30,7 @@ from q4kd.trainer.train.run.progress import Reporter
 from q4kd.trainer.train.step import StepResult, learning_rate, train_step
 from q4kd.trainer.train.stop_request import StopRequest
 
-# A checkpoint may take as long as so many steps before it counts as a hang.
+# A checkpoint may take as long as this many steps before it counts as a hang.
 _CHECKPOINT_ALLOWANCE = 4
 
 
@@ -50,8 +50,7 @@ def train_to_the_end(run: Run, progress: Progress, *, resumed: bool) -> None:
         with reporter.running(progress.done) if run.is_main else contextlib.nullcontext():
             _take_steps(run, progress, reporter, watchdog, stop)
         _checkpoint(run, progress, watchdog)
-        number = stop.agreed(run.accelerator)
-        if number:
+        if number := stop.agreed(run.accelerator):
             raise _end_early(run, progress, number)
         _evaluate(run, progress, watchdog)
 
@@ -72,7 +71,6 @@ def _take_steps(run: Run, progress: Progress, reporter: Reporter, watchdog: Hang
 
 
 def _take_step(run: Run, progress: Progress, reporter: Reporter) -> None:
-    """Take one step and report it."""
     config, step = run.config, progress.done
     before = time.monotonic()
     batch = run.batch(step)
@@ -129,7 +127,7 @@ def _evaluate(run: Run, progress: Progress, watchdog: HangWatchdog) -> None:
 
 
 def _main_says(run: Run, value: bool) -> bool:
-    """Return the main process's answer in every process: only it is sure to see the run's folder."""
+    """Return the main process's answer in every process: the others may not see the run's folder."""
     if run.accelerator.num_processes == 1:
         return value
     told = torch.tensor([int(value and run.is_main)], device=run.accelerator.device)
@@ -163,17 +161,12 @@ def _writing(run: Run, progress: Progress) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise RunFolderError(
-            f"step {progress.done}: the checkpoint cannot be written ({said}); {kept(run.config.out)}"
-        ) from error
+        said = f"the checkpoint cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise RunFolderError(f"step {progress.done}: {said}; {kept(run.config.out)}") from error
 
 
 def _end_early(run: Run, progress: Progress, number: int) -> StoppedError:
-    """Return the error that ends a run which somebody asked to stop; its checkpoint is written.
-
-    All processes end with it, one says so.
-    """
+    """Return the error with which all processes end a run that was asked to stop; the main one says so."""
     name = signal.Signals(number).name
     run.events.emit("stopped", step=progress.done, signal=name)
     path = checkpoint_path(run.config.out, progress.done)

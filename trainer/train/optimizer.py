@@ -31,7 +31,7 @@ class MasterWeightOptimizer:
     Args:
         parameters: named parameters of the student; those without gradient are left out.
         make: makes the optimizer from its parameter groups.
-        weight_decay: of matrices; norms and biases (fewer than two dimensions) get none.
+        weight_decay: weight decay of matrices; norms and biases (fewer than two dimensions) get none.
     """
 
     def __init__(
@@ -40,9 +40,8 @@ class MasterWeightOptimizer:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            own = local(parameter.detach())
-            # A float32 weight is its own master: the update then writes into the weight itself.
-            self.masters[name] = own.float().requires_grad_(True)
+            # float() copies no float32 weight, so that such a weight is its own master.
+            self.masters[name] = local(parameter.detach()).float().requires_grad_(True)
         decayed = [name for name, parameter in self.parameters.items() if parameter.ndim >= 2]
         plain = [name for name in self.parameters if name not in set(decayed)]
         groups = [
@@ -179,23 +178,19 @@ def make_optimizer(config: DistillConfig, parameters: Iterable[tuple[str, nn.Par
     else:
         kind = _bitsandbytes_class(config.optimizer, config.device)
         if any(is_sharded(parameter) for _, parameter in named):
-            raise InputError(
-                f"optimizer {config.optimizer}",
-                expected="a student that is whole in every process",
-                got="one sharded by FSDP, whose blocks of moments cannot be gathered",
-                remedy="use optimizer adamw, or torchrun without FSDP",
-            )
+            expected = "a student that is whole in every process"
+            got = "one sharded by FSDP, whose blocks of moments cannot be gathered"
+            remedy = "use optimizer adamw, or torchrun without FSDP"
+            raise InputError(f"optimizer {config.optimizer}", expected=expected, got=got, remedy=remedy)
     return MasterWeightOptimizer(named, lambda groups: kind(groups, **options), weight_decay=config.weight_decay)
 
 
 def _bitsandbytes_class(name: OptimizerName, device: str) -> Any:
     if device != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"optimizer {name}",
-            expected="bitsandbytes and device cuda",
-            got=f"device {device}" if device != "cuda" else "no bitsandbytes",
-            remedy="use optimizer adamw" if device != "cuda" else "pip install 'q4kd[bnb]'",
-        )
+        got, remedy = "no bitsandbytes", "pip install 'q4kd[bnb]'"
+        if device != "cuda":
+            got, remedy = f"device {device}", "use optimizer adamw"
+        raise InputError(f"optimizer {name}", expected="bitsandbytes and device cuda", got=got, remedy=remedy)
     import bitsandbytes
 
     kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}

@@ -17,7 +17,7 @@ from q4kd.trainer.train.distributed import without_sync
 
 
 class SignalSource(Protocol):
-    """Where signals come from: ``Teacher``, which computes them, or ``CachedTeacher``, which reads them."""
+    """A source of signals: ``Teacher`` computes them, ``CachedTeacher`` reads them."""
 
     def signal(self, batch: Batch) -> TeacherSignal:
         """Return the signal of every position of a batch, on the batch's device."""
@@ -78,7 +78,7 @@ def train_step(
         teacher: online or cached; None for a cross-entropy-only step.
         optimizer: ``MasterWeightOptimizer`` of the model's parameters.
         batch: on the accelerator's device; one of several processes has cut its own from the batch of the whole step.
-        config: run settings.
+        config: settings of the run.
         lr: learning rate of this step.
 
     Raises:
@@ -88,7 +88,7 @@ def train_step(
     distillation = accelerator.unwrap_model(model)
     clock = distillation.clock = StepClock(batch.ids_BT.device, distillation.clock)
     clock.start()
-    # A step without a label (a long prompt can fill one) has a loss and gradients of zero.
+    # A step may have no label, since a long prompt can fill it; its loss and gradients are then zero.
     divisor = max(1, batch.facts.step_targets)
     sums = torch.zeros(3, dtype=torch.float64, device=batch.ids_BT.device)
     for group in optimizer.param_groups:
@@ -107,21 +107,13 @@ def train_step(
         sums += torch.stack([terms.loss.detach(), terms.ce, terms.kd])
     sums = accelerator.reduce(sums, reduction="sum")
     norm = optimizer.clip(config.clip)
-    # The one time that the host waits: what is not finite must not be applied.
+    # The host waits here, once, because an update that is not finite must not be made.
     loss, ce, kd, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    terms = {"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr}
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise NotFiniteError({"loss": loss, "ce": ce, "kd": kd, "grad_norm": grad_norm, "lr": lr})
+        raise NotFiniteError(terms)
     optimizer.step()
     optimizer.zero_grad()
     clock.mark("optimizer")
-    parts = clock.read()
-    return StepResult(
-        loss=loss,
-        ce=ce,
-        kd=kd,
-        grad_norm=grad_norm,
-        lr=lr,
-        tokens=batch.facts.step_targets,
-        seconds=time.monotonic() - started,
-        **{f"{part}_s": seconds for part, seconds in parts.items()},
-    )
+    parts = {f"{part}_s": seconds for part, seconds in clock.read().items()}
+    return StepResult(**terms, **parts, tokens=batch.facts.step_targets, seconds=time.monotonic() - started)

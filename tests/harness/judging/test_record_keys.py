@@ -206,7 +206,7 @@ def test_the_key_follows_the_patched_function_and_not_its_neighbours(monkeypatch
     one, planted = next(iter(falsifiers().values()))[0], fault("q4kd.trainer.files:sha256_file")
     key = record_key(one, planted, "distill-run", "cpu")
     for old, new, same in (
-        ("digest.update(piece)", "digest.update(piece[:1])", False),
+        ('file_digest(file, "sha256")', 'file_digest(file, "sha1")', False),
         ("def read_json(", "def read_json_(", True),
     ):
         monkeypatch.setattr(digests, "TREES", edited("q4kd.trainer.files", old, new))
@@ -216,7 +216,7 @@ def test_the_key_follows_the_patched_function_and_not_its_neighbours(monkeypatch
 def test_a_target_is_found_without_importing_it() -> None:
     assert "FunctionDef(name='sha256_file'" in target_tree("q4kd.trainer.files:sha256_file")
     assert "decorator_list=[cached_property,]" in target_tree("q4kd.harness.records.raw_run:RawRun.exit")
-    assert target_tree("q4kd.trainer.files:_CHUNK").startswith("Assign(targets=[_CHUNK,]")
+    assert target_tree("q4kd.trainer.files:FieldKind").startswith("Assign(targets=[FieldKind,]")
     assert target_tree("torch.nn.functional:linear") == "torch.nn.functional:linear"
     for missing in (
         "q4kd.trainer.files:gone",

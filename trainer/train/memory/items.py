@@ -1,4 +1,4 @@
-"""What a run holds in memory, thing by thing, counted before anything is allocated; and in which phases each lives.
+"""The items that a run holds in memory, counted before anything is allocated, and the phases in which each lives.
 
 Memory peaks in one of four phases of a step, and what lives in all of them is counted once::
 
@@ -8,12 +8,13 @@ Memory peaks in one of four phases of a step, and what lives in all of them is c
     optimizer   held + all gradients + what an update needs beside them
 
 *held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
-the largest phase, not the sum. Imports of this program (Python, torch, transformers) are what it is counted above.
+the largest phase, not the sum. What imports take (Python, torch, transformers) is not counted.
 
 Letters: M = B x T tokens of a micro-batch, P weights of the student, V rows of its head, H hidden size, C tokens of a
 chunk of the loss.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +37,8 @@ class Item:
     """One thing that takes memory.
 
     Attributes:
-        name: what it is.
-        bytes: that it takes.
         basis: what the bytes are computed from.
-        phases: in which it lives.
+        phases: the phases in which it lives.
         is_mapped: whether it is pages of a file, which the kernel may drop and read again.
     """
 
@@ -50,18 +49,23 @@ class Item:
     is_mapped: bool = False
 
 
+def _array(name: str, *shape: int, size: int, phases: tuple[Phase, ...] = PHASES, note: str = "") -> Item:
+    """Return the item of an array whose elements take ``size`` bytes each."""
+    basis = " x ".join(f"{extent:,}" for extent in shape)
+    return Item(name, math.prod(shape) * size, f"{basis} x {size} bytes{note}", phases)
+
+
 @dataclass(frozen=True)
 class TeacherShape:
     """What is known of the teacher from its file's header.
 
     Attributes:
-        config: its dimensions.
-        weight_bytes: that its weights take where they are held.
+        weight_bytes: bytes that its weights take where they are held.
         is_mapped: whether they are pages of the file.
-        scratch_bytes: of its reusable buffers.
-        activation_bytes: of a pass over one micro-batch, at its peak.
+        scratch_bytes: bytes of its reusable buffers.
+        activation_bytes: bytes of a pass over one micro-batch, at its peak.
         weights: number of weights, for FLOPs.
-        basis: where ``weight_bytes`` comes from.
+        basis: what ``weight_bytes`` is computed from.
     """
 
     config: TeacherConfig
@@ -75,7 +79,7 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """A cache in the place of a teacher: k tokens of a position, and bytes of the files where the host computes."""
+    """A cache in place of a teacher: tokens listed at a position, and bytes of its files where the host computes."""
 
     k: int
     mapped_bytes: int
@@ -100,10 +104,8 @@ def saved_activations(config: DistillConfig, student: StudentShape) -> tuple[int
     if not config.gradient_checkpointing:
         return saved, basis
     layer = saved // max(1, student.layers)
-    return (
-        student.layers * student.layer_input_bytes + layer,
-        f"input of each of {student.layers} layers + one layer's saved tensors ({sized(layer)})",
-    )
+    basis = f"input of each of {student.layers} layers + one layer's saved tensors ({sized(layer)})"
+    return student.layers * student.layer_input_bytes + layer, basis
 
 
 def count_items(
@@ -117,36 +119,26 @@ def count_items(
     if isinstance(teacher, CacheShape):
         items += _cache_items(teacher, tokens)
     elif teacher is not None:
+        width = teacher.config.hidden_size
         items += [
             Item("teacher weights", teacher.weight_bytes, teacher.basis, is_mapped=teacher.is_mapped),
             Item("teacher scratch", teacher.scratch_bytes, "decoded tiles, reused by every product"),
             Item("teacher activations", teacher.activation_bytes, f"a pass over {tokens:,} tokens", ("teacher",)),
-            Item(
-                "teacher hidden states",
-                tokens * teacher.config.hidden_size * size,
-                f"{tokens:,} x {teacher.config.hidden_size:,} x {size} bytes",
-                ("loss", "backward"),
-            ),
+            _array("teacher hidden states", tokens, width, size=size, phases=("loss", "backward")),
         ]
         if loss.head_bytes:
-            rows, width = teacher.config.vocab_size, teacher.config.hidden_size
-            items.append(
-                Item(
-                    "teacher head, decoded", loss.head_bytes, f"{rows:,} x {width:,}, held by loss_mode fast", ("loss",)
-                )
-            )
-    items.append(Item("student weights", student.parameters * size, f"{student.parameters:,} x {size} bytes"))
+            basis = f"{teacher.config.vocab_size:,} x {width:,}, held by loss_mode fast"
+            items.append(Item("teacher head, decoded", loss.head_bytes, basis, ("loss",)))
+    items.append(_array("student weights", student.parameters, size=size))
     if config.lora_rank:
-        items.append(Item("adapters", trained * size, f"{trained:,} x {size} bytes"))
+        items.append(_array("adapters", trained, size=size))
     if size < 4:
-        items.append(Item("master weights", trained * 4, f"{trained:,} x 4 bytes, float32"))
+        items.append(_array("master weights", trained, size=4, note=", float32"))
     moments = MOMENT_BYTES[config.optimizer]
-    items.append(
-        Item("optimizer moments", int(trained * moments), f"{trained:,} x {moments:.3g} bytes ({config.optimizer})")
-    )
-    late: tuple[Phase, ...] = ("backward", "optimizer")
-    with_gradients: tuple[Phase, ...] = ("teacher", "loss", *late) if config.accumulation > 1 else late
-    items.append(Item("gradients", trained * size, f"{trained:,} x {size} bytes", with_gradients))
+    basis = f"{trained:,} x {moments:.3g} bytes ({config.optimizer})"
+    items.append(Item("optimizer moments", int(trained * moments), basis))
+    with_gradients: tuple[Phase, ...] = PHASES if config.accumulation > 1 else ("backward", "optimizer")
+    items.append(_array("gradients", trained, size=size, phases=with_gradients))
     activations, basis = saved_activations(config, student)
     items.append(Item("activations", activations, basis, ("loss",)))
     layer = student.saved_bytes // max(1, student.layers)
@@ -168,30 +160,18 @@ def _cache_items(cache: CacheShape, tokens: int) -> list[Item]:
 
 
 def _loss_items(config: DistillConfig, student: StudentShape, loss: LossShape) -> list[Item]:
-    tokens, head = config.batch_size * config.seq_len, student.vocab * student.hidden
+    states, head = (2, config.batch_size * config.seq_len, student.hidden), (student.vocab, student.hidden)
+    note = ": hidden states and gradient"
     items = [
-        Item(
-            "loss: gradient of hidden states",
-            2 * 4 * tokens * student.hidden,
-            f"2 x {tokens:,} x {student.hidden:,} x 4 bytes: hidden states and gradient",
-            ("loss",),
-        ),
+        _array("loss: gradient of hidden states", *states, size=4, note=note, phases=("loss",)),
         Item("loss: a chunk's logits", loss.chunk_bytes, loss.basis, ("loss",)),
     ]
     if not config.lora_rank:
-        items.append(
-            Item("loss: gradient of the head", 4 * head, f"{student.vocab:,} x {student.hidden:,} x 4 bytes", ("loss",))
-        )
+        items.append(_array("loss: gradient of the head", *head, size=4, phases=("loss",)))
         if student.is_tied:
             # The embedding's gradient is made whole before it is added to that of the head.
-            items.append(
-                Item(
-                    "gradient of the tied embedding",
-                    student.weight_bytes * head,
-                    f"{student.vocab:,} x {student.hidden:,} x {student.weight_bytes} bytes",
-                    ("backward",),
-                )
-            )
+            size = student.weight_bytes
+            items.append(_array("gradient of the tied embedding", *head, size=size, phases=("backward",)))
     return items
 
 
@@ -208,11 +188,9 @@ def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
     if config.loss_mode == "low" and config.teacher_cache is None:
         from q4kd.trainer.loss.tiled import DEFAULT_TILE
 
-        width = min(student.vocab, DEFAULT_TILE)
-        chunk = min(tokens, config.chunk_tokens or 256)
-        return LossShape(
-            10 * 4 * chunk * width + 4 * width * 2 * student.hidden, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)"
-        )
+        width, chunk = min(student.vocab, DEFAULT_TILE), min(tokens, config.chunk_tokens or 256)
+        tile = 10 * 4 * chunk * width + 4 * width * 2 * student.hidden
+        return LossShape(tile, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)")
     return plain_loss_shape(config, student)
 
 

@@ -40,12 +40,7 @@ def bytes_asked(message: str) -> int | None:
 def explaining_memory(
     config: DistillConfig, placement: TeacherPlacement | None, residency: Callable[[], Residency | None]
 ) -> Iterator[None]:
-    """Turn an allocation that fails inside into an error that explains it.
-
-    Args:
-        config: of the run.
-        placement: of its teacher; None for a cached one.
-        residency: of its teacher, when one is loaded.
+    """Turn an allocation that fails inside into an error that explains it; ``residency`` says what the teacher holds.
 
     Raises:
         OutOfMemoryError: for an allocation that failed; other errors pass.

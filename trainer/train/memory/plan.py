@@ -1,4 +1,4 @@
-"""The memory plan of a run: its items (``memory_items.py``) and the room there is; as a table, or as a refusal."""
+"""The memory plan of a run: its items (``items.py``) and the room there is; as a table, or as a refusal."""
 
 import textwrap
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ _COLUMNS = 80
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Items and what the machine has.
+    """What a run takes, and what the machine has.
 
     Attributes:
-        device: in words.
-        items: everything counted.
+        device: name of the device.
+        items: everything that is counted.
         room: bytes that may be taken now.
         room_basis: where ``room`` comes from.
-        flops: of one optimiser step, all processes' share apart.
+        flops: floating-point operations of one optimiser step in this process.
     """
 
     device: str
@@ -49,7 +49,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Of the peak, what cannot be dropped and read again."""
+        """Bytes of the peak that cannot be dropped and read again."""
         return self.peak - sum(item.bytes for item in self.items if item.is_mapped)
 
     @property
@@ -81,7 +81,7 @@ def count_flops(config: DistillConfig, student: StudentShape, teacher: TeacherSh
 
 
 def reliefs(config: DistillConfig) -> list[tuple[str, DistillConfig]]:
-    """Return settings that take less memory, in the order in which to try them, each with what it says."""
+    """Return settings that take less memory, with a text for each, in the order in which to try them."""
     found = []
     if config.batch_size > 1:
         half = config.batch_size // 2
@@ -113,10 +113,8 @@ def format_plan(plan: MemoryPlan) -> str:
         said = f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
         lines += _wrapped(said, "      ")
     lines += _wrapped(f"{sized(plan.room)} ({plan.room_basis})", "room: ")
-    lines += _wrapped(
-        f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it", "time: "
-    )
-    return "\n".join(lines)
+    said = f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it"
+    return "\n".join([*lines, *_wrapped(said, "time: ")])
 
 
 def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
@@ -124,18 +122,11 @@ def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
 
 
 def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
-    """Return the refusal of a plan that does not fit.
-
-    Args:
-        plan: that does not.
-        helpful: bytes that each change of the settings would save.
-    """
+    """Return the refusal of a plan that does not fit; ``helpful`` are the bytes that changed settings would save."""
     counted = [item for item in plan.items if plan.peak_phase in item.phases and not item.is_mapped]
     largest = sorted(counted, key=lambda item: -item.bytes)[:4]
     helps = "; ".join(f"{name} saves {sized(saved)}" for name, saved in helpful.items() if saved > 0)
-    return InputError(
-        "memory plan",
-        expected=f"at most {sized(plan.room)} ({plan.room_basis})",
-        got=f"{sized(plan.needed)}, of which " + ", ".join(f"{item.name} {sized(item.bytes)}" for item in largest),
-        remedy=f"{helps or 'use a smaller student or another machine'} (q4kd plan shows all)",
-    )
+    expected = f"at most {sized(plan.room)} ({plan.room_basis})"
+    got = f"{sized(plan.needed)}, of which " + ", ".join(f"{item.name} {sized(item.bytes)}" for item in largest)
+    remedy = f"{helps or 'use a smaller student or another machine'} (q4kd plan shows all)"
+    return InputError("memory plan", expected=expected, got=got, remedy=remedy)

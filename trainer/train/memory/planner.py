@@ -1,4 +1,4 @@
-"""From a run's settings to its memory plan: the teacher as placed, the student's shapes, the room on the machine."""
+"""Makes a run's memory plan from its settings: the placed teacher, the student's shapes, the room on the machine."""
 
 import functools
 import os
@@ -27,7 +27,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
-    """Decide how the teacher of a run will be held; None for a run that reads a cache in its stead.
+    """Decide how the teacher of a run will be held; None for a run that reads a cache instead.
 
     Raises:
         InputError: when teacher or device cannot be used.
@@ -39,10 +39,6 @@ def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
 
 def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> MemoryPlan:
     """Count what a run will take and what the machine has. Nothing large is allocated.
-
-    Args:
-        config: of the run.
-        placement: of its teacher, by ``place_run_teacher``; None for a cached one.
 
     Raises:
         InputError: when student or device cannot be used, or the teacher's context is shorter than a window.
@@ -89,13 +85,8 @@ def savings(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement
 
 
 def _shape(config: DistillConfig) -> StudentShape:
-    return _shape_cached(
-        config.student,
-        config.batch_size,
-        config.seq_len,
-        student_dtype(config),
-        is_masked=config.packing == "documents",
-    )
+    dtype, is_masked = student_dtype(config), config.packing == "documents"
+    return _shape_cached(config.student, config.batch_size, config.seq_len, dtype, is_masked=is_masked)
 
 
 # The same shape serves the plan and what each setting would save.
@@ -105,12 +96,8 @@ _shape_cached = functools.lru_cache(maxsize=16)(shape_student)
 def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> TeacherShape:
     model, place, backend = placement.model, placement.place, placement.choice.backend
     if config.seq_len > model.config.context_length:
-        raise InputError(
-            f"seq_len {config.seq_len}",
-            expected=f"at most {model.config.context_length}, the teacher's context length",
-            got=str(config.seq_len),
-            remedy="give a smaller --seq-len",
-        )
+        expected, got = f"at most {model.config.context_length}, the teacher's context length", str(config.seq_len)
+        raise InputError(f"seq_len {config.seq_len}", expected=expected, got=got, remedy="give a smaller --seq-len")
     dims, packed = model.config, backend != "dense"
     tokens = config.batch_size * config.seq_len
     if config.device == "cpu":
@@ -144,7 +131,7 @@ def _cache_shape(config: DistillConfig) -> CacheShape:
 def _cuda_loss_shape(
     config: DistillConfig, student: StudentShape, teacher: TeacherShape | None, place: Place
 ) -> LossShape:
-    """Return the loss's buffers on CUDA; see ``cuda/loss_chunks.py``, whose arithmetic this is."""
+    """Return the loss's buffers on CUDA by the arithmetic of ``loss/cuda/chunks.py``."""
     from q4kd.trainer.loss.cuda.chunks import CHUNK_BYTES, LOW_CHUNK, LOW_TILE, choose_chunk, chunk_bytes
 
     tokens, size = config.batch_size * config.seq_len, student.weight_bytes
@@ -166,8 +153,8 @@ def _cuda_loss_shape(
 def host_room(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> tuple[int, str]:
     """Return the bytes that this process may still take of the host's memory, and which limit says so.
 
-    A container may have less than the machine: cgroup v2's ``memory.max``, of which page cache that the kernel can drop
-    does not count as used. Of v1 the same files under their old names.
+    A container may have less than the machine: ``memory.max`` of cgroup v2, or the file of v1 with its old name. Page
+    cache that the kernel can drop does not count as used.
     """
     available = mem_available(meminfo)
     for limit_file, used_file, name in (
@@ -179,7 +166,7 @@ def host_room(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> 
             stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
             left = int(limit) - used + int(stat.get(name, 0))
         except (OSError, ValueError):
-            continue  # no such cgroup, or "max"
+            continue  # There is no such cgroup, or its limit is "max".
         if left < available:
             return max(0, left), "what the memory limit of this container leaves"
     return available, "MemAvailable of the host"

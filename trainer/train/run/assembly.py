@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,21 @@ from q4kd.trainer.student.model import (
     set_up_student,
     student_dtype,
 )
+from q4kd.trainer.teacher.teacher import load_teacher
 from q4kd.trainer.train.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
 from q4kd.trainer.train.distributed import describe_processes, make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.train.guards import check_labels
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
-from q4kd.trainer.train.run.source import RunSource, check_tokens, load_online, open_cached
+from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
-RESUMABLE = frozenset(
-    {
-        *("out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric"),
-        *("trackers", "hang_s"),
-    }
-)
-# Their product is the sequences of a step: split in another way, they make the same steps to rounding.
+RESUMABLE = frozenset((
+    "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric", "trackers",
+    "hang_s",
+))  # fmt: skip
+# The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
 
 
@@ -53,9 +52,9 @@ class Progress:
     Attributes:
         done: steps that are taken.
         is_evaluated: whether the state after them is evaluated.
-        leg_steps: of them, those since the run was started or resumed.
-        training_seconds: of this leg's steps and their data.
-        first_step_seconds: of its first step, which loads and compiles what the others find ready.
+        leg_steps: steps since the run was started or resumed.
+        training_seconds: seconds of these steps and of their data.
+        first_step_seconds: seconds of the first of them, which loads and compiles what the others find ready.
     """
 
     done: int = 0
@@ -75,20 +74,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, assembled before its first step. How far it is, ``Progress`` says.
+    """What a run is made of, assembled before its first step. ``Progress`` says how far it is.
 
     Attributes:
-        config: its settings.
         accelerator: ``accelerate.Accelerator`` of this process.
         model: prepared ``DistillationModel``.
-        optimizer: of the model's parameters.
         adapted: peft's model around the student; None when every weight is trained.
-        tokenizer: the student's.
-        source: what it learns from.
-        data: what it trains on and is evaluated on.
-        events: its log.
-        total_steps: of the full run.
-        last_step: at which it ends: earlier for a smoke run.
+        tokenizer: tokenizer of the student.
+        source: what the student learns from.
+        total_steps: steps of the full run.
+        last_step: the step at which it ends; a smoke run ends earlier than the full one.
     """
 
     config: DistillConfig
@@ -138,7 +133,7 @@ class Run:
             mine = range(start + self.accelerator.process_index, start + config.batch_size * processes, processes)
             chosen = [index for index in mine if index < windows]
             batch = Batch.stack([held_out[index] for index in chosen or [start]])
-            if not chosen:  # this process still takes part, with a window that has no labels
+            if not chosen:  # This process still takes part, with a window that has no labels.
                 batch = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
             yield batch.to(self.accelerator.device)
 
@@ -149,11 +144,11 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     Raises:
         InputError: for whatever cannot be used, or does not fit together.
     """
-    announce = functools.partial(print, flush=True) if is_main else _say_nothing
-    # First, because it chooses this process's GPU among several.
+    announce: Callable[[str], None] = functools.partial(print, flush=True) if is_main else lambda _line: None
+    # The accelerator comes first, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
     announce(describe_processes(accelerator))
-    online = None if placement is None else load_online(placement, events, announce)
+    online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]
@@ -184,7 +179,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
 def prepare_student(
     config: DistillConfig, accelerator: Any, student: nn.Module
 ) -> tuple[Any, MasterWeightOptimizer, Any]:
-    """Return the model that gives the loss, wrapped for the other processes, its optimizer, and peft's view with LoRA.
+    """Return the model that gives the loss, wrapped for several processes, its optimizer, and peft's model with LoRA.
 
     Raises:
         InputError: for a setting that this student or this machine cannot follow.
@@ -192,28 +187,24 @@ def prepare_student(
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
     model = prepare_model(accelerator, DistillationModel(student, config.loss))
-    if accelerator.process_index:  # the student is drawn: from here on each process drops units of its own
+    if accelerator.process_index:  # The weights are drawn by now; from here on each process draws dropout of its own.
         torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
-def _say_nothing(_line: str) -> None:
-    """Leave the log to the main process."""
-
-
 def write_run_file(run: Run) -> None:
-    """Write ``run.json``: what this run is made of, for whoever exports or reads it later."""
-    config = run.config
-    document: dict[str, Any] = {
+    """Write ``run.json``, which says what this run is made of; exports read it."""
+    student = run.config.student
+    document = {
         "version": RUN_FILE_VERSION,
-        "config": config.to_json(),
+        "config": run.config.to_json(),
         "processes": run.accelerator.num_processes,
         "steps": run.total_steps,
         "data_sha256": run.data.sha256,
-        "student": {"folder": config.student.name, "config_sha256": sha256_file(config.student / "config.json")},
+        "student": {"folder": student.name, "config_sha256": sha256_file(student / "config.json")},
         "teacher": run.source.describe(),
     }
-    write_json(config.out / "run.json", document)
+    write_json(run.config.out / "run.json", document)
 
 
 def restore(run: Run) -> Progress:
@@ -229,13 +220,10 @@ def restore(run: Run) -> Progress:
     is_same = _sequences_per_step(state.config) == _sequences_per_step(run.settings)
     difference = explain_difference(state.config, run.settings, RESUMABLE.union(SPLIT if is_same else ()))
     if difference or state.data_sha256 != run.data.sha256:
-        raise InputError(
-            f"--resume from {path}",
-            expected="the settings and data of that run",
-            got=difference or "other training data",
-            remedy="repeat its settings, or start a new run in another folder",
-        )
-    # What is loaded goes into shards: a weight that is still whole would be dropped for its old shard.
+        expected, got = "the settings and data of that run", difference or "other training data"
+        remedy = "repeat its settings, or start a new run in another folder"
+        raise InputError(f"--resume from {path}", expected=expected, got=got, remedy=remedy)
+    # Tensors are loaded into shards: a weight that is still whole would be dropped for its old shard.
     reshard(run.model)
     restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
     run.events.emit("resumed", step=state.step, checkpoint=path.name)
@@ -250,7 +238,7 @@ def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
 
 
 def write_model(run: Run) -> None:
-    """Write ``model/``, for transformers, and with LoRA ``adapter/``, for peft. All processes together."""
+    """Write ``model/`` for transformers, and ``adapter/`` for peft with LoRA; all processes must call it together."""
     student = run.unwrapped.student
     state = whole_state(student, run.is_main)
     if not run.is_main:

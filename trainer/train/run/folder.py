@@ -1,20 +1,17 @@
-"""The folder of a run: held by one run at a time, never overwritten by accident; what one that failed leaves there."""
+"""The folder of a run: one run holds it at a time, no run overwrites another, and a failed step is kept in it."""
 
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.errors import InputError, RunFolderError, unwritable
 from q4kd.trainer.files import write_json
 from q4kd.trainer.train.checkpoint import list_checkpoints
-
-if TYPE_CHECKING:
-    from q4kd.trainer.data.batch import Batch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -86,16 +83,14 @@ def kept(out: Path) -> str:
     return f"kept: {names}; free some space where that is the cause, and continue with --resume"
 
 
-def save_step(folder: Path, step: int, batch: "Batch", terms: Mapping[str, float]) -> Path:
+def save_step(folder: Path, step: int, batch: Batch, terms: Mapping[str, float]) -> Path:
     """Keep what a failed step was made of: its batch as ``.npz`` arrays, and its terms as JSON beside them.
 
     JSON has no NaN: numbers that are not finite are written as their names. Returns the batch's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / f"step-{step:06d}.json",
-        {"step": step, **{key: value if np.isfinite(value) else repr(float(value)) for key, value in terms.items()}},
-    )
+    clean = {key: value if np.isfinite(value) else repr(float(value)) for key, value in terms.items()}
+    write_json(folder / f"step-{step:06d}.json", {"step": step, **clean})
     path = folder / f"step-{step:06d}-batch.npz"
     np.savez_compressed(path, **batch.arrays())
     return path

@@ -28,14 +28,8 @@ class Reporter:
         if not self._console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
+        loss, times = TextColumn("{task.description}"), (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (loss, BarColumn(), MofNCompleteColumn(), *times)
         # Lines go above the bar on a terminal; a redirected stdout receives them itself.
         on_terminal = sys.stdout.isatty()
         with Progress(*columns, console=self._console, transient=True, redirect_stdout=on_terminal) as self._bar:
@@ -48,10 +42,7 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=f"loss {loss:.4f}")
         if self._every and (step % self._every == 0 or step == self._total):
-            print(
-                f"Step {step}/{self._total}: loss: {loss:.4f} "
-                f"({tokens_per_second:.0f} tok/s, teacher {teacher_share:.0%})",
-                flush=True,
-            )
+            speed = f"{tokens_per_second:.0f} tok/s, teacher {teacher_share:.0%}"
+            print(f"Step {step}/{self._total}: loss: {loss:.4f} ({speed})", flush=True)
         if step % self._steps_per_epoch == 0:
             print(f"Epoch {step // self._steps_per_epoch}: loss: {loss:.4f}", flush=True)

@@ -1,6 +1,6 @@
 """What a run learns from: a teacher that is loaded, or a cache of what one said before.
 
-Both give a step its signal. Wherever else a run must tell them apart, it asks here.
+Both give a step its signal; every other difference between them is here, too.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,16 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.device.memory_report import Residency
-from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.loss.signal import TeacherSignal
 from q4kd.trainer.teacher.cache.cached_teacher import CachedTeacher, open_cached_teacher
-from q4kd.trainer.teacher.teacher import Teacher, load_teacher
+from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.guards import check_cached_not_degenerate, check_not_degenerate, check_vocabulary
 
 
 @dataclass(frozen=True)
 class OnlineSource:
-    """A teacher that is loaded.
-
-    Attributes:
-        teacher: can be asked about any text, the held-out one too.
-    """
+    """A teacher that is loaded; it can be asked about any text, the held-out one too."""
 
     teacher: Teacher
 
@@ -55,12 +49,7 @@ class OnlineSource:
 
 @dataclass(frozen=True)
 class CachedSource:
-    """What a teacher said before of every training window.
-
-    Attributes:
-        cached: reads it.
-        teacher: None: nobody can be asked about held-out text.
-    """
+    """What a teacher said before of every training window; there is no teacher to ask about held-out text."""
 
     cached: CachedTeacher
     teacher: None = None
@@ -88,13 +77,8 @@ class CachedSource:
 RunSource = OnlineSource | CachedSource
 
 
-def load_online(placement: TeacherPlacement, events: EventLog, announce: Callable[[str], None]) -> OnlineSource:
-    """Load the teacher of a run."""
-    return OnlineSource(load_teacher(placement, events=events, announce=announce))
-
-
 def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Callable[[str], None]) -> None:
-    """Check that each of the student's tokens has its id in the teacher, of whose rows the first ``rows`` are compared.
+    """Check that each of the student's tokens has its id in the teacher; the first ``rows`` rows are compared.
 
     Raises:
         InputError: as ``check_vocabulary``.
