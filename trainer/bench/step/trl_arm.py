@@ -7,15 +7,14 @@ bfloat16 weights and float32 masters.
 
 import importlib
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from q4kd.trainer.bench.device_probes import wall_seconds
 from q4kd.trainer.bench.interleave import Ids
-from q4kd.trainer.bench.step.arms import synchronise
 
 
 class TrlArm:
@@ -30,13 +29,7 @@ class TrlArm:
     """
 
     def __init__(
-        self,
-        name: str,
-        make_student: Callable[[], Any],
-        make_teacher: Callable[[], Any],
-        *,
-        lr: float,
-        clip: float,
+        self, name: str, make_student: Callable[[], Any], make_teacher: Callable[[], Any], *, lr: float, clip: float
     ) -> None:
         self.name, self._make_student, self._make_teacher = name, make_student, make_teacher
         self._lr, self._clip = lr, clip
@@ -89,20 +82,19 @@ class TrlArm:
         # The window's last token has a label but is no input of q4kd's; here, too, T positions are learnt.
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         self._model.train()
-        synchronise(device)
-        started = time.perf_counter()
-        self._trainer.training_step(self._model, inputs)
-        self._trainer.accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
-        self._optimizer.step()
-        self._model.zero_grad()
-        synchronise(device)
-        return time.perf_counter() - started
+
+        def step() -> None:
+            self._trainer.training_step(self._model, inputs)
+            self._trainer.accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
+            self._optimizer.step()
+            self._model.zero_grad()
+
+        return wall_seconds(step, device)
 
     def close(self) -> None:
         """Drop the trainer with its models and its folder."""
-        self.__dict__.pop("_trainer", None)
-        self.__dict__.pop("_model", None)
-        self.__dict__.pop("_optimizer", None)
+        for name in ("_trainer", "_model", "_optimizer"):
+            self.__dict__.pop(name, None)
         self._folder.cleanup()
 
 

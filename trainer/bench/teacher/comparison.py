@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.trainer.bench.interleave import Arm, Ids, Ratio, Series, Shape, compare, interleave, least_cosine, make_ids
+from q4kd.trainer.bench.interleave import (
+    Arm,
+    Ids,
+    Series,
+    Shape,
+    compare,
+    describe_spread,
+    interleave,
+    least_cosine,
+    make_ids,
+)
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.bench.teacher.cpu import worker_arm
 from q4kd.trainer.bench.teacher.worker import ArmFailed
@@ -29,10 +39,10 @@ def compare_on_cpu(
     dtype: str,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Time ``q4k`` against other engines on one file.
+    """Time ``q4k`` against other engines on one file, or on a synthetic one of ``DEFAULT_MODEL``.
 
     Args:
-        model: GGUF file; None makes a synthetic one of ``DEFAULT_MODEL``.
+        model: GGUF file, or None.
         engines: names in ``cpu.ENGINES``, without the subject ``q4k``.
         lengths: positions of one sequence, a comparison each.
         rounds: counted rounds.
@@ -58,13 +68,12 @@ def compare_on_cpu(
         }
         try:
             arms = [arm for arm in wanted if _prepare(arm, found)]
-            if not arms or arms[0] is not wanted[0]:
+            if wanted[0] not in arms:
                 return found
             for length in lengths:
                 ids_BT = make_ids(Shape(1, length), vocab_size)
                 agreement = agree(arms, ids_BT, Path(folder))
-                series = interleave(arms, ids_BT, rounds, announce)
-                found["shapes"].append(_shape_result(series, compare(series), agreement))
+                found["shapes"].append(_shape_result(interleave(arms, ids_BT, rounds, announce), agreement))
         finally:
             for arm in wanted:
                 arm.close()
@@ -89,12 +98,12 @@ def agree(arms: Sequence[Arm], ids_BT: Ids, folder: Path) -> dict[str, float]:
     return {arm.name: least_cosine(ours, theirs) for arm, theirs in zip(arms[1:], others, strict=True)}
 
 
-def _shape_result(series: Sequence[Series], ratios: Sequence[Ratio], agreement: dict[str, float]) -> dict[str, Any]:
+def _shape_result(series: Sequence[Series], agreement: dict[str, float]) -> dict[str, Any]:
     return {
         "shape": str(series[0].shape),
         "least_cosine": agreement,
         "series": [{**asdict(one), "tokens_per_second": one.tokens_per_second} for one in series],
-        "ratios": [asdict(ratio) for ratio in ratios],
+        "ratios": [asdict(ratio) for ratio in compare(series)],
     }
 
 
@@ -121,8 +130,7 @@ def table(found: dict[str, Any]) -> list[str]:
         for one, ratio in zip(others, result["ratios"], strict=True):
             lines.append(
                 f"  {one['arm']:<22} {one['tokens_per_second']:8.0f} tokens/s   {subject['arm']} is "
-                f"{ratio['median']:.2f} times as fast (quartiles {ratio['low']:.2f}..{ratio['high']:.2f}, "
-                f"extremes {ratio['least']:.2f}..{ratio['greatest']:.2f}), "
+                f"{ratio['median']:.2f} times as fast ({describe_spread(ratio, 2)}), "
                 f"least cosine {result['least_cosine'][one['arm']]:.5f}"
             )
     return lines + [f"  {name}: not run: {why}" for name, why in found["not_run"].items()]

@@ -1,6 +1,6 @@
 """The same model in transformers: dense, its weights decoded from the very blocks the packed teacher keeps.
 
-The blocks are decoded by ``quant.py`` (torch operations), not by the CUDA kernels that are under test.
+The blocks are decoded by ``formats/blocks/decode.py`` (torch operations), not by the CUDA kernels that are under test.
 """
 
 import importlib
