@@ -1,4 +1,4 @@
-"""What a CUDA device can do, what a piece of work did to it, and its memory given back between two of them."""
+"""Measures what a CUDA device can do and what a piece of work does to it, and frees memory between two of them."""
 
 import gc
 import json

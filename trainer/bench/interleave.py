@@ -4,7 +4,7 @@ A machine's speed drifts while it is measured (clocks, heat, neighbours), so a r
 next to each other: in every round each arm runs once, in an order that rotates, and the ratio belongs to the round.
 
 An arm (``Arm``) is an engine with a model loaded. It may run in this process (CUDA arms do: they share the
-device and one allocator) or in a worker process of its own (``worker.WorkerArm``: CPU arms do, because two thread
+device and one allocator) or in a worker process of its own (``teacher/worker.py``: CPU arms do, because two thread
 pools in one process fight for the cores). Either way:
 
     prepare()             load the model, warm up; returns facts for the log (version, dtype, threads, bytes)
@@ -143,13 +143,3 @@ def describe_spread(found: Mapping[str, float], digits: int) -> str:
     """Return the quartiles and extremes of a ``spread`` as text."""
     low, high, least, greatest = (f"{found[name]:.{digits}f}" for name in ("low", "high", "least", "greatest"))
     return f"quartiles {low}..{high}, extremes {least}..{greatest}"
-
-
-def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
-    """Return the least cosine between two arms' logits over all positions, in float64; ``[..., V]`` each."""
-    worst = 1.0
-    for a, b in zip(ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]), strict=True):
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
-        worst = min(worst, float(x @ y) / scale if scale > 0 and np.isfinite(scale) else -1.0)
-    return worst

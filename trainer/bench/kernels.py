@@ -86,7 +86,7 @@ def _time_in_graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple
     """Return what ``_time`` does, for the mean call of a graph of all ``calls``, each run once."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up at their first call, which must not be captured
+    with torch.cuda.stream(side):  # Libraries set themselves up at their first call, which must not be captured.
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)

@@ -1,7 +1,7 @@
-"""A Hugging Face folder: what its config.json says of a causal LM, in the teacher's terms, and its weights.
+"""Reads a Hugging Face folder: the dimensions of a causal LM from its config.json, in the teacher's terms, and weights.
 
-What a GGUF cannot say is refused. The model types qwen2, qwen3 and llama keep their names; mistral becomes llama, as
-in llama.cpp's converter.
+A setting that a GGUF cannot express is refused. The model types qwen2, qwen3 and llama keep their names; mistral
+becomes llama, as in llama.cpp's converter.
 """
 
 import math
@@ -28,13 +28,13 @@ def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
 
     Raises:
         InputError: for another model_type or activation, a size that is missing or not positive, a sliding window
-            shorter than the context, partial rotary embedding, or a rope scaling that its GGUF cannot say.
+            shorter than the context, partial rotary embedding, or a rope scaling that its GGUF cannot express.
     """
     model_type = settings.get("model_type")
     if model_type not in _ARCHITECTURES:
         raise _refusal("model_type", " or ".join(_ARCHITECTURES), model_type)
     architecture = _ARCHITECTURES[model_type]
-    _refuse_unsayable(settings, architecture)
+    _refuse_unsupported(settings, architecture)
     hidden, heads = _size(settings, "hidden_size"), _size(settings, "num_attention_heads")
     head_dim = _QWEN3_HEAD_DIM if architecture == "qwen3" else hidden // heads
     return TeacherConfig(
@@ -139,8 +139,8 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def _refuse_unsayable(settings: Mapping[str, Any], architecture: str) -> None:
-    """Refuse what would be computed differently from the GGUF, whose keys cannot say it."""
+def _refuse_unsupported(settings: Mapping[str, Any], architecture: str) -> None:
+    """Refuse settings that no key of a GGUF expresses: the GGUF would compute something else."""
     rope = _rope(settings)
     if settings.get("hidden_act", "silu") != "silu":
         raise _refusal("hidden_act", "silu", settings["hidden_act"])

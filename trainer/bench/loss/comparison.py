@@ -63,14 +63,9 @@ def _logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 class Products:
-    """The four products, ``chunk`` tokens of gradients and ``step`` tokens of logits at a time.
+    """The four products, ``chunk`` tokens of gradients and ``step`` tokens of logits, its divisor, at a time.
 
-    Args:
-        work: the tensors.
-        chunk: rows of a product of gradients.
-        step: rows of a product of logits; divides ``chunk``.
-        logits_type: dtype of the two logits.
-        sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
+    With ``sums`` the head's gradient is summed in float32 and rounded at the end, as chunks need it.
     """
 
     def __init__(self, work: LossWork, chunk: int, step: int, logits_type: torch.dtype, *, sums: bool) -> None:

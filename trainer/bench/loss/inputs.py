@@ -48,12 +48,12 @@ class _PackedHead(DenseHead):
         self._packed = self._kernels.repack_q6_k(packed.view(rows, -1))
 
     def decoded(self) -> Tensor:
-        """Decode now."""
+        """Decode every row and return the matrix."""
         self.decode(0, self.rows, self._weight_VH)
         return self._weight_VH
 
     def decode(self, start: int, stop: int, out_RH: Tensor) -> None:
-        """Decode rows."""
+        """Decode rows ``start`` to ``stop``."""
         self._kernels.decode("Q6_K_SOA", self._packed, start, stop, self._weight_VH.shape[1], out_RH)
 
 

@@ -160,15 +160,8 @@ def run_step(
 ) -> list[str]:
     """Make the models, time every arm, write ``step.json`` into the folder ``out`` and return the table's lines.
 
-    Args:
-        out: the folder; it is made.
-        device: cpu or cuda.
-        shape: sequences and positions of a step.
-        rounds: counted rounds.
-        against: names in ``PEERS``.
-        settings: settings of ``DistillConfig`` for q4kd's own arms.
-        layers: number of layers of the 7B-shaped teacher on CUDA.
-        say: receives progress lines.
+    ``against`` are names in ``PEERS``, ``settings`` those of ``DistillConfig`` for q4kd's own arms, and ``layers`` the
+    layers of the 7B-shaped teacher on CUDA.
     """
     where = current_device(device)
     with tempfile.TemporaryDirectory(prefix="q4kd-bench-step-") as name:

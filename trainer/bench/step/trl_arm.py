@@ -20,12 +20,7 @@ from q4kd.trainer.bench.interleave import Ids
 class TrlArm:
     """One step of GKDTrainer: ``training_step``, clip, fused AdamW.
 
-    Args:
-        name: name in the table.
-        make_student: returns the student, a transformers causal LM in float32 on the device.
-        make_teacher: returns the teacher, likewise a causal LM, with a head as wide as the student's.
-        lr: learning rate.
-        clip: largest gradient norm.
+    Both models are made as transformers causal LMs on the device, the student in float32, their heads equally wide.
     """
 
     def __init__(

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from q4kd.trainer.bench.interleave import (
-    Arm,
-    Ids,
-    Series,
-    Shape,
-    compare,
-    describe_spread,
-    interleave,
-    least_cosine,
-    make_ids,
-)
+from q4kd.trainer.bench.interleave import Arm, Ids, Series, Shape, compare, describe_spread, interleave, make_ids
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.bench.teacher.cpu import worker_arm
 from q4kd.trainer.bench.teacher.worker import ArmFailed
@@ -39,16 +30,10 @@ def compare_on_cpu(
     dtype: str,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Time ``q4k`` against other engines on one file, or on a synthetic one of ``DEFAULT_MODEL``.
+    """Time ``q4k`` against other engines on a GGUF file, or on a synthetic one of ``DEFAULT_MODEL``.
 
-    Args:
-        model: GGUF file, or None.
-        engines: names in ``cpu.ENGINES``, without the subject ``q4k``.
-        lengths: positions of one sequence, a comparison each.
-        rounds: counted rounds.
-        threads: number of each engine's threads.
-        dtype: dtype of the engines that have a choice.
-        announce: receives progress lines.
+    The engines are names in ``cpu.ENGINES`` without ``q4k``; ``dtype`` is that of those which have a choice. Each of
+    ``lengths``, the positions of one sequence, makes a comparison of its own. ``announce`` receives progress lines.
 
     Returns:
         JSON-able: environment, facts of each arm, agreement, series and ratios.
@@ -96,6 +81,16 @@ def agree(arms: Sequence[Arm], ids_BT: Ids, folder: Path) -> dict[str, float]:
         arm.run(ids_BT, path)
     ours, *others = (np.load(path, mmap_mode="r", allow_pickle=False) for path in saved)
     return {arm.name: least_cosine(ours, theirs) for arm, theirs in zip(arms[1:], others, strict=True)}
+
+
+def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
+    """Return the least cosine between two arms' logits over all positions, in float64; ``[..., V]`` each."""
+    worst = 1.0
+    for a, b in zip(ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]), strict=True):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+        worst = min(worst, float(x @ y) / scale if scale > 0 and np.isfinite(scale) else -1.0)
+    return worst
 
 
 def _shape_result(series: Sequence[Series], agreement: dict[str, float]) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class LlamaCppArm:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be one engine's worker."""
+    """Serve one engine as a worker process."""
     parser = argparse.ArgumentParser(prog="python -m q4kd.trainer.bench.teacher.cpu")
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--model", type=Path, required=True)

@@ -21,10 +21,7 @@ _TILE_WEIGHTS = 1 << 24
 def build_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype: torch.dtype) -> Any:
     """Return a ``Qwen2ForCausalLM`` with the tensors' weights in ``dtype``, on their device, attention by SDPA.
 
-    Args:
-        config: dimensions of a qwen2 model.
-        tensors: in the file's layout (before a ``CudaForward`` repacks them).
-        dtype: bfloat16, or float32 for a reference.
+    The tensors are in the file's layout, before a ``CudaForward`` repacks them.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -15,22 +15,9 @@ from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.tensor_names import gguf_name
 
-_DTYPES = {
-    0: "F32",
-    1: "F16",
-    3: "F64",
-    4: "I32",
-    5: "I64",
-    6: "I8",
-    7: "U8",
-    8: "apr-q4",  # as aprender wrote it before its formats had codes of their own; .apr cannot hold GGML's 8, Q8_0
-    9: "apr-q8",
-    12: "Q4_K",
-    14: "Q6_K",
-    30: "BF16",
-    128: "apr-q4",
-    129: "apr-q8",
-}
+_DTYPES = {0: "F32", 1: "F16", 3: "F64", 4: "I32", 5: "I64", 6: "I8", 7: "U8", 12: "Q4_K", 14: "Q6_K", 30: "BF16"}
+# Before aprender's own formats had codes of their own, it wrote them as 8 and 9; .apr cannot hold GGML's 8, Q8_0.
+_DTYPES |= {8: "apr-q4", 9: "apr-q8", 128: "apr-q4", 129: "apr-q8"}
 _TOKENIZER_TYPES = ("U8", "I32", "I64")
 
 

@@ -1,6 +1,6 @@
-"""What a GGUF says of a tokenizer, from the content of its tokenizer.json; what it could not say truly is refused.
+"""Writes the tokenizer of a tokenizer.json into a GGUF; one that a GGUF cannot describe truthfully is refused.
 
-Two kinds have a word in llama.cpp for how text is cut before it is merged:
+llama.cpp has names for two kinds of tokenizer, and for how each cuts text before it merges pieces:
 
     "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split: gpt-2, qwen2, llama-bpe, smollm
     "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
@@ -22,7 +22,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-SPACE = "\u2581"  # SentencePiece's word for a space
+SPACE = "\u2581"  # SentencePiece writes a space as this character.
 SENTENCEPIECE = "llama"
 SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
 _BYTE = re.compile("<0x..>", re.DOTALL)
