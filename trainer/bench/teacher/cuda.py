@@ -156,10 +156,13 @@ def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Call
     found["speed"] = []
     for shape in SHAPES:
         for with_head in (False, True):
-            timed = [arm if with_head else arm.without_head() for arm in arms]
             rate, bandwidth = ceilings["bf16_flop_per_s"], ceilings["copy_bytes_per_s"]
             floor = floor_seconds(config, shape, with_head=with_head, rate=rate, bandwidth=bandwidth)
-            found["speed"] += measure_speed(timed, make_ids(shape, config.vocab_size), rounds, floor, say)
+            ids_BT = make_ids(shape, config.vocab_size)
+            # The list has no name here: its copies of the arms would keep their memory after they are closed.
+            found["speed"] += measure_speed(
+                [arm if with_head else arm.without_head() for arm in arms], ids_BT, rounds, floor, say
+            )
     busiest = torch.from_numpy(make_ids(SHAPES[-1], config.vocab_size)).to(device)
     with torch.no_grad():
         found["utilisation"] = utilisation(lambda: arms[0].forward(busiest))
