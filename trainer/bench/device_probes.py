@@ -1,4 +1,4 @@
-"""What a CUDA device can do, what a piece of work did to it, and its memory given back between two of them."""
+"""Measures what a CUDA device can do and what a piece of work does to it, and frees memory between two of them."""
 
 import gc
 import json
@@ -16,6 +16,11 @@ _L2_DEFEATING_BYTES = 4 << 30
 _GEMM_SIZE = 8192
 
 
+def current_device(kind: str = "cuda") -> torch.device:
+    """Return the CPU, or the CUDA device in use with its index."""
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Run ``work`` on the current stream and return its seconds between two CUDA events."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -25,6 +30,21 @@ def seconds_of(work: Callable[[], object]) -> float:
     stop.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(stop)) / 1e3
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a CUDA device; the CPU needs no waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Run ``work`` and return its seconds by the host's clock, the device waited for before and after."""
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
 
 
 def median_seconds(work: Callable[[], object], rounds: int = 9) -> float:
@@ -49,13 +69,13 @@ def gemm_rate() -> float:
 
 
 def collect_garbage() -> None:
-    """Give freed device memory back before the next thing is built."""
+    """Give freed device memory back before the next thing is built; nothing happens where CUDA was never used."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def utilisation(work: Callable[[], object], seconds: float = 4.0) -> dict[str, Any]:
-    """Repeat ``work`` for some seconds and return what NVML says of it: by process, and of the whole device.
+    """Repeat ``work`` for some seconds and return what NVML says of it.
 
     Returns:
         ``sm_percent`` (NVML's samples of this process; None with ``why`` where it gives none), ``device_percent``

@@ -4,7 +4,7 @@ A machine's speed drifts while it is measured (clocks, heat, neighbours), so a r
 next to each other: in every round each arm runs once, in an order that rotates, and the ratio belongs to the round.
 
 An arm (``Arm``) is an engine with a model loaded. It may run in this process (CUDA arms do: they share the
-device and one allocator) or in a worker process of its own (``worker.WorkerArm``: CPU arms do, because two thread
+device and one allocator) or in a worker process of its own (``teacher/worker.py``: CPU arms do, because two thread
 pools in one process fight for the cores). Either way:
 
     prepare()             load the model, warm up; returns facts for the log (version, dtype, threads, bytes)
@@ -12,10 +12,12 @@ pools in one process fight for the cores). Either way:
                           before and after; returns seconds. ``save``: also write the logits to this .npy file, float32
                           [B, T, V], after the clock has stopped
     close()               give back memory and processes; called once, also after a failure
+
+In ``q4kd bench step`` a run is one optimiser step on int64 windows ``[B, T + 1]`` instead, and nothing is saved.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +39,7 @@ class Arm(Protocol):
         """Load and warm up; return JSON-able facts."""
 
     def run(self, ids_BT: Ids, save: Path | None = None) -> float:
-        """Return the seconds of one forward pass with all logits."""
+        """Return the seconds of one turn."""
 
     def close(self) -> None:
         """Give back what ``prepare`` took."""
@@ -75,15 +77,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster the subject is than another arm: that arm's seconds over the subject's, per round.
-
-    Attributes:
-        against: the other arm.
-        median: median of the rounds' ratios.
-        low, high: first and third quartile.
-        least, greatest: extremes.
-        rounds: number of rounds.
-    """
+    """How many times faster the subject is than ``against``, as ``spread`` describes the rounds' ratios."""
 
     against: str
     shape: Shape
@@ -103,16 +97,10 @@ def make_ids(shape: Shape, vocab_size: int, seed: int = 0) -> Ids:
 def interleave(
     arms: Sequence[Arm], ids_BT: Ids, rounds: int, progress: Callable[[str], None] = lambda _line: None
 ) -> list[Series]:
-    """Run every arm once per round, in rotating order, after one round that is not counted.
-
-    Args:
-        arms: prepared arms; the first is the subject.
-        ids_BT: the work, the same for all.
-        rounds: counted rounds, at least 1.
-        progress: receives a line per round.
+    """Run every prepared arm once per round, in rotating order, after one round that is not counted.
 
     Returns:
-        One series per arm, in the order of ``arms``.
+        One series per arm, in the order of ``arms``; ``progress`` receives a line per round.
     """
     shape = Shape(*ids_BT.shape)
     seconds: list[list[float]] = [[] for _ in arms]
@@ -132,13 +120,16 @@ def interleave(
 
 def compare(series: Sequence[Series]) -> list[Ratio]:
     """Return the first series' speed as a multiple of every other's, round by round."""
-    subject = series[0]
-    return [_ratio(subject, other) for other in series[1:]]
+    subject, *others = series
+    return [
+        Ratio(one.arm, subject.shape, rounds=len(one.seconds), **round_ratios(one.seconds, subject.seconds))
+        for one in others
+    ]
 
 
-def _ratio(subject: Series, other: Series) -> Ratio:
-    values = [theirs / ours for ours, theirs in zip(subject.seconds, other.seconds, strict=True)]
-    return Ratio(against=other.arm, shape=subject.shape, rounds=len(values), **spread(values))
+def round_ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Return the ``spread`` of one arm's seconds over another's, round by round."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -148,11 +139,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": low, "high": high, **extremes}
 
 
-def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
-    """Return the least cosine between two arms' logits over all positions, in float64; ``[..., V]`` each."""
-    worst = 1.0
-    for a, b in zip(ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]), strict=True):
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
-        worst = min(worst, float(x @ y) / scale if scale > 0 and np.isfinite(scale) else -1.0)
-    return worst
+def describe_spread(found: Mapping[str, float], digits: int) -> str:
+    """Return the quartiles and extremes of a ``spread`` as text."""
+    low, high, least, greatest = (f"{found[name]:.{digits}f}" for name in ("low", "high", "least", "greatest"))
+    return f"quartiles {low}..{high}, extremes {least}..{greatest}"

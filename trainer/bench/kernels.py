@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from q4kd.trainer.bench.device_probes import current_device
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.kernels.launch import THREADS, CudaLauncher
 from q4kd.trainer.kernels.numerics import multiply, pinned_numerics
@@ -49,22 +50,16 @@ def _time(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, f
 
 
 def decode_table(*, repeats: int = 60, sets: int = 4) -> str:
-    """Measure a copy, then the decoder of every type, to bfloat16 ``[37888, 3584]``.
-
-    Args:
-        repeats: number of timed calls of each.
-        sets: number of buffer sets, taken in turn.
+    """Measure ``repeats`` copies, then as many decodings of every type, to bfloat16 ``[37888, 3584]``.
 
     Returns:
         A row each, as aligned text: bytes read and written over the median time, in 1e9 a second; the same over that of
         the copy; and (slowest quarter - fastest quarter) / median of the times.
     """
-    kernels = Kernels("cuda")
+    kernels, weights = Kernels("cuda"), ROWS * COLS
     device = kernels.device
-    weights = ROWS * COLS
     outs = [torch.empty(ROWS, COLS, dtype=torch.bfloat16, device=device) for _ in range(sets)]
     sources = [torch.randn(ROWS, COLS, device=device).bfloat16() for _ in range(sets)]
-
     copies = [partial(out.copy_, source) for out, source in zip(outs, sources, strict=True)]
     seconds, spread = _time(copies, repeats)
     copied = 4 * weights / seconds
@@ -72,22 +67,26 @@ def decode_table(*, repeats: int = 60, sets: int = 4) -> str:
     lines = [f"{'type':<10} {'GB/s':>8} {'of copy':>8} {'spread':>7}"]
     lines.append(f"{'copy':<10} {copied / 1e9:8.0f} {1:8.3f} {spread:7.3f}")
     for name in BENCH_TYPES:
-        row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(COLS)
-        packed = [torch.randint(0, 256, (ROWS, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
-        decodes = [
-            partial(kernels.decode, name, source, 0, ROWS, COLS, out) for source, out in zip(packed, outs, strict=True)
-        ]
+        packed = _random_matrices(name, ROWS, COLS, sets, device)
+        pairs = zip(packed, outs, strict=True)
+        decodes = [partial(kernels.decode, name, source, 0, ROWS, COLS, out) for source, out in pairs]
         seconds, spread = _time(decodes, repeats)
-        moved = (ROWS * row_bytes + 2 * weights) / seconds
+        moved = (packed[0].numel() + 2 * weights) / seconds
         lines.append(f"{name:<10} {moved / 1e9:8.0f} {moved / copied:8.3f} {spread:7.3f}")
     return "\n".join(lines)
+
+
+def _random_matrices(name: str, rows: int, cols: int, count: int, device: torch.device) -> list[Tensor]:
+    """Return packed matrices of random bytes, uint8 ``[rows, row_bytes]`` each."""
+    row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(cols)
+    return [torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, device=device) for _ in range(count)]
 
 
 def _time_in_graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[float, float]:
     """Return what ``_time`` does, for the mean call of a graph of all ``calls``, each run once."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up at their first call, which must not be captured
+    with torch.cuda.stream(side):  # Libraries set themselves up at their first call, which must not be captured.
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -136,9 +135,7 @@ def _product_line(
 def product_table(*, repeats: int = 60, sets: int = 8) -> str:
     """Measure the fused products of 1 to 16 tokens against decoding and cuBLAS, bfloat16 in and out.
 
-    Args:
-        repeats: number of timed graphs of each.
-        sets: number of matrices of at least 38 MB, taken in turn.
+    Matrices of at least 38 MB are taken in turn, ``sets`` of each kind; each product is timed as ``repeats`` graphs.
 
     Returns:
         A row for every type, shape and number of tokens, as aligned text: microseconds of the fused product; packed
@@ -151,8 +148,7 @@ def product_table(*, repeats: int = 60, sets: int = 8) -> str:
     lines = [f"{'type':<9} {'R x K':>13} {'M':>3} {'us':>7} {'GB/s':>6} {'of read':>8} {'decoded us':>11} {'ratio':>6}"]
     for name in MATVEC_TYPES:
         for rows, cols in MATVEC_SHAPES:
-            row_bytes = block_format("Q6_K" if name == Q6_K_SOA else name).row_bytes(cols)
-            matrices = [torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8, device=device) for _ in range(sets)]
+            matrices = _random_matrices(name, rows, cols, sets, device)
             dense = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
             with pinned_numerics():
                 lines += [
@@ -176,12 +172,8 @@ def _host_microseconds(call: Callable[[], object], repeats: int = 300) -> float:
 
 
 def launch_table() -> str:
-    """Measure the host's time for launching kernels of few, some and many arguments, by us and by CuPy's own call.
-
-    Returns:
-        A row a kernel, as aligned text.
-    """
-    device = torch.device("cuda", torch.cuda.current_device())
+    """Return the host's time for launching kernels of few to many arguments, by us and by CuPy's own call, as text."""
+    device = current_device()
     launcher, launches = CudaLauncher(device), list[tuple[Any, ...]]()
     recorder = Kernels(device, lambda *launch: launches.append(launch))
     zeros = partial(torch.zeros, device=device)

@@ -8,6 +8,7 @@ a dense model, gets a time limit. With ``--arm`` this module is that process: it
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,12 +32,8 @@ def measure_load(
 ) -> list[str]:
     """Write a synthetic file of these dimensions, load it with every arm, write ``load.json`` and return table lines.
 
-    Args:
-        config: dimensions of the model to make.
-        out: folder for ``load.json``.
-        say: receives a line per step.
-        repeats: loads by this project; the first may still find parts of the file outside the page cache.
-        limit_s: seconds that transformers' load may take.
+    This project loads it ``repeats`` times: the first may still find parts of the file outside the page cache.
+    ``limit_s`` are the seconds that transformers' load may take.
     """
     import torch
 
@@ -47,10 +44,9 @@ def measure_load(
         started = time.monotonic()
         write_gguf(model, config, make_tensors(config, torch.device("cuda")))
         torch.cuda.empty_cache()
-        say(f"wrote {model.stat().st_size:,} bytes in {time.monotonic() - started:.1f} s")
-        found: dict[str, Any] = {"file_bytes": model.stat().st_size, "q4k": []}
-        for _ in range(repeats):
-            found["q4k"].append(run_arm(model, "q4k", 60.0))
+        found: dict[str, Any] = {"file_bytes": model.stat().st_size}
+        say(f"wrote {found['file_bytes']:,} bytes in {time.monotonic() - started:.1f} s")
+        found["q4k"] = [run_arm(model, "q4k", 60.0) for _ in range(repeats)]
         found["transformers"] = run_arm(model, "transformers", limit_s)
     write_json(out / "load.json", found)
     return load_table(found)
@@ -96,24 +92,24 @@ def load_table(found: dict[str, Any]) -> list[str]:
 
 def _packed_lines(ready: Sequence[dict[str, Any]]) -> list[str]:
     seconds, last = [answer["seconds"] for answer in ready], ready[-1]
-    lines = [
+    stages = {
+        "CUDA context alone": "context_bytes",
+        "after load": "loaded_bytes",
+        f"after {last['tokens']:,} tokens": "after_hidden_bytes",
+        "after head logits": "after_head_bytes",
+    }
+    return [
         f"  q4k           {statistics.median(seconds):.2f} s (median of {', '.join(f'{one:.2f}' for one in seconds)})",
         f"    weights {_megabytes(last['resident_weight_bytes'])}, {last['resident_ratio']:.4f} of the file's tensors",
         f"    scratch {_megabytes(last['scratch_bytes'])}; the decoded head, while it is held, "
         f"{_megabytes(last['head_scratch_bytes'])}",
-    ]
-    for what, stage in (
-        ("CUDA context alone", "context_bytes"),
-        ("after load", "loaded_bytes"),
-        (f"after {last['tokens']:,} tokens", "after_hidden_bytes"),
-        ("after head logits", "after_head_bytes"),
-    ):
-        lines.append(f"    process {what:<20} {_megabytes(last[stage]['nvml_process']):>10} by NVML")
-    lines.append(
+        *(
+            f"    process {what:<20} {_megabytes(last[stage]['nvml_process']):>10} by NVML"
+            for what, stage in stages.items()
+        ),
         f"    torch's peak {_megabytes(last['torch_peak_in_hidden'])} in the pass, "
-        f"{_megabytes(last['torch_peak_in_head'])} in the head"
-    )
-    return lines
+        f"{_megabytes(last['torch_peak_in_head'])} in the head",
+    ]
 
 
 def _megabytes(size: int | None) -> str:
@@ -127,8 +123,7 @@ def load_packed(model: Path, tokens: int) -> dict[str, Any]:
     from q4kd.trainer.formats.open import open_model
     from q4kd.trainer.teacher.cuda.load import load_forward
 
-    torch.zeros(1, device="cuda")
-    torch.cuda.synchronize()
+    start_cuda()
     context = held_bytes()
     started = time.monotonic()
     opened = open_model(model)
@@ -145,14 +140,15 @@ def load_packed(model: Path, tokens: int) -> dict[str, Any]:
     logits = forward.head_logits(hidden.flatten(0, 1)[:HEAD_TOKENS])
     torch.cuda.synchronize()
     weights = sum(matrix.resident_bytes for matrix in forward.matrices.values()) + sum(forward.vector_bytes.values())
+    head = logits.shape[1] * hidden.shape[-1] * 2
     return {
         "arm": "q4k",
         "seconds": seconds,
         "file_tensor_bytes": opened.tensor_bytes,
         "resident_weight_bytes": weights,
         "resident_ratio": weights / opened.tensor_bytes,
-        "scratch_bytes": forward.scratch.num_bytes - logits.shape[1] * hidden.shape[-1] * 2,
-        "head_scratch_bytes": logits.shape[1] * hidden.shape[-1] * 2,
+        "scratch_bytes": forward.scratch.num_bytes - head,
+        "head_scratch_bytes": head,
         "context_bytes": context,
         "loaded_bytes": loaded,
         "tokens": tokens,
@@ -164,13 +160,19 @@ def load_packed(model: Path, tokens: int) -> dict[str, Any]:
     }
 
 
+def start_cuda() -> None:
+    """Make this process's CUDA context, which is no part of a load."""
+    import torch
+
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+
+
 def held_bytes() -> dict[str, int | None]:
     """Return what this process holds on the device: by NVML, and by torch's allocator; and what the device has in use.
 
     A caching allocator gives nothing back by itself, so after a pass these are also the pass's peak.
     """
-    import os
-
     import torch
 
     from q4kd.trainer.device.memory_report import nvml_process_bytes
@@ -189,8 +191,7 @@ def load_transformers(model: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.zeros(1, device="cuda")
-    torch.cuda.synchronize()
+    start_cuda()
     started = time.monotonic()
     loaded: Any = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.bfloat16)
     loaded.to("cuda")

@@ -15,17 +15,9 @@ HEAD_DIM = 64
 
 
 def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float) -> NDArray[np.uint8]:
-    """Return random packed rows whose decoded weights have mean about 0 and standard deviation about ``sigma``.
+    """Return random packed rows of Q4_K or Q6_K, uint8 ``[rows, row_bytes]``; ``cols`` is a multiple of 256.
 
-    Args:
-        rng: source of randomness.
-        type_name: Q4_K or Q6_K.
-        rows: number of rows.
-        cols: weights per row, a multiple of 256.
-        sigma: wanted standard deviation.
-
-    Returns:
-        uint8 ``[rows, row_bytes]``.
+    The decoded weights have a mean of about 0 and a standard deviation of about ``sigma``.
     """
     count = rows * cols // 256
     if type_name == "Q4_K":
@@ -55,17 +47,8 @@ def write_large_teacher(
     """Write a qwen2 GGUF with random K-quant weights (about 94 MB with the defaults: 155 M weights).
 
     Types are those of a Q4_K_M file: Q4_K, but Q6_K for the output head and, in half of the layers, for the value and
-    down projections. Heads have 64 elements.
-
-    Args:
-        path: the file to write.
-        layers: transformer layers.
-        hidden: hidden size, a multiple of 256.
-        ffn: feed-forward size, a multiple of 256.
-        vocab: rows of the embedding.
-        kv_heads: key and value heads, a divisor of ``hidden / 64``.
-        tied: whether the embedding is the head too.
-        seed: of every weight.
+    down projections. Heads have 64 elements, so ``kv_heads`` divides ``hidden / 64``; ``hidden`` and ``ffn`` are
+    multiples of 256. With ``tied`` the embedding is the head too.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen2")

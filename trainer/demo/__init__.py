@@ -13,26 +13,26 @@ _FOLDER = Path(__file__).parent
 
 
 def teacher_path() -> Path:
-    """The teacher: a qwen2 GGUF, Q4_K_M, 5.2 M parameters, 2048 tokens."""
+    """Return the path of the teacher: a qwen2 GGUF, Q4_K_M, 5.2 M parameters, 2048 tokens."""
     return _FOLDER / "teacher-q4_k_m.gguf"
 
 
 def student_path() -> Path:
-    """A Hugging Face folder with the student's config and the shared tokenizer, without weights."""
+    """Return a Hugging Face folder with the student's config and the shared tokenizer, without weights."""
     return _FOLDER / "student"
 
 
 def golden_path() -> Path:
-    """An npz: ``ids`` int32 [64] of held-out text, ``logits`` float32 [64, 2048] of transformers in float64."""
+    """Return an npz: ``ids`` int32 [64] of held-out text, ``logits`` float32 [64, 2048] of transformers in float64."""
     return _FOLDER / "golden.npz"
 
 
 def data_path() -> Path:
-    """The text: the folder of this interpreter's standard library (what it may hold out: ``documents.is_held_out``)."""
+    """Return the folder of this interpreter's standard library, the text; ``is_held_out`` says what is held out."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def card() -> dict[str, Any]:
-    """demo.json: steps, tokens, seed, versions, held-out losses before and after quantising, round-trip errors."""
+    """Return demo.json: steps, tokens, seed, versions, held-out losses before and after quantising, rounding errors."""
     content: dict[str, Any] = read_json(_FOLDER / "demo.json")
     return content

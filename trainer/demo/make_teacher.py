@@ -78,8 +78,7 @@ def package(checkpoint: Path, out: Path, corpus: Path, *, eval_windows: int) -> 
 
 def _huggingface_name(name: str) -> str:
     """Translate a qwen2 GGUF tensor name, by gguf's own table, to the state dict's."""
-    layers = 64
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers).mapping
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 64).mapping
     stem, _dot, suffix = name.rpartition(".")
     for source, (_kind, target) in mapping.items():
         if target == stem and source.startswith(("model.layers.", "model.embed_tokens", "model.norm", "lm_head")):
@@ -160,14 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     checkpoint = options.checkpoint or options.out / "float"
     if options.stage != "package":
-        train(
-            checkpoint,
-            options.corpus,
-            steps=options.steps,
-            minutes=options.minutes,
-            batch=options.batch,
-            seed=options.seed,
-        )
+        schedule = {name: getattr(options, name) for name in ("steps", "minutes", "batch", "seed")}
+        train(checkpoint, options.corpus, **schedule)
     if options.stage != "train":
         card = package(checkpoint, options.out, options.corpus, eval_windows=options.eval_windows)
         for stage in ("float32", "q4_k_m"):

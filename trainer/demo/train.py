@@ -69,15 +69,9 @@ def fresh_model(config: Qwen2Config) -> Qwen2ForCausalLM:
 def held_out_loss(
     model: Qwen2ForCausalLM, windows_NT: npt.NDArray[np.int32], sizes_V: npt.NDArray[np.int64]
 ) -> dict[str, float]:
-    """Evaluate next-token cross-entropy.
+    """Return the next-token loss, ``nats_per_token`` and ``bits_per_byte``, and the ``tokens`` and ``bytes`` predicted.
 
-    Args:
-        model: any causal LM with ``.logits``.
-        windows_NT: int32 ``[n, length + 1]``.
-        sizes_V: bytes of text behind each token id.
-
-    Returns:
-        ``nats_per_token``, ``bits_per_byte``, and ``tokens`` and ``bytes`` predicted.
+    Windows are int32 ``[n, length + 1]``; ``sizes_V`` are the bytes of text behind each token id.
     """
     model.train(False)
     nats, tokens, size = 0.0, 0, 0
@@ -89,12 +83,8 @@ def held_out_loss(
             nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
             tokens += labels.numel()
             size += int(sizes_V[labels.numpy()].sum())
-    return {
-        "nats_per_token": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / size,
-        "tokens": tokens,
-        "bytes": size,
-    }
+    loss = {"nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+    return loss | {"tokens": tokens, "bytes": size}
 
 
 def _progress_lr(progress: float) -> float:
@@ -102,11 +92,6 @@ def _progress_lr(progress: float) -> float:
     if progress < WARMUP:
         return PEAK_LR * max(progress, 0.001) / WARMUP
     return PEAK_LR * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP)))))
-
-
-def _save(folder: Path, model: Qwen2ForCausalLM, training: dict[str, Any]) -> None:
-    model.save_pretrained(folder)
-    write_json(folder / "training.json", training)
 
 
 def train(folder: Path, corpus: Path, *, steps: int | None, minutes: float, batch: int, seed: int) -> None:
@@ -143,13 +128,18 @@ def train(folder: Path, corpus: Path, *, steps: int | None, minutes: float, batc
         "torch": torch.__version__,
         "finished": False,
     }
+
+    def save() -> None:
+        model.save_pretrained(folder)
+        write_json(folder / "training.json", training)
+
     step, order, shown = 0, np.empty((0, CONTEXT + 1), dtype=np.int32), 0.0
     while True:
         elapsed = time.monotonic() - began
         progress = elapsed / (60 * minutes) if steps is None else step / steps
         if progress >= 1:
             break
-        if len(order) < batch:  # a new epoch, cut at a new offset
+        if len(order) < batch:  # A new epoch is cut at a new offset.
             cut = windows(stream[int(generator.integers(CONTEXT)) :], CONTEXT)
             order = cut[generator.permutation(len(cut))]
         rows, order = torch.from_numpy(order[:batch].astype(np.int64)), order[batch:]
@@ -170,8 +160,7 @@ def train(folder: Path, corpus: Path, *, steps: int | None, minutes: float, batc
             print(f"step {step} loss {loss.item():.3f} mean {shown:.3f} {rate:.0f} tok/s {progress:.1%}", flush=True)
         if time.monotonic() - saved > SAVE_EVERY_S:
             saved = time.monotonic()
-            _save(folder, model, training)
-    training["finished"] = True
-    training["load_average"] = round(os.getloadavg()[0], 1)
-    _save(folder, model, training)
+            save()
+    training |= {"finished": True, "load_average": round(os.getloadavg()[0], 1)}
+    save()
     print(json.dumps(training), flush=True)

@@ -136,12 +136,9 @@ def _chunks(
 
 
 def compare_rows(logits_a: Tensor, logits_b: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return KL(B || A), both negative log-likelihoods and whether the top tokens agree, for rows of logits.
+    """Return KL(B || A), both negative log-likelihoods and whether the top tokens agree, ``[m]`` each.
 
-    Args:
-        logits_a: float32 ``[m, V]``; the softmax and the sums are float64.
-        logits_b: float32 ``[m, V]``.
-        labels: int64 ``[m]``, the tokens that follow.
+    Logits are float32 ``[m, V]``, the softmax and the sums float64; labels, the tokens that follow, are int64 ``[m]``.
     """
     log_q, log_p = torch.log_softmax(logits_a.double(), -1), torch.log_softmax(logits_b.double(), -1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -170,10 +167,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
             "error_over_windows": _error(np.array(by_window)),
             **{name: float(value) for name, value in zip(QUANTILES, quantiles, strict=True)},
         },
-        "top1_agreement": {
-            "mean": agreement,
-            "error": math.sqrt(agreement * (1 - agreement) / max(1, count - 1)),
-        },
+        "top1_agreement": {"mean": agreement, "error": math.sqrt(agreement * (1 - agreement) / max(1, count - 1))},
         "perplexity": {"a": _perplexity(scores.nll_a), "b": _perplexity(scores.nll_b)},
         "perplexity_ratio": {
             "mean": ratio,

@@ -39,14 +39,14 @@ class Sample:
 def read_sample(
     data: Path | None, *, encode: Callable[[list[str]], list[list[int]]], end: int | None, tokens: int, length: int
 ) -> Sample:
-    """Read about ``tokens`` tokens of text and cut them into windows.
+    """Read about ``tokens`` tokens of text and cut them into windows of ``length``.
 
     Args:
         data: text file, JSONL file, folder of texts, or an integer .npy of token ids; None takes the files of this
             Python's standard library that the demo teacher was not trained on.
         encode: texts to token ids; not called for an .npy.
         end: id put after each document; None puts none.
-        tokens: stop after this many.
+        tokens: reading stops after this many.
         length: tokens of a window.
 
     Raises:
@@ -55,7 +55,8 @@ def read_sample(
     if data is not None and data.suffix == ".npy":
         name, ids = data.name, read_ids(data).ravel()[:tokens]
     else:
-        name, texts = ("Python standard library, held out", _library()) if data is None else (data.name, _texts(data))
+        name = "Python standard library, held out" if data is None else data.name
+        texts = _library() if data is None else (document.text for document in read_documents(data) if document.text)
         ids = _encode(texts, encode, end, tokens)
     count = len(ids) // length
     if not count:
@@ -89,10 +90,6 @@ def _library() -> Iterator[str]:
     for name in source_files(root):
         if is_held_out(name):
             yield (root / name).read_text(encoding="utf-8", errors="replace")
-
-
-def _texts(data: Path) -> Iterator[str]:
-    return (document.text for document in read_documents(data) if document.text)
 
 
 def _encode(

@@ -58,19 +58,11 @@ def provenance(record: RunRecord) -> dict[str, str]:
 
 
 def write_card(
-    title: str,
-    record: RunRecord | None,
-    *,
-    files: Mapping[str, tuple[int, str]],
-    evidence: Evidence | None = None,
+    title: str, record: RunRecord | None, *, files: Mapping[str, tuple[int, str]], evidence: Evidence | None = None
 ) -> str:
     """Return the content of README.md: YAML metadata that the Hugging Face Hub reads, then text.
 
-    Args:
-        title: name of the model.
-        record: how it was made, if a run made it.
-        files: its weight files: name to (bytes, SHA-256).
-        evidence: verdicts of a verified bundle.
+    ``files`` are the weight files, name to (bytes, SHA-256); a model that no run made has no record.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -79,17 +71,15 @@ def write_card(
         loader=PackageLoader("q4kd.trainer.export"), undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters["cell"] = cell
-    evaluations = (
-        [] if record is None else [(step, _row(result)) for step, result in sorted(record.evaluations.items())]
-    )
+    evaluations = sorted(record.evaluations.items()) if record else []
     return environment.get_template("model_card.md.j2").render(
         card_data=_card_data(title, record).to_yaml(),
         title=title,
         version=program_version(),
         record=record,
-        provenance={} if record is None else provenance(record),
-        evaluations=evaluations,
-        config="" if record is None else _yaml(record.config),
+        provenance=provenance(record) if record else {},
+        evaluations=[(step, _row(result)) for step, result in evaluations],
+        config=_yaml(record.config) if record else "",
         evidence=evidence,
         files=files,
     )
@@ -115,9 +105,8 @@ def _yaml(config: Mapping[str, Any]) -> str:
 def _card_data(title: str, record: RunRecord | None) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    held_out = None if record is None else record.held_out
     results = []
-    if held_out is not None:
+    if record and (held_out := record.held_out):
         metrics = {
             "loss": ("held-out cross-entropy, nats per token", held_out["loss"]),
             "perplexity": ("held-out perplexity", _row(held_out)["perplexity"]),

@@ -4,9 +4,10 @@ A folder may come from anybody: every file is read within bounds, and what is ab
 never guessed.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,13 @@ def _student_folder(run: Path, checkpoint: Path, given: Path | None) -> Path:
 def read_record(run: Path, checkpoint: Path | None) -> RunRecord:
     """Gather what a run left of itself: run.json, the state of a checkpoint, summary.json and the evaluations.
 
-    Args:
-        run: its folder.
-        checkpoint: the checkpoint whose weights are meant; None means the final model.
+    The record is that of the checkpoint's weights, or of the final model's without one.
 
     Raises:
         InputError: when the checkpoint is damaged.
     """
     written = _object(run / RUN_FILE)
-    newest = checkpoint or next(iter(reversed(list_checkpoints(run))), None)
+    newest = checkpoint or next(reversed(list_checkpoints(run)), None)
     state = read_state(newest) if newest else None
     summary = _object(run / SUMMARY_FILE)
     steps = written.get("steps", summary.get("steps_of_full_run"))
@@ -212,30 +211,28 @@ def _scalars(value: object) -> dict[str, str | int]:
     return {str(key): item for key, item in value.items() if isinstance(item, str | int) and not isinstance(item, bool)}
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while line := file.readline(_MAX_LINE_BYTES):
-            yield line
-
-
 def _evaluations(run: Path) -> dict[int, dict[str, float]]:
     """Return the held-out evaluations of a run by step; the later one of a step that was evaluated twice."""
     path, found = run / EVENTS_FILE, dict[int, dict[str, float]]()
     if not path.is_file():
         return found
-    for line in _lines(path):
-        if b'"eval"' not in line:
-            continue
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # A run that was killed may have left half a line.
-        if not isinstance(event, dict) or event.get("event") != "eval" or not isinstance(event.get("step"), int):
-            continue
-        # A run on a cache has no teacher to evaluate with, so neither KL nor agreement.
-        values = {key: event.get(key) for key in ("loss", "kl", "agreement", "tokens") if key in event}
-        if not {"loss", "tokens"} <= values.keys():
-            continue
-        if all(isinstance(value, int | float) for value in values.values()):
-            found[event["step"]] = {key: float(value) for key, value in values.items() if value is not None}
+    with path.open("rb") as file:
+        for line in iter(functools.partial(file.readline, _MAX_LINE_BYTES), b""):
+            event = _eval_event(line)
+            # A run on a cache has no teacher to evaluate with, so neither KL nor agreement.
+            values = {key: event[key] for key in ("loss", "kl", "agreement", "tokens") if key in event}
+            numbers = all(isinstance(value, int | float) for value in values.values())
+            if {"loss", "tokens"} <= values.keys() and numbers and isinstance(event.get("step"), int):
+                found[event["step"]] = {key: float(value) for key, value in values.items()}
     return found
+
+
+def _eval_event(line: bytes) -> dict[str, Any]:
+    """Return the event ``eval`` that a line holds, or nothing; a run that was killed may have left half a line."""
+    if b'"eval"' not in line:
+        return {}
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) and event.get("event") == "eval" else {}

@@ -32,14 +32,12 @@ class GgufReport:
     """What was written.
 
     Attributes:
-        path: the file.
-        num_bytes: its size.
-        sha256: its digest.
+        num_bytes: size of the file.
+        sha256: digest of the file.
         tensors: number of tensors of each type.
         round_trip: each type's worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
     """
 
-    path: Path
     num_bytes: int = 0
     sha256: str = ""
     tensors: Mapping[str, int] = field(default_factory=dict)
@@ -54,14 +52,7 @@ def export_gguf(
     notes: Mapping[str, str | int],
     progress: Callable[[int, int], None] | None = None,
 ) -> GgufReport:
-    """Write a model as one GGUF file with its tokenizer and chat template.
-
-    Args:
-        source: the model.
-        out: the file to write; nothing may be there.
-        recipe: key of ``gguf_write.RECIPES``.
-        notes: metadata on where the model comes from, keys ``q4kd.…``.
-        progress: called with (bytes done, all bytes).
+    """Write a model as one new GGUF file with its tokenizer and chat template; arguments as for ``write_gguf``.
 
     Raises:
         InputError: when the model or its tokenizer cannot be written truthfully, or the file read back is another.
@@ -72,7 +63,7 @@ def export_gguf(
     state, vocabulary = read_state(source), read_vocabulary(source, config)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    report = GgufReport(out)
+    report = GgufReport()
     check = functools.partial(check_file, report, settings=settings, state=state, vocabulary=vocabulary)
     write_gguf(
         out,
@@ -104,7 +95,7 @@ def check_file(
     """
     model, wanted = open_model(path), read_huggingface_config(settings)
     for name, value in vars(wanted).items():
-        _demand(f"{name}", _float32(value), _float32(getattr(model.config, name)))
+        _demand(name, _float32(value), _float32(getattr(model.config, name)))
     for role, index in vocabulary.special_ids.items():
         key = {"unk": "unknown", "pad": "padding"}.get(role, role)
         _demand(f"{role} token", index, model.metadata.get(f"tokenizer.ggml.{key}_token_id"))

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,18 @@ CARD = "README.md"
 
 @dataclass
 class FolderReport:
-    """What was written: the folder, and each weight file's bytes and SHA-256."""
+    """What was written: the weights' dtype, and each weight file's bytes and SHA-256."""
 
-    path: Path
-    dtype: str = ""
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    dtype: str
+    files: dict[str, tuple[int, str]]
 
 
 def export_hf(
     source: ExportSource, out: Path, *, dtype: str | None = None, evidence: Evidence | None = None
 ) -> FolderReport:
-    """Write a model, its tokenizer, its generation config and a model card into a new folder.
+    """Write a model, its tokenizer, its generation config and a model card into a new folder; nothing may be there.
 
-    Args:
-        source: the model.
-        out: the folder to make; nothing may be there.
-        dtype: a key of ``DTYPES``; None keeps what is stored.
-        evidence: verdicts for the card.
+    ``dtype`` is a key of ``DTYPES``; None keeps what is stored.
 
     Raises:
         InputError: when the model cannot be read, does not fit the dtype, or reads back as another.
@@ -54,10 +49,9 @@ def export_hf(
         model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
         _check_folder(draft, model)
-        report = FolderReport(out, str(model.dtype).removeprefix("torch."))
-        for path in sorted(draft.glob("*.safetensors")):
-            report.files[path.name] = (path.stat().st_size, sha256_file(path))
-        card = write_card(source.title, source.record, files=report.files, evidence=evidence)
+        weights = sorted(draft.glob("*.safetensors"))
+        files = {path.name: (path.stat().st_size, sha256_file(path)) for path in weights}
+        card = write_card(source.title, source.record, files=files, evidence=evidence)
         write_atomic(draft / CARD, card.encode())
         _sync(draft)
         draft.chmod(0o755)
@@ -66,7 +60,7 @@ def export_hf(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync_folder(out.parent)
-    return report
+    return FolderReport(str(model.dtype).removeprefix("torch."), files)
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:

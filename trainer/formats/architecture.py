@@ -19,7 +19,6 @@ from q4kd.trainer.errors import InputError
 
 RopeLayout = Literal["split_halves", "interleaved"]
 ROPE_LAYOUTS: dict[str, RopeLayout] = {"qwen2": "split_halves", "qwen3": "split_halves", "llama": "interleaved"}
-SUPPORTED_ARCHITECTURES = tuple(ROPE_LAYOUTS)
 VECTOR_TYPES = ("F16", "BF16", "F32")
 ROPE_FACTORS = "rope_freqs.weight"
 _MAX_DIMENSION = 1 << 22
@@ -78,22 +77,10 @@ def check_architecture(path: Path, architecture: object) -> str:
     Raises:
         InputError: when it is not implemented.
     """
-    if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
-        expected, got = f"architecture {', '.join(SUPPORTED_ARCHITECTURES)}", repr(architecture)[:80]
+    if not isinstance(architecture, str) or architecture not in ROPE_LAYOUTS:
+        expected, got = f"architecture {', '.join(ROPE_LAYOUTS)}", repr(architecture)[:80]
         raise InputError(str(path), expected=expected, got=got, remedy="use a teacher of a supported architecture")
     return architecture
-
-
-def check_number(subject: str, value: object, low: float, high: float) -> float:
-    """Return a metadata value that must be a number within bounds.
-
-    Raises:
-        InputError: naming the bounds and the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        got = "nothing" if value is None else repr(value)[:80]
-        raise InputError(subject, expected=f"a number from {low:g} to {high:g}", got=got, remedy=_CONVERT)
-    return value
 
 
 def read_dimensions(
@@ -111,15 +98,20 @@ def read_dimensions(
         InputError: for a value that is missing, of another type, or out of bounds.
     """
 
+    def refuse(key: str, expected: str, got: str, remedy: str = _CONVERT) -> InputError:
+        return InputError(f"{path}: {architecture}.{key}", expected=expected, got=got, remedy=remedy)
+
     def number(key: str, low: float, high: float, default: float | None = None) -> float:
         value = values.get(key)
-        return check_number(f"{path}: {architecture}.{key}", default if value is None else value, low, high)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise refuse(key, f"a number from {low:g} to {high:g}", "nothing" if value is None else repr(value)[:80])
+        return value
 
     def integer(key: str, high: int, default: int | None = None) -> int:
         value = number(key, 1, high, default)
         if value != int(value):
-            subject = f"{path}: {architecture}.{key}"
-            raise InputError(subject, expected="a whole number", got=str(value), remedy=_CONVERT)
+            raise refuse(key, "a whole number", str(value))
         return int(value)
 
     embedding = tensors.get("token_embd.weight")
@@ -131,12 +123,8 @@ def read_dimensions(
     head_dim = integer("attention.key_length", 4096, max(1, hidden // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if integer(key, 4096, head_dim) != head_dim:
-            raise InputError(
-                f"{path}: {architecture}.{key}",
-                expected=f"the head size {head_dim}",
-                got=str(values[key]),
-                remedy="use another teacher; partial rotary embedding and heads of two sizes are not implemented",
-            )
+            remedy = "use another teacher; partial rotary embedding and heads of two sizes are not implemented"
+            raise refuse(key, f"the head size {head_dim}", str(values[key]), remedy)
     return TeacherConfig(
         architecture=architecture,
         num_layers=integer("block_count", 1024),

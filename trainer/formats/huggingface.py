@@ -1,7 +1,7 @@
-"""A Hugging Face folder: what its config.json says of a causal LM, in the teacher's terms, and its weights.
+"""Reads a Hugging Face folder: the dimensions of a causal LM from its config.json, in the teacher's terms, and weights.
 
-What a GGUF cannot say is refused. The model types qwen2, qwen3 and llama keep their names; mistral becomes llama, as
-in llama.cpp's converter.
+A setting that a GGUF cannot express is refused. The model types qwen2, qwen3 and llama keep their names; mistral
+becomes llama, as in llama.cpp's converter.
 """
 
 import math
@@ -28,13 +28,13 @@ def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
 
     Raises:
         InputError: for another model_type or activation, a size that is missing or not positive, a sliding window
-            shorter than the context, partial rotary embedding, or a rope scaling that its GGUF cannot say.
+            shorter than the context, partial rotary embedding, or a rope scaling that its GGUF cannot express.
     """
     model_type = settings.get("model_type")
     if model_type not in _ARCHITECTURES:
         raise _refusal("model_type", " or ".join(_ARCHITECTURES), model_type)
     architecture = _ARCHITECTURES[model_type]
-    _refuse_unsayable(settings, architecture)
+    _refuse_unsupported(settings, architecture)
     hidden, heads = _size(settings, "hidden_size"), _size(settings, "num_attention_heads")
     head_dim = _QWEN3_HEAD_DIM if architecture == "qwen3" else hidden // heads
     return TeacherConfig(
@@ -46,9 +46,7 @@ def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
         num_kv_heads=_size(settings, "num_key_value_heads", heads),
         head_dim=_size(settings, "head_dim", head_dim),
         rms_eps=_positive(settings, "rms_norm_eps"),
-        rope_base=_positive(
-            {"rope_theta": _rope(settings).get("rope_theta", settings.get("rope_theta"))}, "rope_theta"
-        ),
+        rope_base=_positive({**settings, **_rope(settings)}, "rope_theta"),
         rope_layout=ROPE_LAYOUTS[architecture],
         qk_norm=architecture == "qwen3",
         context_length=_size(settings, "max_position_embeddings"),
@@ -75,9 +73,8 @@ def rope_factors(settings: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
     original = _positive(rope, "original_max_position_embeddings")
     if high <= low:
         raise _refusal("rope high_freq_factor", f"more than low_freq_factor {low:g}", high)
-    wavelength = (
-        2 * math.pi * config.rope_base ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    )
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    wavelength = 2 * math.pi * config.rope_base**exponents
     keep = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return (1 / ((1 - keep) / factor + keep)).astype(np.float32)
 
@@ -93,21 +90,20 @@ def read_weights(model: Path) -> dict[str, "torch.Tensor"]:
     from safetensors import SafetensorError, safe_open
 
     index = model / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    names, remedy = ["model.safetensors"], "save the model again with save_pretrained"
     if index.is_file():
         listed = read_json(index)
         mapped = listed.get("weight_map") if isinstance(listed, dict) else None
         names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
         if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
-            expected, remedy = "a weight_map to files beside it", "save the model again with save_pretrained"
-            raise InputError(str(index), expected=expected, got="another", remedy=remedy)
+            raise InputError(str(index), expected="a weight_map to files beside it", got="another", remedy=remedy)
     state: dict[str, torch.Tensor] = {}
     for name in names:
         try:
             with safe_open(model / name, framework="pt") as opened:
                 state |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
-            got, remedy = str(error).splitlines()[0][:120], "save the model again with save_pretrained"
+            got = str(error).splitlines()[0][:120]
             raise InputError(str(model / name), expected="weights as safetensors", got=got, remedy=remedy) from error
     return state
 
@@ -143,8 +139,8 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def _refuse_unsayable(settings: Mapping[str, Any], architecture: str) -> None:
-    """Refuse what would be computed differently from the GGUF, whose keys cannot say it."""
+def _refuse_unsupported(settings: Mapping[str, Any], architecture: str) -> None:
+    """Refuse settings that no key of a GGUF expresses: the GGUF would compute something else."""
     rope = _rope(settings)
     if settings.get("hidden_act", "silu") != "silu":
         raise _refusal("hidden_act", "silu", settings["hidden_act"])

@@ -21,14 +21,8 @@ def open_model(path: Path) -> ModelFile:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(
-            str(path),
-            expected="a readable model file",
-            got=str(error.strerror),
-            remedy=f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
-            if path.is_dir()
-            else missing_path_remedy(path, "name a file that is there", pattern="*.gguf"),
-        ) from error
-    if magic in _APR_MAGICS:
-        return open_apr(path)
-    return open_gguf(path)
+        remedy = missing_path_remedy(path, "name a file that is there", pattern="*.gguf")
+        if path.is_dir():
+            remedy = f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
+        raise InputError(str(path), expected="a readable model file", got=str(error.strerror), remedy=remedy) from error
+    return open_apr(path) if magic in _APR_MAGICS else open_gguf(path)

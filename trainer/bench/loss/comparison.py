@@ -10,7 +10,6 @@ Bytes are the peak beyond what is held before, less the gradients: on CUDA torch
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, spread
+from q4kd.trainer.bench.device_probes import current_device, seconds_of, wall_seconds
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, interleave, make_ids, round_ratios
 from q4kd.trainer.bench.loss.inputs import LossShape, LossWork, make_work
 from q4kd.trainer.loss.config import KDLossConfig, LogitsType
 from q4kd.trainer.loss.fused import kd_loss
@@ -28,13 +28,7 @@ from q4kd.trainer.loss.sums import add_product, multiply_wide
 
 
 class LossArm:
-    """One way through the work; ``interleave.Arm``.
-
-    Args:
-        name: name in the table.
-        step: function that does it once.
-        device: device whose clock is read.
-    """
+    """One way through the work, which ``step`` does once, timed by the device's clock; ``interleave.Arm``."""
 
     def __init__(self, name: str, step: Callable[[], object], device: torch.device) -> None:
         self.name, self.step, self._device = name, step, device
@@ -45,13 +39,7 @@ class LossArm:
 
     def run(self, _ids: Ids, save: Path | None = None) -> float:
         """Return the seconds of one step."""
-        if self._device.type == "cuda":
-            from q4kd.trainer.bench.device_probes import seconds_of
-
-            return seconds_of(self.step)
-        started = time.perf_counter()
-        self.step()
-        return time.perf_counter() - started
+        return seconds_of(self.step) if self._device.type == "cuda" else wall_seconds(self.step, self._device)
 
     def close(self) -> None:
         """Drop the work."""
@@ -61,15 +49,9 @@ class LossArm:
 def loss_step(work: LossWork, config: KDLossConfig) -> None:
     """Take the loss and its backward once."""
     work.hidden.grad = work.weight.grad = None
-    terms = kd_loss(
-        work.hidden,
-        work.weight,
-        work.labels,
-        teacher_hidden=work.teacher_hidden,
-        teacher_head=work.head,
-        num_targets=float(work.shape.tokens),
-        config=config,
-    )
+    hidden, head, tokens = work.teacher_hidden, work.head, float(work.shape.tokens)
+    student = work.hidden, work.weight, work.labels
+    terms = kd_loss(*student, teacher_hidden=hidden, teacher_head=head, num_targets=tokens, config=config)
     terms.loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -81,14 +63,9 @@ def _logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 class Products:
-    """The four products, ``chunk`` tokens of gradients and ``step`` tokens of logits at a time.
+    """The four products, ``chunk`` tokens of gradients and ``step`` tokens of logits, its divisor, at a time.
 
-    Args:
-        work: the tensors.
-        chunk: rows of a product of gradients.
-        step: rows of a product of logits; divides ``chunk``.
-        logits_type: dtype of the two logits.
-        sums: whether the head's gradient is summed in float32 and rounded at the end, as chunks need it.
+    With ``sums`` the head's gradient is summed in float32 and rounded at the end, as chunks need it.
     """
 
     def __init__(self, work: LossWork, chunk: int, step: int, logits_type: torch.dtype, *, sums: bool) -> None:
@@ -147,26 +124,19 @@ _TYPES: tuple[LogitsType, ...] = ("float32", "bfloat16")
 def _arms(work: LossWork, config: KDLossConfig) -> list[tuple[LossArm, LogitsType]]:
     """Return the arms, ``products`` first, with the type of each one's logits."""
     device, tokens = work.hidden.device, work.shape.tokens
-    kinds: tuple[LogitsType, ...]
-    chunks: dict[LogitsType, int]
-    if device.type == "cuda":
-        from q4kd.trainer.loss.cuda.chunks import fast_chunk, slice_of
-
-        chunks = {
-            kind: fast_chunk(tokens, work.shape.vocab, replace(config, logits=kind), work.hidden) for kind in _TYPES
-        }
-        kinds = _TYPES
-        steps = {kind: slice_of(chunks[kind], in_place=kind == "bfloat16") for kind in _TYPES}
-    else:
-        kinds, chunks = ("float32",), {"float32": config.chunk_for(work.shape.vocab)}
-        steps = chunks
     arms = []
-    for kind in kinds:
+    for kind in _TYPES if device.type == "cuda" else _TYPES[:1]:
+        if device.type == "cuda":
+            from q4kd.trainer.loss.cuda.chunks import fast_chunk, slice_of
+
+            chunk = fast_chunk(tokens, work.shape.vocab, replace(config, logits=kind), work.hidden)
+            step = slice_of(chunk, in_place=kind == "bfloat16")
+        else:
+            chunk = step = config.chunk_for(work.shape.vocab)
         of_type = partial(Products, work, logits_type=getattr(torch, kind))
-        chunk = chunks[kind]
         made: dict[str, Callable[[], object]] = {
             "products": of_type(tokens, tokens, sums=False),
-            "products-chunked": of_type(chunk, steps[kind], sums=True),
+            "products-chunked": of_type(chunk, step, sums=True),
             "fast": partial(loss_step, work, replace(config, mode="fast", logits=kind)),
         }
         if kind == "float32":
@@ -179,7 +149,7 @@ def compare_loss(
     shape: LossShape, device: str, config: KDLossConfig, rounds: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Time every arm turn by turn and return rows: seconds, ratio to ``products`` of the same type, bytes."""
-    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    where = current_device(device)
     work = make_work(shape, where)
     say(f"{shape.tokens} tokens, V {shape.vocab}, H {shape.hidden}, teacher H {shape.teacher_hidden}, {device}")
     arms = _arms(work, config)
@@ -201,18 +171,12 @@ def compare_loss(
             }
         )
     name = torch.cuda.get_device_name(where) if device == "cuda" else "cpu"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "shape": asdict(shape),
-        "config": asdict(config),
-        "head_bytes": work.head.decoded().nbytes,
-        "rows": rows,
-    }
+    facts = {"device": name, "torch": torch.__version__, "shape": asdict(shape), "config": asdict(config)}
+    return facts | {"head_bytes": work.head.decoded().nbytes, "rows": rows}
 
 
 def _ratio(one: Series, base: Series) -> dict[str, float]:
-    found = spread([mine / theirs for mine, theirs in zip(one.seconds, base.seconds, strict=True)])
+    found = round_ratios(one.seconds, base.seconds)
     return {"ratio": found["median"], "ratio_low": found["low"], "ratio_high": found["high"]}
 
 

@@ -1,10 +1,11 @@
-"""What the arms of ``bench/loss.py`` work on: sizes, and random tensors of them."""
+"""What the arms of ``bench/loss/comparison.py`` work on: sizes, and random tensors of them."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.loss.teacher_head import DenseHead
 
 
@@ -33,16 +34,13 @@ class _PackedHead(DenseHead):
     """A Q6_K head that is decoded at every call, into one buffer, as a step's first use of the teacher's head does."""
 
     def __init__(self, shape: LossShape, device: torch.device) -> None:
-        from q4kd.trainer.formats.blocks.layout import block_format
         from q4kd.trainer.kernels.teacher_kernels import Kernels
 
         rows, cols = shape.vocab + shape.padding, shape.teacher_hidden
         super().__init__(torch.empty(rows, cols, dtype=torch.bfloat16, device=device))
         form = block_format("Q6_K")
-        packed = torch.randint(
-            0, 256, (rows * form.row_bytes(cols) // form.block_bytes, form.block_bytes), device=device
-        )
-        packed = packed.to(torch.uint8)
+        blocks = rows * form.row_bytes(cols) // form.block_bytes
+        packed = torch.randint(0, 256, (blocks, form.block_bytes), device=device).to(torch.uint8)
         # Scales of sub-blocks lie within ± 8, those of superblocks are 2^-12: weights are about 0.03.
         packed[:, 192:208] = torch.randint(-8, 9, (len(packed), 16), device=device).to(torch.int8).view(torch.uint8)
         packed[:, 208:] = torch.tensor([0x00, 0x0C], dtype=torch.uint8, device=device)
@@ -50,12 +48,12 @@ class _PackedHead(DenseHead):
         self._packed = self._kernels.repack_q6_k(packed.view(rows, -1))
 
     def decoded(self) -> Tensor:
-        """Decode now."""
+        """Decode every row and return the matrix."""
         self.decode(0, self.rows, self._weight_VH)
         return self._weight_VH
 
     def decode(self, start: int, stop: int, out_RH: Tensor) -> None:
-        """Decode rows."""
+        """Decode rows ``start`` to ``stop``."""
         self._kernels.decode("Q6_K_SOA", self._packed, start, stop, self._weight_VH.shape[1], out_RH)
 
 

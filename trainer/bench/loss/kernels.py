@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from q4kd.trainer.bench.device_probes import copy_bandwidth, median_seconds
+from q4kd.trainer.bench.device_probes import copy_bandwidth, current_device, median_seconds
 from q4kd.trainer.loss.config import DIVERGENCES, Divergence, KDLossConfig
 from q4kd.trainer.loss.cuda.kernels import SUMS, LossKernels, knobs_of, loss_kernels, whole
 
@@ -21,28 +21,19 @@ def kernel_rates(vocab: int, temperature: float = 1.0) -> list[dict[str, object]
     Returns:
         Rows with ``milliseconds_of_8192`` (tokens), ``bytes_per_s`` and ``of_copy``, its share of a copy's.
     """
-    device = torch.empty(0, device="cuda").device
-    copied = copy_bandwidth()
+    device, copied = current_device(), copy_bandwidth()
     torch.cuda.empty_cache()
     kernels = loss_kernels(device)
-    rows = []
+    rows: list[dict[str, object]] = []
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = ((3 * torch.randn(ROWS, vocab, device=device)).to(dtype) for _ in range(2))
         for divergence in DIVERGENCES:
-            calls = _calls(kernels, student, teacher, divergence, temperature)
-            for name, call in calls.items():
+            what = {"divergence": divergence, "logits": str(dtype).removeprefix("torch.")}
+            for name, call in _calls(kernels, student, teacher, divergence, temperature).items():
                 seconds = median_seconds(call)
                 moved = ROWS * vocab * (2 * dtype.itemsize + 2) / seconds
-                rows.append(
-                    {
-                        "kernel": name,
-                        "divergence": divergence,
-                        "logits": str(dtype).removeprefix("torch."),
-                        "milliseconds_of_8192": seconds * 1e3 * 8192 / ROWS,
-                        "bytes_per_s": moved,
-                        "of_copy": moved / copied,
-                    }
-                )
+                rates = {"milliseconds_of_8192": seconds * 1e3 * 8192 / ROWS, "bytes_per_s": moved}
+                rows.append({"kernel": name, **what, **rates, "of_copy": moved / copied})
     return rows
 
 
@@ -73,10 +64,9 @@ def _calls(
 
 def kernel_table(rows: list[dict[str, object]]) -> list[str]:
     """Return the rows as aligned text."""
-    lines = [f"{'kernel':<13} {'divergence':<11} {'logits':<9} {'ms of 8192':>11} {'GB/s':>6} {'of copy':>8}"]
-    lines += [
+    head = f"{'kernel':<13} {'divergence':<11} {'logits':<9} {'ms of 8192':>11} {'GB/s':>6} {'of copy':>8}"
+    return [head] + [
         f"{row['kernel']:<13} {row['divergence']:<11} {row['logits']:<9} {row['milliseconds_of_8192']:11.2f} "
         f"{float(str(row['bytes_per_s'])) / 1e9:6.0f} {row['of_copy']:8.3f}"
         for row in rows
     ]
-    return lines

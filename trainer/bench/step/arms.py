@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from q4kd.trainer.bench.device_probes import synchronise, wall_seconds
 from q4kd.trainer.bench.interleave import Ids
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
@@ -15,12 +16,7 @@ from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.step import StepResult, train_step
 
 HEAD_TOKENS = 1024
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+MakeEngine = Callable[[DistillConfig], tuple[Any, Any, Any]]
 
 
 class TrainArm:
@@ -33,19 +29,13 @@ class TrainArm:
         make_engine: returns ``(accelerator, prepared model, prepared optimizer)`` for the config.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: DistillConfig,
-        load: Callable[[], Teacher],
-        make_engine: Callable[[DistillConfig], tuple[Any, Any, Any]],
-    ) -> None:
+    def __init__(self, name: str, config: DistillConfig, load: Callable[[], Teacher], make_engine: MakeEngine) -> None:
         self.name, self._config, self._load, self._make_engine = name, config, load, make_engine
         self.results: list[StepResult] = []
         self.data_seconds: list[float] = []  # seconds to make each step's batch on the device
 
     def prepare(self) -> dict[str, Any]:
-        """Load the teacher, build student and optimiser."""
+        """Load the teacher, then build the student and its optimiser."""
         self._teacher = self._load()
         self._accelerator, self._model, self._optimizer = self._make_engine(self._config)
         self._model.train()
@@ -65,13 +55,12 @@ class TrainArm:
         teacher = None if self._config.alpha == 1 else self._teacher
         synchronise(self._accelerator.device)
         self.data_seconds.append(time.perf_counter() - began)
-        started = time.perf_counter()
-        result = train_step(
-            self._accelerator, self._model, teacher, self._optimizer, batch, self._config, self._config.lr
-        )
-        synchronise(self._accelerator.device)
-        self.results.append(result)
-        return time.perf_counter() - started
+
+        def step() -> None:
+            parts = self._accelerator, self._model, teacher, self._optimizer
+            self.results.append(train_step(*parts, batch, self._config, self._config.lr))
+
+        return wall_seconds(step, self._accelerator.device)
 
     def close(self) -> None:
         """Drop student and optimiser."""
@@ -94,23 +83,20 @@ class TeacherArm:
     def run(self, ids_BT: Ids, save: Path | None = None) -> float:
         """Run one pass over the inputs of int64 windows ``[B, T + 1]`` and return its seconds."""
         ids = torch.from_numpy(ids_BT[:, :-1]).to(self._device)
-        synchronise(self._device)
-        started = time.perf_counter()
-        hidden_MH = self._teacher.hidden(ids).flatten(0, 1)
-        for chunk_MH in torch.split(hidden_MH, HEAD_TOKENS):
-            self._teacher.head_logits(chunk_MH)
-        synchronise(self._device)
-        return time.perf_counter() - started
+
+        def forward() -> None:
+            hidden_MH = self._teacher.hidden(ids).flatten(0, 1)
+            for chunk_MH in torch.split(hidden_MH, HEAD_TOKENS):
+                self._teacher.head_logits(chunk_MH)
+
+        return wall_seconds(forward, self._device)
 
     def close(self) -> None:
         """Leave the teacher to the arm that trains with it."""
 
 
 def make_arms(
-    config: DistillConfig,
-    load: Callable[[], Teacher],
-    device: torch.device,
-    make_engine: Callable[[DistillConfig], tuple[Any, Any, Any]],
+    config: DistillConfig, load: Callable[[], Teacher], device: torch.device, make_engine: MakeEngine
 ) -> tuple[TrainArm, TeacherArm, TrainArm]:
     """Return the whole step, the teacher and the student alone."""
     return (

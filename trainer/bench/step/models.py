@@ -17,36 +17,17 @@ from q4kd.trainer.student.model import DistillationModel, load_student, set_up_s
 from q4kd.trainer.train.distributed import make_accelerator, prepare_model
 from q4kd.trainer.train.optimizer import make_optimizer
 
-# This is Qwen2.5-0.5B. Its 151,936 rows are fewer than the 7B teacher's 152,064: the loss drops the difference.
-STUDENT_0_5B = {
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-STUDENT_SMALL = {
-    "vocab_size": 4096,
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
+# These are the sizes in which the two students differ. STUDENT_0_5B is Qwen2.5-0.5B: its 151,936 rows are fewer than
+# the 7B teacher's 152,064, and the loss drops the difference.
+STUDENT_0_5B = {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864}
+STUDENT_0_5B |= {"num_hidden_layers": 24, "num_attention_heads": 14}
+STUDENT_SMALL = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 512}
+STUDENT_SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Files of a teacher and a student.
-
-    Attributes:
-        teacher: GGUF.
-        student: folder with config.json, no weights.
-        vocab_size: rows of the student.
-    """
+    """A teacher's GGUF, a student's folder (config.json, no weights), and the rows of the student's head."""
 
     teacher: Path
     student: Path
@@ -56,10 +37,15 @@ class Pair:
 def make_pair(folder: Path, device: torch.device, layers: int) -> Pair:
     """Write a pair into ``folder``; ``layers`` is the teacher's number of layers on CUDA (28 is the whole model)."""
     teacher, student = folder / "teacher.gguf", folder / "student"
-    settings: dict[str, Any] = dict(STUDENT_0_5B if device.type == "cuda" else STUDENT_SMALL)
+    sizes = STUDENT_0_5B if device.type == "cuda" else STUDENT_SMALL
+    qwen2: dict[str, Any] = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_position_embeddings": 32768,
+    }
+    qwen2 |= {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     student.mkdir()
-    qwen2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768}
-    write_json(student / "config.json", {**qwen2, **settings, "rms_norm_eps": 1e-6, "rope_theta": 1e6})
+    write_json(student / "config.json", {**qwen2, **sizes})
     if device.type == "cuda":
         from q4kd.trainer.bench.synthetic_7b import make_tensors, qwen2_5_7b, write_gguf
 
@@ -67,8 +53,8 @@ def make_pair(folder: Path, device: torch.device, layers: int) -> Pair:
         write_gguf(teacher, config, make_tensors(config, device))
         collect_garbage()
     else:
-        write_large_teacher(teacher, vocab=settings["vocab_size"])
-    return Pair(teacher, student, settings["vocab_size"])
+        write_large_teacher(teacher, vocab=sizes["vocab_size"])
+    return Pair(teacher, student, sizes["vocab_size"])
 
 
 def make_engine(config: DistillConfig) -> tuple[Any, Any, Any]:
@@ -86,13 +72,9 @@ def peer_student(pair: Pair, device: torch.device) -> Any:
 
 
 def peer_teacher(pair: Pair, device: torch.device, layers: int, *, nf4: bool) -> Any:
-    """Return the teacher of the same weights in transformers, dense bfloat16, its head cut to the student's rows.
+    """Return the teacher of the same weights in transformers, its head cut to the student's rows.
 
-    Args:
-        pair: the files.
-        device: a CUDA device.
-        layers: number of layers, as in ``make_pair``.
-        nf4: whether its linear layers are bitsandbytes' 4-bit ones.
+    It is dense bfloat16 on a CUDA device; with ``nf4`` its linear layers are bitsandbytes' 4-bit ones.
 
     Raises:
         ImportError: without bitsandbytes, for ``nf4``.
@@ -103,7 +85,7 @@ def peer_teacher(pair: Pair, device: torch.device, layers: int, *, nf4: bool) ->
     config = qwen2_5_7b(layers)
     twin = build_twin(config, make_tensors(config, device), torch.bfloat16)
     twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight[: pair.vocab_size].clone(), requires_grad=False)
-    # What GKDTrainer compares; the rows that are left out belong to no token.
+    # GKDTrainer compares the two vocabulary sizes; the rows that are left out belong to no token.
     twin.config.vocab_size = pair.vocab_size
     if nf4:
         to_nf4(twin)

@@ -7,36 +7,24 @@ bfloat16 weights and float32 masters.
 
 import importlib
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from q4kd.trainer.bench.device_probes import wall_seconds
 from q4kd.trainer.bench.interleave import Ids
-from q4kd.trainer.bench.step.arms import synchronise
 
 
 class TrlArm:
     """One step of GKDTrainer: ``training_step``, clip, fused AdamW.
 
-    Args:
-        name: name in the table.
-        make_student: returns the student, a transformers causal LM in float32 on the device.
-        make_teacher: returns the teacher, likewise a causal LM, with a head as wide as the student's.
-        lr: learning rate.
-        clip: largest gradient norm.
+    Both models are made as transformers causal LMs on the device, the student in float32, their heads equally wide.
     """
 
     def __init__(
-        self,
-        name: str,
-        make_student: Callable[[], Any],
-        make_teacher: Callable[[], Any],
-        *,
-        lr: float,
-        clip: float,
+        self, name: str, make_student: Callable[[], Any], make_teacher: Callable[[], Any], *, lr: float, clip: float
     ) -> None:
         self.name, self._make_student, self._make_teacher = name, make_student, make_teacher
         self._lr, self._clip = lr, clip
@@ -89,20 +77,19 @@ class TrlArm:
         # The window's last token has a label but is no input of q4kd's; here, too, T positions are learnt.
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         self._model.train()
-        synchronise(device)
-        started = time.perf_counter()
-        self._trainer.training_step(self._model, inputs)
-        self._trainer.accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
-        self._optimizer.step()
-        self._model.zero_grad()
-        synchronise(device)
-        return time.perf_counter() - started
+
+        def step() -> None:
+            self._trainer.training_step(self._model, inputs)
+            self._trainer.accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
+            self._optimizer.step()
+            self._model.zero_grad()
+
+        return wall_seconds(step, device)
 
     def close(self) -> None:
         """Drop the trainer with its models and its folder."""
-        self.__dict__.pop("_trainer", None)
-        self.__dict__.pop("_model", None)
-        self.__dict__.pop("_optimizer", None)
+        for name in ("_trainer", "_model", "_optimizer"):
+            self.__dict__.pop(name, None)
         self._folder.cleanup()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from q4kd.trainer.bench.interleave import Arm, Ids, Ratio, Series, Shape, compare, interleave, least_cosine, make_ids
+from q4kd.trainer.bench.interleave import Arm, Ids, Series, Shape, compare, describe_spread, interleave, make_ids
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.bench.teacher.cpu import worker_arm
 from q4kd.trainer.bench.teacher.worker import ArmFailed
@@ -29,16 +30,10 @@ def compare_on_cpu(
     dtype: str,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Time ``q4k`` against other engines on one file.
+    """Time ``q4k`` against other engines on a GGUF file, or on a synthetic one of ``DEFAULT_MODEL``.
 
-    Args:
-        model: GGUF file; None makes a synthetic one of ``DEFAULT_MODEL``.
-        engines: names in ``cpu.ENGINES``, without the subject ``q4k``.
-        lengths: positions of one sequence, a comparison each.
-        rounds: counted rounds.
-        threads: number of each engine's threads.
-        dtype: dtype of the engines that have a choice.
-        announce: receives progress lines.
+    The engines are names in ``cpu.ENGINES`` without ``q4k``; ``dtype`` is that of those which have a choice. Each of
+    ``lengths``, the positions of one sequence, makes a comparison of its own. ``announce`` receives progress lines.
 
     Returns:
         JSON-able: environment, facts of each arm, agreement, series and ratios.
@@ -58,13 +53,12 @@ def compare_on_cpu(
         }
         try:
             arms = [arm for arm in wanted if _prepare(arm, found)]
-            if not arms or arms[0] is not wanted[0]:
+            if wanted[0] not in arms:
                 return found
             for length in lengths:
                 ids_BT = make_ids(Shape(1, length), vocab_size)
                 agreement = agree(arms, ids_BT, Path(folder))
-                series = interleave(arms, ids_BT, rounds, announce)
-                found["shapes"].append(_shape_result(series, compare(series), agreement))
+                found["shapes"].append(_shape_result(interleave(arms, ids_BT, rounds, announce), agreement))
         finally:
             for arm in wanted:
                 arm.close()
@@ -89,12 +83,22 @@ def agree(arms: Sequence[Arm], ids_BT: Ids, folder: Path) -> dict[str, float]:
     return {arm.name: least_cosine(ours, theirs) for arm, theirs in zip(arms[1:], others, strict=True)}
 
 
-def _shape_result(series: Sequence[Series], ratios: Sequence[Ratio], agreement: dict[str, float]) -> dict[str, Any]:
+def least_cosine(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
+    """Return the least cosine between two arms' logits over all positions, in float64; ``[..., V]`` each."""
+    worst = 1.0
+    for a, b in zip(ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1]), strict=True):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+        worst = min(worst, float(x @ y) / scale if scale > 0 and np.isfinite(scale) else -1.0)
+    return worst
+
+
+def _shape_result(series: Sequence[Series], agreement: dict[str, float]) -> dict[str, Any]:
     return {
         "shape": str(series[0].shape),
         "least_cosine": agreement,
         "series": [{**asdict(one), "tokens_per_second": one.tokens_per_second} for one in series],
-        "ratios": [asdict(ratio) for ratio in ratios],
+        "ratios": [asdict(ratio) for ratio in compare(series)],
     }
 
 
@@ -121,8 +125,7 @@ def table(found: dict[str, Any]) -> list[str]:
         for one, ratio in zip(others, result["ratios"], strict=True):
             lines.append(
                 f"  {one['arm']:<22} {one['tokens_per_second']:8.0f} tokens/s   {subject['arm']} is "
-                f"{ratio['median']:.2f} times as fast (quartiles {ratio['low']:.2f}..{ratio['high']:.2f}, "
-                f"extremes {ratio['least']:.2f}..{ratio['greatest']:.2f}), "
+                f"{ratio['median']:.2f} times as fast ({describe_spread(ratio, 2)}), "
                 f"least cosine {result['least_cosine'][one['arm']]:.5f}"
             )
     return lines + [f"  {name}: not run: {why}" for name, why in found["not_run"].items()]

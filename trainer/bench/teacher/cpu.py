@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from q4kd.trainer.bench.interleave import Arm, Ids
+from q4kd.trainer.bench.interleave import Ids
 from q4kd.trainer.bench.teacher.worker import WorkerArm, serve
 
 if TYPE_CHECKING:
@@ -34,13 +34,20 @@ def worker_arm(engine: str, model: Path, threads: int, dtype: str) -> WorkerArm:
     return WorkerArm(name, "q4kd.trainer.bench.teacher.cpu", arguments, threads)
 
 
-class TeacherArm:
-    """This project's teacher with a backend: ``q4k`` or ``dense``."""
+class _InProcessArm:
+    """An arm of torch's, whose weights go when its process does."""
 
-    def __init__(self, backend: str, model: Path, threads: int, dtype: str) -> None:
-        self.name = backend
-        self._model, self._threads, self._dtype = model, threads, dtype
-        self._logits: Tensor | None = None
+    def __init__(self, name: str, model: Path, threads: int, dtype: str) -> None:
+        self.name, self._model, self._threads, self._dtype = name, model, threads, dtype
+
+    def close(self) -> None:
+        """Nothing is held beyond the process."""
+
+
+class TeacherArm(_InProcessArm):
+    """This project's teacher with the backend that names the arm: ``q4k`` or ``dense``."""
+
+    _logits: "Tensor | None" = None
 
     def prepare(self) -> dict[str, Any]:
         """Load the file."""
@@ -80,17 +87,9 @@ class TeacherArm:
             np.save(save, self._logits.numpy(), allow_pickle=False)
         return seconds
 
-    def close(self) -> None:
-        """Nothing is held beyond the process."""
 
-
-class TransformersArm:
+class TransformersArm(_InProcessArm):
     """transformers' dense model of the same weights."""
-
-    name = "transformers"
-
-    def __init__(self, model: Path, threads: int, dtype: str) -> None:
-        self._model, self._threads, self._dtype = model, threads, dtype
 
     def prepare(self) -> dict[str, Any]:
         """Decode the file into the model."""
@@ -123,9 +122,6 @@ class TransformersArm:
         if save is not None:
             np.save(save, logits.float().numpy(), allow_pickle=False)
         return seconds
-
-    def close(self) -> None:
-        """Nothing is held beyond the process."""
 
 
 class LlamaCppArm:
@@ -205,21 +201,17 @@ class LlamaCppArm:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be one engine's worker."""
+    """Serve one engine as a worker process."""
     parser = argparse.ArgumentParser(prog="python -m q4kd.trainer.bench.teacher.cpu")
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args(arguments)
-    arm: Arm
     if options.engine == "llama.cpp":
-        arm = LlamaCppArm(options.model, options.threads)
-    elif options.engine == "transformers":
-        arm = TransformersArm(options.model, options.threads, options.dtype)
-    else:
-        arm = TeacherArm(options.engine, options.model, options.threads, options.dtype)
-    return serve(arm)
+        return serve(LlamaCppArm(options.model, options.threads))
+    kind = TransformersArm if options.engine == "transformers" else TeacherArm
+    return serve(kind(options.engine, options.model, options.threads, options.dtype))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m q4kd.trainer.bench.teacher.cuda --out DIR [--layers 28] [--rounds 15] [--skip load]
 
-makes Qwen2.5-7B's shapes on the device (``cuda/synthetic.py``) and measures, in this order: the device's ceilings;
+makes Qwen2.5-7B's shapes on the device (``bench/synthetic_7b.py``) and measures, in this order: the device's ceilings;
 rounding error of each arm against float32; speed, arms interleaved; utilisation and copies to the host; load and
 memory in processes of their own (``bench/load.py``). Numbers go to ``DIR/cuda.json``; a table is printed last.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from q4kd.trainer.bench.device_probes import (
     collect_garbage,
     copy_bandwidth,
+    current_device,
     gemm_rate,
     host_copies,
     seconds_of,
@@ -100,7 +101,7 @@ class CudaArm:
 
 def packed_arm(name: str, config: TeacherConfig, backend: str, **options: Any) -> CudaArm:
     """Return this project's teacher over freshly made, always equal weights; ``options`` are ``CudaForward``'s."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = current_device()
     forward = CudaForward(config, make_tensors(config, device), backend, Kernels(device), **options)
     return CudaArm(name, forward.hidden, forward.head_logits)
 
@@ -124,17 +125,16 @@ def floor_seconds(config: TeacherConfig, shape: Shape, *, with_head: bool, rate:
 
 def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Callable[[str], None]) -> None:
     """Measure everything that needs only this process into ``found``; see the module's docstring."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = current_device()
     found |= {"environment": environment(), "config": asdict(config)}
-    ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flop_per_s": gemm_rate()}
-    found["ceilings"] = ceilings
+    found["ceilings"] = ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flop_per_s": gemm_rate()}
     copied, multiplied = (value / 1e12 for value in ceilings.values())
     say(f"ceilings: copy {copied:.2f} TB/s, bf16 {multiplied:.0f} TFLOP/s")
     collect_garbage()
     ids_ST, columns = make_probe(config, device)
     reference = twin_arm("float32", build_twin(config, make_tensors(config, device), torch.float32))
     with plain_float32():
-        exact = [part.cpu() for part in probe_logits(reference, ids_ST, columns)]
+        exact = [part.cpu() for part in probe_logits(reference.logits, ids_ST, columns)]
     reference.close()
     collect_garbage()
     say("reference: float32 logits made")
@@ -147,7 +147,7 @@ def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Call
         twin_arm("dense-transformers", build_twin(config, make_tensors(config, device), torch.bfloat16)),
     ]
     collect_garbage()
-    errors = {arm.name: probe_errors(arm, ids_ST, columns, exact) for arm in arms if arm.name in ERROR_ARMS}
+    errors = {arm.name: probe_errors(arm.logits, ids_ST, columns, exact) for arm in arms if arm.name in ERROR_ARMS}
     del exact
     found["errors"] = compare_errors(errors, "dense-transformers")
     for line in error_lines(found):
@@ -156,7 +156,13 @@ def measure(config: TeacherConfig, rounds: int, found: dict[str, Any], say: Call
     found["speed"] = []
     for shape in SHAPES:
         for with_head in (False, True):
-            found["speed"] += measure_speed(arms, config, shape, rounds, ceilings, with_head=with_head, say=say)
+            rate, bandwidth = ceilings["bf16_flop_per_s"], ceilings["copy_bytes_per_s"]
+            floor = floor_seconds(config, shape, with_head=with_head, rate=rate, bandwidth=bandwidth)
+            ids_BT = make_ids(shape, config.vocab_size)
+            # The list has no name here: its copies of the arms would keep their memory after they are closed.
+            found["speed"] += measure_speed(
+                [arm if with_head else arm.without_head() for arm in arms], ids_BT, rounds, floor, say
+            )
     busiest = torch.from_numpy(make_ids(SHAPES[-1], config.vocab_size)).to(device)
     with torch.no_grad():
         found["utilisation"] = utilisation(lambda: arms[0].forward(busiest))
@@ -183,31 +189,15 @@ def add_nf4(arms: list[CudaArm], config: TeacherConfig, device: torch.device) ->
 
 
 def measure_speed(
-    arms: Sequence[CudaArm],
-    config: TeacherConfig,
-    shape: Shape,
-    rounds: int,
-    ceilings: dict[str, float],
-    *,
-    with_head: bool,
-    say: Callable[[str], None],
+    arms: Sequence[CudaArm], ids_BT: Ids, rounds: int, floor: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Time every arm on one shape, turn by turn; a row per arm, ratios against the first."""
-    timed = [arm if with_head else arm.without_head() for arm in arms]
-    ids_BT = make_ids(shape, config.vocab_size)
+    """Time every arm on the same ids, turn by turn; a row per arm, ratios against the first, ``floor`` in seconds."""
     for _ in range(3):  # A shape's first pass allocates, its second captures, its third replays.
-        for arm in timed:
+        for arm in arms:
             arm.run(ids_BT)
-    series = interleave(timed, ids_BT, rounds)
-    floor = floor_seconds(
-        config,
-        shape,
-        with_head=with_head,
-        rate=ceilings["bf16_flop_per_s"],
-        bandwidth=ceilings["copy_bytes_per_s"],
-    )
+    series = interleave(arms, ids_BT, rounds)
     ratios: list[Ratio | None] = [None, *compare(series)]
-    rows = [speed_row(one, ratio, floor, with_head) for one, ratio in zip(series, ratios, strict=True)]
+    rows = [speed_row(one, ratio, floor, arms[0].with_head) for one, ratio in zip(series, ratios, strict=True)]
     for row in rows:
         say(speed_line(row))
     return rows

@@ -5,9 +5,9 @@ equal precision differed by a factor of 1.7 at the worst of 256 positions. Each 
 mean square over many sequences, taken on a fixed random set of vocabulary columns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,7 @@ COLUMNS = 2048
 _SEQUENCES_AT_ONCE = 4
 
 
-class Engine(Protocol):
-    """An engine whose logits are measured."""
-
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Return float32 logits ``[B * T, V]``."""
+Logits = Callable[[Tensor], Tensor]  # ids ``[B, T]`` to float32 logits ``[B * T, V]``
 
 
 def make_probe(config: TeacherConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -49,18 +45,18 @@ def plain_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def probe_logits(engine: Engine, ids_ST: Tensor, columns: Tensor) -> Iterator[Tensor]:
+def probe_logits(logits: Logits, ids_ST: Tensor, columns: Tensor) -> Iterator[Tensor]:
     """Yield logits of the probe's columns, float32 ``[s * T, COLUMNS]``, a few sequences at a time."""
     with torch.no_grad():
         for ids_BT in torch.split(ids_ST, _SEQUENCES_AT_ONCE):
-            yield engine.logits(ids_BT)[:, columns]
+            yield logits(ids_BT)[:, columns]
 
 
-def probe_errors(engine: Engine, ids_ST: Tensor, columns: Tensor, exact: Sequence[Tensor]) -> Tensor:
+def probe_errors(logits: Logits, ids_ST: Tensor, columns: Tensor, exact: Sequence[Tensor]) -> Tensor:
     """Return relative errors, float64 ``[S, T]``, against the reference's ``probe_logits``."""
     errors = [
         row_errors(found, wanted.to(found.device))
-        for found, wanted in zip(probe_logits(engine, ids_ST, columns), exact, strict=True)
+        for found, wanted in zip(probe_logits(logits, ids_ST, columns), exact, strict=True)
     ]
     return torch.cat(errors).view(ids_ST.shape)
 

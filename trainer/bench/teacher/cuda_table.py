@@ -1,4 +1,4 @@
-"""What a run of ``bench/cuda.py`` found, as rows for JSON and lines for people."""
+"""What a run of ``bench/teacher/cuda.py`` found, as rows for JSON and lines for people."""
 
 from dataclasses import asdict
 from typing import Any
@@ -26,10 +26,9 @@ def speed_row(series: Series, ratio: Ratio | None, floor: float, with_head: bool
 
 def speed_line(row: dict[str, Any]) -> str:
     """Return a row as a line."""
-    ratio = row["q4k_speed_over_it"]
-    beside = (
-        "" if ratio is None else f"  q4k runs at {ratio['median']:.3f} of it ({ratio['low']:.3f}..{ratio['high']:.3f})"
-    )
+    beside = ""
+    if ratio := row["q4k_speed_over_it"]:
+        beside = f"  q4k runs at {ratio['median']:.3f} of it ({ratio['low']:.3f}..{ratio['high']:.3f})"
     what = "with head" if row["with_head"] else "hidden   "
     return (
         f"{row['tokens']:>5} tokens {what} {row['arm']:<18} {row['median_ms']:8.2f} ms "
@@ -39,16 +38,16 @@ def speed_line(row: dict[str, Any]) -> str:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Return the short table of a finished run."""
-    lines = [f"{found['environment']['device']}, torch {found['environment']['torch']}"]
-    lines += [speed_line(row) for row in found["speed"]]
-    lines += error_lines(found)
-    busy = found["utilisation"]
-    lines.append(f"utilisation: this process {busy['sm_percent']}, device {busy['device_percent']}")
-    copies = found["host_copies"]
+    busy, copies = found["utilisation"], found["host_copies"]
     to_host = [copy["bytes"] for copy in copies if "DtoH" in copy["kind"]]
-    lines.append(f"copies in a forward pass: {len(to_host)} to the host ({sum(to_host)} bytes), {len(copies)} in all")
-    lines.append(f"bnb-nf4: {found['bnb-nf4']}")
-    return lines
+    return [
+        f"{found['environment']['device']}, torch {found['environment']['torch']}",
+        *(speed_line(row) for row in found["speed"]),
+        *error_lines(found),
+        f"utilisation: this process {busy['sm_percent']}, device {busy['device_percent']}",
+        f"copies in a forward pass: {len(to_host)} to the host ({sum(to_host)} bytes), {len(copies)} in all",
+        f"bnb-nf4: {found['bnb-nf4']}",
+    ]
 
 
 def error_lines(found: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """The same model in transformers: dense, its weights decoded from the very blocks the packed teacher keeps.
 
-The blocks are decoded by ``quant.py`` (torch operations), not by the CUDA kernels that are under test.
+The blocks are decoded by ``formats/blocks/decode.py`` (torch operations), not by the CUDA kernels that are under test.
 """
 
 import importlib
@@ -21,10 +21,7 @@ _TILE_WEIGHTS = 1 << 24
 def build_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype: torch.dtype) -> Any:
     """Return a ``Qwen2ForCausalLM`` with the tensors' weights in ``dtype``, on their device, attention by SDPA.
 
-    Args:
-        config: dimensions of a qwen2 model.
-        tensors: in the file's layout (before a ``CudaForward`` repacks them).
-        dtype: bfloat16, or float32 for a reference.
+    The tensors are in the file's layout, before a ``CudaForward`` repacks them.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

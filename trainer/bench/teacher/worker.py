@@ -31,13 +31,9 @@ class ArmFailed(Exception):  # noqa: N818 - an outcome that the table shows, not
 
 
 class WorkerArm:
-    """Runs ``python -m MODULE ARGUMENTS`` and speaks the protocol above with it; ``interleave.Arm``.
+    """Runs ``python -m MODULE ARGUMENTS``, which calls ``serve``, and speaks the protocol above; ``interleave.Arm``.
 
-    Args:
-        name: name in the table.
-        module: module that calls ``serve``.
-        arguments: its command line.
-        threads: size of its OpenMP pools.
+    ``threads`` is the size of its OpenMP pools.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:

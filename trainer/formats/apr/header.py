@@ -93,11 +93,7 @@ def _refusal(subject: str, expected: str, got: object, remedy: str = _DAMAGED) -
 
 
 def read_header(path: Path, data: memoryview) -> AprHeader:
-    """Read everything before the data of an .apr file.
-
-    Args:
-        path: file, for error lines.
-        data: the whole file, uint8; only header, metadata and index are touched.
+    """Read everything before the data of an .apr file, whose bytes are ``data``; nothing else of it is touched.
 
     Raises:
         InputError: for another version, a wrong header checksum, a layout that is not implemented, metadata that are
@@ -107,9 +103,8 @@ def read_header(path: Path, data: memoryview) -> AprHeader:
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
         least = f"at least {HEADER_BYTES + FOOTER_BYTES} bytes of header and footer"
         raise _refusal(str(path), least, f"{len(data)} bytes")
-    (_, major, minor, flags, count, metadata_offset, metadata_bytes, index_offset, data_offset, stored) = (
-        _HEADER.unpack_from(data)
-    )
+    (_, major, minor, flags, count, *sections, stored) = _HEADER.unpack_from(data)
+    metadata_offset, metadata_bytes, index_offset, data_offset = sections
     if (major, minor) != (2, 0):
         raise _refusal(f"{path}: version", "2.0", f"{major}.{minor}", _EXPORT)
     computed = zlib.crc32(data[44:64], zlib.crc32(data[:40]))
@@ -121,11 +116,9 @@ def read_header(path: Path, data: memoryview) -> AprHeader:
     metadata_end = metadata_offset + metadata_bytes
     data_end = len(data) - FOOTER_BYTES
     if not HEADER_BYTES <= metadata_offset <= metadata_end <= index_offset <= data_offset <= data_end:
-        raise _refusal(
-            f"{path}: sections",
-            f"header, metadata, index and data in this order between bytes {HEADER_BYTES} and {data_end}",
-            f"metadata {metadata_offset}-{metadata_end}, index from {index_offset}, data from {data_offset}",
-        )
+        expected = f"header, metadata, index and data in this order between bytes {HEADER_BYTES} and {data_end}"
+        got = f"metadata {metadata_offset}-{metadata_end}, index from {index_offset}, data from {data_offset}"
+        raise _refusal(f"{path}: sections", expected, got)
     metadata = _parse_metadata(path, bytes(data[metadata_offset:metadata_end]))
     entries = _walk_index(_Cursor(data, path, index_offset, data_offset), count, data_offset, data_end)
     return AprHeader(metadata, entries)
@@ -191,8 +184,11 @@ def _walk_index(cursor: _Cursor, count: int, data_offset: int, data_end: int) ->
     entries: list[AprEntry] = []
     for _ in range(count):
         entry = _take_entry(cursor, data_offset, data_end)
-        if entries:
-            _check_order(cursor.path, entries[-1].name, entry.name)
+        before, subject = entries[-1].name if entries else "", f"{cursor.path}: tensor {entry.name}"
+        if entry.name == before:
+            raise _refusal(subject, "each name once", "it twice", _EXPORT)
+        if entry.name.encode() < before.encode():
+            raise _refusal(subject, "an index sorted by name", f"it after {before}", _EXPORT)
         entries.append(entry)
     by_place = sorted(entries, key=lambda entry: entry.start)
     for first, second in itertools.pairwise(by_place):
@@ -200,13 +196,6 @@ def _walk_index(cursor: _Cursor, count: int, data_offset: int, data_end: int) ->
             subject, got = f"{cursor.path}: tensor {second.name}", f"a start at {second.start}, inside {first.name}"
             raise _refusal(subject, f"bytes of its own after {first.start + first.size}", got)
     return tuple(entries)
-
-
-def _check_order(path: Path, before: str, name: str) -> None:
-    if name == before:
-        raise _refusal(f"{path}: tensor {name}", "each name once", "it twice", _EXPORT)
-    if name.encode() < before.encode():
-        raise _refusal(f"{path}: tensor {name}", "an index sorted by name", f"it after {before}", _EXPORT)
 
 
 def _take_entry(cursor: _Cursor, data_offset: int, data_end: int) -> AprEntry:

@@ -60,8 +60,7 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
     for key in _ARCHITECTURE_NAMES[:-1]:
         other = stated.get(key, architecture)
         if other in ROPE_LAYOUTS and other != architecture:
-            expected = f"{architecture}, as elsewhere in the metadata"
-            raise InputError(f"{path}: {key}", expected=expected, got=other, remedy=_EXPORT)
+            raise _refusal(path, key, f"{architecture}, as elsewhere in the metadata", other)
     return architecture
 
 
@@ -118,8 +117,7 @@ def read_tokens(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
                 try:
                     "".join(found).encode()
                 except UnicodeEncodeError as error:
-                    subject, got = f"{path}: {name}", "a lone surrogate"
-                    raise InputError(subject, expected="Unicode tokens", got=got, remedy=_EXPORT) from error
+                    raise _refusal(path, name, "Unicode tokens", "a lone surrogate") from error
                 return tuple(found)
     return ()
 
@@ -127,8 +125,8 @@ def read_tokens(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def _refuse_unsupported(path: Path, metadata: Mapping[str, Any]) -> None:
     sharding = metadata.get("sharding")
     if isinstance(sharding, dict) and sharding.get("shard_count") not in (None, 0, 1):
-        got, remedy = "one shard of several", "merge the shards into one .apr first"
-        raise InputError(f"{path}: sharding", expected="one file", got=got, remedy=remedy)
+        remedy = "merge the shards into one .apr first"
+        raise _refusal(path, "sharding", "one file", "one shard of several", remedy)
     scaling = metadata.get("rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
     window, context = metadata.get("sliding_window"), metadata.get("max_position_embeddings")
@@ -143,11 +141,15 @@ def _refuse_unsupported(path: Path, metadata: Mapping[str, Any]) -> None:
         unsupported["sliding_window"] = window
     for key, value in unsupported.items():
         remedy = "use another teacher: leaving this out would make it silently wrong"
-        raise InputError(f"{path}: {key}", expected="a model without it", got=_describe(value), remedy=remedy)
+        raise _refusal(path, key, "a model without it", _describe(value), remedy)
 
 
 def _wrong(path: Path, key: str, expected: str, value: object) -> InputError:
-    return InputError(f"{path}: {key}", expected=expected, got=_describe(value), remedy=_EXPORT)
+    return _refusal(path, key, expected, _describe(value))
+
+
+def _refusal(path: Path, key: str, expected: str, got: str, remedy: str = _EXPORT) -> InputError:
+    return InputError(f"{path}: {key}", expected=expected, got=got, remedy=remedy)
 
 
 def _describe(value: object) -> str:

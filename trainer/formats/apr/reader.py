@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, unreadable
 from q4kd.trainer.formats.apr.header import AprEntry, check_footer, check_magic, read_header
 from q4kd.trainer.formats.apr.metadata import read_architecture, read_rope_layout, read_tokens, read_values
 from q4kd.trainer.formats.architecture import check_tensors, read_dimensions
@@ -15,22 +15,9 @@ from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.tensor_names import gguf_name
 
-_DTYPES = {
-    0: "F32",
-    1: "F16",
-    3: "F64",
-    4: "I32",
-    5: "I64",
-    6: "I8",
-    7: "U8",
-    8: "apr-q4",  # as aprender wrote it before its formats had codes of their own; .apr cannot hold GGML's 8, Q8_0
-    9: "apr-q8",
-    12: "Q4_K",
-    14: "Q6_K",
-    30: "BF16",
-    128: "apr-q4",
-    129: "apr-q8",
-}
+_DTYPES = {0: "F32", 1: "F16", 3: "F64", 4: "I32", 5: "I64", 6: "I8", 7: "U8", 12: "Q4_K", 14: "Q6_K", 30: "BF16"}
+# Before aprender's own formats had codes of their own, it wrote them as 8 and 9; .apr cannot hold GGML's 8, Q8_0.
+_DTYPES |= {8: "apr-q4", 9: "apr-q8", 128: "apr-q4", 129: "apr-q8"}
 _TOKENIZER_TYPES = ("U8", "I32", "I64")
 
 
@@ -56,8 +43,7 @@ def open_apr(path: Path) -> ModelFile:
             check_footer(path, file)
             return model
     except OSError as error:
-        remedy = "name a model file that you may read"
-        raise InputError(str(path), expected="a readable model file", got=str(error.strerror), remedy=remedy) from error
+        raise unreadable(path, error, "a readable model file") from error
 
 
 def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
@@ -79,13 +65,9 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
     eps, base = float(np.float32(config.rms_eps)), float(np.float32(config.rope_base))
     config = dataclasses.replace(config, rms_eps=eps, rope_base=base, rope_layout=layout)
     check_tensors(path, config, tensors)
+    tokens, size = read_tokens(path, header.metadata), int(data.nbytes)
     return ModelFile(
-        path=path,
-        config=config,
-        tensors=tensors,
-        tokens=read_tokens(path, header.metadata),
-        metadata=header.metadata,
-        file_bytes=int(data.nbytes),
+        path=path, config=config, tensors=tensors, tokens=tokens, metadata=header.metadata, file_bytes=size
     )
 
 

@@ -179,15 +179,7 @@ DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
 
 
 def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
-    """Decode whole rows.
-
-    Args:
-        type_name: GGML type of ``packed``.
-        packed: uint8 ``[rows, row_bytes]``, contiguous.
-        out: float32 ``[rows, cols]``, contiguous; every element is written.
-
-    Returns:
-        ``out``.
+    """Decode whole rows: uint8 ``[rows, row_bytes]`` to float32 ``[rows, cols]``, both contiguous; return ``out``.
 
     Raises:
         InputError: when the type has no decoder.

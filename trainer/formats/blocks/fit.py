@@ -1,6 +1,6 @@
 """Least-squares fits of K-quant superblocks: float32 ``[n, 256]`` to packed bytes, all superblocks at once.
 
-Three moves, for each type:
+Three steps, for each type:
 
 1. per sub-block, try inverse scales around (levels / range), counted from either end of the range; round ``q``; the
    best scale (and min) for that ``q`` is a closed-form weighted least squares. Keep the candidate of least weighted
@@ -11,7 +11,7 @@ Three moves, for each type:
 3. refit ``d`` and ``dmin`` by least squares over the whole superblock, round to float16, and keep what improves.
 
 Weights are ggml's, ``rms(x) + |x|``. The candidate search follows the idea of ggml's ``make_qkx3_quants`` and
-``make_qx_quants``; counting from the upper end, and moves 2 and 3, go further. ``top`` is the largest q of a type with
+``make_qx_quants``; counting from the upper end, and steps 2 and 3, go further. ``top`` is the largest q of a type with
 a min: 15 for Q4_K, 31 for Q5_K.
 """
 
@@ -25,6 +25,7 @@ from q4kd.trainer.errors import InputError
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+_Stored = Callable[[Floats], Floats]
 
 _TINY_HALF = np.float32(2.0**-14)  # float16 is subnormal below this
 
@@ -170,14 +171,7 @@ def _nearby_scale_min(
 
 
 def _refit_scale_min(
-    x: Floats,
-    w: Floats,
-    d: Floats,
-    dmin: Floats,
-    sc: Floats,
-    mn: Floats,
-    stored: Callable[[Floats], Floats],
-    top: int,
+    x: Floats, w: Floats, d: Floats, dmin: Floats, sc: Floats, mn: Floats, stored: _Stored, top: int
 ) -> tuple[Floats, Floats]:
     """Refit d and dmin by least squares over the superblock; keep them only where the decoded error falls."""
     q, error = _round_above_min(x, w, d[:, None] * sc, dmin[:, None] * mn, top)

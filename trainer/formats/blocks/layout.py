@@ -35,20 +35,10 @@ class BlockFormat:
         return cols // self.block_size * self.block_bytes
 
 
-FORMATS = {
-    form.name: form
-    for form in (
-        BlockFormat("Q4_K", SUPERBLOCK, 144),
-        BlockFormat("Q5_K", SUPERBLOCK, 176),
-        BlockFormat("Q6_K", SUPERBLOCK, 210),
-        BlockFormat("Q8_0", 32, 34),
-        BlockFormat("Q5_0", 32, 22),
-        BlockFormat("Q4_0", 32, 18),
-        BlockFormat("BF16", 1, 2),
-        BlockFormat("F16", 1, 2),
-        BlockFormat("F32", 1, 4),
-    )
-}
+# type name: (weights, bytes) of a block
+_SIZES = {"Q4_K": (SUPERBLOCK, 144), "Q5_K": (SUPERBLOCK, 176), "Q6_K": (SUPERBLOCK, 210)}
+_SIZES |= {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_0": (32, 18), "BF16": (1, 2), "F16": (1, 2), "F32": (1, 4)}
+FORMATS = {name: BlockFormat(name, *size) for name, size in _SIZES.items()}
 
 
 def block_format(name: str) -> BlockFormat:

@@ -6,7 +6,7 @@ A superblock is 256 consecutive weights of one row, and decodes as (ggml ``block
     Q5_K  as Q4_K                            q in 0..31                                              176 bytes
     Q6_K  y = d * sc[j] * q                  q in -32..31, 16 sub-blocks of 16, sc in -128..127      210 bytes
 
-with ``d`` and ``dmin`` in float16; ``quantize_search`` says how they are fitted.
+with ``d`` and ``dmin`` in float16; ``fit.py`` says how they are fitted.
 
 On 4096 x 256 weights from N(0, 1), seed 0, the relative round-trip error is 0.0700 in Q4_K, 0.0345 in Q5_K and 0.0170
 in Q6_K.

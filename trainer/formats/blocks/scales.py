@@ -28,9 +28,7 @@ FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
 def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
     """Return how many blocks have a scale that is NaN or infinite; for F32, F16 and BF16, how many values are.
 
-    Args:
-        type_name: GGML type of ``packed``.
-        packed: uint8, a whole number of blocks, contiguous.
+    ``packed`` is uint8, contiguous, a whole number of blocks.
 
     Raises:
         InputError: when the type is not supported.

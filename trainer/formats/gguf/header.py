@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, unreadable
 
 MAX_KEY_VALUES = 65_536
 MAX_TENSORS = 65_536
@@ -53,25 +53,19 @@ class _Cursor:
             raise self.refuse(f"UTF-8 in {what}", str(error.reason)) from error
 
 
-def _skip_value(cursor: _Cursor, kind: int, key: str) -> None:
-    if kind in _SCALAR_BYTES:
-        cursor.skip(_SCALAR_BYTES[kind], key)
-    elif kind == _STRING:
-        cursor.string(key)
-    else:
-        raise cursor.refuse("a known metadata type", f"type {kind} for {key!r}")
-
-
-def _skip_array(cursor: _Cursor, key: str) -> None:
-    kind = cursor.number("<I", key)
-    count = cursor.number("<Q", key)
-    if count > MAX_ARRAY_ENTRIES:
-        raise cursor.refuse(f"at most {MAX_ARRAY_ENTRIES} entries in {key!r}", str(count))
+def _skip_value(cursor: _Cursor, key: str) -> None:
+    kind, count = cursor.number("<I", key), 1
+    if kind == _ARRAY:
+        kind, count = cursor.number("<I", key), cursor.number("<Q", key)
+        if count > MAX_ARRAY_ENTRIES:
+            raise cursor.refuse(f"at most {MAX_ARRAY_ENTRIES} entries in {key!r}", str(count))
     if kind in _SCALAR_BYTES:
         cursor.skip(count * _SCALAR_BYTES[kind], key)
-        return
-    for _ in range(count):
-        _skip_value(cursor, kind, key)
+    elif kind == _STRING:
+        for _ in range(count):
+            cursor.string(key)
+    elif count:  # Arrays of arrays are refused here too.
+        raise cursor.refuse("a known metadata type", f"type {kind} for {key!r}")
 
 
 def _walk_metadata(cursor: _Cursor, count: int) -> None:
@@ -83,11 +77,7 @@ def _walk_metadata(cursor: _Cursor, count: int) -> None:
         if key in seen:
             raise cursor.refuse("each metadata key once", f"{key!r} twice")
         seen.add(key)
-        kind = cursor.number("<I", key)
-        if kind == _ARRAY:
-            _skip_array(cursor, key)
-        else:
-            _skip_value(cursor, kind, key)
+        _skip_value(cursor, key)
 
 
 def _walk_tensors(cursor: _Cursor, count: int) -> None:
@@ -107,7 +97,7 @@ def _walk_tensors(cursor: _Cursor, count: int) -> None:
             elements *= cursor.number("<Q", name)
         if not 0 < elements < 1 << 48:
             raise cursor.refuse(f"a plausible element count for {name!r}", str(elements))
-        cursor.skip(4 + 8, name)  # ``gguf_file`` checks type and offset against the file.
+        cursor.skip(4 + 8, name)  # ``gguf/reader.py`` checks type and offset against the file.
 
 
 def check_header(path: Path) -> None:
@@ -124,8 +114,7 @@ def check_header(path: Path) -> None:
                 raise InputError(str(path), expected=expected, got=f"{head!r}", remedy="name a .gguf model")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        remedy = "name a file that you may read"
-        raise InputError(str(path), expected="a readable file", got=str(error.strerror), remedy=remedy) from error
+        raise unreadable(path, error) from error
     with data:
         cursor = _Cursor(data, path, offset=4)
         version = cursor.number("<I", "the version")

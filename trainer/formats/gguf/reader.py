@@ -87,7 +87,7 @@ def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse an adapter, a vision projector or an importance matrix: files that go with a model and are none."""
+    """Refuse an adapter, a vision projector or an importance matrix: such a file goes with a model but is none."""
     kind, remedy = metadata.get("general.type", "model"), "name the model's own file"
     if kind != "model":
         raise InputError(f"{path}: general.type", expected="model", got=repr(kind)[:80], remedy=remedy)

@@ -1,4 +1,4 @@
-"""Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf_vocabulary``."""
+"""Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf/vocabulary.py``."""
 
 from typing import Any
 
@@ -26,11 +26,8 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
     if not isinstance(types, list) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
-    vocab = {
-        token: index
-        for index, (token, kind) in enumerate(zip(model.tokens, types, strict=True))
-        if kind != gguf.TokenType.UNUSED
-    }
+    used = enumerate(zip(model.tokens, types, strict=True))
+    vocab = {token: index for index, (token, of_token) in used if of_token != gguf.TokenType.UNUSED}
     try:
         if kind == SENTENCEPIECE and model.tokens:
             tokenizer = _sentencepiece(model, vocab, types)
@@ -43,10 +40,10 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
         expected = "tokens and merges that fit together"
         raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
     added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
-    for token, kind in zip(model.tokens, types, strict=True):
-        if kind in added and token:
-            special = AddedToken(token, special=added[kind], normalized=False)
-            (tokenizer.add_special_tokens if added[kind] else tokenizer.add_tokens)([special])
+    for token, of_token in zip(model.tokens, types, strict=True):
+        if of_token in added and token:
+            special = AddedToken(token, special=added[of_token], normalized=False)
+            (tokenizer.add_special_tokens if added[of_token] else tokenizer.add_tokens)([special])
     return tokenizer
 
 

@@ -1,6 +1,6 @@
-"""What a GGUF says of a tokenizer, from the content of its tokenizer.json; what it could not say truly is refused.
+"""Writes the tokenizer of a tokenizer.json into a GGUF; one that a GGUF cannot describe truthfully is refused.
 
-Two kinds have a word in llama.cpp for how text is cut before it is merged:
+llama.cpp has names for two kinds of tokenizer, and for how each cuts text before it merges pieces:
 
     "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split: gpt-2, qwen2, llama-bpe, smollm
     "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
@@ -8,6 +8,7 @@ Two kinds have a word in llama.cpp for how text is cut before it is merged:
              tokenizer.json keeps the ranks, so the scores come back from them
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,10 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-SPACE = "\u2581"  # SentencePiece's word for a space
+SPACE = "\u2581"  # SentencePiece writes a space as this character.
 SENTENCEPIECE = "llama"
 SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
+_BYTE = re.compile("<0x..>", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +136,9 @@ def merge_pairs(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -> None:
-    """Write tokens, types, merges or scores, special ids and chat templates to a GGUF.
+    """Write tokens, types, merges or scores, special ids and chat templates to a GGUF without a header yet.
 
-    Args:
-        writer: writer of a file whose header is not written yet.
-        vocabulary: the tokenizer.
-        rows: rows of the embedding; ids without a token are written as unused ``[PADn]``.
+    Of the embedding's ``rows``, those without a token are written as unused ``[PADn]``.
 
     Raises:
         InputError: for a tokenizer that llama.cpp would read differently, or one with more tokens than rows.
@@ -149,7 +148,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
     if pre == SENTENCEPIECE:
-        kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _is_byte(token)}
+        kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _BYTE.fullmatch(token)}
     for added in tokenizer.get("added_tokens", ()):
         by_id[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
@@ -175,13 +174,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     for role, index in vocabulary.special_ids.items():
         getattr(writer, f"add_{role}_token_id")(index)
     if vocabulary.chat_templates:
-        writer.add_chat_template(
-            [{"name": name, "template": template} for name, template in vocabulary.chat_templates.items()]
-        )
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        templates = vocabulary.chat_templates.items()
+        writer.add_chat_template([{"name": name, "template": template} for name, template in templates])
 
 
 def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:

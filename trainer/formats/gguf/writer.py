@@ -136,9 +136,8 @@ def _write_tensors(
     types, sizes = {}, {}
     for target, source in sources.items():
         shape = tuple(tensors[source].shape)
-        types[target] = kind = tensor_type(
-            target, shape, recipe=recipe, layers=dimensions.num_layers, tied=dimensions.tied_head
-        )
+        layers, tied = dimensions.num_layers, dimensions.tied_head
+        types[target] = kind = tensor_type(target, shape, recipe=recipe, layers=layers, tied=tied)
         stored_shape, dtype = _stored(shape, kind)
         sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
         writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
@@ -162,14 +161,8 @@ def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Ten
 
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
     """Write the model of a Hugging Face folder (config.json, tokenizer.json, ``*.safetensors``); see ``write_gguf``."""
-    write_gguf(
-        path,
-        config=read_json(model / "config.json"),
-        state=read_weights(model),
-        tokenizer=read_json(model / "tokenizer.json"),
-        recipe=recipe,
-        name=name,
-    )
+    config, tokenizer = read_json(model / "config.json"), read_json(model / "tokenizer.json")
+    write_gguf(path, config=config, state=read_weights(model), tokenizer=tokenizer, recipe=recipe, name=name)
 
 
 def add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
@@ -206,15 +199,14 @@ def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> 
     if config.tied_head and head is not None and embedding is not None and torch.equal(head, embedding):
         unknown.discard("lm_head.weight")
     missing = [target for target in wanted if target not in sources]
+    remedy = "use the config.json that was saved with these weights"
     if unknown or missing:
         expected = f"exactly those of a {config.architecture} causal LM" + " with a tied head" * config.tied_head
         got = f"{len(unknown)} unknown and {len(missing)} missing, first {(sorted(unknown) + missing)[0]}"
-        remedy = "use the config.json that was saved with these weights"
         raise InputError("model tensors", expected=expected, got=got, remedy=remedy)
     for target, shape in wanted.items():
         found = tuple(tensors[sources[target]].shape)
         if found != shape:
-            remedy = "use the config.json that was saved with these weights"
             raise InputError(sources[target], expected=str(list(shape)), got=str(list(found)), remedy=remedy)
     return {target: sources[target] for target in wanted}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from q4kd.harness.__main__ import main
-from q4kd.trainer.bench.interleave import Series, Shape
+from q4kd.trainer.bench.interleave import Series, Shape, spread
 from q4kd.trainer.bench.step import comparison as bench
 from q4kd.trainer.bench.step import models as step_models
 from q4kd.trainer.bench.step.trl_arm import TrlArm
@@ -92,8 +92,8 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert found["trl-bf16 over q4kd"]["median"] == 3.0
     assert "trl-nf4 over q4kd" not in found
     assert bench.ratios([series("teacher", 1.0)]) == {}
-    assert bench.spread([3.0]) == dict.fromkeys(("median", "low", "high", "least", "greatest"), 3.0)
-    assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0])["low"] == 2.0
+    assert spread([3.0]) == dict.fromkeys(("median", "low", "high", "least", "greatest"), 3.0)
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0])["low"] == 2.0
 
 
 def test_table_says_what_was_found_and_what_was_not_run() -> None:
@@ -102,7 +102,7 @@ def test_table_says_what_was_found_and_what_was_not_run() -> None:
         "tokens": 16,
         "series": [{"arm": "q4kd", "seconds": [0.1, 0.2, 0.4]}, {"arm": "ce", "seconds": [0.1, 0.1, 0.1]}],
         "memory": {"q4kd": {"resident": 1, "peak": 3_250_000_000}, "ce": {"resident": 0, "peak": 0}},
-        "ratios": {"step over teacher + ce": bench.spread([1.0, 1.25, 1.5])},
+        "ratios": {"step over teacher + ce": spread([1.0, 1.25, 1.5])},
         "split": {"teacher": 0.25, "loss": 0.5},
         "not_run": {"trl-nf4": "ImportError: no bitsandbytes"},
     }

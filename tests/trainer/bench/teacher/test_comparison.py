@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from q4kd.trainer.bench.interleave import Ids, Series, Shape, compare, interleave, least_cosine, make_ids
+from q4kd.trainer.bench.interleave import Ids, Series, Shape, compare, interleave, make_ids
 from q4kd.trainer.bench.synthetic import write_large_teacher
-from q4kd.trainer.bench.teacher.comparison import agree, compare_on_cpu, table
+from q4kd.trainer.bench.teacher.comparison import agree, compare_on_cpu, least_cosine, table
 from q4kd.trainer.bench.teacher.cpu import worker_arm
 from q4kd.trainer.bench.teacher.worker import ArmFailed, WorkerArm
 

@@ -50,9 +50,9 @@ def test_the_dense_twin_is_the_same_model(monkeypatch: pytest.MonkeyPatch, tile:
 def test_errors_are_root_mean_squares_of_each_position() -> None:
     twin = build_twin(TINY, make_tensors(TINY, torch.device("cpu")), torch.bfloat16)
     ids, columns = torch.randint(0, 300, (24, 12), generator=torch.Generator().manual_seed(3)), torch.arange(0, 300, 3)
-    exact = list(probe_logits(packed(torch.float32), ids, columns))
+    exact = list(probe_logits(packed(torch.float32).logits, ids, columns))
     arms = {"q4k": packed(torch.bfloat16), "dense": twin_arm("dense", twin)}
-    errors = {name: probe_errors(arm, ids, columns, exact) for name, arm in arms.items()}
+    errors = {name: probe_errors(arm.logits, ids, columns, exact) for name, arm in arms.items()}
     found = compare_errors(errors, "dense")
     assert found["dense"]["worst_ratio"] == found["dense"]["median_ratio"] == 1.0
     assert 1e-4 < found["q4k"]["rms"] < 2e-2
