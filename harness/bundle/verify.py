@@ -237,12 +237,7 @@ def _check_runs(runs: Mapping[str, RawRun], claims: Mapping[str, Claim], notes: 
 
 
 def _check_finding(
-    row: Finding,
-    claim: Claim,
-    runs: Mapping[str, RawRun],
-    profile: str,
-    kills: KillReplay,
-    notes: _Notes,
+    row: Finding, claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: KillReplay, notes: _Notes
 ) -> None:
     for name in ("contract", "id", "rule", "prediction", "if_fails"):
         if getattr(row, name) != getattr(claim, name):

@@ -12,14 +12,7 @@ from typing import TypedDict, cast
 from q4kd.harness.claims.entries import Entry, read_entries, text
 from q4kd.harness.claims.folder import contract_files, known_profiles
 from q4kd.harness.claims.model import CheckUse, Claim, Contract, Falsifier, Override, Status
-from q4kd.harness.claims.rules import (
-    KnownNames,
-    check_falsifier,
-    near_misses,
-    read_status,
-    require_finite,
-    validate,
-)
+from q4kd.harness.claims.rules import KnownNames, check_falsifier, near_misses, read_status, require_finite, validate
 from q4kd.harness.records.json_types import JsonObject
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded

@@ -26,10 +26,7 @@ def contract_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")]
     if not found:
         raise InputError(
-            str(folder),
-            expected="at least one *.yaml contract",
-            got="none",
-            remedy="name a folder with contracts",
+            str(folder), expected="at least one *.yaml contract", got="none", remedy="name a folder with contracts"
         )
     return sorted(found)
 

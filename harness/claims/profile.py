@@ -129,10 +129,7 @@ def parse_profile(name: str, data: bytes, origin: str) -> Profile:
         for key, roof in value["rooflines"].items()
     }
     return Profile(
-        name=name,
-        description=str(value["description"]),
-        provides=frozenset(value["provides"]),
-        rooflines=rooflines,
+        name=name, description=str(value["description"]), provides=frozenset(value["provides"]), rooflines=rooflines
     )
 
 
