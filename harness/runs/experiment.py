@@ -125,6 +125,7 @@ class Experiment:
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
+        sources: further modules that decide what is measured; kill records age with every definition in them.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Experiment:
     collect: Callable[[Path, Inputs], Facts] = _no_facts
     exclusive: bool = False
     parallel: int = 1
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse names that are not safe as folder names, and arms that could be confused."""

@@ -89,6 +89,27 @@ def test_green_then_broken_then_red(q4kd: Run, tmp_path: Path) -> None:
     assert all("changed since: target merge" in record["detail"] for record in finding["sabotage"])
 
 
+# Where other projects have been told to import from; each is written here as this checkout's example says it now.
+PUBLIC_PATHS = {
+    "experiments.py": ("q4kd.harness.runs.experiment", "q4kd.harness.experiment"),
+    "faults.py": ("q4kd.harness.runs.faults", "q4kd.harness.sabotage.registry"),
+    "sorted_output.py": ("q4kd.harness.records.raw_run", "q4kd.harness.raw"),
+}
+
+
+def test_the_public_import_paths_give_the_same_and_age_no_kill_record(q4kd: Run, tmp_path: Path) -> None:
+    done = q4kd("sabotage", *COMMON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, (inner, public) in PUBLIC_PATHS.items():
+        path = tmp_path / "site" / "harness" / name
+        text = path.read_text()
+        assert text.count(f"from {inner} import ") == 1
+        path.write_text(text.replace(inner, public))
+    done = q4kd("falsify", *COMMON, "--out", "green")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "L2: 2 of 2 planted faults caught" in done.stdout
+
+
 def entry_points(site: Path) -> Path:
     return next(site.glob("acme_sort-*.dist-info")) / "entry_points.txt"
 
