@@ -207,10 +207,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff, rules and format."""
-    ruff = str(environment(session) / "ruff")
+    """Ruff, rules and format; then import-linter: the layers of ARCHITECTURE.md, and no circle of imports."""
+    folder = environment(session)
+    ruff = str(folder / "ruff")
     session.run(ruff, "check", ".", external=True)
     session.run(ruff, "format", "--check", ".", external=True)
+    imports = [str(folder / "lint-imports"), "--no-logo", "--cache-dir", str(Path(session.cache_dir) / "imports")]
+    session.run(*imports, external=True)
 
 
 @nox.session(venv_backend="none")
