@@ -26,7 +26,7 @@ def environment(site: Path) -> dict[str, str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with both wheels installed, and an environment that knows nothing of this checkout."""
     work = tmp_path_factory.mktemp("install")
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "runs", "tests")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "tests")
     shutil.copytree(ROOT, work / "q4kd", ignore=unwanted)
     shutil.copytree(EXAMPLE, work / "acme", ignore=unwanted)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

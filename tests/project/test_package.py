@@ -38,7 +38,7 @@ falsification_tests:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build leaves files beside its sources, and an earlier one's must not get into this one.
     source, out = tmp_path_factory.mktemp("source") / "q4kd", tmp_path_factory.mktemp("sdist")
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "runs", "tests")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "bundles", "tests")
     shutil.copytree(ROOT, source, ignore=unwanted)
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, check=True, timeout=300, capture_output=True)
