@@ -56,12 +56,8 @@ def require_packages(contracts: Iterable["Contract"]) -> None:
 def refuse_used(bundle: Path) -> Path:
     """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
     if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
-        raise InputError(
-            str(bundle),
-            expected="a new or empty folder for the bundle",
-            got="one in use",
-            remedy="name another with --out",
-        )
+        expected = "a new or empty folder for the bundle"
+        raise InputError(str(bundle), expected=expected, got="one in use", remedy="name another with --out")
     return bundle
 
 
@@ -146,9 +142,8 @@ def pytest_command(
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
     if workers > 0:
         if importlib.util.find_spec("xdist") is None:
-            raise InputError(
-                "--workers", expected="pytest-xdist", got="it is not installed", remedy="pip install pytest-xdist"
-            )
+            remedy = "pip install pytest-xdist"
+            raise InputError("--workers", expected="pytest-xdist", got="it is not installed", remedy=remedy)
         command += ["-p", "xdist.plugin", "-n", str(workers)]
     if keyword is not None:
         command += ["-k", keyword]

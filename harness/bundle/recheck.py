@@ -66,9 +66,8 @@ class KillReplay:
         for name in claim.falsifier.sabotage:
             outcome = by_fault.get(name)
             if outcome is None:
-                raise InputError(
-                    claim.key, expected=f"a record for the fault {name}", got="none", remedy="run falsify again"
-                )
+                expected = f"a record for the fault {name}"
+                raise InputError(claim.key, expected=expected, got="none", remedy="run falsify again")
             if outcome.record is None:
                 status = KillStatus.MISSED if outcome.caught else outcome.status
                 results.append(replace(outcome, status=status, verdict=None))

@@ -33,18 +33,13 @@ def sign_bundle(path: Path, key: Path) -> str:
     """
     private = load_private_key(key)
     if path.is_dir() and key.resolve().is_relative_to(path.resolve()):
-        raise InputError(
-            str(key), expected="a key outside the bundle", got="one in it", remedy="move it out; use another key"
-        )
+        remedy = "move it out; use another key"
+        raise InputError(str(key), expected="a key outside the bundle", got="one in it", remedy=remedy)
     store = snapshot(open_store(path), str(path))
     result = verify_store(store)
     if result.status != "consistent":
-        raise InputError(
-            str(path),
-            expected="a bundle that verifies",
-            got=f"{result.status}: {result.problems[0]}",
-            remedy="see `q4kd evidence verify`; sign what it accepts",
-        )
+        got, remedy = f"{result.status}: {result.problems[0]}", "see `q4kd evidence verify`; sign what it accepts"
+        raise InputError(str(path), expected="a bundle that verifies", got=got, remedy=remedy)
     payload = encode_payload(signed_statement(statement_of(store, read_findings(store)), store.read(MANIFEST)))
     envelope = sign(payload, private, _others(store))
     if path.is_dir():

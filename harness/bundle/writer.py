@@ -55,9 +55,8 @@ def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs:
     """
     for name in ("findings.json", MANIFEST):
         if (folder / name).exists():
-            raise InputError(
-                str(folder), expected="a new folder", got="a finished bundle", remedy="choose another --out folder"
-            )
+            remedy = "choose another --out folder"
+            raise InputError(str(folder), expected="a new folder", got="a finished bundle", remedy=remedy)
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for path in contract_files(contracts):
@@ -104,9 +103,8 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, str]:
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None or match.group(2) in result:
-            raise InputError(
-                f"{origin}:{number}", expected="`<sha256>  <name>`, each name once", got=repr(line[:80]), remedy=REMEDY
-            )
+            expected = "`<sha256>  <name>`, each name once"
+            raise InputError(f"{origin}:{number}", expected=expected, got=repr(line[:80]), remedy=REMEDY)
         result[safe_name(match.group(2), origin)] = match.group(1)
     return result
 

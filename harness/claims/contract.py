@@ -56,12 +56,8 @@ def check_identities(contracts: list[Contract]) -> list[Contract]:
     seen: dict[str, str] = {}
     for contract in contracts:
         if contract.name in seen:
-            raise InputError(
-                contract.path,
-                expected="each contract name once",
-                got=f"{contract.name} again (first in {seen[contract.name]})",
-                remedy="rename one of the two files",
-            )
+            expected, got = "each contract name once", f"{contract.name} again (first in {seen[contract.name]})"
+            raise InputError(contract.path, expected=expected, got=got, remedy="rename one of the two files")
         seen[contract.name] = contract.path
     return contracts
 
@@ -88,12 +84,8 @@ def parse_contract(
         InputError: quoting the file, the line and its text.
     """
     if not _NAME.fullmatch(name):
-        raise InputError(
-            printable(origin),
-            expected="a file name of letters, digits, . _ -",
-            got=repr(name),
-            remedy="rename the file",
-        )
+        expected = "a file name of letters, digits, . _ -"
+        raise InputError(printable(origin), expected=expected, got=repr(name), remedy="rename the file")
     document = parse_yaml(data, origin)
     raw = validate(document)
     metadata = cast("JsonObject", raw.get("metadata") or {})

@@ -86,9 +86,8 @@ class Plan:
                 waivers=waivers,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                "plan.json", expected=f"a {SCHEMA} document", got=str(error)[:200], remedy="run falsify again"
-            ) from error
+            expected, remedy = f"a {SCHEMA} document", "run falsify again"
+            raise InputError("plan.json", expected=expected, got=str(error)[:200], remedy=remedy) from error
 
 
 def make_plan(
@@ -166,12 +165,8 @@ def parse_selection(text: str) -> Predicate:
         if parser.tokens:
             raise ValueError(f"unexpected {parser.tokens[0]!r}")
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            "-k",
-            expected="words joined by and, or, not, ( )",
-            got=f"{text[:80]!r}: {error}",
-            remedy="for example -k 'memory and not (gpu or cuda)'",
-        ) from error
+        expected, remedy = "words joined by and, or, not, ( )", "for example -k 'memory and not (gpu or cuda)'"
+        raise InputError("-k", expected=expected, got=f"{text[:80]!r}: {error}", remedy=remedy) from error
     return predicate
 
 

@@ -77,33 +77,25 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
     document = parse_yaml(read_bounded(path, _MAX_BYTES), path.name)
     problem = _schema().error(document.value)
     if problem is not None:
-        raise document.error(
-            tuple(problem.absolute_path),
-            expected="waivers: a list of claim, owner, reason (10 characters or more) and expires (YYYY-MM-DD)",
-            got=problem.message[:200],
-            remedy="say who answers for it, why, and until when",
-        )
+        expected = "waivers: a list of claim, owner, reason (10 characters or more) and expires (YYYY-MM-DD)"
+        remedy = "say who answers for it, why, and until when"
+        raise document.error(tuple(problem.absolute_path), expected=expected, got=problem.message[:200], remedy=remedy)
     waivers: list[Waiver] = []
     for index, entry in enumerate(cast("_File", document.value)["waivers"]):
         at = ("waivers", index)
         try:
             waiver = Waiver(**entry)
         except ValueError as error:
-            raise document.error(
-                (*at, "expires"), expected="a day of the calendar", got=str(error), remedy="write it as YYYY-MM-DD"
-            ) from error
+            expected, remedy = "a day of the calendar", "write it as YYYY-MM-DD"
+            raise document.error((*at, "expires"), expected=expected, got=str(error), remedy=remedy) from error
         if waiver.claim not in claims:
             close = difflib.get_close_matches(waiver.claim, claims, 1)
-            raise document.error(
-                (*at, "claim"),
-                expected="contract::id of a claim",
-                got=repr(waiver.claim),
-                remedy=f"did you mean {close[0]!r}?" if close else "`q4kd contracts show NAME` lists them",
-            )
+            expected = "contract::id of a claim"
+            remedy = f"did you mean {close[0]!r}?" if close else "`q4kd contracts show NAME` lists them"
+            raise document.error((*at, "claim"), expected=expected, got=repr(waiver.claim), remedy=remedy)
         if any(known.claim == waiver.claim for known in waivers):
-            raise document.error(
-                (*at, "claim"), expected="one waiver for each claim", got="a second one", remedy="remove one"
-            )
+            expected = "one waiver for each claim"
+            raise document.error((*at, "claim"), expected=expected, got="a second one", remedy="remove one")
         waivers.append(waiver)
     return tuple(waivers)
 

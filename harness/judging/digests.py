@@ -201,18 +201,17 @@ class _Closure:
         if not found and tree is not None and line is not None:
             found = tree.lambdas.get(line, [])
         if not found:
-            raise InputError(
-                f"{module}:{name}",
-                expected="a function defined in the source of an installed module",
-                got="no such definition",
-                remedy="define it with `def` in a module, so that a kill record can be keyed by what it does",
-            )
+            expected = "a function defined in the source of an installed module"
+            remedy = "define it with `def` in a module, so that a kill record can be keyed by what it does"
+            raise InputError(f"{module}:{name}", expected=expected, got="no such definition", remedy=remedy)
         self.follow(found)
 
     def _module(self, name: str) -> None:
         if TREES.module(name) is None:
             remedy = "name modules that are installed among the sources of the experiment"
-            raise InputError(f"module {name!r}", expected="an installed module", got="none with a source", remedy=remedy)
+            raise InputError(
+                f"module {name!r}", expected="an installed module", got="none with a source", remedy=remedy
+            )
         self.follow(TREES.resolve(name, ()))
 
     def follow(self, definitions: Iterable[Definition]) -> None:

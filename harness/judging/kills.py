@@ -60,9 +60,8 @@ class KillStore:
         """
         name = _plain(record.raw)
         if len(raw) > MAX_RAW:
-            raise InputError(
-                name, expected=f"at most {MAX_RAW} bytes", got=str(len(raw)), remedy="collect less in this experiment"
-            )
+            remedy = "collect less in this experiment"
+            raise InputError(name, expected=f"at most {MAX_RAW} bytes", got=str(len(raw)), remedy=remedy)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / name, raw)
         self._archives.pop(name, None)
@@ -95,12 +94,8 @@ class KillStore:
 
 def _plain(name: str) -> str:
     if Path(name).name != name or name.startswith(".") or not name.endswith(".tar.gz"):
-        raise InputError(
-            f"kill record archive {name!r}",
-            expected="a plain *.tar.gz name",
-            got="a path",
-            remedy="run `q4kd sabotage`",
-        )
+        remedy = "run `q4kd sabotage`"
+        raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
     return name
 
 

@@ -85,9 +85,8 @@ def _hold(stack: ExitStack, path: Path) -> None:
     try:
         stack.enter_context(FileLock(path, timeout=0))
     except Timeout as error:
-        raise InputError(
-            "q4kd nightly", expected="to be the only one", got="another that runs", remedy=f"wait for it ({path})"
-        ) from error
+        got, remedy = "another that runs", f"wait for it ({path})"
+        raise InputError("q4kd nightly", expected="to be the only one", got=got, remedy=remedy) from error
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:

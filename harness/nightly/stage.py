@@ -49,12 +49,9 @@ class StageRunner:
                     return
                 except OSError as error:
                     if time.monotonic() > deadline:
-                        raise InputError(
-                            "q4kd nightly",
-                            expected="the stage of a killed night to have ended",
-                            got="one that still runs",
-                            remedy=f"end the process that holds {self._lock}",
-                        ) from error
+                        expected, got = "the stage of a killed night to have ended", "one that still runs"
+                        remedy = f"end the process that holds {self._lock}"
+                        raise InputError("q4kd nightly", expected=expected, got=got, remedy=remedy) from error
                     time.sleep(0.2)
 
     def spawn(self, stage: str, arguments: list[str], command: tuple[str, ...] | None = None) -> int:

@@ -74,9 +74,8 @@ def read_night(path: Path) -> Night | None:
         boots = [str(boot) for boot in value["boots"]]
         return Night(key=dict(value["key"]), name=name, started=float(value["started"]), stages=stages, boots=boots)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            str(path), expected=f"a {SCHEMA} document", got=str(error)[:120], remedy="remove it to begin a new night"
-        ) from error
+        remedy = "remove it to begin a new night"
+        raise InputError(str(path), expected=f"a {SCHEMA} document", got=str(error)[:120], remedy=remedy) from error
 
 
 def take_up(recorded: Night | None, key: Mapping[str, Any], name: str, last_stage: str, now: float) -> Night:

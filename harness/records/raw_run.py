@@ -71,9 +71,8 @@ class RawRun:
             if line.strip():
                 row = parse_shallow(line, f"{self.name}/{name}:{number}", 1 << 20)
                 if not isinstance(row, dict):
-                    raise InputError(
-                        f"{self.name}/{name}:{number}", expected="a JSON object", got="another value", remedy=REMEDY
-                    )
+                    got = "another value"
+                    raise InputError(f"{self.name}/{name}:{number}", expected="a JSON object", got=got, remedy=REMEDY)
                 rows.append(row)
         return rows
 

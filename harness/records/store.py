@@ -216,9 +216,5 @@ def open_store(path: Path) -> Store:
         return DirectoryStore(path)
     if path.is_file():
         return TarStore(path)
-    raise InputError(
-        str(path),
-        expected="a bundle folder or .tar.gz",
-        got="no such file",
-        remedy="name what `q4kd falsify` wrote: its line `evidence:` says where",
-    )
+    remedy = "name what `q4kd falsify` wrote: its line `evidence:` says where"
+    raise InputError(str(path), expected="a bundle folder or .tar.gz", got="no such file", remedy=remedy)

@@ -238,7 +238,6 @@ def get_experiment(name: str) -> Experiment:
     """
     if name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS) or "none are registered"
-        raise InputError(
-            f"experiment {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling"
-        )
+        remedy = "check the spelling"
+        raise InputError(f"experiment {name!r}", expected=f"one of: {known}", got="an unknown name", remedy=remedy)
     return EXPERIMENTS[name]

@@ -55,12 +55,8 @@ def _blaming(origin: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # foreign code: whatever it raises, its owner must be named
-        raise InputError(
-            origin,
-            expected="an extension that can be loaded",
-            got=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-            remedy="repair or uninstall that distribution",
-        ) from error
+        expected, got = "an extension that can be loaded", " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(origin, expected=expected, got=got, remedy="repair or uninstall that distribution") from error
 
 
 @lru_cache(maxsize=4)

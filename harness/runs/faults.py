@@ -190,9 +190,8 @@ def get_fault(name: str) -> Fault:
     faults = all_faults()
     if name not in faults:
         known = ", ".join(faults) or "none are registered"
-        raise InputError(
-            f"fault {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling"
-        )
+        remedy = "check the spelling"
+        raise InputError(f"fault {name!r}", expected=f"one of: {known}", got="an unknown name", remedy=remedy)
     return faults[name]
 
 

@@ -205,12 +205,8 @@ def _complete(folder: Path) -> bool:
 def _check_arrays(folder: Path) -> None:
     for path in (folder / "arrays").iterdir():
         if path.stat().st_size > MAX_ARRAY_FILE:
-            raise InputError(
-                f"arrays/{path.name}",
-                expected=f"at most {MAX_ARRAY_FILE} bytes",
-                got=f"{path.stat().st_size}",
-                remedy="collect seeded positions and columns instead of whole arrays",
-            )
+            got, remedy = f"{path.stat().st_size}", "collect seeded positions and columns instead of whole arrays"
+            raise InputError(f"arrays/{path.name}", expected=f"at most {MAX_ARRAY_FILE} bytes", got=got, remedy=remedy)
 
 
 def _raise_recorded(folder: Path) -> None:
