@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from q4kd.harness.bundle.environment import PACKAGES
+from q4kd.harness.bundle.environment import package_versions
 from q4kd.harness.bundle.writer import pack_bytes
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import default_contracts_folder
@@ -188,14 +188,6 @@ def _archive(root: Path, needed: Set[str]) -> bytes:
 def _record(
     claim: Claim, fault: Fault, experiment: str, profile: str, outcome: KillOutcome, runs: Mapping[str, RawRun]
 ) -> KillRecord:
-    import importlib.metadata
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return KillRecord(
         contract=claim.contract,
         id=claim.id,
@@ -210,7 +202,7 @@ def _record(
         raw=f"{fault.name}--{experiment}.tar.gz",
         judge_version=JUDGE_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions,
+        versions=package_versions(),
     )
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
-        "packages": _packages(),
+        "packages": package_versions(),
         "cpu": {
             "model": _cpu_model(),
             "cores_logical": psutil.cpu_count(),
@@ -84,7 +83,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _packages() -> Mapping[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of those of ``PACKAGES`` that are installed."""
     found: dict[str, str] = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

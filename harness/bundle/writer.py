@@ -15,25 +15,11 @@ from q4kd.harness.claims.plan import Plan
 from q4kd.harness.claims.profile import profile_bytes
 from q4kd.harness.judging.results import Findings
 from q4kd.harness.records.json_types import JsonObject
-from q4kd.harness.records.redact import redact
 from q4kd.harness.records.store import MAX_FILE, DirectoryStore, Store
 from q4kd.harness.records.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
 from q4kd.trainer.yaml_lines import MAX_BYTES
-
-__all__ = [
-    "environment",
-    "manifest_of",
-    "manifest_text",
-    "open_bundle",
-    "pack",
-    "pack_bytes",
-    "pack_store",
-    "redact",
-    "seal",
-    "write_findings",
-]
 
 MANIFEST = "MANIFEST.sha256"
 FOLDERS = ("contracts/profiles", "runs", "sabotage")

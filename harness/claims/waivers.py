@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from q4kd.harness.claims.schema_match import Schema
+from q4kd.harness.records.json_types import JsonRecord
 from q4kd.trainer.files import parse_json, read_bounded
 from q4kd.trainer.yaml_lines import parse_yaml
 
@@ -30,7 +31,6 @@ class Waiver:
     expires: str
 
     def __post_init__(self) -> None:
-        """Refuse what is not text, and a day that is none (ValueError)."""
         if not all(isinstance(value, str) and value for value in vars(self).values()):
             raise ValueError("a waiver needs a claim, an owner, a reason and a day")
         date.fromisoformat(self.expires)
@@ -42,7 +42,6 @@ class Waiver:
         return day.date() <= date.fromisoformat(self.expires)
 
     def __str__(self) -> str:
-        """Return the waiver in one line."""
         return f"waived by {self.owner} until {self.expires}: {self.reason}"
 
 
@@ -55,12 +54,6 @@ def today() -> str:
 def _schema() -> Schema:
     source = importlib.resources.files("q4kd.harness.claims") / "waivers.schema.json"
     return Schema(parse_json(source.read_bytes(), "waivers.schema.json"))
-
-
-class _File(TypedDict):
-    """A file of waivers, once the schema has accepted it."""
-
-    waivers: list[dict[str, str]]
 
 
 def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
@@ -81,7 +74,7 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
         remedy = "say who answers for it, why, and until when"
         raise document.error(tuple(problem.absolute_path), expected=expected, got=problem.message[:200], remedy=remedy)
     waivers: list[Waiver] = []
-    for index, entry in enumerate(cast("_File", document.value)["waivers"]):
+    for index, entry in enumerate(cast("JsonRecord", document.value)["waivers"]):
         at = ("waivers", index)
         try:
             waiver = Waiver(**entry)

@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 from filelock import FileLock
 
-from q4kd.harness.runs.extensions import Extension, load_extensions, subject_modules
+from q4kd.harness.runs.extensions import Extension, blaming, load_extensions, subject_modules
 from q4kd.harness.runs.user_inputs import GivenFiles
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import unknown_name
 from q4kd.trainer.files import sha256_file
 
 # What an arm measured of its outputs; ``facts.json`` holds it.
@@ -178,7 +178,7 @@ class _Registry(Mapping[str, Experiment]):
             importlib.import_module(module)
             self._modules.update(dict.fromkeys(set(self._known) - before, module))
         for extension in load_extensions("q4kd.experiments"):
-            with extension.blamed():
+            with blaming(extension.origin):
                 self._extend(extension)
         self._loaded = True
 
@@ -231,13 +231,7 @@ def declare(
 
 
 def get_experiment(name: str) -> Experiment:
-    """Return one experiment.
-
-    Raises:
-        InputError: naming the known ones.
-    """
+    """Return one experiment (InputError for an unknown one)."""
     if name not in EXPERIMENTS:
-        known = ", ".join(EXPERIMENTS) or "none are registered"
-        remedy = "check the spelling"
-        raise InputError(f"experiment {name!r}", expected=f"one of: {known}", got="an unknown name", remedy=remedy)
+        raise unknown_name(f"experiment {name!r}", name, EXPERIMENTS, "experiment")
     return EXPERIMENTS[name]

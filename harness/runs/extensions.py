@@ -43,15 +43,10 @@ class Extension:
         """The top-level package that it comes from."""
         return self.module.partition(".")[0]
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Turn whatever goes wrong inside into an error that names this extension."""
-        with _blaming(self.origin):
-            yield
-
 
 @contextmanager
-def _blaming(origin: str) -> Iterator[None]:
+def blaming(origin: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into an error (InputError) that names the extension it comes from."""
     try:
         yield
     except Exception as error:  # foreign code: whatever it raises, its owner must be named
@@ -88,11 +83,9 @@ def load_extensions(group: Group) -> tuple[Extension, ...]:
     """
     found: dict[str, Extension] = {}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
-        distribution = (
-            f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
-        )
+        distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
         origin = f"{group} {point.name!r} of {distribution}"
-        with _blaming(origin):
+        with blaming(origin):
             if point.name in found:
                 raise ValueError(f"the name is taken by {found[point.name].origin}")
             found[point.name] = Extension(point.name, point.module, origin, point.load())
