@@ -18,8 +18,8 @@ from q4kd.harness.claims.waivers import expired_lines
 from q4kd.harness.judging.kill_records import KillRecord, read_kill_records
 from q4kd.harness.judging.results import Findings, KillOutcome, KillStatus
 from q4kd.harness.records.json_types import JsonRecord, JsonValue
-from q4kd.harness.records.raw_run import RawRun, Store, TarStore, read_runs
-from q4kd.harness.records.store import read_object
+from q4kd.harness.records.raw_run import RawRun, read_runs
+from q4kd.harness.records.store import Store, TarStore, read_object
 from q4kd.harness.records.tar_archive import REMEDY
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
@@ -34,7 +34,6 @@ class KillReplay:
     """Judges the sabotaged runs kept in a bundle again, each archive unpacked once however many claims name it."""
 
     def __init__(self, store: Store) -> None:
-        """Take a bundle; nothing is read yet."""
         self.store = store
         self._runs: dict[str, Mapping[str, RawRun]] = {}
         self._left = MAX_UNPACKED

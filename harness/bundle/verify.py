@@ -38,8 +38,8 @@ from q4kd.harness.claims.plan import Plan, make_plan, plan_differences
 from q4kd.harness.claims.profile import read_profile
 from q4kd.harness.claims.waivers import applying
 from q4kd.harness.judging.results import ClaimResult, Finding, Findings
-from q4kd.harness.records.raw_run import RawRun, Store, open_store, read_runs, runs_of
-from q4kd.harness.records.store import read_object, snapshot
+from q4kd.harness.records.raw_run import RawRun, read_runs, runs_of
+from q4kd.harness.records.store import Store, open_store, read_object, snapshot
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.yaml_lines import printable
 

@@ -72,19 +72,13 @@ class Plan:
         try:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
                 raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
-            entries = tuple(PlanEntry(**entry) for entry in value["entries"])
             given = {role: str(name) for role, name in value.get("given", {}).items()}
             if not given.keys() <= set(ROLES):
                 raise ValueError(f"given roles {sorted(map(str, given))}")
+            entries = tuple(PlanEntry(**entry) for entry in value["entries"])
             waivers = tuple(Waiver(**waiver) for waiver in value.get("waivers", ()))
-            return Plan(
-                profile=value["profile"],
-                scope=value["scope"],
-                select=value["select"],
-                entries=entries,
-                given=given,
-                waivers=waivers,
-            )
+            fields = {name: value[name] for name in ("profile", "scope", "select")}
+            return Plan(**fields, entries=entries, given=given, waivers=waivers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             expected, remedy = f"a {SCHEMA} document", "run falsify again"
             raise InputError("plan.json", expected=expected, got=str(error)[:200], remedy=remedy) from error
@@ -212,8 +206,7 @@ def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
         lines.append(
             f"plan: recorded as {recorded.scope} on {recorded.profile}, expected {expected.scope} on {expected.profile}"
         )
-    before = _by_key(recorded)
-    after = _by_key(expected)
+    before, after = ({entry.key: entry for entry in plan.entries} for plan in (recorded, expected))
     if len(before) != len(recorded.entries):
         lines.append("plan: a claim is listed twice")
     lines += [f"plan: {key} is missing" for key in after if key not in before]
@@ -225,7 +218,3 @@ def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
             field = "is" if name == "scope" else f"has its {name}"
             lines.append(f"plan: {key} {field} recorded as {was}, expected {expected}")
     return lines
-
-
-def _by_key(plan: Plan) -> Mapping[str, PlanEntry]:
-    return {entry.key: entry for entry in plan.entries}

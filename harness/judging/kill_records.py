@@ -46,7 +46,6 @@ class KillRecord:
         return self.contract, self.id, self.fault
 
     def __post_init__(self) -> None:
-        """Refuse what no record can be found or judged by (TypeError)."""
         if not all(isinstance(part, str) for part in (*self.subject, self.experiment, self.raw)):
             raise TypeError("a record whose subject, experiment or archive is not text")
         if not isinstance(self.parts, Mapping):

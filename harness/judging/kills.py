@@ -16,8 +16,9 @@ from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.kill_records import KillRecord, kill_records, read_kill_records
 from q4kd.harness.judging.mutations import NOT_SHOWN
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
-from q4kd.harness.records.raw_run import RawRun, TarStore
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.raw_run import run_names as stored_runs
+from q4kd.harness.records.store import TarStore
 from q4kd.harness.runs.experiment import get_experiment
 from q4kd.harness.runs.faults import VOID_EXIT, Fault, MissingTarget, get_fault
 from q4kd.trainer.errors import InputError

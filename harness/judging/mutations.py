@@ -23,13 +23,11 @@ class WatchedRun(RawRun):
     """A run that remembers, in ``seen``, what of it was looked at, and in ``files`` which files of arrays."""
 
     def __init__(self, base: RawRun) -> None:
-        """Watch ``base``; what it has read already is shared."""
         vars(self).update(vars(base))
         self.seen: set[str] = set()
         self.files: set[str] = set()
 
     def __getattribute__(self, name: str) -> object:
-        """Note the property that is being read."""
         if name in READABLE or name == "array":
             object.__getattribute__(self, "seen").add("arrays" if name == "array" else name)
         return object.__getattribute__(self, name)
@@ -44,7 +42,6 @@ class SpoiltRun(RawRun):
     """A run with some of its records replaced, and its arrays cut to ``rows``; everything else is that of ``base``."""
 
     def __init__(self, base: RawRun, records: Mapping[str, object], rows: int | None = None) -> None:
-        """Put ``records``, by property name, in the place of what was read."""
         vars(self).update(vars(base))
         vars(self).update(records)
         self._rows = rows

@@ -42,10 +42,9 @@ def _missing(origin: str, name: str) -> InputError:
 
 
 class DirectoryStore:
-    """The files below a folder. A symbolic link anywhere below it is refused, as is anything not a plain file."""
+    """The files below a folder (InputError when it is none). Links and anything else not a plain file are refused."""
 
     def __init__(self, root: Path) -> None:
-        """Take the folder ``root`` (InputError when it is not one)."""
         if not root.is_dir():
             raise InputError(str(root), expected="a folder", got="none", remedy="name the folder of a bundle")
         self.root = root
@@ -97,10 +96,9 @@ class DirectoryStore:
 
 
 class MemoryStore:
-    """Files held in memory: the same bytes whenever they are read, whatever happens to where they came from."""
+    """Files held in memory, by name: the same bytes whenever they are read. ``origin`` names them in errors."""
 
     def __init__(self, files: Mapping[str, bytes], origin: str) -> None:
-        """Take ``files`` by name; ``origin`` names them in errors."""
         self.files, self.origin = dict(sorted(files.items())), origin
 
     def names(self) -> list[str]:
@@ -171,7 +169,6 @@ class PrefixStore:
     """The files of another store below ``prefix``, such as ``runs/load-teacher/``."""
 
     def __init__(self, store: Store, prefix: str) -> None:
-        """Take the files of ``store`` whose names start with ``prefix``."""
         self.store, self.prefix = store, prefix.rstrip("/") + "/"
 
     def names(self) -> list[str]:

@@ -139,7 +139,6 @@ class Experiment:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse names that are not safe as folder names, and arms that could be confused."""
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names) or (None in names and len(names) > 1):
             raise ValueError(f"experiment {self.name!r}: arms need distinct names, or one arm without a name")

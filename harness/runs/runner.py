@@ -12,8 +12,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from q4kd.harness.records.json_types import JsonRecord
-from q4kd.harness.records.raw_run import DirectoryStore, RawRun
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.redact import redact
+from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, get_experiment
 from q4kd.harness.runs.supervise import SETTABLE, run_supervised
 from q4kd.trainer.errors import InputError

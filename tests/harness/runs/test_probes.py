@@ -15,7 +15,7 @@ SEEN: list[object] = []
 def registry(monkeypatch: pytest.MonkeyPatch) -> probes._Registry:
     made = probes._Registry()
     monkeypatch.setattr(probes, "PROBES", made)
-    monkeypatch.setattr(probes, "PROBE_MODULES", ())
+    monkeypatch.setattr(probes, "subject_modules", lambda kind: ())
     SEEN.clear()
     return made
 
