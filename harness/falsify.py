@@ -78,14 +78,14 @@ def falsify(
     Args:
         contracts: folder of contracts; None means the installed ones.
         profile: machine profile; None means that of the GPU present, else ``cpu``.
-        keyword: run only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
+        keyword: only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
         out: folder of the bundle; None means a new one under ``bundles/``.
         workers: pytest-xdist processes; 0 runs in one.
         kills: folder of kill records; None means the installed ones of the profile.
-        sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
+        sign: file of an Ed25519 private key to sign the bundle with.
         given: files to use in the place of made inputs.
         inputs: folder for made inputs, kept; None means one that is removed.
-        waivers: file of waivers for claims that may be inconclusive; None means none.
+        waivers: file of waivers for claims that may be inconclusive.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.

@@ -22,16 +22,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
 def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue]:
-    """Describe this machine and this code.
+    """Describe this machine and this code, whose commit is that of the checkout ``source`` when git can tell.
 
-    Args:
-        profile: name of the profile judged on.
-        source: folder of the source checkout; its commit is recorded when git can tell.
-
-    Returns:
-        ``commit`` (str or None), ``dirty`` (bool or None), ``packages``, ``python``, ``platform``, ``cpu``,
-        ``memory_bytes``, ``gpu`` (names and driver, or why not), ``boot_id``, ``profile``. What could not be read is
-        None, never invented.
+    What could not be read, such as ``commit``, ``dirty`` or the names under ``gpu``, is None or empty, never invented.
     """
     commit, dirty = git_state(source or Path(__file__).resolve().parent)
     gpu = probe_gpu()

@@ -43,15 +43,10 @@ class KillReplay:
         return read_kill_records(read_object(self.store, KILLS), KILLS)
 
     def judge_again(self, claim: Claim, profile: str, recorded: Sequence[KillOutcome]) -> list[KillOutcome]:
-        """Return the outcomes that the bundle should hold for a claim, one for each fault it names.
+        """Return the outcomes that the bundle should hold for a claim with a falsifier, one for each fault it names.
 
         A record whose code has changed since is still judged: its raw runs are what was seen then. A fault recorded
         without a record stays as it was recorded, which cannot support a corroboration.
-
-        Args:
-            claim: a claim with a falsifier.
-            profile: the profile judged on.
-            recorded: the finding's outcomes.
 
         Raises:
             InputError: a record is missing, or is for another claim, or its archive is not the one recorded.

@@ -18,18 +18,13 @@ from q4kd.trainer.files import write_atomic
 
 
 def sign_bundle(path: Path, key: Path) -> str:
-    """Sign a sealed bundle in place, folder or ``.tar.gz``, keeping valid envelopes' signatures by other keys.
+    """Sign a sealed bundle in place, folder or ``.tar.gz``, and return the fingerprint of the key.
 
-    Args:
-        path: the bundle.
-        key: file of the private key (see ``load_private_key``).
-
-    Returns:
-        The fingerprint of the key.
+    Signatures by other keys are kept.
 
     Raises:
-        InputError: a key that cannot be used or lies in the bundle; a bundle that does not verify, or that was
-            changed after somebody else signed it.
+        InputError: a key that cannot be used or lies in the bundle; a bundle that does not verify, or that was changed
+            after somebody else signed it.
     """
     private = load_private_key(key)
     if path.is_dir() and key.resolve().is_relative_to(path.resolve()):

@@ -61,14 +61,10 @@ _REPORT = "report.html and findings.md are hashed but not recomputed; make your 
 class VerifyResult:
     """What verification found.
 
-    Attributes:
-        status: consistent, mismatch, or unverifiable (this program cannot tell).
-        problems: one line each, why the status is not consistent.
-        caveats: what a consistent bundle still does not show.
-        recomputed: how many verdicts were drawn again from raw files.
-        headline: what the bundle says of its run; "consistent" is about the record, not about the claims.
-        signed_by: fingerprints of the keys asked for whose signatures are valid.
-        exit_code: 0 consistent, 1 mismatch, 2 unverifiable.
+    ``unverifiable`` means that this program cannot tell. ``problems`` say why the status is not consistent, ``caveats``
+    what a consistent bundle still does not show. ``recomputed`` counts the verdicts drawn again from raw files. The
+    ``headline`` is what the bundle says of its run: "consistent" is about the record, not about the claims.
+    ``signed_by`` are fingerprints of the keys asked for whose signatures are valid.
     """
 
     status: Status
@@ -80,7 +76,7 @@ class VerifyResult:
 
     @property
     def exit_code(self) -> int:
-        """Return the command's exit code."""
+        """0 consistent, 1 mismatch, 2 unverifiable."""
         return _EXIT_CODES[self.status]
 
 
@@ -115,8 +111,7 @@ def verify_bundle(path: Path, contracts: Path | None = None, public_keys: Sequen
         public_keys: keys that must each have signed it.
 
     Raises:
-        InputError: when it is not a bundle at all: unreadable, unsafe, or without any of a bundle's files; or when a
-            key is not one.
+        InputError: it is unreadable, unsafe, or without any of a bundle's files; or a key is not one.
     """
     return verify_store(snapshot(open_store(path), str(path)), contracts, public_keys)
 

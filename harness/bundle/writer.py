@@ -29,15 +29,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs: JsonObject) -> None:
     """Start a bundle: its folders, the contracts and profile as run, the plan, the machine and the inputs' digests.
 
-    Args:
-        folder: where to write; created, and refused when it already holds a bundle's findings.
-        contracts: folder of the contracts in force.
-        profile: name of the profile in force.
-        plan: the plan made from both.
-        inputs: name → ``{"sha256": …, "bytes": …}`` of weights and data; names, never paths outside the run.
+    ``inputs`` maps names of weights and data, never paths outside the run, to ``{"sha256": …, "bytes": …}``.
 
     Raises:
-        InputError: when the folder holds another bundle.
+        InputError: when the folder holds a finished bundle.
     """
     for name in ("findings.json", MANIFEST):
         if (folder / name).exists():

@@ -98,12 +98,9 @@ def make_plan(
         contracts: the contracts as loaded.
         profile: the machine class to judge on.
         select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
-            any case (``-k``). With a selection the plan is partial and cannot pass the gate.
+            any case (``-k``). With a selection the plan is partial and cannot pass the gate (InputError if malformed).
         given: names of given files by role.
         waivers: of claims that may be inconclusive.
-
-    Raises:
-        InputError: a malformed selection.
     """
     chosen = parse_selection(select) if select else None
     entries = tuple(

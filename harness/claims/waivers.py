@@ -57,11 +57,7 @@ def _schema() -> Schema:
 
 
 def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
-    """Read a file of waivers.
-
-    Args:
-        path: YAML as ``waivers.schema.json`` says: ``waivers: [{claim, owner, reason, expires}]``.
-        claims: the keys there are, ``contract::id``.
+    """Read a file of waivers of ``claims``, the keys there are: YAML as ``waivers.schema.json`` says.
 
     Raises:
         InputError: quoting file, line and text, for an unknown key, a missing one, a day that is none, a claim that

@@ -55,17 +55,9 @@ class SpoiltRun(RawRun):
 
 
 def apply_mutation_rule(claim: Claim, runs: Mapping[str, RawRun], profile: str, result: ClaimResult) -> ClaimResult:
-    """Return what ``judge_claim`` found with its ``mutations``, and without a corroboration that did not turn.
+    """Return what ``judge_claim`` found for these runs with its ``mutations``, None for a claim not corroborated.
 
-    Args:
-        claim: the claim judged.
-        runs: the raw runs of its experiment, by run name.
-        profile: name of the machine profile whose bounds apply.
-        result: what ``judge_claim`` returned for these.
-
-    Returns:
-        ``result`` with its mutations, or None there when the claim was not corroborated. With a mutation that still
-        gives ``corroborated`` it is ``inconclusive(not shown to fail)``.
+    With a mutation that still gives ``corroborated`` the result is ``inconclusive(not shown to fail)``.
     """
     if claim.falsifier is None or result.verdict != "corroborated":
         return result
@@ -112,10 +104,8 @@ def _raw(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> Iterator[tup
 def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRun]]:
     """Yield a run spoilt in every way that applies, with its name.
 
-    Args:
-        run: the run as recorded.
-        kinds: what of it the checks look at. How it was made, and whose it is, is spoilt whatever they look at.
-        least: observations that the claim asks for; arrays are cut to one fewer.
+    ``kinds`` is what of it the checks look at; how it was made, and whose it is, is spoilt whatever they look at.
+    Arrays are cut to one row fewer than the ``least`` observations that the claim asks for.
     """
     argv, ending = run.argv, run.exit
     yield "made with a planted fault", SpoiltRun(run, {"argv": {**argv, "fault": "planted"}})

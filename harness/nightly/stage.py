@@ -22,11 +22,9 @@ _GRACE_S = 60.0
 
 
 class StageRunner:
-    """Runs commands of q4kd one at a time and writes lines with the time and the stage.
+    """Runs commands of q4kd one at a time; lines with the time and the stage go to ``log`` and to standard output.
 
-    Args:
-        lock: file that a stage's process holds for as long as it lives.
-        log: file that lines are appended to; they go to standard output as well.
+    A stage's process holds the file ``lock`` for as long as it lives.
     """
 
     def __init__(self, lock: Path, log: Path) -> None:

@@ -25,9 +25,7 @@ def places() -> dict[str, str]:
 def redact(text: str, extra: Mapping[str, str] | None = None) -> str:
     """Return ``text`` without home, working and temporary folders, user names in paths, tokens and control characters.
 
-    Args:
-        text: free text, such as a log.
-        extra: further path prefixes and what to write for each, such as ``{"/data/models": "{inputs}"}``.
+    ``extra`` has further path prefixes and what to write for each, such as ``{"/data/models": "{inputs}"}``.
     """
     text = _ESCAPE.sub("", text.replace("\r\n", "\n"))
     text = _CONTROL.sub("", text)

@@ -116,13 +116,10 @@ class MemoryStore:
 
 
 class TarStore(MemoryStore):
-    """The files of a ``.tar`` or ``.tar.gz``, read once into memory and never unpacked.
+    """The files of a ``.tar`` or ``.tar.gz``, read once into memory; ``unpacked`` is their size in bytes.
 
     Links, devices, repeated names, names outside the archive and anything beyond the bounds refuse the whole archive.
     A single folder that holds everything is taken as the root, so ``tar czf b.tar.gz bundle/`` works.
-
-    Attributes:
-        unpacked: bytes of the archive when decompressed.
     """
 
     def __init__(self, source: Path | bytes, origin: str | None = None, max_total: int = MAX_TOTAL) -> None:
@@ -139,12 +136,9 @@ class TarStore(MemoryStore):
 
 
 def snapshot(store: Store, origin: str) -> MemoryStore:
-    """Return all files of a store as they are now.
+    """Return all files of a store as they are now (InputError for more than 512 MB together, or unreadable ones).
 
     What is checked is then what was hashed, even when somebody writes to the folder meanwhile.
-
-    Raises:
-        InputError: when they exceed 512 MB together, or cannot be read.
     """
     files: dict[str, bytes] = {}
     left = MAX_TOTAL

@@ -30,10 +30,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 class Inputs:
     """Files that experiments read, made once per session whatever the number of processes that ask.
 
-    Args:
-        folder: where they lie; created when missing. It is not part of the bundle: only their digests are.
-        profile: name of the machine profile, since sizes may depend on it.
-        given: files that stand in for made ones, by the name of the input.
+    They lie in ``folder``, which is not part of the bundle: only their digests are. Sizes may depend on ``profile``.
+    Files of ``given`` stand in for made ones, by the name of the input.
     """
 
     def __init__(self, folder: Path, profile: str, given: GivenFiles | None = None) -> None:

@@ -24,13 +24,9 @@ SUBJECTS = "q4kd.harness.subjects"
 
 @dataclass(frozen=True)
 class Extension:
-    """One entry point, loaded.
+    """One entry point, loaded: its name, its module, the module or object itself, and ``origin`` for messages.
 
-    Attributes:
-        name: the entry point's name; for a check, the name that contracts say.
-        module: the module it lies in.
-        origin: entry point and distribution, for messages.
-        value: the module, or the object in it.
+    For a check the name is the one that contracts say.
     """
 
     name: str

@@ -112,13 +112,7 @@ def fault(
     *targets: str,
     **limits: Unpack[_Limits],
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Declare the decorated function, which calls ``replace``, as what plants a fault.
-
-    The parameters are ``Fault``'s.
-
-    Raises:
-        ValueError: as ``register`` does.
-    """
+    """Declare the decorated function, which calls ``replace``, as what plants a fault (see ``register``)."""
 
     def declare_fault(apply: Callable[[], None]) -> Callable[[], None]:
         declare(family, name, title, apply, *targets, **limits)
@@ -134,13 +128,10 @@ def patch(
     *targets: str,
     **limits: Unpack[_Limits],
 ) -> Callable[[_Replacement], _Replacement]:
-    """Declare a fault under which each call of a target calls the decorated function instead.
+    """Declare a fault under which each call of a target calls the decorated function instead (see ``register``).
 
     The function is given the original first, then the arguments of the call. In a target that is a table of functions,
-    the targets before it are exchanged for their replacements. The other parameters are ``Fault``'s.
-
-    Raises:
-        ValueError: as ``register`` does.
+    the targets before it are exchanged for their replacements.
     """
 
     def declare_patch(function: _Replacement) -> _Replacement:
@@ -218,10 +209,8 @@ def resolve(target: str) -> tuple[object, str, Any]:
 def replace(target: str, make: Callable[[Any], Any]) -> None:
     """Put ``make(original)`` in the place of ``target``, also where a module under test imported it by name.
 
-    A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards.
-
-    Raises:
-        MissingTarget: when the target does not exist.
+    A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards. Raises
+    MissingTarget when the target does not exist.
     """
     holder, name, raw = resolve(target)
     kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None

@@ -49,11 +49,8 @@ class HarnessError(Exception):
 class ExperimentRunner:
     """Runs experiments into one bundle.
 
-    Args:
-        bundle_dir: clean runs go to ``runs/<run>/`` here, others to ``faulted/<fault>--<experiment>/runs/<run>/``.
-        inputs: the session's inputs.
-        profile: machine profile name.
-        keep_outputs: keep what the programs wrote besides the raw evidence (checkpoints), for looking at by hand.
+    Clean runs go to ``runs/<run>/`` of ``bundle_dir``, others to ``faulted/<fault>--<experiment>/runs/<run>/``. With
+    ``keep_outputs`` what the programs wrote besides the raw evidence (checkpoints) is kept, for looking at by hand.
     """
 
     def __init__(self, bundle_dir: Path, inputs: Inputs, profile: str, *, keep_outputs: bool = False) -> None:

@@ -76,21 +76,13 @@ def run_supervised(
     env: Mapping[str, str],
     placeholders: Mapping[str, str] | None = None,
 ) -> None:
-    """Run ``argv`` to its end and record it in ``run_dir``.
+    """Run ``argv`` in ``cwd`` to its end and record it in ``run_dir``, an existing folder.
 
     Writes ``stdout.log``, ``stderr.log``, ``memory.jsonl`` and, last and atomically, ``exit.json``. A run whose
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
-    whole process group; so is anything the program leaves running when it ends.
-
-    Args:
-        argv: program and arguments.
-        run_dir: existing folder for the records; also where ``events.jsonl`` is watched.
-        cwd: working folder of the program.
-        timeout_s: seconds of wall time allowed.
-        stall_s: seconds without a new event before the run counts as stalled; None never does.
-        interval_s: seconds between memory samples.
-        env: where the allowed variables are taken from (see ``child_environment``).
-        placeholders: absolute path prefixes and what is written in their place in logs and events.
+    whole process group; so is anything the program leaves running when it ends. Memory is sampled every ``interval_s``
+    seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
+    absolute path prefixes and what is written in their place in logs and events.
 
     Raises:
         OSError: when the program cannot be started.
