@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
-from q4kd.harness.claims.model import Claim
+from q4kd.harness.claims.model import Claim, Falsifier
 from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.results import ClaimResult, Mutations
 from q4kd.harness.records.raw_run import Arrays, RawRun, array_file
@@ -62,7 +62,7 @@ def apply_mutation_rule(claim: Claim, runs: Mapping[str, RawRun], profile: str, 
     if claim.falsifier is None or result.verdict != "corroborated":
         return result
     tried, missed = 0, []
-    for name, verdict in (*_raw(claim, runs, profile), *_observed(claim, profile, result)):
+    for name, verdict in (*_raw(claim, runs, profile), *_observed(claim.falsifier.for_profile(profile), result)):
         tried += 1
         if verdict == "corroborated":
             missed.append(name[:200])
@@ -134,10 +134,8 @@ def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRu
         yield "arrays cut short", SpoiltRun(run, {}, rows=max(least - 1, 0))
 
 
-def _observed(claim: Claim, profile: str, result: ClaimResult) -> Iterator[tuple[str, str]]:
+def _observed(falsifier: Falsifier, result: ClaimResult) -> Iterator[tuple[str, str]]:
     """Spoil each check's observation; yield the name of each mutation with the verdict it gave."""
-    assert claim.falsifier is not None
-    falsifier = claim.falsifier.for_profile(profile)
     for use, found in zip(falsifier.checks, result.checks, strict=True):
         check, params = CHECKS[use.check], found.params
         mutations = check.mutate(found.observation or {}, params, falsifier.min_observations)

@@ -16,17 +16,9 @@ from q4kd.harness.runs.extensions import SUBJECTS, blaming, kind_of, load_extens
 from q4kd.trainer.errors import unknown_name
 
 Family = Literal[
-    "quantisation",
-    "residency",
-    "memory",
-    "dispatch",
-    "vocabulary",
-    "loss",
-    "loop",
-    "logging",
-    "checkpoint",
+    "quantisation", "residency", "memory", "dispatch", "vocabulary", "loss", "loop", "logging", "checkpoint",
     "supervision",
-]
+]  # fmt: skip
 # A function of the program under test, whose arguments are only passed on.
 Call = Callable[..., object]
 _Replacement = TypeVar("_Replacement", bound=Call)

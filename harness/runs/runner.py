@@ -22,15 +22,9 @@ from q4kd.trainer.files import read_json, write_json
 
 LAUNCHER: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness.child")
 RAW_FILES = (
-    "argv.json",
-    "stdout.log",
-    "stderr.log",
-    "events.jsonl",
-    "memory.jsonl",
-    "exit.json",
-    "facts.json",
+    "argv.json", "stdout.log", "stderr.log", "events.jsonl", "memory.jsonl", "exit.json", "facts.json",
     "harness_error.json",
-)
+)  # fmt: skip
 MAX_ARRAY_FILE = 8 << 20
 
 

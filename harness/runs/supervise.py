@@ -27,17 +27,9 @@ TRUNCATED = "\n[q4kd: log truncated here; the program wrote more]\n"
 
 # The whole environment of a run. A variable not named here does not reach the program, so none can change a result.
 PASSED_ON = (
-    "PATH",
-    "LANG",
-    "TMPDIR",
-    "PYTHONPATH",
-    "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDA_VISIBLE_DEVICES",
-    "CUPY_CACHE_DIR",
-)
+    "PATH", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "CUPY_CACHE_DIR",
+)  # fmt: skip
 SETTABLE = ("OMP_NUM_THREADS", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY", "MALLOC_MMAP_THRESHOLD_")
 _FIXED = {
     "HF_HUB_OFFLINE": "1",
@@ -106,6 +98,7 @@ def run_supervised(
             kernel.close()
             raise
         counter, memory = OomCounter(process.pid), MemoryLog(run_dir / "memory.jsonl", process.pid)
+        assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
         try:
             action = _watch(process, run_dir / "events.jsonl", started, timeout_s, stall_s, interval_s, memory, counter)
@@ -206,9 +199,7 @@ def _drop_half_line(path: Path) -> None:
 class _LogCopy:
     """Copies one pipe to a file up to ``LOG_LIMIT`` bytes; beyond that it still drains the pipe, so nobody blocks."""
 
-    def __init__(self, source: IO[bytes] | None, path: Path) -> None:
-        if source is None:
-            raise ValueError("the program was not started with pipes")
+    def __init__(self, source: IO[bytes], path: Path) -> None:
         self._source, self._path = source, path
         self._thread = threading.Thread(target=self._copy, daemon=True, name=f"log {path.name}")
         self._thread.start()
