@@ -97,7 +97,7 @@ def test_changed_runs_only_what_has_no_valid_record(runner, store):
 
 
 def test_an_unknown_fault_stops_the_matrix_before_anything_runs(runner, store):
-    with pytest.raises(InputError, match="one of: absent"):
+    with pytest.raises(InputError, match="did you mean inflate"):
         kill_matrix([claim("inflate", "inflat")], "cpu", store, runner, changed=False)
     assert not runner.bundle_dir.exists()
 
@@ -169,7 +169,7 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
     ]:
         monkeypatch.setattr(digests, "TREES", edited(module, old, new))
         if part is None:
-            assert rejudge(one, "cpu", store)[0]["caught"], (module, new)
+            assert rejudge(one, "cpu", store)[0].caught, (module, new)
         else:
             assert stale(one, store) == f"changed since: {part}"
     monkeypatch.setattr(digests, "TREES", digests.SyntaxTrees())

@@ -78,21 +78,21 @@ def test_other_words_in_every_comment_and_docstring_age_no_record(
 
 # What a change ages: the part of a record, and the experiments, faults or parts of claims that it belongs to.
 CHANGES = [
-    ("block_spec", "-block_sums @", "block_sums @", "experiment", {"superblock"}),
+    ("oracles.block_spec", "-block_sums @", "block_sums @", "experiment", {"superblock"}),
     (
-        *("probes_robust", "_POLL_S = 0.0005", "_POLL_S = 0.001", "experiment"),
+        *("subjects.robustness.probes", "_POLL_S = 0.0005", "_POLL_S = 0.001", "experiment"),
         {"damaged-resumes", "killed-runs", *(name for name in EXPERIMENTS if name.startswith("run-"))},
     ),
     (
-        *("probes_runs", "if message.count", "if 2 * message.count", "experiment"),
+        *("subjects.runs.probes", "if message.count", "if 2 * message.count", "experiment"),
         {"refused-caches", "refused-data", "refused-exports", "refused-runs"},
     ),
     (
-        *("inputs_collect", "min(counters)", "max(counters)", "experiment"),
+        *("inputs.collect", "min(counters)", "max(counters)", "experiment"),
         {"distill-7b", "distill-7b-long", "distill-run", "smoke-run", "vocabulary-run"},
     ),
     (
-        *("sabotage.faults_quant", "out.copy_(out.half())", "out.copy_(out.bfloat16())", "fault"),
+        *("subjects.teacher.faults", "out.copy_(out.half())", "out.copy_(out.bfloat16())", "fault"),
         {"half-precision-q4k", "half-precision-q6k"},
     ),
 ]
@@ -150,12 +150,12 @@ def test_every_record_is_keyed_within_seconds() -> None:
 
 
 MOVED = {
-    "q4kd.harness.oracles.reference": "q4kd.harness.oracles.reference",
-    "q4kd.harness.oracles.block_spec": "q4kd.harness.oracles.block_spec",
+    "q4kd.harness.oracles.reference": "q4kd.harness.oracles.deep.reference",
+    "q4kd.harness.oracles.block_spec": "q4kd.harness.oracles.deep.block_spec",
     "q4kd.harness.checks.judgement": "q4kd.harness.checks.deep.judgement",
-    "q4kd.harness.subjects.teacher.experiments": "q4kd.harness.experiments_of.teacher",
-    "q4kd.harness.subjects.runs.probes": "q4kd.harness.probes_of.runs",
-    "q4kd.harness.subjects.teacher.faults": "q4kd.harness.sabotage.faults_of.quant",
+    "q4kd.harness.subjects.teacher.experiments": "q4kd.harness.subjects.backend.experiments_of_teacher",
+    "q4kd.harness.subjects.runs.probes": "q4kd.harness.subjects.robustness.probes_of_runs",
+    "q4kd.harness.subjects.teacher.faults": "q4kd.harness.subjects.runs.faults_of_teacher",
     "q4kd.trainer.formats.blocks.decode": "q4kd.trainer.blocks.decode",
 }
 SAY = """
@@ -181,7 +181,10 @@ def test_modules_moved_to_other_folders_age_no_record(before: Records, tmp_path:
         place(old).rename(place(new))
     for path in tmp_path.rglob("*.py"):
         path.write_text(with_moved(path.read_text(encoding="utf-8"), MOVED), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent), str(ROOT / "tests" / "support")]),
+    }
     command = [sys.executable, "-c", SAY]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
