@@ -20,8 +20,10 @@ _PR_SET_PDEATHSIG = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Plant the named fault, if any, then run the command. Returns its exit code, or ``registry.VOID_EXIT``."""
-    options, separator, command = _split(sys.argv[1:] if argv is None else argv)
-    if not separator or not command or (options and (len(options) != 2 or options[0] != "--fault")):
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    options, command = words[:cut], words[cut + 1 :]
+    if not command or (options and (len(options) != 2 or options[0] != "--fault")):
         print("q4kd.harness.child: expected [--fault NAME] -- ARGUMENTS", file=sys.stderr)
         return USAGE_EXIT
     if options:
@@ -36,13 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     from q4kd.harness.__main__ import main as q4kd
 
     return q4kd(command)
-
-
-def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
-    if "--" not in arguments:
-        return arguments, False, []
-    at = arguments.index("--")
-    return arguments[:at], True, arguments[at + 1 :]
 
 
 def _plant(name: str) -> int:

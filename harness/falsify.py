@@ -56,12 +56,8 @@ def require_packages(contracts: Iterable["Contract"]) -> None:
 def refuse_used(bundle: Path) -> Path:
     """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
     if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
-        raise InputError(
-            str(bundle),
-            expected="a new or empty folder for the bundle",
-            got="one in use",
-            remedy="name another with --out",
-        )
+        expected = "a new or empty folder for the bundle"
+        raise InputError(str(bundle), expected=expected, got="one in use", remedy="name another with --out")
     return bundle
 
 
@@ -82,14 +78,14 @@ def falsify(
     Args:
         contracts: folder of contracts; None means the installed ones.
         profile: machine profile; None means that of the GPU present, else ``cpu``.
-        keyword: run only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
+        keyword: only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
         out: folder of the bundle; None means a new one under ``bundles/``.
         workers: pytest-xdist processes; 0 runs in one.
         kills: folder of kill records; None means the installed ones of the profile.
-        sign: file of an Ed25519 private key to sign the bundle with; None leaves it unsigned.
+        sign: file of an Ed25519 private key to sign the bundle with.
         given: files to use in the place of made inputs.
         inputs: folder for made inputs, kept; None means one that is removed.
-        waivers: file of waivers for claims that may be inconclusive; None means none.
+        waivers: file of waivers for claims that may be inconclusive.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
@@ -146,9 +142,8 @@ def pytest_command(
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
     if workers > 0:
         if importlib.util.find_spec("xdist") is None:
-            raise InputError(
-                "--workers", expected="pytest-xdist", got="it is not installed", remedy="pip install pytest-xdist"
-            )
+            remedy = "pip install pytest-xdist"
+            raise InputError("--workers", expected="pytest-xdist", got="it is not installed", remedy=remedy)
         command += ["-p", "xdist.plugin", "-n", str(workers)]
     if keyword is not None:
         command += ["-k", keyword]

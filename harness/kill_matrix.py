@@ -1,14 +1,16 @@
 """The kill matrix: every falsifier against every fault it must catch, run for real and kept as kill records."""
 
+import itertools
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from q4kd.harness.bundle.environment import PACKAGES
+from q4kd.harness.bundle.environment import package_versions
 from q4kd.harness.bundle.writer import pack_bytes
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import default_contracts_folder
@@ -38,6 +40,10 @@ _COLOURS: Mapping[KillStatus, str] = {
 }
 
 
+# The sabotaged runs of one fault by name, or why there are none.
+_Runs = Mapping[str, RawRun] | KillOutcome
+
+
 @dataclass(frozen=True)
 class Cell:
     """One falsifier against one fault. ``fresh`` is False where a valid kill record was judged again instead of run."""
@@ -58,6 +64,7 @@ def sabotage(
     work: Path | None,
     *,
     changed: bool,
+    workers: int = 1,
     given: GivenFiles | None = None,
 ) -> int:
     """Run the kill matrix, print it and write the kill records. Returns 1 unless every fault was caught; 2 for none.
@@ -69,6 +76,7 @@ def sabotage(
         kills: folder to write the records to; None means the installed ones of the profile.
         work: folder for the runs, kept; None means one that is removed.
         changed: run only faults that have no valid record, or whose record does not show a catch.
+        workers: sabotaged runs at one time; those that need the accelerator for themselves still take turns.
         given: files to use in the place of made inputs.
 
     Raises:
@@ -91,7 +99,7 @@ def sabotage(
     root.mkdir(parents=True, exist_ok=True)
     try:
         runner = ExperimentRunner(root.resolve(), Inputs(root.resolve() / "inputs", name, given), name)
-        cells = kill_matrix(claims, name, store, runner, changed=changed)
+        cells = kill_matrix(claims, name, store, runner, changed=changed, workers=workers)
     finally:
         if work is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -103,7 +111,13 @@ def sabotage(
 
 
 def kill_matrix(
-    claims: Sequence[Claim], profile: str, kills: KillStore, runner: ExperimentRunner, *, changed: bool
+    claims: Sequence[Claim],
+    profile: str,
+    kills: KillStore,
+    runner: ExperimentRunner,
+    *,
+    changed: bool,
+    workers: int = 1,
 ) -> list[Cell]:
     """Run each (experiment, fault) once, judge every claim that asks for it, and record what was seen.
 
@@ -122,30 +136,52 @@ def kill_matrix(
                 cells.append(_cell(claim, claim.falsifier.experiment, caught[name], fresh=False))
             else:
                 groups.setdefault((claim.falsifier.experiment, name), []).append(claim)
-    for number, ((experiment, name), asking) in enumerate(groups.items(), 1):
-        print(f"[{number}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
-        cells += _run_group(experiment, get_fault(name), asking, profile, kills, runner)
+    numbers = itertools.count(1)
+
+    def run(group: tuple[str, str]) -> _Runs:
+        (experiment, name), asking = group, groups[group]
+        print(f"[{next(numbers)}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
+        return _run_group(experiment, get_fault(name), asking, profile, runner)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(run, group): group for group in groups}
+        try:
+            for future in as_completed(futures):
+                experiment, name = futures[future]
+                asking = groups[experiment, name]
+                cells += _judge_group(experiment, get_fault(name), asking, profile, kills, runner, future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return cells
 
 
-def _run_group(
-    experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, kills: KillStore, runner: ExperimentRunner
-) -> list[Cell]:
-    def all_of(status: KillStatus, detail: str) -> list[Cell]:
-        outcome = KillOutcome(fault=fault.name, status=status, detail=detail)
-        return [_cell(claim, experiment, outcome) for claim in claims]
-
+def _run_group(experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, runner: ExperimentRunner) -> _Runs:
+    """Return the sabotaged runs, or what came in their place."""
     try:
         for claim in claims:
             record_parts(claim, fault, experiment, profile)
         limits = [c.falsifier.for_profile(profile).timeout_s for c in claims if c.falsifier is not None]
-        runs = runner.run(
-            experiment, fault=fault.name, timeout_s=max((t for t in limits if t is not None), default=None)
-        )
+        timeout_s = max((t for t in limits if t is not None), default=None)
+        return runner.run(experiment, fault=fault.name, timeout_s=timeout_s)
     except MissingTarget as missing:
-        return all_of(KillStatus.VOID, f"{missing.target} is missing")
+        return KillOutcome(fault=fault.name, status=KillStatus.VOID, detail=f"{missing.target} is missing")
     except (HarnessError, InputError) as error:
-        return all_of(KillStatus.MISFIRE, str(error))
+        return KillOutcome(fault=fault.name, status=KillStatus.MISFIRE, detail=str(error))
+
+
+def _judge_group(
+    experiment: str,
+    fault: Fault,
+    claims: Sequence[Claim],
+    profile: str,
+    kills: KillStore,
+    runner: ExperimentRunner,
+    runs: _Runs,
+) -> list[Cell]:
+    """Judge the sabotaged runs for every claim that asks for them, and record what was seen."""
+    if isinstance(runs, KillOutcome):
+        return [_cell(claim, experiment, runs) for claim in claims]
     watched = {run: WatchedRun(base) for run, base in runs.items()}
     outcomes = [_judge_or_misfire(claim, fault, profile, watched) for claim in claims]
     needed = {f"runs/{run}/{file}" for run, base in watched.items() for file in base.files}
@@ -188,14 +224,6 @@ def _archive(root: Path, needed: Set[str]) -> bytes:
 def _record(
     claim: Claim, fault: Fault, experiment: str, profile: str, outcome: KillOutcome, runs: Mapping[str, RawRun]
 ) -> KillRecord:
-    import importlib.metadata
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return KillRecord(
         contract=claim.contract,
         id=claim.id,
@@ -210,7 +238,7 @@ def _record(
         raw=f"{fault.name}--{experiment}.tar.gz",
         judge_version=JUDGE_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions,
+        versions=package_versions(),
     )
 
 

@@ -65,7 +65,6 @@ class Session:
     trouble: str | None = None
 
     def __post_init__(self) -> None:
-        """Index the contracts by file and the claims by key."""
         names = {contract.name: contract for contract in self.contracts}
         self.by_path = {path: names[path.stem] for path in contract_files(self.folder)}
         self.claims = {claim.key: claim for contract in self.contracts for claim in contract.claims}
@@ -204,9 +203,8 @@ class Session:
             return [("no findings were written", "red")]
         lines: list[tuple[str, str | None]] = []
         for finding in self.findings.rows:
-            why = finding.reason or next((c.counterexample or c.measured for c in finding.checks), "") or ""
-            if finding.verdict != "inconclusive" and (at := finding.deciding) is not None:
-                why = at.counterexample or at.measured or why
+            at = None if finding.reason else finding.deciding
+            why = finding.reason or (at and (at.counterexample or at.measured)) or ""
             if finding.mutations is not None and finding.mutations.missed:
                 why = f"{why}: not noticed: {finding.mutations.missed[0]}"
             mark = "" if finding.required else " [not gating]"

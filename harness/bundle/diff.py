@@ -47,13 +47,9 @@ class Moved:
 class BundleDiff:
     """The differences from bundle A to bundle B.
 
-    Attributes:
-        headlines: what each says of its run.
-        flips: claims whose verdict, scope or presence differs.
-        moved: measurements that differ.
-        bounds: changes of the contracts and of the parameters judged by (``loosened`` ones gate).
-        environment: ``name: A → B`` of the machine and the packages.
-        worse: whether B is worse than A: a verdict or a scope got worse, a claim was lost, or a bound loosened.
+    ``headlines`` are what each says of its run; ``flips`` are claims whose verdict, scope or presence differs;
+    ``bounds`` are changes of the contracts and of the parameters judged by. ``environment`` has lines ``name: A → B``
+    of the machine and the packages.
     """
 
     headlines: tuple[str, str]
@@ -64,7 +60,7 @@ class BundleDiff:
 
     @property
     def worse(self) -> bool:
-        """Return whether B is worse than A."""
+        """Whether B is worse than A: a verdict or a scope got worse, a claim was lost, or a bound was loosened."""
         return any(flip.worse for flip in self.flips) or any(change.kind == "loosened" for change in self.bounds)
 
 

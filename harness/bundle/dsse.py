@@ -112,9 +112,8 @@ def _key_bytes(path: Path) -> bytes:
     try:
         import cryptography  # noqa: F401 - everything but signatures works without it
     except ImportError as error:
-        raise InputError(
-            str(path), expected="the package cryptography", got="it is not installed", remedy="pip install cryptography"
-        ) from error
+        expected, remedy = "the package cryptography", "pip install cryptography"
+        raise InputError(str(path), expected=expected, got="it is not installed", remedy=remedy) from error
     return read_bounded(path, _MAX_KEY)
 
 
@@ -140,9 +139,8 @@ def sign(payload: bytes, key: "Ed25519PrivateKey", others: Mapping[str, bytes] |
     """
     signatures = {**(others or {}), fingerprint(key.public_key()): key.sign(pae(PAYLOAD_TYPE, payload))}
     if len(signatures) > MAX_SIGNATURES:
-        raise InputError(
-            ENVELOPE, expected=f"at most {MAX_SIGNATURES} signatures", got="more", remedy="remove the file, sign again"
-        )
+        expected = f"at most {MAX_SIGNATURES} signatures"
+        raise InputError(ENVELOPE, expected=expected, got="more", remedy="remove the file, sign again")
     return _write(Envelope(payload, signatures))
 
 
@@ -173,12 +171,9 @@ def read_envelope(data: bytes) -> Envelope:
         if not 0 < len(signatures) <= MAX_SIGNATURES or _write(envelope) != data:
             raise ValueError("another form than is written here")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            ENVELOPE,
-            expected=f"a DSSE envelope of {PAYLOAD_TYPE} as `q4kd evidence sign` writes it",
-            got=f"{type(error).__name__}: {error}"[:200],
-            remedy="ask its author to sign the bundle again",
-        ) from error
+        expected = f"a DSSE envelope of {PAYLOAD_TYPE} as `q4kd evidence sign` writes it"
+        got, remedy = f"{type(error).__name__}: {error}"[:200], "ask its author to sign the bundle again"
+        raise InputError(ENVELOPE, expected=expected, got=got, remedy=remedy) from error
     return envelope
 
 

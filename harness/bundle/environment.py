@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,16 +22,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
 def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue]:
-    """Describe this machine and this code.
+    """Describe this machine and this code, whose commit is that of the checkout ``source`` when git can tell.
 
-    Args:
-        profile: name of the profile judged on.
-        source: folder of the source checkout; its commit is recorded when git can tell.
-
-    Returns:
-        ``commit`` (str or None), ``dirty`` (bool or None), ``packages``, ``python``, ``platform``, ``cpu``,
-        ``memory_bytes``, ``gpu`` (names and driver, or why not), ``boot_id``, ``profile``. What could not be read is
-        None, never invented.
+    What could not be read, such as ``commit``, ``dirty`` or the names under ``gpu``, is None or empty, never invented.
     """
     commit, dirty = git_state(source or Path(__file__).resolve().parent)
     gpu = probe_gpu()
@@ -44,7 +36,7 @@ def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
-        "packages": _packages(),
+        "packages": package_versions(),
         "cpu": {
             "model": _cpu_model(),
             "cores_logical": psutil.cpu_count(),
@@ -84,7 +76,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _packages() -> Mapping[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of those of ``PACKAGES`` that are installed."""
     found: dict[str, str] = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -46,18 +46,17 @@ def assemble(
     judge_version: int,
     created: str | None = None,
 ) -> Findings:
-    """Build what ``findings.json`` holds.
+    """Build what ``findings.json`` holds: a finding for every entry of the plan that is in scope.
 
     Args:
-        plan: the plan; every entry in scope gets a finding, whether or not it has a result.
-        contracts: the contracts the plan was made from.
-        results: claim key → what became of it. A claim without a result is ``inconclusive(not run)``, a prose claim
-            ``inconclusive(prose)``.
+        plan: made from ``contracts``.
+        contracts: the contracts.
+        results: what became of each claim, by its key. Without one a claim is ``inconclusive(not run)``.
         judge_version: version of the judging rules.
         created: ISO 8601 time; now when None.
 
     Raises:
-        InputError: when what results does not fit ``findings.schema.json`` (a result that is malformed).
+        InputError: a result is malformed, so that the document does not fit ``findings.schema.json``.
     """
     claims = {claim.key: claim for contract in contracts for claim in contract.claims}
     created = created or today()

@@ -18,8 +18,8 @@ from q4kd.harness.claims.waivers import expired_lines
 from q4kd.harness.judging.kill_records import KillRecord, read_kill_records
 from q4kd.harness.judging.results import Findings, KillOutcome, KillStatus
 from q4kd.harness.records.json_types import JsonRecord, JsonValue
-from q4kd.harness.records.raw_run import RawRun, Store, TarStore, read_runs
-from q4kd.harness.records.store import read_object
+from q4kd.harness.records.raw_run import RawRun, read_runs
+from q4kd.harness.records.store import Store, TarStore, read_object
 from q4kd.harness.records.tar_archive import REMEDY
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
@@ -34,7 +34,6 @@ class KillReplay:
     """Judges the sabotaged runs kept in a bundle again, each archive unpacked once however many claims name it."""
 
     def __init__(self, store: Store) -> None:
-        """Take a bundle; nothing is read yet."""
         self.store = store
         self._runs: dict[str, Mapping[str, RawRun]] = {}
         self._left = MAX_UNPACKED
@@ -44,15 +43,10 @@ class KillReplay:
         return read_kill_records(read_object(self.store, KILLS), KILLS)
 
     def judge_again(self, claim: Claim, profile: str, recorded: Sequence[KillOutcome]) -> list[KillOutcome]:
-        """Return the outcomes that the bundle should hold for a claim, one for each fault it names.
+        """Return the outcomes that the bundle should hold for a claim with a falsifier, one for each fault it names.
 
         A record whose code has changed since is still judged: its raw runs are what was seen then. A fault recorded
         without a record stays as it was recorded, which cannot support a corroboration.
-
-        Args:
-            claim: a claim with a falsifier.
-            profile: the profile judged on.
-            recorded: the finding's outcomes.
 
         Raises:
             InputError: a record is missing, or is for another claim, or its archive is not the one recorded.
@@ -66,9 +60,8 @@ class KillReplay:
         for name in claim.falsifier.sabotage:
             outcome = by_fault.get(name)
             if outcome is None:
-                raise InputError(
-                    claim.key, expected=f"a record for the fault {name}", got="none", remedy="run falsify again"
-                )
+                expected = f"a record for the fault {name}"
+                raise InputError(claim.key, expected=expected, got="none", remedy="run falsify again")
             if outcome.record is None:
                 status = KillStatus.MISSED if outcome.caught else outcome.status
                 results.append(replace(outcome, status=status, verdict=None))

@@ -18,33 +18,23 @@ from q4kd.trainer.files import write_atomic
 
 
 def sign_bundle(path: Path, key: Path) -> str:
-    """Sign a sealed bundle in place, folder or ``.tar.gz``, keeping valid envelopes' signatures by other keys.
+    """Sign a sealed bundle in place, folder or ``.tar.gz``, and return the fingerprint of the key.
 
-    Args:
-        path: the bundle.
-        key: file of the private key (see ``load_private_key``).
-
-    Returns:
-        The fingerprint of the key.
+    Signatures by other keys are kept.
 
     Raises:
-        InputError: a key that cannot be used or lies in the bundle; a bundle that does not verify, or that was
-            changed after somebody else signed it.
+        InputError: a key that cannot be used or lies in the bundle; a bundle that does not verify, or that was changed
+            after somebody else signed it.
     """
     private = load_private_key(key)
     if path.is_dir() and key.resolve().is_relative_to(path.resolve()):
-        raise InputError(
-            str(key), expected="a key outside the bundle", got="one in it", remedy="move it out; use another key"
-        )
+        remedy = "move it out; use another key"
+        raise InputError(str(key), expected="a key outside the bundle", got="one in it", remedy=remedy)
     store = snapshot(open_store(path), str(path))
     result = verify_store(store)
     if result.status != "consistent":
-        raise InputError(
-            str(path),
-            expected="a bundle that verifies",
-            got=f"{result.status}: {result.problems[0]}",
-            remedy="see `q4kd evidence verify`; sign what it accepts",
-        )
+        got, remedy = f"{result.status}: {result.problems[0]}", "see `q4kd evidence verify`; sign what it accepts"
+        raise InputError(str(path), expected="a bundle that verifies", got=got, remedy=remedy)
     payload = encode_payload(signed_statement(statement_of(store, read_findings(store)), store.read(MANIFEST)))
     envelope = sign(payload, private, _others(store))
     if path.is_dir():

@@ -9,37 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from q4kd.harness.bundle.dsse import (
-    ENVELOPE,
-    Envelope,
-    encode_payload,
-    fingerprint,
-    load_public_key,
-    read_envelope,
-    unsigned_by,
-)
+from q4kd.harness.bundle import dsse, recheck
 from q4kd.harness.bundle.exporters import signed_statement, statement_of
 from q4kd.harness.bundle.findings import NOT_RUN, PROSE, exit_code, headline, read_findings, summary
-from q4kd.harness.bundle.recheck import (
-    KillReplay,
-    arms_of,
-    as_json,
-    bundle_contracts,
-    contract_differences,
-    difference,
-    given_differences,
-    interchange_differences,
-    read_plan,
-    waiver_lines,
-)
 from q4kd.harness.bundle.writer import MANIFEST, seal_problems
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan, make_plan, plan_differences
 from q4kd.harness.claims.profile import read_profile
 from q4kd.harness.claims.waivers import applying
 from q4kd.harness.judging.results import ClaimResult, Finding, Findings
-from q4kd.harness.records.raw_run import RawRun, Store, open_store, read_runs, runs_of
-from q4kd.harness.records.store import read_object, snapshot
+from q4kd.harness.records.raw_run import RawRun, read_runs, runs_of
+from q4kd.harness.records.store import Store, open_store, read_object, snapshot
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.yaml_lines import printable
 
@@ -61,14 +41,10 @@ _REPORT = "report.html and findings.md are hashed but not recomputed; make your 
 class VerifyResult:
     """What verification found.
 
-    Attributes:
-        status: consistent, mismatch, or unverifiable (this program cannot tell).
-        problems: one line each, why the status is not consistent.
-        caveats: what a consistent bundle still does not show.
-        recomputed: how many verdicts were drawn again from raw files.
-        headline: what the bundle says of its run; "consistent" is about the record, not about the claims.
-        signed_by: fingerprints of the keys asked for whose signatures are valid.
-        exit_code: 0 consistent, 1 mismatch, 2 unverifiable.
+    ``unverifiable`` means that this program cannot tell. ``problems`` say why the status is not consistent, ``caveats``
+    what a consistent bundle still does not show. ``recomputed`` counts the verdicts drawn again from raw files. The
+    ``headline`` is what the bundle says of its run: "consistent" is about the record, not about the claims.
+    ``signed_by`` are fingerprints of the keys asked for whose signatures are valid.
     """
 
     status: Status
@@ -80,7 +56,7 @@ class VerifyResult:
 
     @property
     def exit_code(self) -> int:
-        """Return the command's exit code."""
+        """0 consistent, 1 mismatch, 2 unverifiable."""
         return _EXIT_CODES[self.status]
 
 
@@ -115,8 +91,7 @@ def verify_bundle(path: Path, contracts: Path | None = None, public_keys: Sequen
         public_keys: keys that must each have signed it.
 
     Raises:
-        InputError: when it is not a bundle at all: unreadable, unsafe, or without any of a bundle's files; or when a
-            key is not one.
+        InputError: it is unreadable, unsafe, or without any of a bundle's files; or a key is not one.
     """
     return verify_store(snapshot(open_store(path), str(path)), contracts, public_keys)
 
@@ -142,29 +117,29 @@ def verify_store(store: Store, contracts: Path | None = None, public_keys: Seque
     return notes.result()
 
 
-def _check_signature(store: Store, public_keys: Sequence[Path], notes: _Notes) -> Envelope | None:
+def _check_signature(store: Store, public_keys: Sequence[Path], notes: _Notes) -> dsse.Envelope | None:
     """Check the envelope's signatures, and that it is about this manifest; return it, None without one to read."""
-    if ENVELOPE not in store.names():
+    if dsse.ENVELOPE not in store.names():
         if public_keys:
-            notes.mismatches.append(f"not signed: a public key was given and the bundle has no {ENVELOPE}")
+            notes.mismatches.append(f"not signed: a public key was given and the bundle has no {dsse.ENVELOPE}")
         return None
-    keys = [load_public_key(path) for path in public_keys]
+    keys = [dsse.load_public_key(path) for path in public_keys]
     try:
-        envelope = read_envelope(store.read(ENVELOPE))
+        envelope = dsse.read_envelope(store.read(dsse.ENVELOPE))
     except InputError as error:
         notes.mismatches.append(str(error))
         return None
-    bad = unsigned_by(envelope, keys)
+    bad = dsse.unsigned_by(envelope, keys)
     notes.mismatches += bad
-    notes.signed_by = () if bad else tuple(fingerprint(key) for key in keys)
+    notes.signed_by = () if bad else tuple(dsse.fingerprint(key) for key in keys)
     # The whole statement is compared once the findings are read; this holds even for a judge that is unknown here.
     digest = hashlib.sha256(store.read(MANIFEST)).hexdigest() if MANIFEST in store.names() else "none"
     if f'"{digest}"'.encode() not in envelope.payload:
-        notes.mismatches.append(f"{ENVELOPE}: signed for another bundle, or for this one before it was changed")
+        notes.mismatches.append(f"{dsse.ENVELOPE}: signed for another bundle, or for this one before it was changed")
     return envelope
 
 
-def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envelope | None, notes: _Notes) -> None:
+def _check_contents(store: Store, contracts_folder: Path | None, envelope: dsse.Envelope | None, notes: _Notes) -> None:
     from q4kd.harness.judging.judge import JUDGE_VERSION  # the judge and its checks are only needed from here on
 
     version = read_object(store, "findings.json").get("judge_version")
@@ -173,28 +148,28 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: Envel
         return
     findings = read_findings(store)
     notes.headline = printable(headline(findings), 300)
-    contracts = bundle_contracts(store)
+    contracts = recheck.bundle_contracts(store)
     profile = read_profile(findings.profile, store)
-    recorded, written = read_plan(store)
+    recorded, written = recheck.read_plan(store)
     plan = make_plan(contracts, profile, recorded.select, given=recorded.given, waivers=recorded.waivers)
     notes.mismatches += plan_differences(recorded, plan)
-    wrong, said = waiver_lines(plan, contracts, findings.created)
+    wrong, said = recheck.waiver_lines(plan, contracts, findings.created)
     notes.mismatches += wrong
     notes.caveats += said
     notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
-    notes.mismatches += given_differences(recorded, read_object(store, "inputs.json"))
+    notes.mismatches += recheck.given_differences(recorded, read_object(store, "inputs.json"))
     if findings.scope != plan.scope:
         notes.mismatches.append(f"scope recorded as {findings.scope}, expected {plan.scope}")
     if read_object(store, "environment.json").get("profile") != findings.profile:
         notes.mismatches.append("environment.json: made on another profile than the findings")
     _check_findings(store, findings, contracts, plan, notes)
     if contracts_folder is not None:
-        notes.mismatches += contract_differences(store, contracts_folder, findings.profile)
-    notes.mismatches += interchange_differences(store, findings)
+        notes.mismatches += recheck.contract_differences(store, contracts_folder, findings.profile)
+    notes.mismatches += recheck.interchange_differences(store, findings)
     if envelope is not None:
         expected = signed_statement(statement_of(store, findings), store.read(MANIFEST))
-        if envelope.payload != encode_payload(expected):
-            notes.mismatches.append(f"{ENVELOPE}: the signed statement is not the one that the findings give")
+        if envelope.payload != dsse.encode_payload(expected):
+            notes.mismatches.append(f"{dsse.ENVELOPE}: the signed statement is not the one that the findings give")
 
 
 def _check_findings(store: Store, findings: Findings, contracts: list[Contract], plan: Plan, notes: _Notes) -> None:
@@ -207,7 +182,7 @@ def _check_findings(store: Store, findings: Findings, contracts: list[Contract],
         notes.mismatches.append("findings: a claim is listed twice")
     runs = read_runs(store)
     _check_runs(runs, claims, notes)
-    kills = KillReplay(store)
+    kills = recheck.KillReplay(store)
     for row in findings.rows:
         if row.key in wanted:
             if row.scope != wanted[row.key].scope:
@@ -237,12 +212,7 @@ def _check_runs(runs: Mapping[str, RawRun], claims: Mapping[str, Claim], notes: 
 
 
 def _check_finding(
-    row: Finding,
-    claim: Claim,
-    runs: Mapping[str, RawRun],
-    profile: str,
-    kills: KillReplay,
-    notes: _Notes,
+    row: Finding, claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: recheck.KillReplay, notes: _Notes
 ) -> None:
     for name in ("contract", "id", "rule", "prediction", "if_fails"):
         if getattr(row, name) != getattr(claim, name):
@@ -255,13 +225,14 @@ def _check_finding(
     if not not_judged:
         if sorted(row.runs) != sorted(mine):
             notes.mismatches.append(f"{claim.key}: judged on {list(row.runs)}, the bundle holds {sorted(mine)}")
-        if absent := arms_of(experiment) - set(mine):
+        if absent := recheck.arms_of(experiment) - set(mine):
             notes.mismatches.append(f"{claim.key}: judged without the runs {sorted(absent)} of its experiment")
     elif row.checks or row.sabotage:
         notes.mismatches.append(f"{claim.key}: recorded as {row.reason}, with checks or faults all the same")
     try:
         result = _recompute(row, claim, mine, profile, kills)
-        recomputed = {name: as_json(value) for name, value in result.to_json().items()} if result is not None else {}
+        told = {} if result is None else result.to_json()
+        recomputed = {name: recheck.as_json(value) for name, value in told.items()}
     except Exception as error:  # a check met raw files it was never meant to: that is a finding, not a crash
         notes.mismatches.append(f"{claim.key}: cannot be judged again: {type(error).__name__}: {error}")
         return
@@ -274,13 +245,13 @@ def _check_finding(
     notes.recomputed += 1
     recorded = row.to_json()
     for name in ("verdict", "reason", "checks", "mutations", "sabotage"):
-        where = difference(recorded[name], recomputed[name])
+        where = recheck.difference(recorded[name], recomputed[name])
         if where is not None:
             notes.mismatches.append(f"{claim.key}: {name}{where}")
 
 
 def _recompute(
-    row: Finding, claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: KillReplay
+    row: Finding, claim: Claim, runs: Mapping[str, RawRun], profile: str, kills: recheck.KillReplay
 ) -> ClaimResult | None:
     """Judge a claim again; None when its experiment was not run to the end and there is nothing to judge."""
     if claim.falsifier is None:

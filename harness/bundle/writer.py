@@ -15,25 +15,11 @@ from q4kd.harness.claims.plan import Plan
 from q4kd.harness.claims.profile import profile_bytes
 from q4kd.harness.judging.results import Findings
 from q4kd.harness.records.json_types import JsonObject
-from q4kd.harness.records.redact import redact
 from q4kd.harness.records.store import MAX_FILE, DirectoryStore, Store
 from q4kd.harness.records.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
 from q4kd.trainer.yaml_lines import MAX_BYTES
-
-__all__ = [
-    "environment",
-    "manifest_of",
-    "manifest_text",
-    "open_bundle",
-    "pack",
-    "pack_bytes",
-    "pack_store",
-    "redact",
-    "seal",
-    "write_findings",
-]
 
 MANIFEST = "MANIFEST.sha256"
 FOLDERS = ("contracts/profiles", "runs", "sabotage")
@@ -43,21 +29,15 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs: JsonObject) -> None:
     """Start a bundle: its folders, the contracts and profile as run, the plan, the machine and the inputs' digests.
 
-    Args:
-        folder: where to write; created, and refused when it already holds a bundle's findings.
-        contracts: folder of the contracts in force.
-        profile: name of the profile in force.
-        plan: the plan made from both.
-        inputs: name → ``{"sha256": …, "bytes": …}`` of weights and data; names, never paths outside the run.
+    ``inputs`` maps names of weights and data, never paths outside the run, to ``{"sha256": …, "bytes": …}``.
 
     Raises:
-        InputError: when the folder holds another bundle.
+        InputError: when the folder holds a finished bundle.
     """
     for name in ("findings.json", MANIFEST):
         if (folder / name).exists():
-            raise InputError(
-                str(folder), expected="a new folder", got="a finished bundle", remedy="choose another --out folder"
-            )
+            remedy = "choose another --out folder"
+            raise InputError(str(folder), expected="a new folder", got="a finished bundle", remedy=remedy)
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for path in contract_files(contracts):
@@ -104,9 +84,8 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, str]:
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None or match.group(2) in result:
-            raise InputError(
-                f"{origin}:{number}", expected="`<sha256>  <name>`, each name once", got=repr(line[:80]), remedy=REMEDY
-            )
+            expected = "`<sha256>  <name>`, each name once"
+            raise InputError(f"{origin}:{number}", expected=expected, got=repr(line[:80]), remedy=REMEDY)
         result[safe_name(match.group(2), origin)] = match.group(1)
     return result
 

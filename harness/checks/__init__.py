@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from q4kd.harness.checks.judgement import READABLE, REASONS, Judgement, Mutation
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
-from q4kd.harness.runs.extensions import load_extensions
+from q4kd.harness.runs.extensions import blaming, load_extensions
 
 __all__ = ["CHECKS", "REASONS", "Check", "Judgement", "Mutation", "time_bounds"]
 
@@ -72,7 +72,7 @@ class _Checks(Mapping[str, Check]):
         if self._added is None:
             added: dict[str, Check] = {}
             for extension in load_extensions("q4kd.checks"):
-                with extension.blamed():
+                with blaming(extension.origin):
                     if extension.name in self._names:
                         raise ValueError(f"{extension.name!r} is the name of a built-in check")
                     added[extension.name] = _usable(extension.name, extension.value)

@@ -7,45 +7,18 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from q4kd.harness.claims.entries import Entry, read_entries, text
 from q4kd.harness.claims.folder import contract_files, known_profiles
-from q4kd.harness.claims.model import CheckUse, Claim, Contract, Falsifier, Override, Status
-from q4kd.harness.claims.rules import (
-    KnownNames,
-    check_falsifier,
-    near_misses,
-    read_status,
-    require_finite,
-    validate,
-)
-from q4kd.harness.records.json_types import JsonObject
+from q4kd.harness.claims.model import CheckUse, Claim, Contract, Falsifier, Status
+from q4kd.harness.claims.rules import KnownNames, check_falsifier, near_misses, read_status, require_finite, validate
+from q4kd.harness.records.json_types import JsonObject, JsonRecord
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 from q4kd.trainer.yaml_lines import MAX_BYTES, Document, parse_yaml, printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class _CheckEntry(TypedDict, total=False):
-    """A check as a contract writes it, once the schema has accepted it."""
-
-    check: str
-    params: JsonObject
-
-
-class _FalsifierEntry(_CheckEntry, total=False):
-    """A falsifier as a contract writes it, once the schema has accepted it."""
-
-    experiment: str
-    also: list[_CheckEntry]
-    profiles: dict[str, Override]
-    needs: list[str]
-    min_observations: int
-    timeout_s: float | None
-    sabotage: list[str]
-    work: dict[str, str | float]
 
 
 def load_contracts(folder: Path) -> list[Contract]:
@@ -63,12 +36,8 @@ def check_identities(contracts: list[Contract]) -> list[Contract]:
     seen: dict[str, str] = {}
     for contract in contracts:
         if contract.name in seen:
-            raise InputError(
-                contract.path,
-                expected="each contract name once",
-                got=f"{contract.name} again (first in {seen[contract.name]})",
-                remedy="rename one of the two files",
-            )
+            expected, got = "each contract name once", f"{contract.name} again (first in {seen[contract.name]})"
+            raise InputError(contract.path, expected=expected, got=got, remedy="rename one of the two files")
         seen[contract.name] = contract.path
     return contracts
 
@@ -95,12 +64,8 @@ def parse_contract(
         InputError: quoting the file, the line and its text.
     """
     if not _NAME.fullmatch(name):
-        raise InputError(
-            printable(origin),
-            expected="a file name of letters, digits, . _ -",
-            got=repr(name),
-            remedy="rename the file",
-        )
+        expected = "a file name of letters, digits, . _ -"
+        raise InputError(printable(origin), expected=expected, got=repr(name), remedy="rename the file")
     document = parse_yaml(data, origin)
     raw = validate(document)
     metadata = cast("JsonObject", raw.get("metadata") or {})
@@ -132,7 +97,7 @@ def _claim(
     profiles: Sequence[str] | None,
     names: KnownNames | None,
 ) -> Claim:
-    stated = cast("_FalsifierEntry | None", entry.value.get("falsifier"))
+    stated = cast("JsonRecord | None", entry.value.get("falsifier"))
     falsifier = None
     if stated is not None:
         path = (*entry.path, "falsifier")
@@ -152,7 +117,7 @@ def _claim(
     )
 
 
-def _falsifier(entry: _FalsifierEntry) -> Falsifier:
+def _falsifier(entry: JsonRecord) -> Falsifier:
     timeout = entry.get("timeout_s")
     return Falsifier(
         check=entry["check"],

@@ -43,12 +43,8 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
     raw = cast("dict[str, list[JsonObject | str | None] | None]", document.value)
     present = [key for key in KEYS if raw.get(key) is not None]
     if len(present) == 2:
-        raise document.error(
-            (KEYS[1],),
-            expected=f"the entries under {KEYS[0]}",
-            got=f"entries under {KEYS[1]} as well",
-            remedy="put all of them under falsification_tests",
-        )
+        got, remedy = f"entries under {KEYS[1]} as well", "put all of them under falsification_tests"
+        raise document.error((KEYS[1],), expected=f"the entries under {KEYS[0]}", got=got, remedy=remedy)
     lines: dict[str, int] = {}
     repeats: Counter[str] = Counter()
     entries: list[Entry] = []
@@ -60,12 +56,8 @@ def read_entries(document: Document, warnings: list[str]) -> list[Entry]:
                 continue
             entry = _entry(document, path, {"rule": item} if isinstance(item, str) else item, repeats, warnings)
             if entry.id in lines:
-                raise document.error(
-                    (*path, "id"),
-                    expected="each claim id once in a contract",
-                    got=f"{entry.id} again (first on line {lines[entry.id]})",
-                    remedy="give each claim its own id",
-                )
+                got, remedy = f"{entry.id} again (first on line {lines[entry.id]})", "give each claim its own id"
+                raise document.error((*path, "id"), expected="each claim id once in a contract", got=got, remedy=remedy)
             lines[entry.id] = document.line(path)
             entries.append(entry)
     return entries

@@ -55,12 +55,9 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Feasibility:
-    """One time bound of a claim on one profile.
+    """One time bound of a claim on a profile, and the sum that shows its outcome in one line.
 
-    Attributes:
-        profile: name of the machine class.
-        outcome: infeasible when a measured roofline forbids the bound; unknown when one is missing or not measured.
-        arithmetic: the sum that shows it, in one line.
+    It is infeasible when a measured roofline forbids it, and unknown when one is missing or not measured.
     """
 
     profile: str

@@ -20,17 +20,12 @@ def contract_files(folder: Path) -> list[Path]:
         InputError: when it is not a folder or holds no contract: a set of nothing would pass everything.
     """
     if not folder.is_dir():
-        raise InputError(
-            str(folder), expected="a folder of contracts", got="no such folder", remedy="name one with --contracts"
-        )
+        remedy = "name one with --contracts"
+        raise InputError(str(folder), expected="a folder of contracts", got="no such folder", remedy=remedy)
     found = [path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")]
     if not found:
-        raise InputError(
-            str(folder),
-            expected="at least one *.yaml contract",
-            got="none",
-            remedy="name a folder with contracts",
-        )
+        remedy = "name a folder with contracts"
+        raise InputError(str(folder), expected="at least one *.yaml contract", got="none", remedy=remedy)
     return sorted(found)
 
 

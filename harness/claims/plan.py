@@ -72,23 +72,16 @@ class Plan:
         try:
             if value["schema"] != SCHEMA or value["scope"] not in ("full", "partial"):
                 raise ValueError(f"schema {value['schema']!r}, scope {value['scope']!r}")
-            entries = tuple(PlanEntry(**entry) for entry in value["entries"])
             given = {role: str(name) for role, name in value.get("given", {}).items()}
             if not given.keys() <= set(ROLES):
                 raise ValueError(f"given roles {sorted(map(str, given))}")
+            entries = tuple(PlanEntry(**entry) for entry in value["entries"])
             waivers = tuple(Waiver(**waiver) for waiver in value.get("waivers", ()))
-            return Plan(
-                profile=value["profile"],
-                scope=value["scope"],
-                select=value["select"],
-                entries=entries,
-                given=given,
-                waivers=waivers,
-            )
+            fields = {name: value[name] for name in ("profile", "scope", "select")}
+            return Plan(**fields, entries=entries, given=given, waivers=waivers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                "plan.json", expected=f"a {SCHEMA} document", got=str(error)[:200], remedy="run falsify again"
-            ) from error
+            expected, remedy = f"a {SCHEMA} document", "run falsify again"
+            raise InputError("plan.json", expected=expected, got=str(error)[:200], remedy=remedy) from error
 
 
 def make_plan(
@@ -105,12 +98,9 @@ def make_plan(
         contracts: the contracts as loaded.
         profile: the machine class to judge on.
         select: words joined by ``and``, ``or``, ``not`` and parentheses, each matched as a part of the claim's key in
-            any case (``-k``). With a selection the plan is partial and cannot pass the gate.
+            any case (``-k``). With a selection the plan is partial and cannot pass the gate (InputError if malformed).
         given: names of given files by role.
         waivers: of claims that may be inconclusive.
-
-    Raises:
-        InputError: a malformed selection.
     """
     chosen = parse_selection(select) if select else None
     entries = tuple(
@@ -166,12 +156,8 @@ def parse_selection(text: str) -> Predicate:
         if parser.tokens:
             raise ValueError(f"unexpected {parser.tokens[0]!r}")
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            "-k",
-            expected="words joined by and, or, not, ( )",
-            got=f"{text[:80]!r}: {error}",
-            remedy="for example -k 'memory and not (gpu or cuda)'",
-        ) from error
+        expected, remedy = "words joined by and, or, not, ( )", "for example -k 'memory and not (gpu or cuda)'"
+        raise InputError("-k", expected=expected, got=f"{text[:80]!r}: {error}", remedy=remedy) from error
     return predicate
 
 
@@ -217,8 +203,7 @@ def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
         lines.append(
             f"plan: recorded as {recorded.scope} on {recorded.profile}, expected {expected.scope} on {expected.profile}"
         )
-    before = _by_key(recorded)
-    after = _by_key(expected)
+    before, after = ({entry.key: entry for entry in plan.entries} for plan in (recorded, expected))
     if len(before) != len(recorded.entries):
         lines.append("plan: a claim is listed twice")
     lines += [f"plan: {key} is missing" for key in after if key not in before]
@@ -230,7 +215,3 @@ def plan_differences(recorded: Plan, expected: Plan) -> list[str]:
             field = "is" if name == "scope" else f"has its {name}"
             lines.append(f"plan: {key} {field} recorded as {was}, expected {expected}")
     return lines
-
-
-def _by_key(plan: Plan) -> Mapping[str, PlanEntry]:
-    return {entry.key: entry for entry in plan.entries}

@@ -88,9 +88,8 @@ def profile_bytes(name: str, folder: Path | None = None) -> bytes:
     """Return the bytes of the profile's file (see ``load_profile``), which a bundle keeps beside its contracts."""
     known = _profile_files(folder)
     if name not in known:
-        raise InputError(
-            "--profile", expected=f"one of {', '.join(sorted(known))}", got=repr(name), remedy="name a known profile"
-        )
+        expected = f"one of {', '.join(sorted(known))}"
+        raise InputError("--profile", expected=expected, got=repr(name), remedy="name a known profile")
     return read_bounded(known[name], _MAX_BYTES)
 
 
@@ -129,10 +128,7 @@ def parse_profile(name: str, data: bytes, origin: str) -> Profile:
         for key, roof in value["rooflines"].items()
     }
     return Profile(
-        name=name,
-        description=str(value["description"]),
-        provides=frozenset(value["provides"]),
-        rooflines=rooflines,
+        name=name, description=str(value["description"]), provides=frozenset(value["provides"]), rooflines=rooflines
     )
 
 
@@ -147,23 +143,15 @@ def detect_profile(probe: Callable[[], GpuProbe] | None = None) -> str:
     if not found.names:
         if not found.driver_present:
             return "cpu"
-        raise InputError(
-            "NVIDIA driver",
-            expected="a usable GPU, since a driver is installed",
-            got=found.error or "no device",
-            remedy="repair the driver (try `nvidia-smi`), or choose with --profile cpu",
-        )
+        got, remedy = found.error or "no device", "repair the driver (try `nvidia-smi`), or choose with --profile cpu"
+        raise InputError("NVIDIA driver", expected="a usable GPU, since a driver is installed", got=got, remedy=remedy)
     profiles = {
         next((profile for part, profile in _GPU_PROFILES.items() if part in name.upper()), None) for name in found.names
     }
     profile = profiles.pop()
     if profiles or profile is None:
-        raise InputError(
-            "GPU",
-            expected=f"one of {', '.join(_GPU_PROFILES)}",
-            got=", ".join(sorted(set(found.names))),
-            remedy="choose the nearest profile with --profile",
-        )
+        got, remedy = ", ".join(sorted(set(found.names))), "choose the nearest profile with --profile"
+        raise InputError("GPU", expected=f"one of {', '.join(_GPU_PROFILES)}", got=got, remedy=remedy)
     return profile
 
 

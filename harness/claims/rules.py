@@ -54,12 +54,8 @@ def _structure() -> Schema:
 def validate(document: Document) -> JsonObject:
     """Return a document's mapping when it obeys ``contract.schema.json`` (InputError when it does not)."""
     if not isinstance(document.value, dict):
-        raise document.error(
-            (),
-            expected="a mapping at the top of a contract",
-            got=type(document.value).__name__,
-            remedy="start with `metadata:` and `falsification_tests:`",
-        )
+        got, remedy = type(document.value).__name__, "start with `metadata:` and `falsification_tests:`"
+        raise document.error((), expected="a mapping at the top of a contract", got=got, remedy=remedy)
     _structure().require(document, (), document.value, "see contracts/contract.schema.json")
     return document.value
 
@@ -70,12 +66,8 @@ def read_status(document: Document, metadata: JsonObject, executable: bool, warn
     if given in get_args(Status):
         return cast("Status", given)
     if executable:
-        raise document.error(
-            ("metadata", "status"),
-            expected="active, demoted or retired",
-            got=repr(given),
-            remedy="use one of the three",
-        )
+        expected = "active, demoted or retired"
+        raise document.error(("metadata", "status"), expected=expected, got=repr(given), remedy="use one of the three")
     warnings.append(f"status {printable(str(given))!r} is not active, demoted or retired; read as active")
     return "active"
 
@@ -89,12 +81,8 @@ def near_misses(document: Document, raw: JsonObject, entries: Sequence[Entry], w
     for entry in entries:
         for key in entry.value:
             if key != "falsifier" and _resembles(str(key), "falsifier", 0.8):
-                raise document.error(
-                    (*entry.path, key),
-                    expected="the key 'falsifier'",
-                    got=repr(key),
-                    remedy="write 'falsifier'; as it stands the claim would be prose",
-                )
+                remedy = "write 'falsifier'; as it stands the claim would be prose"
+                raise document.error((*entry.path, key), expected="the key 'falsifier'", got=repr(key), remedy=remedy)
 
 
 def _resembles(key: str, name: str, ratio: float) -> bool:
@@ -159,32 +147,22 @@ def check_falsifier(
     """
     used = {use.check for use in falsifier.checks}
     if "log_absent" in used and used <= _LOG_CHECKS:
-        raise document.error(
-            (*path, "check"),
-            expected="log_absent beside a check that does not read the log",
-            got="log checks alone",
-            remedy="add a measuring check under `also:`; a log line that was reworded is absent too",
-        )
+        expected = "log_absent beside a check that does not read the log"
+        remedy = "add a measuring check under `also:`; a log line that was reworded is absent too"
+        raise document.error((*path, "check"), expected=expected, got="log checks alone", remedy=remedy)
     if status == "active" and not falsifier.sabotage:
-        raise document.error(
-            path,
-            expected="at least one fault under `sabotage:` in an active contract",
-            got="none",
-            remedy="name a fault that this falsifier must catch; a check never seen to fail proves nothing",
-        )
+        expected = "at least one fault under `sabotage:` in an active contract"
+        remedy = "name a fault that this falsifier must catch; a check never seen to fail proves nothing"
+        raise document.error(path, expected=expected, got="none", remedy=remedy)
     for key, items in (("needs", falsifier.needs), ("sabotage", falsifier.sabotage)):
         if len(set(items)) < len(items):
-            raise document.error(
-                (*path, key), expected="each name once", got=", ".join(items), remedy="keep one of the two"
-            )
+            remedy = "keep one of the two"
+            raise document.error((*path, key), expected="each name once", got=", ".join(items), remedy=remedy)
     for name in falsifier.profiles:
         if profiles is not None and name not in profiles:
-            raise document.error(
-                (*path, "profiles", name),
-                expected=f"a profile among {', '.join(sorted(set(profiles)))}",
-                got=repr(name),
-                remedy=f"name one of them, or add profiles/{name}.yaml beside the contract",
-            )
+            expected = f"a profile among {', '.join(sorted(set(profiles)))}"
+            remedy = f"name one of them, or add profiles/{name}.yaml beside the contract"
+            raise document.error((*path, "profiles", name), expected=expected, got=repr(name), remedy=remedy)
     _check_params(document, path, falsifier)
     _check_work(document, path, falsifier, has_work)
     if names is not None:
@@ -197,19 +175,13 @@ def _check_work(document: Document, path: ValuePath, falsifier: Falsifier, has_w
     """Require work where a check bounds a time, and only there: without it no bound could be found infeasible."""
     timed = [use.check for use in falsifier.checks if checks.time_bounds(use.check)]
     if timed and not has_work:
-        raise document.error(
-            (*path, "check"),
-            expected=f"`work:` beside a check that bounds a time, as {timed[0]} does",
-            got="none",
-            remedy="state the least FLOP and bytes of what is timed; without them nobody can tell a bound from a wish",
-        )
+        expected = f"`work:` beside a check that bounds a time, as {timed[0]} does"
+        remedy = "state the least FLOP and bytes of what is timed; without them nobody can tell a bound from a wish"
+        raise document.error((*path, "check"), expected=expected, got="none", remedy=remedy)
     if has_work and not timed:
-        raise document.error(
-            (*path, "work"),
-            expected="`work:` only beside a check that bounds a time",
-            got=f"the checks {', '.join(use.check for use in falsifier.checks)}",
-            remedy="remove it",
-        )
+        expected = "`work:` only beside a check that bounds a time"
+        got = f"the checks {', '.join(use.check for use in falsifier.checks)}"
+        raise document.error((*path, "work"), expected=expected, got=got, remedy="remove it")
 
 
 def _require_name(document: Document, path: ValuePath, kind: str, name: str, known: Iterable[str]) -> None:
@@ -218,9 +190,6 @@ def _require_name(document: Document, path: ValuePath, kind: str, name: str, kno
     if name not in registered:
         close = difflib.get_close_matches(name, registered, 1)
         shown = f" {', '.join(registered)}" if len(registered) <= 20 else ""
-        raise document.error(
-            path,
-            expected=f"one of the {len(registered)} registered {kind}{shown}",
-            got=repr(name),
-            remedy=f"did you mean {close[0]!r}?" if close else "use one of them; the registry is closed",
-        )
+        expected = f"one of the {len(registered)} registered {kind}{shown}"
+        remedy = f"did you mean {close[0]!r}?" if close else "use one of them; the registry is closed"
+        raise document.error(path, expected=expected, got=repr(name), remedy=remedy)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from q4kd.harness.claims.schema_match import Schema
+from q4kd.harness.records.json_types import JsonRecord
 from q4kd.trainer.files import parse_json, read_bounded
 from q4kd.trainer.yaml_lines import parse_yaml
 
@@ -30,7 +31,6 @@ class Waiver:
     expires: str
 
     def __post_init__(self) -> None:
-        """Refuse what is not text, and a day that is none (ValueError)."""
         if not all(isinstance(value, str) and value for value in vars(self).values()):
             raise ValueError("a waiver needs a claim, an owner, a reason and a day")
         date.fromisoformat(self.expires)
@@ -42,7 +42,6 @@ class Waiver:
         return day.date() <= date.fromisoformat(self.expires)
 
     def __str__(self) -> str:
-        """Return the waiver in one line."""
         return f"waived by {self.owner} until {self.expires}: {self.reason}"
 
 
@@ -57,18 +56,8 @@ def _schema() -> Schema:
     return Schema(parse_json(source.read_bytes(), "waivers.schema.json"))
 
 
-class _File(TypedDict):
-    """A file of waivers, once the schema has accepted it."""
-
-    waivers: list[dict[str, str]]
-
-
 def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
-    """Read a file of waivers.
-
-    Args:
-        path: YAML as ``waivers.schema.json`` says: ``waivers: [{claim, owner, reason, expires}]``.
-        claims: the keys there are, ``contract::id``.
+    """Read a file of waivers of ``claims``, the keys there are: YAML as ``waivers.schema.json`` says.
 
     Raises:
         InputError: quoting file, line and text, for an unknown key, a missing one, a day that is none, a claim that
@@ -77,33 +66,25 @@ def load_waivers(path: Path, claims: Collection[str]) -> tuple[Waiver, ...]:
     document = parse_yaml(read_bounded(path, _MAX_BYTES), path.name)
     problem = _schema().error(document.value)
     if problem is not None:
-        raise document.error(
-            tuple(problem.absolute_path),
-            expected="waivers: a list of claim, owner, reason (10 characters or more) and expires (YYYY-MM-DD)",
-            got=problem.message[:200],
-            remedy="say who answers for it, why, and until when",
-        )
+        expected = "waivers: a list of claim, owner, reason (10 characters or more) and expires (YYYY-MM-DD)"
+        remedy = "say who answers for it, why, and until when"
+        raise document.error(tuple(problem.absolute_path), expected=expected, got=problem.message[:200], remedy=remedy)
     waivers: list[Waiver] = []
-    for index, entry in enumerate(cast("_File", document.value)["waivers"]):
+    for index, entry in enumerate(cast("JsonRecord", document.value)["waivers"]):
         at = ("waivers", index)
         try:
             waiver = Waiver(**entry)
         except ValueError as error:
-            raise document.error(
-                (*at, "expires"), expected="a day of the calendar", got=str(error), remedy="write it as YYYY-MM-DD"
-            ) from error
+            expected, remedy = "a day of the calendar", "write it as YYYY-MM-DD"
+            raise document.error((*at, "expires"), expected=expected, got=str(error), remedy=remedy) from error
         if waiver.claim not in claims:
             close = difflib.get_close_matches(waiver.claim, claims, 1)
-            raise document.error(
-                (*at, "claim"),
-                expected="contract::id of a claim",
-                got=repr(waiver.claim),
-                remedy=f"did you mean {close[0]!r}?" if close else "`q4kd contracts show NAME` lists them",
-            )
+            expected = "contract::id of a claim"
+            remedy = f"did you mean {close[0]!r}?" if close else "`q4kd contracts show NAME` lists them"
+            raise document.error((*at, "claim"), expected=expected, got=repr(waiver.claim), remedy=remedy)
         if any(known.claim == waiver.claim for known in waivers):
-            raise document.error(
-                (*at, "claim"), expected="one waiver for each claim", got="a second one", remedy="remove one"
-            )
+            expected = "one waiver for each claim"
+            raise document.error((*at, "claim"), expected=expected, got="a second one", remedy="remove one")
         waivers.append(waiver)
     return tuple(waivers)
 

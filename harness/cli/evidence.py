@@ -101,7 +101,7 @@ def _sign(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from q4kd.harness.records.raw_run import open_store
+    from q4kd.harness.records.store import open_store
     from q4kd.trainer.files import write_atomic
 
     store, bundle = open_store(args.bundle), args.bundle.resolve()
@@ -134,7 +134,7 @@ def _diff(args: argparse.Namespace) -> int:
 
     from q4kd.harness.bundle.diff import compare_bundles
     from q4kd.harness.cli.contracts import console
-    from q4kd.harness.records.raw_run import open_store
+    from q4kd.harness.records.store import open_store
     from q4kd.trainer.yaml_lines import printable
 
     out = console()

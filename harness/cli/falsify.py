@@ -36,6 +36,7 @@ def add_commands(subparsers: Commands) -> None:
     )
     _shared(sabotage)
     sabotage.add_argument("--changed", action="store_true", help="only faults without a valid kill record")
+    sabotage.add_argument("--workers", type=_count, default=1, metavar="N", help="runs at one time (default: one)")
     sabotage.add_argument(
         "--work", type=Path, metavar="DIR", help="keep the runs here (default: a folder removed later)"
     )
@@ -95,7 +96,10 @@ def _sabotage(args: argparse.Namespace) -> int:
 
     given = resolve_given(args.teacher, args.student, args.data)
     return sabotage(
-        args.contracts, args.profile, args.keyword, args.kills, args.work, changed=args.changed, given=given
+        *(args.contracts, args.profile, args.keyword, args.kills, args.work),
+        changed=args.changed,
+        workers=max(1, args.workers),
+        given=given,
     )
 
 

@@ -179,7 +179,9 @@ class _Closure:
             case types.FunctionType():
                 return self._function(value)
             case Experiment() | Arm() | Fault():
-                fields = [field.name for field in dataclasses.fields(value) if field.name != "title"]
+                for module in getattr(value, "sources", ()):
+                    self._module(module)
+                fields = {field.name for field in dataclasses.fields(value)} - {"title", "sources"}
                 return {name: self.plain(getattr(value, name)) for name in fields}
         kind: Any = value if hasattr(value, "__qualname__") else type(value)
         module = kind.__module__ or ""
@@ -199,13 +201,18 @@ class _Closure:
         if not found and tree is not None and line is not None:
             found = tree.lambdas.get(line, [])
         if not found:
-            raise InputError(
-                f"{module}:{name}",
-                expected="a function defined in the source of an installed module",
-                got="no such definition",
-                remedy="define it with `def` in a module, so that a kill record can be keyed by what it does",
-            )
+            expected = "a function defined in the source of an installed module"
+            remedy = "define it with `def` in a module, so that a kill record can be keyed by what it does"
+            raise InputError(f"{module}:{name}", expected=expected, got="no such definition", remedy=remedy)
         self.follow(found)
+
+    def _module(self, name: str) -> None:
+        if TREES.module(name) is None:
+            remedy = "name modules that are installed among the sources of the experiment"
+            raise InputError(
+                f"module {name!r}", expected="an installed module", got="none with a source", remedy=remedy
+            )
+        self.follow(TREES.resolve(name, ()))
 
     def follow(self, definitions: Iterable[Definition]) -> None:
         """Collect definitions and all that they depend on."""

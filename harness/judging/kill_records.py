@@ -46,7 +46,6 @@ class KillRecord:
         return self.contract, self.id, self.fault
 
     def __post_init__(self) -> None:
-        """Refuse what no record can be found or judged by (TypeError)."""
         if not all(isinstance(part, str) for part in (*self.subject, self.experiment, self.raw)):
             raise TypeError("a record whose subject, experiment or archive is not text")
         if not isinstance(self.parts, Mapping):
@@ -65,9 +64,8 @@ def read_kill_records(document: object, origin: str) -> dict[str, KillRecord]:
         InputError: another format, or a record that lacks its subject or its archive.
     """
     if not isinstance(document, Mapping) or document.get("format") != RECORDS_FORMAT:
-        raise InputError(
-            origin, expected=RECORDS_FORMAT, got="another format", remedy="run `q4kd sabotage` to make them anew"
-        )
+        remedy = "run `q4kd sabotage` to make them anew"
+        raise InputError(origin, expected=RECORDS_FORMAT, got="another format", remedy=remedy)
     known = {item.name for item in dataclasses.fields(KillRecord)}
     try:
         return {
@@ -75,6 +73,5 @@ def read_kill_records(document: object, origin: str) -> dict[str, KillRecord]:
             for key, record in document["records"].items()
         }
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            origin, expected="kill records by key", got=str(error)[:200], remedy="run `q4kd sabotage` to make them anew"
-        ) from error
+        remedy = "run `q4kd sabotage` to make them anew"
+        raise InputError(origin, expected="kill records by key", got=str(error)[:200], remedy=remedy) from error

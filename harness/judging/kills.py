@@ -16,8 +16,9 @@ from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.kill_records import KillRecord, kill_records, read_kill_records
 from q4kd.harness.judging.mutations import NOT_SHOWN
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
-from q4kd.harness.records.raw_run import RawRun, TarStore
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.raw_run import run_names as stored_runs
+from q4kd.harness.records.store import TarStore
 from q4kd.harness.runs.experiment import get_experiment
 from q4kd.harness.runs.faults import VOID_EXIT, Fault, MissingTarget, get_fault
 from q4kd.trainer.errors import InputError
@@ -60,9 +61,8 @@ class KillStore:
         """
         name = _plain(record.raw)
         if len(raw) > MAX_RAW:
-            raise InputError(
-                name, expected=f"at most {MAX_RAW} bytes", got=str(len(raw)), remedy="collect less in this experiment"
-            )
+            remedy = "collect less in this experiment"
+            raise InputError(name, expected=f"at most {MAX_RAW} bytes", got=str(len(raw)), remedy=remedy)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / name, raw)
         self._archives.pop(name, None)
@@ -95,12 +95,8 @@ class KillStore:
 
 def _plain(name: str) -> str:
     if Path(name).name != name or name.startswith(".") or not name.endswith(".tar.gz"):
-        raise InputError(
-            f"kill record archive {name!r}",
-            expected="a plain *.tar.gz name",
-            got="a path",
-            remedy="run `q4kd sabotage`",
-        )
+        remedy = "run `q4kd sabotage`"
+        raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
     return name
 
 

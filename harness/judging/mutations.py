@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from q4kd.harness.checks import CHECKS
 from q4kd.harness.checks.judgement import READABLE
-from q4kd.harness.claims.model import Claim
+from q4kd.harness.claims.model import Claim, Falsifier
 from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.results import ClaimResult, Mutations
 from q4kd.harness.records.raw_run import Arrays, RawRun, array_file
@@ -23,13 +23,11 @@ class WatchedRun(RawRun):
     """A run that remembers, in ``seen``, what of it was looked at, and in ``files`` which files of arrays."""
 
     def __init__(self, base: RawRun) -> None:
-        """Watch ``base``; what it has read already is shared."""
         vars(self).update(vars(base))
         self.seen: set[str] = set()
         self.files: set[str] = set()
 
     def __getattribute__(self, name: str) -> object:
-        """Note the property that is being read."""
         if name in READABLE or name == "array":
             object.__getattribute__(self, "seen").add("arrays" if name == "array" else name)
         return object.__getattribute__(self, name)
@@ -44,7 +42,6 @@ class SpoiltRun(RawRun):
     """A run with some of its records replaced, and its arrays cut to ``rows``; everything else is that of ``base``."""
 
     def __init__(self, base: RawRun, records: Mapping[str, object], rows: int | None = None) -> None:
-        """Put ``records``, by property name, in the place of what was read."""
         vars(self).update(vars(base))
         vars(self).update(records)
         self._rows = rows
@@ -58,22 +55,14 @@ class SpoiltRun(RawRun):
 
 
 def apply_mutation_rule(claim: Claim, runs: Mapping[str, RawRun], profile: str, result: ClaimResult) -> ClaimResult:
-    """Return what ``judge_claim`` found with its ``mutations``, and without a corroboration that did not turn.
+    """Return what ``judge_claim`` found for these runs with its ``mutations``, None for a claim not corroborated.
 
-    Args:
-        claim: the claim judged.
-        runs: the raw runs of its experiment, by run name.
-        profile: name of the machine profile whose bounds apply.
-        result: what ``judge_claim`` returned for these.
-
-    Returns:
-        ``result`` with its mutations, or None there when the claim was not corroborated. With a mutation that still
-        gives ``corroborated`` it is ``inconclusive(not shown to fail)``.
+    With a mutation that still gives ``corroborated`` the result is ``inconclusive(not shown to fail)``.
     """
     if claim.falsifier is None or result.verdict != "corroborated":
         return result
     tried, missed = 0, []
-    for name, verdict in (*_raw(claim, runs, profile), *_observed(claim, profile, result)):
+    for name, verdict in (*_raw(claim, runs, profile), *_observed(claim.falsifier.for_profile(profile), result)):
         tried += 1
         if verdict == "corroborated":
             missed.append(name[:200])
@@ -115,10 +104,8 @@ def _raw(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> Iterator[tup
 def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRun]]:
     """Yield a run spoilt in every way that applies, with its name.
 
-    Args:
-        run: the run as recorded.
-        kinds: what of it the checks look at. How it was made, and whose it is, is spoilt whatever they look at.
-        least: observations that the claim asks for; arrays are cut to one fewer.
+    ``kinds`` is what of it the checks look at; how it was made, and whose it is, is spoilt whatever they look at.
+    Arrays are cut to one row fewer than the ``least`` observations that the claim asks for.
     """
     argv, ending = run.argv, run.exit
     yield "made with a planted fault", SpoiltRun(run, {"argv": {**argv, "fault": "planted"}})
@@ -147,10 +134,8 @@ def spoil(run: RawRun, kinds: set[str], least: int) -> Iterator[tuple[str, RawRu
         yield "arrays cut short", SpoiltRun(run, {}, rows=max(least - 1, 0))
 
 
-def _observed(claim: Claim, profile: str, result: ClaimResult) -> Iterator[tuple[str, str]]:
+def _observed(falsifier: Falsifier, result: ClaimResult) -> Iterator[tuple[str, str]]:
     """Spoil each check's observation; yield the name of each mutation with the verdict it gave."""
-    assert claim.falsifier is not None
-    falsifier = claim.falsifier.for_profile(profile)
     for use, found in zip(falsifier.checks, result.checks, strict=True):
         check, params = CHECKS[use.check], found.params
         mutations = check.mutate(found.observation or {}, params, falsifier.min_observations)

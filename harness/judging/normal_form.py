@@ -33,14 +33,9 @@ def top_level(name: str) -> str:
 class Reading:
     """The normal form of trees of one module, and what they mention.
 
-    Attributes:
-        shorten: takes the path of a module out of a text that names it.
-        package: the package that relative imports begin at.
-        text: the trees, field by field. Empty fields are left out, so that every Python version writes the same.
-        strings: string constants, as written.
-        experiments: names of experiments that it asks ``get_experiment`` for.
-        imports: what its import statements bind.
-        stars: modules whose names it imports by ``*``.
+    ``shorten`` takes the path of a module out of a text that names it; relative imports begin at ``package``. ``text``
+    has the trees field by field, without empty fields, so that every Python version writes the same. ``experiments``
+    are names that it asks ``get_experiment`` for; ``stars`` are modules whose names it imports by ``*``.
     """
 
     shorten: Callable[[str], str]
@@ -162,12 +157,9 @@ def bound_in(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def look_up(node: ast.AST, found: set[tuple[str, ...]], hidden: frozenset[str] = frozenset()) -> None:
-    """Collect the dotted names that a tree looks up and does not bind, ``("np", "random", "default_rng")`` for one.
+    """Collect the dotted names that a tree looks up and neither it nor an enclosing function (``hidden``) binds.
 
-    Args:
-        node: the tree.
-        found: collects the names. Annotations of arguments and results are left out.
-        hidden: names that enclosing functions bind.
+    ``("np", "random", "default_rng")`` is one. Annotations of arguments and results are left out.
     """
     if name := dotted(node):
         if name[0] not in hidden and (len(name) > 1 or isinstance(node.ctx, ast.Load)):  # type: ignore[attr-defined]

@@ -71,13 +71,8 @@ class Definition:
 class Module:
     """The definitions and imports of one module.
 
-    Attributes:
-        name: its full name.
-        is_package: whether modules may lie below it.
-        tree: the whole syntax tree.
-        definitions: the statements that bind or change each name.
-        imports: what import statements outside functions and classes bind.
-        stars: modules whose names are imported by ``*``.
+    ``definitions`` are the statements that bind or change each name; ``imports`` and ``stars`` are what import
+    statements outside functions and classes bind, and the modules whose names they import by ``*``.
     """
 
     def __init__(self, name: str, source: Source, shorten: Callable[[str], str]) -> None:

@@ -66,8 +66,7 @@ def _enough(subject: str, have: int, need: int, remedy: str) -> Line:
 
 def is_green(bundle: Path) -> bool:
     """Return whether a bundle's findings passed the gate; one that cannot be read is not green."""
-    from q4kd.harness.records.raw_run import open_store
-    from q4kd.harness.records.store import read_object
+    from q4kd.harness.records.store import open_store, read_object
 
     try:
         return read_object(open_store(bundle), "findings.json").get("exit_code") == 0

@@ -38,17 +38,10 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True, kw_only=True)
 class NightlyOptions:
-    """What a night does.
+    """What a night does, with its state, bundles, logs and index in the folder ``out``.
 
-    Attributes:
-        out: folder of state, bundles, logs and index.
-        profile: machine profile.
-        contracts: folder of contracts; None means the installed ones.
-        given: real files in the place of made ones.
-        faults: ``all`` plants every fault anew, ``changed`` those without a valid record, ``none`` trusts the records.
-        bounds: bundles kept.
-        sign: private key to sign the bundle with.
-        again: begin a new night although this one is finished.
+    ``faults`` is ``all`` to plant every fault anew, ``changed`` for those without a valid record, ``none`` to trust the
+    records. ``again`` begins a new night although this one is finished. ``contracts`` is None for the installed ones.
     """
 
     out: Path
@@ -85,9 +78,8 @@ def _hold(stack: ExitStack, path: Path) -> None:
     try:
         stack.enter_context(FileLock(path, timeout=0))
     except Timeout as error:
-        raise InputError(
-            "q4kd nightly", expected="to be the only one", got="another that runs", remedy=f"wait for it ({path})"
-        ) from error
+        got, remedy = "another that runs", f"wait for it ({path})"
+        raise InputError("q4kd nightly", expected="to be the only one", got=got, remedy=remedy) from error
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -22,11 +22,9 @@ _GRACE_S = 60.0
 
 
 class StageRunner:
-    """Runs commands of q4kd one at a time and writes lines with the time and the stage.
+    """Runs commands of q4kd one at a time; lines with the time and the stage go to ``log`` and to standard output.
 
-    Args:
-        lock: file that a stage's process holds for as long as it lives.
-        log: file that lines are appended to; they go to standard output as well.
+    A stage's process holds the file ``lock`` for as long as it lives.
     """
 
     def __init__(self, lock: Path, log: Path) -> None:
@@ -49,12 +47,9 @@ class StageRunner:
                     return
                 except OSError as error:
                     if time.monotonic() > deadline:
-                        raise InputError(
-                            "q4kd nightly",
-                            expected="the stage of a killed night to have ended",
-                            got="one that still runs",
-                            remedy=f"end the process that holds {self._lock}",
-                        ) from error
+                        expected, got = "the stage of a killed night to have ended", "one that still runs"
+                        remedy = f"end the process that holds {self._lock}"
+                        raise InputError("q4kd nightly", expected=expected, got=got, remedy=remedy) from error
                     time.sleep(0.2)
 
     def spawn(self, stage: str, arguments: list[str], command: tuple[str, ...] | None = None) -> int:

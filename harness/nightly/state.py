@@ -17,14 +17,10 @@ _MAX_STATE = 1 << 20
 
 @dataclass
 class Night:
-    """One night's work.
+    """One night's work. ``name``, ``<utc>-<profile>``, is that of its bundle and log; ``started`` is in unix seconds.
 
-    Attributes:
-        key: what makes two nights the same work: commit, digests of code, contracts and given files, profile, faults.
-        name: ``<utc>-<profile>``, the name of its bundle and log.
-        started: unix seconds.
-        stages: stage → ``{"code", "seconds", "boot_id", "finished"}`` of each finished stage.
-        boots: the boot ids that worked on it, in order.
+    ``key`` is what makes two nights the same work (see ``night_key``). Of each finished stage ``stages`` has
+    ``{"code", "seconds", "boot_id", "finished"}``; ``boots`` are the boot ids that worked on it, in order.
     """
 
     key: dict[str, Any]
@@ -74,9 +70,8 @@ def read_night(path: Path) -> Night | None:
         boots = [str(boot) for boot in value["boots"]]
         return Night(key=dict(value["key"]), name=name, started=float(value["started"]), stages=stages, boots=boots)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            str(path), expected=f"a {SCHEMA} document", got=str(error)[:120], remedy="remove it to begin a new night"
-        ) from error
+        remedy = "remove it to begin a new night"
+        raise InputError(str(path), expected=f"a {SCHEMA} document", got=str(error)[:120], remedy=remedy) from error
 
 
 def take_up(recorded: Night | None, key: Mapping[str, Any], name: str, last_stage: str, now: float) -> Night:

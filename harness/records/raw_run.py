@@ -15,30 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q4kd.harness.records.json_types import JsonRecord
-from q4kd.harness.records.store import (
-    DirectoryStore,
-    PrefixStore,
-    Store,
-    TarStore,
-    open_store,
-    parse_shallow,
-    read_object,
-)
+from q4kd.harness.records.store import PrefixStore, Store, parse_shallow, read_object
 from q4kd.harness.records.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
-
-__all__ = [
-    "DirectoryStore",
-    "PrefixStore",
-    "RawRun",
-    "Store",
-    "TarStore",
-    "load_arrays",
-    "open_store",
-    "read_runs",
-    "run_names",
-    "runs_of",
-]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]  # by name; of any plain dtype and shape
 MAX_LOG = 4 << 20
@@ -58,7 +37,6 @@ class RawRun:
     """
 
     def __init__(self, store: Store, name: str) -> None:
-        """Take the run ``name`` of ``store``; nothing is read yet."""
         self.name = safe_name(name, "run name")
         self.store = PrefixStore(store, f"runs/{name}")
 
@@ -69,11 +47,11 @@ class RawRun:
         rows: list[JsonRecord] = []
         for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
             if line.strip():
-                row = parse_shallow(line, f"{self.name}/{name}:{number}", 1 << 20)
+                origin = f"{self.name}/{name}:{number}"
+                origin = f"{self.name}/{name}:{number}"
+                row = parse_shallow(line, origin, 1 << 20)
                 if not isinstance(row, dict):
-                    raise InputError(
-                        f"{self.name}/{name}:{number}", expected="a JSON object", got="another value", remedy=REMEDY
-                    )
+                    raise InputError(origin, expected="a JSON object", got="another value", remedy=REMEDY)
                 rows.append(row)
         return rows
 

@@ -5,7 +5,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 # A terminal obeys control sequences wherever they are printed, and bidirectional overrides reorder what is read.
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]{0,64}[ -/]{0,16}[@-~]|\][^\x07\x1b]{0,512}(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -26,9 +25,7 @@ def places() -> dict[str, str]:
 def redact(text: str, extra: Mapping[str, str] | None = None) -> str:
     """Return ``text`` without home, working and temporary folders, user names in paths, tokens and control characters.
 
-    Args:
-        text: free text, such as a log.
-        extra: further path prefixes and what to write for each, such as ``{"/data/models": "{inputs}"}``.
+    ``extra`` has further path prefixes and what to write for each, such as ``{"/data/models": "{inputs}"}``.
     """
     text = _ESCAPE.sub("", text.replace("\r\n", "\n"))
     text = _CONTROL.sub("", text)
@@ -40,17 +37,6 @@ def redact(text: str, extra: Mapping[str, str] | None = None) -> str:
     if user is not None:
         text = re.sub(rf"(?<=/){re.escape(user)}(?=/|$)", "{user}", text)
     return _CREDENTIALS.sub("{token}@", _TOKEN.sub("{token}", text))
-
-
-def redact_json(value: Any, extra: Mapping[str, str] | None = None) -> Any:
-    """Return JSON data with every string redacted, keys included."""
-    if isinstance(value, str):
-        return redact(value, extra)
-    if isinstance(value, Mapping):
-        return {redact(str(key), extra): redact_json(item, extra) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact_json(item, extra) for item in value]
-    return value
 
 
 def _user() -> str | None:

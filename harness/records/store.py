@@ -42,10 +42,9 @@ def _missing(origin: str, name: str) -> InputError:
 
 
 class DirectoryStore:
-    """The files below a folder. A symbolic link anywhere below it is refused, as is anything not a plain file."""
+    """The files below a folder (InputError when it is none). Links and anything else not a plain file are refused."""
 
     def __init__(self, root: Path) -> None:
-        """Take the folder ``root`` (InputError when it is not one)."""
         if not root.is_dir():
             raise InputError(str(root), expected="a folder", got="none", remedy="name the folder of a bundle")
         self.root = root
@@ -97,10 +96,9 @@ class DirectoryStore:
 
 
 class MemoryStore:
-    """Files held in memory: the same bytes whenever they are read, whatever happens to where they came from."""
+    """Files held in memory, by name: the same bytes whenever they are read. ``origin`` names them in errors."""
 
     def __init__(self, files: Mapping[str, bytes], origin: str) -> None:
-        """Take ``files`` by name; ``origin`` names them in errors."""
         self.files, self.origin = dict(sorted(files.items())), origin
 
     def names(self) -> list[str]:
@@ -118,13 +116,10 @@ class MemoryStore:
 
 
 class TarStore(MemoryStore):
-    """The files of a ``.tar`` or ``.tar.gz``, read once into memory and never unpacked.
+    """The files of a ``.tar`` or ``.tar.gz``, read once into memory; ``unpacked`` is their size in bytes.
 
     Links, devices, repeated names, names outside the archive and anything beyond the bounds refuse the whole archive.
     A single folder that holds everything is taken as the root, so ``tar czf b.tar.gz bundle/`` works.
-
-    Attributes:
-        unpacked: bytes of the archive when decompressed.
     """
 
     def __init__(self, source: Path | bytes, origin: str | None = None, max_total: int = MAX_TOTAL) -> None:
@@ -141,12 +136,9 @@ class TarStore(MemoryStore):
 
 
 def snapshot(store: Store, origin: str) -> MemoryStore:
-    """Return all files of a store as they are now.
+    """Return all files of a store as they are now (InputError for more than 512 MB together, or unreadable ones).
 
     What is checked is then what was hashed, even when somebody writes to the folder meanwhile.
-
-    Raises:
-        InputError: when they exceed 512 MB together, or cannot be read.
     """
     files: dict[str, bytes] = {}
     left = MAX_TOTAL
@@ -171,7 +163,6 @@ class PrefixStore:
     """The files of another store below ``prefix``, such as ``runs/load-teacher/``."""
 
     def __init__(self, store: Store, prefix: str) -> None:
-        """Take the files of ``store`` whose names start with ``prefix``."""
         self.store, self.prefix = store, prefix.rstrip("/") + "/"
 
     def names(self) -> list[str]:
@@ -216,9 +207,5 @@ def open_store(path: Path) -> Store:
         return DirectoryStore(path)
     if path.is_file():
         return TarStore(path)
-    raise InputError(
-        str(path),
-        expected="a bundle folder or .tar.gz",
-        got="no such file",
-        remedy="name what `q4kd falsify` wrote: its line `evidence:` says where",
-    )
+    remedy = "name what `q4kd falsify` wrote: its line `evidence:` says where"
+    raise InputError(str(path), expected="a bundle folder or .tar.gz", got="no such file", remedy=remedy)

@@ -39,10 +39,10 @@ def too_large(origin: str, name: str, max_bytes: int) -> InputError:
 def read_members(
     file: IO[bytes], origin: str, *, max_file: int, max_total: int, max_files: int
 ) -> tuple[dict[str, bytes], int]:
-    """Read every file of a ``.tar`` or ``.tar.gz``.
+    """Read every file of a ``.tar`` or ``.tar.gz``, seekable and at its start.
 
     Args:
-        file: the archive, at its start; seekable.
+        file: the archive.
         origin: how to name it in errors.
         max_file: bytes that one file may hold.
         max_total: bytes that the whole archive may hold when decompressed, headers and padding included.

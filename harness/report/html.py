@@ -12,8 +12,8 @@ from q4kd.harness.bundle.recheck import bundle_contracts
 from q4kd.harness.claims.model import Contract
 from q4kd.harness.claims.plan import Plan
 from q4kd.harness.judging.results import Findings
-from q4kd.harness.records.raw_run import RawRun, Store, read_runs
-from q4kd.harness.records.store import read_object
+from q4kd.harness.records.raw_run import RawRun, read_runs
+from q4kd.harness.records.store import Store, read_object
 from q4kd.harness.report.claims import Limits, bar_of, contract_groups, link_to
 from q4kd.harness.report.page import cut, render_page
 from q4kd.harness.report.plots import Plot, memory_plots, utilisation_plots

@@ -17,8 +17,7 @@ from q4kd.harness.bundle.findings import read_findings
 from q4kd.harness.bundle.recheck import bundle_contracts, read_plan
 from q4kd.harness.bundle.writer import manifest_of, manifest_text
 from q4kd.harness.claims.model import Contract
-from q4kd.harness.records.raw_run import open_store
-from q4kd.harness.records.store import Store, read_object
+from q4kd.harness.records.store import Store, open_store, read_object
 from q4kd.harness.report.html import render
 from q4kd.harness.report.site_collection import Collection, Entry
 from q4kd.harness.report.site_pages import render_site

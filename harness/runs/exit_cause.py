@@ -46,12 +46,7 @@ def classify(
 
 @dataclass(frozen=True)
 class MemoryCgroup:
-    """The memory cgroup of one process.
-
-    Attributes:
-        version: 1 or 2.
-        folder: its folder under the cgroup file system.
-    """
+    """The memory cgroup of one process: its ``version``, 1 or 2, and its folder under the cgroup file system."""
 
     version: int
     folder: Path
@@ -130,12 +125,9 @@ class OomCounter:
     def record(self) -> dict[str, str | int | None]:
         """Return ``{"source", "before", "after"}``; source is None when no counter could be read."""
         after = self._cgroup.oom_kills() if self._cgroup else None
-        readable = self._cgroup is not None and self.before is not None and after is not None
-        return {
-            "source": f"cgroup v{self._cgroup.version} oom_kill" if readable and self._cgroup else None,
-            "before": self.before if readable else None,
-            "after": after if readable else None,
-        }
+        if self._cgroup is None or self.before is None or after is None:
+            return dict.fromkeys(("source", "before", "after"))
+        return {"source": f"cgroup v{self._cgroup.version} oom_kill", "before": self.before, "after": after}
 
 
 def _alive(pid: int) -> bool:

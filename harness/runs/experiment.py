@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 from filelock import FileLock
 
-from q4kd.harness.runs.extensions import Extension, load_extensions, subject_modules
+from q4kd.harness.runs.extensions import Extension, blaming, load_extensions, subject_modules
 from q4kd.harness.runs.user_inputs import GivenFiles
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import unknown_name
 from q4kd.trainer.files import sha256_file
 
 # What an arm measured of its outputs; ``facts.json`` holds it.
@@ -30,10 +30,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 class Inputs:
     """Files that experiments read, made once per session whatever the number of processes that ask.
 
-    Args:
-        folder: where they lie; created when missing. It is not part of the bundle: only their digests are.
-        profile: name of the machine profile, since sizes may depend on it.
-        given: files that stand in for made ones, by the name of the input.
+    They lie in ``folder``, which is not part of the bundle: only their digests are. Sizes may depend on ``profile``.
+    Files of ``given`` stand in for made ones, by the name of the input.
     """
 
     def __init__(self, folder: Path, profile: str, given: GivenFiles | None = None) -> None:
@@ -125,6 +123,7 @@ class Experiment:
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
+        sources: further modules that decide what is measured; kill records age with every definition in them.
     """
 
     name: str
@@ -135,9 +134,9 @@ class Experiment:
     collect: Callable[[Path, Inputs], Facts] = _no_facts
     exclusive: bool = False
     parallel: int = 1
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse names that are not safe as folder names, and arms that could be confused."""
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names) or (None in names and len(names) > 1):
             raise ValueError(f"experiment {self.name!r}: arms need distinct names, or one arm without a name")
@@ -176,7 +175,7 @@ class _Registry(Mapping[str, Experiment]):
             importlib.import_module(module)
             self._modules.update(dict.fromkeys(set(self._known) - before, module))
         for extension in load_extensions("q4kd.experiments"):
-            with extension.blamed():
+            with blaming(extension.origin):
                 self._extend(extension)
         self._loaded = True
 
@@ -229,14 +228,7 @@ def declare(
 
 
 def get_experiment(name: str) -> Experiment:
-    """Return one experiment.
-
-    Raises:
-        InputError: naming the known ones.
-    """
+    """Return one experiment (InputError for an unknown one)."""
     if name not in EXPERIMENTS:
-        known = ", ".join(EXPERIMENTS) or "none are registered"
-        raise InputError(
-            f"experiment {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling"
-        )
+        raise unknown_name(f"experiment {name!r}", name, EXPERIMENTS, "experiment")
     return EXPERIMENTS[name]

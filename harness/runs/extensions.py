@@ -24,13 +24,9 @@ SUBJECTS = "q4kd.harness.subjects"
 
 @dataclass(frozen=True)
 class Extension:
-    """One entry point, loaded.
+    """One entry point, loaded: its name, its module, the module or object itself, and ``origin`` for messages.
 
-    Attributes:
-        name: the entry point's name; for a check, the name that contracts say.
-        module: the module it lies in.
-        origin: entry point and distribution, for messages.
-        value: the module, or the object in it.
+    For a check the name is the one that contracts say.
     """
 
     name: str
@@ -43,24 +39,15 @@ class Extension:
         """The top-level package that it comes from."""
         return self.module.partition(".")[0]
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Turn whatever goes wrong inside into an error that names this extension."""
-        with _blaming(self.origin):
-            yield
-
 
 @contextmanager
-def _blaming(origin: str) -> Iterator[None]:
+def blaming(origin: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into an error (InputError) that names the extension it comes from."""
     try:
         yield
     except Exception as error:  # foreign code: whatever it raises, its owner must be named
-        raise InputError(
-            origin,
-            expected="an extension that can be loaded",
-            got=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-            remedy="repair or uninstall that distribution",
-        ) from error
+        expected, got = "an extension that can be loaded", " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(origin, expected=expected, got=got, remedy="repair or uninstall that distribution") from error
 
 
 @lru_cache(maxsize=4)
@@ -92,11 +79,9 @@ def load_extensions(group: Group) -> tuple[Extension, ...]:
     """
     found: dict[str, Extension] = {}
     for point in sorted(importlib.metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
-        distribution = (
-            f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
-        )
+        distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
         origin = f"{group} {point.name!r} of {distribution}"
-        with _blaming(origin):
+        with blaming(origin):
             if point.name in found:
                 raise ValueError(f"the name is taken by {found[point.name].origin}")
             found[point.name] = Extension(point.name, point.module, origin, point.load())

@@ -10,23 +10,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
-from q4kd.harness.runs.extensions import SUBJECTS, kind_of, load_extensions, subject_modules
-from q4kd.trainer.errors import InputError
+from q4kd.harness.runs.extensions import SUBJECTS, blaming, kind_of, load_extensions, subject_modules
+from q4kd.trainer.errors import unknown_name
 
 Family = Literal[
-    "quantisation",
-    "residency",
-    "memory",
-    "dispatch",
-    "vocabulary",
-    "loss",
-    "loop",
-    "logging",
-    "checkpoint",
+    "quantisation", "residency", "memory", "dispatch", "vocabulary", "loss", "loop", "logging", "checkpoint",
     "supervision",
-]
+]  # fmt: skip
 # A function of the program under test, whose arguments are only passed on.
 Call = Callable[..., object]
 _Replacement = TypeVar("_Replacement", bound=Call)
@@ -66,6 +58,13 @@ class Fault:
     declared_exit: tuple[str, ...] = ()
 
 
+class _Limits(TypedDict, total=False):
+    """The fields of a fault that most leave as they are."""
+
+    arms: tuple[str | None, ...] | None
+    declared_exit: tuple[str, ...]
+
+
 _FAULTS: dict[str, Fault] = {}
 _PLANTED: list[str] = []
 
@@ -92,11 +91,10 @@ def declare(
     title: str,
     apply: Callable[[], None],
     *targets: str,
-    arms: tuple[str | None, ...] | None = None,
-    declared_exit: tuple[str, ...] = (),
+    **limits: Unpack[_Limits],
 ) -> Fault:
     """Register the fault of these parts, which are ``Fault``'s, and return it. Raises as ``register`` does."""
-    return register(Fault(name, title, family, targets, apply, arms, declared_exit))
+    return register(Fault(name, title, family, targets, apply, **limits))
 
 
 def fault(
@@ -104,19 +102,12 @@ def fault(
     name: str,
     title: str,
     *targets: str,
-    arms: tuple[str | None, ...] | None = None,
-    declared_exit: tuple[str, ...] = (),
+    **limits: Unpack[_Limits],
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Declare the decorated function, which calls ``replace``, as what plants a fault.
-
-    The parameters are ``Fault``'s.
-
-    Raises:
-        ValueError: as ``register`` does.
-    """
+    """Declare the decorated function, which calls ``replace``, as what plants a fault (see ``register``)."""
 
     def declare_fault(apply: Callable[[], None]) -> Callable[[], None]:
-        declare(family, name, title, apply, *targets, arms=arms, declared_exit=declared_exit)
+        declare(family, name, title, apply, *targets, **limits)
         return apply
 
     return declare_fault
@@ -127,16 +118,12 @@ def patch(
     name: str,
     title: str,
     *targets: str,
-    arms: tuple[str | None, ...] | None = None,
-    declared_exit: tuple[str, ...] = (),
+    **limits: Unpack[_Limits],
 ) -> Callable[[_Replacement], _Replacement]:
-    """Declare a fault under which each call of a target calls the decorated function instead.
+    """Declare a fault under which each call of a target calls the decorated function instead (see ``register``).
 
     The function is given the original first, then the arguments of the call. In a target that is a table of functions,
-    the targets before it are exchanged for their replacements. The other parameters are ``Fault``'s.
-
-    Raises:
-        ValueError: as ``register`` does.
+    the targets before it are exchanged for their replacements.
     """
 
     def declare_patch(function: _Replacement) -> _Replacement:
@@ -157,7 +144,7 @@ def patch(
             for target in targets:
                 replace(target, make)
 
-        declare(family, name, title, apply, *targets, arms=arms, declared_exit=declared_exit)
+        declare(family, name, title, apply, *targets, **limits)
         return function
 
     return declare_patch
@@ -168,7 +155,7 @@ def all_faults() -> Mapping[str, Fault]:
     for module in subject_modules("faults"):
         importlib.import_module(module)
     for extension in load_extensions("q4kd.faults"):
-        with extension.blamed():
+        with blaming(extension.origin):
             value = extension.value
             faults = () if inspect.ismodule(value) else (value,) if isinstance(value, Fault) else tuple(value)
             for fault in faults:
@@ -182,17 +169,10 @@ def tested_packages() -> frozenset[str]:
 
 
 def get_fault(name: str) -> Fault:
-    """Return one fault.
-
-    Raises:
-        InputError: naming the known ones.
-    """
+    """Return one fault (InputError for an unknown one)."""
     faults = all_faults()
     if name not in faults:
-        known = ", ".join(faults) or "none are registered"
-        raise InputError(
-            f"fault {name!r}", expected=f"one of: {known}", got="an unknown name", remedy="check the spelling"
-        )
+        raise unknown_name(f"fault {name!r}", name, faults, "fault")
     return faults[name]
 
 
@@ -221,10 +201,8 @@ def resolve(target: str) -> tuple[object, str, Any]:
 def replace(target: str, make: Callable[[Any], Any]) -> None:
     """Put ``make(original)`` in the place of ``target``, also where a module under test imported it by name.
 
-    A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards.
-
-    Raises:
-        MissingTarget: when the target does not exist.
+    A static or class method is handed to ``make`` as its plain function and is wrapped again afterwards. Raises
+    MissingTarget when the target does not exist.
     """
     holder, name, raw = resolve(target)
     kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None

@@ -12,8 +12,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from q4kd.harness.records.json_types import JsonRecord
-from q4kd.harness.records.raw_run import DirectoryStore, RawRun
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.redact import redact
+from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, get_experiment
 from q4kd.harness.runs.supervise import SETTABLE, run_supervised
 from q4kd.trainer.errors import InputError
@@ -21,15 +22,9 @@ from q4kd.trainer.files import read_json, write_json
 
 LAUNCHER: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness.child")
 RAW_FILES = (
-    "argv.json",
-    "stdout.log",
-    "stderr.log",
-    "events.jsonl",
-    "memory.jsonl",
-    "exit.json",
-    "facts.json",
+    "argv.json", "stdout.log", "stderr.log", "events.jsonl", "memory.jsonl", "exit.json", "facts.json",
     "harness_error.json",
-)
+)  # fmt: skip
 MAX_ARRAY_FILE = 8 << 20
 
 
@@ -48,11 +43,8 @@ class HarnessError(Exception):
 class ExperimentRunner:
     """Runs experiments into one bundle.
 
-    Args:
-        bundle_dir: clean runs go to ``runs/<run>/`` here, others to ``faulted/<fault>--<experiment>/runs/<run>/``.
-        inputs: the session's inputs.
-        profile: machine profile name.
-        keep_outputs: keep what the programs wrote besides the raw evidence (checkpoints), for looking at by hand.
+    Clean runs go to ``runs/<run>/`` of ``bundle_dir``, others to ``faulted/<fault>--<experiment>/runs/<run>/``. With
+    ``keep_outputs`` what the programs wrote besides the raw evidence (checkpoints) is kept, for looking at by hand.
     """
 
     def __init__(self, bundle_dir: Path, inputs: Inputs, profile: str, *, keep_outputs: bool = False) -> None:
@@ -205,12 +197,8 @@ def _complete(folder: Path) -> bool:
 def _check_arrays(folder: Path) -> None:
     for path in (folder / "arrays").iterdir():
         if path.stat().st_size > MAX_ARRAY_FILE:
-            raise InputError(
-                f"arrays/{path.name}",
-                expected=f"at most {MAX_ARRAY_FILE} bytes",
-                got=f"{path.stat().st_size}",
-                remedy="collect seeded positions and columns instead of whole arrays",
-            )
+            got, remedy = f"{path.stat().st_size}", "collect seeded positions and columns instead of whole arrays"
+            raise InputError(f"arrays/{path.name}", expected=f"at most {MAX_ARRAY_FILE} bytes", got=got, remedy=remedy)
 
 
 def _raise_recorded(folder: Path) -> None:

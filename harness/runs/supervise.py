@@ -27,17 +27,9 @@ TRUNCATED = "\n[q4kd: log truncated here; the program wrote more]\n"
 
 # The whole environment of a run. A variable not named here does not reach the program, so none can change a result.
 PASSED_ON = (
-    "PATH",
-    "LANG",
-    "TMPDIR",
-    "PYTHONPATH",
-    "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDA_VISIBLE_DEVICES",
-    "CUPY_CACHE_DIR",
-)
+    "PATH", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "CUPY_CACHE_DIR",
+)  # fmt: skip
 SETTABLE = ("OMP_NUM_THREADS", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY", "MALLOC_MMAP_THRESHOLD_")
 _FIXED = {
     "HF_HUB_OFFLINE": "1",
@@ -76,21 +68,13 @@ def run_supervised(
     env: Mapping[str, str],
     placeholders: Mapping[str, str] | None = None,
 ) -> None:
-    """Run ``argv`` to its end and record it in ``run_dir``.
+    """Run ``argv`` in ``cwd`` to its end and record it in ``run_dir``, an existing folder.
 
     Writes ``stdout.log``, ``stderr.log``, ``memory.jsonl`` and, last and atomically, ``exit.json``. A run whose
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
-    whole process group; so is anything the program leaves running when it ends.
-
-    Args:
-        argv: program and arguments.
-        run_dir: existing folder for the records; also where ``events.jsonl`` is watched.
-        cwd: working folder of the program.
-        timeout_s: seconds of wall time allowed.
-        stall_s: seconds without a new event before the run counts as stalled; None never does.
-        interval_s: seconds between memory samples.
-        env: where the allowed variables are taken from (see ``child_environment``).
-        placeholders: absolute path prefixes and what is written in their place in logs and events.
+    whole process group; so is anything the program leaves running when it ends. Memory is sampled every ``interval_s``
+    seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
+    absolute path prefixes and what is written in their place in logs and events.
 
     Raises:
         OSError: when the program cannot be started.
@@ -114,6 +98,7 @@ def run_supervised(
             kernel.close()
             raise
         counter, memory = OomCounter(process.pid), MemoryLog(run_dir / "memory.jsonl", process.pid)
+        assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
         try:
             action = _watch(process, run_dir / "events.jsonl", started, timeout_s, stall_s, interval_s, memory, counter)
@@ -214,9 +199,7 @@ def _drop_half_line(path: Path) -> None:
 class _LogCopy:
     """Copies one pipe to a file up to ``LOG_LIMIT`` bytes; beyond that it still drains the pipe, so nobody blocks."""
 
-    def __init__(self, source: IO[bytes] | None, path: Path) -> None:
-        if source is None:
-            raise ValueError("the program was not started with pipes")
+    def __init__(self, source: IO[bytes], path: Path) -> None:
         self._source, self._path = source, path
         self._thread = threading.Thread(target=self._copy, daemon=True, name=f"log {path.name}")
         self._thread.start()

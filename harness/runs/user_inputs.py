@@ -78,9 +78,8 @@ def _files(path: Path) -> Iterator[Path]:
         return
     for number, file in enumerate(sorted(path.rglob("*"))):
         if number > _MAX_FILES:
-            raise InputError(
-                str(path), expected=f"at most {_MAX_FILES} files", got="more", remedy="name a smaller folder"
-            )
+            expected = f"at most {_MAX_FILES} files"
+            raise InputError(str(path), expected=expected, got="more", remedy="name a smaller folder")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
             yield file
 
@@ -103,12 +102,9 @@ def resolve_given(teacher: str | None, student: str | None, data: str | None) ->
     if found.teacher is not None:
         _check_teacher(found.teacher)
     if found.student is not None and not (found.student / "config.json").is_file():
-        raise InputError(
-            f"--student {found.student}",
-            expected="a Hugging Face folder with a config.json",
-            got="none",
-            remedy="name the folder, or an id such as Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        )
+        expected = "a Hugging Face folder with a config.json"
+        remedy = "name the folder, or an id such as Qwen/Qwen2.5-Coder-0.5B-Instruct"
+        raise InputError(f"--student {found.student}", expected=expected, got="none", remedy=remedy)
     return found
 
 
@@ -133,12 +129,10 @@ def _resolve(role: Role, text: str | None) -> Path | None:
         return path.parent.resolve() / path.name if path.name else path.resolve()
     match = _HUB_ID.fullmatch(text)
     if role == "data" or match is None:
-        raise InputError(
-            f"--{role} {text}",
-            expected="an existing path" if role == "data" else "an existing path, or a hub id org/name[:file]",
-            got="neither" if role != "data" else "none",
-            remedy="name what is there; a relative path starts at the working folder",
-        )
+        expected = "an existing path" if role == "data" else "an existing path, or a hub id org/name[:file]"
+        got = "neither" if role != "data" else "none"
+        remedy = "name what is there; a relative path starts at the working folder"
+        raise InputError(f"--{role} {text}", expected=expected, got=got, remedy=remedy)
     return _from_hub(role, match.group(1), match.group(2))
 
 
@@ -167,12 +161,9 @@ def _from_hub(role: Role, repository: str, file: str | None) -> Path:
             print(f"{repository}: not in the local cache, downloading", flush=True)
             return fetch(local=False)
     except (OSError, ValueError) as error:  # what the hub client raises for no network, no such file, no permission
-        raise InputError(
-            f"--{role} {repository}",
-            expected="a repository that can be read",
-            got=f"{type(error).__name__}: {error}"[:200],
-            remedy=f"check the id and the network, or download it elsewhere: hf download {repository}",
-        ) from error
+        expected, got = "a repository that can be read", f"{type(error).__name__}: {error}"[:200]
+        remedy = f"check the id and the network, or download it elsewhere: hf download {repository}"
+        raise InputError(f"--{role} {repository}", expected=expected, got=got, remedy=remedy) from error
 
 
 def choose_gguf(repository: str, names: list[str]) -> str:
@@ -183,10 +174,7 @@ def choose_gguf(repository: str, names: list[str]) -> str:
     """
     whole = [name for name in names if "q4_k_m" in name.lower() and not re.search(r"-\d{5}-of-\d{5}\.gguf$", name)]
     if len(whole) != 1:
-        raise InputError(
-            f"--teacher {repository}",
-            expected="one whole file with q4_k_m in its name",
-            got=f"{len(whole)} of {len(names)} GGUF files",
-            remedy=f"name it: {repository}:FILE.gguf",
-        )
+        expected = "one whole file with q4_k_m in its name"
+        got, remedy = f"{len(whole)} of {len(names)} GGUF files", f"name it: {repository}:FILE.gguf"
+        raise InputError(f"--teacher {repository}", expected=expected, got=got, remedy=remedy)
     return whole[0]

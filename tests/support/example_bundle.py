@@ -23,7 +23,8 @@ from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.judging.kills import apply_kill_rule
 from q4kd.harness.judging.mutations import apply_mutation_rule
 from q4kd.harness.judging.results import KillOutcome, KillStatus
-from q4kd.harness.records.raw_run import DirectoryStore, read_runs, runs_of
+from q4kd.harness.records.raw_run import read_runs, runs_of
+from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.runs.experiment import Arm, Experiment
 from q4kd.harness.runs.faults import Fault
 from q4kd.harness.session import close_bundle

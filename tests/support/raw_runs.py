@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from q4kd.harness.records.raw_run import DirectoryStore, RawRun
+from q4kd.harness.records.raw_run import RawRun
+from q4kd.harness.records.store import DirectoryStore
 
 ENDING = {
     "returncode": 0, "signal": None, "pid": 7, "boot_id": "b", "boot_id_end": "b", "start_t": 0.0, "end_t": 10.0,

@@ -10,8 +10,7 @@ from q4kd.harness.bundle.recheck import KILLS
 from q4kd.harness.bundle.verify import verify_bundle
 from q4kd.harness.bundle.writer import write_findings
 from q4kd.harness.judging.kill_records import kill_records, read_kill_records
-from q4kd.harness.records.raw_run import open_store
-from q4kd.harness.records.store import read_object
+from q4kd.harness.records.store import open_store, read_object
 from q4kd.trainer.files import write_json
 
 FOLDER = Path(__file__).parents[3] / "evidence" / "bundles"

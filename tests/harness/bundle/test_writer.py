@@ -21,8 +21,8 @@ from q4kd.harness.bundle.writer import (
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import load_profile
-from q4kd.harness.records.raw_run import DirectoryStore, TarStore
-from q4kd.harness.records.redact import redact, redact_json
+from q4kd.harness.records.redact import redact
+from q4kd.harness.records.store import DirectoryStore, TarStore
 from q4kd.trainer.errors import InputError
 
 
@@ -148,8 +148,3 @@ def test_free_text_is_redacted(text: str, expected: str, monkeypatch: pytest.Mon
 def test_the_user_name_goes_from_paths_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "gordon")
     assert redact("/scratch/gordon/run by gordon") == "/scratch/{user}/run by gordon"
-
-
-def test_json_is_redacted_throughout() -> None:
-    value = {"argv": [f"{Path.home()}/x", 3, None], "n": {"/home/al/k": 1.5}}
-    assert redact_json(value) == {"argv": ["{home}/x", 3, None], "n": {"/home/{user}/k": 1.5}}

@@ -295,6 +295,17 @@ def test_definitions_of_one_name_in_two_modules_both_count(keys: KeysOf) -> None
     assert changed(before, after) == {"acme-lambda", "acme-star"}
 
 
+def test_every_definition_of_an_experiments_sources_counts(keys: KeysOf) -> None:
+    runs = swap("by_name),)),", 'by_name),), sources=("acme.shared",)),')
+    before = keys({"runs": runs})
+    assert changed(keys(), before) == {"acme-name", "acme-other"}
+    after = keys({"runs": runs, "shared": swap("x // 2", "x / 2")})
+    assert changed(before, after) == {"acme-name", "acme-other", "acme-lambda"}
+    assert changed(before, keys({"runs": runs, "shared": reworded}, {})) == set()
+    with pytest.raises(InputError, match=r"module 'acme.gone': expected an installed module"):
+        keys({"runs": swap("by_name),)),", 'by_name),), sources=("acme.gone",)),')})
+
+
 @pytest.mark.parametrize("function", [eval("lambda inputs: []"), eval("lambda: None", {"__name__": "nowhere"})])
 def test_a_function_without_source_is_refused(function: Callable[..., object]) -> None:
     with pytest.raises(InputError, match="expected a function defined in the source of an installed module"):

@@ -97,7 +97,7 @@ def test_changed_runs_only_what_has_no_valid_record(runner, store):
 
 
 def test_an_unknown_fault_stops_the_matrix_before_anything_runs(runner, store):
-    with pytest.raises(InputError, match="one of: absent"):
+    with pytest.raises(InputError, match="did you mean inflate"):
         kill_matrix([claim("inflate", "inflat")], "cpu", store, runner, changed=False)
     assert not runner.bundle_dir.exists()
 

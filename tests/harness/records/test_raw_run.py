@@ -13,8 +13,8 @@ from example_bundle import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from q4kd.harness.records.raw_run import DirectoryStore, PrefixStore, RawRun, TarStore, load_arrays, run_names, runs_of
-from q4kd.harness.records.store import MAX_FILE, safe_name
+from q4kd.harness.records.raw_run import RawRun, load_arrays, run_names, runs_of
+from q4kd.harness.records.store import MAX_FILE, DirectoryStore, PrefixStore, TarStore, safe_name
 from q4kd.trainer.errors import InputError
 
 

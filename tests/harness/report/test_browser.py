@@ -10,7 +10,7 @@ import pytest
 from example_bundle import register
 from report_bundles import build_history, build_hostile, build_mixed
 
-from q4kd.harness.records.raw_run import open_store
+from q4kd.harness.records.store import open_store
 from q4kd.harness.report.html import render
 from q4kd.harness.report.site import write_site
 

@@ -11,8 +11,7 @@ from markupsafe import Markup
 from report_bundles import NASTY, TEXTS, build_mixed
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.records.raw_run import DirectoryStore
-from q4kd.harness.records.store import MemoryStore, snapshot
+from q4kd.harness.records.store import DirectoryStore, MemoryStore, snapshot
 from q4kd.harness.report.claims import bar_of
 from q4kd.harness.report.html import MAX_PAGE, render
 from q4kd.harness.report.page import _environment, cut

@@ -9,8 +9,7 @@ from report_bundles import TEXTS, build_hostile, build_mixed
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.bundle.writer import MANIFEST, seal
-from q4kd.harness.records.raw_run import DirectoryStore
-from q4kd.harness.records.store import MemoryStore, snapshot
+from q4kd.harness.records.store import DirectoryStore, MemoryStore, snapshot
 from q4kd.harness.report.markdown import MAX_BYTES, code, render_markdown
 
 

@@ -10,7 +10,8 @@ from report_bundles import findings_of
 from typed_findings import check_result
 
 from q4kd.harness.judging.results import Findings
-from q4kd.harness.records.raw_run import DirectoryStore, RawRun, read_runs
+from q4kd.harness.records.raw_run import RawRun, read_runs
+from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.report.plots import ceiling_bytes, memory_plots, thin, utilisation_plots
 from q4kd.harness.report.training import loss_plots, step_plots
 

@@ -21,7 +21,8 @@ from q4kd.harness.judging.digests import record_key, record_parts
 from q4kd.harness.judging.kill_records import KillRecord
 from q4kd.harness.judging.kills import KillStore, judge_faulted
 from q4kd.harness.judging.results import Finding, KillOutcome, KillStatus
-from q4kd.harness.records.raw_run import DirectoryStore, RawRun, TarStore, read_runs, run_names, runs_of
+from q4kd.harness.records.raw_run import RawRun, read_runs, run_names, runs_of
+from q4kd.harness.records.store import DirectoryStore, TarStore
 from q4kd.harness.runs.experiment import EXPERIMENTS, Arm, Experiment
 from q4kd.harness.runs.faults import _FAULTS, Fault, all_faults
 from q4kd.harness.session import Session

@@ -1,0 +1,1 @@
+"""The public import path of what another project's faults are made of."""
