@@ -32,11 +32,7 @@ _CLOCK_S = 1e-3
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the times to their median and spread, and compare their clock with the supervisor's."""
     run = pick_run(runs, params.get("arm"))
-    observation: dict[str, object] = {
-        **run.ending,
-        "same_boot": run.same_boot,
-        "count": 0,
-    }
+    observation: dict[str, object] = {**run.ending, "same_boot": run.same_boot, "count": 0}
     if f"arrays/{params['array']}.npz" not in run.store.names():
         return observation
     arrays = run.array(params["array"])

@@ -28,10 +28,7 @@ PARAMS: JsonRecord = {
     },
     "allOf": [
         {"if": {"properties": {"metric": {"const": "cosine"}}}, "then": {"required": ["min"]}},
-        {
-            "if": {"properties": {"metric": {"enum": ["relative_frobenius", "max_abs"]}}},
-            "then": {"required": ["max"]},
-        },
+        {"if": {"properties": {"metric": {"enum": ["relative_frobenius", "max_abs"]}}}, "then": {"required": ["max"]}},
     ],
 }
 DIRECTIONS = {"max": "upper", "min": "lower"}

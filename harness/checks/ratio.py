@@ -34,11 +34,7 @@ _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the pairs to their ratios and their order in time."""
     run = pick_run(runs, params.get("arm"))
-    observation: dict[str, object] = {
-        **run.ending,
-        "same_boot": run.same_boot,
-        "pairs": 0,
-    }
+    observation: dict[str, object] = {**run.ending, "same_boot": run.same_boot, "pairs": 0}
     if f"arrays/{params['array']}.npz" not in run.store.names():
         return observation
     arrays = run.array(params["array"])

@@ -32,10 +32,7 @@ READS = ("facts", "exit")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded cases."""
     run = pick_run(runs, params.get("arm"))
-    return {
-        "cases": list(run.facts.get("cases") or []),
-        **run.ending,
-    }
+    return {"cases": list(run.facts.get("cases") or []), **run.ending}
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:

@@ -55,12 +55,7 @@ PARAMS: JsonRecord = {
         },
     },
 }
-DIRECTIONS = {
-    "max_dense_bytes": "upper",
-    "max_ratio": "upper",
-    "outside.times": "upper",
-    "outside.plus_bytes": "upper",
-}
+DIRECTIONS = {"max_dense_bytes": "upper", "max_ratio": "upper", "outside.times": "upper", "outside.plus_bytes": "upper"}
 READS = ("events", "memory", "facts", "exit")
 
 

@@ -29,10 +29,7 @@ READS = ("facts", "exit")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded table."""
     run = pick_run(runs, params.get("arm"))
-    return {
-        "table": run.facts.get("tables", {}).get(params["table"]),
-        **run.ending,
-    }
+    return {"table": run.facts.get("tables", {}).get(params["table"]), **run.ending}
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:

@@ -45,8 +45,7 @@ def add_commands(subparsers: Commands) -> None:
     diff.add_argument("new", type=Path, metavar="NEW", help="contract file or folder")
     diff.set_defaults(run=_diff)
     schema = commands.add_parser(
-        "schema",
-        help="print the JSON Schema for editors, with the checks, experiments and faults registered here",
+        "schema", help="print the JSON Schema for editors, with the checks, experiments and faults registered here"
     )
     schema.add_argument("--out", type=Path, metavar="FILE", help="write it there instead, whole or not at all")
     schema.set_defaults(run=_schema)

@@ -25,10 +25,7 @@ _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
 
 
 @patch(
-    "loop",
-    "cache-windows-written-shifted",
-    "the cache holds the signals of the window after",
-    f"{_WRITER}:_signals",
+    "loop", "cache-windows-written-shifted", "the cache holds the signals of the window after", f"{_WRITER}:_signals"
 )
 def _windows_written_shifted(
     original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object

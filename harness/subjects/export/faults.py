@@ -41,12 +41,7 @@ def _embedding_reversed(original: Callable[..., _State], *arguments: object) -> 
     return {**state, "model.embed_tokens.weight": state["model.embed_tokens.weight"].flip(0)}
 
 
-@patch(
-    "checkpoint",
-    "export-rounded",
-    "the exported folder's weights went through bfloat16",
-    f"{_SOURCE}:build_model",
-)
+@patch("checkpoint", "export-rounded", "the exported folder's weights went through bfloat16", f"{_SOURCE}:build_model")
 def _rounded_in_silence(original: Callable[..., Any], *arguments: object) -> object:
     return original(*arguments).bfloat16().float()
 
@@ -173,12 +168,7 @@ def _smoke_run_exported(original: Call, path: Path, checkpoint: str | None = Non
     "fidelity compares models that do not belong together",
     f"{_FIDELITY}:check_comparable",
 )
-@patch(
-    "dispatch",
-    "export-overwrites",
-    "an export replaces what is there",
-    "q4kd.harness.cli.export:_refuse_existing",
-)
+@patch("dispatch", "export-overwrites", "an export replaces what is there", "q4kd.harness.cli.export:_refuse_existing")
 def _unchecked(_original: Call, *_arguments: object, **_options: object) -> None:
     return
 

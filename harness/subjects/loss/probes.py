@@ -175,13 +175,7 @@ def _record(case: dict[str, Any]) -> JsonObject:
     config = KDLossConfig(**case["config"])
     with Allocations() as seen:
         terms = kd_loss(
-            student,
-            weight,
-            labels,
-            teacher_hidden=teacher,
-            teacher_head=head,
-            num_targets=float(tokens),
-            config=config,
+            student, weight, labels, teacher_hidden=teacher, teacher_head=head, num_targets=float(tokens), config=config
         )
         torch.autograd.backward(terms.loss)
     largest = sorted(seen.shapes, key=lambda shape: -np.prod(shape, dtype=np.int64))[:10]

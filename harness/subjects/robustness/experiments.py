@@ -110,10 +110,7 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> Facts:
                 not isinstance(event["loss"], float) for event in _child_events(run_dir, "step")
             ),
         },
-        "hang": {
-            "stacks show where": "_silent_source" in stacks,
-            "event": len(_child_events(run_dir, "hang")),
-        },
+        "hang": {"stacks show where": "_silent_source" in stacks, "event": len(_child_events(run_dir, "hang"))},
         "memory": {
             "says what was asked": re.search(r"on cpu: asked for \d", said) is not None,
             "says what is held": "; held: host" in said,

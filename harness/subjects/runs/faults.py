@@ -105,12 +105,7 @@ def _smoke_own_schedule(original: Call, run: "Run", *rest: object) -> None:
     original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
 
-@patch(
-    "logging",
-    "projects-itself",
-    "the smoke run's own time is given as that of the full run",
-    f"{_DISTILL}:_finish",
-)
+@patch("logging", "projects-itself", "the smoke run's own time is given as that of the full run", f"{_DISTILL}:_finish")
 def _projects_itself(original: Call, run: "Run", *rest: object) -> None:
     original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 

@@ -16,14 +16,7 @@ from q4kd.harness.inputs.arrays import (
     seeded_columns,
 )
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
-from q4kd.harness.inputs.demo import (
-    GOLDEN_LOGITS,
-    demo_teacher,
-    gguf_facts,
-    golden_ids,
-    golden_teacher,
-    logits_words,
-)
+from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher, logits_words
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
