@@ -22,11 +22,12 @@ _STORE, _WRITER, _TEACHER = (
 )
 _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
+_SIGNALS = f"{_WRITER}:_signals"
+_CHECK_SHARD = f"{_STORE}:CacheIndex.check_shard"
+_OPEN_INDEX = f"{_WRITER}:open_index"
 
 
-@patch(
-    "loop", "cache-windows-written-shifted", "the cache holds the signals of the window after", f"{_WRITER}:_signals"
-)
+@patch("loop", "cache-windows-written-shifted", "the cache holds the signals of the window after", _SIGNALS)
 def _windows_written_shifted(
     original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object
 ) -> Iterator["Signal"]:
@@ -59,22 +60,12 @@ def _key_not_compared(_original: Call, *_arguments: object) -> None:
     return
 
 
-@patch(
-    "checkpoint",
-    "cache-digest-not-checked",
-    "a shard is read without comparing its digest",
-    f"{_STORE}:CacheIndex.check_shard",
-)
+@patch("checkpoint", "cache-digest-not-checked", "a shard is read without comparing its digest", _CHECK_SHARD)
 def _digest_not_checked(_original: Call, self: "CacheIndex", shard: int) -> Path:
     return self.folder / self.name(shard)
 
 
-@patch(
-    "checkpoint",
-    "cache-starts-over",
-    "a writer that is started again computes everything anew",
-    f"{_WRITER}:open_index",
-)
+@patch("checkpoint", "cache-starts-over", "a writer that is started again computes everything anew", _OPEN_INDEX)
 def _starts_over(original: Callable[..., "CacheIndex"], *arguments: object) -> "CacheIndex":
     index = original(*arguments)
     index.shards.clear()  # forgets what was finished
