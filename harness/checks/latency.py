@@ -8,21 +8,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import ARRAY_PARAM, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "latency"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["array", "max_s"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
-        "max_s": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median allowed, in seconds."},
-    },
-}
+PARAMS = arm_params(
+    ["array", "max_s"],
+    array=ARRAY_PARAM,
+    max_s={"type": "number", "exclusiveMinimum": 0, "description": "Largest median allowed, in seconds."},
+)
 DIRECTIONS = {"max_s": "upper"}
 READS = ("arrays", "exit")
 TIME_BOUNDS = {"max_s": "seconds"}

@@ -9,24 +9,19 @@ regular expression: matching fragments is linear in the log, whatever a contract
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import FRAGMENTS, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "log_absent"
-_FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["absent", "completion", "known_positive"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "absent": {"type": "array", "minItems": 1, "items": _FRAGMENTS, "description": "Patterns that must not occur."},
-        "completion": _FRAGMENTS | {"description": "A line that only a complete run prints."},
-        "known_positive": _FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
-        "control": {"type": "string", "description": "An arm whose log must have one of the absent lines."},
-    },
-}
+PARAMS = arm_params(
+    ["absent", "completion", "known_positive"],
+    absent={"type": "array", "minItems": 1, "items": FRAGMENTS, "description": "Patterns that must not occur."},
+    completion=FRAGMENTS | {"description": "A line that only a complete run prints."},
+    known_positive=FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
+    control={"type": "string", "description": "An arm whose log must have one of the absent lines."},
+)
 DIRECTIONS = {"absent": "lower"}
 READS = ("stdout", "stderr")
 

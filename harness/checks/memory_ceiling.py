@@ -3,57 +3,42 @@
 from collections.abc import Mapping
 from itertools import pairwise
 
-from q4kd.harness.checks.judgement import (
-    ARM_PARAM,
-    Judgement,
-    Mutation,
-    baseline_rss,
-    completion,
-    describe_exit,
-    inconclusive,
-    just_over,
-    pick_run,
-)
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import baseline_rss, completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "memory_ceiling"
 MAX_EDGE_S = 0.5
 MAX_GAP_S = 1.0
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["series", "phase", "ceiling"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "series": {
-            "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
-            "description": (
-                "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or taken "
-                "from the machine's MemAvailable since the imports, the only truth where CPU and GPU share memory."
-            ),
-        },
-        "phase": {
-            "type": "array",
-            "items": {"type": "string"},
-            "minItems": 2,
-            "maxItems": 2,
-            "description": "Names of the events between which the ceiling holds.",
-        },
-        "ceiling": {
-            "type": "object",
-            "additionalProperties": False,
-            "description": "bytes, or times x a measured fact, plus a constant.",
-            "properties": {
-                "bytes": {"type": "number", "exclusiveMinimum": 0},
-                "times": {"type": "number", "exclusiveMinimum": 0},
-                "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
-                "plus_bytes": {"type": "number", "minimum": 0, "default": 0},
-            },
-            "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
-        },
+PARAMS = arm_params(
+    ["series", "phase", "ceiling"],
+    series={
+        "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
+        "description": "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or "
+        "taken from the machine's MemAvailable since the imports, the only truth where CPU and GPU share memory.",
     },
-}
+    phase={
+        "type": "array",
+        "items": {"type": "string"},
+        "minItems": 2,
+        "maxItems": 2,
+        "description": "Names of the events between which the ceiling holds.",
+    },
+    ceiling={
+        "type": "object",
+        "additionalProperties": False,
+        "description": "bytes, or times x a measured fact, plus a constant.",
+        "properties": {
+            "bytes": {"type": "number", "exclusiveMinimum": 0},
+            "times": {"type": "number", "exclusiveMinimum": 0},
+            "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
+            "plus_bytes": {"type": "number", "minimum": 0, "default": 0},
+        },
+        "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
+    },
+)
 DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_bytes": "upper"}
 READS = ("events", "memory", "facts", "exit")
 

@@ -9,23 +9,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.params import ARRAY_PARAM, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "ratio"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["array"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
-        "max": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median ratio allowed."},
-        "min": {"type": "number", "exclusiveMinimum": 0, "description": "Smallest median ratio allowed."},
-    },
-    "oneOf": [{"required": ["max"]}, {"required": ["min"]}],
-}
+PARAMS = arm_params(
+    ["array"],
+    array=ARRAY_PARAM,
+    max={"type": "number", "exclusiveMinimum": 0, "description": "Largest median ratio allowed."},
+    min={"type": "number", "exclusiveMinimum": 0, "description": "Smallest median ratio allowed."},
+) | {"oneOf": [{"required": ["max"]}, {"required": ["min"]}]}
 DIRECTIONS = {"max": "upper", "min": "lower"}
 READS = ("arrays", "exit")
 _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")

@@ -5,26 +5,17 @@ The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "rejects"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["error", "cases"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "error": {"type": "string", "description": "Type name of the error that every case must raise."},
-        "cases": {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "string"},
-            "description": "Cases that must be there.",
-        },
-    },
-}
+PARAMS = arm_params(
+    ["error", "cases"],
+    error={"type": "string", "description": "Type name of the error that every case must raise."},
+    cases={"type": "array", "minItems": 1, "items": {"type": "string"}, "description": "Cases that must be there."},
+)
 DIRECTIONS = {"cases": "lower"}
 READS = ("facts", "exit")
 

@@ -6,21 +6,17 @@ The step counter is the program's word; the harness's own reading of the last ch
 from collections.abc import Mapping
 from functools import partial
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "survives"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["steps", "checkpoint"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "steps": {"type": "integer", "minimum": 1, "description": "Optimiser steps that must be completed."},
-        "checkpoint": {"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
-    },
-}
+PARAMS = arm_params(
+    ["steps", "checkpoint"],
+    steps={"type": "integer", "minimum": 1, "description": "Optimiser steps that must be completed."},
+    checkpoint={"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
+)
 DIRECTIONS = {"steps": "lower", "checkpoint": "lower"}
 READS = ("events", "exit", "facts")
 

@@ -189,7 +189,7 @@ def memory_series(
     Raises:
         InputError, KeyError, TypeError, ValueError: when the run's files are not what a run leaves.
     """
-    from q4kd.harness.checks.judgement import baseline_rss
+    from q4kd.harness.checks.run_facts import baseline_rss
 
     ready = run.event("imports_done")
     if ready is None:
