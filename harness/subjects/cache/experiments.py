@@ -9,17 +9,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Ints, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_refusals, save_pairs, step_terms
-from q4kd.harness.inputs.demo import (
-    BATCH,
-    SEQ_LEN,
-    VOCAB,
-    demo_student,
-    demo_teacher,
-    distill_words,
-    run_program,
-    training_text,
-    windows_of,
-)
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, VOCAB, demo_student, demo_teacher, training_text, windows_of
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.trainer.files import read_json, sha256_file, write_json
@@ -128,7 +119,7 @@ def _damaged(inputs: Inputs) -> Path:
     return inputs.file("teacher-cache-damaged", make)
 
 
-def _refusals(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     cache, damaged = made_cache(inputs, 8), _damaged(inputs)
     other_data, other_student = training_text(inputs, BATCHES - 1), _other_tokenizer(inputs)
     text = training_text(inputs, BATCHES)
@@ -150,18 +141,14 @@ def _refusals(inputs: Inputs) -> Path:
     add("another seq_len", "--set", "seq_len=16")
     add("a changed shard", folder=damaged)
     add("another temperature", "--set", "temperature=2")
-    return inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
+    cases = inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
 declare(
     "refused-caches",
     "runs that a teacher's cache does not belong to, each beside the one it does",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-        timeout_s=120,
-        env=ONE_THREAD,
-    ),
+    Arm(None, _refused_argv, timeout_s=120, env=ONE_THREAD),
     collect=collect_refusals,
 )
 
@@ -170,8 +157,7 @@ declare(
 
 
 def _interrupted_argv(inputs: Inputs) -> list[str]:
-    words = _words(inputs, "cache")
-    return ["probe", "cache-interrupted", "--cache", "cache", "--facts", "probe.json", "--", *words]
+    return [*probe_words("cache-interrupted", cache="cache", facts="probe.json"), "--", *_words(inputs, "cache")]
 
 
 def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:

@@ -12,7 +12,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, save_arrays
 from q4kd.harness.inputs.collect import collect_checkpoint, collect_probe, read_events
-from q4kd.harness.inputs.demo import changed_student, demo_teacher, option_words, set_words, teacher_7b
+from q4kd.harness.inputs.command_lines import probe_words, set_words
+from q4kd.harness.inputs.demo import changed_student, demo_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_students import read_tokens, write_padded_teacher
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
 
@@ -92,8 +93,8 @@ for _name, _steps, _needs in (
 
 def _forward_argv(inputs: Inputs) -> list[str]:
     ids = random_ids(inputs, "ids-7b.npy", TEACHER_VOCAB, (SEQUENCES, SEQ_LEN))
-    options = {"model": _teacher(inputs), "ids": ids, "out": "times.npz", "warm-up": WARM_UP, "passes": PASSES}
-    return ["probe", "forward-times", *option_words(options)]
+    options = {"model": _teacher(inputs), "ids": ids, "out": "times.npz", "warm_up": WARM_UP, "passes": PASSES}
+    return probe_words("forward-times", **options)
 
 
 def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
@@ -117,11 +118,7 @@ declare(
 declare(
     "unified-allocation",
     f"{MANAGED_BYTES // 10**9} GB allocated as a unified device's policy says, written and read on the GPU",
-    Arm(
-        None,
-        lambda _inputs: ["probe", "unified-allocation", "--bytes", str(MANAGED_BYTES), "--out", "probe.json"],
-        timeout_s=300,
-    ),
+    Arm(None, lambda _: probe_words("unified-allocation", bytes=MANAGED_BYTES, out="probe.json"), timeout_s=300),
     needs=("cuda", "unified"),
     collect=collect_probe,
     exclusive=True,

@@ -8,7 +8,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Arrays, arrays_input, random_ids, read_array, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
-from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, logits_words, teacher_7b
+from q4kd.harness.inputs.command_lines import logits_words, probe_words
+from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
@@ -39,11 +40,7 @@ def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "cuda-decode",
     "every type's decoder on the device, float32, against gguf",
-    Arm(
-        None,
-        lambda inputs: ["probe", "cuda-decode", "--rows", str(_rows(inputs)), "--out", "decoded.npz"],
-        timeout_s=180,
-    ),
+    Arm(None, lambda inputs: probe_words("cuda-decode", rows=_rows(inputs), out="decoded.npz"), timeout_s=180),
     needs=_CUDA,
     collect=_collect_decode,
     exclusive=True,
@@ -79,8 +76,8 @@ declare(
 
 
 def _hold_argv(inputs: Inputs) -> list[str]:
-    model, ids = str(teacher_7b(inputs)), str(random_ids(inputs, "hold-ids.npy", 4096, (1, 192)))
-    return ["probe", "cuda-hold", "--model", model, "--ids", ids, "--seconds", "3"]
+    ids = random_ids(inputs, "hold-ids.npy", 4096, (1, 192))
+    return probe_words("cuda-hold", model=teacher_7b(inputs), ids=ids, seconds=3)
 
 
 declare(
@@ -95,12 +92,7 @@ declare(
 declare(
     "teacher-busy-7b",
     "forward passes of 32 x 256 tokens through a 7B-shaped teacher, utilisation by process",
-    Arm(
-        None,
-        lambda inputs: ["probe", "cuda-busy", "--model", str(teacher_7b(inputs)), "--seconds", "6"],
-        timeout_s=300,
-        stall_s=120,
-    ),
+    Arm(None, lambda inputs: probe_words("cuda-busy", model=teacher_7b(inputs), seconds=6), timeout_s=300, stall_s=120),
     needs=_CUDA,
     exclusive=True,
 )

@@ -10,7 +10,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, read_array, read_arrays, seeded_columns
 from q4kd.harness.inputs.collect import collect_probe, reference_student, save_pairs
-from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher, distill_words, run_program
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_live_student
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
@@ -72,9 +73,8 @@ def _ids(inputs: Inputs) -> Path:
 
 
 def _export_argv(inputs: Inputs) -> list[str]:
-    run, text = str(finished_run(inputs)), str(_text_folder(inputs) / "train.py")
-    options = ["--run", run, "--ids", str(_ids(inputs)), "--text", text]
-    return ["probe", "exported-models", *options, "--out", "exported.npz", "--facts", "probe.json"]
+    options = {"run": finished_run(inputs), "ids": _ids(inputs), "text": _text_folder(inputs) / "train.py"}
+    return probe_words("exported-models", **options, out="exported.npz", facts="probe.json")
 
 
 def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:

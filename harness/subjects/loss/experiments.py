@@ -7,7 +7,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import read_events, reference_step, save_pairs
-from q4kd.harness.inputs.demo import cut_text, demo_teacher, set_words, weighted_student
+from q4kd.harness.inputs.command_lines import probe_words, set_words
+from q4kd.harness.inputs.demo import cut_text, demo_teacher, weighted_student
 from q4kd.harness.oracles.reference import reference_loss
 from q4kd.harness.records.json_types import JsonValue
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
@@ -53,10 +54,6 @@ def _loss_inputs(inputs: Inputs) -> Path:
         }
 
     return arrays_input(inputs, "kd-loss.npz", make)
-
-
-def _loss_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "kd-loss", "--inputs", str(_loss_inputs(inputs)), "--out", "loss.npz"]
 
 
 def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
@@ -115,7 +112,7 @@ def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "kd-loss",
     "the fused loss and its gradients against a dense float64 reference",
-    Arm(None, _loss_argv, timeout_s=60),
+    Arm(None, lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"), timeout_s=60),
     collect=_collect_loss,
 )
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from q4kd.harness.inputs.arrays import Array, Arrays, Floats, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import save_pairs
+from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.oracles.reference import log_softmax, reference_loss
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
 from q4kd.trainer.files import read_json, write_json
@@ -184,8 +185,7 @@ def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
 
 
 def _losses_argv(device: str, vocab: int, inputs: Inputs) -> list[str]:
-    words = ["probe", "fused-losses", "--inputs", str(_given(vocab, inputs)), "--out", "losses.npz"]
-    return [*words, "--device", device]
+    return probe_words("fused-losses", inputs=_given(vocab, inputs), out="losses.npz", device=device)
 
 
 for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-losses", "cuda", CUDA_VOCAB)):
@@ -224,7 +224,7 @@ def allocation_cases() -> dict[str, _Case]:
 
 
 def low_bytes(sizes: Mapping[str, int], chunk: int, tile: int) -> int:
-    """Return what mode low may take beyond parameters and gradients, as ``loss_low.py`` adds it up.
+    """Return what mode low may take beyond parameters and gradients, as ``trainer/loss/tiled.py`` adds it up.
 
     Ten float32 ``[C, R]``; a tile of the teacher's head, of the student's and of its gradient in float32; hidden states
     of both in float32 and the student's gradient before it is rounded; ten float64 sums of every row.
@@ -233,10 +233,6 @@ def low_bytes(sizes: Mapping[str, int], chunk: int, tile: int) -> int:
     tiles = 4 * tile * (sizes["teacher_hidden"] + 2 * sizes["hidden"])
     states = 4 * sizes["tokens"] * (sizes["teacher_hidden"] + 2 * sizes["hidden"])
     return logits + tiles + states + 10 * 8 * sizes["tokens"]
-
-
-def _allocation_file(inputs: Inputs) -> Path:
-    return inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
 
 
 def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
@@ -271,7 +267,8 @@ def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
 
 
 def _allocation_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "loss-allocations", "--cases", str(_allocation_file(inputs)), "--out", "allocations.json"]
+    cases = inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
+    return probe_words("loss-allocations", cases=cases, out="allocations.json")
 
 
 declare(

@@ -70,7 +70,7 @@ def _differentiated(name: str, terms: "LossTerms", hidden: "Tensor", weight: "Te
 
 @probe("fused-losses")
 def fused_losses(inputs: Path, out: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
-    """Evaluate the loss and its gradients for every case of the input; see ``experiments_fused.loss_cases``.
+    """Evaluate the loss and its gradients for every case of the input; see ``loss_cases`` in ``fused.py``.
 
     Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are
     exact in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher

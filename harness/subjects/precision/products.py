@@ -7,6 +7,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
+from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.precision.probes import FUSED_TOKENS
@@ -15,7 +16,7 @@ from q4kd.harness.subjects.precision.probes import FUSED_TOKENS
 # and how much single tokens deviate from that says nothing of the kernels.
 GROUP = 8
 TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
-# Rows and columns of the matrices: a block takes one row tile of the first, four of the second (kernels.MANY_ROWS).
+# Rows and columns of the matrices: a block takes one row tile of the first, four of the second (``MANY_ROWS``).
 SHAPES = ((517, 3584), (8209, 512))
 PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
 
@@ -51,10 +52,6 @@ def exact_products(operands: Arrays) -> Arrays:
     return exact
 
 
-def _products_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "cuda-products", "--operands", str(_operands(inputs)), "--out", "products.npz"]
-
-
 def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
     comparators: Comparators = {}
     if not (found := read_arrays(run_dir / "products.npz")):
@@ -73,7 +70,9 @@ def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "cuda-products",
     "products of packed matrices on the device, fused and through the scratch, against float64",
-    Arm(None, _products_argv, timeout_s=180),
+    Arm(
+        None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out="products.npz"), timeout_s=180
+    ),
     needs=("cuda",),
     collect=_collect_products,
     exclusive=True,

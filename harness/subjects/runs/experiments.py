@@ -7,7 +7,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Floats, read_arrays, save_arrays
 from q4kd.harness.inputs.collect import Comparators, arm_of, checkpoint_facts, read_events, save_pairs, step_terms
-from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, demo_student, demo_teacher, distill_words, training_text
+from q4kd.harness.inputs.command_lines import distill_words
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, demo_student, demo_teacher, training_text
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.trainer.files import read_json
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.collect import arm_of, read_events, save_pairs
-from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher, distill_words, set_words
+from q4kd.harness.inputs.command_lines import distill_words, set_words
+from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 
 _PLANS: dict[str, dict[str, object]] = {

@@ -16,7 +16,8 @@ from q4kd.harness.inputs.arrays import (
     seeded_columns,
 )
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
-from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher, logits_words
+from q4kd.harness.inputs.command_lines import logits_words, probe_words
+from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
@@ -119,14 +120,12 @@ declare(
 # --- frozen-teacher: gradient requests, each with a valid twin ---
 
 
-def _frozen_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "frozen-teacher", "--model", str(golden_teacher(inputs)), "--out", "probe.json"]
-
-
 declare(
     "frozen-teacher",
     "every way to ask the teacher for a gradient, beside its valid twin",
-    Arm(None, _frozen_argv, timeout_s=60),
+    Arm(
+        None, lambda inputs: probe_words("frozen-teacher", model=golden_teacher(inputs), out="probe.json"), timeout_s=60
+    ),
     collect=collect_probe,
 )
 
@@ -139,7 +138,7 @@ def _blocks(inputs: Inputs) -> Path:
 
 
 def _superblock_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "superblock", "--blocks", str(_blocks(inputs)), "--out", "decoded.npz", "--facts", "probe.json"]
+    return probe_words("superblock", blocks=_blocks(inputs), out="decoded.npz", facts="probe.json")
 
 
 def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:

@@ -13,6 +13,7 @@ from q4kd.harness.inputs.collect import (
     save_pairs,
     step_terms,
 )
+from q4kd.harness.inputs.command_lines import distill_words, probe_words
 from q4kd.harness.inputs.demo import (
     BATCH,
     SEQ_LEN,
@@ -20,7 +21,6 @@ from q4kd.harness.inputs.demo import (
     changed_student,
     demo_student,
     demo_teacher,
-    distill_words,
     training_text,
     weighted_student,
 )
@@ -114,10 +114,12 @@ declare(
 
 
 def _widths_argv(inputs: Inputs) -> list[str]:
-    models = ["--native", str(_padded_teacher(inputs, NATIVE)), "--padded", str(_padded_teacher(inputs, PADDED))]
-    ids = random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9)
-    out = ["--out", "logits.npz", "--facts", "probe.json"]
-    return ["probe", "vocabulary-widths", *models, "--student", str(weighted_student(inputs)), "--ids", str(ids), *out]
+    models = {"native": _padded_teacher(inputs, NATIVE), "padded": _padded_teacher(inputs, PADDED)}
+    given = {
+        "student": weighted_student(inputs),
+        "ids": random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9),
+    }
+    return probe_words("vocabulary-widths", **models, **given, out="logits.npz", facts="probe.json")
 
 
 def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
@@ -146,7 +148,7 @@ def _teacher_as_student(inputs: Inputs, twin: Twin) -> Path:
     return inputs.file(f"student-{twin}-twin", make)
 
 
-def _cases(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     teacher, padded = demo_teacher(inputs), _padded_teacher(inputs, PADDED)
     fresh, data = demo_student(inputs), training_text(inputs, 1)
     records: list[dict[str, str | list[str]]] = []
@@ -172,7 +174,8 @@ def _cases(inputs: Inputs) -> Path:
     add("same function, other weights", "overridden", (teacher, permuted, long), (teacher, permuted, allowed))
     noisy = _teacher_as_student(inputs, "noisy")
     add("same weights but for noise", "overridden", (teacher, noisy, long), (teacher, noisy, allowed))
-    return inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
+    cases = inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
 def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
@@ -188,11 +191,6 @@ def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "refused-runs",
     "runs that must be refused before their first step, each beside one that must reach it",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_cases(inputs)), "--out", "probe.json"],
-        timeout_s=180,
-        env=ONE_THREAD,
-    ),
+    Arm(None, _refused_argv, timeout_s=180, env=ONE_THREAD),
     collect=_collect_refused,
 )

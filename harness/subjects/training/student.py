@@ -5,7 +5,8 @@ from pathlib import Path
 
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import arm_of, collect_probe, save_pairs, step_terms
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, distill_words, set_words, training_text
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, training_text
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.training.probes import RANKS, VARIANTS
 
@@ -13,10 +14,8 @@ from q4kd.harness.subjects.training.probes import RANKS, VARIANTS
 
 
 def _steps_argv(inputs: Inputs) -> list[str]:
-    return [
-        *("probe", "student-steps", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
-        *("--out", "steps.npz", "--facts", "probe.json"),
-    ]
+    models = {"teacher": demo_teacher(inputs), "student": demo_student(inputs)}
+    return probe_words("student-steps", **models, out="steps.npz", facts="probe.json")
 
 
 def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
