@@ -100,12 +100,8 @@ def pick_run(runs: Mapping[str, RawRun], arm: str | None) -> RawRun:
     for name, run in runs.items():
         if arm is not None and name.partition(".")[2] == arm:
             return run
-    raise InputError(
-        "evidence",
-        expected=f"a run of arm {arm!r}" if arm else "one run, or params.arm",
-        got=", ".join(sorted(runs)) or "none",
-        remedy="check params.arm against the experiment's arms",
-    )
+    expected, got = f"a run of arm {arm!r}" if arm else "one run, or params.arm", ", ".join(sorted(runs)) or "none"
+    raise InputError("evidence", expected=expected, got=got, remedy="check params.arm against the experiment's arms")
 
 
 def just_over(limit: float) -> float:

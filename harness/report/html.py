@@ -120,7 +120,7 @@ def _evidence(store: Store, findings: Findings, raw: str | None, limits: Limits)
 
 
 def _inline(plot: Plot) -> Plot:
-    return replace(plot, svg=Markup(plot.svg))  # noqa: S704 - made by report_svg.py, which serialises a tree
+    return replace(plot, svg=Markup(plot.svg))  # noqa: S704 - made by svg.py, which serialises a tree
 
 
 def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, object]:
