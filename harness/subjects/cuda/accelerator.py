@@ -15,7 +15,7 @@ from q4kd.harness.inputs.collect import collect_checkpoint, collect_probe, read_
 from q4kd.harness.inputs.command_lines import probe_words, set_words
 from q4kd.harness.inputs.demo import changed_student, demo_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_students import read_tokens, write_padded_teacher
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
 SEQUENCES, SEQ_LEN, ACCUMULATION = 32, 256, 4
@@ -97,20 +97,17 @@ def _forward_argv(inputs: Inputs) -> list[str]:
     return probe_words("forward-times", **options)
 
 
-def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
-    if (run_dir / "times.npz").is_file():
-        shutil.copyfile(run_dir / "times.npz", run_dir / "arrays" / "forward.npz")
-    return {}
-
-
-declare(
+@experiment(
     "forward-7b",
     f"{PASSES} forward passes of a 7B Q4_K_M teacher over {SEQUENCES} x {SEQ_LEN} tokens, logits included",
     Arm(None, _forward_argv, timeout_s=900, stall_s=300),
     needs=("cuda",),
-    collect=_collect_forward,
     exclusive=True,
 )
+def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
+    if (run_dir / "times.npz").is_file():
+        shutil.copyfile(run_dir / "times.npz", run_dir / "arrays" / "forward.npz")
+    return {}
 
 
 # --- unified-allocation: more bytes than the ~30 GB that cudaMalloc reaches on GB10 ---

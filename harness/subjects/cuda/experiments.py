@@ -12,7 +12,7 @@ from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.formats.blocks.layout import FORMATS
 
 _CUDA = ("cuda",)
@@ -28,6 +28,13 @@ def _rows(inputs: Inputs) -> Path:
     return arrays_input(inputs, "cuda-rows.npz", make)
 
 
+@experiment(
+    "cuda-decode",
+    "every type's decoder on the device, float32, against gguf",
+    Arm(None, lambda inputs: probe_words("cuda-decode", rows=_rows(inputs), out="decoded.npz"), timeout_s=180),
+    needs=_CUDA,
+    exclusive=True,
+)
 def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     decoded, comparators = read_arrays(run_dir / "decoded.npz"), Comparators()
     for name, rows in read_arrays(_rows(inputs)).items() if decoded else ():
@@ -37,16 +44,6 @@ def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators}
 
 
-declare(
-    "cuda-decode",
-    "every type's decoder on the device, float32, against gguf",
-    Arm(None, lambda inputs: probe_words("cuda-decode", rows=_rows(inputs), out="decoded.npz"), timeout_s=180),
-    needs=_CUDA,
-    collect=_collect_decode,
-    exclusive=True,
-)
-
-
 # --- cuda-parity: the golden teacher's logits on the device, in both dtypes ---
 
 
@@ -54,22 +51,19 @@ def _parity_argv(dtype: str, inputs: Inputs) -> list[str]:
     return logits_words(golden_teacher(inputs), golden_ids(inputs), "--device", "cuda", "--dtype", dtype)
 
 
+@experiment(
+    "cuda-parity",
+    "q4kd logits of the golden teacher on the device, against a float64 forward",
+    *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
+    needs=_CUDA,
+    exclusive=True,
+)
 def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     if not (run_dir / "logits.npy").is_file():
         return {"comparators": {}}
     exact = reference_logits(read_gguf(golden_teacher(inputs)), read_array(golden_ids(inputs))).astype(np.float32)
     pair = {"float64": (read_array(run_dir / "logits.npy"), exact)}
     return {"comparators": save_pairs(run_dir, pair, ("q4kd logits on the device", "float64 forward over gguf"))}
-
-
-declare(
-    "cuda-parity",
-    "q4kd logits of the golden teacher on the device, against a float64 forward",
-    *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
-    needs=_CUDA,
-    collect=_collect_parity,
-    exclusive=True,
-)
 
 
 # --- cuda-hold and cuda-busy: a teacher in the shapes of Qwen2.5-7B ---

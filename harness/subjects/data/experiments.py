@@ -23,7 +23,7 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.files import write_json
 
 PACKED_LEN, PACKED_WINDOWS = 96, 3
@@ -46,6 +46,11 @@ def _packed_argv(inputs: Inputs) -> list[str]:
     return probe_words("packed-logits", cases=cases, out="packed.npz")
 
 
+@experiment(
+    "packed-documents",
+    "teacher and student on windows of several documents, beside float64 on each document alone",
+    Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
+)
 def _collect_packed(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare logits with the references on each document alone, and labels with those worked out here."""
     if not (found := read_arrays(run_dir / "packed.npz")):
@@ -80,14 +85,6 @@ def _collect_packed(run_dir: Path, inputs: Inputs) -> Facts:
     }
     comparators = save_pairs(run_dir, pairs, ("packed windows", "float64 on each document alone"))
     return {"tables": {"labels": table}, "comparators": comparators}
-
-
-declare(
-    "packed-documents",
-    "teacher and student on windows of several documents, beside float64 on each document alone",
-    Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
-    collect=_collect_packed,
-)
 
 
 # --- training-batches: the batches of two epochs, and those that a run resumed within one takes ---
@@ -180,6 +177,11 @@ def _chat_table(inputs: Inputs, ids: Array, labels: Array) -> dict[str, int | bo
     }
 
 
+@experiment(
+    "training-batches",
+    "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
+    *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
+)
 def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
     """Count an epoch's windows and the chats' labels; in the resumed arm, compare with the arm before it."""
     if not (found := read_arrays(run_dir / "batches.npz")):
@@ -196,14 +198,6 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
         table[f"{name}: batches are the same"] = all(np.array_equal(late[part], early[part]) for part in late)
         table[f"{name}: at least 20 of them"] = len(late["ids"]) >= 20
     return {"tables": {"resumed": table}}
-
-
-declare(
-    "training-batches",
-    "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
-    *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
-    collect=_collect_batches,
-)
 
 
 # --- refused-data: data with nothing to learn, beside the same with one label ---

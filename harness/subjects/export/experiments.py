@@ -14,7 +14,7 @@ from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_pr
 from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_live_student
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.export.probes import FORMS
 from q4kd.trainer.files import read_json
 
@@ -77,6 +77,11 @@ def _export_argv(inputs: Inputs) -> list[str]:
     return probe_words("exported-models", **options, out="exported.npz", facts="probe.json")
 
 
+@experiment(
+    "exported-models",
+    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
+    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
+)
 def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "exported.npz")
     if not found:
@@ -152,11 +157,3 @@ def _folder_table(folder: Path, inputs: Inputs) -> dict[str, object]:
         "card has the last evaluation": "| 4 |" in card,
         "card names a path of this machine": str(run.parent) in card,
     }
-
-
-declare(
-    "exported-models",
-    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
-    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
-    collect=_collect_export,
-)

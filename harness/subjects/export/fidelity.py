@@ -11,7 +11,7 @@ from q4kd.harness.inputs.command_lines import probe_words, run_program
 from q4kd.harness.inputs.demo import VOCAB, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_padded_teacher
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.export.experiments import finished_run, live_student, smoke_run
 from q4kd.trainer.files import read_json, write_json
 
@@ -65,6 +65,15 @@ def _dense_statistics(inputs: Inputs) -> Floats:
     return np.array([*values, a.mean() - b.mean()])[:, None]
 
 
+@experiment(
+    "fidelity",
+    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
+    *(
+        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
+        for name in ("original", "itself")
+    ),
+    parallel=2,
+)
 def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     path = run_dir / "fidelity.json"
     if not path.is_file():
@@ -78,18 +87,6 @@ def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     values += [report["perplexity_ratio"]["log_mean"], 1 - report["top1_agreement"]["mean"]]
     pair = {"itself": (np.array(values)[:, None], np.zeros((len(values), 1)))}
     return {"comparators": save_pairs(run_dir, pair, ("q4kd fidelity of a file against itself", "zero"))}
-
-
-declare(
-    "fidelity",
-    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
-    *(
-        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
-        for name in ("original", "itself")
-    ),
-    collect=_collect_fidelity,
-    parallel=2,
-)
 
 
 # --- refused-exports: what has no model to export, or no original to be compared with ---

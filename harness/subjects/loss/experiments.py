@@ -11,7 +11,7 @@ from q4kd.harness.inputs.command_lines import probe_words, set_words
 from q4kd.harness.inputs.demo import cut_text, demo_teacher, weighted_student
 from q4kd.harness.oracles.reference import reference_loss
 from q4kd.harness.records.json_types import JsonValue
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 
 # --- kd-loss: the fused loss against a dense float64 reference ---
 
@@ -56,6 +56,11 @@ def _loss_inputs(inputs: Inputs) -> Path:
     return arrays_input(inputs, "kd-loss.npz", make)
 
 
+@experiment(
+    "kd-loss",
+    "the fused loss and its gradients against a dense float64 reference",
+    Arm(None, lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"), timeout_s=60),
+)
 def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "loss.npz")):
         return {"comparators": {}}
@@ -109,14 +114,6 @@ def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators}
 
 
-declare(
-    "kd-loss",
-    "the fused loss and its gradients against a dense float64 reference",
-    Arm(None, lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"), timeout_s=60),
-    collect=_collect_loss,
-)
-
-
 # --- first-step: the loss that `q4kd distill` logs for a batch the harness can recompute ---
 
 _SEQ_LEN, _SEQUENCES, _ALPHA, _TEMPERATURE = 32, 4, 0.4, 2
@@ -150,6 +147,11 @@ def _first_step_argv(inputs: Inputs) -> list[str]:
     ]
 
 
+@experiment(
+    "first-step",
+    "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
+    Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
+)
 def _collect_first_step(run_dir: Path, inputs: Inputs) -> Facts:
     step = next(iter(read_events(run_dir, "step")), None)
     if step is None:
@@ -161,11 +163,3 @@ def _collect_first_step(run_dir: Path, inputs: Inputs) -> Facts:
     )
     sources = ("step event of q4kd distill", "float64 teacher, student and loss of the harness")
     return {"comparators": save_pairs(run_dir, {"first-step": (subject, exact)}, sources)}
-
-
-declare(
-    "first-step",
-    "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
-    Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
-    collect=_collect_first_step,
-)

@@ -9,7 +9,7 @@ from q4kd.harness.inputs.arrays import Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
 from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.synthetic_models import random_matrix
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.precision.probes import FUSED_TOKENS
 
 # A product through the scratch is judged eight tokens at a time: rounding the weights once costs 1.7e-3 on average,
@@ -52,6 +52,15 @@ def exact_products(operands: Arrays) -> Arrays:
     return exact
 
 
+@experiment(
+    "cuda-products",
+    "products of packed matrices on the device, fused and through the scratch, against float64",
+    Arm(
+        None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out="products.npz"), timeout_s=180
+    ),
+    needs=("cuda",),
+    exclusive=True,
+)
 def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
     comparators: Comparators = {}
     if not (found := read_arrays(run_dir / "products.npz")):
@@ -65,15 +74,3 @@ def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
         pair = {name: (found[name][:, kept].reshape(judged), wanted[:, kept].reshape(judged).astype(np.float32))}
         comparators |= save_pairs(run_dir, pair, ("product on the device", "float64 product over gguf.quants"))
     return {"comparators": comparators}
-
-
-declare(
-    "cuda-products",
-    "products of packed matrices on the device, fused and through the scratch, against float64",
-    Arm(
-        None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out="products.npz"), timeout_s=180
-    ),
-    needs=("cuda",),
-    collect=_collect_products,
-    exclusive=True,
-)

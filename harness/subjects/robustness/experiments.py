@@ -10,7 +10,7 @@ import numpy as np
 from q4kd.harness.inputs.collect import Event, collect_probe, read_events, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, demo_student, demo_teacher
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.robustness.probes import CHILD_EVENTS
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
@@ -43,6 +43,11 @@ def _terms(path: Path) -> dict[int, list[list[float]]]:
     return found
 
 
+@experiment(
+    "killed-runs",
+    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
+    Arm(None, _killed_argv, timeout_s=400, env=ONE_THREAD),
+)
 def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
     facts = collect_probe(run_dir, inputs)
     whole, killed = _terms(run_dir / "whole.jsonl"), _terms(run_dir / "killed.jsonl")
@@ -57,14 +62,6 @@ def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
     tables = read_json(run_dir / "probe.json")["tables"] if facts else {}
     resumed = {"resumed": {**steps, "final models are equal": same}}
     return facts | {"comparators": comparators, "tables": tables | resumed}
-
-
-declare(
-    "killed-runs",
-    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
-    Arm(None, _killed_argv, timeout_s=400, env=ONE_THREAD),
-    collect=_collect_killed,
-)
 
 
 # --- runs that end early: what is done to each, its settings, and what it must leave ---

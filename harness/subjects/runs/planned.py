@@ -9,7 +9,7 @@ import numpy as np
 from q4kd.harness.inputs.collect import arm_of, read_events, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
 _PLANS: dict[str, dict[str, object]] = {
     "batch-8": {"batch_size": 8},
@@ -55,19 +55,7 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - during[0]["rss"]
 
 
-def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
-    """Compare plan and growth of all arms, one row each, in the facts of the last."""
-    if arm_of(run_dir) != "checkpointing":
-        return {}
-    rows = [_planned_and_grown(run_dir.parent / f"planned-run.{name}") for name in _PLANS]
-    if any(row is None for row in rows):
-        return {"comparators": {}}
-    pair = np.array([[row[0]] for row in rows if row]), np.array([[row[1]] for row in rows if row])
-    sources = ("peak of the memory plan", "growth of the resident memory seen by the supervisor")
-    return {"comparators": save_pairs(run_dir, {"plan": pair}, sources)}
-
-
-declare(
+@experiment(
     "planned-run",
     "a student of 20 M weights planned and measured, at two batch sizes and with gradient checkpointing",
     *(
@@ -81,5 +69,14 @@ declare(
         )
         for name, settings in _PLANS.items()
     ),
-    collect=_collect_planned,
 )
+def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
+    """Compare plan and growth of all arms, one row each, in the facts of the last."""
+    if arm_of(run_dir) != "checkpointing":
+        return {}
+    rows = [_planned_and_grown(run_dir.parent / f"planned-run.{name}") for name in _PLANS]
+    if any(row is None for row in rows):
+        return {"comparators": {}}
+    pair = np.array([[row[0]] for row in rows if row]), np.array([[row[1]] for row in rows if row])
+    sources = ("peak of the memory plan", "growth of the resident memory seen by the supervisor")
+    return {"comparators": save_pairs(run_dir, {"plan": pair}, sources)}

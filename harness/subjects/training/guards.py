@@ -25,7 +25,7 @@ from q4kd.harness.inputs.demo import (
     weighted_student,
 )
 from q4kd.harness.inputs.synthetic_students import Twin, read_tokens, write_padded_teacher, write_teacher_as_student
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import write_json
 
 # PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT are that file's and its student's.
@@ -84,6 +84,14 @@ def _collect_exact(run_dir: Path, inputs: Inputs) -> Facts:
     return {"checkpoint": checkpoint_facts(run_dir), "tables": {"rows": rows}}
 
 
+@experiment(
+    "vocabulary-run",
+    f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
+    *(
+        Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for name in ("native", "padded", "exact")
+    ),
+)
 def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare the padded arm with the one before it, and its first step with float64 over the sliced logits."""
     arm, steps = arm_of(run_dir), step_terms(run_dir)
@@ -99,17 +107,6 @@ def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators | save_pairs(run_dir, pairs, ("q4kd distill", "float64 over sliced logits"))}
 
 
-declare(
-    "vocabulary-run",
-    f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
-    *(
-        Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for name in ("native", "padded", "exact")
-    ),
-    collect=_collect_vocabulary,
-)
-
-
 # --- vocabulary-widths: the padded teacher's logits beside the native one's, and the widths in the loss ---
 
 
@@ -122,6 +119,11 @@ def _widths_argv(inputs: Inputs) -> list[str]:
     return probe_words("vocabulary-widths", **models, **given, out="logits.npz", facts="probe.json")
 
 
+@experiment(
+    "vocabulary-widths",
+    "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
+    Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
+)
 def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "logits.npz")
     if not found:
@@ -129,14 +131,6 @@ def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
     columns = seeded_columns(NATIVE, COLUMNS)
     pair = {"in-range": (found["padded"][:, columns], found["native"][:, columns])}
     return facts | {"comparators": save_pairs(run_dir, pair, ("teacher with padding rows", "teacher without them"))}
-
-
-declare(
-    "vocabulary-widths",
-    "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
-    Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
-    collect=_collect_widths,
-)
 
 
 # --- refused-runs: runs that must not reach their first step, each beside one that must ---
@@ -178,6 +172,11 @@ def _refused_argv(inputs: Inputs) -> list[str]:
     return probe_words("start-runs", cases=cases, out="probe.json")
 
 
+@experiment(
+    "refused-runs",
+    "runs that must be refused before their first step, each beside one that must reach it",
+    Arm(None, _refused_argv, timeout_s=180, env=ONE_THREAD),
+)
 def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
     """Return the cases, and whether the line about a student that is too wide names both sizes."""
     cases = probe_cases(run_dir)
@@ -186,11 +185,3 @@ def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
         return collect_probe(run_dir, inputs)
     named = {f"names {size}": str(size) in message.replace(",", "") for size in (NATIVE, WIDER)}
     return {"cases": [{**case, "message": ""} for case in cases], "tables": {"too-wide": named}}
-
-
-declare(
-    "refused-runs",
-    "runs that must be refused before their first step, each beside one that must reach it",
-    Arm(None, _refused_argv, timeout_s=180, env=ONE_THREAD),
-    collect=_collect_refused,
-)

@@ -7,7 +7,7 @@ from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import arm_of, collect_probe, save_pairs, step_terms
 from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
 from q4kd.harness.inputs.demo import demo_student, demo_teacher, training_text
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.training.probes import RANKS, VARIANTS
 
 # --- student-steps: the trainer's step under settings that must not matter, with adapters, and on bfloat16 weights ---
@@ -18,6 +18,11 @@ def _steps_argv(inputs: Inputs) -> list[str]:
     return probe_words("student-steps", **models, out="steps.npz", facts="probe.json")
 
 
+@experiment(
+    "student-steps",
+    "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
+    Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
+)
 def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "steps.npz")
     if not found:
@@ -31,14 +36,6 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     moved = {"merged": (found["merged"] - found["untrained"], found["adapted"] - found["untrained"])}
     comparators |= save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
     return facts | {"comparators": comparators}
-
-
-declare(
-    "student-steps",
-    "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
-    Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
-    collect=_collect_steps,
-)
 
 
 # --- student-ranks: q4kd distill in one process, in two with copies of the student, in two with shards ---
@@ -62,6 +59,14 @@ def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
     return words if kind == "one" else ["probe", "distill-ranks", kind, *words]
 
 
+@experiment(
+    "student-ranks",
+    f"q4kd distill in one process, and in {RANKS} that share the same batches",
+    *(
+        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for kind in ("one", "copies", "shards")
+    ),
+)
 def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
     arm, before = arm_of(run_dir), run_dir.parent / "student-ranks.one"
     if arm == "one" or not all((folder / "events.jsonl").is_file() for folder in (run_dir, before)):
@@ -70,17 +75,6 @@ def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
     if not len(steps) or steps.shape != one.shape:
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (steps, one)}, (f"{RANKS} processes, {arm}", "one process"))}
-
-
-declare(
-    "student-ranks",
-    f"q4kd distill in one process, and in {RANKS} that share the same batches",
-    *(
-        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for kind in ("one", "copies", "shards")
-    ),
-    collect=_collect_ranks,
-)
 
 
 # --- settings-refused: names of settings that are not quite right ---
