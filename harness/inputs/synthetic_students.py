@@ -78,6 +78,13 @@ def write_padded_teacher(
     writer.close()
 
 
+def student_shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, object]:
+    """Return what the config of a qwen2 student of that shape says of it."""
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {**sizes, **attention, "layer_types": ["full_attention"] * layers}
+
+
 def write_student(folder: Path, source: Path, changes: Mapping[str, object]) -> None:
     """Copy a student's tokenizer and config, without weights, with other values in the config."""
     folder.mkdir()
@@ -115,15 +122,9 @@ def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: T
         elif twin == "noisy" and weight.ndim == 2:
             weight += rng.normal(0, NOISE * weight.std(), weight.shape).astype(np.float32)
         tensors[huggingface_name(tensor.name)] = np.ascontiguousarray(weight)
-    changes = {
-        "hidden_size": size("embedding_length"),
-        "intermediate_size": size("feed_forward_length"),
-        "num_hidden_layers": size("block_count"),
-        "num_attention_heads": size("attention.head_count"),
-        "num_key_value_heads": size("attention.head_count_kv"),
-        "layer_types": ["full_attention"] * size("block_count"),
-    }
-    write_student(folder, student, changes)
+    heads, kv_heads = size("attention.head_count"), size("attention.head_count_kv")
+    hidden, ffn, layers = size("embedding_length"), size("feed_forward_length"), size("block_count")
+    write_student(folder, student, student_shape(hidden, ffn, layers, heads, kv_heads))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -15,15 +15,11 @@ if TYPE_CHECKING:
     from q4kd.trainer.teacher.cache.signal import Signal
     from q4kd.trainer.teacher.cache.store import CacheIndex
 
-_STORE, _WRITER, _TEACHER = (
-    "q4kd.trainer.teacher.cache.store",
-    "q4kd.trainer.teacher.cache.writer",
-    "q4kd.trainer.teacher.cache.cached_teacher",
-)
+_WRITER = "q4kd.trainer.teacher.cache.writer"
 _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
 _SIGNALS = f"{_WRITER}:_signals"
-_CHECK_SHARD = f"{_STORE}:CacheIndex.check_shard"
+_CHECK_SHARD = "q4kd.trainer.teacher.cache.store:CacheIndex.check_shard"
 _OPEN_INDEX = f"{_WRITER}:open_index"
 
 
@@ -55,7 +51,12 @@ def _ids_truncated(original: Callable[..., "Signal"], *arguments: object) -> "Si
     return dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF)
 
 
-@patch("dispatch", "cache-key-not-compared", "a cache of anything is taken", f"{_TEACHER}:check_key")
+@patch(
+    "dispatch",
+    "cache-key-not-compared",
+    "a cache of anything is taken",
+    "q4kd.trainer.teacher.cache.cached_teacher:check_key",
+)
 def _key_not_compared(_original: Call, *_arguments: object) -> None:
     return
 

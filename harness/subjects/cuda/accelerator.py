@@ -14,7 +14,7 @@ from q4kd.harness.inputs.arrays import random_ids, save_arrays
 from q4kd.harness.inputs.collect import collect_checkpoint, collect_probe, read_events
 from q4kd.harness.inputs.command_lines import probe_words, set_words
 from q4kd.harness.inputs.demo import changed_student, demo_teacher, teacher_7b
-from q4kd.harness.inputs.synthetic_students import read_tokens, write_padded_teacher
+from q4kd.harness.inputs.synthetic_students import read_tokens, student_shape, write_padded_teacher
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
@@ -32,16 +32,8 @@ def _teacher(inputs: Inputs) -> Path:
 
 
 def _student(inputs: Inputs) -> Path:
-    changes = {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "layer_types": ["full_attention"] * 24,
-        "vocab_size": STUDENT_VOCAB,
-    }
-    return changed_student(inputs, "student-0.5b", changes)
+    shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
+    return changed_student(inputs, "student-0.5b", {**shape, "vocab_size": STUDENT_VOCAB})
 
 
 def _text(inputs: Inputs) -> Path:
@@ -51,13 +43,8 @@ def _text(inputs: Inputs) -> Path:
 
 def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
     # A step has four micro-batches: the activations of 8,192 tokens at once would take more than the weights.
-    settings = {
-        "steps": steps,
-        "batch_size": SEQUENCES // ACCUMULATION,
-        "accumulation": ACCUMULATION,
-        "log_every": 10,
-        "checkpoint_every": 0,
-    }
+    settings = {"steps": steps, "batch_size": SEQUENCES // ACCUMULATION, "accumulation": ACCUMULATION}
+    settings |= {"log_every": 10, "checkpoint_every": 0}
     return [
         *("distill", "--teacher", str(_teacher(inputs)), "--student", str(_student(inputs))),
         *("--data", str(_text(inputs)), "--out", "run", "--device", "cuda", "--events", "events.jsonl"),

@@ -91,23 +91,18 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     model, ids = finished_run(inputs) / "model", read_array(_ids(inputs))
     exact = reference_logits(reference_student(model), ids)
     columns = seeded_columns(VOCAB, COLUMNS)
-    comparators = save_pairs(
-        run_dir,
-        {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])},
-        ("transformers, exported folder", "transformers, the run's own model"),
-    )
+    sources = ("transformers, exported folder", "transformers, the run's own model")
+    comparators = save_pairs(run_dir, {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])}, sources)
     for form in FORMS:
         by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids)
         for suffix, subject in (("teacher", found[form]), ("reference", by_reference)):
             pair = {f"{form.replace('_', '')}-{suffix}": (subject[:, columns], exact[:, columns])}
-            comparators |= save_pairs(
-                run_dir, pair, (f"{form} export, {suffix} forward", "float64 forward over the run's model")
-            )
+            sources = (f"{form} export, {suffix} forward", "float64 forward over the run's model")
+            comparators |= save_pairs(run_dir, pair, sources)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     expected = np.array(tokenizer.encode((_text_folder(inputs) / "train.py").read_text(encoding="utf-8")).ids)
-    comparators |= save_pairs(
-        run_dir, {"token-ids": (found["ids"][None], expected[None])}, ("the GGUF's tokenizer", "the run's tokenizer")
-    )
+    sources = ("the GGUF's tokenizer", "the run's tokenizer")
+    comparators |= save_pairs(run_dir, {"token-ids": (found["ids"][None], expected[None])}, sources)
     tables = {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
     return facts | {"comparators": comparators, "tables": tables}
 

@@ -87,30 +87,21 @@ def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
                 for part, gradient, chosen in (("hidden", grad_hidden, of_hidden), ("weight", grad_weight, of_weight)):
                     elements = found[f"{name}-grad_{part}"].ravel()[chosen], gradient.ravel()[chosen]
                     pairs[f"grad-{part}"].append(elements)
-    comparators = save_pairs(
-        run_dir,
-        {name: (np.array([a for a, _ in rows]), np.array([b for _, b in rows])) for name, rows in pairs.items()},
-        ("trainer fused loss", "dense float64 loss of the harness"),
-    )
+    columns = {name: (np.array([a for a, _ in rows]), np.array([b for _, b in rows])) for name, rows in pairs.items()}
+    comparators = save_pairs(run_dir, columns, ("trainer fused loss", "dense float64 loss of the harness"))
 
     def kd_terms(*cases: str) -> Array:
         return np.array([[float(found[f"{case}-terms"][2])] for case in cases])
 
-    comparators |= save_pairs(
-        run_dir,
-        {
-            "kl-at-equality": (kd_terms("forward_kl-equal", "reverse_kl-equal"), np.zeros((2, 1))),
-            "jsd-at-equality": (kd_terms("jsd-equal"), np.zeros((1, 1))),
-        },
-        ("trainer fused loss, teacher = student", "zero"),
-    )
+    at_equality = {
+        "kl-at-equality": (kd_terms("forward_kl-equal", "reverse_kl-equal"), np.zeros((2, 1))),
+        "jsd-at-equality": (kd_terms("jsd-equal"), np.zeros((1, 1))),
+    }
+    comparators |= save_pairs(run_dir, at_equality, ("trainer fused loss, teacher = student", "zero"))
     scaled = kd_terms(*(_case(divergence, 2.0, 0.0) for divergence in _DIVERGENCES))
     halved = kd_terms(*(f"{divergence}-halved" for divergence in _DIVERGENCES))
-    comparators |= save_pairs(
-        run_dir,
-        {"t-squared": (scaled, 4 * halved)},
-        ("trainer fused loss at T = 2", "4 x the loss of halved logits at T = 1"),
-    )
+    sources = ("trainer fused loss at T = 2", "4 x the loss of halved logits at T = 1")
+    comparators |= save_pairs(run_dir, {"t-squared": (scaled, 4 * halved)}, sources)
     return {"comparators": comparators}
 
 
@@ -133,9 +124,8 @@ class Counter(dict):
 
 def _one_batch(inputs: Inputs) -> Path:
     """Return a text that makes exactly one batch, so that its order cannot matter."""
-    return inputs.file(
-        "one-batch.txt", lambda path: path.write_text(cut_text(inputs, _TEXT * 8, _SEQ_LEN * _SEQUENCES))
-    )
+    text = cut_text(inputs, _TEXT * 8, _SEQ_LEN * _SEQUENCES)
+    return inputs.file("one-batch.txt", lambda path: path.write_text(text))
 
 
 def _first_step_argv(inputs: Inputs) -> list[str]:
@@ -158,8 +148,7 @@ def _collect_first_step(run_dir: Path, inputs: Inputs) -> Facts:
         return {"comparators": {}}
     subject = np.array([[step["loss"]], [step["ce"]], [step["kd"]]], np.float64)
     shape = (_SEQUENCES, _SEQ_LEN)
-    exact = reference_step(
-        inputs, demo_teacher(inputs), _one_batch(inputs), shape, alpha=_ALPHA, temperature=_TEMPERATURE
-    )
+    teacher, text = demo_teacher(inputs), _one_batch(inputs)
+    exact = reference_step(inputs, teacher, text, shape, alpha=_ALPHA, temperature=_TEMPERATURE)
     sources = ("step event of q4kd distill", "float64 teacher, student and loss of the harness")
     return {"comparators": save_pairs(run_dir, {"first-step": (subject, exact)}, sources)}

@@ -38,15 +38,9 @@ def kd_loss_cases(inputs: Path, out: Path) -> None:
         hidden = (torch.from_numpy(given["hidden"]) * scale).requires_grad_(True)
         weight = torch.from_numpy(given["weight"]).clone().requires_grad_(True)
         source, head = (hidden.detach(), weight.detach()) if equal else (teacher_hidden * scale, teacher_weight)
-        terms = kd_loss(
-            hidden,
-            weight,
-            labels,
-            teacher_hidden=source,
-            teacher_head=functools.partial(_project, head),
-            num_targets=float((labels >= 0).sum()),
-            config=KDLossConfig(**settings),
-        )
+        teacher: dict[str, Any] = {"teacher_hidden": source, "teacher_head": functools.partial(_project, head)}
+        num_targets, config = float((labels >= 0).sum()), KDLossConfig(**settings)
+        terms = kd_loss(hidden, weight, labels, **teacher, num_targets=num_targets, config=config)
         results |= _differentiated(name, terms, hidden, weight)
     save_arrays(out, results)
 

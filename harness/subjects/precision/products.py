@@ -18,6 +18,7 @@ GROUP = 8
 TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
 # Rows and columns of the matrices: a block takes one row tile of the first, four of the second (``MANY_ROWS``).
 SHAPES = ((517, 3584), (8209, 512))
+OUT = "products.npz"
 PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
 
 
@@ -55,15 +56,13 @@ def exact_products(operands: Arrays) -> Arrays:
 @experiment(
     "cuda-products",
     "products of packed matrices on the device, fused and through the scratch, against float64",
-    Arm(
-        None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out="products.npz"), timeout_s=180
-    ),
+    Arm(None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out=OUT), timeout_s=180),
     needs=("cuda",),
     exclusive=True,
 )
 def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
     comparators: Comparators = {}
-    if not (found := read_arrays(run_dir / "products.npz")):
+    if not (found := read_arrays(run_dir / OUT)):
         return {"comparators": comparators}
     for name, wanted in exact_products(read_arrays(_operands(inputs))).items():
         way, tail = name.rpartition("-")[2], wanted.shape[1] - 16

@@ -120,9 +120,7 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "frozen-teacher",
     "every way to ask the teacher for a gradient, beside its valid twin",
-    Arm(
-        None, lambda inputs: probe_words("frozen-teacher", model=golden_teacher(inputs), out="probe.json"), timeout_s=60
-    ),
+    Arm(None, lambda at: probe_words("frozen-teacher", model=golden_teacher(at), out="probe.json"), timeout_s=60),
     collect=collect_probe,
 )
 

@@ -24,7 +24,13 @@ from q4kd.harness.inputs.demo import (
     training_text,
     weighted_student,
 )
-from q4kd.harness.inputs.synthetic_students import Twin, read_tokens, write_padded_teacher, write_teacher_as_student
+from q4kd.harness.inputs.synthetic_students import (
+    Twin,
+    read_tokens,
+    student_shape,
+    write_padded_teacher,
+    write_teacher_as_student,
+)
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import write_json
 
@@ -47,16 +53,8 @@ def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None
 
 
 def _wide_student(inputs: Inputs) -> Path:
-    changes = {
-        "vocab_size": EXACT_STUDENT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "layer_types": ["full_attention"],
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    return changed_student(inputs, "student-151936", changes)
+    shape = student_shape(hidden=32, ffn=64, layers=1, heads=1, kv_heads=1)
+    return changed_student(inputs, "student-151936", {**shape, "vocab_size": EXACT_STUDENT})
 
 
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
