@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
 from q4kd.harness.checks.params import arm_params
-from q4kd.harness.checks.run_facts import baseline_rss, completion, describe_exit
+from q4kd.harness.checks.run_facts import baseline_memory, completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
@@ -49,11 +49,8 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
     first, last = (run.event(name) for name in params["phase"])
     series = params["series"]
     field = {"gpu_bytes": "gpu_bytes", "mem_available_drop": "mem_available"}.get(series, "rss")
-    baseline: float | None = 0.0
-    if series == "rss_above_baseline":
-        baseline = baseline_rss(run)
-    elif series == "mem_available_drop":
-        baseline = _available_before(run)
+    relative = series in ("rss_above_baseline", "mem_available_drop")
+    baseline = baseline_memory(run, field) if relative else 0.0
     observation: dict[str, object] = completion(run) | {"baseline": baseline, "samples": 0}
     fact = params["ceiling"].get("of")
     observation["of_bytes"] = run.facts.get(fact) if fact else None
@@ -75,17 +72,6 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
         "early_end_s": end - times[-1],
         "largest_gap_s": max((b - a for a, b in pairwise(times)), default=0.0),
     }
-
-
-def _available_before(run: RawRun) -> float | None:
-    """Return the machine's MemAvailable last sampled before the imports were done."""
-    marker = run.event("imports_done")
-    before = [
-        float(sample["mem_available"])
-        for sample in run.memory
-        if marker is not None and sample["t"] <= marker["t"] and sample.get("mem_available") is not None
-    ]
-    return before[-1] if before else None
 
 
 def _peak(values: list[float], baseline: float, field: str) -> float:

@@ -8,7 +8,7 @@ from functools import partial
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
 from q4kd.harness.checks.params import arm_params
-from q4kd.harness.checks.run_facts import baseline_rss, completion, describe_exit
+from q4kd.harness.checks.run_facts import baseline_memory, completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
@@ -41,7 +41,7 @@ READS = ("events", "memory", "facts", "exit")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Put the teacher's account, the harness's reading of the file and the outside samples side by side."""
     run = pick_run(runs, params.get("arm"))
-    ready, baseline = run.event("teacher_ready"), baseline_rss(run)
+    ready, baseline = run.event("teacher_ready"), baseline_memory(run)
     after = [sample for sample in run.memory if ready and sample["t"] >= ready["t"]]
     # As a process ends, libraries touch pages of their own files: 100 MB of them in some runs, none in others.
     last = run.event(params["outside"].get("until", ""))

@@ -15,10 +15,15 @@ def describe_exit(ending: JsonRecord) -> str:
     return f"ended: {str(ending['cause']).replace('_', ' ')}, exit code {ending['returncode']}"
 
 
-def baseline_rss(run: RawRun) -> float | None:
-    """Return the resident bytes last sampled before the imports were done (None when there is no such sample)."""
+def baseline_memory(run: RawRun, field: str = "rss") -> float | None:
+    """Return the bytes of a sample's field last seen before the imports were done (None when there is no such sample).
+
+    ``rss`` is what the process held, ``mem_available`` what the machine had left.
+    """
     marker = run.event("imports_done")
     if marker is None:
         return None
-    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"]]
+    samples = [sample for sample in run.memory if sample["t"] <= marker["t"]]
+    # Every sample must have the process's bytes; the machine's are absent where it does not state them.
+    before = [float(sample[field]) for sample in samples if field == "rss" or sample.get(field) is not None]
     return before[-1] if before else None

@@ -8,6 +8,7 @@ from functools import partial
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
 from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
@@ -39,8 +40,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
     """Falsified by a missing step, another end than exit 0, or a checkpoint that tells another story."""
     wanted = params["steps"]
-    cause = str(observation["cause"]).replace("_", " ")
-    ended = f"{cause}, exit code {observation['returncode']}"
+    ended = describe_exit(observation).removeprefix("ended: ")
     measured = f"{observation['steps']} steps, {ended}"
     bound = f"{wanted} steps, exit 0" + (", a checkpoint of the last" if params["checkpoint"] else "")
     refuted = partial(Judgement.falsified, measured, bound)

@@ -64,24 +64,22 @@ def _nightly(args: argparse.Namespace) -> int:
     if args.preflight:
         existing = next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
         return show(preflight(machine, given, existing))
-    return run_nightly(
-        NightlyOptions(
-            out=args.out,
-            profile=profile,
-            contracts=args.contracts,
-            given=given,
-            faults=args.sabotage,
-            bounds=Bounds(keep=args.keep, max_bytes=args.max_gb * _GB),
-            sign=args.sign,
-            again=args.again,
-        )
+    options = NightlyOptions(
+        out=args.out,
+        profile=profile,
+        contracts=args.contracts,
+        given=given,
+        faults=args.sabotage,
+        bounds=Bounds(keep=args.keep, max_bytes=args.max_gb * _GB),
+        sign=args.sign,
+        again=args.again,
     )
+    return run_nightly(options)
 
 
 def unit_text(kind: str) -> str:
     """Return the shipped systemd ``service`` or ``timer``."""
     import importlib.resources
 
-    return (importlib.resources.files("q4kd.harness.nightly") / "deploy" / f"q4kd-nightly.{kind}").read_text(
-        encoding="utf-8"
-    )
+    deploy = importlib.resources.files("q4kd.harness.nightly") / "deploy"
+    return (deploy / f"q4kd-nightly.{kind}").read_text(encoding="utf-8")
