@@ -104,7 +104,7 @@ def _compare(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by one position whose error is too many times the peer's, or by a value that is not finite."""
+    """One position whose error is too many times the peer's, or a value that is not finite, falsifies the claim."""
     bound = f"error at every position ≤ {params['max']:g} x the peer's"
     if observation["shapes"] is None:
         ended = "; ".join(

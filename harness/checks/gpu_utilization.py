@@ -49,7 +49,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median under the bound while work was done; inconclusive where NVML names no process."""
+    """A median under the bound while work was done falsifies; where NVML names no process it is inconclusive."""
     bound = f"median ≥ {params['min_percent']:g} % over {params['min_events']} or more {params['event']} events"
     if observation["events"] < params["min_events"]:
         reason = "too few observations" if observation["completed"] else "run incomplete"

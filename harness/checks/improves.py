@@ -36,7 +36,7 @@ PARAMS = closed(
 DIRECTIONS = {"min_seeds": "lower", "margin_se": "lower", "min_steps": "lower"}
 READS = ("events", "exit", "argv")
 
-# What two arms may differ in: the treatment itself and where each writes.
+# Two arms may differ in the treatment itself and in where each writes.
 _TREATMENT_KEYS = ("alpha", "out", "events")
 
 
@@ -51,7 +51,7 @@ def _ends(run: RawRun, metric: str) -> tuple[float, float] | None:
 
 
 def _budget(run: RawRun) -> JsonRecord:
-    """Return what must be equal between paired arms: from outside (argv) and from the events."""
+    """Return what must be equal between paired arms, from outside (argv) and from the events."""
     plan = run.event("run_plan") or {}
     words = [str(word) for word in run.argv["argv"]]
     kept = [

@@ -10,7 +10,7 @@ from q4kd.harness.records.raw_run import RawRun
 from q4kd.trainer.errors import InputError
 
 Verdict = Literal["corroborated", "falsified", "inconclusive"]
-# What was changed and the changed observation: the judgement of it must not be "corroborated".
+# What was changed, and the changed observation, whose judgement must not be "corroborated".
 Mutation: TypeAlias = tuple[str, JsonRecord]
 
 # What a check may declare in READS: properties of RawRun, and its arrays.

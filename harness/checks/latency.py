@@ -52,7 +52,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median over the bound; inconclusive for times that overlap or lie outside the run."""
+    """A median over the bound falsifies the claim; times that overlap or lie outside the run are inconclusive."""
     limit = float(params["max_s"])
     bound = f"median ≤ {limit:g} s"
     if not observation["same_boot"]:

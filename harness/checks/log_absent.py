@@ -3,8 +3,8 @@
 Where a control arm is named, one that does what the line announces, its log must have one of the lines: when the
 program says it in other words, nothing is learnt from their absence.
 
-A pattern is a list of fragments that must all occur in one line, in any case. No check takes a
-regular expression: matching fragments is linear in the log, whatever a contract asks for.
+A pattern is a list of fragments that must all occur in one line, in any case. No check takes a regular expression:
+matching fragments is linear in the log, whatever a contract asks for.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a hit; inconclusive unless both markers are there, and the line is in the control's log."""
+    """A hit falsifies the claim, which is inconclusive unless both markers and the control's line are there."""
     bound = f"no line like {' or '.join('…'.join(pattern) for pattern in params['absent'])}"
     measured = f"{observation['hits']} of {observation['lines']} log lines"
     if observation["hits"]:

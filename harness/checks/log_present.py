@@ -77,7 +77,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a count that differs or a loss that is not the event's; inconclusive without a complete log."""
+    """A count that differs or a loss that is not the event's falsifies; without a complete log it is inconclusive."""
     wanted = params["lines"]
     bound = "; ".join(f"{'…'.join(line['fragments'])} x {line['times']}" for line in wanted)
     measured = f"{', '.join(map(str, observation['counts']))} of {observation['lines']} lines"

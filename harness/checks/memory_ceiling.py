@@ -87,7 +87,7 @@ def _ceiling(observation: JsonRecord, ceiling: JsonRecord) -> float | None:
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by any sample over the ceiling; corroborated only when samples span the phase."""
+    """Any sample over the ceiling falsifies the claim; only samples that span the phase corroborate it."""
     limit = _ceiling(observation, params["ceiling"])
     bound = f"≤ {limit / 1e6:.1f} MB" if limit else "unknown: the fact it refers to was not measured"
     if limit is None:

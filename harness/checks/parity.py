@@ -89,7 +89,7 @@ def _bound(params: JsonRecord) -> str:
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by one row out of bounds, another shape, or a value that is not finite."""
+    """One row out of bounds, another shape, or a value that is not finite falsifies the claim."""
     bound, metric = _bound(params), params["metric"]
     ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
     if not observation["subject_source"] or not observation["reference_source"]:

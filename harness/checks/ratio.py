@@ -54,7 +54,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median on the wrong side of the bound; inconclusive for pairs that were not interleaved."""
+    """A median on the wrong side of the bound falsifies the claim; pairs that were not interleaved are inconclusive."""
     upper = "max" in params
     limit = float(params["max"] if upper else params["min"])
     bound = f"median ratio {'≤' if upper else '≥'} {limit:g}"

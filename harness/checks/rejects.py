@@ -27,7 +27,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a case that passed or raised something else; inconclusive when the twin was refused too."""
+    """A case that passed or raised something else falsifies; with a twin that was refused too it is inconclusive."""
     cases = {str(case["case"]): case for case in observation["cases"]}
     bound = f"{', '.join(params['cases'])}: each {params['error']}, its twin accepted"
     refused = [case for case in cases.values() if case["error"] == params["error"]]

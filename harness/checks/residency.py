@@ -63,7 +63,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by dense bytes, by a type that is not held as the file holds it, or by growth seen from outside."""
+    """Dense bytes, a type that is not held as in the file, or growth seen from outside falsify the claim."""
     tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
     bound = (
         f"≤ {params['max_dense_bytes']} dense bytes, ≤ {params['max_ratio']} x the file's tensors, "

@@ -38,7 +38,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a missing step, another end than exit 0, or a checkpoint that tells another story."""
+    """A missing step, another end than exit 0, or a checkpoint that disagrees falsifies the claim."""
     wanted = params["steps"]
     ended = describe_exit(observation).removeprefix("ended: ")
     measured = f"{observation['steps']} steps, {ended}"

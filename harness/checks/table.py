@@ -29,7 +29,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by the first entry that differs, is missing or is extra."""
+    """The first entry that differs, is missing or is extra falsifies the claim."""
     expected, table = params["expected"], observation["table"]
     bound = f"{len(expected)} entries as expected"
     if table is None:

@@ -66,7 +66,7 @@ def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Apr
         path: the file to write; an existing one is replaced.
         metadata: the JSON section; NaN and infinities are refused (ValueError).
         tensors: by the name to store; one at a time is read.
-        flags: of the header.
+        flags: flags of the header.
     """
     text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     names = sorted(tensors, key=str.encode)
@@ -99,7 +99,7 @@ def convert_gguf(source: Path, target: Path, *, names: Names = "huggingface", co
     Args:
         source: a GGUF of qwen2, qwen3 or llama with F32, F16, BF16, Q4_K and Q6_K tensors.
         target: the .apr to write.
-        names: of the tensors. The rows of Q and K keep the GGUF's order, and ``rope_type`` says so.
+        names: convention of the tensor names. Q and K keep the GGUF's order of rows, and ``rope_type`` says so.
         copy_head: store a tied head a second time as the output head, as aprender's import does.
 
     Raises:

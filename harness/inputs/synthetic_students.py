@@ -98,7 +98,7 @@ def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: T
     """Write the teacher's decoded weights as a Hugging Face student.
 
     Args:
-        folder: to write.
+        folder: the folder to write.
         teacher: qwen2 GGUF with a tied head.
         student: where tokenizer and the rest of the config come from.
         twin: ``exact``; ``permuted``, the same function with its hidden units in another order, so that no weight is
@@ -138,11 +138,11 @@ def write_live_student(
     token would be its own successor.
 
     Args:
-        folder: to write.
+        folder: the folder to write.
         source: the qwen2 student with a tied head that config and tokenizer come from.
         changes: other values in the config.
         template: Jinja source of the chat template.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     from safetensors.numpy import save_file
 

@@ -85,7 +85,7 @@ class File:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The kill matrix of one contract: whether each claim that names a fault caught it, None where it names it not."""
+    """The kill matrix of one contract: whether each claim caught each fault, None where the claim does not name it."""
 
     faults: list[str]
     lines: list[tuple[Finding, list[bool | None]]]

@@ -157,7 +157,7 @@ class _Text:
 def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterator[_Text]:
     try:
         described = {contract.path: contract for contract in bundle_contracts(store)}
-    except InputError:  # they are shown as they are; what is wrong with them is for verify to say
+    except InputError:  # they are shown as they are; `evidence verify` says what is wrong
         described = {}
     for name in [name for name in store.names() if name.startswith("contracts/")][: limits.rows]:
         data = store.read(name, MAX_BYTES)

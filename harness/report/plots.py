@@ -92,7 +92,7 @@ def _runs_judged(row: Finding, check: CheckResult) -> list[str]:
 
 
 def _drawn(draw: Callable[[], Plot | None]) -> list[Plot]:
-    """Return the plot, or none when its raw files are not what a run leaves: the claim says what is wrong with them."""
+    """Return the plot, or none when its raw files are not what a run leaves; the claim's verdict says what is wrong."""
     try:
         plot = draw()
     except (InputError, KeyError, TypeError, ValueError, OverflowError):

@@ -81,7 +81,7 @@ def collect(folder: Path, reports: Path) -> Collection:
         except InputError as error:
             found.unreadable.append((path.name, str(error).replace(str(path), path.name)))
         except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-            # Whatever else a hostile file breaks is that bundle's affair alone.
+            # Any other error that a hostile file causes concerns that bundle alone.
             found.unreadable.append((path.name, f"cannot be read: {type(error).__name__}: {error}"))
     found.entries.sort(key=lambda entry: (entry.when, entry.name))
     return found

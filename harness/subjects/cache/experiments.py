@@ -17,7 +17,7 @@ from q4kd.trainer.files import read_json, sha256_file, write_json
 
 BATCHES, K = 6, 512
 WINDOWS = BATCHES * BATCH
-# The float64 forward is run on these windows; of the k columns these many are kept as evidence.
+# The float64 forward pass runs on these windows; this many of the k columns are kept as evidence.
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
 

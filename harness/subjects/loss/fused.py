@@ -99,7 +99,7 @@ def exact_topk(
         teacher: logits ``[P, V]``.
         labels: ``[P]``.
         ids: the listed tokens ``[P, k]``.
-        settings: of the case.
+        settings: settings of the case.
     """
     rows = np.arange(len(labels))[:, None]
     rest = np.ones(student.shape, bool)

@@ -34,7 +34,8 @@ from q4kd.harness.inputs.synthetic_students import (
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import write_json
 
-# PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT are that file's and its student's.
+# PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT_* are that file's rows and its
+# student's.
 NATIVE, PADDED, WIDER = VOCAB, 2080, 2064
 EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
 ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2

@@ -32,7 +32,7 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     # Only losses are compared: the claim says nothing of what bfloat16 does to the norm of a gradient.
     pairs["bfloat16"] = (found["bfloat16"][:, :3], whole[:, :3])
     comparators = save_pairs(run_dir, pairs, ("the setting", "plain float32 steps on whole batches"))
-    # Compared is what training did to the logits: a merge that forgot it would differ by all of it.
+    # What training did to the logits is compared: a merge that forgot it would differ by all of it.
     moved = {"merged": (found["merged"] - found["untrained"], found["adapted"] - found["untrained"])}
     comparators |= save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
     return facts | {"comparators": comparators}
