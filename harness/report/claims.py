@@ -115,7 +115,7 @@ def contract_groups(findings: Findings, runs: Mapping[str, RawRun], raw: str | N
         groups[row.contract].append(row)
     found = []
     for name, rows in ((name, rows) for name, rows in groups.items() if rows):
-        ended = Counter(row.verdict for row in rows)
+        ended: Counter[str] = Counter(row.verdict for row in rows)
         counts = [(verdict, PLAIN[verdict], ended[verdict]) for verdict in MARKS if ended[verdict]]
         files = [(row, list(_files(row, runs, raw, limits))[: 2 * limits.parts]) for row in rows]
         found.append(Group(name, counts, files, _matrix(rows, limits)))

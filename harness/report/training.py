@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.report.plots import LARGEST, Plot, label, thin
@@ -70,7 +71,7 @@ def _loss_plot(experiment: str, what: str, curves: Mapping[str, list[Curve]]) ->
             axes.plot(*zip(*thin(points, 200), strict=True), color=colour, linewidth=0.5, alpha=0.35)
         mean = thin(_mean(seeds), 400)
         dot = "o" if len(mean) <= 30 else None
-        line = {"color": colour, "linestyle": style, "linewidth": 1.8, "marker": dot, "markersize": 4}
+        line: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.8, "marker": dot, "markersize": 4}
         axes.plot(*zip(*mean, strict=True), label=label(arm), **line)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.6)
     ends = {arm: (_mean(seeds)[-1], len(seeds)) for arm, seeds in sorted(curves.items())}
