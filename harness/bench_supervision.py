@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, distill_words, training_text
+from q4kd.harness.inputs.command_lines import distill_words
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, training_text
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.supervise import child_environment, run_supervised
 from q4kd.trainer.files import write_json

@@ -13,28 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import closed
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "error_ratio"
 _ARM = {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$"}
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["subject", "peer", "array", "max", "peer_max", "min_sequences"],
-    "properties": {
-        "subject": {**_ARM, "description": "Arm of the program under test."},
-        "peer": {**_ARM, "description": "Arm of the program it is held against, of the same precision."},
-        "array": {**_ARM, "description": "Name of the npz in the arrays/ of both arms."},
-        "max": {"type": "number", "exclusiveMinimum": 0, "description": "Largest ratio of errors at any position."},
-        "peer_max": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Largest error of the peer at any position; a worse one computes something else.",
-        },
-        "min_sequences": {"type": "integer", "minimum": 2, "description": "Sequences behind each position's error."},
+PARAMS = closed(
+    ["subject", "peer", "array", "max", "peer_max", "min_sequences"],
+    subject={**_ARM, "description": "Arm of the program under test."},
+    peer={**_ARM, "description": "Arm of the program it is held against, of the same precision."},
+    array={**_ARM, "description": "Name of the npz in the arrays/ of both arms."},
+    max={"type": "number", "exclusiveMinimum": 0, "description": "Largest ratio of errors at any position."},
+    peer_max={
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "description": "Largest error of the peer at any position; a worse one computes something else.",
     },
-}
+    min_sequences={"type": "integer", "minimum": 2, "description": "Sequences behind each position's error."},
+)
 DIRECTIONS = {"max": "upper", "peer_max": "upper", "min_sequences": "lower"}
 READS = ("facts", "arrays", "exit")
 # A program this many times more exact than its peer computes in another precision: bfloat16 has 16 bits less than
@@ -107,7 +104,7 @@ def _compare(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by one position whose error is too many times the peer's, or by a value that is not finite."""
+    """One position whose error is too many times the peer's, or a value that is not finite, falsifies the claim."""
     bound = f"error at every position ≤ {params['max']:g} x the peer's"
     if observation["shapes"] is None:
         ended = "; ".join(

@@ -8,38 +8,21 @@ from collections.abc import Mapping
 from itertools import pairwise
 from statistics import median
 
-from q4kd.harness.checks.judgement import (
-    ARM_PARAM,
-    Judgement,
-    Mutation,
-    completion,
-    describe_exit,
-    inconclusive,
-    just_over,
-    just_under,
-    pick_run,
-)
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "gpu_utilization"
 # NVML averages over up to a second, and has nothing to say of a process between two averages.
 MAX_GAP_S = 2.0
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["min_percent", "event", "min_events"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "min_percent": {"type": "number", "exclusiveMinimum": 0, "maximum": 100, "description": "Of the median."},
-        "event": {"enum": ["step", "forward_done"], "description": "What marks finished work."},
-        "min_events": {
-            "type": "integer",
-            "minimum": 2,
-            "description": "Finished work between the first and the last mark.",
-        },
-    },
-}
+PARAMS = arm_params(
+    ["min_percent", "event", "min_events"],
+    min_percent={"type": "number", "exclusiveMinimum": 0, "maximum": 100, "description": "Of the median."},
+    event={"enum": ["step", "forward_done"], "description": "What marks finished work."},
+    min_events={"type": "integer", "minimum": 2, "description": "Finished work between the first and the last mark."},
+)
 DIRECTIONS = {"min_percent": "lower", "min_events": "lower"}
 READS = ("events", "memory", "exit")
 
@@ -66,7 +49,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median under the bound while work was done; inconclusive where NVML names no process."""
+    """A median under the bound while work was done falsifies; where NVML names no process it is inconclusive."""
     bound = f"median ≥ {params['min_percent']:g} % over {params['min_events']} or more {params['event']} events"
     if observation["events"] < params["min_events"]:
         reason = "too few observations" if observation["completed"] else "run incomplete"

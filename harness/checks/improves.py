@@ -9,36 +9,34 @@ import math
 import re
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import Judgement, Mutation, completion, inconclusive
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive
+from q4kd.harness.checks.params import closed
+from q4kd.harness.checks.run_facts import completion
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "improves"
 _SEED = re.compile(r"([a-z0-9_]{1,40})-seed([0-9]{1,6})")
 _LAST_STEPS = 10
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["metric", "better", "treatment", "control", "min_seeds"],
-    "properties": {
-        "metric": {"enum": ["eval.loss", "eval.kl", "eval.agreement", "step.loss"]},
-        "better": {"enum": ["lower", "higher"]},
-        "treatment": {"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "The arm the claim is about."},
-        "control": {"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "Another arm, or start."},
-        "min_seeds": {"type": "integer", "minimum": 3},
-        "margin_se": {
-            "type": "number",
-            "minimum": 0,
-            "default": 2.0,
-            "description": "Standard errors the mean margin must exceed.",
-        },
-        "min_steps": {"type": "integer", "minimum": 1, "default": 1, "description": "Steps every run must have taken."},
+PARAMS = closed(
+    ["metric", "better", "treatment", "control", "min_seeds"],
+    metric={"enum": ["eval.loss", "eval.kl", "eval.agreement", "step.loss"]},
+    better={"enum": ["lower", "higher"]},
+    treatment={"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "The arm the claim is about."},
+    control={"type": "string", "pattern": "^[a-z0-9_]{1,40}$", "description": "Another arm, or start."},
+    min_seeds={"type": "integer", "minimum": 3},
+    margin_se={
+        "type": "number",
+        "minimum": 0,
+        "default": 2.0,
+        "description": "Standard errors the mean margin must exceed.",
     },
-}
+    min_steps={"type": "integer", "minimum": 1, "default": 1, "description": "Steps every run must have taken."},
+)
 DIRECTIONS = {"min_seeds": "lower", "margin_se": "lower", "min_steps": "lower"}
 READS = ("events", "exit", "argv")
 
-# What two arms may differ in: the treatment itself and where each writes.
+# Two arms may differ in the treatment itself and in where each writes.
 _TREATMENT_KEYS = ("alpha", "out", "events")
 
 
@@ -53,7 +51,7 @@ def _ends(run: RawRun, metric: str) -> tuple[float, float] | None:
 
 
 def _budget(run: RawRun) -> JsonRecord:
-    """Return what must be equal between paired arms: from outside (argv) and from the events."""
+    """Return what must be equal between paired arms, from outside (argv) and from the events."""
     plan = run.event("run_plan") or {}
     words = [str(word) for word in run.argv["argv"]]
     kept = [

@@ -1,4 +1,4 @@
-"""What a check returns, and what every check does first: choose its run, see that it completed."""
+"""What a check returns, the reasons it may give, and the choice of the run that it looks at."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,8 @@ from q4kd.harness.records.raw_run import RawRun
 from q4kd.trainer.errors import InputError
 
 Verdict = Literal["corroborated", "falsified", "inconclusive"]
-# What was changed and the changed observation: the judgement of it must not be "corroborated".
+# What was changed, and the changed observation, whose judgement must not be "corroborated".
 Mutation: TypeAlias = tuple[str, JsonRecord]
-
-ARM_PARAM = {"type": "string", "description": "Which arm of the experiment; may be left out when it has one run."}
 
 # What a check may declare in READS: properties of RawRun, and its arrays.
 READABLE = ("argv", "stdout", "stderr", "events", "memory", "exit", "facts", "arrays")
@@ -102,32 +100,8 @@ def pick_run(runs: Mapping[str, RawRun], arm: str | None) -> RawRun:
     for name, run in runs.items():
         if arm is not None and name.partition(".")[2] == arm:
             return run
-    raise InputError(
-        "evidence",
-        expected=f"a run of arm {arm!r}" if arm else "one run, or params.arm",
-        got=", ".join(sorted(runs)) or "none",
-        remedy="check params.arm against the experiment's arms",
-    )
-
-
-def completion(run: RawRun) -> dict[str, object]:
-    """Return ``{"completed", "cause", "returncode"}``; completed means exit code 0 and a ``done`` event."""
-    normal = run.ending == {"cause": "exited", "returncode": 0}
-    return {"completed": normal and run.event("done") is not None, **run.ending}
-
-
-def describe_exit(ending: JsonRecord) -> str:
-    """Say how a run ended, in words."""
-    return f"ended: {str(ending['cause']).replace('_', ' ')}, exit code {ending['returncode']}"
-
-
-def baseline_rss(run: RawRun) -> float | None:
-    """Return the resident bytes last sampled before the imports were done (None when there is no such sample)."""
-    marker = run.event("imports_done")
-    if marker is None:
-        return None
-    before = [float(sample["rss"]) for sample in run.memory if sample["t"] <= marker["t"]]
-    return before[-1] if before else None
+    expected, got = f"a run of arm {arm!r}" if arm else "one run, or params.arm", ", ".join(sorted(runs)) or "none"
+    raise InputError("evidence", expected=expected, got=got, remedy="check params.arm against the experiment's arms")
 
 
 def just_over(limit: float) -> float:

@@ -8,21 +8,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import ARRAY_PARAM, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "latency"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["array", "max_s"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
-        "max_s": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median allowed, in seconds."},
-    },
-}
+PARAMS = arm_params(
+    ["array", "max_s"],
+    array=ARRAY_PARAM,
+    max_s={"type": "number", "exclusiveMinimum": 0, "description": "Largest median allowed, in seconds."},
+)
 DIRECTIONS = {"max_s": "upper"}
 READS = ("arrays", "exit")
 TIME_BOUNDS = {"max_s": "seconds"}
@@ -32,11 +28,7 @@ _CLOCK_S = 1e-3
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the times to their median and spread, and compare their clock with the supervisor's."""
     run = pick_run(runs, params.get("arm"))
-    observation: dict[str, object] = {
-        **run.ending,
-        "same_boot": run.same_boot,
-        "count": 0,
-    }
+    observation: dict[str, object] = {**run.ending, "same_boot": run.same_boot, "count": 0}
     if f"arrays/{params['array']}.npz" not in run.store.names():
         return observation
     arrays = run.array(params["array"])
@@ -60,7 +52,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median over the bound; inconclusive for times that overlap or lie outside the run."""
+    """A median over the bound falsifies the claim; times that overlap or lie outside the run are inconclusive."""
     limit = float(params["max_s"])
     bound = f"median ≤ {limit:g} s"
     if not observation["same_boot"]:

@@ -3,30 +3,25 @@
 Where a control arm is named, one that does what the line announces, its log must have one of the lines: when the
 program says it in other words, nothing is learnt from their absence.
 
-A pattern is a list of fragments that must all occur in one line, in any case. No check takes a
-regular expression: matching fragments is linear in the log, whatever a contract asks for.
+A pattern is a list of fragments that must all occur in one line, in any case. No check takes a regular expression:
+matching fragments is linear in the log, whatever a contract asks for.
 """
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import FRAGMENTS, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "log_absent"
-_FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["absent", "completion", "known_positive"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "absent": {"type": "array", "minItems": 1, "items": _FRAGMENTS, "description": "Patterns that must not occur."},
-        "completion": _FRAGMENTS | {"description": "A line that only a complete run prints."},
-        "known_positive": _FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
-        "control": {"type": "string", "description": "An arm whose log must have one of the absent lines."},
-    },
-}
+PARAMS = arm_params(
+    ["absent", "completion", "known_positive"],
+    absent={"type": "array", "minItems": 1, "items": FRAGMENTS, "description": "Patterns that must not occur."},
+    completion=FRAGMENTS | {"description": "A line that only a complete run prints."},
+    known_positive=FRAGMENTS | {"description": "A line that must occur, to show that this log would tell."},
+    control={"type": "string", "description": "An arm whose log must have one of the absent lines."},
+)
 DIRECTIONS = {"absent": "lower"}
 READS = ("stdout", "stderr")
 
@@ -62,7 +57,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a hit; inconclusive unless both markers are there, and the line is in the control's log."""
+    """A hit falsifies the claim, which is inconclusive unless both markers and the control's line are there."""
     bound = f"no line like {' or '.join('…'.join(pattern) for pattern in params['absent'])}"
     measured = f"{observation['hits']} of {observation['lines']} log lines"
     if observation["hits"]:

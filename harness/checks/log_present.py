@@ -7,45 +7,28 @@ compared with the events, which the harness reads apart from the log.
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import (
-    ARM_PARAM,
-    Judgement,
-    Mutation,
-    completion,
-    describe_exit,
-    inconclusive,
-    pick_run,
-)
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import FRAGMENTS, arm_params, closed
+from q4kd.harness.checks.run_facts import completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "log_present"
-_FRAGMENTS = {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "string", "minLength": 2}}
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["lines", "completion"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "lines": {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": 64,
-            "description": "Each pattern and how many lines of stdout must match it.",
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["fragments", "times"],
-                "properties": {"fragments": _FRAGMENTS, "times": {"type": "integer", "minimum": 0}},
-            },
-        },
-        "completion": _FRAGMENTS | {"description": "A line that only a complete run prints."},
-        "losses": {
-            "type": "boolean",
-            "description": "Whether every 'Step N/M: loss: X' line must state the loss of the event of step N.",
-        },
+PARAMS = arm_params(
+    ["lines", "completion"],
+    lines={
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 64,
+        "description": "Each pattern and how many lines of stdout must match it.",
+        "items": closed(["fragments", "times"], fragments=FRAGMENTS, times={"type": "integer", "minimum": 0}),
     },
-}
+    completion=FRAGMENTS | {"description": "A line that only a complete run prints."},
+    losses={
+        "type": "boolean",
+        "description": "Whether every 'Step N/M: loss: X' line must state the loss of the event of step N.",
+    },
+)
 DIRECTIONS: dict[str, str] = {}
 READS = ("stdout", "events", "exit")
 
@@ -94,7 +77,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a count that differs or a loss that is not the event's; inconclusive without a complete log."""
+    """A count that differs or a loss that is not the event's falsifies; without a complete log it is inconclusive."""
     wanted = params["lines"]
     bound = "; ".join(f"{'…'.join(line['fragments'])} x {line['times']}" for line in wanted)
     measured = f"{', '.join(map(str, observation['counts']))} of {observation['lines']} lines"

@@ -3,57 +3,42 @@
 from collections.abc import Mapping
 from itertools import pairwise
 
-from q4kd.harness.checks.judgement import (
-    ARM_PARAM,
-    Judgement,
-    Mutation,
-    baseline_rss,
-    completion,
-    describe_exit,
-    inconclusive,
-    just_over,
-    pick_run,
-)
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import baseline_memory, completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "memory_ceiling"
 MAX_EDGE_S = 0.5
 MAX_GAP_S = 1.0
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["series", "phase", "ceiling"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "series": {
-            "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
-            "description": (
-                "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or taken "
-                "from the machine's MemAvailable since the imports, the only truth where CPU and GPU share memory."
-            ),
-        },
-        "phase": {
-            "type": "array",
-            "items": {"type": "string"},
-            "minItems": 2,
-            "maxItems": 2,
-            "description": "Names of the events between which the ceiling holds.",
-        },
-        "ceiling": {
-            "type": "object",
-            "additionalProperties": False,
-            "description": "bytes, or times x a measured fact, plus a constant.",
-            "properties": {
-                "bytes": {"type": "number", "exclusiveMinimum": 0},
-                "times": {"type": "number", "exclusiveMinimum": 0},
-                "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
-                "plus_bytes": {"type": "number", "minimum": 0, "default": 0},
-            },
-            "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
-        },
+PARAMS = arm_params(
+    ["series", "phase", "ceiling"],
+    series={
+        "enum": ["rss_above_baseline", "rss", "gpu_bytes", "mem_available_drop"],
+        "description": "Bytes: resident on the host, as such or above the baseline after the imports; on the GPU; or "
+        "taken from the machine's MemAvailable since the imports, the only truth where CPU and GPU share memory.",
     },
-}
+    phase={
+        "type": "array",
+        "items": {"type": "string"},
+        "minItems": 2,
+        "maxItems": 2,
+        "description": "Names of the events between which the ceiling holds.",
+    },
+    ceiling={
+        "type": "object",
+        "additionalProperties": False,
+        "description": "bytes, or times x a measured fact, plus a constant.",
+        "properties": {
+            "bytes": {"type": "number", "exclusiveMinimum": 0},
+            "times": {"type": "number", "exclusiveMinimum": 0},
+            "of": {"enum": ["gguf_tensor_bytes", "gguf_file_bytes"]},
+            "plus_bytes": {"type": "number", "minimum": 0, "default": 0},
+        },
+        "oneOf": [{"required": ["bytes"]}, {"required": ["times", "of"]}],
+    },
+)
 DIRECTIONS = {"ceiling.bytes": "upper", "ceiling.times": "upper", "ceiling.plus_bytes": "upper"}
 READS = ("events", "memory", "facts", "exit")
 
@@ -64,11 +49,8 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
     first, last = (run.event(name) for name in params["phase"])
     series = params["series"]
     field = {"gpu_bytes": "gpu_bytes", "mem_available_drop": "mem_available"}.get(series, "rss")
-    baseline: float | None = 0.0
-    if series == "rss_above_baseline":
-        baseline = baseline_rss(run)
-    elif series == "mem_available_drop":
-        baseline = _available_before(run)
+    relative = series in ("rss_above_baseline", "mem_available_drop")
+    baseline = baseline_memory(run, field) if relative else 0.0
     observation: dict[str, object] = completion(run) | {"baseline": baseline, "samples": 0}
     fact = params["ceiling"].get("of")
     observation["of_bytes"] = run.facts.get(fact) if fact else None
@@ -92,17 +74,6 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
     }
 
 
-def _available_before(run: RawRun) -> float | None:
-    """Return the machine's MemAvailable last sampled before the imports were done."""
-    marker = run.event("imports_done")
-    before = [
-        float(sample["mem_available"])
-        for sample in run.memory
-        if marker is not None and sample["t"] <= marker["t"] and sample.get("mem_available") is not None
-    ]
-    return before[-1] if before else None
-
-
 def _peak(values: list[float], baseline: float, field: str) -> float:
     return baseline - min(values) if field == "mem_available" else max(values) - baseline
 
@@ -116,7 +87,7 @@ def _ceiling(observation: JsonRecord, ceiling: JsonRecord) -> float | None:
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by any sample over the ceiling; corroborated only when samples span the phase."""
+    """Any sample over the ceiling falsifies the claim; only samples that span the phase corroborate it."""
     limit = _ceiling(observation, params["ceiling"])
     bound = f"≤ {limit / 1e6:.1f} MB" if limit else "unknown: the fact it refers to was not measured"
     if limit is None:

@@ -9,30 +9,24 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.params import ARRAY_PARAM, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "parity"
 METRICS = ("relative_frobenius", "cosine", "max_abs", "bit_equal")
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["array", "metric"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
-        "metric": {"enum": list(METRICS), "description": "Computed for each row; the worst row counts."},
-        "max": {"type": "number", "minimum": 0, "description": "Largest value allowed (relative_frobenius, max_abs)."},
-        "min": {"type": "number", "maximum": 1, "description": "Smallest value allowed (cosine)."},
-    },
+PARAMS = arm_params(
+    ["array", "metric"],
+    array=ARRAY_PARAM,
+    metric={"enum": list(METRICS), "description": "Computed for each row; the worst row counts."},
+    max={"type": "number", "minimum": 0, "description": "Largest value allowed (relative_frobenius, max_abs)."},
+    min={"type": "number", "maximum": 1, "description": "Smallest value allowed (cosine)."},
+) | {
     "allOf": [
         {"if": {"properties": {"metric": {"const": "cosine"}}}, "then": {"required": ["min"]}},
-        {
-            "if": {"properties": {"metric": {"enum": ["relative_frobenius", "max_abs"]}}},
-            "then": {"required": ["max"]},
-        },
-    ],
+        {"if": {"properties": {"metric": {"enum": ["relative_frobenius", "max_abs"]}}}, "then": {"required": ["max"]}},
+    ]
 }
 DIRECTIONS = {"max": "upper", "min": "lower"}
 READS = ("facts", "arrays", "exit")
@@ -95,7 +89,7 @@ def _bound(params: JsonRecord) -> str:
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by one row out of bounds, another shape, or a value that is not finite."""
+    """One row out of bounds, another shape, or a value that is not finite falsifies the claim."""
     bound, metric = _bound(params), params["metric"]
     ended = f"run ended: {observation['cause']}, exit code {observation['returncode']}"
     if not observation["subject_source"] or not observation["reference_source"]:

@@ -9,23 +9,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, just_under, pick_run
+from q4kd.harness.checks.params import ARRAY_PARAM, arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "ratio"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["array"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "array": {"type": "string", "pattern": "^[a-z0-9_-]{1,40}$", "description": "Name of the npz in arrays/."},
-        "max": {"type": "number", "exclusiveMinimum": 0, "description": "Largest median ratio allowed."},
-        "min": {"type": "number", "exclusiveMinimum": 0, "description": "Smallest median ratio allowed."},
-    },
-    "oneOf": [{"required": ["max"]}, {"required": ["min"]}],
-}
+PARAMS = arm_params(
+    ["array"],
+    array=ARRAY_PARAM,
+    max={"type": "number", "exclusiveMinimum": 0, "description": "Largest median ratio allowed."},
+    min={"type": "number", "exclusiveMinimum": 0, "description": "Smallest median ratio allowed."},
+) | {"oneOf": [{"required": ["max"]}, {"required": ["min"]}]}
 DIRECTIONS = {"max": "upper", "min": "lower"}
 READS = ("arrays", "exit")
 _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
@@ -34,11 +29,7 @@ _KEYS = ("numerator", "denominator", "numerator_start", "denominator_start")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Reduce the pairs to their ratios and their order in time."""
     run = pick_run(runs, params.get("arm"))
-    observation: dict[str, object] = {
-        **run.ending,
-        "same_boot": run.same_boot,
-        "pairs": 0,
-    }
+    observation: dict[str, object] = {**run.ending, "same_boot": run.same_boot, "pairs": 0}
     if f"arrays/{params['array']}.npz" not in run.store.names():
         return observation
     arrays = run.array(params["array"])
@@ -63,7 +54,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a median on the wrong side of the bound; inconclusive for pairs that were not interleaved."""
+    """A median on the wrong side of the bound falsifies the claim; pairs that were not interleaved are inconclusive."""
     upper = "max" in params
     limit = float(params["max"] if upper else params["min"])
     bound = f"median ratio {'≤' if upper else '≥'} {limit:g}"

@@ -5,26 +5,17 @@ The run leaves ``facts.cases``: ``[{"case", "error": type name or null, "message
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "rejects"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["error", "cases"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "error": {"type": "string", "description": "Type name of the error that every case must raise."},
-        "cases": {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "string"},
-            "description": "Cases that must be there.",
-        },
-    },
-}
+PARAMS = arm_params(
+    ["error", "cases"],
+    error={"type": "string", "description": "Type name of the error that every case must raise."},
+    cases={"type": "array", "minItems": 1, "items": {"type": "string"}, "description": "Cases that must be there."},
+)
 DIRECTIONS = {"cases": "lower"}
 READS = ("facts", "exit")
 
@@ -32,14 +23,11 @@ READS = ("facts", "exit")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded cases."""
     run = pick_run(runs, params.get("arm"))
-    return {
-        "cases": list(run.facts.get("cases") or []),
-        **run.ending,
-    }
+    return {"cases": list(run.facts.get("cases") or []), **run.ending}
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a case that passed or raised something else; inconclusive when the twin was refused too."""
+    """A case that passed or raised something else falsifies; with a twin that was refused too it is inconclusive."""
     cases = {str(case["case"]): case for case in observation["cases"]}
     bound = f"{', '.join(params['cases'])}: each {params['error']}, its twin accepted"
     refused = [case for case in cases.values() if case["error"] == params["error"]]

@@ -6,68 +6,42 @@ The teacher's account alone proves nothing: a fault may dequantise and keep sile
 from collections.abc import Mapping
 from functools import partial
 
-from q4kd.harness.checks.judgement import (
-    ARM_PARAM,
-    Judgement,
-    Mutation,
-    baseline_rss,
-    completion,
-    describe_exit,
-    inconclusive,
-    just_over,
-    pick_run,
-)
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, just_over, pick_run
+from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import baseline_memory, completion, describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "residency"
 MAX_EDGE_S = 0.5
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["max_dense_bytes", "max_ratio", "outside"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "max_dense_bytes": {
-            "type": "integer",
-            "minimum": 0,
-            "description": "Decoded bytes of K-quant tensors allowed.",
-        },
-        "max_ratio": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Resident bytes / tensor bytes of the file.",
-        },
-        "outside": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["times", "plus_bytes"],
-            "description": "The process may grow, after its imports, by times x tensor bytes + plus_bytes.",
-            "properties": {
-                "times": {"type": "number", "exclusiveMinimum": 0},
-                "plus_bytes": {"type": "number", "minimum": 0},
-                "until": {
-                    "type": "string",
-                    "pattern": "^[a-z_]{1,40}$",
-                    "description": "Event after which growth no longer counts; without it the end of the run.",
-                },
+PARAMS = arm_params(
+    ["max_dense_bytes", "max_ratio", "outside"],
+    max_dense_bytes={"type": "integer", "minimum": 0, "description": "Decoded bytes of K-quant tensors allowed."},
+    max_ratio={"type": "number", "exclusiveMinimum": 0, "description": "Resident bytes / tensor bytes of the file."},
+    outside={
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["times", "plus_bytes"],
+        "description": "The process may grow, after its imports, by times x tensor bytes + plus_bytes.",
+        "properties": {
+            "times": {"type": "number", "exclusiveMinimum": 0},
+            "plus_bytes": {"type": "number", "minimum": 0},
+            "until": {
+                "type": "string",
+                "pattern": "^[a-z_]{1,40}$",
+                "description": "Event after which growth no longer counts; without it the end of the run.",
             },
         },
     },
-}
-DIRECTIONS = {
-    "max_dense_bytes": "upper",
-    "max_ratio": "upper",
-    "outside.times": "upper",
-    "outside.plus_bytes": "upper",
-}
+)
+DIRECTIONS = {"max_dense_bytes": "upper", "max_ratio": "upper", "outside.times": "upper", "outside.plus_bytes": "upper"}
 READS = ("events", "memory", "facts", "exit")
 
 
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Put the teacher's account, the harness's reading of the file and the outside samples side by side."""
     run = pick_run(runs, params.get("arm"))
-    ready, baseline = run.event("teacher_ready"), baseline_rss(run)
+    ready, baseline = run.event("teacher_ready"), baseline_memory(run)
     after = [sample for sample in run.memory if ready and sample["t"] >= ready["t"]]
     # As a process ends, libraries touch pages of their own files: 100 MB of them in some runs, none in others.
     last = run.event(params["outside"].get("until", ""))
@@ -89,7 +63,7 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by dense bytes, by a type that is not held as the file holds it, or by growth seen from outside."""
+    """Dense bytes, a type that is not held as in the file, or growth seen from outside falsify the claim."""
     tensor_bytes, held = observation["tensor_bytes"], observation["resident_bytes"]
     bound = (
         f"≤ {params['max_dense_bytes']} dense bytes, ≤ {params['max_ratio']} x the file's tensors, "

@@ -6,21 +6,18 @@ The step counter is the program's word; the harness's own reading of the last ch
 from collections.abc import Mapping
 from functools import partial
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import arm_params
+from q4kd.harness.checks.run_facts import describe_exit
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "survives"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["steps", "checkpoint"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "steps": {"type": "integer", "minimum": 1, "description": "Optimiser steps that must be completed."},
-        "checkpoint": {"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
-    },
-}
+PARAMS = arm_params(
+    ["steps", "checkpoint"],
+    steps={"type": "integer", "minimum": 1, "description": "Optimiser steps that must be completed."},
+    checkpoint={"type": "boolean", "description": "Whether a checkpoint of the last step must have been left."},
+)
 DIRECTIONS = {"steps": "lower", "checkpoint": "lower"}
 READS = ("events", "exit", "facts")
 
@@ -41,10 +38,9 @@ def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: in
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by a missing step, another end than exit 0, or a checkpoint that tells another story."""
+    """A missing step, another end than exit 0, or a checkpoint that disagrees falsifies the claim."""
     wanted = params["steps"]
-    cause = str(observation["cause"]).replace("_", " ")
-    ended = f"{cause}, exit code {observation['returncode']}"
+    ended = describe_exit(observation).removeprefix("ended: ")
     measured = f"{observation['steps']} steps, {ended}"
     bound = f"{wanted} steps, exit 0" + (", a checkpoint of the last" if params["checkpoint"] else "")
     refuted = partial(Judgement.falsified, measured, bound)

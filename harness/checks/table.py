@@ -2,26 +2,22 @@
 
 from collections.abc import Mapping
 
-from q4kd.harness.checks.judgement import ARM_PARAM, Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.judgement import Judgement, Mutation, inconclusive, pick_run
+from q4kd.harness.checks.params import arm_params
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 
 NAME = "table"
-PARAMS: JsonRecord = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["table", "expected"],
-    "properties": {
-        "arm": ARM_PARAM,
-        "table": {"type": "string", "description": "Name of the table in facts.tables."},
-        "expected": {
-            "type": "object",
-            "minProperties": 1,
-            "additionalProperties": {"type": ["string", "integer", "boolean"]},
-            "description": "Every entry and its value.",
-        },
+PARAMS = arm_params(
+    ["table", "expected"],
+    table={"type": "string", "description": "Name of the table in facts.tables."},
+    expected={
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": {"type": ["string", "integer", "boolean"]},
+        "description": "Every entry and its value.",
     },
-}
+)
 DIRECTIONS: dict[str, str] = {}
 READS = ("facts", "exit")
 
@@ -29,14 +25,11 @@ READS = ("facts", "exit")
 def extract(runs: Mapping[str, RawRun], params: JsonRecord, min_observations: int) -> JsonRecord:
     """Return the recorded table."""
     run = pick_run(runs, params.get("arm"))
-    return {
-        "table": run.facts.get("tables", {}).get(params["table"]),
-        **run.ending,
-    }
+    return {"table": run.facts.get("tables", {}).get(params["table"]), **run.ending}
 
 
 def judge(observation: JsonRecord, params: JsonRecord, min_observations: int) -> Judgement:
-    """Falsified by the first entry that differs, is missing or is extra."""
+    """The first entry that differs, is missing or is extra falsifies the claim."""
     expected, table = params["expected"], observation["table"]
     bound = f"{len(expected)} entries as expected"
     if table is None:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q4kd.harness.cli.help import Commands
+from q4kd.harness.cli.help import Commands, add_contracts, add_path
 from q4kd.trainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,21 +34,20 @@ def add_commands(subparsers: Commands) -> None:
     validate.set_defaults(run=_validate)
     show = commands.add_parser("show", help="print a contract's claims, or those of one claim id")
     show.add_argument("name", metavar="NAME", help="a contract's name, or contract::id")
-    show.add_argument("--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)")
+    add_contracts(show)
     show.set_defaults(run=_show)
     diff = commands.add_parser(
         "diff",
         help="name every claim added or removed and every bound that moved",
         description="Exit 1 when anything was loosened: a bound, a check, a fault, the scope, or a claim removed.",
     )
-    diff.add_argument("old", type=Path, metavar="OLD", help="contract file or folder")
-    diff.add_argument("new", type=Path, metavar="NEW", help="contract file or folder")
+    add_path(diff, "old", "OLD", "contract file or folder")
+    add_path(diff, "new", "NEW", "contract file or folder")
     diff.set_defaults(run=_diff)
     schema = commands.add_parser(
-        "schema",
-        help="print the JSON Schema for editors, with the checks, experiments and faults registered here",
+        "schema", help="print the JSON Schema for editors, with the checks, experiments and faults registered here"
     )
-    schema.add_argument("--out", type=Path, metavar="FILE", help="write it there instead, whole or not at all")
+    add_path(schema, "--out", "FILE", "write it there instead, whole or not at all")
     schema.set_defaults(run=_schema)
 
 
@@ -63,25 +62,29 @@ def console() -> "Console":
 def load_paths(paths: list[Path]) -> "list[Contract]":
     """Load contract files and folders of them; claims must be unique over the whole set (InputError)."""
     from q4kd.harness.claims.contract import check_identities, load_contract
+
+    return check_identities([load_contract(file) for file in _files(paths)])
+
+
+def _files(paths: list[Path]) -> list[Path]:
     from q4kd.harness.claims.folder import contract_files
 
-    files = [file for path in paths for file in (contract_files(path) if path.is_dir() else [path])]
-    return check_identities([load_contract(file) for file in dict.fromkeys(files)])
+    return list(dict.fromkeys(file for path in paths for file in (contract_files(path) if path.is_dir() else [path])))
 
 
 def _validate(args: argparse.Namespace) -> int:
     from q4kd.harness.claims.contract import check_identities, load_contract
-    from q4kd.harness.claims.folder import contract_files, known_profiles
+    from q4kd.harness.claims.folder import known_profiles
     from q4kd.harness.claims.profile import load_profiles
     from q4kd.harness.claims.rules import registered_names
 
     out = console()
     names = registered_names()
-    files = [file for path in args.paths for file in (contract_files(path) if path.is_dir() else [path])]
+    files = _files(args.paths)
     folders = {file.parent: known_profiles(file.parent) for file in files}
     contracts: dict[Path, list[Contract]] = {folder: [] for folder in folders}
     failed = infeasible = 0
-    for file in dict.fromkeys(files):
+    for file in files:
         try:
             contracts[file.parent].append(load_contract(file, names, folders[file.parent]))
         except InputError as error:  # every broken file is named, not only the first
@@ -102,12 +105,9 @@ def _validate(args: argparse.Namespace) -> int:
     if failed or infeasible:
         return 2
     if not claims:
-        raise InputError(
-            ", ".join(map(str, args.paths)),
-            expected="at least one claim",
-            got="none",
-            remedy="write entries under falsification_tests; a set without claims would pass everything",
-        )
+        paths = ", ".join(map(str, args.paths))
+        remedy = "write entries under falsification_tests; a set without claims would pass everything"
+        raise InputError(paths, expected="at least one claim", got="none", remedy=remedy)
     return 0
 
 
@@ -127,29 +127,24 @@ def _audit(out: "Console", contract: "Contract", profiles: "list[Profile]") -> i
             where = f"{contract.path}:{claim.line}: {claim.id} on {found.profile}"
             if found.outcome == "infeasible" and contract.status == "active":
                 infeasible += 1
-                _complain(
-                    InputError(
-                        where,
-                        expected="a time that this machine's measured rooflines allow",
-                        got=f"an infeasible one: {found.arithmetic}",
-                        remedy="restate the bound from the roofline, or demote the contract",
-                    )
-                )
+                expected = "a time that this machine's measured rooflines allow"
+                remedy = "restate the bound from the roofline, or demote the contract"
+                got = f"an infeasible one: {found.arithmetic}"
+                _complain(InputError(where, expected=expected, got=got, remedy=remedy))
             elif found.outcome != "feasible":
                 out.print(f"warning: {where}: feasibility {found.outcome}: {found.arithmetic}", style="yellow")
     return infeasible
 
 
 def _counts(contracts: "list[Contract]", claims: "list[Claim]", failed: int, infeasible: int) -> str:
+    from q4kd.harness.report.verdict import counted
+
     executable = sum(claim.falsifier is not None for claim in claims)
     statuses = Counter(contract.status for contract in contracts)
-    shown = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-    return (
-        f"{len(contracts)} contract{'' if len(contracts) == 1 else 's'} ({shown or 'none'}), "
-        f"{len(claims)} claim{'' if len(claims) == 1 else 's'}: "
-        f"{executable} executable, {len(claims) - executable} prose; {failed} failed to load"
-        + (f"; {infeasible} infeasible" if infeasible else "")
-    )
+    shown = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none"
+    kinds = f"{executable} executable, {len(claims) - executable} prose; {failed} failed to load"
+    said = f"{counted(len(contracts), 'contract')} ({shown}), {counted(len(claims), 'claim')}: {kinds}"
+    return f"{said}; {infeasible} infeasible" if infeasible else said
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -164,9 +159,8 @@ def _show(args: argparse.Namespace) -> int:
     claims = [claim for claim in contract.claims if not claim_id or claim.id == claim_id] if contract else []
     if contract is None or (claim_id and not claims):
         known = [claim.key for claim in contract.claims] if contract else [found.name for found in contracts]
-        raise InputError(
-            args.name, expected=f"one of {', '.join(known)}", got="no such contract or claim", remedy="name one of them"
-        )
+        expected, remedy = f"one of {', '.join(known)}", "name one of them"
+        raise InputError(args.name, expected=expected, got="no such contract or claim", remedy=remedy)
     out = console()
     superseded = f", superseded by {contract.superseded_by}" if contract.superseded_by else ""
     # What a file says may hold control characters, which must not reach a terminal.

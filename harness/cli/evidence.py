@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from q4kd.harness.cli.help import Commands
+from q4kd.harness.cli.help import Commands, add_path
 from q4kd.trainer.errors import InputError
 
 # A damaged bundle may have thousands of problems; a screen of them says as much.
@@ -21,8 +21,8 @@ def add_commands(subparsers: Commands) -> None:
         help="draw every verdict again from the raw files",
         description="Exit 0: consistent; 1: something does not match; 2: cannot be verified by this version.",
     )
-    verify.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz")
-    verify.add_argument("--contracts", type=Path, metavar="DIR", help="the contracts it should have been judged by")
+    add_path(verify, "bundle", "BUNDLE", "bundle folder or .tar.gz")
+    add_path(verify, "--contracts", "DIR", "the contracts it should have been judged by")
     verify.add_argument(
         "--public-key",
         type=Path,
@@ -38,27 +38,25 @@ def add_commands(subparsers: Commands) -> None:
         description="Writes a DSSE envelope over the manifest, so over every file. A key: `openssl genpkey -algorithm "
         "ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out key.pub`, or `ssh-keygen -t ed25519`.",
     )
-    sign.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz, signed in place")
+    add_path(sign, "bundle", "BUNDLE", "bundle folder or .tar.gz, signed in place")
     sign.add_argument(
         "--key", type=Path, required=True, metavar="KEY.pem", help="Ed25519 private key without a passphrase"
     )
     sign.set_defaults(run=_sign)
     report = commands.add_parser("report", help="render a bundle's report from its raw files")
-    report.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .tar.gz")
+    add_path(report, "bundle", "BUNDLE", "bundle folder or .tar.gz")
     report.add_argument(
         "--format", choices=("html", "md"), default="html", help="a page, or Markdown for a pull request's comment"
     )
-    report.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write it (default: BUNDLE-report.html; Markdown is printed)"
-    )
+    add_path(report, "--out", "FILE", "where to write it (default: BUNDLE-report.html; Markdown is printed)")
     report.set_defaults(run=_report)
     diff = commands.add_parser(
         "diff",
         help="verdicts that flipped, measurements that moved, bounds that were loosened",
         description="Exit 1 when B is worse than A: a verdict got worse, a claim was lost, or a bound was loosened.",
     )
-    diff.add_argument("old", type=Path, metavar="A", help="bundle folder or .tar.gz")
-    diff.add_argument("new", type=Path, metavar="B", help="bundle folder or .tar.gz")
+    add_path(diff, "old", "A", "bundle folder or .tar.gz")
+    add_path(diff, "new", "B", "bundle folder or .tar.gz")
     diff.set_defaults(run=_diff)
     index = commands.add_parser(
         "index",
@@ -66,8 +64,8 @@ def add_commands(subparsers: Commands) -> None:
         description="One page for each profile with trends, verdict history and loosened bounds; a report for each "
         "bundle. The exit code says whether the site was written.",
     )
-    index.add_argument("folder", type=Path, metavar="DIR", help="folder of bundles: folders or .tar.gz")
-    index.add_argument("--out", type=Path, metavar="SITE", help="folder to write it to (default: DIR)")
+    add_path(index, "folder", "DIR", "folder of bundles: folders or .tar.gz")
+    add_path(index, "--out", "SITE", "folder to write it to (default: DIR)")
     index.set_defaults(run=_index)
 
 
@@ -109,9 +107,8 @@ def _report(args: argparse.Namespace) -> int:
     # Beside the bundle, not inside it: the bundle is sealed.
     target = args.out or bundle.parent / f"{stem}-report.html"
     if not target.parent.is_dir():
-        raise InputError(
-            str(target), expected="an existing folder", got="none", remedy="create it or choose another --out"
-        )
+        remedy = "create it or choose another --out"
+        raise InputError(str(target), expected="an existing folder", got="none", remedy=remedy)
     if args.format == "md":
         from q4kd.harness.report.markdown import render_markdown
 
@@ -166,9 +163,8 @@ def _index(args: argparse.Namespace) -> int:
     from q4kd.harness.report.site import write_site
 
     if not args.folder.is_dir():
-        raise InputError(
-            str(args.folder), expected="a folder of bundles", got="no such folder", remedy="name the folder they lie in"
-        )
+        remedy = "name the folder they lie in"
+        raise InputError(str(args.folder), expected="a folder of bundles", got="no such folder", remedy=remedy)
     site = args.out or args.folder
     count, unreadable = write_site(args.folder, site)
     print(f"{site / 'index.html'}: {count} bundles" + (f", {unreadable} unreadable" if unreadable else ""))

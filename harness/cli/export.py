@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q4kd.harness.cli.help import Commands
+from q4kd.harness.cli.help import Commands, add_path
 from q4kd.trainer.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_commands(subparsers: Commands) -> None:
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("source", type=Path, metavar="RUN", help="run folder, or Hugging Face model folder")
+    add_path(export, "source", "RUN", "run folder, or Hugging Face model folder")
     export.add_argument("--format", choices=("hf", "gguf"), required=True, help="what to write")
     export.add_argument(
         "--quantize",
@@ -41,38 +41,25 @@ def add_commands(subparsers: Commands) -> None:
         metavar="TYPE",
         help=f"one of {', '.join(_TYPES)}; default: f16 for gguf, as stored for hf (which takes {', '.join(_DENSE)})",
     )
-    export.add_argument(
-        "--out", type=Path, metavar="PATH", help="file or folder to write (default: RUN-TYPE.gguf or RUN-hf)"
-    )
+    add_path(export, "--out", "PATH", "file or folder to write (default: RUN-TYPE.gguf or RUN-hf)")
     export.add_argument(
         "--checkpoint",
         metavar="NAME",
         help="best (by the run's best_metric, held out), last, or a name like step-000120 (default: the final model)",
     )
-    export.add_argument(
-        "--student", type=Path, metavar="DIR", help="the run's student folder, if it is no longer where it was"
-    )
-    export.add_argument(
-        "--bundle", type=Path, metavar="BUNDLE", help="evidence bundle, folder or .tar.gz, that the model card cites"
-    )
+    add_path(export, "--student", "DIR", "the run's student folder, if it is no longer where it was")
+    add_path(export, "--bundle", "BUNDLE", "evidence bundle, folder or .tar.gz, that the model card cites")
     export.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.format == "hf" and args.quantize not in (None, *_DENSE):
-        raise InputError(
-            f"--quantize {args.quantize}",
-            expected=f"{', '.join(_DENSE)} for --format hf",
-            got=args.quantize,
-            remedy="use --format gguf for quantised weights",
-        )
+        subject, expected = f"--quantize {args.quantize}", f"{', '.join(_DENSE)} for --format hf"
+        remedy = "use --format gguf for quantised weights"
+        raise InputError(subject, expected=expected, got=args.quantize, remedy=remedy)
     if args.format == "gguf" and args.bundle is not None:
-        raise InputError(
-            "--bundle",
-            expected="--format hf, whose model card cites it",
-            got="--format gguf",
-            remedy="leave it out, or export a Hugging Face folder too",
-        )
+        expected, remedy = "--format hf, whose model card cites it", "leave it out, or export a Hugging Face folder too"
+        raise InputError("--bundle", expected=expected, got="--format gguf", remedy=remedy)
     evidence = None if args.bundle is None else read_evidence(args.bundle)
 
     from q4kd.trainer.export.run_record import find_source
@@ -89,23 +76,18 @@ def _export(args: argparse.Namespace) -> int:
             return _export_gguf(source, out, recipe)
         return _export_hf(source, out, args.quantize, evidence)
     except OSError as error:
-        raise InputError(
-            f"--out {out}",
-            expected="a writable folder with room for the model",
-            got=str(error.strerror or error),
-            remedy="choose another folder, or make room",
-        ) from error
+        expected, got = "a writable folder with room for the model", str(error.strerror or error)
+        remedy = "choose another folder, or make room"
+        raise InputError(f"--out {out}", expected=expected, got=got, remedy=remedy) from error
 
 
 def _refuse_existing(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise InputError(
-            f"--out {out}", expected="a name that is free", got="something there", remedy="choose another, or remove it"
-        )
+        remedy = "choose another, or remove it"
+        raise InputError(f"--out {out}", expected="a name that is free", got="something there", remedy=remedy)
     if not out.parent.is_dir():
-        raise InputError(
-            f"--out {out}", expected=f"the folder {out.parent}", got="none", remedy="make it, or choose another"
-        )
+        remedy = "make it, or choose another"
+        raise InputError(f"--out {out}", expected=f"the folder {out.parent}", got="none", remedy=remedy)
 
 
 def _export_hf(source: "ExportSource", out: Path, dtype: str | None, evidence: "Evidence | None") -> int:
@@ -140,12 +122,8 @@ def _notes(record: "RunRecord | None") -> dict[str, str | int]:
 
     notes: dict[str, str | int] = {"q4kd.version": program_version()}
     if record is not None:
-        found = {
-            "q4kd.teacher.file": record.teacher.get("file"),
-            "q4kd.teacher.sha256": record.teacher.get("sha256"),
-            "q4kd.data.sha256": record.data_sha256,
-            "q4kd.step": record.step,
-        }
+        found = {f"q4kd.teacher.{key}": record.teacher.get(key) for key in ("file", "sha256")}
+        found |= {"q4kd.data.sha256": record.data_sha256, "q4kd.step": record.step}
         notes |= {key: value for key, value in found.items() if value is not None}
     return notes
 
@@ -178,20 +156,17 @@ def read_evidence(bundle: Path) -> "Evidence":
     store = snapshot(open_store(bundle), str(bundle))
     result = verify_store(store)
     if result.status != "consistent":
-        raise InputError(
-            f"--bundle {bundle}",
-            expected="a bundle that verifies",
-            got=f"{result.status}: {result.problems[0] if result.problems else ''}",
-            remedy="see q4kd evidence verify",
-        )
+        got, remedy = f"{result.status}: {next(iter(result.problems), '')}", "see q4kd evidence verify"
+        raise InputError(f"--bundle {bundle}", expected="a bundle that verifies", got=got, remedy=remedy)
     findings, environment = read_findings(store), read_object(store, "environment.json")
+    verdicts = [
+        (row.key, row.verdict, "; ".join(check.measured or "" for check in row.checks)) for row in findings.rows
+    ]
     return Evidence(
         bundle=bundle.resolve().name,
         profile=findings.profile,
         commit=str(environment.get("commit") or "unknown"),
         headline=result.headline or "",
         caveats=result.caveats,
-        verdicts=[
-            (row.key, row.verdict, "; ".join(check.measured or "" for check in row.checks)) for row in findings.rows
-        ],
+        verdicts=verdicts,
     )

@@ -1,9 +1,8 @@
 """The commands ``q4kd falsify``, ``q4kd sabotage`` and ``q4kd doctor``."""
 
 import argparse
-from pathlib import Path
 
-from q4kd.harness.cli.help import Commands
+from q4kd.harness.cli.help import Commands, add_contracts, add_path, add_profile
 
 
 def add_commands(subparsers: Commands) -> None:
@@ -14,19 +13,11 @@ def add_commands(subparsers: Commands) -> None:
         description="Exit 1: a required claim is falsified; else 2: one is inconclusive, or none ran; else 0.",
     )
     _shared(falsify)
-    falsify.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the bundle (default: a new one in bundles/)"
-    )
+    add_path(falsify, "--out", "DIR", "folder of the bundle (default: a new one in bundles/)")
     falsify.add_argument("--workers", type=_count, default=0, metavar="N", help="parallel processes (default: one)")
-    falsify.add_argument(
-        "--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key (see evidence sign)"
-    )
-    falsify.add_argument(
-        "--inputs", type=Path, metavar="DIR", help="make inputs here and leave them (default: a folder removed later)"
-    )
-    falsify.add_argument(
-        "--waivers", type=Path, metavar="FILE", help="claims that may be inconclusive: claim, owner, reason, expires"
-    )
+    add_path(falsify, "--sign", "KEY.pem", "sign the bundle with this Ed25519 private key (see evidence sign)")
+    add_path(falsify, "--inputs", "DIR", "make inputs here and leave them (default: a folder removed later)")
+    add_path(falsify, "--waivers", "FILE", "claims that may be inconclusive: claim, owner, reason, expires")
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -37,9 +28,7 @@ def add_commands(subparsers: Commands) -> None:
     _shared(sabotage)
     sabotage.add_argument("--changed", action="store_true", help="only faults without a valid kill record")
     sabotage.add_argument("--workers", type=_count, default=1, metavar="N", help="runs at one time (default: one)")
-    sabotage.add_argument(
-        "--work", type=Path, metavar="DIR", help="keep the runs here (default: a folder removed later)"
-    )
+    add_path(sabotage, "--work", "DIR", "keep the runs here (default: a folder removed later)")
     sabotage.set_defaults(run=_sabotage)
 
     doctor = subparsers.add_parser(
@@ -51,14 +40,10 @@ def add_commands(subparsers: Commands) -> None:
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)"
-    )
-    parser.add_argument("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
+    add_contracts(parser)
+    add_profile(parser)
     parser.add_argument("-k", dest="keyword", metavar="EXPR", help="only claims whose contract::id matches")
-    parser.add_argument(
-        "--kills", type=Path, metavar="DIR", help="folder of kill records (default: the installed ones)"
-    )
+    add_path(parser, "--kills", "DIR", "folder of kill records (default: the installed ones)")
     add_given(parser)
 
 

@@ -1,10 +1,11 @@
-"""The first screen of ``q4kd --help``: every command in one line, by what people come for."""
+"""The first screen of ``q4kd --help``, and the arguments that several commands have."""
 
 import argparse
 import re
 import shutil
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # What is not named here is listed last, so that no command is hidden.
@@ -43,6 +44,21 @@ class Commands:
         lines = _COLOUR.sub("", parser.format_help()).splitlines() if parser else []
         given = (line.strip().partition("  ")[0] for line in lines if line.startswith("  -"))
         return [word for invocation in given for word in _OPTION.findall(invocation)]
+
+
+def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
+    """Add an argument or option that is a path, with ``text`` for its help."""
+    parser.add_argument(name, type=Path, metavar=metavar, help=text)
+
+
+def add_contracts(parser: argparse.ArgumentParser) -> None:
+    """Add ``--contracts``."""
+    add_path(parser, "--contracts", "DIR", "folder of contracts (default: the installed ones)")
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add ``--profile``."""
+    parser.add_argument("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
 
 
 def format_commands(description: str, summaries: Mapping[str, str], width: int | None = None) -> str:

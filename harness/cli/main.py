@@ -16,21 +16,15 @@ from q4kd.harness.cli.completion import complete
 from q4kd.harness.cli.help import Commands, format_commands
 from q4kd.trainer.errors import InputError, TrainingAborted
 
+_DESCRIPTION = "Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about it."
 USAGE_EXIT = 2
 DEFECT_EXIT = 3
 INTERRUPTED_EXIT = 130
+_TRAINER = ("teacher", "distill", "cache", "bench", "fidelity")
+_HARNESS = ("falsify", "nightly", "contracts", "evidence", "completion", "export")
 COMMAND_MODULES = (
-    "q4kd.trainer.cli.teacher",
-    "q4kd.trainer.cli.distill",
-    "q4kd.trainer.cli.cache",
-    "q4kd.trainer.cli.bench",
-    "q4kd.trainer.cli.fidelity",
-    "q4kd.harness.cli.falsify",
-    "q4kd.harness.cli.nightly",
-    "q4kd.harness.cli.contracts",
-    "q4kd.harness.cli.evidence",
-    "q4kd.harness.cli.completion",
-    "q4kd.harness.cli.export",
+    *(f"q4kd.trainer.cli.{name}" for name in _TRAINER),
+    *(f"q4kd.harness.cli.{name}" for name in _HARNESS),
 )
 # These may download what --teacher or --student names by its hub id; no other command asks the hub.
 _MAY_DOWNLOAD = ("falsify", "sabotage", "nightly")
@@ -48,11 +42,7 @@ class _CommandLine(_Parser):
     """The parser of ``q4kd`` itself, which lists the commands on one screen."""
 
     def __init__(self) -> None:
-        super().__init__(
-            prog="q4kd",
-            description="Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about "
-            "it.",
-        )
+        super().__init__(prog="q4kd", description=_DESCRIPTION)
         self.add_argument("--version", action="version", version=f"q4kd {_version()}")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.commands = Commands(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from q4kd.harness.cli.help import Commands
+from q4kd.harness.cli.help import Commands, add_contracts, add_path, add_profile
 
 UNITS = ("service", "timer")
 _GB = 10**9
@@ -19,10 +19,8 @@ def add_commands(subparsers: Commands) -> None:
         "finds something missing, or another night is running.",
     )
     nightly.add_argument("--out", type=Path, default=Path("nightly"), metavar="DIR", help="results (default: nightly)")
-    nightly.add_argument("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
-    nightly.add_argument(
-        "--contracts", type=Path, metavar="DIR", help="folder of contracts (default: the installed ones)"
-    )
+    add_profile(nightly)
+    add_contracts(nightly)
     nightly.add_argument(
         "--sabotage",
         choices=("all", "changed", "none"),
@@ -33,7 +31,7 @@ def add_commands(subparsers: Commands) -> None:
     nightly.add_argument(
         "--max-gb", type=_positive, default=5, metavar="GB", help="10^9 bytes of bundles kept (default: 5)"
     )
-    nightly.add_argument("--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key")
+    add_path(nightly, "--sign", "KEY.pem", "sign the bundle with this Ed25519 private key")
     nightly.add_argument("--again", action="store_true", help="begin another night although today's is finished")
     nightly.add_argument("--preflight", action="store_true", help="only say what is missing; exit 1 if anything is")
     nightly.add_argument("--print-unit", choices=UNITS, help="print the systemd unit or its timer, and do nothing else")
@@ -66,24 +64,22 @@ def _nightly(args: argparse.Namespace) -> int:
     if args.preflight:
         existing = next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
         return show(preflight(machine, given, existing))
-    return run_nightly(
-        NightlyOptions(
-            out=args.out,
-            profile=profile,
-            contracts=args.contracts,
-            given=given,
-            faults=args.sabotage,
-            bounds=Bounds(keep=args.keep, max_bytes=args.max_gb * _GB),
-            sign=args.sign,
-            again=args.again,
-        )
+    options = NightlyOptions(
+        out=args.out,
+        profile=profile,
+        contracts=args.contracts,
+        given=given,
+        faults=args.sabotage,
+        bounds=Bounds(keep=args.keep, max_bytes=args.max_gb * _GB),
+        sign=args.sign,
+        again=args.again,
     )
+    return run_nightly(options)
 
 
 def unit_text(kind: str) -> str:
     """Return the shipped systemd ``service`` or ``timer``."""
     import importlib.resources
 
-    return (importlib.resources.files("q4kd.harness.nightly") / "deploy" / f"q4kd-nightly.{kind}").read_text(
-        encoding="utf-8"
-    )
+    deploy = importlib.resources.files("q4kd.harness.nightly") / "deploy"
+    return (deploy / f"q4kd-nightly.{kind}").read_text(encoding="utf-8")

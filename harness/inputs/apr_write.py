@@ -1,13 +1,11 @@
 """Write the model of a GGUF as an .apr file, block for block: what the experiments compare the two containers with.
 
-It shares no table with the trainer's reader: layout, codes and names are written down here a second time, from
+It shares no table with the trainer's reader: layout and codes are written down here a second time, from
 paiml/aprender (crates/apr-format/src/v2/writer.rs and header_impl.rs).
 """
 
 import json
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,25 +16,15 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from q4kd.harness.oracles.reference import HF_NAMES
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import replacing
 
 Names = Literal["huggingface", "gguf"]
 DTYPES = {"F32": 0, "F16": 1, "Q4_K": 12, "Q6_K": 14, "BF16": 30}
 ROW_MAJOR, QUANTIZED, HAS_VOCABULARY = 1024, 32, 512
 _ALIGNMENT = 64
-_HF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_HF_LAYER = {name: module for module, name in HF_NAMES.items()}
 _HF_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -78,7 +66,7 @@ def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Apr
         path: the file to write; an existing one is replaced.
         metadata: the JSON section; NaN and infinities are refused (ValueError).
         tensors: by the name to store; one at a time is read.
-        flags: of the header.
+        flags: flags of the header.
     """
     text = json.dumps(metadata, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     names = sorted(tensors, key=str.encode)
@@ -95,21 +83,14 @@ def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Apr
     reserved = bytes(20)
     header = start + struct.pack("<I", zlib.crc32(start + reserved)) + reserved
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            sections = [memoryview(header), memoryview(text), memoryview(index)]
-            checksum = 0
-            for section in [*sections, *(tensors[name].data.data for name in names)]:
-                for piece in (section, bytes(_padded(section.nbytes) - section.nbytes)):
-                    file.write(piece)
-                    checksum = zlib.crc32(piece, checksum)
-            file.write(struct.pack("<I", checksum))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    sections = [memoryview(header), memoryview(text), memoryview(index)]
+    checksum = 0
+    with replacing(path) as file:
+        for section in [*sections, *(tensors[name].data.data for name in names)]:
+            for piece in (section, bytes(_padded(section.nbytes) - section.nbytes)):
+                file.write(piece)
+                checksum = zlib.crc32(piece, checksum)
+        file.write(struct.pack("<I", checksum))
 
 
 def convert_gguf(source: Path, target: Path, *, names: Names = "huggingface", copy_head: bool = False) -> None:
@@ -118,7 +99,7 @@ def convert_gguf(source: Path, target: Path, *, names: Names = "huggingface", co
     Args:
         source: a GGUF of qwen2, qwen3 or llama with F32, F16, BF16, Q4_K and Q6_K tensors.
         target: the .apr to write.
-        names: of the tensors. The rows of Q and K keep the GGUF's order, and ``rope_type`` says so.
+        names: convention of the tensor names. Q and K keep the GGUF's order of rows, and ``rope_type`` says so.
         copy_head: store a tied head a second time as the output head, as aprender's import does.
 
     Raises:
@@ -130,12 +111,8 @@ def convert_gguf(source: Path, target: Path, *, names: Names = "huggingface", co
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         if kind not in DTYPES:
-            raise InputError(
-                f"{source}: tensor {tensor.name}",
-                expected=", ".join(DTYPES),
-                got=kind,
-                remedy="choose a GGUF whose types .apr can hold",
-            )
+            subject, remedy = f"{source}: tensor {tensor.name}", "choose a GGUF whose types .apr can hold"
+            raise InputError(subject, expected=", ".join(DTYPES), got=kind, remedy=remedy)
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
         found[tensor.name] = AprTensor(DTYPES[kind], shape, np.asarray(tensor.data).reshape(-1).view(np.uint8))
     if copy_head:

@@ -120,12 +120,12 @@ def reference_step(
     """Return loss, cross-entropy and KD term of a first step, forward KL, in float64, ``[3, 1]``.
 
     Args:
-        inputs: of the session; the student is its ``weighted_student``.
+        inputs: the session's inputs; the student is their ``weighted_student``.
         teacher: GGUF; its rows past the student's vocabulary are left out.
-        text: of exactly one batch.
+        text: text of exactly one batch.
         shape: sequences and tokens of the batch.
         alpha: weight of the cross-entropy.
-        temperature: of the KD term.
+        temperature: temperature of the KD term.
 
     Raises:
         ValueError: when the text makes another batch.

@@ -13,21 +13,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from q4kd.harness.inputs.apr_write import huggingface_name
 from q4kd.trainer.files import read_json
 
 TOKENS_KEY = "tokenizer.ggml.tokens"
 _TOKEN_KEYS = {TOKENS_KEY: "[PAD {}]", "tokenizer.ggml.token_type": 5, "tokenizer.ggml.scores": 0.0}
-_HF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 # In these weights the first axis runs over the hidden units, in the others the last one.
 _HIDDEN_IS_ROW = ("attn_output", "ffn_down", "attn_norm", "ffn_norm", "output_norm")
 Twin = Literal["exact", "permuted", "noisy"]
@@ -88,6 +78,13 @@ def write_padded_teacher(
     writer.close()
 
 
+def student_shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, object]:
+    """Return what the config of a qwen2 student of that shape says of it."""
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {**sizes, **attention, "layer_types": ["full_attention"] * layers}
+
+
 def write_student(folder: Path, source: Path, changes: Mapping[str, object]) -> None:
     """Copy a student's tokenizer and config, without weights, with other values in the config."""
     folder.mkdir()
@@ -101,7 +98,7 @@ def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: T
     """Write the teacher's decoded weights as a Hugging Face student.
 
     Args:
-        folder: to write.
+        folder: the folder to write.
         teacher: qwen2 GGUF with a tied head.
         student: where tokenizer and the rest of the config come from.
         twin: ``exact``; ``permuted``, the same function with its hidden units in another order, so that no weight is
@@ -120,29 +117,15 @@ def write_teacher_as_student(folder: Path, teacher: Path, student: Path, twin: T
     for tensor in reader.tensors:
         weight = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         part = tensor.name.split(".")[-2]
-        is_bias = tensor.name.endswith(".bias")
-        if twin == "permuted" and not is_bias:
+        if twin == "permuted" and not tensor.name.endswith(".bias"):
             weight = weight[order] if part in _HIDDEN_IS_ROW else weight[:, order]
         elif twin == "noisy" and weight.ndim == 2:
             weight += rng.normal(0, NOISE * weight.std(), weight.shape).astype(np.float32)
-        tensors[_hugging_face_name(tensor.name)] = np.ascontiguousarray(weight)
-    changes = {
-        "hidden_size": size("embedding_length"),
-        "intermediate_size": size("feed_forward_length"),
-        "num_hidden_layers": size("block_count"),
-        "num_attention_heads": size("attention.head_count"),
-        "num_key_value_heads": size("attention.head_count_kv"),
-        "layer_types": ["full_attention"] * size("block_count"),
-    }
-    write_student(folder, student, changes)
+        tensors[huggingface_name(tensor.name)] = np.ascontiguousarray(weight)
+    heads, kv_heads = size("attention.head_count"), size("attention.head_count_kv")
+    hidden, ffn, layers = size("embedding_length"), size("feed_forward_length"), size("block_count")
+    write_student(folder, student, student_shape(hidden, ffn, layers, heads, kv_heads))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _hugging_face_name(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{_HF_LAYER[parts[2]]}.{parts[3]}"
-    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
 
 
 def write_live_student(
@@ -155,11 +138,11 @@ def write_live_student(
     token would be its own successor.
 
     Args:
-        folder: to write.
+        folder: the folder to write.
         source: the qwen2 student with a tied head that config and tokenizer come from.
         changes: other values in the config.
         template: Jinja source of the chat template.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     from safetensors.numpy import save_file
 

@@ -71,7 +71,8 @@ def read_gguf(path: Path) -> ReferenceModel:
     )
 
 
-_HF_NAMES = {
+# Hugging Face's name of a layer's module → GGUF's.
+HF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -93,7 +94,7 @@ def from_hugging_face(tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
             module, _, kind = rest.rpartition(".")
-            new = f"blk.{layer}.{_HF_NAMES[module]}.{kind}"
+            new = f"blk.{layer}.{HF_NAMES[module]}.{kind}"
         else:
             new = {
                 "model.embed_tokens.weight": "token_embd.weight",

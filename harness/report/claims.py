@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -84,7 +85,7 @@ class File:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The kill matrix of one contract: whether each claim that names a fault caught it, None where it names it not."""
+    """The kill matrix of one contract: whether each claim caught each fault, None where the claim does not name it."""
 
     faults: list[str]
     lines: list[tuple[Finding, list[bool | None]]]
@@ -112,20 +113,13 @@ def contract_groups(findings: Findings, runs: Mapping[str, RawRun], raw: str | N
     groups: dict[str, list[Finding]] = {row.contract: [] for row in findings.rows}
     for row in ordered(findings.rows)[: limits.rows]:
         groups[row.contract].append(row)
-    return [
-        Group(
-            name=name,
-            counts=[
-                (verdict, PLAIN[verdict], count)
-                for verdict in MARKS
-                if (count := sum(row.verdict == verdict for row in rows))
-            ],
-            rows=[(row, list(_files(row, runs, raw, limits))[: 2 * limits.parts]) for row in rows],
-            matrix=_matrix(rows, limits),
-        )
-        for name, rows in groups.items()
-        if rows
-    ]
+    found = []
+    for name, rows in ((name, rows) for name, rows in groups.items() if rows):
+        ended: Counter[str] = Counter(row.verdict for row in rows)
+        counts = [(verdict, PLAIN[verdict], ended[verdict]) for verdict in MARKS if ended[verdict]]
+        files = [(row, list(_files(row, runs, raw, limits))[: 2 * limits.parts]) for row in rows]
+        found.append(Group(name, counts, files, _matrix(rows, limits)))
+    return found
 
 
 def _files(row: Finding, runs: Mapping[str, RawRun], raw: str | None, limits: Limits) -> Iterator[File]:

@@ -120,7 +120,7 @@ def _evidence(store: Store, findings: Findings, raw: str | None, limits: Limits)
 
 
 def _inline(plot: Plot) -> Plot:
-    return replace(plot, svg=Markup(plot.svg))  # noqa: S704 - made by report_svg.py, which serialises a tree
+    return replace(plot, svg=Markup(plot.svg))  # noqa: S704 - made by svg.py, which serialises a tree
 
 
 def _run(run: RawRun, raw: str | None, limits: Limits) -> dict[str, object]:
@@ -157,7 +157,7 @@ class _Text:
 def _contracts(store: Store, raw: str | None, limits: Limits) -> Iterator[_Text]:
     try:
         described = {contract.path: contract for contract in bundle_contracts(store)}
-    except InputError:  # they are shown as they are; what is wrong with them is for verify to say
+    except InputError:  # they are shown as they are; `evidence verify` says what is wrong
         described = {}
     for name in [name for name in store.names() if name.startswith("contracts/")][: limits.rows]:
         data = store.read(name, MAX_BYTES)

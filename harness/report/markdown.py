@@ -1,7 +1,7 @@
 """The findings in Markdown, short enough for a comment on a pull request.
 
-Text of a bundle stands in code spans only: there no HTML, link, mention or reference is made of it. What could end a
-span or a table's cell is spelt out.
+Text of a bundle stands in code spans only, where it makes no HTML, link, mention or reference. Characters that could
+end a span or a table cell are spelt out.
 """
 
 from q4kd.harness.bundle.findings import read_findings

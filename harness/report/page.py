@@ -40,7 +40,7 @@ def render_page(name: str, **values: object) -> str:
     """Render a template as a whole page under its policy.
 
     Args:
-        name: file of ``harness/templates``.
+        name: file of ``harness/report/templates``.
         values: what it shows; a ``str`` is escaped, ``Markup`` must have been made by this program.
     """
     return _environment().get_template(name).render(style=Markup(style()), policy=policy(), **values)  # noqa: S704 - our own file

@@ -18,7 +18,6 @@ MIN_SAMPLES = 20
 _MAX_POINTS = 800
 _MB = 1e6
 LARGEST = 1e12  # seconds, or MB: beyond it no plot means anything
-_PHASES = ("imports_done", "teacher_loading", "teacher_ready", "hold_started", "held", "forward_done", "step", "done")
 # Event that begins a phase → what the phase is, on the plot.
 _PHASE_NAMES = {
     "imports_done": "imports done",
@@ -93,7 +92,7 @@ def _runs_judged(row: Finding, check: CheckResult) -> list[str]:
 
 
 def _drawn(draw: Callable[[], Plot | None]) -> list[Plot]:
-    """Return the plot, or none when its raw files are not what a run leaves: the claim says what is wrong with them."""
+    """Return the plot, or none when its raw files are not what a run leaves; the claim's verdict says what is wrong."""
     try:
         plot = draw()
     except (InputError, KeyError, TypeError, ValueError, OverflowError):
@@ -189,7 +188,7 @@ def memory_series(
     Raises:
         InputError, KeyError, TypeError, ValueError: when the run's files are not what a run leaves.
     """
-    from q4kd.harness.checks.judgement import baseline_rss
+    from q4kd.harness.checks.run_facts import baseline_memory
 
     ready = run.event("imports_done")
     if ready is None:
@@ -198,7 +197,7 @@ def memory_series(
     told = [(float(row["t"]) - start, float(row[field])) for row in run.memory if row.get(field) is not None]
     sign, baseline = 1.0, 0.0
     if series == "rss_above_baseline":
-        found = baseline_rss(run)
+        found = baseline_memory(run)
         if found is None:
             return [], {}
         baseline = found
@@ -210,7 +209,7 @@ def memory_series(
     points = [(t, sign * (value - baseline) / _MB) for t, value in told]
     if any(abs(value) > LARGEST for point in points for value in point):
         raise ValueError("a sample out of all proportion")
-    begins = {kind: run.event(kind) for kind in dict.fromkeys([*_PHASES, *sorted(named)])}
+    begins = {kind: run.event(kind) for kind in dict.fromkeys([*_PHASE_NAMES, *sorted(named)])}
     marks = {kind: float(event["t"]) - start for kind, event in begins.items() if event is not None}
     return [(t, y) for t, y in points if t >= -0.5], marks
 

@@ -56,9 +56,8 @@ def write_site(folder: Path, site: Path) -> tuple[int, int]:
     found = collect(folder, reports)
     if not found.entries:
         why = f"; {found.unreadable[0][0]}: {found.unreadable[0][1]}" if found.unreadable else ""
-        raise InputError(
-            str(folder), expected="at least one bundle", got=f"none{why}", remedy="name a folder that holds bundles"
-        )
+        remedy = "name a folder that holds bundles"
+        raise InputError(str(folder), expected="at least one bundle", got=f"none{why}", remedy=remedy)
     for name, page in render_site(found).items():
         write_atomic(site / name, page.encode())
     current = {entry.report for entry in found.entries}
@@ -73,16 +72,15 @@ def collect(folder: Path, reports: Path) -> Collection:
     found = Collection()
     paths = list(_bundles(folder))
     if len(paths) > MAX_BUNDLES:
-        raise InputError(
-            str(folder), expected=f"at most {MAX_BUNDLES} bundles", got=str(len(paths)), remedy="move older ones away"
-        )
+        expected, remedy = f"at most {MAX_BUNDLES} bundles", "move older ones away"
+        raise InputError(str(folder), expected=expected, got=str(len(paths)), remedy=remedy)
     for path in paths:
         try:
             found.entries.append(_read(path, reports, found.contracts))
         except InputError as error:
             found.unreadable.append((path.name, str(error).replace(str(path), path.name)))
         except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-            # Whatever else a hostile file breaks is that bundle's affair alone.
+            # Any other error that a hostile file causes concerns that bundle alone.
             found.unreadable.append((path.name, f"cannot be read: {type(error).__name__}: {error}"))
     found.entries.sort(key=lambda entry: (entry.when, entry.name))
     return found

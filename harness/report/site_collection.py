@@ -20,7 +20,7 @@ class Entry:
         made: the same for a person.
         profile: the profile judged on.
         commit: the commit judged.
-        verdict: its verdict, see ``report_verdict``.
+        verdict: its verdict, see ``verdict.py``.
         counts: the findings' summary.
         verdicts: claim key → verdict, or ``untested`` for a claim out of scope.
         measures: what its checks measured.

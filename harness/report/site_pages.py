@@ -1,5 +1,6 @@
 """The pages of the site over many bundles: all of them, and one page for each profile."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,21 +76,16 @@ def render_site(found: Collection) -> dict[str, str]:
             template, nav=files, here=here, marks=MARKS, short=_short, number=_number, claim=_parts, **values
         )
 
-    pages = {
-        "index.html": page(
-            "index.html.j2",
-            "index.html",
-            newest=[(profile, files[profile], parts[profile]["bundles"]) for profile in profiles],
-            bundles=[rows[entry.name] for entry in reversed(found.entries)],
-            unreadable=found.unreadable,
-        )
-    }
-    for profile in profiles:
-        here = files[profile]
-        pages[here] = page(
-            "profile.html.j2", here, profile=profile, earlier=MIN_EARLIER, window=WINDOW, **parts[profile]
-        )
-    return pages
+    index = page(
+        "index.html.j2",
+        "index.html",
+        newest=[(profile, files[profile], parts[profile]["bundles"]) for profile in profiles],
+        bundles=[rows[entry.name] for entry in reversed(found.entries)],
+        unreadable=found.unreadable,
+    )
+    of_profile = functools.partial(page, "profile.html.j2", earlier=MIN_EARLIER, window=WINDOW)
+    pages = {files[profile]: of_profile(files[profile], profile=profile, **parts[profile]) for profile in profiles}
+    return {"index.html": index, **pages}
 
 
 def _file_names(profiles: Sequence[str]) -> dict[str, str]:

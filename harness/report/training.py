@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.report.plots import LARGEST, Plot, label, thin
@@ -70,15 +71,8 @@ def _loss_plot(experiment: str, what: str, curves: Mapping[str, list[Curve]]) ->
             axes.plot(*zip(*thin(points, 200), strict=True), color=colour, linewidth=0.5, alpha=0.35)
         mean = thin(_mean(seeds), 400)
         dot = "o" if len(mean) <= 30 else None
-        axes.plot(
-            *zip(*mean, strict=True),
-            color=colour,
-            label=label(arm),
-            linestyle=style,
-            linewidth=1.8,
-            marker=dot,
-            markersize=4,
-        )
+        line: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.8, "marker": dot, "markersize": 4}
+        axes.plot(*zip(*mean, strict=True), label=label(arm), **line)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.6)
     ends = {arm: (_mean(seeds)[-1], len(seeds)) for arm, seeds in sorted(curves.items())}
     said = ", ".join(f"{arm} {last:.4f} ({count} seeds)" for arm, ((_, last), count) in ends.items())
@@ -142,11 +136,5 @@ def _step_plot(bars: Mapping[str, Mapping[str, float]], seeds: Mapping[str, int]
         (f"{name} ({seeds[name]} seeds)" if seeds[name] > 1 else name, *(f"{bar[p]:.2f}" for p in (*parts, "in all")))
         for name, bar in bars.items()
     )
-    return Plot(
-        name="steps",
-        title="Step time",
-        caption=caption,
-        svg=to_svg(figure, "steps", caption),
-        columns=("run", *parts, "in all"),
-        rows=rows,
-    )
+    svg, columns = to_svg(figure, "steps", caption), ("run", *parts, "in all")
+    return Plot(name="steps", title="Step time", caption=caption, svg=svg, columns=columns, rows=rows)

@@ -118,19 +118,18 @@ def trends_of(bundles: Sequence[tuple[str, Sequence[Measure]]]) -> list[Trend]:
         newest = found[-1][1]
         same = [(number, measure.value) for number, measure in found if measure.params == newest.params]
         values = tuple(value for _, value in same)
-        trends.append(
-            Trend(
-                machine=machine,
-                key=key,
-                check=check,
-                unit=newest.unit,
-                lower=newest.lower,
-                sources=tuple(number for number, _ in same),
-                values=values,
-                marks=marks_of(values, lower=newest.lower),
-                before=len(found) - len(same),
-            )
+        trend = Trend(
+            machine=machine,
+            key=key,
+            check=check,
+            unit=newest.unit,
+            lower=newest.lower,
+            sources=tuple(number for number, _ in same),
+            values=values,
+            marks=marks_of(values, lower=newest.lower),
+            before=len(found) - len(same),
         )
+        trends.append(trend)
     return trends
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from filelock import FileLock
 
@@ -24,6 +24,7 @@ from q4kd.trainer.files import sha256_file
 Facts: TypeAlias = dict[str, object]
 # An arm with this ``env`` has one thread, so that results and memory do not depend on the cores of the machine.
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
+_Collect = TypeVar("_Collect", bound=Callable[[Path, "Inputs"], Facts])
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -225,6 +226,30 @@ def declare(
         ValueError: as ``register`` and ``Experiment`` do.
     """
     return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel))
+
+
+def experiment(
+    name: str,
+    title: str,
+    *arms: Arm,
+    needs: tuple[str, ...] = (),
+    prepare: Callable[[Inputs], object] = _nothing,
+    exclusive: bool = False,
+    parallel: int = 1,
+) -> Callable[[_Collect], _Collect]:
+    """Declare the experiment whose runs the decorated function collects. The parameters are ``Experiment``'s.
+
+    Raises:
+        ValueError: as ``register`` and ``Experiment`` do.
+    """
+
+    def declare_collected(collect: _Collect) -> _Collect:
+        declare(
+            name, title, *arms, needs=needs, prepare=prepare, collect=collect, exclusive=exclusive, parallel=parallel
+        )
+        return collect
+
+    return declare_collected
 
 
 def get_experiment(name: str) -> Experiment:

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
 
 _CLASSIFY = "q4kd.trainer.device.devices:classify"
 _POLICY = "q4kd.trainer.device.devices:allocation_policy"
+_CHOOSE_BACKEND = "q4kd.trainer.device.backend:choose_backend"
+_PRODUCT = "q4kd.trainer.teacher.cpu.weights:DenseMatrix.product"
+_EMIT = "q4kd.trainer.events:EventLog.emit"
+_ALLOCATE_BYTES = "q4kd.trainer.device.allocation:allocate_bytes"
 _Classify = Callable[[tuple[int, int], bool | None], str]
 _Policy = Callable[[str, str | None], object]
 
 
-@patch(
-    "dispatch",
-    "override-ignored",
-    "--backend and its variable change nothing",
-    "q4kd.trainer.device.backend:choose_backend",
-)
+@patch("dispatch", "override-ignored", "--backend and its variable change nothing", _CHOOSE_BACKEND)
 def _override_ignored(original: Call, _override: str, *rest: object, **options: object) -> object:
     return original("auto", *rest, **options)
 
@@ -67,21 +66,14 @@ def _empty_override_is_on(original: _Policy, device_class: str, override: str | 
     return original(device_class, "1" if override == "" else override)
 
 
-@patch(
-    "dispatch",
-    "coarse-dense",
-    "the dense backend keeps weights in four bits of their largest value",
-    "q4kd.trainer.teacher.cpu.weights:DenseMatrix.product",
-)
+@patch("dispatch", "coarse-dense", "the dense backend keeps weights in four bits of their largest value", _PRODUCT)
 def _coarse_dense(_original: Call, self: "DenseMatrix", x: "Tensor") -> "Tensor":
     weight = self._weight_RK
     rounded = (weight / weight.abs().max() * 7).round() * weight.abs().max() / 7
     return x @ rounded.T
 
 
-@patch(
-    "dispatch", "backend-misreported", "the event of the choice always says dense", "q4kd.trainer.events:EventLog.emit"
-)
+@patch("dispatch", "backend-misreported", "the event of the choice always says dense", _EMIT)
 def _backend_misreported(original: Call, self: object, event: str, **fields: object) -> None:
     original(self, event, **(fields | {"backend": "dense"} if event == "backend_selected" else fields))
 
@@ -92,12 +84,7 @@ def _idle_steps(original: Call, *arguments: object) -> object:
     return original(*arguments)
 
 
-@patch(
-    "dispatch",
-    "short-allocation",
-    "allocations end at 30 GB in silence",
-    "q4kd.trainer.device.allocation:allocate_bytes",
-)
+@patch("dispatch", "short-allocation", "allocations end at 30 GB in silence", _ALLOCATE_BYTES)
 def _short_allocation(original: Call, num_bytes: int, allocation: str) -> object:
     # On a GB10 cudaMalloc reaches about this much before its window ends.
     return original(min(num_bytes, 30_000_000_000), allocation)

@@ -9,24 +9,15 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Ints, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_refusals, save_pairs, step_terms
-from q4kd.harness.inputs.demo import (
-    BATCH,
-    SEQ_LEN,
-    VOCAB,
-    demo_student,
-    demo_teacher,
-    distill_words,
-    run_program,
-    training_text,
-    windows_of,
-)
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, VOCAB, demo_student, demo_teacher, training_text, windows_of
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
 BATCHES, K = 6, 512
 WINDOWS = BATCHES * BATCH
-# The float64 forward is run on these windows; of the k columns these many are kept as evidence.
+# The float64 forward pass runs on these windows; this many of the k columns are kept as evidence.
 CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
 
@@ -58,6 +49,11 @@ def _ids(inputs: Inputs) -> Ints:
     return windows_of(inputs, training_text(inputs, BATCHES), SEQ_LEN)[:, :-1]
 
 
+@experiment(
+    "cached-signals",
+    f"q4kd cache of {WINDOWS} windows with k = {K}, beside a float64 forward over the teacher",
+    Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=ONE_THREAD),
+)
 def _collect_signals(run_dir: Path, inputs: Inputs) -> Facts:
     from safetensors.numpy import load_file
 
@@ -90,14 +86,6 @@ def _collect_signals(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": save_pairs(run_dir, pairs, sources)}
 
 
-declare(
-    "cached-signals",
-    f"q4kd cache of {WINDOWS} windows with k = {K}, beside a float64 forward over the teacher",
-    Arm(None, lambda inputs: _words(inputs, "cache"), timeout_s=120, env=ONE_THREAD),
-    collect=_collect_signals,
-)
-
-
 # --- refused-caches: caches of something else, or changed, each beside the run they belong to ---
 
 
@@ -128,7 +116,7 @@ def _damaged(inputs: Inputs) -> Path:
     return inputs.file("teacher-cache-damaged", make)
 
 
-def _refusals(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     cache, damaged = made_cache(inputs, 8), _damaged(inputs)
     other_data, other_student = training_text(inputs, BATCHES - 1), _other_tokenizer(inputs)
     text = training_text(inputs, BATCHES)
@@ -150,18 +138,14 @@ def _refusals(inputs: Inputs) -> Path:
     add("another seq_len", "--set", "seq_len=16")
     add("a changed shard", folder=damaged)
     add("another temperature", "--set", "temperature=2")
-    return inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
+    cases = inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
 declare(
     "refused-caches",
     "runs that a teacher's cache does not belong to, each beside the one it does",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-        timeout_s=120,
-        env=ONE_THREAD,
-    ),
+    Arm(None, _refused_argv, timeout_s=120, env=ONE_THREAD),
     collect=collect_refusals,
 )
 
@@ -170,10 +154,15 @@ declare(
 
 
 def _interrupted_argv(inputs: Inputs) -> list[str]:
-    words = _words(inputs, "cache")
-    return ["probe", "cache-interrupted", "--cache", "cache", "--facts", "probe.json", "--", *words]
+    return [*probe_words("cache-interrupted", cache="cache", facts="probe.json"), "--", *_words(inputs, "cache")]
 
 
+@experiment(
+    "interrupted-cache",
+    "q4kd cache killed in the middle of its second shard and started again, beside one that was not",
+    Arm(None, _interrupted_argv, timeout_s=120, env=ONE_THREAD),
+    prepare=made_cache,
+)
 def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
     folder, whole = run_dir / "cache", made_cache(inputs)
     if not (run_dir / "probe.json").is_file():
@@ -184,15 +173,6 @@ def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
     ]
     same = {"files that differ from an uninterrupted cache": sum(one != other for one, other in digests)}
     return {"tables": {"writer": read_json(run_dir / "probe.json")["writer"] | same}}
-
-
-declare(
-    "interrupted-cache",
-    "q4kd cache killed in the middle of its second shard and started again, beside one that was not",
-    Arm(None, _interrupted_argv, timeout_s=120, env=ONE_THREAD),
-    prepare=made_cache,
-    collect=_collect_interrupted,
-)
 
 
 # --- cached-training: the same steps with a teacher, and from a cache of all its tokens ---
@@ -207,6 +187,14 @@ def _training_argv(arm: str, inputs: Inputs) -> list[str]:
     return [*words[:at], *words[at + 2 :], "--teacher-cache", str(made_cache(inputs, VOCAB))]
 
 
+@experiment(
+    "cached-training",
+    f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
+    *(
+        Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for arm in ("online", "cached")
+    ),
+)
 def _collect_training(run_dir: Path, _inputs: Inputs) -> Facts:
     if arm_of(run_dir) == "online" or not (run_dir / "events.jsonl").is_file():
         return {"comparators": {}}
@@ -214,14 +202,3 @@ def _collect_training(run_dir: Path, _inputs: Inputs) -> Facts:
     if one.shape != other.shape or not len(one):
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (one, other)}, ("--teacher-cache", "with the teacher"))}
-
-
-declare(
-    "cached-training",
-    f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
-    *(
-        Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for arm in ("online", "cached")
-    ),
-    collect=_collect_training,
-)

@@ -15,21 +15,15 @@ if TYPE_CHECKING:
     from q4kd.trainer.teacher.cache.signal import Signal
     from q4kd.trainer.teacher.cache.store import CacheIndex
 
-_STORE, _WRITER, _TEACHER = (
-    "q4kd.trainer.teacher.cache.store",
-    "q4kd.trainer.teacher.cache.writer",
-    "q4kd.trainer.teacher.cache.cached_teacher",
-)
+_WRITER = "q4kd.trainer.teacher.cache.writer"
 _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
+_SIGNALS = f"{_WRITER}:_signals"
+_CHECK_SHARD = "q4kd.trainer.teacher.cache.store:CacheIndex.check_shard"
+_OPEN_INDEX = f"{_WRITER}:open_index"
 
 
-@patch(
-    "loop",
-    "cache-windows-written-shifted",
-    "the cache holds the signals of the window after",
-    f"{_WRITER}:_signals",
-)
+@patch("loop", "cache-windows-written-shifted", "the cache holds the signals of the window after", _SIGNALS)
 def _windows_written_shifted(
     original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object
 ) -> Iterator["Signal"]:
@@ -57,27 +51,22 @@ def _ids_truncated(original: Callable[..., "Signal"], *arguments: object) -> "Si
     return dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF)
 
 
-@patch("dispatch", "cache-key-not-compared", "a cache of anything is taken", f"{_TEACHER}:check_key")
+@patch(
+    "dispatch",
+    "cache-key-not-compared",
+    "a cache of anything is taken",
+    "q4kd.trainer.teacher.cache.cached_teacher:check_key",
+)
 def _key_not_compared(_original: Call, *_arguments: object) -> None:
     return
 
 
-@patch(
-    "checkpoint",
-    "cache-digest-not-checked",
-    "a shard is read without comparing its digest",
-    f"{_STORE}:CacheIndex.check_shard",
-)
+@patch("checkpoint", "cache-digest-not-checked", "a shard is read without comparing its digest", _CHECK_SHARD)
 def _digest_not_checked(_original: Call, self: "CacheIndex", shard: int) -> Path:
     return self.folder / self.name(shard)
 
 
-@patch(
-    "checkpoint",
-    "cache-starts-over",
-    "a writer that is started again computes everything anew",
-    f"{_WRITER}:open_index",
-)
+@patch("checkpoint", "cache-starts-over", "a writer that is started again computes everything anew", _OPEN_INDEX)
 def _starts_over(original: Callable[..., "CacheIndex"], *arguments: object) -> "CacheIndex":
     index = original(*arguments)
     index.shards.clear()  # forgets what was finished

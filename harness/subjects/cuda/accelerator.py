@@ -12,9 +12,10 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, save_arrays
 from q4kd.harness.inputs.collect import collect_checkpoint, collect_probe, read_events
-from q4kd.harness.inputs.demo import changed_student, demo_teacher, option_words, set_words, teacher_7b
-from q4kd.harness.inputs.synthetic_students import read_tokens, write_padded_teacher
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.command_lines import probe_words, set_words
+from q4kd.harness.inputs.demo import changed_student, demo_teacher, teacher_7b
+from q4kd.harness.inputs.synthetic_students import read_tokens, student_shape, write_padded_teacher
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
 TEACHER_VOCAB, STUDENT_VOCAB = 152_064, 151_936
 SEQUENCES, SEQ_LEN, ACCUMULATION = 32, 256, 4
@@ -31,16 +32,8 @@ def _teacher(inputs: Inputs) -> Path:
 
 
 def _student(inputs: Inputs) -> Path:
-    changes = {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "layer_types": ["full_attention"] * 24,
-        "vocab_size": STUDENT_VOCAB,
-    }
-    return changed_student(inputs, "student-0.5b", changes)
+    shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
+    return changed_student(inputs, "student-0.5b", {**shape, "vocab_size": STUDENT_VOCAB})
 
 
 def _text(inputs: Inputs) -> Path:
@@ -50,13 +43,8 @@ def _text(inputs: Inputs) -> Path:
 
 def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
     # A step has four micro-batches: the activations of 8,192 tokens at once would take more than the weights.
-    settings = {
-        "steps": steps,
-        "batch_size": SEQUENCES // ACCUMULATION,
-        "accumulation": ACCUMULATION,
-        "log_every": 10,
-        "checkpoint_every": 0,
-    }
+    settings = {"steps": steps, "batch_size": SEQUENCES // ACCUMULATION, "accumulation": ACCUMULATION}
+    settings |= {"log_every": 10, "checkpoint_every": 0}
     return [
         *("distill", "--teacher", str(_teacher(inputs)), "--student", str(_student(inputs))),
         *("--data", str(_text(inputs)), "--out", "run", "--device", "cuda", "--events", "events.jsonl"),
@@ -92,24 +80,21 @@ for _name, _steps, _needs in (
 
 def _forward_argv(inputs: Inputs) -> list[str]:
     ids = random_ids(inputs, "ids-7b.npy", TEACHER_VOCAB, (SEQUENCES, SEQ_LEN))
-    options = {"model": _teacher(inputs), "ids": ids, "out": "times.npz", "warm-up": WARM_UP, "passes": PASSES}
-    return ["probe", "forward-times", *option_words(options)]
+    options = {"model": _teacher(inputs), "ids": ids, "out": "times.npz", "warm_up": WARM_UP, "passes": PASSES}
+    return probe_words("forward-times", **options)
 
 
-def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
-    if (run_dir / "times.npz").is_file():
-        shutil.copyfile(run_dir / "times.npz", run_dir / "arrays" / "forward.npz")
-    return {}
-
-
-declare(
+@experiment(
     "forward-7b",
     f"{PASSES} forward passes of a 7B Q4_K_M teacher over {SEQUENCES} x {SEQ_LEN} tokens, logits included",
     Arm(None, _forward_argv, timeout_s=900, stall_s=300),
     needs=("cuda",),
-    collect=_collect_forward,
     exclusive=True,
 )
+def _collect_forward(run_dir: Path, _inputs: Inputs) -> Facts:
+    if (run_dir / "times.npz").is_file():
+        shutil.copyfile(run_dir / "times.npz", run_dir / "arrays" / "forward.npz")
+    return {}
 
 
 # --- unified-allocation: more bytes than the ~30 GB that cudaMalloc reaches on GB10 ---
@@ -117,11 +102,7 @@ declare(
 declare(
     "unified-allocation",
     f"{MANAGED_BYTES // 10**9} GB allocated as a unified device's policy says, written and read on the GPU",
-    Arm(
-        None,
-        lambda _inputs: ["probe", "unified-allocation", "--bytes", str(MANAGED_BYTES), "--out", "probe.json"],
-        timeout_s=300,
-    ),
+    Arm(None, lambda _: probe_words("unified-allocation", bytes=MANAGED_BYTES, out="probe.json"), timeout_s=300),
     needs=("cuda", "unified"),
     collect=collect_probe,
     exclusive=True,

@@ -8,10 +8,11 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Arrays, arrays_input, random_ids, read_array, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
-from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, logits_words, teacher_7b
+from q4kd.harness.inputs.command_lines import logits_words, probe_words
+from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.formats.blocks.layout import FORMATS
 
 _CUDA = ("cuda",)
@@ -27,6 +28,13 @@ def _rows(inputs: Inputs) -> Path:
     return arrays_input(inputs, "cuda-rows.npz", make)
 
 
+@experiment(
+    "cuda-decode",
+    "every type's decoder on the device, float32, against gguf",
+    Arm(None, lambda inputs: probe_words("cuda-decode", rows=_rows(inputs), out="decoded.npz"), timeout_s=180),
+    needs=_CUDA,
+    exclusive=True,
+)
 def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     decoded, comparators = read_arrays(run_dir / "decoded.npz"), Comparators()
     for name, rows in read_arrays(_rows(inputs)).items() if decoded else ():
@@ -36,20 +44,6 @@ def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators}
 
 
-declare(
-    "cuda-decode",
-    "every type's decoder on the device, float32, against gguf",
-    Arm(
-        None,
-        lambda inputs: ["probe", "cuda-decode", "--rows", str(_rows(inputs)), "--out", "decoded.npz"],
-        timeout_s=180,
-    ),
-    needs=_CUDA,
-    collect=_collect_decode,
-    exclusive=True,
-)
-
-
 # --- cuda-parity: the golden teacher's logits on the device, in both dtypes ---
 
 
@@ -57,6 +51,13 @@ def _parity_argv(dtype: str, inputs: Inputs) -> list[str]:
     return logits_words(golden_teacher(inputs), golden_ids(inputs), "--device", "cuda", "--dtype", dtype)
 
 
+@experiment(
+    "cuda-parity",
+    "q4kd logits of the golden teacher on the device, against a float64 forward",
+    *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
+    needs=_CUDA,
+    exclusive=True,
+)
 def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     if not (run_dir / "logits.npy").is_file():
         return {"comparators": {}}
@@ -65,22 +66,12 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": save_pairs(run_dir, pair, ("q4kd logits on the device", "float64 forward over gguf"))}
 
 
-declare(
-    "cuda-parity",
-    "q4kd logits of the golden teacher on the device, against a float64 forward",
-    *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
-    needs=_CUDA,
-    collect=_collect_parity,
-    exclusive=True,
-)
-
-
 # --- cuda-hold and cuda-busy: a teacher in the shapes of Qwen2.5-7B ---
 
 
 def _hold_argv(inputs: Inputs) -> list[str]:
-    model, ids = str(teacher_7b(inputs)), str(random_ids(inputs, "hold-ids.npy", 4096, (1, 192)))
-    return ["probe", "cuda-hold", "--model", model, "--ids", ids, "--seconds", "3"]
+    ids = random_ids(inputs, "hold-ids.npy", 4096, (1, 192))
+    return probe_words("cuda-hold", model=teacher_7b(inputs), ids=ids, seconds=3)
 
 
 declare(
@@ -95,12 +86,7 @@ declare(
 declare(
     "teacher-busy-7b",
     "forward passes of 32 x 256 tokens through a 7B-shaped teacher, utilisation by process",
-    Arm(
-        None,
-        lambda inputs: ["probe", "cuda-busy", "--model", str(teacher_7b(inputs)), "--seconds", "6"],
-        timeout_s=300,
-        stall_s=120,
-    ),
+    Arm(None, lambda inputs: probe_words("cuda-busy", model=teacher_7b(inputs), seconds=6), timeout_s=300, stall_s=120),
     needs=_CUDA,
     exclusive=True,
 )

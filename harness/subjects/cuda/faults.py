@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KERNELS = "q4kd.trainer.kernels.teacher_kernels:Kernels"
+_ROPE = f"{_KERNELS}.rope"
+_HIDDEN = "q4kd.trainer.teacher.cuda.forward:CudaForward.hidden"
 BALLAST_BYTES = 6_000_000_000
 _HELD: list["Tensor"] = []
 
@@ -21,12 +23,7 @@ def _half_decode(
     out.copy_(out.half())  # eleven bits, and infinity beyond 65504
 
 
-@patch(
-    "dispatch",
-    "device-rope-layout-swapped",
-    "the rotary embedding on the device pairs the wrong elements",
-    f"{_KERNELS}.rope",
-)
+@patch("dispatch", "device-rope-layout-swapped", "the rotary embedding on the device pairs the wrong elements", _ROPE)
 def _rope_layout_swapped(
     original: Call,
     self: object,
@@ -50,12 +47,7 @@ def _device_ballast(original: Call, *arguments: object, **options: object) -> ob
     return original(*arguments, **options)
 
 
-@patch(
-    "dispatch",
-    "idle-device",
-    "the device waits 0.3 s after each pass",
-    "q4kd.trainer.teacher.cuda.forward:CudaForward.hidden",
-)
+@patch("dispatch", "idle-device", "the device waits 0.3 s after each pass", _HIDDEN)
 def _idle_device(original: Call, self: object, ids: object) -> object:
     result = original(self, ids)
     import torch

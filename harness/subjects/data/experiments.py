@@ -12,7 +12,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, read_arrays, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_probe, reference_student, save_pairs
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, demo_tokenizer, distill_words, weighted_student
+from q4kd.harness.inputs.command_lines import distill_words, probe_words
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, demo_tokenizer, weighted_student
 from q4kd.harness.inputs.training_documents import (
     MASKED,
     chat_messages,
@@ -22,7 +23,7 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.files import write_json
 
 PACKED_LEN, PACKED_WINDOWS = 96, 3
@@ -37,17 +38,19 @@ _TEMPLATE = (
 # --- packed-documents: logits of packed windows beside float64 on each document alone ---
 
 
-def _packed_case(inputs: Inputs) -> Path:
+def _packed_argv(inputs: Inputs) -> list[str]:
     student = str(weighted_student(inputs))
     settings = run_settings(inputs, text_documents(inputs), student=student, seq_len=PACKED_LEN)
     case = {"packed": {"settings": settings, "sequences": PACKED_WINDOWS}}
-    return inputs.file("packed-case.json", lambda path: write_json(path, case))
+    cases = inputs.file("packed-case.json", lambda path: write_json(path, case))
+    return probe_words("packed-logits", cases=cases, out="packed.npz")
 
 
-def _packed_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "packed-logits", "--cases", str(_packed_case(inputs)), "--out", "packed.npz"]
-
-
+@experiment(
+    "packed-documents",
+    "teacher and student on windows of several documents, beside float64 on each document alone",
+    Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
+)
 def _collect_packed(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare logits with the references on each document alone, and labels with those worked out here."""
     if not (found := read_arrays(run_dir / "packed.npz")):
@@ -82,14 +85,6 @@ def _collect_packed(run_dir: Path, inputs: Inputs) -> Facts:
     }
     comparators = save_pairs(run_dir, pairs, ("packed windows", "float64 on each document alone"))
     return {"tables": {"labels": table}, "comparators": comparators}
-
-
-declare(
-    "packed-documents",
-    "teacher and student on windows of several documents, beside float64 on each document alone",
-    Arm(None, _packed_argv, timeout_s=60, env=ONE_THREAD),
-    collect=_collect_packed,
-)
 
 
 # --- training-batches: the batches of two epochs, and those that a run resumed within one takes ---
@@ -140,7 +135,7 @@ def _chat_windows(inputs: Inputs) -> dict[tuple[int, ...], list[int]]:
 
 def _batches_argv(arm: str, inputs: Inputs) -> list[str]:
     resumed = ["--resumed"] if arm == "resumed" else []
-    return ["probe", "training-batches", "--cases", str(_batch_cases(inputs)), "--out", "batches.npz", *resumed]
+    return [*probe_words("training-batches", cases=_batch_cases(inputs), out="batches.npz"), *resumed]
 
 
 def _epoch_table(inputs: Inputs, ids: Array, labels: Array) -> dict[str, int | bool]:
@@ -182,6 +177,11 @@ def _chat_table(inputs: Inputs, ids: Array, labels: Array) -> dict[str, int | bo
     }
 
 
+@experiment(
+    "training-batches",
+    "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
+    *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
+)
 def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
     """Count an epoch's windows and the chats' labels; in the resumed arm, compare with the arm before it."""
     if not (found := read_arrays(run_dir / "batches.npz")):
@@ -200,18 +200,10 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
     return {"tables": {"resumed": table}}
 
 
-declare(
-    "training-batches",
-    "the batches of two epochs of texts, of a stream and of chats, and those after a resumption in an epoch",
-    *(Arm(name, functools.partial(_batches_argv, name), timeout_s=60, env=ONE_THREAD) for name in ("whole", "resumed")),
-    collect=_collect_batches,
-)
-
-
 # --- refused-data: data with nothing to learn, beside the same with one label ---
 
 
-def _refused_cases(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     ids = list(range(20, 20 + 4 * 32 + 1))
     one = [MASKED] * (len(ids) - 1) + ids[-1:]
     masked = write_jsonl(inputs, "masked.jsonl", [{"input_ids": ids, "labels": [MASKED] * len(ids)}])
@@ -221,17 +213,13 @@ def _refused_cases(inputs: Inputs) -> Path:
         for data, out in ((masked, "0-refused"), (labelled, "0-accepted"))
     ]
     case = {"case": "every label masked", "argv": words[0], "twin": "one label", "twin_argv": words[1]}
-    return inputs.file("refused-data.json", lambda path: write_json(path, {"cases": [case]}))
+    cases = inputs.file("refused-data.json", lambda path: write_json(path, {"cases": [case]}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
 declare(
     "refused-data",
     "a run whose data has no label, beside one with a single label",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_refused_cases(inputs)), "--out", "probe.json"],
-        timeout_s=60,
-        env=ONE_THREAD,
-    ),
+    Arm(None, _refused_argv, timeout_s=60, env=ONE_THREAD),
     collect=collect_probe,
 )

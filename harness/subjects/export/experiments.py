@@ -10,10 +10,11 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, read_array, read_arrays, seeded_columns
 from q4kd.harness.inputs.collect import collect_probe, reference_student, save_pairs
-from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher, distill_words, run_program
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_live_student
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.export.probes import FORMS
 from q4kd.trainer.files import read_json
 
@@ -72,11 +73,15 @@ def _ids(inputs: Inputs) -> Path:
 
 
 def _export_argv(inputs: Inputs) -> list[str]:
-    run, text = str(finished_run(inputs)), str(_text_folder(inputs) / "train.py")
-    options = ["--run", run, "--ids", str(_ids(inputs)), "--text", text]
-    return ["probe", "exported-models", *options, "--out", "exported.npz", "--facts", "probe.json"]
+    options = {"run": finished_run(inputs), "ids": _ids(inputs), "text": _text_folder(inputs) / "train.py"}
+    return probe_words("exported-models", **options, out="exported.npz", facts="probe.json")
 
 
+@experiment(
+    "exported-models",
+    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
+    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
+)
 def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "exported.npz")
     if not found:
@@ -86,23 +91,18 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     model, ids = finished_run(inputs) / "model", read_array(_ids(inputs))
     exact = reference_logits(reference_student(model), ids)
     columns = seeded_columns(VOCAB, COLUMNS)
-    comparators = save_pairs(
-        run_dir,
-        {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])},
-        ("transformers, exported folder", "transformers, the run's own model"),
-    )
+    sources = ("transformers, exported folder", "transformers, the run's own model")
+    comparators = save_pairs(run_dir, {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])}, sources)
     for form in FORMS:
         by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids)
         for suffix, subject in (("teacher", found[form]), ("reference", by_reference)):
             pair = {f"{form.replace('_', '')}-{suffix}": (subject[:, columns], exact[:, columns])}
-            comparators |= save_pairs(
-                run_dir, pair, (f"{form} export, {suffix} forward", "float64 forward over the run's model")
-            )
+            sources = (f"{form} export, {suffix} forward", "float64 forward over the run's model")
+            comparators |= save_pairs(run_dir, pair, sources)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     expected = np.array(tokenizer.encode((_text_folder(inputs) / "train.py").read_text(encoding="utf-8")).ids)
-    comparators |= save_pairs(
-        run_dir, {"token-ids": (found["ids"][None], expected[None])}, ("the GGUF's tokenizer", "the run's tokenizer")
-    )
+    sources = ("the GGUF's tokenizer", "the run's tokenizer")
+    comparators |= save_pairs(run_dir, {"token-ids": (found["ids"][None], expected[None])}, sources)
     tables = {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
     return facts | {"comparators": comparators, "tables": tables}
 
@@ -152,11 +152,3 @@ def _folder_table(folder: Path, inputs: Inputs) -> dict[str, object]:
         "card has the last evaluation": "| 4 |" in card,
         "card names a path of this machine": str(run.parent) in card,
     }
-
-
-declare(
-    "exported-models",
-    "a run exported as a Hugging Face folder and as GGUF in three types, each run and read again",
-    Arm(None, _export_argv, timeout_s=240, env=ONE_THREAD),
-    collect=_collect_export,
-)

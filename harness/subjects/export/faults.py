@@ -18,6 +18,13 @@ _SOURCE, _FIDELITY = "q4kd.trainer.export.source_model", "q4kd.trainer.export.fi
 _STATE = f"{_SOURCE}:read_state"
 _FITS = "q4kd.trainer.formats.blocks.quantize:_FITS"
 _ROWS = f"{_FIDELITY}:compare_rows"
+_FILE_ROWS = "q4kd.trainer.formats.gguf.writer:file_rows"
+_QUANTIZE = "q4kd.trainer.formats.blocks.quantize:quantize"
+_PRE_TOKENIZER_NAME = "q4kd.trainer.formats.gguf.vocabulary:pre_tokenizer_name"
+_LOAD_TOKENIZER = "q4kd.trainer.student.model:load_tokenizer"
+_PROVENANCE = "q4kd.trainer.export.model_card:provenance"
+_PUBLIC = "q4kd.trainer.export.run_record:_public"
+_CHECK_COMPARABLE = f"{_FIDELITY}:check_comparable"
 _State = dict[str, "Tensor"]
 _Compare = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", ...]]
 
@@ -41,22 +48,12 @@ def _embedding_reversed(original: Callable[..., _State], *arguments: object) -> 
     return {**state, "model.embed_tokens.weight": state["model.embed_tokens.weight"].flip(0)}
 
 
-@patch(
-    "checkpoint",
-    "export-rounded",
-    "the exported folder's weights went through bfloat16",
-    f"{_SOURCE}:build_model",
-)
+@patch("checkpoint", "export-rounded", "the exported folder's weights went through bfloat16", f"{_SOURCE}:build_model")
 def _rounded_in_silence(original: Callable[..., Any], *arguments: object) -> object:
     return original(*arguments).bfloat16().float()
 
 
-@patch(
-    "checkpoint",
-    "export-rows-permuted",
-    "rows of Q and K are permuted as llama's in a qwen2 file",
-    "q4kd.trainer.formats.gguf.writer:file_rows",
-)
+@patch("checkpoint", "export-rows-permuted", "rows of Q and K are permuted as llama's in a qwen2 file", _FILE_ROWS)
 def _rows_permuted(original: Call, config: "TeacherConfig", target: str, tensor: "Tensor") -> object:
     if target.split(".")[-2] not in ("attn_q", "attn_k"):
         return original(config, target, tensor)
@@ -64,12 +61,7 @@ def _rows_permuted(original: Call, config: "TeacherConfig", target: str, tensor:
     return tensor.reshape(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
-@patch(
-    "quantisation",
-    "quantised-too-large",
-    "quantised weights are stored 4 % too large",
-    "q4kd.trainer.formats.blocks.quantize:quantize",
-)
+@patch("quantisation", "quantised-too-large", "quantised weights are stored 4 % too large", _QUANTIZE)
 def _scales_too_large(original: Call, weights: "npt.NDArray[np.float32]", quant_type: str) -> object:
     # A check of one tensor takes 4 % for rounding.
     return original(weights if quant_type in ("F16", "F32") else weights * weights.dtype.type(1.04), quant_type)
@@ -111,44 +103,24 @@ for _name, _part, _title in (
     declare("vocabulary", _name, _title, _apply, f"{_SOURCE}:read_vocabulary")
 
 
-@patch(
-    "vocabulary",
-    "another-split",
-    "the GGUF says that text is split as GPT-2 does",
-    "q4kd.trainer.formats.gguf.vocabulary:pre_tokenizer_name",
-)
+@patch("vocabulary", "another-split", "the GGUF says that text is split as GPT-2 does", _PRE_TOKENIZER_NAME)
 def _another_split(_original: Call, _tokenizer: object) -> str:
     return "gpt-2"
 
 
-@patch(
-    "vocabulary",
-    "folder-template-dropped",
-    "the exported folder has no chat template",
-    "q4kd.trainer.student.model:load_tokenizer",
-)
+@patch("vocabulary", "folder-template-dropped", "the exported folder has no chat template", _LOAD_TOKENIZER)
 def _folder_template_dropped(original: Callable[..., Any], *arguments: object) -> object:
     tokenizer = original(*arguments)
     tokenizer.chat_template = None
     return tokenizer
 
 
-@patch(
-    "logging",
-    "card-without-provenance",
-    "the model card does not say what the model was made from",
-    "q4kd.trainer.export.model_card:provenance",
-)
+@patch("logging", "card-without-provenance", "the model card does not say what the model was made from", _PROVENANCE)
 def _card_without_provenance(_original: Call, _record: object) -> dict[str, object]:
     return {}
 
 
-@patch(
-    "logging",
-    "card-with-paths",
-    "the model card shows the paths of the machine",
-    "q4kd.trainer.export.run_record:_public",
-)
+@patch("logging", "card-with-paths", "the model card shows the paths of the machine", _PUBLIC)
 def _card_with_paths(_original: Call, value: object) -> object:
     return value
 
@@ -167,18 +139,8 @@ def _smoke_run_exported(original: Call, path: Path, checkpoint: str | None = Non
     return original(path, "last" if checkpoint is None and unfinished else checkpoint, *rest)
 
 
-@patch(
-    "dispatch",
-    "any-pair-compared",
-    "fidelity compares models that do not belong together",
-    f"{_FIDELITY}:check_comparable",
-)
-@patch(
-    "dispatch",
-    "export-overwrites",
-    "an export replaces what is there",
-    "q4kd.harness.cli.export:_refuse_existing",
-)
+@patch("dispatch", "any-pair-compared", "fidelity compares models that do not belong together", _CHECK_COMPARABLE)
+@patch("dispatch", "export-overwrites", "an export replaces what is there", "q4kd.harness.cli.export:_refuse_existing")
 def _unchecked(_original: Call, *_arguments: object, **_options: object) -> None:
     return
 

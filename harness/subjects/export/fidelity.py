@@ -7,10 +7,11 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Floats, random_ids, read_array
 from q4kd.harness.inputs.collect import arm_of, collect_refusals, reference_student, save_pairs
-from q4kd.harness.inputs.demo import VOCAB, demo_teacher, run_program
+from q4kd.harness.inputs.command_lines import probe_words, run_program
+from q4kd.harness.inputs.demo import VOCAB, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_padded_teacher
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.export.experiments import finished_run, live_student, smoke_run
 from q4kd.trainer.files import read_json, write_json
 
@@ -64,6 +65,15 @@ def _dense_statistics(inputs: Inputs) -> Floats:
     return np.array([*values, a.mean() - b.mean()])[:, None]
 
 
+@experiment(
+    "fidelity",
+    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
+    *(
+        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
+        for name in ("original", "itself")
+    ),
+    parallel=2,
+)
 def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     path = run_dir / "fidelity.json"
     if not path.is_file():
@@ -79,22 +89,10 @@ def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": save_pairs(run_dir, pair, ("q4kd fidelity of a file against itself", "zero"))}
 
 
-declare(
-    "fidelity",
-    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
-    *(
-        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
-        for name in ("original", "itself")
-    ),
-    collect=_collect_fidelity,
-    parallel=2,
-)
-
-
 # --- refused-exports: what has no model to export, or no original to be compared with ---
 
 
-def _refusals(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     smoke, run, student = smoke_run(inputs), finished_run(inputs), live_student(inputs)
     quantised = quantised_student(inputs)
     exchanged = functools.partial(write_padded_teacher, source=quantised, rows=VOCAB, exchanged=(700, 1500))
@@ -119,18 +117,13 @@ def _refusals(inputs: Inputs) -> Path:
     add("another model", "its original", fidelity(quantised, demo_teacher(inputs)), pair)
     add("exchanged tokens", "its original", fidelity(other, student), pair)
     add("wider vocabulary", "its original", fidelity(wider, student), pair)
-
-    return inputs.file("refused-exports.json", lambda path: write_json(path, {"cases": records}))
+    cases = inputs.file("refused-exports.json", lambda path: write_json(path, {"cases": records}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
 declare(
     "refused-exports",
     "exports and comparisons that must be refused, each beside one that must not",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_refusals(inputs)), "--out", "probe.json"],
-        timeout_s=240,
-        env=ONE_THREAD,
-    ),
+    Arm(None, _refused_argv, timeout_s=240, env=ONE_THREAD),
     collect=collect_refusals,
 )

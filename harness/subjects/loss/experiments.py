@@ -7,10 +7,11 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import read_events, reference_step, save_pairs
-from q4kd.harness.inputs.demo import cut_text, demo_teacher, set_words, weighted_student
+from q4kd.harness.inputs.command_lines import probe_words, set_words
+from q4kd.harness.inputs.demo import cut_text, demo_teacher, weighted_student
 from q4kd.harness.oracles.reference import reference_loss
 from q4kd.harness.records.json_types import JsonValue
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 
 # --- kd-loss: the fused loss against a dense float64 reference ---
 
@@ -55,10 +56,11 @@ def _loss_inputs(inputs: Inputs) -> Path:
     return arrays_input(inputs, "kd-loss.npz", make)
 
 
-def _loss_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "kd-loss", "--inputs", str(_loss_inputs(inputs)), "--out", "loss.npz"]
-
-
+@experiment(
+    "kd-loss",
+    "the fused loss and its gradients against a dense float64 reference",
+    Arm(None, lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"), timeout_s=60),
+)
 def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "loss.npz")):
         return {"comparators": {}}
@@ -85,39 +87,22 @@ def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
                 for part, gradient, chosen in (("hidden", grad_hidden, of_hidden), ("weight", grad_weight, of_weight)):
                     elements = found[f"{name}-grad_{part}"].ravel()[chosen], gradient.ravel()[chosen]
                     pairs[f"grad-{part}"].append(elements)
-    comparators = save_pairs(
-        run_dir,
-        {name: (np.array([a for a, _ in rows]), np.array([b for _, b in rows])) for name, rows in pairs.items()},
-        ("trainer fused loss", "dense float64 loss of the harness"),
-    )
+    columns = {name: (np.array([a for a, _ in rows]), np.array([b for _, b in rows])) for name, rows in pairs.items()}
+    comparators = save_pairs(run_dir, columns, ("trainer fused loss", "dense float64 loss of the harness"))
 
     def kd_terms(*cases: str) -> Array:
         return np.array([[float(found[f"{case}-terms"][2])] for case in cases])
 
-    comparators |= save_pairs(
-        run_dir,
-        {
-            "kl-at-equality": (kd_terms("forward_kl-equal", "reverse_kl-equal"), np.zeros((2, 1))),
-            "jsd-at-equality": (kd_terms("jsd-equal"), np.zeros((1, 1))),
-        },
-        ("trainer fused loss, teacher = student", "zero"),
-    )
+    at_equality = {
+        "kl-at-equality": (kd_terms("forward_kl-equal", "reverse_kl-equal"), np.zeros((2, 1))),
+        "jsd-at-equality": (kd_terms("jsd-equal"), np.zeros((1, 1))),
+    }
+    comparators |= save_pairs(run_dir, at_equality, ("trainer fused loss, teacher = student", "zero"))
     scaled = kd_terms(*(_case(divergence, 2.0, 0.0) for divergence in _DIVERGENCES))
     halved = kd_terms(*(f"{divergence}-halved" for divergence in _DIVERGENCES))
-    comparators |= save_pairs(
-        run_dir,
-        {"t-squared": (scaled, 4 * halved)},
-        ("trainer fused loss at T = 2", "4 x the loss of halved logits at T = 1"),
-    )
+    sources = ("trainer fused loss at T = 2", "4 x the loss of halved logits at T = 1")
+    comparators |= save_pairs(run_dir, {"t-squared": (scaled, 4 * halved)}, sources)
     return {"comparators": comparators}
-
-
-declare(
-    "kd-loss",
-    "the fused loss and its gradients against a dense float64 reference",
-    Arm(None, _loss_argv, timeout_s=60),
-    collect=_collect_loss,
-)
 
 
 # --- first-step: the loss that `q4kd distill` logs for a batch the harness can recompute ---
@@ -139,9 +124,8 @@ class Counter(dict):
 
 def _one_batch(inputs: Inputs) -> Path:
     """Return a text that makes exactly one batch, so that its order cannot matter."""
-    return inputs.file(
-        "one-batch.txt", lambda path: path.write_text(cut_text(inputs, _TEXT * 8, _SEQ_LEN * _SEQUENCES))
-    )
+    text = cut_text(inputs, _TEXT * 8, _SEQ_LEN * _SEQUENCES)
+    return inputs.file("one-batch.txt", lambda path: path.write_text(text))
 
 
 def _first_step_argv(inputs: Inputs) -> list[str]:
@@ -153,22 +137,18 @@ def _first_step_argv(inputs: Inputs) -> list[str]:
     ]
 
 
+@experiment(
+    "first-step",
+    "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
+    Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
+)
 def _collect_first_step(run_dir: Path, inputs: Inputs) -> Facts:
     step = next(iter(read_events(run_dir, "step")), None)
     if step is None:
         return {"comparators": {}}
     subject = np.array([[step["loss"]], [step["ce"]], [step["kd"]]], np.float64)
     shape = (_SEQUENCES, _SEQ_LEN)
-    exact = reference_step(
-        inputs, demo_teacher(inputs), _one_batch(inputs), shape, alpha=_ALPHA, temperature=_TEMPERATURE
-    )
+    teacher, text = demo_teacher(inputs), _one_batch(inputs)
+    exact = reference_step(inputs, teacher, text, shape, alpha=_ALPHA, temperature=_TEMPERATURE)
     sources = ("step event of q4kd distill", "float64 teacher, student and loss of the harness")
     return {"comparators": save_pairs(run_dir, {"first-step": (subject, exact)}, sources)}
-
-
-declare(
-    "first-step",
-    "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
-    Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
-    collect=_collect_first_step,
-)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from q4kd.harness.inputs.arrays import Array, Arrays, Floats, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import save_pairs
+from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.oracles.reference import log_softmax, reference_loss
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.files import read_json, write_json
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -98,7 +99,7 @@ def exact_topk(
         teacher: logits ``[P, V]``.
         labels: ``[P]``.
         ids: the listed tokens ``[P, k]``.
-        settings: of the case.
+        settings: settings of the case.
     """
     rows = np.arange(len(labels))[:, None]
     rest = np.ones(student.shape, bool)
@@ -167,25 +168,20 @@ def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
         add(
             f"{form}-grad-weight", found[f"{name}-grad_weight"].ravel()[chosen], (grad.T @ hidden[kept]).ravel()[chosen]
         )
-    comparators = save_pairs(
-        run_dir,
-        {name: (np.array(subjects), np.array(references)) for name, (subjects, references) in pairs.items()},
-        ("trainer fused loss", "dense float64 loss of the harness"),
-    )
+    columns = {name: (np.array(subjects), np.array(references)) for name, (subjects, references) in pairs.items()}
+    comparators = save_pairs(run_dir, columns, ("trainer fused loss", "dense float64 loss of the harness"))
     if excess:
         bound = {
             "topk-excess": (np.array(excess)[:, None], np.zeros((len(excess), 1))),
             "topk-whole": (np.array(at_full)[:, :1], np.array(at_full)[:, 1:]),
         }
-        comparators |= save_pairs(
-            run_dir, bound, ("trainer loss against a cached teacher", "dense float64 divergence of the harness")
-        )
+        sources = ("trainer loss against a cached teacher", "dense float64 divergence of the harness")
+        comparators |= save_pairs(run_dir, bound, sources)
     return {"comparators": comparators}
 
 
 def _losses_argv(device: str, vocab: int, inputs: Inputs) -> list[str]:
-    words = ["probe", "fused-losses", "--inputs", str(_given(vocab, inputs)), "--out", "losses.npz"]
-    return [*words, "--device", device]
+    return probe_words("fused-losses", inputs=_given(vocab, inputs), out="losses.npz", device=device)
 
 
 for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-losses", "cuda", CUDA_VOCAB)):
@@ -224,7 +220,7 @@ def allocation_cases() -> dict[str, _Case]:
 
 
 def low_bytes(sizes: Mapping[str, int], chunk: int, tile: int) -> int:
-    """Return what mode low may take beyond parameters and gradients, as ``loss_low.py`` adds it up.
+    """Return what mode low may take beyond parameters and gradients, as ``trainer/loss/tiled.py`` adds it up.
 
     Ten float32 ``[C, R]``; a tile of the teacher's head, of the student's and of its gradient in float32; hidden states
     of both in float32 and the student's gradient before it is rounded; ten float64 sums of every row.
@@ -235,10 +231,16 @@ def low_bytes(sizes: Mapping[str, int], chunk: int, tile: int) -> int:
     return logits + tiles + states + 10 * 8 * sizes["tokens"]
 
 
-def _allocation_file(inputs: Inputs) -> Path:
-    return inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
+def _allocation_argv(inputs: Inputs) -> list[str]:
+    cases = inputs.file("loss-allocations.json", lambda path: write_json(path, allocation_cases()))
+    return probe_words("loss-allocations", cases=cases, out="allocations.json")
 
 
+@experiment(
+    "loss-allocations",
+    "every tensor that the fused loss makes, recorded by a dispatch mode around it",
+    Arm(None, _allocation_argv, timeout_s=120),
+)
 def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
     if not (run_dir / "allocations.json").is_file():
         return {"comparators": {}}
@@ -268,15 +270,3 @@ def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
             return {"comparators": {}, "unseen": name, "allocations": found}
     tables["low-bytes"]["MB of the same sum at 8,192 x 151,936"] = low_bytes(FULL, 256, 8192) // 10**6
     return {"tables": tables, "allocations": found}
-
-
-def _allocation_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "loss-allocations", "--cases", str(_allocation_file(inputs)), "--out", "allocations.json"]
-
-
-declare(
-    "loss-allocations",
-    "every tensor that the fused loss makes, recorded by a dispatch mode around it",
-    Arm(None, _allocation_argv, timeout_s=120),
-    collect=_collect_allocations,
-)

@@ -38,15 +38,9 @@ def kd_loss_cases(inputs: Path, out: Path) -> None:
         hidden = (torch.from_numpy(given["hidden"]) * scale).requires_grad_(True)
         weight = torch.from_numpy(given["weight"]).clone().requires_grad_(True)
         source, head = (hidden.detach(), weight.detach()) if equal else (teacher_hidden * scale, teacher_weight)
-        terms = kd_loss(
-            hidden,
-            weight,
-            labels,
-            teacher_hidden=source,
-            teacher_head=functools.partial(_project, head),
-            num_targets=float((labels >= 0).sum()),
-            config=KDLossConfig(**settings),
-        )
+        teacher: dict[str, Any] = {"teacher_hidden": source, "teacher_head": functools.partial(_project, head)}
+        num_targets, config = float((labels >= 0).sum()), KDLossConfig(**settings)
+        terms = kd_loss(hidden, weight, labels, **teacher, num_targets=num_targets, config=config)
         results |= _differentiated(name, terms, hidden, weight)
     save_arrays(out, results)
 
@@ -70,7 +64,7 @@ def _differentiated(name: str, terms: "LossTerms", hidden: "Tensor", weight: "Te
 
 @probe("fused-losses")
 def fused_losses(inputs: Path, out: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
-    """Evaluate the loss and its gradients for every case of the input; see ``experiments_fused.loss_cases``.
+    """Evaluate the loss and its gradients for every case of the input; see ``loss_cases`` in ``fused.py``.
 
     Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are
     exact in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher
@@ -175,13 +169,7 @@ def _record(case: dict[str, Any]) -> JsonObject:
     config = KDLossConfig(**case["config"])
     with Allocations() as seen:
         terms = kd_loss(
-            student,
-            weight,
-            labels,
-            teacher_hidden=teacher,
-            teacher_head=head,
-            num_targets=float(tokens),
-            config=config,
+            student, weight, labels, teacher_hidden=teacher, teacher_head=head, num_targets=float(tokens), config=config
         )
         torch.autograd.backward(terms.loss)
     largest = sorted(seen.shapes, key=lambda shape: -np.prod(shape, dtype=np.int64))[:10]

@@ -20,7 +20,7 @@ from q4kd.harness.inputs.synthetic_models import (
     write_truncated,
 )
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
 POSITIONS = 64
 COLUMNS = 64
@@ -56,6 +56,11 @@ def _models_argv(inputs: Inputs) -> list[str]:
     return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
 
 
+@experiment(
+    "model-files",
+    "logits of small models of every architecture and type against float64; two of them also as .apr",
+    Arm(None, _models_argv, timeout_s=120),
+)
 def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "logits.npz")):
         return {"comparators": {}}
@@ -72,14 +77,6 @@ def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
         pair = {f"{name}-apr": (logits[f"{name}-apr"][:, columns], logits[name][:, columns])}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name} as .apr", f"q4kd, {name} as GGUF"))
     return {"comparators": comparators}
-
-
-declare(
-    "model-files",
-    "logits of small models of every architecture and type against float64; two of them also as .apr",
-    Arm(None, _models_argv, timeout_s=120),
-    collect=_collect_models,
-)
 
 
 # --- refused-models: files that must be refused, each beside its valid twin ---

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORWARD = "q4kd.trainer.teacher.cpu.forward"
+_GGUF_NAME = "q4kd.trainer.formats.tensor_names:gguf_name"
 
 
 @patch(
@@ -52,12 +53,7 @@ def _q5_k_high_bits(original: Call, packed: "Tensor", out: "Tensor") -> None:
     original(low, out)
 
 
-@patch(
-    "dispatch",
-    "apr-gate-up-swapped",
-    "gate and up projections of .apr files are exchanged",
-    "q4kd.trainer.formats.tensor_names:gguf_name",
-)
+@patch("dispatch", "apr-gate-up-swapped", "gate and up projections of .apr files are exchanged", _GGUF_NAME)
 def _apr_gate_up_swapped(original: Callable[..., str | None], *arguments: object) -> str:
     swap = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
     return ".".join(swap.get(part, part) for part in str(original(*arguments)).split("."))

@@ -44,13 +44,7 @@ def open_models(out: Path, cases: tuple[str, ...]) -> None:
     records = []
     for case, invalid, valid in zip(cases[0::3], cases[1::3], cases[2::3], strict=True):
         error, message = outcome(invalid)
-        records.append(
-            {
-                "case": case,
-                "error": error,
-                "message": (message or "").replace(str(Path(invalid).parent), "…"),
-                "twin": f"{case}, valid",
-                "twin_error": outcome(valid)[0],
-            }
-        )
+        said = (message or "").replace(str(Path(invalid).parent), "…")
+        twin = {"twin": f"{case}, valid", "twin_error": outcome(valid)[0]}
+        records.append({"case": case, "error": error, "message": said, **twin})
     write_json(out, {"cases": records})

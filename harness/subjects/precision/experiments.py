@@ -7,7 +7,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, array_input, random_ids, read_array, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, save_pairs
-from q4kd.harness.inputs.demo import VOCAB, demo_teacher, logits_words
+from q4kd.harness.inputs.command_lines import logits_words, probe_words
+from q4kd.harness.inputs.demo import VOCAB, demo_teacher
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
 
@@ -41,8 +42,7 @@ def _packed_argv(device: str, inputs: Inputs) -> list[str]:
 
 
 def _dense_argv(device: str, inputs: Inputs) -> list[str]:
-    words = ["probe", "dense-logits", "--model", str(demo_teacher(inputs)), "--ids", str(_ids(inputs))]
-    return [*words, "--device", device, "--out", "logits.npy"]
+    return probe_words("dense-logits", model=demo_teacher(inputs), ids=_ids(inputs), device=device, out="logits.npy")
 
 
 def _collect_errors(run_dir: Path, inputs: Inputs) -> Facts:

@@ -7,16 +7,18 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
+from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.synthetic_models import random_matrix
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.precision.probes import FUSED_TOKENS
 
 # A product through the scratch is judged eight tokens at a time: rounding the weights once costs 1.7e-3 on average,
 # and how much single tokens deviate from that says nothing of the kernels.
 GROUP = 8
 TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
-# Rows and columns of the matrices: a block takes one row tile of the first, four of the second (kernels.MANY_ROWS).
+# Rows and columns of the matrices: a block takes one row tile of the first, four of the second (``MANY_ROWS``).
 SHAPES = ((517, 3584), (8209, 512))
+OUT = "products.npz"
 PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
 
 
@@ -51,13 +53,16 @@ def exact_products(operands: Arrays) -> Arrays:
     return exact
 
 
-def _products_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "cuda-products", "--operands", str(_operands(inputs)), "--out", "products.npz"]
-
-
+@experiment(
+    "cuda-products",
+    "products of packed matrices on the device, fused and through the scratch, against float64",
+    Arm(None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out=OUT), timeout_s=180),
+    needs=("cuda",),
+    exclusive=True,
+)
 def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
     comparators: Comparators = {}
-    if not (found := read_arrays(run_dir / "products.npz")):
+    if not (found := read_arrays(run_dir / OUT)):
         return {"comparators": comparators}
     for name, wanted in exact_products(read_arrays(_operands(inputs))).items():
         way, tail = name.rpartition("-")[2], wanted.shape[1] - 16
@@ -68,13 +73,3 @@ def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
         pair = {name: (found[name][:, kept].reshape(judged), wanted[:, kept].reshape(judged).astype(np.float32))}
         comparators |= save_pairs(run_dir, pair, ("product on the device", "float64 product over gguf.quants"))
     return {"comparators": comparators}
-
-
-declare(
-    "cuda-products",
-    "products of packed matrices on the device, fused and through the scratch, against float64",
-    Arm(None, _products_argv, timeout_s=180),
-    needs=("cuda",),
-    collect=_collect_products,
-    exclusive=True,
-)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.collect import Event, collect_probe, read_events, save_pairs
-from q4kd.harness.inputs.demo import argparse_documents, demo_student, demo_teacher, distill_words, set_words
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
+from q4kd.harness.inputs.demo import argparse_documents, demo_student, demo_teacher
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.robustness.probes import CHILD_EVENTS
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
@@ -24,12 +25,12 @@ def _words(inputs: Inputs, **settings: object) -> list[str]:
 # --- killed-runs: SIGKILL at seeded points, resumed each time, beside the same run left alone ---
 
 
-def _killed_case(inputs: Inputs) -> Path:
+def _killed_argv(inputs: Inputs) -> list[str]:
     def make(path: Path) -> None:
         argv = _words(inputs, steps=STEPS, checkpoint_every=2, eval_every=6, eval_tokens=64, keep=2)
         write_json(path, {"argv": argv, "kills": KILLS, "writing": WRITING, "seed": 12})
 
-    return inputs.file("killed-runs.json", make)
+    return probe_words("killed-runs", case=inputs.file("killed-runs.json", make), out="probe.json")
 
 
 def _terms(path: Path) -> dict[int, list[list[float]]]:
@@ -42,6 +43,11 @@ def _terms(path: Path) -> dict[int, list[list[float]]]:
     return found
 
 
+@experiment(
+    "killed-runs",
+    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
+    Arm(None, _killed_argv, timeout_s=400, env=ONE_THREAD),
+)
 def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
     facts = collect_probe(run_dir, inputs)
     whole, killed = _terms(run_dir / "whole.jsonl"), _terms(run_dir / "killed.jsonl")
@@ -58,24 +64,11 @@ def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
     return facts | {"comparators": comparators, "tables": tables | resumed}
 
 
-declare(
-    "killed-runs",
-    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
-    Arm(
-        None,
-        lambda inputs: ["probe", "killed-runs", "--case", str(_killed_case(inputs)), "--out", "probe.json"],
-        timeout_s=400,
-        env=ONE_THREAD,
-    ),
-    collect=_collect_killed,
-)
-
-
 # --- runs that end early: what is done to each, its settings, and what it must leave ---
 
 
 def _ended_argv(action: str, settings: dict[str, object], inputs: Inputs) -> list[str]:
-    return ["probe", "ended-run", "--do", action, "--out", "probe.json", "--", *_words(inputs, **settings)]
+    return [*probe_words("ended-run", do=action, out="probe.json"), "--", *_words(inputs, **settings)]
 
 
 def _child_events(run_dir: Path, name: str) -> list[Event]:
@@ -110,10 +103,7 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> Facts:
                 not isinstance(event["loss"], float) for event in _child_events(run_dir, "step")
             ),
         },
-        "hang": {
-            "stacks show where": "_silent_source" in stacks,
-            "event": len(_child_events(run_dir, "hang")),
-        },
+        "hang": {"stacks show where": "_silent_source" in stacks, "event": len(_child_events(run_dir, "hang"))},
         "memory": {
             "says what was asked": re.search(r"on cpu: asked for \d", said) is not None,
             "says what is held": "; held: host" in said,
@@ -193,7 +183,7 @@ for _name, (_action, _title, _settings) in _ENDINGS.items():
 
 def _damaged_argv(inputs: Inputs) -> list[str]:
     settings = {"steps": 8, "checkpoint_every": 2, "eval_tokens": 0}
-    return ["probe", "damaged-resumes", "--out", "probe.json", "--", *_words(inputs, **settings)]
+    return [*probe_words("damaged-resumes", out="probe.json"), "--", *_words(inputs, **settings)]
 
 
 declare(

@@ -7,8 +7,9 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Floats, read_arrays, save_arrays
 from q4kd.harness.inputs.collect import Comparators, arm_of, checkpoint_facts, read_events, save_pairs, step_terms
-from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, demo_student, demo_teacher, distill_words, training_text
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.command_lines import distill_words
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, demo_student, demo_teacher, training_text
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.files import read_json
 
 STEPS, SMOKE_STEPS, EPOCH_STEPS = 20, 10, 10
@@ -44,18 +45,15 @@ def _timed_argv(inputs: Inputs) -> list[str]:
     return ["probe", "distill-timed", "--out", "timings.npz", "--", *_argv(words, inputs)]
 
 
+@experiment(
+    "reporting-cost",
+    f"the clock around each of {STEPS} steps and around the event and the line that report it",
+    Arm(None, _timed_argv, timeout_s=120, stall_s=60, env=ONE_THREAD),
+)
 def _collect_timings(run_dir: Path, _inputs: Inputs) -> Facts:
     if arrays := read_arrays(run_dir / "timings.npz"):
         save_arrays(run_dir / "arrays" / "reporting.npz", arrays)
     return {}
-
-
-declare(
-    "reporting-cost",
-    f"the clock around each of {STEPS} steps and around the event and the line that report it",
-    Arm(None, _timed_argv, timeout_s=120, stall_s=60, env=ONE_THREAD),
-    collect=_collect_timings,
-)
 
 
 # --- smoke-run: a run cut short by --max-steps, and the same run without it ---
@@ -73,6 +71,12 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
     return np.array([stated]).T, np.array([[whole], [BATCH * SEQ_LEN / per_step]])
 
 
+@experiment(
+    "smoke-run",
+    f"--max-steps {SMOKE_STEPS} of a run of {STEPS} steps, and the run without it",
+    _arm("smoke", "--max-steps", str(SMOKE_STEPS)),
+    _arm("full"),
+)
 def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
     """Count steps three ways, look for a model, and compare the two arms, of which the smoke run comes first."""
     checkpoint, out = checkpoint_facts(run_dir), run_dir / "run"
@@ -98,12 +102,3 @@ def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
         comparators = save_pairs(run_dir, {"first-steps": pair}, ("run without --max-steps", "smoke run"))
     tables = {"steps": counts, "outputs": outputs}
     return {"checkpoint": checkpoint, "tables": tables, "comparators": comparators}
-
-
-declare(
-    "smoke-run",
-    f"--max-steps {SMOKE_STEPS} of a run of {STEPS} steps, and the run without it",
-    _arm("smoke", "--max-steps", str(SMOKE_STEPS)),
-    _arm("full"),
-    collect=_collect_smoke,
-)

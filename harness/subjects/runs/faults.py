@@ -19,6 +19,7 @@ _DISTILL = "q4kd.trainer.distill"
 _STEPS = "q4kd.trainer.train.loop:_take_steps"
 _REPORT = "q4kd.trainer.train.run.progress:Reporter.step"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
+_REPORTER_INIT = "q4kd.trainer.train.run.progress:Reporter.__init__"
 
 # --- progress lines ---
 
@@ -70,12 +71,7 @@ def _slow_reporting(original: Call, *arguments: object) -> None:
     original(*arguments)
 
 
-@patch(
-    "logging",
-    "zero-means-default",
-    "log_every=0 prints step lines as the default does",
-    "q4kd.trainer.train.run.progress:Reporter.__init__",
-)
+@patch("logging", "zero-means-default", "log_every=0 prints step lines as the default does", _REPORTER_INIT)
 def _zero_means_default(original: Call, self: object, total: int, every: int, steps_per_epoch: object) -> None:
     original(self, total, every or 10, steps_per_epoch)
 
@@ -105,12 +101,7 @@ def _smoke_own_schedule(original: Call, run: "Run", *rest: object) -> None:
     original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 
 
-@patch(
-    "logging",
-    "projects-itself",
-    "the smoke run's own time is given as that of the full run",
-    f"{_DISTILL}:_finish",
-)
+@patch("logging", "projects-itself", "the smoke run's own time is given as that of the full run", f"{_DISTILL}:_finish")
 def _projects_itself(original: Call, run: "Run", *rest: object) -> None:
     original(dataclasses.replace(run, total_steps=run.last_step), *rest)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.collect import arm_of, read_events, save_pairs
-from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher, distill_words, set_words
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.command_lines import distill_words, set_words
+from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher
+from q4kd.harness.inputs.synthetic_students import student_shape
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
 _PLANS: dict[str, dict[str, object]] = {
     "batch-8": {"batch_size": 8},
@@ -17,20 +19,12 @@ _PLANS: dict[str, dict[str, object]] = {
 }
 # glibc gives freed blocks back at once, so that resident memory is what the program holds. How much more it keeps by
 # default depends on the order of allocations (measured: 40 to 140 MB); the plan's item "allocator" is left out here.
-_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+_ENV = {**ONE_THREAD, "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def _large_student(inputs: Inputs) -> Path:
-    layers = 6
-    changes = {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": layers,
-        "layer_types": ["full_attention"] * layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    }
-    return changed_student(inputs, "student-20m", changes)
+    shape = student_shape(hidden=512, ffn=1536, layers=6, heads=8, kv_heads=4)
+    return changed_student(inputs, "student-20m", shape)
 
 
 def _planned_argv(settings: dict[str, object], inputs: Inputs) -> list[str]:
@@ -54,6 +48,14 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - during[0]["rss"]
 
 
+@experiment(
+    "planned-run",
+    "a student of 20 M weights planned and measured, at two batch sizes and with gradient checkpointing",
+    *(
+        Arm(name, functools.partial(_planned_argv, settings), timeout_s=240, stall_s=120, env=_ENV, interval_s=0.01)
+        for name, settings in _PLANS.items()
+    ),
+)
 def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     """Compare plan and growth of all arms, one row each, in the facts of the last."""
     if arm_of(run_dir) != "checkpointing":
@@ -64,21 +66,3 @@ def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     pair = np.array([[row[0]] for row in rows if row]), np.array([[row[1]] for row in rows if row])
     sources = ("peak of the memory plan", "growth of the resident memory seen by the supervisor")
     return {"comparators": save_pairs(run_dir, {"plan": pair}, sources)}
-
-
-declare(
-    "planned-run",
-    "a student of 20 M weights planned and measured, at two batch sizes and with gradient checkpointing",
-    *(
-        Arm(
-            name,
-            functools.partial(_planned_argv, settings),
-            timeout_s=240,
-            stall_s=120,
-            env={**ONE_THREAD, **_GIVE_BACK},
-            interval_s=0.01,
-        )
-        for name, settings in _PLANS.items()
-    ),
-    collect=_collect_planned,
-)

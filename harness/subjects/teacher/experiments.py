@@ -16,17 +16,11 @@ from q4kd.harness.inputs.arrays import (
     seeded_columns,
 )
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
-from q4kd.harness.inputs.demo import (
-    GOLDEN_LOGITS,
-    demo_teacher,
-    gguf_facts,
-    golden_ids,
-    golden_teacher,
-    logits_words,
-)
+from q4kd.harness.inputs.command_lines import logits_words, probe_words
+from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path
 
@@ -94,6 +88,11 @@ def _parity_argv(arm: str, inputs: Inputs) -> list[str]:
     return logits_words(*_parity_files(arm, inputs), "--dtype", "float32")
 
 
+@experiment(
+    "teacher-parity",
+    "q4kd logits of the golden and the demo teacher against float64, llama.cpp and a frozen golden",
+    *(Arm(arm, functools.partial(_parity_argv, arm), timeout_s=120, stall_s=60) for arm in ("golden", "demo")),
+)
 def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     arm = arm_of(run_dir)
     model, ids = _parity_files(arm, inputs)
@@ -115,25 +114,13 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     return gguf_facts(model) | {"comparators": comparators}
 
 
-declare(
-    "teacher-parity",
-    "q4kd logits of the golden and the demo teacher against float64, llama.cpp and a frozen golden",
-    *(Arm(arm, functools.partial(_parity_argv, arm), timeout_s=120, stall_s=60) for arm in ("golden", "demo")),
-    collect=_collect_parity,
-)
-
-
 # --- frozen-teacher: gradient requests, each with a valid twin ---
-
-
-def _frozen_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "frozen-teacher", "--model", str(golden_teacher(inputs)), "--out", "probe.json"]
 
 
 declare(
     "frozen-teacher",
     "every way to ask the teacher for a gradient, beside its valid twin",
-    Arm(None, _frozen_argv, timeout_s=60),
+    Arm(None, lambda at: probe_words("frozen-teacher", model=golden_teacher(at), out="probe.json"), timeout_s=60),
     collect=collect_probe,
 )
 
@@ -146,9 +133,14 @@ def _blocks(inputs: Inputs) -> Path:
 
 
 def _superblock_argv(inputs: Inputs) -> list[str]:
-    return ["probe", "superblock", "--blocks", str(_blocks(inputs)), "--out", "decoded.npz", "--facts", "probe.json"]
+    return probe_words("superblock", blocks=_blocks(inputs), out="decoded.npz", facts="probe.json")
 
 
+@experiment(
+    "superblock",
+    "the trainer's decoders and products on random and extreme superblocks",
+    Arm(None, _superblock_argv, timeout_s=60),
+)
 def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
     facts, decoded = collect_probe(run_dir, inputs), read_arrays(run_dir / "decoded.npz")
     if not decoded:
@@ -171,11 +163,3 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
     sums = block_spec.offset_product(blocks["q4_k-offset"], blocks["activations"])
     compare("q4_k-offset", "q4_k-offset", sums, "trainer product", "block sums of the activations")
     return facts | {"comparators": comparators}
-
-
-declare(
-    "superblock",
-    "the trainer's decoders and products on random and extreme superblocks",
-    Arm(None, _superblock_argv, timeout_s=60),
-    collect=_collect_superblock,
-)

@@ -12,6 +12,7 @@ _QUANT = "q4kd.trainer.formats.blocks.decode"
 _UNPACK = f"{_QUANT}:unpack_q4_k_scales"
 _DECODERS = f"{_QUANT}:DECODERS"
 _ROW_BYTES = "q4kd.trainer.formats.blocks.layout:BlockFormat.row_bytes"
+_DECODE_Q4_K = f"{_QUANT}:decode_q4_k"
 _Unpack = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 _Decode = Callable[["Tensor", "Tensor"], None]
 
@@ -29,13 +30,7 @@ def _dropped_mins(original: _Unpack, packed: "Tensor") -> tuple["Tensor", "Tenso
     return scales, mins * 0
 
 
-@patch(
-    "quantisation",
-    "swapped-nibbles",
-    "the two nibbles of every Q4_K byte are exchanged",
-    f"{_QUANT}:decode_q4_k",
-    _DECODERS,
-)
+@patch("quantisation", "swapped-nibbles", "the two nibbles of every Q4_K byte are exchanged", _DECODE_Q4_K, _DECODERS)
 def _swapped_nibbles(original: _Decode, packed: "Tensor", out: "Tensor") -> None:
     swapped = packed.clone()
     swapped[:, 16:] = (packed[:, 16:] >> 4) | (packed[:, 16:] << 4)

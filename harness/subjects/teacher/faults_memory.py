@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 _CHOOSE = "q4kd.trainer.device.backend:choose_backend"
 _TEACHER = "q4kd.trainer.teacher.teacher"
 _MATRIX = "q4kd.trainer.teacher.cpu.weights:PackedMatrix"
+_INIT = f"{_MATRIX}.__init__"
+_RESIDENT_BYTES = f"{_MATRIX}.resident_bytes"
+_REQUIRES_GRAD = f"{_TEACHER}:Teacher.requires_grad_"
 BALLAST_BYTES = 500_000_000
 _HELD: list["Tensor"] = []
 
@@ -45,13 +48,7 @@ def _silent_dequantize() -> None:
     replace(f"{_MATRIX}.product", lambda _original: lambda self, x: self.decoded.product(x))
 
 
-@fault(
-    "residency",
-    "scale-cache",
-    "unpacked scales are kept beside every superblock",
-    f"{_MATRIX}.__init__",
-    f"{_MATRIX}.resident_bytes",
-)
+@fault("residency", "scale-cache", "unpacked scales are kept beside every superblock", _INIT, _RESIDENT_BYTES)
 def _scale_cache() -> None:
     """Keep each superblock's scales unpacked beside it: 16 more bytes, accounted for honestly."""
 
@@ -84,12 +81,7 @@ def _ballast(original: Call, *arguments: object, **options: object) -> object:
     return original(*arguments, **options)
 
 
-@patch(
-    "dispatch",
-    "accepts-gradients",
-    "teacher.requires_grad_(True) is accepted in silence",
-    f"{_TEACHER}:Teacher.requires_grad_",
-)
+@patch("dispatch", "accepts-gradients", "teacher.requires_grad_(True) is accepted in silence", _REQUIRES_GRAD)
 def _accepts_gradients(_original: Call, self: object, requires_grad: bool = True) -> object:
     return self
 

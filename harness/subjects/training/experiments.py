@@ -3,7 +3,8 @@
 import functools
 
 from q4kd.harness.inputs.collect import collect_checkpoint
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, set_words
+from q4kd.harness.inputs.command_lines import set_words
+from q4kd.harness.inputs.demo import demo_student, demo_teacher
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Inputs, declare
 from q4kd.trainer.demo import data_path
 

@@ -53,21 +53,11 @@ def _student_resized(rows: int) -> None:
     replace(_LOAD_STUDENT, make)
 
 
-declare(
-    "vocabulary",
-    "student-cut-to-fit",
-    "a student that is too wide is cut to the teacher's rows in silence",
-    functools.partial(_student_resized, 2048),
-    _LOAD_STUDENT,
-)
-declare(
-    "vocabulary",
-    "student-padded-to-fit",
-    "the student's head is resized to the teacher's padded rows",
-    functools.partial(_student_resized, 2080),
-    _LOAD_STUDENT,
-    arms=(None, "exact"),
-)
+for _name, _title, _rows, _arms in (
+    ("student-cut-to-fit", "a student that is too wide is cut to the teacher's rows in silence", 2048, None),
+    ("student-padded-to-fit", "the student's head is resized to the teacher's padded rows", 2080, (None, "exact")),
+):
+    declare("vocabulary", _name, _title, functools.partial(_student_resized, _rows), _LOAD_STUDENT, arms=_arms)
 
 
 @fault(

@@ -35,10 +35,7 @@ def _masters_rounded(original: Call, self: "MasterWeightOptimizer") -> None:
 
 
 @patch(
-    "loop",
-    "masters-not-copied",
-    "masters move, the bfloat16 weights that the student multiplies by do not",
-    _OPTIMIZER,
+    "loop", "masters-not-copied", "masters move, the bfloat16 weights that the student multiplies by do not", _OPTIMIZER
 )
 def _masters_not_copied(original: Call, self: "MasterWeightOptimizer") -> None:
     rounded = {name: value for name, value in self.parameters.items() if value.dtype != self.masters[name].dtype}

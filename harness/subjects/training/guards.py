@@ -13,6 +13,7 @@ from q4kd.harness.inputs.collect import (
     save_pairs,
     step_terms,
 )
+from q4kd.harness.inputs.command_lines import distill_words, probe_words
 from q4kd.harness.inputs.demo import (
     BATCH,
     SEQ_LEN,
@@ -20,15 +21,21 @@ from q4kd.harness.inputs.demo import (
     changed_student,
     demo_student,
     demo_teacher,
-    distill_words,
     training_text,
     weighted_student,
 )
-from q4kd.harness.inputs.synthetic_students import Twin, read_tokens, write_padded_teacher, write_teacher_as_student
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.synthetic_students import (
+    Twin,
+    read_tokens,
+    student_shape,
+    write_padded_teacher,
+    write_teacher_as_student,
+)
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import write_json
 
-# PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT are that file's and its student's.
+# PADDED adds to the demo's vocabulary the share that Qwen2.5-7B's file pads; EXACT_* are that file's rows and its
+# student's.
 NATIVE, PADDED, WIDER = VOCAB, 2080, 2064
 EXACT_TEACHER, EXACT_STUDENT = 152_064, 151_936
 ALPHA, TEMPERATURE, STEPS, EXACT_STEPS = 0.4, 2.0, 4, 2
@@ -47,16 +54,8 @@ def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None
 
 
 def _wide_student(inputs: Inputs) -> Path:
-    changes = {
-        "vocab_size": EXACT_STUDENT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "layer_types": ["full_attention"],
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    return changed_student(inputs, "student-151936", changes)
+    shape = student_shape(hidden=32, ffn=64, layers=1, heads=1, kv_heads=1)
+    return changed_student(inputs, "student-151936", {**shape, "vocab_size": EXACT_STUDENT})
 
 
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
@@ -84,6 +83,14 @@ def _collect_exact(run_dir: Path, inputs: Inputs) -> Facts:
     return {"checkpoint": checkpoint_facts(run_dir), "tables": {"rows": rows}}
 
 
+@experiment(
+    "vocabulary-run",
+    f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
+    *(
+        Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for name in ("native", "padded", "exact")
+    ),
+)
 def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare the padded arm with the one before it, and its first step with float64 over the sliced logits."""
     arm, steps = arm_of(run_dir), step_terms(run_dir)
@@ -99,27 +106,23 @@ def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
     return {"comparators": comparators | save_pairs(run_dir, pairs, ("q4kd distill", "float64 over sliced logits"))}
 
 
-declare(
-    "vocabulary-run",
-    f"steps with a teacher of {PADDED} rows, with its first {NATIVE} alone, and at 152064 against 151936",
-    *(
-        Arm(name, functools.partial(_vocabulary_argv, name), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for name in ("native", "padded", "exact")
-    ),
-    collect=_collect_vocabulary,
-)
-
-
 # --- vocabulary-widths: the padded teacher's logits beside the native one's, and the widths in the loss ---
 
 
 def _widths_argv(inputs: Inputs) -> list[str]:
-    models = ["--native", str(_padded_teacher(inputs, NATIVE)), "--padded", str(_padded_teacher(inputs, PADDED))]
-    ids = random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9)
-    out = ["--out", "logits.npz", "--facts", "probe.json"]
-    return ["probe", "vocabulary-widths", *models, "--student", str(weighted_student(inputs)), "--ids", str(ids), *out]
+    models = {"native": _padded_teacher(inputs, NATIVE), "padded": _padded_teacher(inputs, PADDED)}
+    given = {
+        "student": weighted_student(inputs),
+        "ids": random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9),
+    }
+    return probe_words("vocabulary-widths", **models, **given, out="logits.npz", facts="probe.json")
 
 
+@experiment(
+    "vocabulary-widths",
+    "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
+    Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
+)
 def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "logits.npz")
     if not found:
@@ -127,14 +130,6 @@ def _collect_widths(run_dir: Path, inputs: Inputs) -> Facts:
     columns = seeded_columns(NATIVE, COLUMNS)
     pair = {"in-range": (found["padded"][:, columns], found["native"][:, columns])}
     return facts | {"comparators": save_pairs(run_dir, pair, ("teacher with padding rows", "teacher without them"))}
-
-
-declare(
-    "vocabulary-widths",
-    "logits of a padded teacher beside the native one's, and the widths that meet in the loss",
-    Arm(None, _widths_argv, timeout_s=60, env=ONE_THREAD),
-    collect=_collect_widths,
-)
 
 
 # --- refused-runs: runs that must not reach their first step, each beside one that must ---
@@ -146,7 +141,7 @@ def _teacher_as_student(inputs: Inputs, twin: Twin) -> Path:
     return inputs.file(f"student-{twin}-twin", make)
 
 
-def _cases(inputs: Inputs) -> Path:
+def _refused_argv(inputs: Inputs) -> list[str]:
     teacher, padded = demo_teacher(inputs), _padded_teacher(inputs, PADDED)
     fresh, data = demo_student(inputs), training_text(inputs, 1)
     records: list[dict[str, str | list[str]]] = []
@@ -172,9 +167,15 @@ def _cases(inputs: Inputs) -> Path:
     add("same function, other weights", "overridden", (teacher, permuted, long), (teacher, permuted, allowed))
     noisy = _teacher_as_student(inputs, "noisy")
     add("same weights but for noise", "overridden", (teacher, noisy, long), (teacher, noisy, allowed))
-    return inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
+    cases = inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
+    return probe_words("start-runs", cases=cases, out="probe.json")
 
 
+@experiment(
+    "refused-runs",
+    "runs that must be refused before their first step, each beside one that must reach it",
+    Arm(None, _refused_argv, timeout_s=180, env=ONE_THREAD),
+)
 def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
     """Return the cases, and whether the line about a student that is too wide names both sizes."""
     cases = probe_cases(run_dir)
@@ -183,16 +184,3 @@ def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
         return collect_probe(run_dir, inputs)
     named = {f"names {size}": str(size) in message.replace(",", "") for size in (NATIVE, WIDER)}
     return {"cases": [{**case, "message": ""} for case in cases], "tables": {"too-wide": named}}
-
-
-declare(
-    "refused-runs",
-    "runs that must be refused before their first step, each beside one that must reach it",
-    Arm(
-        None,
-        lambda inputs: ["probe", "start-runs", "--cases", str(_cases(inputs)), "--out", "probe.json"],
-        timeout_s=180,
-        env=ONE_THREAD,
-    ),
-    collect=_collect_refused,
-)

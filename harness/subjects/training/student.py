@@ -5,20 +5,24 @@ from pathlib import Path
 
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import arm_of, collect_probe, save_pairs, step_terms
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, distill_words, set_words, training_text
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
+from q4kd.harness.inputs.demo import demo_student, demo_teacher, training_text
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.training.probes import RANKS, VARIANTS
 
 # --- student-steps: the trainer's step under settings that must not matter, with adapters, and on bfloat16 weights ---
 
 
 def _steps_argv(inputs: Inputs) -> list[str]:
-    return [
-        *("probe", "student-steps", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
-        *("--out", "steps.npz", "--facts", "probe.json"),
-    ]
+    models = {"teacher": demo_teacher(inputs), "student": demo_student(inputs)}
+    return probe_words("student-steps", **models, out="steps.npz", facts="probe.json")
 
 
+@experiment(
+    "student-steps",
+    "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
+    Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
+)
 def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     facts, found = collect_probe(run_dir, inputs), read_arrays(run_dir / "steps.npz")
     if not found:
@@ -28,18 +32,10 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     # Only losses are compared: the claim says nothing of what bfloat16 does to the norm of a gradient.
     pairs["bfloat16"] = (found["bfloat16"][:, :3], whole[:, :3])
     comparators = save_pairs(run_dir, pairs, ("the setting", "plain float32 steps on whole batches"))
-    # Compared is what training did to the logits: a merge that forgot it would differ by all of it.
+    # What training did to the logits is compared: a merge that forgot it would differ by all of it.
     moved = {"merged": (found["merged"] - found["untrained"], found["adapted"] - found["untrained"])}
     comparators |= save_pairs(run_dir, moved, ("merged student", "student with its adapters"))
     return facts | {"comparators": comparators}
-
-
-declare(
-    "student-steps",
-    "the same steps whole, accumulated, recomputed, in bfloat16 and with adapters",
-    Arm(None, _steps_argv, timeout_s=120, env=ONE_THREAD),
-    collect=_collect_steps,
-)
 
 
 # --- student-ranks: q4kd distill in one process, in two with copies of the student, in two with shards ---
@@ -63,6 +59,14 @@ def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
     return words if kind == "one" else ["probe", "distill-ranks", kind, *words]
 
 
+@experiment(
+    "student-ranks",
+    f"q4kd distill in one process, and in {RANKS} that share the same batches",
+    *(
+        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
+        for kind in ("one", "copies", "shards")
+    ),
+)
 def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
     arm, before = arm_of(run_dir), run_dir.parent / "student-ranks.one"
     if arm == "one" or not all((folder / "events.jsonl").is_file() for folder in (run_dir, before)):
@@ -71,17 +75,6 @@ def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
     if not len(steps) or steps.shape != one.shape:
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (steps, one)}, (f"{RANKS} processes, {arm}", "one process"))}
-
-
-declare(
-    "student-ranks",
-    f"q4kd distill in one process, and in {RANKS} that share the same batches",
-    *(
-        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for kind in ("one", "copies", "shards")
-    ),
-    collect=_collect_ranks,
-)
 
 
 # --- settings-refused: names of settings that are not quite right ---

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, distill_words, training_text
+from q4kd.harness.inputs.command_lines import distill_words
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, training_text
 from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.runs.probes import PROBES
 from q4kd.harness.subjects.runs.experiments import STEPS

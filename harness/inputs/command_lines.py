@@ -1,0 +1,44 @@
+"""The command lines of experiments: probes, small runs of ``q4kd distill`` and ``q4kd logits``, and how one is run."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from q4kd.harness.inputs.demo import BATCH, SEQ_LEN
+
+
+def set_words(settings: Mapping[str, object]) -> list[str]:
+    """Return ``--set key=value`` for each setting."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def probe_words(name: str, **options: object) -> list[str]:
+    """Return the arguments of a probe, ``--key value`` for each option."""
+    given = ((f"--{key.replace('_', '-')}", str(value)) for key, value in options.items())
+    return ["probe", name, *itertools.chain.from_iterable(given)]
+
+
+def logits_words(model: Path, ids: Path, *words: str) -> list[str]:
+    """Return the arguments of a ``q4kd logits`` that writes ``logits.npy``."""
+    return ["logits", str(model), "--ids", str(ids), "--out", "logits.npy", *words, "--events", "events.jsonl"]
+
+
+def distill_words(teacher: Path, student: Path, data: Path, *words: str, out: str = "run") -> list[str]:
+    """Return the arguments of a small ``q4kd distill``; ``words`` come last and win."""
+    settings = {"batch_size": BATCH, "lr": 0.003, "warmup_steps": 2, "checkpoint_every": 0, "alpha": 0.4}
+    return [
+        *("distill", "--teacher", str(teacher), "--student", str(student), "--data", str(data), "--out", out),
+        *("--seq-len", str(SEQ_LEN), "--seed", "1", "--dtype", "float32", "--events", "events.jsonl"),
+        *set_words(settings),
+        *words,
+    ]
+
+
+def run_program(words: list[str], folder: Path) -> None:
+    """Run the program as it is, to make an input: faults are planted in what is measured, not here."""
+    command = [sys.executable, "-m", "q4kd.harness", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f"q4kd {words[0]} ended with {done.returncode}: {done.stderr[-500:]}")
