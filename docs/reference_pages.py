@@ -1,4 +1,4 @@
-"""The reference pages, made from the parsers, dataclasses, registries and schemas when the documentation is built."""
+"""Makes the reference pages from parsers, dataclasses, registries and schemas when the documentation is built."""
 
 import argparse
 import ast
@@ -147,7 +147,7 @@ def contracts_page() -> str:
 def findings_page() -> str:
     """Return the page of the findings' schema."""
     intro = "Generated from `harness/bundle/findings.schema.json`, which every `findings.json` is checked against."
-    return _schema_page("Findings", intro, ROOT / "harness" / "findings.schema.json")
+    return _schema_page("Findings", intro, ROOT / "harness" / "bundle" / "findings.schema.json")
 
 
 # --- registries ---
