@@ -55,8 +55,8 @@ def cli_page() -> str:
     parts = [
         "# Command line\n",
         "This page is generated from the parsers. Every command takes `--help`; `--debug`, anywhere, shows the "
-        "traceback of an error. Exit codes: 0 means done, 1 that a claim is falsified or that the command answers no, 2 "
-        "bad input or an inconclusive verdict, 3 a defect of q4kd, 130 that it was interrupted.\n",
+        "traceback of an error. Exit code 0 means done, 1 that a claim is falsified or that the command answers no, "
+        "2 bad input or an inconclusive verdict, 3 a defect of q4kd, 130 that it was interrupted.\n",
     ]
     for parser in commands(build_parser()):
         parts.append(f"## {parser.prog}\n")
@@ -97,9 +97,9 @@ def settings_page() -> str:
         groups.setdefault(setting.group, []).append(row)
     parts = [
         "# Settings of a run\n",
-        "This page is generated from `q4kd.trainer.config.settings.DistillConfig`. Each setting is a key of RUN.yaml and of "
-        "`--set KEY=VALUE`. RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key "
-        "is refused. [Why the defaults are what they are](../explanation/defaults.md).\n",
+        "This page is generated from `q4kd.trainer.config.settings.DistillConfig`. Each setting is a key of RUN.yaml "
+        "and of `--set KEY=VALUE`. RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown "
+        "key is refused. [Why the defaults are what they are](../explanation/defaults.md).\n",
     ]
     for group, rows in groups.items():
         parts += [f"## {group}\n", _table(("key", "type", "default", "unit", "accepted", "meaning"), rows)]
@@ -194,8 +194,8 @@ def experiments_page() -> str:
     return "\n".join(
         [
             "# Experiments and faults\n",
-            "This page is generated from the registries. A contract names an experiment and the faults that its falsifier must "
-            "catch; it can pass neither arguments nor paths.\n",
+            "This page is generated from the registries. A contract names an experiment and the faults that its "
+            "falsifier must catch; it can pass neither arguments nor paths.\n",
             "## Experiments\n",
             _table(("experiment", "what it runs", "arms", "needs"), experiments),
             "## Planted faults\n",

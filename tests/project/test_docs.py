@@ -206,6 +206,18 @@ def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_and_what_is_looked_for_in_them_are_there() -> None:
+    for path in [*PAGES, ROOT / "ARCHITECTURE.md", *(ROOT / "contracts").glob("*.yaml")]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for file in re.findall(r"(?<![\w/.-])(?:trainer|harness|tests|contracts|docs)/[\w/*.-]*\w", text):
+            assert list(ROOT.glob(file)), f"{path.name}: {file}"
+        # "look at first, then second and third in trainer/file.py"
+        for names, file in re.findall(r"((?:[\w.]+(?:, | and )){0,2}[\w.]+) in ((?:trainer|harness)/[\w/]+\.py)", text):
+            source = (ROOT / file).read_text(encoding="utf-8")
+            for name in re.findall(r"\w*_\w+|\w+[a-z][A-Z]\w+", names):
+                assert name in source, f"{path.name}: {name} in {file}"
+
+
 def test_help_of_a_command_is_reachable_from_its_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distil"]) == 2
     assert "--help" in capsys.readouterr().err
