@@ -1,4 +1,4 @@
-"""The reference pages, made from the parsers, dataclasses, registries and schemas when the documentation is built."""
+"""Makes the reference pages from parsers, dataclasses, registries and schemas when the documentation is built."""
 
 import argparse
 import ast
@@ -54,9 +54,9 @@ def cli_page() -> str:
 
     parts = [
         "# Command line\n",
-        "Generated from the parsers. Every command takes `--help`; `--debug`, anywhere, shows the traceback of an "
-        "error. Exit codes: 0 done, 1 a claim is falsified or the command's own no, 2 bad input or an inconclusive "
-        "verdict, 3 a defect of q4kd, 130 interrupted.\n",
+        "This page is generated from the parsers. Every command takes `--help`; `--debug`, anywhere, shows the "
+        "traceback of an error. Exit code 0 means done, 1 that a claim is falsified or that the command answers no, "
+        "2 bad input or an inconclusive verdict, 3 a defect of q4kd, 130 that it was interrupted.\n",
     ]
     for parser in commands(build_parser()):
         parts.append(f"## {parser.prog}\n")
@@ -97,9 +97,9 @@ def settings_page() -> str:
         groups.setdefault(setting.group, []).append(row)
     parts = [
         "# Settings of a run\n",
-        "Generated from `q4kd.trainer.config.settings.DistillConfig`. Each is a key of RUN.yaml and of "
-        "`--set KEY=VALUE`. RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown key "
-        "is refused. [Why the defaults are what they are](../explanation/defaults.md).\n",
+        "This page is generated from `q4kd.trainer.config.settings.DistillConfig`. Each setting is a key of RUN.yaml "
+        "and of `--set KEY=VALUE`. RUN.yaml comes first, then the options, then `--set`: the last one wins. An unknown "
+        "key is refused. [Why the defaults are what they are](../explanation/defaults.md).\n",
     ]
     for group, rows in groups.items():
         parts += [f"## {group}\n", _table(("key", "type", "default", "unit", "accepted", "meaning"), rows)]
@@ -140,14 +140,16 @@ def _schema_page(title: str, intro: str, path: Path) -> str:
 
 def contracts_page() -> str:
     """Return the page of the contracts' schema."""
-    intro = "Generated from `contracts/contract.schema.json`; `q4kd contracts schema` prints it for an editor."
+    intro = (
+        "This page is generated from `contracts/contract.schema.json`; `q4kd contracts schema` prints it for an editor."
+    )
     return _schema_page("Contracts", intro, ROOT / "contracts" / "contract.schema.json")
 
 
 def findings_page() -> str:
     """Return the page of the findings' schema."""
-    intro = "Generated from `harness/bundle/findings.schema.json`, which every `findings.json` is checked against."
-    return _schema_page("Findings", intro, ROOT / "harness/bundle/findings.schema.json")
+    intro = "This page is generated from `harness/bundle/findings.schema.json`, which every `findings.json` must match."
+    return _schema_page("Findings", intro, ROOT / "harness" / "bundle" / "findings.schema.json")
 
 
 # --- registries ---
@@ -161,7 +163,10 @@ def checks_page() -> str:
     """Return the page of the checks and their parameters."""
     from q4kd.harness.checks import CHECKS
 
-    parts = ["# Checks\n", "Generated from `q4kd.harness.checks`: what `falsifier.check` may name.\n"]
+    parts = [
+        "# Checks\n",
+        "This page is generated from `q4kd.harness.checks`. These are what `falsifier.check` may name.\n",
+    ]
     for name in CHECKS:
         check: Any = CHECKS[name]
         parts += [f"## {name}\n", f"{_paragraph(check.__doc__)}\n"]
@@ -189,8 +194,8 @@ def experiments_page() -> str:
     return "\n".join(
         [
             "# Experiments and faults\n",
-            "Generated from the registries. A contract names an experiment and the faults that its falsifier must "
-            "catch; it can pass neither arguments nor paths.\n",
+            "This page is generated from the registries. A contract names an experiment and the faults that its "
+            "falsifier must catch; it can pass neither arguments nor paths.\n",
             "## Experiments\n",
             _table(("experiment", "what it runs", "arms", "needs"), experiments),
             "## Planted faults\n",
@@ -231,7 +236,7 @@ def events_page() -> str:
     return "\n".join(
         [
             "# Events\n",
-            "Generated from the calls in `trainer/`. One JSON object a line, in the run's `events.jsonl`: "
+            "This page is generated from the calls in `trainer/`. The run's `events.jsonl` has one JSON object a line: "
             '`{"v": 1, "event": NAME, "t": seconds of CLOCK_MONOTONIC, "unix": seconds, …}`. The monotonic clock is '
             "the same in every process of a machine, so an observer's samples can be laid beside these times. `…` "
             "stands for the fields of a dataclass.\n",

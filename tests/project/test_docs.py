@@ -1,7 +1,11 @@
-"""What the documentation says: its commands exist, its first contract goes red then green, its pages and links hold."""
+"""What the documentation says: its commands exist, its first contract goes red then green, its pages and links hold.
+
+``test_quoted_output.py`` runs the commands whose output is quoted.
+"""
 
 import ast
 import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -21,7 +25,24 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PENDING: tuple[str, ...] = ()
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`(q4kd [^`\n]+)`")
-_START = re.compile(r"(?:\$ )?(?:\S*/bin/)?q4kd (?=[a-z-])")
+_START = re.compile(r"(?:\$ )?(?:(?:\S*/bin/)?q4kd |.* -m q4kd\.harness )(?=[a-z-])")
+# A session of nox that is a command of q4kd: what follows ``--`` are its options.
+_SESSION = re.compile(r"(?:.*&& )?\S*nox -s (falsify|sabotage|nightly)(?: -- | *$)")
+# Commands of a block that are not q4kd's, by their first word, and where they are tried instead.
+ELSEWHERE = {
+    "git": "needs a network",
+    "pip": "needs a network; `nox -s package` installs base and [train] in empty environments",
+    "python3": "makes an environment, as `nox -s package` does",
+    "nox": "sessions are looked up in the noxfile below",
+    "python": "modules are looked up below",
+    "torchrun": "what follows -m q4kd.harness is parsed; tests of several processes start it",
+    "accelerate": "what follows -m q4kd.harness is parsed; tests of several processes start it",
+    "sudo": "changes the machine",
+    "mkdir": "changes the user's home",
+    "systemctl": "changes the machine",
+    "loginctl": "changes the machine",
+    "openssl": "makes keys; tests of signatures make theirs with a library",
+}
 
 
 def command_lines() -> Iterator[tuple[str, str, bool]]:
@@ -30,8 +51,9 @@ def command_lines() -> Iterator[tuple[str, str, bool]]:
         text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
         for _, block in _FENCE.findall(text):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := _START.match(line):
-                    words = shlex.split(line[match.end() :], comments=True)
+                if match := _START.match(line) or _SESSION.match(line):
+                    command = " ".join([*match.groups(), line[match.end() :]])
+                    words = shlex.split(command, comments=True)
                     end = next((at for at, word in enumerate(words) if word in (">", "|", "&&")), len(words))
                     yield name, shlex.join(words[:end]), False
         for line in _INLINE.findall(_FENCE.sub("", text)):
@@ -64,6 +86,18 @@ def test_a_command_in_the_documentation_exists(
         return  # running text may leave them out; the command is known
     else:
         assert not said, f"{page}: q4kd {line}: {said}"
+
+
+def test_every_line_of_a_block_of_commands_is_parsed_or_listed() -> None:
+    for page in PAGES:
+        for kind, block in _FENCE.findall(page.read_text(encoding="utf-8")):
+            lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+            shown = [line for line in lines if line.startswith("$ ")]
+            for line in (shown or lines) if kind in {"", "text"} else ():
+                first = line.removeprefix("$ ").split()[0].rpartition("/")[2]
+                assert _START.match(line) or first in ELSEWHERE, f"{page.name}: {line}"
+                for module in re.findall(r"python -m (\S+)", line):
+                    assert importlib.util.find_spec(module), f"{page.name}: {line}"
 
 
 def test_enough_commands_were_found() -> None:
@@ -183,6 +217,18 @@ def test_the_help_shown_in_the_readme_is_the_real_one(
     ]
     # A command may be newer than the README; what is shown must be true.
     assert [line for line in block.splitlines()[1:] if line not in real] == []
+
+
+def test_files_and_what_is_looked_for_in_them_are_there() -> None:
+    for path in [*PAGES, ROOT / "ARCHITECTURE.md", *(ROOT / "contracts").glob("*.yaml")]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for file in re.findall(r"(?<![\w/.-])(?:trainer|harness|tests|contracts|docs)/[\w/*.-]*\w", text):
+            assert list(ROOT.glob(file)), f"{path.name}: {file}"
+        # "look at first, then second and third in trainer/file.py"
+        for names, file in re.findall(r"((?:[\w.]+(?:, | and )){0,2}[\w.]+) in ((?:trainer|harness)/[\w/]+\.py)", text):
+            source = (ROOT / file).read_text(encoding="utf-8")
+            for name in re.findall(r"\w*_\w+|\w+[a-z][A-Z]\w+", names):
+                assert name in source, f"{path.name}: {name} in {file}"
 
 
 def test_help_of_a_command_is_reachable_from_its_error(capsys: pytest.CaptureFixture[str]) -> None:
