@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import sys
+import threading
 import types
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import PurePath
@@ -37,6 +38,8 @@ DECIDING = (
 )
 PROBES_MODULE = "q4kd.harness.runs.probes"
 TREES = SyntaxTrees()
+# What was read of modules is shared: two threads that fill it at one time would each see half of it.
+_READING = threading.Lock()
 
 
 def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> dict[str, str]:
@@ -53,14 +56,16 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
     asked = dataclasses.asdict(falsifier)
     del asked["sabotage"], asked["timeout_s"]  # neither changes what a caught fault showed
     probes: Mapping[str, object] = importlib.import_module(PROBES_MODULE).PROBES
-    parts = {
-        "claim": _sha256(f"{claim.key} {profile}"),
-        "falsifier": _sha256(_canonical(asked)),
-        "judge": digest_of(judge_claim),
-        "fault": digest_of(fault),
-        "experiment": digest_of(get_experiment(experiment), probes),
-    }
-    return parts | {f"check {use.check}": check_digest(use.check) for use in falsifier.checks} | target_digests(fault)
+    with _READING:
+        parts = {
+            "claim": _sha256(f"{claim.key} {profile}"),
+            "falsifier": _sha256(_canonical(asked)),
+            "judge": digest_of(judge_claim),
+            "fault": digest_of(fault),
+            "experiment": digest_of(get_experiment(experiment), probes),
+        }
+        checks = {f"check {use.check}": check_digest(use.check) for use in falsifier.checks}
+        return parts | checks | target_digests(fault)
 
 
 def record_key(claim: Claim, fault: Fault, experiment: str, profile: str) -> str:

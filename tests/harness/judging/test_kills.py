@@ -52,9 +52,10 @@ def marks(cells):
     return {(cell.claim.partition("::")[2], cell.fault): cell.mark for cell in cells}
 
 
-def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store, workers):
     one = claim("inflate", "harmless", "crash", "absent", "forgets", "die", "die-undeclared")
-    cells = kill_matrix([one], "cpu", store, runner, changed=False)
+    cells = kill_matrix([one], "cpu", store, runner, changed=False, workers=workers)
     assert marks(cells) == {
         ("FT-1", "inflate"): "caught",
         ("FT-1", "harmless"): "missed",

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -137,6 +138,13 @@ def test_a_changed_judge_check_or_target_ages_the_records_that_have_it(
 ) -> None:
     monkeypatch.setattr(digests, "TREES", edited(module, old, new))
     assert stale_parts(before, records()) == {part: {record for record, parts in before.items() if part in parts}}
+
+
+def test_threads_that_read_at_one_time_find_the_same_keys(before: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "TREES", SyntaxTrees())
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _turn: records(), range(8)):
+            assert stale_parts(before, found) == {}
 
 
 def test_every_record_is_keyed_within_seconds() -> None:
