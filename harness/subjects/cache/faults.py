@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from q4kd.trainer.teacher.cache.reader import CacheReader
-    from q4kd.trainer.teacher.cache.signal import Signal
+    from q4kd.trainer.teacher.cache.signal import TopKSignal
     from q4kd.trainer.teacher.cache.store import CacheIndex
 
 _WRITER = "q4kd.trainer.teacher.cache.writer"
@@ -25,8 +25,8 @@ _OPEN_INDEX = f"{_WRITER}:open_index"
 
 @patch("loop", "cache-windows-written-shifted", "the cache holds the signals of the window after", _SIGNALS)
 def _windows_written_shifted(
-    original: Callable[..., Iterator["Signal"]], teacher: object, windows: Sized, chosen: range, *rest: object
-) -> Iterator["Signal"]:
+    original: Callable[..., Iterator["TopKSignal"]], teacher: object, windows: Sized, chosen: range, *rest: object
+) -> Iterator["TopKSignal"]:
     last = len(windows) - 1
     for window in chosen:
         after = min(window + 1, last)
@@ -39,14 +39,14 @@ def _windows_read_shifted(original: Call, self: "CacheReader", windows_B: "npt.N
 
 
 @patch("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _TOP)
-def _tail_dropped(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+def _tail_dropped(original: Callable[..., "TopKSignal"], *arguments: object) -> "TopKSignal":
     signal = original(*arguments)
     log_probs = signal.log_probs_MK - signal.log_probs_MK.logsumexp(-1).unsqueeze(-1)
     return dataclasses.replace(signal, log_probs_MK=log_probs, tail_M=signal.tail_M.fill_(float("-inf")))
 
 
 @patch("vocabulary", "cache-ids-truncated", "token ids lose all but their lowest byte", _TOP)
-def _ids_truncated(original: Callable[..., "Signal"], *arguments: object) -> "Signal":
+def _ids_truncated(original: Callable[..., "TopKSignal"], *arguments: object) -> "TopKSignal":
     signal = original(*arguments)
     return dataclasses.replace(signal, ids_MK=signal.ids_MK & 0xFF)
 

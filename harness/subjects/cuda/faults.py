@@ -48,8 +48,8 @@ def _device_ballast(original: Call, *arguments: object, **options: object) -> ob
 
 
 @patch("dispatch", "idle-device", "the device waits 0.3 s after each pass", _HIDDEN)
-def _idle_device(original: Call, self: object, ids: object) -> object:
-    result = original(self, ids)
+def _idle_device(original: Call, self: object, *batch: object) -> object:
+    result = original(self, *batch)
     import torch
 
     torch.cuda.synchronize()

@@ -1,5 +1,6 @@
 """Contracts, experiments and faults refer to each other by name: every name must lead somewhere, and be used."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def test_every_experiment_and_every_fault_is_used() -> None:
 def test_every_fault_has_its_targets(name: str) -> None:
     for target in all_faults()[name].targets:
         resolve(target)
+
+
+@pytest.mark.parametrize("name", sorted(all_faults()))
+def test_what_stands_in_for_a_target_takes_what_the_target_takes(name: str) -> None:
+    fault = all_faults()[name]
+    function = inspect.unwrap(fault.apply)
+    if function is fault.apply:
+        return  # it calls ``replace`` itself
+    _original, *taken = inspect.signature(function).parameters.values()
+    is_open = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in taken)
+    for target in fault.targets:
+        replaced = getattr(resolve(target)[2], "__func__", resolve(target)[2])
+        if callable(replaced):
+            assert is_open or len(taken) >= len(inspect.signature(replaced).parameters), target
 
 
 def test_the_faults_everyone_asks_for_are_there() -> None:

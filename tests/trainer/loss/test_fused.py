@@ -260,8 +260,8 @@ def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fast_holds_as_many_chunks_of_logits_as_it_says(name, count) -> None:  # type: ignore[no-untyped-def]
     tokens, vocab, hidden, chunk = 96, 4000, 8, 32
     a = arrays(4, tokens=tokens, vocab=vocab, hidden=hidden)
-    for heat in (1.0, 2.0):
-        config = KDLossConfig(divergence=name, temperature=heat, chunk_tokens=chunk)
+    for temperature in (1.0, 2.0):
+        config = KDLossConfig(divergence=name, temperature=temperature, chunk_tokens=chunk)
         with Live() as live:
             run(a, config, head=lambda rows: rows @ a["teacher_weight"].T)
         gradients = 4 * (vocab + tokens) * hidden * 2  # and the clones that this test's run makes

@@ -23,7 +23,7 @@ from q4kd.trainer.loss.signal import LossOptions
 from q4kd.trainer.loss.sums import LossTerms
 from q4kd.trainer.loss.topk import check_distributions, topk_kd_loss
 from q4kd.trainer.teacher.cache.reader import CacheReader
-from q4kd.trainer.teacher.cache.signal import Signal
+from q4kd.trainer.teacher.cache.signal import TopKSignal
 from q4kd.trainer.teacher.cache.store import INDEX_FILE, CacheIndex, CacheKey, explain_mismatch, read_index
 
 
@@ -31,7 +31,7 @@ from q4kd.trainer.teacher.cache.store import INDEX_FILE, CacheIndex, CacheKey, e
 class CachedSignal:
     """A distribution over k tokens and the tail, read from a cache."""
 
-    top: Signal  # of M positions
+    top: TopKSignal  # of M positions
     is_checked: bool = False  # whether ``check_signal`` has seen it
 
     def loss(self, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, **options: Unpack[LossOptions]) -> LossTerms:
@@ -53,7 +53,7 @@ class CachedSignal:
             )
 
 
-def check_signal(top: Signal, vocab: int) -> None:
+def check_signal(top: TopKSignal, vocab: int) -> None:
     """Check a signal on the host, so that no step reads it back from a device.
 
     Raises:

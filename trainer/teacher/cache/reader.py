@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.teacher.cache.signal import Signal, normalise
+from q4kd.trainer.teacher.cache.signal import TopKSignal, normalise
 from q4kd.trainer.teacher.cache.store import CacheIndex, damaged, id_dtype
 
 
@@ -27,7 +27,7 @@ class CacheReader:
         self.index = index
         self._open: dict[int, Any] = {}
 
-    def read(self, windows_B: npt.NDArray[np.int64]) -> Signal:
+    def read(self, windows_B: npt.NDArray[np.int64]) -> TopKSignal:
         """Return the signal of whole windows, M = B x T, each position made to sum to one.
 
         Raises:

@@ -15,33 +15,33 @@ _SUM_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
-class Signal:
+class TopKSignal:
     """The teacher's distribution over k tokens and the tail at M positions."""
 
     ids_MK: Tensor  # int64 token ids
     log_probs_MK: Tensor  # float32
     tail_M: Tensor  # float32 log-probability of all other tokens
 
-    def to(self, device: torch.device) -> "Signal":
+    def to(self, device: torch.device) -> "TopKSignal":
         """Return the signal on a device."""
-        return Signal(*(copy_from_host(part, device) for part in (self.ids_MK, self.log_probs_MK, self.tail_M)))
+        return TopKSignal(*(copy_from_host(part, device) for part in (self.ids_MK, self.log_probs_MK, self.tail_M)))
 
 
-def take_top(logits_MV: Tensor, k: int) -> Signal:
+def take_top(logits_MV: Tensor, k: int) -> TopKSignal:
     """Return the k most likely tokens, 1 to V, of each row of logits, and the mass of the others, in float32."""
     log_p_MV = torch.log_softmax(logits_MV.float(), -1)
     log_probs_MK, ids_MK = log_p_MV.topk(k, dim=-1)
     # The tail is summed by itself: one minus the listed probabilities would lose a small one to rounding.
     tail_M = log_p_MV.scatter_(1, ids_MK, -torch.inf).logsumexp(-1)
-    return Signal(ids_MK, log_probs_MK, tail_M)
+    return TopKSignal(ids_MK, log_probs_MK, tail_M)
 
 
-def as_stored(signal: Signal) -> Signal:
+def as_stored(signal: TopKSignal) -> TopKSignal:
     """Return a signal as it is read back: rounded to float16, each position made to sum to one."""
     return normalise(signal.ids_MK, signal.log_probs_MK.half().float(), signal.tail_M.half().float())
 
 
-def normalise(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
+def normalise(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> TopKSignal:
     """Return the signal of what was read, each position made to sum to one.
 
     Raises:
@@ -51,4 +51,4 @@ def normalise(ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Signal:
     furthest = float((total_M.exp() - 1).abs().max())
     if not furthest <= _SUM_TOLERANCE:  # NaN is refused too.
         raise ValueError(f"probabilities that miss one by {furthest:.2g}")
-    return Signal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)
+    return TopKSignal(ids_MK, log_probs_MK - total_M.unsqueeze(-1), tail_M - total_M)

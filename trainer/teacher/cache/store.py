@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import FieldKind, check_fields, parse_json, read_bounded, sha256_file, write_atomic, write_json
-from q4kd.trainer.teacher.cache.signal import Signal
+from q4kd.trainer.teacher.cache.signal import TopKSignal
 
 CACHE_VERSION = 1
 INDEX_FILE = "cache.json"
@@ -123,7 +123,7 @@ class CacheIndex:
         done = sum(counts[name] for name in self.shards)
         return float(sum(counts[name] * shard["tail_mass"] for name, shard in self.shards.items())) / max(1, done)
 
-    def write_shard(self, shard: int, signal: Signal) -> None:
+    def write_shard(self, shard: int, signal: TopKSignal) -> None:
         """Write one shard and then name it in ``cache.json``.
 
         Args:

@@ -18,7 +18,7 @@ from q4kd.trainer.data.packing import Windows
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.errors import InputError, RunFolderError
 from q4kd.trainer.teacher.cache.cached_teacher import check_key
-from q4kd.trainer.teacher.cache.signal import Signal, take_top
+from q4kd.trainer.teacher.cache.signal import TopKSignal, take_top
 from q4kd.trainer.teacher.cache.store import INDEX_FILE, CacheIndex, CacheKey, read_index, windows_per_shard
 from q4kd.trainer.teacher.teacher import Teacher
 
@@ -94,7 +94,7 @@ def write_cache(index: CacheIndex, teacher: Teacher, windows: Windows, how: Pass
 
 def _signals(
     teacher: Teacher, windows: Windows, chosen: range, index: CacheIndex, how: Pass, say: Callable[[int], None]
-) -> Iterator[Signal]:
+) -> Iterator[TopKSignal]:
     """Yield the signals of some windows in order, on the host."""
     for start in range(chosen.start, chosen.stop, how.batch_size):
         numbers = np.arange(start, min(start + how.batch_size, chosen.stop))
@@ -106,9 +106,9 @@ def _signals(
         say(len(numbers))
 
 
-def _join(parts: Iterator[Signal]) -> Signal:
+def _join(parts: Iterator[TopKSignal]) -> TopKSignal:
     columns = zip(*((part.ids_MK, part.log_probs_MK, part.tail_M) for part in parts), strict=True)
-    return Signal(*map(torch.cat, columns))
+    return TopKSignal(*map(torch.cat, columns))
 
 
 def _progress(index: CacheIndex, total: int) -> Callable[[int], None]:
