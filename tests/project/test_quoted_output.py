@@ -32,7 +32,7 @@ VARYING = {
     r"\d{8}T\d{6}Z-cpu-[0-9a-f]{6}": "time and a random name",
     r"\b[0-9a-f]{16,64}\b": "digests of trained weights",
     r"at most \S+% \(blk\.\S+\)": "the tensor that came out worst",
-    r"worst relative frobenius \S+": "rounding of this processor",
+    r"relative frobenius [\d.e-]+": "rounding of this processor",
     r"± \S+": "an error of one or two digits",
     r"\d+ items / \d+ deselected|\d+ deselected": "number of claims",
     r"[=━─]+| +(?=[│┃])": "a line or a column is filled",
