@@ -34,7 +34,7 @@ PACKAGES = ("harness", "trainer", "contracts", "evidence")
 
 
 def has_nvidia_device() -> bool:
-    """Whether a GPU is there for CUDA, by the driver's own files."""
+    """Return whether a GPU is there for CUDA, by the driver's own files."""
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 

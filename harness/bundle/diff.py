@@ -60,7 +60,7 @@ class BundleDiff:
 
     @property
     def worse(self) -> bool:
-        """Whether B is worse than A: a verdict or a scope got worse, a claim was lost, or a bound was loosened."""
+        """Return whether B is worse than A: a verdict or scope got worse, a claim was lost, or a bound loosened."""
         return any(flip.worse for flip in self.flips) or any(change.kind == "loosened" for change in self.bounds)
 
 

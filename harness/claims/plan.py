@@ -40,7 +40,7 @@ class PlanEntry:
 class Plan:
     """The claims in order of contract and position. ``scope`` is partial when a selection left some out.
 
-    ``given`` names, by role, the files that the run was given in the place of made ones (see ``given.py``).
+    ``given`` names, by role, the files that the run was given in the place of made ones (see ``runs/user_inputs.py``).
     """
 
     profile: str

@@ -102,7 +102,7 @@ class RawRun:
 
     @property
     def same_boot(self) -> bool:
-        """Whether the machine did not restart during the run."""
+        """Return whether the machine did not restart during the run."""
         return bool(self.exit.get("boot_id") == self.exit.get("boot_id_end"))
 
     @property

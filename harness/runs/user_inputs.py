@@ -16,7 +16,7 @@ from q4kd.trainer.files import sha256_file
 
 Role = Literal["teacher", "student", "data"]
 ROLES: tuple[Role, ...] = get_args(Role)
-# Which made inputs (see inputs_demo, experiments_accelerator) each role stands in for.
+# Which made inputs (see inputs/demo.py and subjects/cuda/accelerator.py) each role stands in for.
 REPLACES: dict[str, Role] = {
     "teacher-7b.gguf": "teacher",
     "teacher-7b-tokens.gguf": "teacher",

@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def is_required(self) -> bool:
-        """Whether there is no default."""
+        """Return whether there is no default."""
         return self.default is dataclasses.MISSING
 
     @property

@@ -141,5 +141,5 @@ class BatchOrder:
         return Batch.stack([self.windows[int(index)] for index in chosen], chosen)
 
     def has_label(self) -> bool:
-        """Whether any window has a label."""
+        """Return whether any window has a label."""
         return self.windows.has_label()

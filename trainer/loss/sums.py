@@ -69,7 +69,7 @@ class LossSums:
 
     @property
     def wanted(self) -> bool:
-        """Whether any gradient is asked for."""
+        """Return whether any gradient is asked for."""
         return self.grad_hidden_MH is not None or self.grad_weight_VH is not None
 
     def add_terms(self, ce: Tensor, kd: Tensor) -> None:

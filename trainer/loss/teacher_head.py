@@ -15,7 +15,7 @@ class TeacherHead(Protocol):
 
     @property
     def rows(self) -> int:
-        """V."""
+        """Return the vocabulary size."""
 
     @property
     def dtype(self) -> torch.dtype:

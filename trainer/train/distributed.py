@@ -56,7 +56,7 @@ def describe_processes(accelerator: Any) -> str:
 
 
 def _asks_for_shards() -> bool:
-    """Whether ``accelerate launch --use_fsdp`` started this process."""
+    """Return whether ``accelerate launch --use_fsdp`` started this process."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -106,7 +106,7 @@ def reshard(model: Any) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of the tensor."""
+    """Return whether this process holds only a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 

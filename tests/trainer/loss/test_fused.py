@@ -281,7 +281,7 @@ def test_sums_of_rows_are_those_of_float64(rows: int) -> None:
 
 @pytest.mark.usefixtures("row_by_row")
 def test_low_stays_within_its_arithmetic() -> None:
-    """Sizes as in loss_low.py's account, scaled down: the sum of what is alive, and the largest single tensor."""
+    """Sizes are those of the account in loss/tiled.py, scaled down: all that is alive, and the largest tensor."""
     tokens, vocab, hidden, chunk, tile = 256, 4000, 16, 64, 256
     a = arrays(3, tokens=tokens, vocab=vocab, hidden=hidden)
     for divergence in DIVERGENCES:

@@ -20,7 +20,7 @@ class BlockFormat:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether decoding it to a dense tensor enlarges it, as of every type with blocks; the harness forbids that."""
+        """Return whether decoding enlarges it, as it does every type with blocks; the harness forbids that."""
         return self.block_size > 1
 
     def row_bytes(self, cols: int) -> int:

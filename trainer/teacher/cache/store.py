@@ -94,7 +94,7 @@ class CacheIndex:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every shard is there."""
+        """Return whether every shard is there."""
         return len(self.shards) == self.num_shards
 
     def name(self, shard: int) -> str:

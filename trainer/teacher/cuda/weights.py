@@ -56,7 +56,7 @@ class CudaMatrix:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether ``multiply_few`` can read it: packed in a type that has a small-batch kernel."""
+        """Return whether ``multiply_few`` can read it: packed in a type that has a small-batch kernel."""
         return not self.is_dense and self._layout in _FUSED_LAYOUTS
 
     def densify(self, out_RK: Tensor) -> None:
@@ -94,7 +94,7 @@ class Group:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether every matrix has a small-batch kernel."""
+        """Return whether every matrix has a small-batch kernel."""
         return all(matrix.is_fusable for matrix in self.matrices)
 
     def densify(self, dtype: torch.dtype, device: torch.device) -> None:

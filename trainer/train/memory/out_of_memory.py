@@ -22,7 +22,7 @@ _SAID = ("out of memory", "not enough memory", "can't allocate memory", "unable 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed; torch on the CPU has no type of its own for it."""
+    """Return whether an error says that an allocation failed; torch on the CPU has no type of its own for it."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID)

@@ -54,7 +54,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room."""
+        """Return whether there is room."""
         return self.needed <= self.room
 
     def to_json(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and the log."""
+        """Return whether this is the process that writes files and the log."""
         return bool(self.accelerator.is_main_process)
 
     @property
