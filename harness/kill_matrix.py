@@ -4,11 +4,14 @@ import itertools
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import psutil
 
 from q4kd.harness.bundle.environment import package_versions
 from q4kd.harness.bundle.writer import pack_bytes
@@ -150,8 +153,12 @@ def kill_matrix(
                 experiment, name = futures[future]
                 asking = groups[experiment, name]
                 cells += _judge_group(experiment, get_fault(name), asking, profile, kills, runner, future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # interrupted: the threads wait for their runs, which a terminal's signal does not reach
+            pool.shutdown(wait=False, cancel_futures=True)
+            while any(future.running() for future in futures):
+                for child in psutil.Process().children():
+                    child.kill()
+                time.sleep(0.1)
             raise
     return cells
 

@@ -1,6 +1,9 @@
 import dataclasses
 import gzip
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +75,17 @@ def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store, wor
     assert again["harmless"].detail.startswith("missed: ")
     assert again["absent"].detail == "kill record stale: this fault was never run"
     assert all("VOID" not in record.detail for record in store.records.values())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_the_runs_that_are_under_way(runner, store, workers):
+    main = threading.main_thread().ident
+    threading.Timer(3.0, signal.pthread_kill, (main, signal.SIGINT)).start()
+    one, started = claim("inflate", "harmless", experiment="asleep"), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        kill_matrix([one], "cpu", store, runner, changed=False, workers=workers)
+    assert time.monotonic() - started < 30  # each run would take a minute
+    assert not store.records
 
 
 def test_a_verdict_that_a_faulted_run_supports_is_still_missed(runner, store):

@@ -29,6 +29,7 @@ def broken_collect(run_dir, inputs):
 
 register(Experiment("measure", "one run", ("cpu",), (Arm(None, command(), 30),), collect=facts))
 register(Experiment("compare", "two arms", ("cpu",), (Arm("a", command(), 30), Arm("b", command(), 30)), collect=facts))
+register(Experiment("asleep", "ends after a minute", ("cpu",), (Arm(None, command("hang"), 90),), collect=facts))
 register(Experiment("hang", "never ends", ("cpu",), (Arm(None, command("hang"), 30, stall_s=0.5),), collect=facts))
 register(Experiment("unprepared", "no inputs", ("cpu",), (Arm(None, command()),), prepare=broken_prepare))
 register(Experiment("unmeasured", "no facts", ("cpu",), (Arm(None, command()),), collect=broken_collect))
