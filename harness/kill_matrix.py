@@ -21,10 +21,10 @@ from q4kd.harness.claims.model import Claim
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import detect_profile, load_profile
 from q4kd.harness.falsify import require_packages
-from q4kd.harness.judging.digests import record_key, record_parts
+from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import JUDGE_VERSION
 from q4kd.harness.judging.kill_records import KillRecord
-from q4kd.harness.judging.kills import KillStore, default_kills, judge_faulted, rejudge
+from q4kd.harness.judging.kills import Kills, judge_faulted, rejudge
 from q4kd.harness.judging.mutations import WatchedRun
 from q4kd.harness.judging.results import KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun
@@ -76,7 +76,7 @@ def sabotage(
         contracts: folder of contracts; None means the installed ones.
         profile: machine profile; None means that of the GPU present, else ``cpu``.
         keyword: only claims that match (as ``falsify -k``).
-        kills: folder to write the records to; None means the installed ones of the profile.
+        kills: folder to write the records to, below the place they were made on; None means the installed ones.
         work: folder for the runs, kept; None means one that is removed.
         changed: run only faults that have no valid record, or whose record does not show a catch.
         workers: sabotaged runs at one time; those that need the accelerator for themselves still take turns.
@@ -89,7 +89,8 @@ def sabotage(
     loaded = load_contracts(folder)
     require_packages(loaded)
     name = profile or detect_profile()
-    plan = make_plan(loaded, load_profile(name, folder), select=keyword)
+    machine = load_profile(name, folder)
+    plan = make_plan(loaded, machine, select=keyword)
     scopes = {entry.key: entry.scope for entry in plan.entries}
     claims = [
         claim
@@ -97,7 +98,7 @@ def sabotage(
         for claim in contract.claims
         if claim.falsifier is not None and scopes.get(claim.key, "out_of_scope") != "out_of_scope"
     ]
-    store = KillStore(kills or default_kills(name))
+    store = Kills.for_profile(machine, kills)
     root = work or Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -116,7 +117,7 @@ def sabotage(
 def kill_matrix(
     claims: Sequence[Claim],
     profile: str,
-    kills: KillStore,
+    kills: Kills,
     runner: ExperimentRunner,
     *,
     changed: bool,
@@ -144,7 +145,7 @@ def kill_matrix(
     def run(group: tuple[str, str]) -> _Runs:
         (experiment, name), asking = group, groups[group]
         print(f"[{next(numbers)}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
-        return _run_group(experiment, get_fault(name), asking, profile, runner)
+        return _run_group(experiment, get_fault(name), asking, profile, kills, runner)
 
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(run, group): group for group in groups}
@@ -163,11 +164,13 @@ def kill_matrix(
     return cells
 
 
-def _run_group(experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, runner: ExperimentRunner) -> _Runs:
+def _run_group(
+    experiment: str, fault: Fault, claims: Sequence[Claim], profile: str, kills: Kills, runner: ExperimentRunner
+) -> _Runs:
     """Return the sabotaged runs, or what came in their place."""
     try:
         for claim in claims:
-            record_parts(claim, fault, experiment, profile)
+            record_parts(claim, fault, experiment, profile, kills.of(claim).place)
         limits = [c.falsifier.for_profile(profile).timeout_s for c in claims if c.falsifier is not None]
         timeout_s = max((t for t in limits if t is not None), default=None)
         return runner.run(experiment, fault=fault.name, timeout_s=timeout_s)
@@ -182,7 +185,7 @@ def _judge_group(
     fault: Fault,
     claims: Sequence[Claim],
     profile: str,
-    kills: KillStore,
+    kills: Kills,
     runner: ExperimentRunner,
     runs: _Runs,
 ) -> list[Cell]:
@@ -192,14 +195,17 @@ def _judge_group(
     watched = {run: WatchedRun(base) for run, base in runs.items()}
     outcomes = [_judge_or_misfire(claim, fault, profile, watched) for claim in claims]
     needed = {f"runs/{run}/{file}" for run, base in watched.items() for file in base.files}
-    needed |= kills.arrays_of_others(f"{fault.name}--{experiment}.tar.gz", {claim.key for claim in claims})
+    name = f"{fault.name}--{experiment}.tar.gz"
+    for store in {id(store): store for store in map(kills.of, claims)}.values():
+        needed |= store.arrays_of_others(name, {claim.key for claim in claims})
     raw = _archive(runner.faulted_root(experiment, fault.name), needed)
     cells = []
     for claim, (outcome, judged) in zip(claims, outcomes, strict=True):
         if judged and outcome.status is not KillStatus.VOID:
-            key = record_key(claim, fault, experiment, profile)
+            store = kills.of(claim)
+            parts = record_parts(claim, fault, experiment, profile, store.place)
             try:
-                kills.add(key, _record(claim, fault, experiment, profile, outcome, runs), raw)
+                store.add(parts_digest(parts), _record(claim, fault, experiment, profile, parts, outcome, runs), raw)
             except InputError as error:
                 outcome = replace(outcome, status=KillStatus.MISFIRE, detail=str(error))
         cells.append(_cell(claim, experiment, outcome))
@@ -229,7 +235,13 @@ def _archive(root: Path, needed: Set[str]) -> bytes:
 
 
 def _record(
-    claim: Claim, fault: Fault, experiment: str, profile: str, outcome: KillOutcome, runs: Mapping[str, RawRun]
+    claim: Claim,
+    fault: Fault,
+    experiment: str,
+    profile: str,
+    parts: Mapping[str, str],
+    outcome: KillOutcome,
+    runs: Mapping[str, RawRun],
 ) -> KillRecord:
     return KillRecord(
         contract=claim.contract,
@@ -237,7 +249,7 @@ def _record(
         fault=fault.name,
         experiment=experiment,
         profile=profile,
-        parts=record_parts(claim, fault, experiment, profile),
+        parts=parts,
         verdict=outcome.verdict,
         caught=outcome.caught,
         detail=outcome.detail,

@@ -20,7 +20,7 @@ from q4kd.harness.claims.profile import detect_profile, load_profile
 from q4kd.harness.claims.waivers import applying, expired_lines, load_waivers, today
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
-from q4kd.harness.judging.kills import KillStore, apply_kill_rule, default_kills, rejudge
+from q4kd.harness.judging.kills import Kills, apply_kill_rule, rejudge
 from q4kd.harness.judging.mutations import apply_mutation_rule
 from q4kd.harness.judging.results import ClaimResult, Findings
 from q4kd.harness.records.store import DirectoryStore
@@ -55,7 +55,7 @@ class Session:
     contracts: Sequence[Contract]
     plan: Plan
     bundle: Path
-    kills: KillStore
+    kills: Kills
     runner: ExperimentRunner | None
     assembles: bool
     owns_inputs: bool
@@ -100,7 +100,7 @@ class Session:
         waived = load_waivers(Path(waivers), keys) if waivers else ()
         target_profile = load_profile(name, folder)
         plan = make_plan(contracts, target_profile, keyword or None, given=given.names(), waivers=waived)
-        store = KillStore(Path(kills) if kills else default_kills(name))
+        store = Kills.for_profile(target_profile, Path(kills) if kills else None)
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
         if worker is None:

@@ -18,6 +18,7 @@ from pathlib import PurePath
 from typing import Any
 
 from q4kd.harness.claims.model import Claim
+from q4kd.harness.claims.place import Place
 from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.normal_form import PACKAGE, bound_in, top_level
 from q4kd.harness.judging.syntax_trees import Definition, SyntaxTrees
@@ -42,8 +43,15 @@ TREES = SyntaxTrees()
 _READING = threading.Lock()
 
 
-def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> dict[str, str]:
+def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str, place: Place) -> dict[str, str]:
     """Return the digest of every part that makes a kill record valid, by the part's name.
+
+    Args:
+        claim: the claim whose falsifier was run.
+        fault: the fault it was run against.
+        experiment: the experiment's name.
+        profile: the profile whose overrides the falsifier is taken with; its name is no part of the record.
+        place: where the experiment ran.
 
     Raises:
         MissingTarget: when a patched function is no longer in its module.
@@ -58,7 +66,7 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
     probes: Mapping[str, object] = importlib.import_module(PROBES_MODULE).PROBES
     with _READING:
         parts = {
-            "claim": _sha256(f"{claim.key} {profile}"),
+            "claim": _sha256(f"{claim.key} {place}"),
             "falsifier": _sha256(_canonical(asked)),
             "judge": digest_of(judge_claim),
             "fault": digest_of(fault),
@@ -68,9 +76,9 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str) -> d
         return parts | checks | target_digests(fault)
 
 
-def record_key(claim: Claim, fault: Fault, experiment: str, profile: str) -> str:
+def record_key(claim: Claim, fault: Fault, experiment: str, profile: str, place: Place) -> str:
     """Return the SHA-256 over ``record_parts`` that a kill record is filed under. Raises as it does."""
-    return parts_digest(record_parts(claim, fault, experiment, profile))
+    return parts_digest(record_parts(claim, fault, experiment, profile, place))
 
 
 def parts_digest(parts: Mapping[str, str]) -> str:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from q4kd.harness.claims.model import Claim
+from q4kd.harness.claims.place import PLACES, Place, accelerator, place_of
+from q4kd.harness.claims.profile import Profile
 from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.kill_records import KillRecord, kill_records, read_kill_records
@@ -28,18 +30,18 @@ MAX_RAW = 2 << 20
 _MAX_RECORDS = 8 << 20
 
 
-def default_kills(profile: str) -> Path:
-    """Return the folder of the kill records installed with the package for one profile."""
+def default_kills() -> Path:
+    """Return the folder of the kill records installed with the package; it has one folder for each place."""
     import q4kd.evidence
 
-    return Path(next(iter(q4kd.evidence.__path__))) / "kills" / profile
+    return Path(next(iter(q4kd.evidence.__path__))) / "kills"
 
 
 class KillStore:
-    """Kill records of one profile: ``records.json`` and one archive of raw runs per (fault, experiment)."""
+    """Kill records of one place: ``records.json`` and one archive of raw runs per (fault, experiment)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, place: Place = "cpu") -> None:
+        self.folder, self.place = folder, place
         self.records: dict[str, KillRecord] = {}
         self._archives: dict[str, tuple[TarStore, str]] = {}
         path = folder / "records.json"
@@ -84,13 +86,57 @@ class KillStore:
             return set()
         return {file for file in names if "/arrays/" in file}
 
+
+class Kills:
+    """The kill records that a profile's claims are filed under: ``folder/<place>``, by what each experiment runs on."""
+
+    def __init__(self, folder: Path, accelerated: Place = "cpu") -> None:
+        self.folder, self.accelerated = folder, accelerated
+        self._stores: dict[Place, KillStore] = {}
+
+    @classmethod
+    def for_profile(cls, profile: Profile, folder: Path | None = None) -> "Kills":
+        """Open the records that count on a profile.
+
+        Args:
+            profile: the machine class; it decides where CUDA experiments run.
+            folder: the folder with one folder for each place; None means the installed one.
+
+        Raises:
+            InputError: for a folder that holds records itself, as folders of an earlier release do.
+        """
+        root = folder or default_kills()
+        if (root / "records.json").exists():
+            expected, got = (
+                f"a folder with one folder for each place ({', '.join(PLACES)})",
+                "records in the folder itself",
+            )
+            remedy = f"move what it holds into {root}/cpu, or into {root}/cuda if it was recorded on a GPU"
+            raise InputError(str(root), expected=expected, got=got, remedy=remedy)
+        return cls(root, accelerator(profile))
+
+    def of(self, claim: Claim) -> KillStore:
+        """Return the store that holds a claim's records. Raises InputError for an unknown experiment."""
+        assert claim.falsifier is not None
+        return self.at(place_of(claim, get_experiment(claim.falsifier.experiment).needs, self.accelerated))
+
+    def at(self, place: Place) -> KillStore:
+        """Return the store of a place, read at the first look."""
+        if place not in self._stores:
+            self._stores[place] = KillStore(self.folder / place, place)
+        return self._stores[place]
+
     def copy_to(self, folder: Path, keys: Iterable[str]) -> None:
         """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder."""
-        used = {key: self.records[key] for key in sorted(set(keys)) if key in self.records}
+        wanted = sorted(set(keys))
+        used: dict[str, KillRecord] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for name in {record.raw for record in used.values()}:
-            write_atomic(folder / _plain(name), read_bounded(self.folder / _plain(name), MAX_RAW))
-        write_json(folder / "kills.json", kill_records(used))
+        for store in map(self.at, PLACES):
+            mine = {key: store.records[key] for key in wanted if key in store.records}
+            for name in {record.raw for record in mine.values()}:
+                write_atomic(folder / _plain(name), read_bounded(store.folder / _plain(name), MAX_RAW))
+            used |= mine
+        write_json(folder / "kills.json", kill_records(dict(sorted(used.items()))))
 
 
 def _plain(name: str) -> str:
@@ -100,7 +146,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def rejudge(claim: Claim, profile: str, kills: KillStore) -> list[KillOutcome]:
+def rejudge(claim: Claim, profile: str, kills: Kills) -> list[KillOutcome]:
     """Judge the recorded sabotaged runs of a claim's faults again.
 
     Returns:
@@ -108,14 +154,15 @@ def rejudge(claim: Claim, profile: str, kills: KillStore) -> list[KillOutcome]:
     """
     if claim.falsifier is None:
         return []
-    return [_rejudge_one(claim, name, profile, kills) for name in claim.falsifier.sabotage]
+    store = kills.of(claim)
+    return [_rejudge_one(claim, name, profile, store) for name in claim.falsifier.sabotage]
 
 
 def _rejudge_one(claim: Claim, name: str, profile: str, kills: KillStore) -> KillOutcome:
     assert claim.falsifier is not None
     try:
         fault = get_fault(name)
-        parts = record_parts(claim, fault, claim.falsifier.experiment, profile)
+        parts = record_parts(claim, fault, claim.falsifier.experiment, profile, kills.place)
         key = parts_digest(parts)
         record = kills.records.get(key)
         if record is None:

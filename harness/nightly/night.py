@@ -202,7 +202,7 @@ class _Run:
 
         folder = self.work / "kills"
         if not folder.exists():
-            installed = default_kills(self.options.profile)
+            installed = default_kills()
             if self.options.faults == "changed" and installed.is_dir():
                 shutil.copytree(installed, self.work / ".kills")
                 (self.work / ".kills").rename(folder)
@@ -224,11 +224,10 @@ class _Run:
         return code
 
     def _publish_kills(self) -> None:
-        """Leave the night's kill records in ``kills/<profile>``, from where they can be committed."""
-        target, draft = self.out / "kills" / self.options.profile, self.work / ".published"
+        """Leave the night's kill records in ``kills``, from where they can be committed."""
+        target, draft = self.out / "kills", self.work / ".published"
         shutil.rmtree(draft, ignore_errors=True)
         shutil.copytree(self.work / "kills", draft)
-        target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
 

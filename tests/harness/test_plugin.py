@@ -8,7 +8,7 @@ import pytest
 from fakeworld.plugin import install
 
 from q4kd.harness.claims.contract import load_contract
-from q4kd.harness.judging.kills import KillStore
+from q4kd.harness.judging.kills import Kills
 from q4kd.harness.kill_matrix import kill_matrix
 from q4kd.harness.records.store import open_store
 from q4kd.harness.runs.experiment import Inputs
@@ -47,7 +47,7 @@ def kills(tmp_path_factory):
         patch.setenv("PYTHONPATH", str(TESTS))
         work = folder / "work"
         runner = ExperimentRunner(work, Inputs(folder / "inputs", "cpu"), "cpu")
-        store = KillStore(folder / "kills")
+        store = Kills(folder / "kills")
         for name, text in CONTRACTS.items():
             (folder / f"{name}.yaml").write_text(text)
             loaded = load_contract(folder / f"{name}.yaml")

@@ -13,10 +13,12 @@ from fakeworld import plugin as world
 
 from q4kd.harness import kill_matrix as matrix
 from q4kd.harness.claims.model import Claim, Falsifier
+from q4kd.harness.claims.profile import load_profile
 from q4kd.harness.judging import digests
 from q4kd.harness.judging import kills as kills_module
 from q4kd.harness.judging.kill_records import KillRecord
 from q4kd.harness.judging.kills import (
+    Kills,
     KillStore,
     apply_kill_rule,
     default_kills,
@@ -40,7 +42,7 @@ def runner(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(tmp_path):
-    return KillStore(tmp_path / "kills")
+    return Kills(tmp_path / "kills")
 
 
 def claim(*faults, experiment="measure", ceiling=50.0, claim_id="FT-1", **more):
@@ -68,13 +70,13 @@ def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store, wor
         ("FT-1", "die"): "caught",
         ("FT-1", "die-undeclared"): "misfire",
     }
-    again = {entry.fault: entry for entry in rejudge(one, "cpu", KillStore(store.folder))}
+    again = {entry.fault: entry for entry in rejudge(one, "cpu", Kills(store.folder))}
     assert {name for name, entry in again.items() if entry.caught} == {"inflate", "die"}
     assert again["inflate"].verdict == "falsified"
     assert again["inflate"].detail == "caught: measure measured 100"
     assert again["harmless"].detail.startswith("missed: ")
     assert again["absent"].detail == "kill record stale: this fault was never run"
-    assert all("VOID" not in record.detail for record in store.records.values())
+    assert all("VOID" not in record.detail for record in KillStore(store.folder / "cpu").records.values())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -85,7 +87,7 @@ def test_an_interrupt_ends_the_runs_that_are_under_way(runner, store, workers):
     with pytest.raises(KeyboardInterrupt):
         kill_matrix([one], "cpu", store, runner, changed=False, workers=workers)
     assert time.monotonic() - started < 30  # each run would take a minute
-    assert not store.records
+    assert not KillStore(store.folder / "cpu").records
 
 
 def test_a_verdict_that_a_faulted_run_supports_is_still_missed(runner, store):
@@ -99,7 +101,7 @@ def test_claims_share_a_faulted_experiment_and_its_clean_arm(runner, store):
     assert set(marks(cells).values()) == {"caught"}
     ran = {path.name: len(path.read_text()) for path in runner.inputs.folder.glob(".ran-*")}
     assert ran == {".ran-compare.a": 1, ".ran-compare.b": 1}
-    assert [path.name for path in store.folder.glob("*.gz")] == ["inflate-b--compare.tar.gz"]
+    assert [path.name for path in store.folder.rglob("*.gz")] == ["inflate-b--compare.tar.gz"]
 
 
 def test_changed_runs_only_what_has_no_valid_record(runner, store):
@@ -120,11 +122,11 @@ def test_an_unknown_fault_stops_the_matrix_before_anything_runs(runner, store):
 def test_the_archive_is_deterministic_and_holds_only_raw_files(runner, store, tmp_path):
     one = claim("inflate")
     kill_matrix([one], "cpu", store, runner, changed=False)
-    data = (store.folder / "inflate--measure.tar.gz").read_bytes()
+    data = (store.folder / "cpu" / "inflate--measure.tar.gz").read_bytes()
     root = runner.faulted_root("measure", "inflate")
     assert matrix._archive(root, set()) == data
     assert b"checkpoint.bin" not in gzip.decompress(data)
-    archive, _ = store.archive("inflate--measure.tar.gz")
+    archive, _ = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")
     assert "runs/measure/exit.json" in archive.names()
 
 
@@ -148,7 +150,7 @@ def test_an_archive_keeps_the_arrays_that_its_verdicts_rest_on(runner, store, mo
 
     def kept_after(*claims):
         assert {cell.mark for cell in kill_matrix(claims, "cpu", store, runner, changed=False)} == {"caught"}
-        names = KillStore(store.folder).archive("inflate--measure.tar.gz")[0].names()
+        names = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")[0].names()
         return {Path(name).stem for name in names if name.endswith(".npz")}
 
     one, other = claim("inflate"), claim("inflate", claim_id="FT-2")
@@ -206,19 +208,21 @@ def test_a_record_goes_stale_with_each_part_that_made_it(runner, store, monkeypa
 def test_records_are_not_believed(runner, store):
     one = claim("inflate", "harmless")
     kill_matrix([one], "cpu", store, runner, changed=False)
-    path = store.folder / "records.json"
+    path = store.folder / "cpu" / "records.json"
     value = json.loads(path.read_text())
     for record in value["records"].values():
         record |= {"caught": True, "verdict": "falsified", "detail": "caught: trust me"}
     path.write_text(json.dumps(value))
-    assert [entry.caught for entry in rejudge(one, "cpu", KillStore(store.folder))] == [True, False]
+    assert [entry.caught for entry in rejudge(one, "cpu", Kills(store.folder))] == [True, False]
     # The archive of another fault in its place: the digest, and failing that argv.json, give it away.
-    (store.folder / "harmless--measure.tar.gz").write_bytes((store.folder / "inflate--measure.tar.gz").read_bytes())
-    assert "not the one recorded" in rejudge(one, "cpu", KillStore(store.folder))[1].detail
+    (store.folder / "cpu" / "harmless--measure.tar.gz").write_bytes(
+        (store.folder / "cpu" / "inflate--measure.tar.gz").read_bytes()
+    )
+    assert "not the one recorded" in rejudge(one, "cpu", Kills(store.folder))[1].detail
     for record in value["records"].values():
-        record["raw_sha256"] = KillStore(store.folder).archive("inflate--measure.tar.gz")[1]
+        record["raw_sha256"] = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")[1]
     path.write_text(json.dumps(value))
-    entry = rejudge(one, "cpu", KillStore(store.folder))[1]
+    entry = rejudge(one, "cpu", Kills(store.folder))[1]
     assert (entry.caught, entry.detail) == (False, "misfire: run measure names another fault")
 
 
@@ -232,19 +236,20 @@ def test_a_clean_run_is_never_a_catch(runner):
 def test_a_missing_or_unsafe_archive_is_stale_not_an_error(runner, store):
     one = claim("inflate")
     kill_matrix([one], "cpu", store, runner, changed=False)
-    (key,) = store.records
-    (store.folder / "inflate--measure.tar.gz").unlink()
-    assert "inflate--measure.tar.gz" in stale(one, KillStore(store.folder))
-    again = KillStore(store.folder)
-    again.records[key] = dataclasses.replace(again.records[key], raw="../../etc/x.tar.gz")
+    (key,) = KillStore(store.folder / "cpu").records
+    (store.folder / "cpu" / "inflate--measure.tar.gz").unlink()
+    assert "inflate--measure.tar.gz" in stale(one, Kills(store.folder))
+    again = Kills(store.folder)
+    mine = again.of(one).records
+    mine[key] = dataclasses.replace(mine[key], raw="../../etc/x.tar.gz")
     assert "a plain *.tar.gz name" in stale(one, again)
 
 
 def test_an_archive_over_two_megabytes_is_refused(store):
     record = KillRecord(contract="c", id="i", fault="f", experiment="e", raw="f--e.tar.gz")
     with pytest.raises(InputError, match="at most"):
-        store.add("k", record, b"x" * ((2 << 20) + 1))
-    assert store.records == {}
+        KillStore(store.folder / "cpu").add("k", record, b"x" * ((2 << 20) + 1))
+    assert KillStore(store.folder / "cpu").records == {}
 
 
 def test_another_format_is_refused(tmp_path):
@@ -300,4 +305,38 @@ def test_the_matrix_is_printed(capsys):
 
 
 def test_installed_records_lie_in_the_evidence_package():
-    assert default_kills("cpu").parts[-3:] == ("evidence", "kills", "cpu")
+    assert default_kills().parts[-2:] == ("evidence", "kills")
+
+
+def test_a_cpu_claim_shown_to_fail_counts_on_a_machine_with_a_gpu(runner, store):
+    one = claim("inflate")
+    kill_matrix([one], "cpu", store, runner, changed=False)
+    gpu = Kills.for_profile(load_profile("h200"), store.folder)
+    assert [entry.caught for entry in rejudge(one, "h200", gpu)] == [True]
+
+
+def test_a_cuda_claim_is_shown_to_fail_by_the_kind_of_gpu_and_not_by_its_name(runner, store):
+    one = claim("inflate", needs=("cuda",))
+    discrete = Kills.for_profile(load_profile("h200"), store.folder)
+    kill_matrix([one], "h200", discrete, runner, changed=False)
+    assert (store.folder / "cuda" / "records.json").is_file()
+    assert [entry.caught for entry in rejudge(one, "h100-of-ours", Kills(store.folder, "cuda"))] == [True]
+    unified = Kills.for_profile(load_profile("gb10"), store.folder)
+    assert stale(one, unified) == "this fault was never run"
+
+
+def test_a_bound_that_a_profile_changes_needs_a_record_of_its_own(runner, store):
+    one = claim("inflate")
+    assert one.falsifier is not None
+    overridden = dataclasses.replace(one.falsifier, profiles={"h200": {"params": {"ceiling": 51.0}}})
+    other = dataclasses.replace(one, falsifier=overridden)
+    kill_matrix([other], "cpu", store, runner, changed=False)
+    assert rejudge(other, "cpu", store)[0].caught
+    (entry,) = rejudge(other, "h200", Kills(store.folder, "cuda"))
+    assert entry.detail == "kill record stale: changed since: falsifier"
+
+
+def test_records_of_an_earlier_layout_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "records.json").write_text('{"format": "q4kd-kills/1", "records": {}}')
+    with pytest.raises(InputError, match="one folder for each place"):
+        Kills.for_profile(load_profile("cpu"), tmp_path)

@@ -36,7 +36,7 @@ def records() -> Records:
     """Return the parts of every record of the contracts, by claim and fault."""
     faults = all_faults()
     return {
-        (key, name): record_parts(claim, faults[name], falsifier.experiment, "cpu")
+        (key, name): record_parts(claim, faults[name], falsifier.experiment, "cpu", "cpu")
         for key, (claim, falsifier) in falsifiers().items()
         for name in falsifier.sabotage
     }
@@ -212,13 +212,13 @@ def fault(*targets: str) -> Fault:
 
 def test_the_key_follows_the_patched_function_and_not_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     one, planted = next(iter(falsifiers().values()))[0], fault("q4kd.trainer.files:sha256_file")
-    key = record_key(one, planted, "distill-run", "cpu")
+    key = record_key(one, planted, "distill-run", "cpu", "cpu")
     for old, new, same in (
         ('file_digest(file, "sha256")', 'file_digest(file, "sha1")', False),
         ("def read_json(", "def read_json_(", True),
     ):
         monkeypatch.setattr(digests, "TREES", edited("q4kd.trainer.files", old, new))
-        assert (record_key(one, planted, "distill-run", "cpu") == key) is same
+        assert (record_key(one, planted, "distill-run", "cpu", "cpu") == key) is same
 
 
 def test_a_target_is_found_without_importing_it() -> None:
@@ -242,7 +242,7 @@ def test_parts_are_named_without_the_places_of_modules() -> None:
     same = [target_digests(fault("json:dumps", "pickle:dumps")), target_digests(fault("pickle:dumps", "json:dumps"))]
     assert same[0] == same[1] != target_digests(fault("json:dumps"))
     one = next(iter(falsifiers().values()))[0]
-    assert {name.partition(" ")[0] for name in record_parts(one, fault(*targets), "distill-run", "cpu")} == {
+    assert {name.partition(" ")[0] for name in record_parts(one, fault(*targets), "distill-run", "cpu", "cpu")} == {
         *("claim", "falsifier", "judge", "fault", "experiment", "check", "target")
     }
 

@@ -17,9 +17,9 @@ from q4kd.harness.checks.judgement import Judgement
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import load_profile
-from q4kd.harness.judging.digests import record_key, record_parts
+from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.kill_records import KillRecord
-from q4kd.harness.judging.kills import KillStore, judge_faulted
+from q4kd.harness.judging.kills import Kills, KillStore, judge_faulted
 from q4kd.harness.judging.results import Finding, KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun, read_runs, run_names, runs_of
 from q4kd.harness.records.store import DirectoryStore, TarStore
@@ -54,7 +54,7 @@ def entry(check: str) -> dict[str, Any]:
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, dict[str, Finding]]]:
     """Return a falsification over recorded runs, one claim for each check, every fault caught when it was recorded."""
     monkeypatch.setattr("os.fsync", lambda _: None)
-    folder, bundle, kills = tmp_path / "contracts", tmp_path / "bundle", KillStore(tmp_path / "kills")
+    folder, bundle, kills = tmp_path / "contracts", tmp_path / "bundle", Kills(tmp_path / "kills")
     folder.mkdir()
     entries = [entry(check) for check in CASES]
     text = yaml.safe_dump({"metadata": {"status": "active"}, "falsification_tests": entries}, sort_keys=False)
@@ -77,9 +77,9 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tu
         faulted = tmp_path / "faulted" / check
         bad_runs(faulted, check, name, **(CASES["table"][2] if check == "log_absent" else {}))
         identity = {"contract": claim.contract, "id": claim.id, "fault": FAULT.name, "experiment": name}
-        parts = record_parts(claim, FAULT, name, "cpu")
+        parts = record_parts(claim, FAULT, name, "cpu", "cpu")
         record = KillRecord(**identity, raw=f"planted--{name}.tar.gz", parts=parts)
-        kills.add(record_key(claim, FAULT, name, "cpu"), record, pack_bytes(faulted))
+        kills.at("cpu").add(parts_digest(parts), record, pack_bytes(faulted))
 
     plan = make_plan(contracts, load_profile("cpu", folder), None)
 
@@ -152,19 +152,19 @@ def test_every_kill_record_that_is_shipped_notices_checks_that_always_pass(monke
     for check in CHECKS.values():
         monkeypatch.setattr(check, "judge", always)
     judged = 0
-    for profile in sorted(path for path in root.iterdir() if (path / "records.json").is_file()):
-        store, archives = KillStore(profile), {}
+    for place in sorted(path for path in root.iterdir() if (path / "records.json").is_file()):
+        store, archives = KillStore(place), {}
         for record in store.records.values():
             claim = claims.get(record.claim)
             if claim is None or claim.falsifier is None or record.fault not in all_faults():
                 continue
             if record.raw not in archives:
-                archives[record.raw] = read_runs(TarStore((profile / record.raw).read_bytes()))
+                archives[record.raw] = read_runs(TarStore((place / record.raw).read_bytes()))
             fault = dataclasses.replace(all_faults()[record.fault])
             experiment = EXPERIMENTS.get(claim.falsifier.experiment)
             if experiment is not None:
                 judged += 1
-                assert not judge_faulted(claim, fault, profile.name, archives[record.raw]).caught, record
+                assert not judge_faulted(claim, fault, record.profile or "cpu", archives[record.raw]).caught, record
     assert judged > 0
 
 
