@@ -153,7 +153,10 @@ def kill_matrix(
             for future in as_completed(futures):
                 experiment, name = futures[future]
                 asking = groups[experiment, name]
-                cells += _judge_group(experiment, get_fault(name), asking, profile, kills, runner, future.result())
+                judged = _judge_group(experiment, get_fault(name), asking, profile, kills, runner, future.result())
+                for cell in (cell for cell in judged if cell.mark is not KillStatus.CAUGHT):
+                    print(printable(f"  {cell.claim} with {cell.fault}: {cell.detail}", 300), flush=True)
+                cells += judged
         except BaseException:  # interrupted: the threads wait for their runs, which a terminal's signal does not reach
             pool.shutdown(wait=False, cancel_futures=True)
             while any(future.running() for future in futures):

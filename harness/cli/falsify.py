@@ -43,7 +43,12 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     add_contracts(parser)
     add_profile(parser)
     parser.add_argument("-k", dest="keyword", metavar="EXPR", help="only claims whose contract::id matches")
-    add_path(parser, "--kills", "DIR", "folder of kill records (default: the installed ones)")
+    add_path(
+        parser,
+        "--kills",
+        "DIR",
+        "kill records, one folder for each place: cpu, cuda, unified (default: the installed ones)",
+    )
     add_given(parser)
 
 
