@@ -47,7 +47,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
         parser,
         "--kills",
         "DIR",
-        "kill records, one folder for each place: cpu, cuda, unified (default: the installed ones)",
+        "kill records, a folder for each place, such as cpu (default: the installed ones)",
     )
     add_given(parser)
 
