@@ -153,9 +153,10 @@ def _resume_forgets_moments(
 # --- the plan ---
 
 
-@fault("memory", "plan-halves-optimizer", "the plan counts one moment instead of two", _MOMENTS)
-def _plan_halves_optimizer() -> None:
-    replace(_MOMENTS, lambda original: {name: size / 2 for name, size in original.items()})
+@fault("memory", "plan-forgets-optimizer", "the plan counts no moments", _MOMENTS)
+def _plan_forgets_optimizer() -> None:
+    # One moment alone is a sixth of the peak, which the bound of 15 % sees or not, by the plan's own error.
+    replace(_MOMENTS, lambda original: dict.fromkeys(original, 0.0))
 
 
 @patch("memory", "plan-forgets-activations", "the plan counts no activations", _ACTIVATIONS)
