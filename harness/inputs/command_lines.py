@@ -38,10 +38,13 @@ def distill_words(teacher: Path, student: Path, data: Path, *words: str, out: st
     ]
 
 
-def run_program(words: list[str], folder: Path) -> None:
-    """Run the program as it is, on the CPU, to make an input: faults are planted in what is measured, not here."""
+def run_program(words: list[str], folder: Path, device: str = "cpu") -> None:
+    """Run the program as it is to make an input: faults are planted in what is measured, not here.
+
+    Only with ``device`` cuda does it see a GPU.
+    """
     command = [sys.executable, "-m", "q4kd.harness", *words]
-    environment = {**os.environ, **NO_GPU}
+    environment = {**os.environ, **(NO_GPU if device == "cpu" else {})}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

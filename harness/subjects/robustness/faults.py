@@ -22,6 +22,7 @@ _SAVE = f"{_CHECKPOINT}:save_checkpoint"
 _PRUNE = f"{_CHECKPOINT}:prune_checkpoints"
 _STATE = f"{_CHECKPOINT}:read_state"
 _DIFFERENCE = f"{_CHECKPOINT}:explain_difference"
+_OWN_STATE = f"{_CHECKPOINT}:_own_state"
 _RESTORE = "q4kd.trainer.train.run.assembly:restore"
 _LOAD = "q4kd.trainer.train.optimizer:MasterWeightOptimizer.load"
 _MOMENTS = "q4kd.trainer.train.memory.items:MOMENT_BYTES"
@@ -148,6 +149,21 @@ def _resume_forgets_moments(
         state = self.inner.state[master]
         for key in ("exp_avg", "exp_avg_sq"):
             state.setdefault(key, master.detach() * 0)
+
+
+@patch(
+    "checkpoint",
+    "resume-forgets-device-random",
+    "a resumed run goes on with the random numbers of a new one",
+    _OWN_STATE,
+)
+def _resume_forgets_device_random(original: Call, states: object, accelerator: Any) -> object:
+    own: Any = original(states, accelerator)
+    if len(own) > 1000:  # the generator of the CPU; a GPU's has a seed and an offset
+        return own
+    import torch
+
+    return torch.cuda.get_rng_state(accelerator.device)
 
 
 # --- the plan ---
