@@ -99,7 +99,8 @@ _PLANNED: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def _planned_commands(inputs: Inputs) -> list[tuple[str, list[str]]]:
+def planned_commands(inputs: Inputs) -> list[tuple[str, list[str]]]:
+    """Return the commands of the experiment by name: two small runs to warm up, and one for each setting."""
     shape = student_shape(hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4)
     large = changed_student(inputs, "student-90m", shape)
     # The logits of Qwen2.5's vocabulary take more than all else.
@@ -123,7 +124,7 @@ def _planned_commands(inputs: Inputs) -> list[tuple[str, list[str]]]:
 
 
 def _planned_argv(inputs: Inputs) -> list[str]:
-    commands = _planned_commands(inputs)
+    commands = planned_commands(inputs)
     cases = inputs.file("cuda-planned-runs.json", lambda path: write_json(path, {"commands": commands}))
     return probe_words("commands", cases=cases, out="commands.json")
 
@@ -148,6 +149,7 @@ def collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     measured = read_json(path)["commands"] if path.is_file() else {}
     planned: list[list[float]] = []
     taken: dict[str, list[list[float]]] = {"allocated": [], "reserved": [], "driver": []}
+    phases: dict[str, int] = {}
     for name in _PLANNED:
         plans, steps = (
             read_events(run_dir, event, f"{name}.jsonl") if (run_dir / f"{name}.jsonl").is_file() else []
@@ -157,6 +159,7 @@ def collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
         if grown is None or "allocated" not in measured.get(name, {}):
             return {"comparators": {}}
         planned.append([plans[0]["peak_bytes"]])
+        phases |= {f"{name}, {phase} phase": size for phase, size in plans[0]["phases"].items()}
         for what, size in (*((what, measured[name][what]) for what in ("allocated", "reserved")), ("driver", grown)):
             taken[what].append([size])
     comparators: Comparators = {}
@@ -167,4 +170,5 @@ def collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     ):
         pair = {what: (np.array(planned, np.float64), np.array(taken[what], np.float64))}
         comparators |= save_pairs(run_dir, pair, ("peak of the memory plan", source))
-    return {"comparators": comparators}
+    # Where a plan is off, its phases say which items to look at.
+    return {"comparators": comparators, "tables": {"planned bytes": phases}}

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from q4kd.harness.__main__ import build_parser
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.runs.experiment import EXPERIMENTS, Inputs
 from q4kd.harness.subjects.cuda import training
+from q4kd.trainer.cli.arguments import read_run_arguments
 from q4kd.trainer.files import read_json, write_json
 
 REPEATED = 2
@@ -70,7 +72,7 @@ def planned_run(folder: Path, *, driver: int | None) -> Path:
         start = 100.0 * number
         commands[name] = {"exit code": 0, "allocated": 1050, "reserved": 1100, "left before": 5}
         events = [
-            {"event": "memory_plan", "t": start + 1, "peak_bytes": 1000},
+            {"event": "memory_plan", "t": start + 1, "peak_bytes": 1000, "phases": {"loss": 1000}},
             {"event": "step", "t": start + 5},
             {"event": "step", "t": start + 9},
         ]
@@ -87,6 +89,7 @@ def test_plans_are_laid_beside_both_peaks_and_the_growth_seen_outside(tmp_path: 
     run_dir = planned_run(tmp_path, driver=1720)
     inputs = Inputs(tmp_path / "inputs", "cpu")
     facts = training.collect_planned(run_dir, inputs)
+    assert facts["tables"] == {"planned bytes": {f"{name}, loss phase": 1000 for name in training._PLANNED}}
     comparators = facts["comparators"]
     assert isinstance(comparators, dict) and sorted(comparators) == ["allocated", "driver", "reserved"]
     for name, taken in (("allocated", 1050), ("reserved", 1100), ("driver", 1120)):
@@ -103,6 +106,19 @@ def test_a_plan_is_not_judged_by_half_of_its_evidence(missing: str, tmp_path: Pa
     if missing == "its events":
         (run_dir / "wide.jsonl").unlink()
     assert training.collect_planned(run_dir, Inputs(tmp_path / "inputs", "cpu")) == {"comparators": {}}
+
+
+def test_the_planned_runs_are_command_lines_of_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "padded_teacher", lambda inputs, _rows: training.demo_teacher(inputs))
+    commands = training.planned_commands(Inputs(tmp_path, "cpu"))
+    assert [name for name, _argv in commands][2:] == list(training._PLANNED)
+    for name, argv in commands:
+        args = build_parser().parse_args(argv)
+        config = read_run_arguments(args)
+        assert (config.device, config.seq_len, config.max_steps, config.out) == ("cuda", 256, 3, Path(name))
+        assert args.events == Path(f"{name}.jsonl")
+    settings = dict(zip((name for name, _argv in commands), (argv for _name, argv in commands), strict=True))
+    assert "gradient_checkpointing=true" in settings["checkpointing"] and "lora_rank=16" in settings["adapters"]
 
 
 def test_experiments_on_a_gpu_say_so_and_the_others_see_none() -> None:
