@@ -19,7 +19,7 @@ from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import default_contracts_folder
 from q4kd.harness.claims.model import Claim
 from q4kd.harness.claims.plan import make_plan
-from q4kd.harness.claims.profile import detect_profile, load_profile
+from q4kd.harness.claims.profile import detect_profile, find_extras, load_profile
 from q4kd.harness.falsify import require_packages
 from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import JUDGE_VERSION
@@ -89,8 +89,12 @@ def sabotage(
     loaded = load_contracts(folder)
     require_packages(loaded)
     name = profile or detect_profile()
+<<<<<<< HEAD
     machine = load_profile(name, folder)
     plan = make_plan(loaded, machine, select=keyword)
+=======
+    plan = make_plan(loaded, load_profile(name, folder), select=keyword, extras=find_extras())
+>>>>>>> gpu
     scopes = {entry.key: entry.scope for entry in plan.entries}
     claims = [
         claim

@@ -16,7 +16,7 @@ from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import contract_files
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan, make_plan
-from q4kd.harness.claims.profile import detect_profile, load_profile
+from q4kd.harness.claims.profile import detect_profile, find_extras, load_profile
 from q4kd.harness.claims.waivers import applying, expired_lines, load_waivers, today
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
@@ -99,7 +99,9 @@ class Session:
         keys = {claim.key for contract in contracts for claim in contract.claims}
         waived = load_waivers(Path(waivers), keys) if waivers else ()
         target_profile = load_profile(name, folder)
-        plan = make_plan(contracts, target_profile, keyword or None, given=given.names(), waivers=waived)
+        plan = make_plan(
+            contracts, target_profile, keyword or None, given=given.names(), waivers=waived, extras=find_extras()
+        )
         store = Kills.for_profile(target_profile, Path(kills) if kills else None)
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)

@@ -15,6 +15,7 @@ from q4kd.trainer.device.memory_watchdog import guarded
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
+from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
 from q4kd.trainer.train.memory.out_of_memory import explaining_memory
@@ -57,7 +58,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
             _train(run, resume)
             # Processes end together, because Gloo's threads must not outlive the interpreter, nor a process its peer's
             # connections. Trackers write what they hold.
-            run.accelerator.wait_for_everyone()
+            wait_for_all(run.accelerator)
             run.accelerator.end_training()
         events.close()
 

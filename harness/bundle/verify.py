@@ -151,7 +151,14 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: dsse.
     contracts = recheck.bundle_contracts(store)
     profile = read_profile(findings.profile, store)
     recorded, written = recheck.read_plan(store)
-    plan = make_plan(contracts, profile, recorded.select, given=recorded.given, waivers=recorded.waivers)
+    plan = make_plan(
+        contracts,
+        profile,
+        recorded.select,
+        given=recorded.given,
+        waivers=recorded.waivers,
+        extras=recorded.extras,
+    )
     notes.mismatches += plan_differences(recorded, plan)
     wrong, said = recheck.waiver_lines(plan, contracts, findings.created)
     notes.mismatches += wrong

@@ -1,13 +1,13 @@
 """The plan: which claims count on a profile, decided before anything runs and kept in ``plan.json``."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from q4kd.harness.claims.feasibility import assess
 from q4kd.harness.claims.model import Claim, Contract
-from q4kd.harness.claims.profile import Profile
+from q4kd.harness.claims.profile import EXTRAS, Profile
 from q4kd.harness.claims.waivers import Waiver
 from q4kd.harness.records.json_types import JsonRecord, JsonValue
 from q4kd.harness.runs.user_inputs import ROLES
@@ -41,6 +41,7 @@ class Plan:
     """The claims in order of contract and position. ``scope`` is partial when a selection left some out.
 
     ``given`` names, by role, the files that the run was given in the place of made ones (see ``runs/user_inputs.py``).
+    ``extras`` are those of ``EXTRAS`` that the machine had.
     """
 
     profile: str
@@ -49,13 +50,14 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     given: Mapping[str, str] = field(default_factory=dict)
     waivers: tuple[Waiver, ...] = ()
+    extras: tuple[str, ...] = ()
 
     def entry(self, key: str) -> PlanEntry | None:
         """Return the entry of a claim, or None when the plan leaves it out."""
         return next((entry for entry in self.entries if entry.key == key), None)
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return what ``plan.json`` holds; ``given`` and ``waivers`` only where there are any."""
+        """Return what ``plan.json`` holds; ``given``, ``waivers`` and ``extras`` only where there are any."""
         return {
             "schema": SCHEMA,
             "profile": self.profile,
@@ -64,6 +66,7 @@ class Plan:
             "entries": [dict(vars(entry)) for entry in self.entries],
             **({"given": dict(self.given)} if self.given else {}),
             **({"waivers": [dict(vars(waiver)) for waiver in self.waivers]} if self.waivers else {}),
+            **({"extras": list(self.extras)} if self.extras else {}),
         }
 
     @staticmethod
@@ -77,8 +80,11 @@ class Plan:
                 raise ValueError(f"given roles {sorted(map(str, given))}")
             entries = tuple(PlanEntry(**entry) for entry in value["entries"])
             waivers = tuple(Waiver(**waiver) for waiver in value.get("waivers", ()))
+            extras = tuple(str(name) for name in value.get("extras", ()))
+            if list(extras) != sorted(set(extras) & set(EXTRAS)):
+                raise ValueError(f"extras {list(extras)}")
             fields = {name: value[name] for name in ("profile", "scope", "select")}
-            return Plan(**fields, entries=entries, given=given, waivers=waivers)
+            return Plan(**fields, entries=entries, given=given, waivers=waivers, extras=extras)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             expected, remedy = f"a {SCHEMA} document", "run falsify again"
             raise InputError("plan.json", expected=expected, got=str(error)[:200], remedy=remedy) from error
@@ -91,6 +97,7 @@ def make_plan(
     *,
     given: Mapping[str, str] | None = None,
     waivers: tuple[Waiver, ...] = (),
+    extras: Iterable[str] = (),
 ) -> Plan:
     """Decide the scope of every claim.
 
@@ -101,10 +108,12 @@ def make_plan(
             any case (``-k``). With a selection the plan is partial and cannot pass the gate (InputError if malformed).
         given: names of given files by role.
         waivers: of claims that may be inconclusive.
+        extras: those of ``EXTRAS`` that the machine has.
     """
     chosen = parse_selection(select) if select else None
+    found = tuple(sorted(extras))
     entries = tuple(
-        _entry(contract, claim, profile)
+        _entry(contract, claim, profile, found)
         for contract in contracts
         for claim in contract.claims
         if chosen is None or chosen(claim.key)
@@ -116,18 +125,24 @@ def make_plan(
         entries=entries,
         given=given or {},
         waivers=waivers,
+        extras=found,
     )
 
 
-def _entry(contract: Contract, claim: Claim, profile: Profile) -> PlanEntry:
+def _entry(contract: Contract, claim: Claim, profile: Profile, extras: Collection[str]) -> PlanEntry:
     scope: Scope = "required"
     reason = None
-    missing = sorted(set(claim.falsifier.needs) - profile.provides) if claim.falsifier else []
+    needs = set(claim.falsifier.needs) if claim.falsifier else set()
+    missing = sorted(needs - profile.provides - EXTRAS.keys())
+    lacking = sorted((needs & EXTRAS.keys()) - set(extras))
     if contract.status == "retired":
         scope, reason = "not_gating", "contract retired"
     elif missing:
         scope = "out_of_scope"
         reason = f"needs {', '.join(missing)}; profile {profile.name} provides {', '.join(sorted(profile.provides))}"
+    elif lacking:
+        scope = "out_of_scope"
+        reason = "; ".join(f"needs {name}: {EXTRAS[name]}" for name in lacking)
     elif contract.status == "demoted":
         scope, reason = "not_gating", "contract demoted"
     forbidden = [found.arithmetic for found in assess(claim, profile) if found.outcome == "infeasible"]

@@ -1,5 +1,10 @@
-"""Profiles: the classes of machine that claims are judged on, with what each provides and its measured rooflines."""
+"""Profiles: the classes of machine that claims are judged on, with what each provides and its measured rooflines.
 
+What machines of one class differ in (``EXTRAS``) is looked for before anything runs, and kept in the plan.
+"""
+
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +20,11 @@ from q4kd.trainer.files import read_bounded
 from q4kd.trainer.yaml_lines import parse_yaml
 
 CAPABILITIES = frozenset({"cpu", "cuda", "unified"})
+# What a machine of any class may have beside what its profile provides, and what is said where it has not.
+EXTRAS: Mapping[str, str] = {
+    "two_gpus": "this machine has fewer than two GPUs that CUDA may use",
+    "bitsandbytes": "bitsandbytes is not installed (pip install 'q4kd[bnb]')",
+}
 _GPU_PROFILES = {"GB10": "gb10", "H200": "h200", "H100": "h200"}
 _MAX_BYTES = 1 << 20
 _ROOFLINE: JsonObject = {
@@ -163,6 +173,17 @@ def probe_gpu() -> GpuProbe:
     except Exception as error:  # NVML raises its own classes for a missing library, driver or permission
         return GpuProbe(driver_present=driver, error=f"{type(error).__name__}: {error}")
     return GpuProbe(driver_present=driver, names=tuple(names), error=None if names else "NVML lists no device")
+
+
+def find_extras(
+    probe: Callable[[], GpuProbe] | None = None, environment: Mapping[str, str] = os.environ
+) -> frozenset[str]:
+    """Return which of ``EXTRAS`` this machine has. Nothing is imported, and no GPU is touched."""
+    names = (probe or probe_gpu)().names
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(names) if shown is None else min(len(names), len([part for part in shown.split(",") if part.strip()]))
+    has = {"two_gpus": gpus >= 2, "bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None}
+    return frozenset(name for name in EXTRAS if has[name])
 
 
 def gpu_names() -> Sequence[str]:

@@ -24,6 +24,8 @@ from q4kd.trainer.files import sha256_file
 Facts: TypeAlias = dict[str, object]
 # An arm with this ``env`` has one thread, so that results and memory do not depend on the cores of the machine.
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
+# With this a process sees no GPU, whatever the machine has.
+NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
 _Collect = TypeVar("_Collect", bound=Callable[[Path, "Inputs"], Facts])
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -118,7 +120,7 @@ class Experiment:
     Attributes:
         name: as contracts say it.
         title: what it does, in one line.
-        needs: what the machine must provide, such as ``cuda``.
+        needs: what the machine must provide, such as ``cuda``; without that the runs see no GPU.
         arms: its runs, in order; a later arm may read what an earlier one left in ``../<experiment>.<arm>/``.
         prepare: makes inputs that no ``argv`` asks for, before the run.
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
@@ -143,6 +145,14 @@ class Experiment:
             raise ValueError(f"experiment {self.name!r}: arms need distinct names, or one arm without a name")
         if not all(_NAME.fullmatch(name) for name in (self.name, *(n for n in names if n is not None))):
             raise ValueError(f"experiment {self.name!r}: names are lower-case letters, digits, '-' and '_'")
+
+    def environment(self, arm: Arm) -> dict[str, str]:
+        """Return the variables that a run of an arm sets.
+
+        An experiment that does not need CUDA runs on the CPU of any machine: it sees no GPU, so that neither torch nor
+        accelerate can choose one, nor hold memory for it.
+        """
+        return {**({} if "cuda" in self.needs else NO_GPU), **arm.env}
 
     def run_name(self, arm: Arm) -> str:
         """Return the name of an arm's run folder."""

@@ -120,6 +120,7 @@ class ExperimentRunner:
             stage = "prepare"
             experiment.prepare(self.inputs)
             arguments = arm.argv(self.inputs)
+            settings = experiment.environment(arm)
             unknown = sorted(set(arm.env) - set(SETTABLE))
             if unknown:
                 raise ValueError(f"arm sets {unknown}, which are not among {SETTABLE}")
@@ -134,7 +135,7 @@ class ExperimentRunner:
                     "argv": recorded,
                     "fault": fault,
                     "cwd": "run",
-                    "env": dict(sorted(arm.env.items())),
+                    "env": dict(sorted(settings.items())),
                     **({"exits": list(arm.exits)} if arm.exits else {}),
                 },
             )
@@ -148,7 +149,7 @@ class ExperimentRunner:
                     timeout_s=arm.timeout_s if timeout_s is None else timeout_s,
                     stall_s=arm.stall_s,
                     interval_s=arm.interval_s,
-                    env={**os.environ, **arm.env},
+                    env={**os.environ, **settings},
                     placeholders=places,
                 )
             stage = "collect"

@@ -85,6 +85,18 @@ def prepare_model(accelerator: Any, model: nn.Module) -> Any:
     return model
 
 
+def wait_for_all(accelerator: Any) -> None:
+    """Return when every process has come here.
+
+    On the CPU torch is asked itself: accelerate names a device by its index, which torch takes for one of the GPU where
+    there is one, and then fails for every process beyond the number of GPUs.
+    """
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        torch.distributed.barrier()
+    else:
+        accelerator.wait_for_everyone()
+
+
 @contextlib.contextmanager
 def without_sync(model: Any) -> Iterator[None]:
     """Let gradients add up in this process: only those of the last micro-batch are reduced over processes."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Ints, seeded_columns
-from q4kd.harness.inputs.collect import arm_of, collect_refusals, save_pairs, step_terms
-from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.collect import collect_refusals, save_pairs, step_terms
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program, set_words
 from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, VOCAB, demo_student, demo_teacher, training_text, windows_of
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
@@ -22,23 +22,28 @@ CHECKED, COLUMNS = (0, 5, 14, 15, 23), 64
 STEPS = 6
 
 
-def _words(inputs: Inputs, out: str, k: int = K) -> list[str]:
+# Where an experiment runs, and what it needs there.
+_PLACES: tuple[tuple[str, str, tuple[str, ...]], ...] = (("", "cpu", ()), ("cuda-", "cuda", ("cuda",)))
+
+
+def _words(inputs: Inputs, out: str, k: int = K, device: str = "cpu") -> list[str]:
     """Return the arguments of a ``q4kd cache`` over a short text; with k = 512 it makes two shards."""
     return [
         *("cache", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
         *("--data", str(training_text(inputs, BATCHES)), "--seq-len", str(SEQ_LEN), "--batch-size", str(BATCH)),
         *("--dtype", "float32", "--sample-tokens", "0", "--shard-mb", "1", "--k", str(k), "--out", out),
+        *("--device", device),
     ]
 
 
-def made_cache(inputs: Inputs, k: int = K) -> Path:
-    """Return a cache that the program, as it is, has written."""
+def made_cache(inputs: Inputs, k: int = K, device: str = "cpu") -> Path:
+    """Return a cache that the program, as it is, has written on a device."""
 
     def make(folder: Path) -> None:
-        run_program(_words(inputs, str(folder), k), folder.parent)
+        run_program(_words(inputs, str(folder), k, device), folder.parent, device)
         (folder / ".lock").unlink(missing_ok=True)
 
-    return inputs.file(f"teacher-cache-{k}", make)
+    return inputs.file(f"teacher-cache-{k}{'' if device == 'cpu' else f'-{device}'}", make)
 
 
 # --- cached-signals: every figure beside a float64 forward over the teacher's file ---
@@ -150,21 +155,16 @@ declare(
 )
 
 
-# --- interrupted-cache: killed in the middle of a shard, and finished ---
+# --- interrupted-cache, cuda-interrupted-cache: killed in the middle of a shard, and finished ---
 
 
-def _interrupted_argv(inputs: Inputs) -> list[str]:
-    return [*probe_words("cache-interrupted", cache="cache", facts="probe.json"), "--", *_words(inputs, "cache")]
+def _interrupted_argv(device: str, inputs: Inputs) -> list[str]:
+    words = _words(inputs, "cache", device=device)
+    return [*probe_words("cache-interrupted", cache="cache", facts="probe.json"), "--", *words]
 
 
-@experiment(
-    "interrupted-cache",
-    "q4kd cache killed in the middle of its second shard and started again, beside one that was not",
-    Arm(None, _interrupted_argv, timeout_s=120, env=ONE_THREAD),
-    prepare=made_cache,
-)
-def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
-    folder, whole = run_dir / "cache", made_cache(inputs)
+def _collect_interrupted(device: str, run_dir: Path, inputs: Inputs) -> Facts:
+    folder, whole = run_dir / "cache", made_cache(inputs, device=device)
     if not (run_dir / "probe.json").is_file():
         return {"tables": {}}
     names = {path.name for at in (folder, whole) for path in at.iterdir() if path.name != ".lock"}
@@ -175,30 +175,48 @@ def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
     return {"tables": {"writer": read_json(run_dir / "probe.json")["writer"] | same}}
 
 
-# --- cached-training: the same steps with a teacher, and from a cache of all its tokens ---
+for _prefix, _device, _needs in _PLACES:
+    declare(
+        f"{_prefix}interrupted-cache",
+        f"q4kd cache on {_device} killed in the middle of its second shard and started again, beside one that was not",
+        Arm(None, functools.partial(_interrupted_argv, _device), timeout_s=120, env=ONE_THREAD),
+        needs=_needs,
+        prepare=functools.partial(made_cache, device=_device),
+        collect=functools.partial(_collect_interrupted, _device),
+    )
 
 
-def _training_argv(arm: str, inputs: Inputs) -> list[str]:
-    settings = ("--set", f"steps={STEPS}", "--set", "eval_tokens=0")
-    words = distill_words(demo_teacher(inputs), demo_student(inputs), training_text(inputs, BATCHES), *settings)
+# --- cached-training, cuda-cached-training: the same steps with a teacher, and from a cache of all its tokens ---
+
+
+def _training_argv(device: str, arm: str, inputs: Inputs) -> list[str]:
+    settings = {"steps": STEPS, "eval_tokens": 0, "device": device, "student_dtype": "float32"}
+    text = training_text(inputs, BATCHES)
+    words = distill_words(demo_teacher(inputs), demo_student(inputs), text, *set_words(settings))
     if arm == "online":
         return words
     at = words.index("--teacher")
-    return [*words[:at], *words[at + 2 :], "--teacher-cache", str(made_cache(inputs, VOCAB))]
+    return [*words[:at], *words[at + 2 :], "--teacher-cache", str(made_cache(inputs, VOCAB, device))]
 
 
-@experiment(
-    "cached-training",
-    f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
-    *(
-        Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for arm in ("online", "cached")
-    ),
-)
 def _collect_training(run_dir: Path, _inputs: Inputs) -> Facts:
-    if arm_of(run_dir) == "online" or not (run_dir / "events.jsonl").is_file():
+    experiment_name, _, arm = run_dir.name.partition(".")
+    if arm == "online" or not (run_dir / "events.jsonl").is_file():
         return {"comparators": {}}
-    one, other = step_terms(run_dir), step_terms(run_dir.parent / "cached-training.online")
+    one, other = step_terms(run_dir), step_terms(run_dir.parent / f"{experiment_name}.online")
     if one.shape != other.shape or not len(one):
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (one, other)}, ("--teacher-cache", "with the teacher"))}
+
+
+for _prefix, _device, _needs in _PLACES:
+    declare(
+        f"{_prefix}cached-training",
+        f"{STEPS} steps on {_device} with the teacher, and from a cache of all {VOCAB} tokens without it",
+        *(
+            Arm(arm, functools.partial(_training_argv, _device, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
+            for arm in ("online", "cached")
+        ),
+        needs=_needs,
+        collect=_collect_training,
+    )

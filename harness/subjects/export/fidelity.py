@@ -11,11 +11,11 @@ from q4kd.harness.inputs.command_lines import probe_words, run_program
 from q4kd.harness.inputs.demo import VOCAB, demo_teacher
 from q4kd.harness.inputs.synthetic_students import write_padded_teacher
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
-from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.export.experiments import finished_run, live_student, smoke_run
 from q4kd.trainer.files import read_json, write_json
 
-# --- fidelity: a Q4_K_M file against its float32 folder, and against itself ---
+# --- fidelity, cuda-fidelity: a Q4_K_M file against its float32 folder, and against itself ---
 
 WINDOWS, LENGTH = 16, 64
 
@@ -34,11 +34,12 @@ def quantised_student(inputs: Inputs) -> Path:
     return inputs.file("live-student-q4_k_m.gguf", make)
 
 
-def _fidelity_argv(arm: str, inputs: Inputs) -> list[str]:
+def _fidelity_argv(device: str, arm: str, inputs: Inputs) -> list[str]:
     quantised = quantised_student(inputs)
     original = live_student(inputs) if arm == "original" else quantised
     options = ["--data", str(_sample(inputs)), "--tokens", str(WINDOWS * LENGTH), "--seq-len", str(LENGTH)]
-    return ["fidelity", str(quantised), str(original), *options, "--out", "fidelity.json"]
+    place = ["--device", device, "--dtype", "float32"]
+    return ["fidelity", str(quantised), str(original), *options, *place, "--out", "fidelity.json"]
 
 
 def _statistics(report: dict[str, dict[str, dict[str, float]]]) -> Floats:
@@ -65,15 +66,6 @@ def _dense_statistics(inputs: Inputs) -> Floats:
     return np.array([*values, a.mean() - b.mean()])[:, None]
 
 
-@experiment(
-    "fidelity",
-    "q4kd fidelity of a Q4_K_M file against its float32 folder and against itself",
-    *(
-        Arm(name, functools.partial(_fidelity_argv, name), timeout_s=240, env=ONE_THREAD)
-        for name in ("original", "itself")
-    ),
-    parallel=2,
-)
 def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     path = run_dir / "fidelity.json"
     if not path.is_file():
@@ -87,6 +79,20 @@ def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:
     values += [report["perplexity_ratio"]["log_mean"], 1 - report["top1_agreement"]["mean"]]
     pair = {"itself": (np.array(values)[:, None], np.zeros((len(values), 1)))}
     return {"comparators": save_pairs(run_dir, pair, ("q4kd fidelity of a file against itself", "zero"))}
+
+
+for _name, _device, _needs in (("fidelity", "cpu", ()), ("cuda-fidelity", "cuda", ("cuda",))):
+    declare(
+        _name,
+        f"q4kd fidelity on {_device} of a Q4_K_M file against its float32 folder and against itself",
+        *(
+            Arm(name, functools.partial(_fidelity_argv, _device, name), timeout_s=240, env=ONE_THREAD)
+            for name in ("original", "itself")
+        ),
+        needs=_needs,
+        collect=_collect_fidelity,
+        parallel=2,
+    )
 
 
 # --- refused-exports: what has no model to export, or no original to be compared with ---

@@ -22,6 +22,7 @@ _SAVE = f"{_CHECKPOINT}:save_checkpoint"
 _PRUNE = f"{_CHECKPOINT}:prune_checkpoints"
 _STATE = f"{_CHECKPOINT}:read_state"
 _DIFFERENCE = f"{_CHECKPOINT}:explain_difference"
+_OWN_STATE = f"{_CHECKPOINT}:_own_state"
 _RESTORE = "q4kd.trainer.train.run.assembly:restore"
 _LOAD = "q4kd.trainer.train.optimizer:MasterWeightOptimizer.load"
 _MOMENTS = "q4kd.trainer.train.memory.items:MOMENT_BYTES"
@@ -150,12 +151,28 @@ def _resume_forgets_moments(
             state.setdefault(key, master.detach() * 0)
 
 
+@patch(
+    "checkpoint",
+    "resume-forgets-device-random",
+    "a resumed run goes on with the random numbers of a new one",
+    _OWN_STATE,
+)
+def _resume_forgets_device_random(original: Call, states: object, accelerator: Any) -> object:
+    own: Any = original(states, accelerator)
+    if len(own) > 1000:  # the generator of the CPU; a GPU's has a seed and an offset
+        return own
+    import torch
+
+    return torch.cuda.get_rng_state(accelerator.device)
+
+
 # --- the plan ---
 
 
-@fault("memory", "plan-halves-optimizer", "the plan counts one moment instead of two", _MOMENTS)
-def _plan_halves_optimizer() -> None:
-    replace(_MOMENTS, lambda original: {name: size / 2 for name, size in original.items()})
+@fault("memory", "plan-forgets-optimizer", "the plan counts no moments", _MOMENTS)
+def _plan_forgets_optimizer() -> None:
+    # One moment alone is a sixth of the peak, which the bound of 15 % sees or not, by the plan's own error.
+    replace(_MOMENTS, lambda original: dict.fromkeys(original, 0.0))
 
 
 @patch("memory", "plan-forgets-activations", "the plan counts no activations", _ACTIVATIONS)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from q4kd.trainer.config.settings import DistillConfig
+    from q4kd.trainer.data.batch import Batch
     from q4kd.trainer.train.optimizer import MasterWeightOptimizer
     from q4kd.trainer.train.run.assembly import Run
 
@@ -89,6 +90,19 @@ def _ranks_share_a_batch(original: Call, self: "Run", step: int) -> object:
     real = self.accelerator
     first = types.SimpleNamespace(process_index=0, num_processes=real.num_processes, device=real.device)
     return original(dataclasses.replace(self, accelerator=first), step)
+
+
+@patch(
+    "loop",
+    "normalised-by-rank",
+    "each process takes the mean over its own labels, and the step is the mean of these means",
+    _BATCH,
+    arms=_RANKS,
+)
+def _normalised_by_rank(original: Callable[..., "Batch"], self: "Run", step: int) -> "Batch":
+    share = original(self, step)
+    facts = dataclasses.replace(share.facts, step_targets=share.num_targets * self.accelerator.num_processes)
+    return type(share)(share.ids_BT, share.labels_BT, share.starts_BT, share.windows_B, known=facts)
 
 
 @patch(

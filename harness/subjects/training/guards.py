@@ -43,7 +43,8 @@ POSITIONS, COLUMNS = 64, 128
 EXCHANGED = (700, 1500)
 
 
-def _padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None = None) -> Path:
+def padded_teacher(inputs: Inputs, rows: int, exchanged: tuple[int, int] | None = None) -> Path:
+    """Return the demo teacher with padding rows up to ``rows``, or its first rows, and with two tokens exchanged."""
     name = f"teacher-{rows}{'-exchanged' if exchanged else ''}.gguf"
     source = demo_teacher(inputs)
     make = functools.partial(write_padded_teacher, source=source, rows=rows, exchanged=exchanged)
@@ -60,10 +61,10 @@ def _wide_student(inputs: Inputs) -> Path:
 
 def _vocabulary_argv(arm: str, inputs: Inputs) -> list[str]:
     if arm == "exact":
-        teacher, student = _padded_teacher(inputs, EXACT_TEACHER), _wide_student(inputs)
+        teacher, student = padded_teacher(inputs, EXACT_TEACHER), _wide_student(inputs)
         words = ("--set", f"steps={EXACT_STEPS}", "--max-steps", str(EXACT_STEPS), "--set", "chunk_tokens=32")
     else:
-        teacher = _padded_teacher(inputs, PADDED if arm == "padded" else NATIVE)
+        teacher = padded_teacher(inputs, PADDED if arm == "padded" else NATIVE)
         student = weighted_student(inputs)
         words = ("--set", f"steps={STEPS}", "--set", f"alpha={ALPHA}", "--set", f"temperature={TEMPERATURE:g}")
     # One batch is the whole text, so the order of its windows cannot matter.
@@ -74,7 +75,7 @@ def _collect_exact(run_dir: Path, inputs: Inputs) -> Facts:
     """Read the checkpoint of the exact sizes, and count the rows of the teacher's file and of the trained student."""
     from safetensors.numpy import load_file
 
-    rows = {"teacher's file": len(read_tokens(_padded_teacher(inputs, EXACT_TEACHER)))}
+    rows = {"teacher's file": len(read_tokens(padded_teacher(inputs, EXACT_TEACHER)))}
     for path in run_dir.glob("run/checkpoints/step-*/model.safetensors"):
         tensors = load_file(path)
         # Embedding and head are one tensor, stored under one of its two names.
@@ -100,7 +101,7 @@ def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
         return {"comparators": {}}
     pairs = {"unpadded": (steps, step_terms(run_dir.parent / "vocabulary-run.native"))}
     comparators = save_pairs(run_dir, pairs, ("teacher with padding rows", "teacher without them"))
-    teacher, text = _padded_teacher(inputs, PADDED), training_text(inputs, 1)
+    teacher, text = padded_teacher(inputs, PADDED), training_text(inputs, 1)
     exact = reference_step(inputs, teacher, text, (BATCH, SEQ_LEN), alpha=ALPHA, temperature=TEMPERATURE)
     pairs = {"sliced": (steps[0].reshape(3, 1), exact)}
     return {"comparators": comparators | save_pairs(run_dir, pairs, ("q4kd distill", "float64 over sliced logits"))}
@@ -110,7 +111,7 @@ def _collect_vocabulary(run_dir: Path, inputs: Inputs) -> Facts:
 
 
 def _widths_argv(inputs: Inputs) -> list[str]:
-    models = {"native": _padded_teacher(inputs, NATIVE), "padded": _padded_teacher(inputs, PADDED)}
+    models = {"native": padded_teacher(inputs, NATIVE), "padded": padded_teacher(inputs, PADDED)}
     given = {
         "student": weighted_student(inputs),
         "ids": random_ids(inputs, "vocabulary-ids.npy", NATIVE, POSITIONS, seed=9),
@@ -142,7 +143,7 @@ def _teacher_as_student(inputs: Inputs, twin: Twin) -> Path:
 
 
 def _refused_argv(inputs: Inputs) -> list[str]:
-    teacher, padded = demo_teacher(inputs), _padded_teacher(inputs, PADDED)
+    teacher, padded = demo_teacher(inputs), padded_teacher(inputs, PADDED)
     fresh, data = demo_student(inputs), training_text(inputs, 1)
     records: list[dict[str, str | list[str]]] = []
 
@@ -156,7 +157,7 @@ def _refused_argv(inputs: Inputs) -> list[str]:
     add("0 steps", "1 step", (teacher, fresh, "--max-steps 0"), (teacher, fresh, "--max-steps 1"))
     wider = changed_student(inputs, "student-wider", {"vocab_size": WIDER})
     add("student wider than teacher", "padded teacher", (teacher, wider, ""), (padded, wider, ""))
-    exchanged = _padded_teacher(inputs, PADDED, EXCHANGED)
+    exchanged = padded_teacher(inputs, PADDED, EXCHANGED)
     add("two tokens exchanged", "the same in order", (exchanged, fresh, ""), (padded, fresh, ""))
     same = _teacher_as_student(inputs, "exact")
     allowed = "--allow-degenerate-kd"

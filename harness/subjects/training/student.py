@@ -4,9 +4,10 @@ import functools
 from pathlib import Path
 
 from q4kd.harness.inputs.arrays import read_arrays
-from q4kd.harness.inputs.collect import arm_of, collect_probe, save_pairs, step_terms
+from q4kd.harness.inputs.collect import collect_probe, save_pairs, step_terms
 from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
-from q4kd.harness.inputs.demo import demo_student, demo_teacher, training_text
+from q4kd.harness.inputs.demo import demo_student, demo_teacher
+from q4kd.harness.inputs.training_documents import text_documents
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.training.probes import RANKS, VARIANTS
 
@@ -38,13 +39,13 @@ def _collect_steps(run_dir: Path, inputs: Inputs) -> Facts:
     return facts | {"comparators": comparators}
 
 
-# --- student-ranks: q4kd distill in one process, in two with copies of the student, in two with shards ---
+# --- student-ranks, cuda-ranks: q4kd distill in one process, in two with copies of the student, in two with shards ---
 
 SEQUENCES_PER_STEP = 8
 RANK_STEPS = 4
 
 
-def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
+def _ranks_argv(device: str, kind: str, inputs: Inputs) -> list[str]:
     processes = 1 if kind == "one" else RANKS
     settings = {
         # There are two micro-batches, so that gradients are added up in each process before they travel.
@@ -53,28 +54,40 @@ def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
         "steps": RANK_STEPS,
         "clip": 0.5,
         "eval_tokens": 0,
+        "device": device,
+        "student_dtype": "float32",
     }
-    text = training_text(inputs, RANK_STEPS)
-    words = distill_words(demo_teacher(inputs), demo_student(inputs), text, *set_words(settings))
+    # Windows hold borders of documents, whose positions have no label: the shares of a batch weigh unequally.
+    words = distill_words(demo_teacher(inputs), demo_student(inputs), text_documents(inputs), *set_words(settings))
     return words if kind == "one" else ["probe", "distill-ranks", kind, *words]
 
 
-@experiment(
-    "student-ranks",
-    f"q4kd distill in one process, and in {RANKS} that share the same batches",
-    *(
-        Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
-        for kind in ("one", "copies", "shards")
-    ),
-)
 def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
-    arm, before = arm_of(run_dir), run_dir.parent / "student-ranks.one"
+    """Compare the arms of two processes with that of one, whose name comes first."""
+    experiment_name, _, arm = run_dir.name.partition(".")
+    before = run_dir.parent / f"{experiment_name}.one"
     if arm == "one" or not all((folder / "events.jsonl").is_file() for folder in (run_dir, before)):
         return {"comparators": {}}
     steps, one = (step_terms(folder, "grad_norm") for folder in (run_dir, before))
     if not len(steps) or steps.shape != one.shape:
         return {"comparators": {}}
     return {"comparators": save_pairs(run_dir, {"steps": (steps, one)}, (f"{RANKS} processes, {arm}", "one process"))}
+
+
+for _name, _device, _where, _needs in (
+    ("student-ranks", "cpu", "over gloo", ()),
+    ("cuda-ranks", "cuda", "over NCCL, each with a GPU", ("cuda", "two_gpus")),
+):
+    declare(
+        _name,
+        f"q4kd distill in one process, and in {RANKS} that share the same batches {_where}",
+        *(
+            Arm(kind, functools.partial(_ranks_argv, _device, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
+            for kind in ("one", "copies", "shards")
+        ),
+        needs=_needs,
+        collect=_collect_ranks,
+    )
 
 
 # --- settings-refused: names of settings that are not quite right ---

@@ -25,6 +25,37 @@ def test_scope_follows_what_the_profile_provides(contract: Contract) -> None:
     assert [entry.scope for entry in make_plan([contract], load_profile("gb10")).entries] == ["required"] * 3
 
 
+def needing(contract: Contract, *needs: str) -> Contract:
+    first = contract.claims[0]
+    assert first.falsifier is not None
+    return replace(contract, claims=(replace(first, falsifier=replace(first.falsifier, needs=needs)),))
+
+
+def test_what_machines_of_one_class_differ_in_is_decided_by_the_machine(contract: Contract) -> None:
+    two = needing(contract, "cuda", "two_gpus")
+    (without,) = make_plan([two], load_profile("h200")).entries
+    assert (without.scope, without.reason) == (
+        "out_of_scope",
+        "needs two_gpus: this machine has fewer than two GPUs that CUDA may use",
+    )
+    plan = make_plan([two], load_profile("h200"), extras={"two_gpus", "bitsandbytes"})
+    assert plan.entries[0].scope == "required" and plan.extras == ("bitsandbytes", "two_gpus")
+    (elsewhere,) = make_plan([two], load_profile("cpu"), extras=["two_gpus"]).entries
+    assert elsewhere.reason == "needs cuda; profile cpu provides cpu"
+    (package,) = make_plan([needing(contract, "bitsandbytes")], load_profile("cpu")).entries
+    assert package.reason == "needs bitsandbytes: bitsandbytes is not installed (pip install 'q4kd[bnb]')"
+
+
+def test_what_the_machine_had_is_kept_in_the_plan(contract: Contract) -> None:
+    plan = make_plan([contract], load_profile("cpu"), extras=["bitsandbytes"])
+    written = json.loads(json.dumps(plan.to_json()))
+    assert written["extras"] == ["bitsandbytes"] and Plan.from_json(written) == plan
+    assert "extras" not in make_plan([contract], load_profile("cpu")).to_json()
+    for wrong in (["a third arm"], ["two_gpus", "bitsandbytes"], ["two_gpus", "two_gpus"]):
+        with pytest.raises(InputError, match="extras"):
+            Plan.from_json({**written, "extras": wrong})
+
+
 @pytest.mark.parametrize("status", ["demoted", "retired"])
 def test_demoted_and_retired_claims_never_gate(contract: Contract, status: str) -> None:
     plan = make_plan([replace(contract, status=status)], load_profile("gb10"))  # type: ignore[arg-type]

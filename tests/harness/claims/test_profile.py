@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from q4kd.harness.claims.profile import GpuProbe, detect_profile, load_profile, load_profiles, parse_profile
+from q4kd.harness.claims.profile import (
+    EXTRAS,
+    GpuProbe,
+    detect_profile,
+    find_extras,
+    load_profile,
+    load_profiles,
+    parse_profile,
+)
 from q4kd.trainer.errors import InputError
 
 GOOD = "description: d\nprovides: [cpu]\nrooflines: {r: {value: 1.0e9, unit: B/s, measured: true, source: s}}\n"
@@ -81,3 +89,33 @@ def test_a_folder_may_bring_its_own_profile(tmp_path: Path) -> None:
 def test_a_malformed_profile_is_refused(old: str, new: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         parse_profile("p", GOOD.replace(old, new).encode(), "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "two"),
+    [
+        ((), None, False),
+        (("NVIDIA H200",), None, False),
+        (("NVIDIA H200", "NVIDIA H200"), None, True),
+        (("NVIDIA H200", "NVIDIA H200"), "1", False),
+        (("NVIDIA H200", "NVIDIA H200"), "", False),
+        (("NVIDIA H200", "NVIDIA H200"), "0,1", True),
+        (("NVIDIA H200",), "0,1", False),
+    ],
+)
+def test_two_gpus_are_those_that_cuda_may_use(names: tuple[str, ...], shown: str | None, two: bool) -> None:
+    environment = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
+    found = find_extras(lambda: GpuProbe(driver_present=True, names=names), environment)
+    assert ("two_gpus" in found) == two and found <= EXTRAS.keys()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_package_is_looked_for_without_importing_it(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
+    if there:
+        monkeypatch.syspath_prepend(str(tmp_path))
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert ("bitsandbytes" in find_extras(lambda: GpuProbe(driver_present=False), {})) == there

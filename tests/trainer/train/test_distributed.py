@@ -122,3 +122,22 @@ def test_tied_tensors_are_gathered_once() -> None:
     model["b"].weight = model["a"].weight
     assert list(sharding.whole_state(model, keep=True)) == ["a.weight"]
     assert sharding.whole_state(model, keep=False) == {}
+
+
+def test_processes_on_the_cpu_wait_for_each_other_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """accelerate waits on the device of a process's index, which torch takes for a GPU where there is one."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
+        accelerator = Accelerator(cpu=True)
+        for state in (accelerator.state, PartialState()):
+            monkeypatch.setattr(state, "num_processes", 2)
+            monkeypatch.setattr(state, "distributed_type", DistributedType.MULTI_CPU)
+        with pytest.raises(RuntimeError, match=r"(?i)cuda"):
+            accelerator.wait_for_everyone()
+        sharding.wait_for_all(accelerator)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Runs of ``q4kd`` one after another in one process, whose start they share; on a GPU, with the memory each took."""
+
+import gc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from q4kd.harness.runs.probes import probe
+from q4kd.trainer.files import read_json, write_json
+
+
+@probe("commands")
+def commands(cases: Path, out: Path, deterministic: bool = False) -> int:
+    """Run the commands of a JSON file ``{"commands": [[name, argv], …]}`` in turn, up to the first that fails.
+
+    Records for each its exit code and, where the process has used a GPU, the bytes by which the peaks of torch's
+    allocator (``allocated``, and ``reserved`` from the driver) rose above what was left of the command before.
+    ``--deterministic`` has torch take no algorithm whose result depends on the order in which threads come to it.
+    Returns the last command's exit code.
+    """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+    import torch
+
+    from q4kd.harness.__main__ import main
+
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        # Filling new tensors with NaN would cost as much as a step, and shows nothing that is asked here.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    found: dict[str, Mapping[str, int]] = {}
+    code = 0
+    for name, argv in read_json(cases)["commands"]:
+        before = _held()
+        code = main(argv)
+        found[name] = {"exit code": code, **_peaks(before)}
+        write_json(out, {"commands": found})
+        if code:
+            break
+    return code
+
+
+def _held() -> dict[str, int]:
+    """Give back what the last command left, start new peaks, and return the bytes that are still held."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_initialized():
+        return {"allocated": 0, "reserved": 0}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+
+
+def _peaks(before: Mapping[str, int]) -> dict[str, int]:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return {}
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {name: peak - before[name] for name, peak in peaks.items()} | {"left before": before["allocated"]}

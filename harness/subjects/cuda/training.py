@@ -1,0 +1,174 @@
+"""Experiments on training on a CUDA device: runs that are stopped and resumed, and the memory that a plan foresees."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from q4kd.harness.inputs.arrays import Floats
+from q4kd.harness.inputs.collect import Comparators, Event, read_events, save_pairs
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
+from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_student, demo_teacher
+from q4kd.harness.inputs.synthetic_students import student_shape
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.subjects.training.guards import EXACT_STUDENT, EXACT_TEACHER, padded_teacher
+from q4kd.trainer.files import read_json, sha256_file, write_json
+
+_CUDA = ("cuda",)
+_TERMS = ("loss", "ce", "kd", "grad_norm")
+
+
+def _words(name: str, words: list[str]) -> list[str]:
+    """Return the command with a folder and events of its own, since several run in one folder."""
+    places = {"run": name, "events.jsonl": f"{name}.jsonl"}
+    return [places.get(word, word) for word in words]
+
+
+# --- cuda-resumed-runs: a run stopped and resumed, beside the same left alone, with weights and with adapters ---
+
+STEPS, STOPPED_AT = 8, 4
+# Adapters with dropout draw from the generator of the GPU, whose state a checkpoint keeps.
+_KINDS: Mapping[str, Mapping[str, object]] = {"weights": {}, "adapters": {"lora_rank": 4, "lora_dropout": 0.2}}
+
+
+def resume_commands(inputs: Inputs, device: str) -> list[tuple[str, list[str]]]:
+    """Return the commands of the experiment by name, as they follow each other."""
+    found = []
+    for kind, settings in _KINDS.items():
+        given = {"steps": STEPS, "checkpoint_every": 2, "eval_tokens": 64, "device": device, **settings}
+        words = distill_words(
+            demo_teacher(inputs), demo_student(inputs), argparse_documents(inputs), "--dtype", "auto", *set_words(given)
+        )
+        found += [
+            (f"{kind}-stopped", [*_words(f"{kind}-stopped", words), "--max-steps", str(STOPPED_AT)]),
+            (f"{kind}-whole", _words(f"{kind}-whole", words)),
+            (f"{kind}-resumed", [*_words(f"{kind}-stopped", words), "--resume"]),
+            (f"{kind}-again", _words(f"{kind}-again", words)),
+        ]
+    return found
+
+
+def _resumed_argv(inputs: Inputs) -> list[str]:
+    commands = resume_commands(inputs, "cuda")
+    cases = inputs.file("cuda-resumed-runs.json", lambda path: write_json(path, {"commands": commands}))
+    return [*probe_words("commands", cases=cases, out="commands.json"), "--deterministic"]
+
+
+def _terms(path: Path) -> Floats:
+    """Return the terms of every step of a run's events, ``[steps, 4]``."""
+    steps = read_events(path.parent, "step", path.name) if path.is_file() else []
+    return np.array([[event[key] for key in _TERMS] for event in steps], np.float64).reshape(-1, len(_TERMS))
+
+
+@experiment(
+    "cuda-resumed-runs",
+    f"{STEPS} steps on the GPU stopped after {STOPPED_AT} and resumed, beside two runs left alone, twice",
+    Arm(None, _resumed_argv, timeout_s=240, env=ONE_THREAD),
+    needs=_CUDA,
+)
+def collect_resumed(run_dir: Path, _inputs: Inputs) -> Facts:
+    """Compare every step, and the final models, with those of a run left alone; and two of these with each other."""
+    rows: dict[str, list[Floats]] = {"resumed": [], "again": [], "whole": []}
+    models: dict[str, list[str | None]] = {"stopped": [], "again": [], "whole": []}
+    for kind in _KINDS:
+        for name, others in (("resumed", "stopped"), ("again", "again"), ("whole", "whole")):
+            rows[name].append(_terms(run_dir / f"{kind}-{others}.jsonl"))
+        for name, digests in models.items():
+            path = run_dir / f"{kind}-{name}" / "model" / "model.safetensors"
+            digests.append(sha256_file(path) if path.is_file() else None)
+    if any(len(terms) != STEPS for found in rows.values() for terms in found):
+        return {"comparators": {}}
+    joined = {name: np.concatenate(found) for name, found in rows.items()}
+    comparators = save_pairs(run_dir, {"resumed": (joined["resumed"], joined["whole"])}, ("resumed", "run left alone"))
+    comparators |= save_pairs(run_dir, {"again": (joined["again"], joined["whole"])}, ("second run", "run left alone"))
+    same = [one is not None and one == other for one, other in zip(models["stopped"], models["whole"], strict=True)]
+    table = {"final models of resumed runs that differ": same.count(False)}
+    return {"comparators": comparators, "tables": {"resumed": table}}
+
+
+# --- cuda-planned-runs: what the plan counts on the GPU, beside what torch and the driver say was taken ---
+
+_PLANNED: Mapping[str, Mapping[str, object]] = {
+    "float32": {"batch_size": 8, "student_dtype": "float32"},
+    "bfloat16": {"batch_size": 16},
+    "checkpointing": {"batch_size": 32, "gradient_checkpointing": "true"},
+    "accumulated": {"batch_size": 8, "accumulation": 2},
+    "adapters": {"batch_size": 16, "lora_rank": 16},
+    "wide": {"batch_size": 8},
+}
+
+
+def planned_commands(inputs: Inputs) -> list[tuple[str, list[str]]]:
+    """Return the commands of the experiment by name: two small runs to warm up, and one for each setting."""
+    shape = student_shape(hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4)
+    large = changed_student(inputs, "student-90m", shape)
+    # The logits of Qwen2.5's vocabulary take more than all else.
+    narrow = student_shape(hidden=512, ffn=1536, layers=6, heads=8, kv_heads=4)
+    wide = changed_student(inputs, "student-wide", {**narrow, "vocab_size": EXACT_STUDENT})
+    documents, found = argparse_documents(inputs), []
+
+    def add(name: str, teacher: Path, student: Path, settings: Mapping[str, object]) -> None:
+        every = {"steps": 3, "seq_len": 256, "eval_tokens": 512, "device": "cuda", **settings}
+        words = distill_words(teacher, student, documents, "--dtype", "auto", "--max-steps", "3", *set_words(every))
+        found.append((name, _words(name, words)))
+
+    # What the first run on a GPU compiles and loads stays for the others.
+    for dtype in ("float32", "bfloat16"):
+        add(f"warm-up-{dtype}", demo_teacher(inputs), demo_student(inputs), {"student_dtype": dtype})
+    for name, settings in _PLANNED.items():
+        is_wide = name == "wide"
+        teacher = padded_teacher(inputs, EXACT_TEACHER) if is_wide else demo_teacher(inputs)
+        add(name, teacher, wide if is_wide else large, settings)
+    return found
+
+
+def _planned_argv(inputs: Inputs) -> list[str]:
+    commands = planned_commands(inputs)
+    cases = inputs.file("cuda-planned-runs.json", lambda path: write_json(path, {"commands": commands}))
+    return probe_words("commands", cases=cases, out="commands.json")
+
+
+def _grown(run_dir: Path, plan: Event, last: Event) -> int | None:
+    """Return by how much the driver's figure for the process rose from the plan to the last step, as seen outside."""
+    samples = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
+    during = [sample.get("gpu_bytes") for sample in samples if plan["t"] <= sample["t"] <= last["t"]]
+    return max(during) - during[0] if during and all(size is not None for size in during) else None
+
+
+@experiment(
+    "cuda-planned-runs",
+    f"runs on the GPU planned and measured, under {len(_PLANNED)} settings of student, batch and precision",
+    Arm(None, _planned_argv, timeout_s=420, env=ONE_THREAD, interval_s=0.01),
+    needs=_CUDA,
+    exclusive=True,
+)
+def collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
+    """Lay the plan of every setting, one row each, beside torch's two peaks and the growth that the driver saw."""
+    path = run_dir / "commands.json"
+    measured = read_json(path)["commands"] if path.is_file() else {}
+    planned: list[list[float]] = []
+    taken: dict[str, list[list[float]]] = {"allocated": [], "reserved": [], "driver": []}
+    phases: dict[str, int] = {}
+    for name in _PLANNED:
+        plans, steps = (
+            read_events(run_dir, event, f"{name}.jsonl") if (run_dir / f"{name}.jsonl").is_file() else []
+            for event in ("memory_plan", "step")
+        )
+        grown = _grown(run_dir, plans[0], steps[-1]) if plans and steps else None
+        if grown is None or "allocated" not in measured.get(name, {}):
+            return {"comparators": {}}
+        planned.append([plans[0]["peak_bytes"]])
+        phases |= {f"{name}, {phase} phase": size for phase, size in plans[0]["phases"].items()}
+        for what, size in (*((what, measured[name][what]) for what in ("allocated", "reserved")), ("driver", grown)):
+            taken[what].append([size])
+    comparators: Comparators = {}
+    for what, source in (
+        ("allocated", "peak of torch's allocator"),
+        ("reserved", "peak that torch reserved"),
+        ("driver", "growth of the process's memory by NVML"),
+    ):
+        pair = {what: (np.array(planned, np.float64), np.array(taken[what], np.float64))}
+        comparators |= save_pairs(run_dir, pair, ("peak of the memory plan", source))
+    # Where a plan is off, its phases say which items to look at.
+    return {"comparators": comparators, "tables": {"planned bytes": phases}}

@@ -1,0 +1,129 @@
+"""Runs in turn in one process: what the GPU's experiments do, on the CPU, and how their evidence is read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from q4kd.harness.__main__ import build_parser
+from q4kd.harness.inputs.arrays import read_arrays
+from q4kd.harness.runs.experiment import EXPERIMENTS, Inputs
+from q4kd.harness.subjects.cuda import training
+from q4kd.trainer.cli.arguments import read_run_arguments
+from q4kd.trainer.files import read_json, write_json
+
+REPEATED = 2
+
+
+def run_commands(folder: Path, commands: list[tuple[str, list[str]]], *words: str) -> subprocess.CompletedProcess[str]:
+    write_json(folder / "cases.json", {"commands": commands})
+    argv = [sys.executable, "-m", "q4kd.harness.child", "--", "probe", "commands", "--cases", "cases.json"]
+    return subprocess.run(
+        [*argv, "--out", "commands.json", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_stopped_runs_are_resumed_to_the_bit_and_laid_beside_those_left_alone(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path / "inputs", "cpu")
+    run_dir = tmp_path / "cuda-resumed-runs"
+    (run_dir / "arrays").mkdir(parents=True)
+    commands = training.resume_commands(inputs, "cpu")
+    done = run_commands(run_dir, commands, "--deterministic")
+    assert done.returncode == 0, done.stderr
+    assert read_json(run_dir / "commands.json")["commands"] == {name: {"exit code": 0} for name, _argv in commands}
+    facts = training.collect_resumed(run_dir, inputs)
+    assert facts["tables"] == {"resumed": {"final models of resumed runs that differ": 0}}
+    for name in ("resumed", "again"):
+        pair = read_arrays(run_dir / "arrays" / f"{name}.npz")
+        assert pair["subject"].shape == (REPEATED * training.STEPS, 4)
+        assert np.array_equal(pair["subject"], pair["reference"])
+    (run_dir / "weights-whole" / "model" / "model.safetensors").write_bytes(b"other")
+    (run_dir / "adapters-stopped" / "model" / "model.safetensors").unlink()
+    spoilt = training.collect_resumed(run_dir, inputs)
+    assert spoilt["tables"] == {"resumed": {"final models of resumed runs that differ": 2}}
+    lines = (run_dir / "weights-whole.jsonl").read_text().splitlines()
+    (run_dir / "weights-whole.jsonl").write_text("\n".join(line for line in lines if '"step": 8' not in line) + "\n")
+    assert training.collect_resumed(run_dir, inputs) == {"comparators": {}}
+
+
+def test_commands_end_with_the_first_that_fails(tmp_path: Path) -> None:
+    commands = [("one", ["contracts", "show", "no-such-contract"]), ("two", ["--version"])]
+    done = run_commands(tmp_path, commands)
+    assert done.returncode == 2, done.stderr
+    assert read_json(tmp_path / "commands.json") == {"commands": {"one": {"exit code": 2}}}
+
+
+def planned_run(folder: Path, *, driver: int | None) -> Path:
+    """Write what a run of the plan's experiment leaves: 1,000 bytes planned, 1,050 allocated, 1,100 reserved."""
+    run_dir = folder / "cuda-planned-runs"
+    (run_dir / "arrays").mkdir(parents=True)
+    commands, samples = {}, []
+    for number, name in enumerate(training._PLANNED):
+        start = 100.0 * number
+        commands[name] = {"exit code": 0, "allocated": 1050, "reserved": 1100, "left before": 5}
+        events = [
+            {"event": "memory_plan", "t": start + 1, "peak_bytes": 1000, "phases": {"loss": 1000}},
+            {"event": "step", "t": start + 5},
+            {"event": "step", "t": start + 9},
+        ]
+        (run_dir / f"{name}.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        # What lies before the plan and after the last step is not the run's.
+        for after, size in ((0.5, 9000), (1.5, 600), (5, 1500), (8, driver), (9.5, 9000)):
+            samples.append({"t": start + after, "gpu_bytes": size})
+    (run_dir / "memory.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    write_json(run_dir / "commands.json", {"commands": commands})
+    return run_dir
+
+
+def test_plans_are_laid_beside_both_peaks_and_the_growth_seen_outside(tmp_path: Path) -> None:
+    run_dir = planned_run(tmp_path, driver=1720)
+    inputs = Inputs(tmp_path / "inputs", "cpu")
+    facts = training.collect_planned(run_dir, inputs)
+    assert facts["tables"] == {"planned bytes": {f"{name}, loss phase": 1000 for name in training._PLANNED}}
+    comparators = facts["comparators"]
+    assert isinstance(comparators, dict) and sorted(comparators) == ["allocated", "driver", "reserved"]
+    for name, taken in (("allocated", 1050), ("reserved", 1100), ("driver", 1120)):
+        pair = read_arrays(run_dir / "arrays" / f"{name}.npz")
+        assert pair["subject"].tolist() == [[1000.0]] * 6 and pair["reference"].tolist() == [[float(taken)]] * 6
+
+
+@pytest.mark.parametrize("missing", ["a sample of the driver", "a setting", "its events"])
+def test_a_plan_is_not_judged_by_half_of_its_evidence(missing: str, tmp_path: Path) -> None:
+    run_dir = planned_run(tmp_path, driver=None if missing == "a sample of the driver" else 1720)
+    commands = read_json(run_dir / "commands.json")["commands"]
+    if missing == "a setting":
+        write_json(run_dir / "commands.json", {"commands": {**commands, "wide": {"exit code": 1}}})
+    if missing == "its events":
+        (run_dir / "wide.jsonl").unlink()
+    assert training.collect_planned(run_dir, Inputs(tmp_path / "inputs", "cpu")) == {"comparators": {}}
+
+
+def test_the_planned_runs_are_command_lines_of_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "padded_teacher", lambda inputs, _rows: training.demo_teacher(inputs))
+    commands = training.planned_commands(Inputs(tmp_path, "cpu"))
+    assert [name for name, _argv in commands][2:] == list(training._PLANNED)
+    for name, argv in commands:
+        args = build_parser().parse_args(argv)
+        config = read_run_arguments(args)
+        assert (config.device, config.seq_len, config.max_steps, config.out) == ("cuda", 256, 3, Path(name))
+        assert args.events == Path(f"{name}.jsonl")
+    settings = dict(zip((name for name, _argv in commands), (argv for _name, argv in commands), strict=True))
+    assert "gradient_checkpointing=true" in settings["checkpointing"] and "lora_rank=16" in settings["adapters"]
+
+
+def test_experiments_on_a_gpu_say_so_and_the_others_see_none() -> None:
+    for experiment in EXPERIMENTS.values():
+        seen = [experiment.environment(arm).get("CUDA_VISIBLE_DEVICES") for arm in experiment.arms]
+        on_gpu = "cuda" in experiment.needs
+        assert seen == [None if on_gpu else ""] * len(experiment.arms), experiment.name
+        assert on_gpu == any(word in experiment.name for word in ("cuda", "7b", "unified-allocation")), experiment.name
