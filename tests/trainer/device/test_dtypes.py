@@ -8,7 +8,6 @@ from q4kd.trainer.device import dtypes
 from q4kd.trainer.device.dtypes import DTYPES, PAYS_FROM, choose_dtype, native_flags, usable_flags
 from q4kd.trainer.errors import InputError
 
-
 LEAST = PAYS_FROM["avx512_bf16"]
 assert LEAST is not None
 
