@@ -83,7 +83,13 @@ def _make(
     index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
     _say_size(index)
     check_disk(index)
-    placement = place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+    placement = place_teacher(
+        config.teacher,
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        positions=config.batch_size * config.seq_len,
+    )
     teacher = load_teacher(placement, events=events)
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))

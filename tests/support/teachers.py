@@ -8,7 +8,7 @@ from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 
 
-def load_quietly(model: Path | ModelFile, *, backend: str | None = None, dtype: str = "auto") -> Teacher:
-    """Load a file, or one that is open, for a backend and a dtype."""
+def load_quietly(model: Path | ModelFile, *, backend: str | None = None, dtype: str = "float32") -> Teacher:
+    """Load a file, or one that is open, for a backend and a dtype; never the one that suits this processor."""
     placement = place_teacher(model, backend=backend, dtype=dtype)
     return load_teacher(placement, events=EventLog(None), announce=lambda _line: None)

@@ -1,6 +1,7 @@
 """The command ``q4kd bench``: speed against other engines, every arm timed in the same run."""
 
 import argparse
+import os
 from pathlib import Path
 
 from q4kd.trainer.cli.arguments import count
@@ -26,6 +27,13 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
     teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
     teacher.set_defaults(run=_teacher)
+    dtypes = commands.add_parser("dtypes", help="the packed teacher in float32 and in bfloat16 on this CPU, by size")
+    dtypes.add_argument("--model", type=Path, metavar="FILE", help="GGUF (default: a synthetic one, 390 M weights)")
+    dtypes.add_argument("--positions", default="1,8,32,90,256,1024", metavar="N,…", help="of a pass, a comparison each")
+    dtypes.add_argument("--rounds", type=int, default=3, metavar="N", help="counted rounds")
+    dtypes.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="of torch")
+    dtypes.add_argument("--out", type=Path, metavar="DIR", help="write dtypes.json there")
+    dtypes.set_defaults(run=_dtypes)
     loss = commands.add_parser("loss", help="the fused loss against the four matrix products it cannot do without")
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     loss.add_argument("--tokens", metavar="N", help="positions (default: by device)")
@@ -144,7 +152,7 @@ def _teacher(args: argparse.Namespace) -> int:
     from q4kd.trainer.bench.teacher.comparison import compare_on_cpu, table
     from q4kd.trainer.device.dtypes import choose_dtype
 
-    dtype = choose_dtype(args.dtype, "cpu")
+    dtype = choose_dtype(args.dtype, "cpu", min(lengths))
     print(f"dtype: {dtype.name} ({dtype.reason})")
     found = compare_on_cpu(
         args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
@@ -153,6 +161,19 @@ def _teacher(args: argparse.Namespace) -> int:
         _write(args.out, "bench.json", found)
     print("\n".join(table(found)))
     return 0 if found["shapes"] else 1
+
+
+def _dtypes(args: argparse.Namespace) -> int:
+    lengths = [count("--positions", text, 1 << 15) for text in args.positions.split(",")]
+    rounds = count("--rounds", str(args.rounds), _MAX_ROUNDS)
+    threads = count("--threads", str(args.threads), 1024)
+    from q4kd.trainer.bench.teacher.dtypes import compare_dtypes, table
+
+    found = compare_dtypes(args.model, lengths, rounds=rounds, threads=threads, announce=print)
+    if args.out:
+        _write(args.out, "dtypes.json", found)
+    print("\n".join(table(found)))
+    return 0
 
 
 def _step(args: argparse.Namespace) -> int:

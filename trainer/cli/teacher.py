@@ -82,7 +82,9 @@ def _logits(args: argparse.Namespace) -> int:
     events = EventLog(args.events)
     events.start()
     events.emit("imports_done")
-    placement = place_teacher(args.model, backend=args.backend, device=args.device, dtype=args.dtype)
+    placement = place_teacher(
+        args.model, backend=args.backend, device=args.device, dtype=args.dtype, positions=int(ids.size)
+    )
     teacher = load_teacher(placement, events=events)
     shape = np.atleast_2d(ids).shape
     if args.device == "cpu":

@@ -58,7 +58,12 @@ class TeacherPlacement:
 
 
 def place_teacher(
-    model: Path | ModelFile, *, backend: str | None = None, device: str = "cpu", dtype: str = "auto"
+    model: Path | ModelFile,
+    *,
+    backend: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    positions: int | None = None,
 ) -> TeacherPlacement:
     """Decide how a teacher will be held. Nothing of it is loaded, and whether it fits is not judged.
 
@@ -67,12 +72,13 @@ def place_teacher(
         backend: ``auto``, ``q4k`` or ``dense``; ``None`` means the environment variable or ``auto``.
         device: ``cpu`` or ``cuda``.
         dtype: of the matrix products: ``auto``, ``float32`` or ``bfloat16``.
+        positions: of a forward pass, all sequences together, by which ``auto`` chooses on the CPU; None if not known.
 
     Raises:
         InputError: when the file, the device or an option cannot be used.
     """
     check_device(device)
-    compute = choose_dtype(dtype, device)
+    compute = choose_dtype(dtype, device, positions)
     place = find_place(device, compute.name)
     opened = open_model(model) if isinstance(model, Path) else model
     dense_fits = opened.num_weights * place.dense_weight_bytes <= place.budget

@@ -1,16 +1,17 @@
-"""Experiments on rounding: a forward pass in bfloat16 beside a dense model's."""
+"""Experiments on rounding: a pass in bfloat16 beside a dense model's, and passes of several sizes beside each other."""
 
 import functools
 from pathlib import Path
 
 import numpy as np
 
-from q4kd.harness.inputs.arrays import Array, array_input, random_ids, read_array, seeded_columns
-from q4kd.harness.inputs.collect import arm_of, save_pairs
+from q4kd.harness.inputs.arrays import Array, array_input, random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.collect import Comparators, arm_of, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import VOCAB, demo_teacher
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare
+from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.subjects.precision.probes import ALL, TOGETHER, WAYS
 
 SEQUENCES, LENGTH, EVERY, COLUMNS = 64, 64, 4, 32
 
@@ -68,3 +69,36 @@ for _name, _device, _needs in (("bfloat16-errors", "cpu", ()), ("cuda-bfloat16-e
         collect=_collect_errors,
         exclusive=bool(_needs),
     )
+
+
+# --- passes: the same sequences in passes of several sizes and with several numbers of threads ---
+
+
+def _passes_argv(inputs: Inputs) -> list[str]:
+    ids = random_ids(inputs, "passes-ids.npy", VOCAB, (TOGETHER, ALL), seed=8)
+    return probe_words("passes", model=demo_teacher(inputs), ids=ids, out="passes.npz")
+
+
+@experiment(
+    "passes",
+    "logits of the same sequences on the CPU, computed in passes of several sizes, in both dtypes",
+    Arm(None, _passes_argv, timeout_s=120),
+)
+def _collect_passes(run_dir: Path, _inputs: Inputs) -> Facts:
+    logits, comparators = read_arrays(run_dir / "passes.npz"), Comparators()
+    first, *others = WAYS
+    for dtype in ("float32", "bfloat16") if logits else ():
+        alone = logits[f"{dtype}-{first}"].astype(np.float64)
+        distances = np.concatenate([distance(logits[f"{dtype}-{way}"], alone).ravel() for way in others])
+        # Every row of every pass is judged by its distance alone: two passes may well agree to the last bit.
+        pair = {dtype: (distances[:, None], np.zeros((len(distances), 1)))}
+        sources = (f"distance of {dtype} logits in a pass from those in another", "no distance")
+        comparators |= save_pairs(run_dir, pair, sources)
+    return {"comparators": comparators}
+
+
+def distance(logits_STV: Array, other_STV: Array) -> Array:
+    """Return ``‖a - b‖ / ‖b‖`` of each position that ``logits_STV`` has, ``[S, T]``."""
+    other_STV = other_STV[:, : logits_STV.shape[1]]
+    found: Array = np.linalg.norm(logits_STV - other_STV, axis=-1) / np.linalg.norm(other_STV, axis=-1)
+    return found

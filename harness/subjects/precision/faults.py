@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CPU_PRODUCT = "q4kd.trainer.kernels.gemm:multiply"
+_CPU_ATTENTION = "q4kd.trainer.kernels.attention:causal_attention"
 _CUDA_PRODUCT = "q4kd.trainer.kernels.numerics:multiply"
 _FUSED = "q4kd.trainer.kernels.teacher_kernels:Kernels.matvec"
 
@@ -22,6 +23,24 @@ def _coarse(x: "Tensor") -> "Tensor":
 @patch("quantisation", "coarse-activations", "activations are rounded to 8 bits before every product", _CPU_PRODUCT)
 def _coarse_activations(original: Call, x: "Tensor", *rest: object) -> object:
     return original(_coarse(x), *rest)
+
+
+@patch(
+    "quantisation", "one-scale-a-pass", "activations are rounded to 8 bits by one scale for all tokens", _CPU_PRODUCT
+)
+def _one_scale_a_pass(original: Call, x: "Tensor", *rest: object) -> object:
+    scale = x.float().abs().max() / 127  # a token's result then depends on what else is in its pass
+    return original(((x.float() / scale).round() * scale).to(x.dtype), *rest)
+
+
+@patch("loop", "later-positions-seen", "queries attend to the positions behind them too", _CPU_ATTENTION)
+def _later_positions_seen(
+    _original: Call, q: "Tensor", k: "Tensor", v: "Tensor", _starts: "Tensor | None" = None
+) -> "Tensor":
+    import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+    mixed: Tensor = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).contiguous()
+    return mixed
 
 
 @fault(

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 FUSED_TOKENS = (1, 5, 16)
+# How passes differ: sequences in a pass, first positions of each that are computed, threads. The first is held against
+# all others.
+TOGETHER, HEAD, ALL = 6, 33, 64
+WAYS = {
+    "alone": (1, ALL, 1),
+    "in-threes": (3, ALL, 1),
+    "together": (TOGETHER, ALL, 1),
+    "many-threads": (3, ALL, 16),
+    "first-positions": (1, HEAD, 1),
+    "first-of-many": (TOGETHER, HEAD, 16),
+}
 
 
 @probe("dense-logits")
@@ -67,6 +78,30 @@ def build_dense(path: Path) -> Any:
         for name, weight in model.named_parameters():
             weight.copy_(torch.from_numpy(weights[gguf_name(name)].copy()).view(weight.shape))
     return model.eval()
+
+
+@probe("passes")
+def passes(model: Path, ids: Path, out: Path) -> None:
+    """Compute logits of the same sequences on the CPU in passes of several sizes, in both dtypes.
+
+    ``ids`` are int64 ``[S, T]``. Writes ``<dtype>-<way>``, float32 ``[S, T or HEAD, V / 16]`` of every sixteenth logit,
+    for the ways of ``WAYS``.
+    """
+    import torch
+
+    from q4kd.trainer.device.placement import place_teacher
+    from q4kd.trainer.events import EventLog
+    from q4kd.trainer.teacher.teacher import load_teacher
+
+    ids_ST = torch.from_numpy(read_array(ids)).long()
+    results: Arrays = {}
+    for dtype in ("float32", "bfloat16"):
+        teacher = load_teacher(place_teacher(model, backend="q4k", dtype=dtype), events=EventLog(None))
+        for way, (sequences, positions, threads) in WAYS.items():
+            torch.set_num_threads(threads)
+            parts = torch.split(ids_ST[:, :positions], sequences)
+            results[f"{dtype}-{way}"] = torch.cat([teacher.logits(part)[..., ::16] for part in parts]).numpy()
+    save_arrays(out, results)
 
 
 @probe("cuda-products")

@@ -173,7 +173,9 @@ def run_step(
 
         @functools.cache
         def load() -> Teacher:
-            placement = place_teacher(pair.teacher, device=device, dtype=config.dtype)
+            placement = place_teacher(
+                pair.teacher, device=device, dtype=config.dtype, positions=shape.batch * shape.length
+            )
             return load_teacher(placement, events=EventLog(None), announce=say)
 
         whole, alone, student = make_arms(config, load, where, make_engine)

@@ -34,7 +34,13 @@ def place_run_teacher(config: DistillConfig) -> TeacherPlacement | None:
     """
     if config.teacher is None or config.teacher_cache is not None:
         return None
-    return place_teacher(config.teacher, backend=config.backend, device=config.device, dtype=config.dtype)
+    return place_teacher(
+        config.teacher,
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        positions=config.batch_size * config.seq_len,
+    )
 
 
 def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> MemoryPlan:

@@ -1,4 +1,4 @@
-"""The experiment on rounding, as far as it can be seen without a GPU: the dense peer, what is kept, the two devices."""
+"""The experiments on rounding, as far as they can be seen without a GPU: the dense peer, what is kept, the passes."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from q4kd.harness.inputs.arrays import read_arrays, save_arrays
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.subjects.precision import experiments as precision
-from q4kd.harness.subjects.precision.probes import build_dense
+from q4kd.harness.subjects.precision.probes import ALL, HEAD, TOGETHER, WAYS, build_dense
 from q4kd.trainer.demo import teacher_path
 
 
@@ -59,3 +60,27 @@ def test_both_devices_run_the_same_two_programs(tmp_path: Path) -> None:
         assert [word.replace("cpu", "cuda") for word in ours.argv(inputs)] == theirs.argv(inputs)
         assert "bfloat16" in ours.argv(inputs) or ours.name == "dense"
     assert (on_cuda.exclusive, on_cuda.needs) == (True, ("cuda",))
+
+
+def test_every_row_of_every_pass_is_held_against_the_first_way(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    alone = rng.standard_normal((TOGETHER, ALL, 8)).astype(np.float32)
+    logits = {
+        f"{dtype}-{way}": alone[:, :positions].copy()
+        for dtype in ("float32", "bfloat16")
+        for way, (_, positions, _) in WAYS.items()
+    }
+    logits["bfloat16-first-of-many"][TOGETHER - 1, HEAD - 1] *= 1.5  # the last row of the last way
+    save_arrays(tmp_path / "passes.npz", logits)
+    (tmp_path / "arrays").mkdir()
+    facts = precision._collect_passes(tmp_path, Inputs(tmp_path / "inputs", "cpu"))
+    assert set(facts["comparators"]) == {"float32", "bfloat16"}  # type: ignore[arg-type]
+    found = {name: read_arrays(tmp_path / "arrays" / f"{name}.npz")["subject"] for name in ("float32", "bfloat16")}
+    assert not found["float32"].any()
+    assert np.flatnonzero(found["bfloat16"]).tolist() == [len(found["bfloat16"]) - 1]
+    assert found["bfloat16"].max() == pytest.approx(0.5)
+    assert len(found["float32"]) == sum(TOGETHER * positions for _, positions, _ in WAYS.values()) - TOGETHER * ALL
+
+
+def test_a_run_without_passes_leaves_nothing_to_judge(tmp_path: Path) -> None:
+    assert precision._collect_passes(tmp_path, Inputs(tmp_path / "inputs", "cpu")) == {"comparators": {}}
