@@ -89,12 +89,8 @@ def sabotage(
     loaded = load_contracts(folder)
     require_packages(loaded)
     name = profile or detect_profile()
-<<<<<<< HEAD
     machine = load_profile(name, folder)
-    plan = make_plan(loaded, machine, select=keyword)
-=======
-    plan = make_plan(loaded, load_profile(name, folder), select=keyword, extras=find_extras())
->>>>>>> gpu
+    plan = make_plan(loaded, machine, select=keyword, extras=find_extras())
     scopes = {entry.key: entry.scope for entry in plan.entries}
     claims = [
         claim
