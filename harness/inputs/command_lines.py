@@ -38,6 +38,12 @@ def distill_words(teacher: Path, student: Path, data: Path, *words: str, out: st
     ]
 
 
+def named_run(name: str, words: list[str]) -> list[str]:
+    """Return a small ``q4kd distill`` with a folder and events named after it, where several run in one folder."""
+    places = {"run": name, "events.jsonl": f"{name}.jsonl"}
+    return [places.get(word, word) for word in words]
+
+
 def run_program(words: list[str], folder: Path, device: str = "cpu") -> None:
     """Run the program as it is to make an input: faults are planted in what is measured, not here.
 

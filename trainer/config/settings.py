@@ -113,7 +113,7 @@ class DistillConfig:
     )
 
     optimizer: OptimizerName = _setting(
-        "adamw", "optimizer", "adamw_8bit and the paged ones need bitsandbytes and CUDA"
+        "adamw", "optimizer", "adamw_8bit needs bitsandbytes, the paged ones CUDA as well"
     )
     beta1: float = _setting(0.9, "optimizer", "decay of the first moment", 0.0, 0.99999)
     beta2: float = _setting(0.999, "optimizer", "decay of the second moment", 0.0, 0.99999)

@@ -5,13 +5,15 @@ storage. Its parameters are counted, and what autograd keeps of a forward pass f
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.model import check_folder, no_student
 
 
@@ -68,12 +70,19 @@ class _ShapesOnly(TorchFunctionMode):
 
 
 def shape_student(
-    folder: Path, batch: int, length: int, dtype: torch.dtype, *, is_masked: bool = False
+    folder: Path,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    is_masked: bool = False,
+    adapted: DistillConfig | None = None,
 ) -> StudentShape:
     """Find a student's sizes for micro-batches of ``batch`` sequences of ``length`` positions.
 
     Weights and products are of ``dtype``. ``is_masked`` says whether attention gets a mask, as with packed documents:
-    keys and values are then kept once for each query head.
+    keys and values are then kept once for each query head. ``adapted`` are the settings of a run that trains adapters:
+    what is saved for the gradients of weights is not kept for frozen ones. Parameters are counted without adapters.
 
     Raises:
         InputError: when the folder is not a causal LM, or its code cannot be followed without values.
@@ -86,26 +95,49 @@ def shape_student(
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
+            counts = _count_weights(model)
+            if adapted is not None:
+                add_adapters(model, adapted)
+                for parameter in model.parameters():  # peft leaves adapters of weights without storage in float32
+                    parameter.data = parameter.data.to(dtype)
             saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise no_student(folder, error) from error
-    head = model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return StudentShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear_weights=sum(linear.weight.numel() for linear in linears),
-        lora_parameters=sum(sum(linear.weight.shape) for linear in linears if linear is not head),
-        largest=max(parameter.numel() for parameter in model.parameters()),
-        vocab=head.weight.shape[0],
-        hidden=head.weight.shape[1],
+        **counts,
         layers=int(config.num_hidden_layers),
-        is_tied=head.weight is model.get_input_embeddings().weight,
         saved_bytes=saved,
         largest_saved_bytes=largest,
         layer_input_bytes=inputs,
         weight_bytes=dtype.itemsize,
         liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
     )
+
+
+class _Counts(TypedDict):
+    """The fields of ``StudentShape`` that are found without a forward pass."""
+
+    parameters: int
+    linear_weights: int
+    lora_parameters: int
+    largest: int
+    vocab: int
+    hidden: int
+    is_tied: bool
+
+
+def _count_weights(model: Any) -> _Counts:
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "linear_weights": sum(linear.weight.numel() for linear in linears),
+        "lora_parameters": sum(sum(linear.weight.shape) for linear in linears if linear is not head),
+        "largest": max(parameter.numel() for parameter in model.parameters()),
+        "vocab": head.weight.shape[0],
+        "hidden": head.weight.shape[1],
+        "is_tied": head.weight is model.get_input_embeddings().weight,
+    }
 
 
 def _liger_saves(config: Any, tokens: int, size: int) -> int:

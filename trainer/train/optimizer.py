@@ -121,13 +121,19 @@ class MasterWeightOptimizer:
         """Yield every tensor of the state, whole (gathered over shards), as ``NAME|KEY``.
 
         KEY is ``step``, a moment, or ``master`` where the weight is rounded. All processes must iterate together.
+        A tensor that several parameters share, as 8-bit moments do their table of values, is given to each as a copy:
+        a file holds no tensor twice.
         """
+        given: set[int] = set()
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if parameter.dtype != master.dtype:
                 yield f"{name}|{MASTER}", whole(parameter, master.detach())
             for key, value in self.inner.state[master].items():
                 if isinstance(value, Tensor):
+                    storage = value.untyped_storage().data_ptr()
+                    value = value.clone() if storage in given else value
+                    given.add(storage)
                     yield f"{name}|{key}", whole(parameter, value) if value.shape == master.shape else value
                 elif isinstance(value, int | float):
                     yield f"{name}|{key}", torch.tensor(value)
@@ -186,11 +192,14 @@ def make_optimizer(config: DistillConfig, parameters: Iterable[tuple[str, nn.Par
 
 
 def _bitsandbytes_class(name: OptimizerName, device: str) -> Any:
-    if device != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-        got, remedy = "no bitsandbytes", "pip install 'q4kd[bnb]'"
-        if device != "cuda":
-            got, remedy = f"device {device}", "use optimizer adamw"
-        raise InputError(f"optimizer {name}", expected="bitsandbytes and device cuda", got=got, remedy=remedy)
+    subject = f"optimizer {name}"
+    if name != "adamw_8bit" and device != "cuda":
+        # Pages move between a GPU and its host. On the CPU bitsandbytes would go on without them.
+        remedy = "use optimizer adamw_8bit or adamw"
+        raise InputError(subject, expected="bitsandbytes and device cuda", got=f"device {device}", remedy=remedy)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        remedy = "pip install 'q4kd[bnb]', or use optimizer adamw"
+        raise InputError(subject, expected="bitsandbytes", got="no bitsandbytes", remedy=remedy)
     import bitsandbytes
 
     kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}

@@ -8,7 +8,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Floats
 from q4kd.harness.inputs.collect import Comparators, Event, read_events, save_pairs
-from q4kd.harness.inputs.command_lines import distill_words, probe_words, set_words
+from q4kd.harness.inputs.command_lines import distill_words, named_run, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_student, demo_teacher
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
@@ -17,12 +17,6 @@ from q4kd.trainer.files import read_json, sha256_file, write_json
 
 _CUDA = ("cuda",)
 _TERMS = ("loss", "ce", "kd", "grad_norm")
-
-
-def _words(name: str, words: list[str]) -> list[str]:
-    """Return the command with a folder and events of its own, since several run in one folder."""
-    places = {"run": name, "events.jsonl": f"{name}.jsonl"}
-    return [places.get(word, word) for word in words]
 
 
 # --- cuda-resumed-runs: a run stopped and resumed, beside the same left alone, with weights and with adapters ---
@@ -41,10 +35,10 @@ def resume_commands(inputs: Inputs, device: str) -> list[tuple[str, list[str]]]:
             demo_teacher(inputs), demo_student(inputs), argparse_documents(inputs), "--dtype", "auto", *set_words(given)
         )
         found += [
-            (f"{kind}-stopped", [*_words(f"{kind}-stopped", words), "--max-steps", str(STOPPED_AT)]),
-            (f"{kind}-whole", _words(f"{kind}-whole", words)),
-            (f"{kind}-resumed", [*_words(f"{kind}-stopped", words), "--resume"]),
-            (f"{kind}-again", _words(f"{kind}-again", words)),
+            (f"{kind}-stopped", [*named_run(f"{kind}-stopped", words), "--max-steps", str(STOPPED_AT)]),
+            (f"{kind}-whole", named_run(f"{kind}-whole", words)),
+            (f"{kind}-resumed", [*named_run(f"{kind}-stopped", words), "--resume"]),
+            (f"{kind}-again", named_run(f"{kind}-again", words)),
         ]
     return found
 
@@ -111,7 +105,7 @@ def planned_commands(inputs: Inputs) -> list[tuple[str, list[str]]]:
     def add(name: str, teacher: Path, student: Path, settings: Mapping[str, object]) -> None:
         every = {"steps": 3, "seq_len": 256, "eval_tokens": 512, "device": "cuda", **settings}
         words = distill_words(teacher, student, documents, "--dtype", "auto", "--max-steps", "3", *set_words(every))
-        found.append((name, _words(name, words)))
+        found.append((name, named_run(name, words)))
 
     # What the first run on a GPU compiles and loads stays for the others.
     for dtype in ("float32", "bfloat16"):

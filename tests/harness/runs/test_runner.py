@@ -38,7 +38,7 @@ def test_a_run_leaves_raw_evidence_and_nothing_else(runner):
         "argv": ["python", "-m", "q4kd.harness.child", "--", "probe", "fake", "{inputs}/seed.txt"],
         "fault": None,
         "cwd": "run",
-        "env": {},
+        "env": {"CUDA_VISIBLE_DEVICES": ""},
     }
     folder = runner.bundle_dir / "runs" / "measure"
     names = {path.name for path in folder.iterdir()}

@@ -92,7 +92,9 @@ def savings(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement
 
 def _shape(config: DistillConfig) -> StudentShape:
     dtype, is_masked = student_dtype(config), config.packing == "documents"
-    return _shape_cached(config.student, config.batch_size, config.seq_len, dtype, is_masked=is_masked)
+    adapted = config if config.lora_rank else None
+    sizes = config.student, config.batch_size, config.seq_len, dtype
+    return _shape_cached(*sizes, is_masked=is_masked, adapted=adapted)
 
 
 # The same shape serves the plan and what each setting would save.

@@ -15,6 +15,8 @@ from q4kd.harness.__main__ import main
 from q4kd.trainer.config.settings import DistillConfig, make_config
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.loss.config import DIVERGENCES
+from q4kd.trainer.student.lora import add_adapters
+from q4kd.trainer.student.model import DistillationModel, load_student
 from q4kd.trainer.student.shape import shape_student
 from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
 from q4kd.trainer.train.memory.planner import host_room, place_run_teacher, plan_run
@@ -187,3 +189,30 @@ sys.exit(code)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["measured"] > 300e6
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_saved_is_what_autograd_saves_of_the_student_itself(adapted: bool, tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", hidden_size=192, intermediate_size=320, num_attention_heads=6)
+    config = settings(tmp_path, student, batch_size=2, lora_rank=4 if adapted else 0)
+    causal_lm = load_student(student, 1, torch.bfloat16)
+    if adapted:
+        add_adapters(causal_lm, config)
+    model = DistillationModel(causal_lm, config.loss).train()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids, starts = torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
+    starts[:, 40:] = 40
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden(ids, starts)
+    assert hidden.requires_grad
+    shape = shape_student(student, 2, 64, torch.bfloat16, is_masked=True, adapted=config if adapted else None)
+    assert shape.saved_bytes == sum(storage.nbytes() for storage in kept.values())
+    assert shape.parameters == sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" not in name)

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import read_json, write_json
@@ -27,7 +28,8 @@ def commands(cases: Path, out: Path, deterministic: bool = False) -> int:
     if deterministic:
         torch.use_deterministic_algorithms(True)
         # Filling new tensors with NaN would cost as much as a step, and shows nothing that is asked here.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False
     found: dict[str, Mapping[str, int]] = {}
     code = 0
     for name, argv in read_json(cases)["commands"]:
@@ -45,17 +47,19 @@ def _held() -> dict[str, int]:
     import torch
 
     gc.collect()
-    if not torch.cuda.is_initialized():
+    cuda: Any = torch.cuda
+    if not cuda.is_initialized():
         return {"allocated": 0, "reserved": 0}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    cuda.empty_cache()
+    cuda.reset_peak_memory_stats()
+    return {"allocated": cuda.memory_allocated(), "reserved": cuda.memory_reserved()}
 
 
 def _peaks(before: Mapping[str, int]) -> dict[str, int]:
     import torch
 
-    if not torch.cuda.is_initialized():
+    cuda: Any = torch.cuda
+    if not cuda.is_initialized():
         return {}
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    peaks = {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
     return {name: peak - before[name] for name, peak in peaks.items()} | {"left before": before["allocated"]}
