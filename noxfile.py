@@ -104,8 +104,11 @@ def portability(session: nox.Session) -> None:
     if options.list:
         session.log(", ".join(variant.name for variant in variants))
         return
-    outcomes = []
-    for variant in portable.select(variants, options, portable.levels(flags)):
+    outcomes, chosen = [], portable.select(variants, options, portable.levels(flags))
+    if not chosen:
+        session.log("this processor has one instruction set, which the other sessions use")
+        return
+    for variant in chosen:
         python = environment(session, pythons[variant.python] if variant.python else sys.executable) / "python"
         outcomes.append(portable.run_variant(variant, str(python), numeric=options.numeric))
     print("\n".join(portable.table(outcomes)))

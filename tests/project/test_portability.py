@@ -56,6 +56,9 @@ def test_every_level_below_the_highest_is_forced_and_the_highest_is_not() -> Non
         (["--extremes"], XEON, ["AVX2", "AVX512_CORE_AMX"]),
         (["--extremes"], {"avx2", "fma"}, ["AVX2"]),
         (["--extremes"], set(), ["as it is"]),
+        (["--lowest"], EPYC, ["AVX2"]),
+        (["--lowest"], {"avx2", "fma"}, []),  # the usual sessions are that
+        (["--lowest"], set(), []),
         (["threads-2", "AVX2"], EPYC, ["AVX2", "threads-2"]),
         ([], {"avx2", "fma"}, ["AVX2", "threads-1", "threads-2", "threads-16"]),
     ],

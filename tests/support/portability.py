@@ -115,25 +115,29 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s portability --", description="Tests and gate under other variants.")
     parser.add_argument("names", nargs="*", metavar="VARIANT", help="only these (default: all)")
     parser.add_argument("--extremes", action="store_true", help="only AVX2 and the highest instruction set")
+    parser.add_argument("--lowest", action="store_true", help="only AVX2, where the processor has more than that")
     parser.add_argument("--numeric", action="store_true", help="only tests and claims on products, losses and steps")
     parser.add_argument("--list", action="store_true", help="name the variants of this machine and end")
     return parser.parse_args(words)
 
 
 def select(variants: Sequence[Variant], options: argparse.Namespace, has_levels: Sequence[str]) -> list[Variant]:
-    """Return the variants asked for, in their own order.
+    """Return the variants asked for, in their own order; none for ``--lowest`` where the lowest is all there is.
 
     Raises:
         SystemExit: for a name that no variant of this machine has.
     """
-    wanted = [*options.names, *([has_levels[0], has_levels[-1]] if options.extremes and has_levels else [])]
-    if options.extremes and not has_levels:
-        wanted.append("as it is")
+    wanted = list(options.names)
+    if options.extremes:
+        wanted += [has_levels[0], has_levels[-1]] if has_levels else ["as it is"]
+    if options.lowest:
+        wanted += has_levels[: min(1, len(has_levels) - 1)]
     known = {variant.name for variant in variants}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SystemExit(f"expected a variant of {', '.join(sorted(known))}; got {', '.join(unknown)}; see --list")
-    return [variant for variant in variants if not wanted or variant.name in wanted]
+    chosen = bool(wanted) or options.lowest
+    return [variant for variant in variants if not chosen or variant.name in wanted]
 
 
 def commands(python: str, bundle: Path, *, numeric: bool) -> tuple[list[str], list[str]]:

@@ -1,0 +1,32 @@
+"""``pytest --as-if amx_bf16``: the automatic dtype is bfloat16 at every size, here and in child processes.
+
+A test that compares numbers and leaves the dtype to the processor fails then, whatever processor runs it.
+"""
+
+import os
+from pathlib import Path
+
+_STARTUP = """import sys
+
+sys.path.append({support!r})
+import as_if
+
+as_if.pretend({flag!r})
+"""
+
+
+def pretend(flag: str) -> None:
+    """Have this process's automatic choice see a processor with ``flag``, for which bfloat16 pays at every size."""
+    from q4kd.trainer.device import dtypes
+
+    read = dtypes.native_flags
+    dtypes.native_flags = lambda *cpuinfo: read(*cpuinfo) if cpuinfo else frozenset({flag})
+    dtypes.PAYS_FROM[flag] = 1
+
+
+def pretend_in_children(flag: str, folder: Path) -> None:
+    """Have every Python that this process starts do the same, by a ``sitecustomize`` in ``folder`` on PYTHONPATH."""
+    startup = _STARTUP.format(support=str(Path(__file__).parent), flag=flag)
+    (folder / "sitecustomize.py").write_text(startup, encoding="utf-8")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(folder) if not before else os.pathsep.join([str(folder), before])
