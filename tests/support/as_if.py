@@ -19,8 +19,8 @@ def pretend(flag: str) -> None:
     """Have this process's automatic choice see a processor with ``flag``, for which bfloat16 pays at every size."""
     from q4kd.trainer.device import dtypes
 
-    read = dtypes.native_flags
-    dtypes.native_flags = lambda *cpuinfo: read(*cpuinfo) if cpuinfo else frozenset({flag})
+    read = dtypes.usable_flags
+    dtypes.usable_flags = lambda *variables: read(*variables) if variables else frozenset({flag})
     dtypes.PAYS_FROM[flag] = 1
 
 
