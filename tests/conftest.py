@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="q4kd-as-if-")
         config.add_cleanup(folder.cleanup)
         as_if.pretend(flag)
-        as_if.pretend_in_children(flag, Path(folder.name))
+        os.environ |= as_if.children_environment(flag, Path(folder.name))
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ def test_the_choice_is_bfloat16_at_every_size(flag: str, monkeypatch: pytest.Mon
 
 def test_children_and_recorded_runs_choose_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/kept")
-    as_if.pretend_in_children("amx_bf16", tmp_path)
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "/kept"]
-    for env in (dict(os.environ), child_environment(tmp_path, os.environ)):
+    added = as_if.children_environment("amx_bf16", tmp_path)
+    assert added["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "/kept"]
+    for env in (os.environ | added, child_environment(tmp_path, os.environ | added)):
         found = subprocess.run([sys.executable, "-c", CHOICE], env=env, capture_output=True, text=True, check=True)
         assert found.stdout.strip() == "bfloat16"

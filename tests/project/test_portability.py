@@ -38,7 +38,14 @@ def test_flags_are_those_of_the_processor(tmp_path: Path) -> None:
 
 def test_every_level_below_the_highest_is_forced_and_the_highest_is_not() -> None:
     variants = {variant.name: variant for variant in portability.make_variants(XEON, ["3.12"])}
-    assert list(variants) == [*portability.LEVELS, "threads-1", "threads-2", "threads-16", "python3.12"]
+    assert list(variants) == [
+        *portability.LEVELS,
+        "threads-1",
+        "threads-2",
+        "threads-16",
+        "auto-bfloat16",
+        "python3.12",
+    ]
     assert variants["AVX2"].env == {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -60,7 +67,7 @@ def test_every_level_below_the_highest_is_forced_and_the_highest_is_not() -> Non
         (["--lowest"], {"avx2", "fma"}, []),  # the usual sessions are that
         (["--lowest"], set(), []),
         (["threads-2", "AVX2"], EPYC, ["AVX2", "threads-2"]),
-        ([], {"avx2", "fma"}, ["AVX2", "threads-1", "threads-2", "threads-16"]),
+        ([], {"avx2", "fma"}, ["AVX2", "threads-1", "threads-2", "threads-16", "auto-bfloat16"]),
     ],
 )
 def test_options_select(words: list[str], flags: set[str], expected: list[str]) -> None:
@@ -128,6 +135,17 @@ def test_a_variant_reaches_tests_and_gate(tmp_path: Path, capfd: pytest.CaptureF
     )
     assert (outcome.tests, outcome.gate, outcome.is_green) == ("green", "red (exit 1)", False)
     assert capfd.readouterr().out.splitlines()[1:] == ["-q AVX2 16", "falsify AVX2 16"]
+
+
+def test_another_automatic_dtype_reaches_tests_and_gate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*"; grep -h pretend "${PYTHONPATH%%:*}/sitecustomize.py"\n')
+    python.chmod(0o755)
+    assert portability.run_variant(Variant("v", as_if="amx_bf16"), str(python), numeric=False).is_green
+    tests, first, gate, second = capfd.readouterr().out.splitlines()[1:]
+    assert tests.endswith("--as-if amx_bf16")
+    assert "falsify" in gate
+    assert first == second == "as_if.pretend('amx_bf16')"
 
 
 def test_the_table_names_what_is_red() -> None:

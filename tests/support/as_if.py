@@ -24,9 +24,9 @@ def pretend(flag: str) -> None:
     dtypes.PAYS_FROM[flag] = 1
 
 
-def pretend_in_children(flag: str, folder: Path) -> None:
-    """Have every Python that this process starts do the same, by a ``sitecustomize`` in ``folder`` on PYTHONPATH."""
+def children_environment(flag: str, folder: Path) -> dict[str, str]:
+    """Return the variable by which every Python started with it does the same: ``folder`` gets a ``sitecustomize``."""
     startup = _STARTUP.format(support=str(Path(__file__).parent), flag=flag)
     (folder / "sitecustomize.py").write_text(startup, encoding="utf-8")
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(folder) if not before else os.pathsep.join([str(folder), before])
+    return {"PYTHONPATH": str(folder) if not before else os.pathsep.join([str(folder), before])}

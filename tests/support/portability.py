@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import as_if
+
 # Of oneDNN's levels, those at which its float32 or bfloat16 products change, and the processor flags that each needs.
 LEVELS = {
     "AVX2": ("avx2", "fma"),
@@ -33,11 +35,12 @@ NUMERIC_CLAIMS = "TEACHER-003 or DISTILL-LOSS or DISTILL-STEP or LOSS-FORMS or L
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run: environment variables beside the usual ones, and the Python, where it is not the usual one."""
+    """One way to run: environment variables beside the usual ones, another Python, another automatic dtype."""
 
     name: str
     env: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
+    as_if: str | None = None  # the processor flag by which the automatic dtype chooses, at every size
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def limits(level: str) -> dict[str, str]:
 
 
 def make_variants(flags: Collection[str], pythons: Collection[str]) -> list[Variant]:
-    """Return every variant of a machine: its instruction sets, the highest unforced; threads; the other Pythons."""
+    """Return every variant of a machine: its instruction sets, the highest unforced; threads; dtype; Pythons."""
     found = levels(flags)
     instructions = [Variant(level, limits(level)) for level in found[:-1]]
     highest = [Variant(found[-1] if found else "as it is")]
     threads = [Variant(f"threads-{count}", {"OMP_NUM_THREADS": str(count)}) for count in THREADS]
-    return [*instructions, *highest, *threads, *(Variant(f"python{name}", python=name) for name in pythons)]
+    others = [Variant("auto-bfloat16", as_if="amx_bf16"), *(Variant(f"python{name}", python=name) for name in pythons)]
+    return [*instructions, *highest, *threads, *others]
 
 
 def find_pythons(which: Callable[[str], str | None] = shutil.which) -> dict[str, str]:
@@ -172,15 +176,19 @@ def judge_gate(code: int, bundle: Path, *, numeric: bool) -> str:
 def run_variant(variant: Variant, python: str, *, numeric: bool) -> Outcome:
     """Run tests and gate of one variant; both print as they go."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="q4kd-portability-") as folder:
-        bundle = Path(folder) / "bundle"
+    print(f"--- {variant.name}: {dict(variant.env) or 'nothing forced'}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="q4kd-portability-") as name:
+        folder, bundle = Path(name), Path(name) / "bundle"
         tests, gate = commands(python, bundle, numeric=numeric)
-        print(f"--- {variant.name}: {dict(variant.env) or 'nothing forced'}", flush=True)
+        forced = dict(variant.env)
+        if variant.as_if:
+            tests += ["--as-if", variant.as_if]
+            forced |= as_if.children_environment(variant.as_if, folder)
         # As in `nox -s tests`: one thread each, unless the variant is about threads.
-        by_tests = subprocess.run(tests, env={**os.environ, "OMP_NUM_THREADS": "1", **variant.env}, check=False)
-        by_gate = subprocess.run(gate, env={**os.environ, **variant.env}, check=False)
-        outcome = judge_gate(by_gate.returncode, bundle, numeric=numeric)
-    return Outcome(variant.name, judge_tests(by_tests.returncode), outcome, time.monotonic() - started)
+        by_tests = subprocess.run(tests, env={**os.environ, "OMP_NUM_THREADS": "1", **forced}, check=False).returncode
+        by_gate = subprocess.run(gate, env={**os.environ, **forced}, check=False).returncode
+        outcome = judge_gate(by_gate, bundle, numeric=numeric)
+    return Outcome(variant.name, judge_tests(by_tests), outcome, time.monotonic() - started)
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
