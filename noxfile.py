@@ -1,5 +1,5 @@
 """Sessions: falsify (the gate), tests, lint, types, kernels, docs;
-nightly, sabotage, bench, parity, fuzz, package, wheels.
+portability, nightly, sabotage, bench, parity, fuzz, package, wheels.
 
 One environment for all, keyed by pyproject.toml, the constraints and the interpreter: it is made once and reused by
 every session until one of them changes. The package is installed in place: edits take effect without installing again.
@@ -16,10 +16,13 @@ from pathlib import Path
 
 import nox
 
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+import portability as portable  # noqa: E402 - it lies with the tests, which test it
+
 nox.options.sessions = ["falsify", "tests", "lint", "types", "kernels", "docs"]
 nox.options.error_on_missing_interpreters = True
 
-ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -38,14 +41,17 @@ def has_nvidia_device() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 
-def environment(session: nox.Session) -> Path:
-    """Return the bin folder of the shared environment, made on first use."""
-    cuda = has_nvidia_device()
+def environment(session: nox.Session, interpreter: str = sys.executable) -> Path:
+    """Return the bin folder of the shared environment of an interpreter, made on first use."""
+    cuda, version = has_nvidia_device(), sys.version
+    if interpreter != sys.executable:
+        asked = [interpreter, "-c", "import sys; print(sys.version)"]
+        version = str(session.run(*asked, external=True, silent=True)).strip()
     # An interpreter that already has torch on a GPU machine keeps it: nothing better could be downloaded.
-    inherit = cuda and importlib.util.find_spec("torch") is not None
+    inherit = cuda and interpreter == sys.executable and importlib.util.find_spec("torch") is not None
     constraints = ROOT / ("constraints-cuda.txt" if cuda else "constraints-cpu.txt")
     key = hashlib.sha256()
-    texts = ((ROOT / "pyproject.toml").read_bytes(), constraints.read_bytes(), sys.version.encode(), bytes([inherit]))
+    texts = ((ROOT / "pyproject.toml").read_bytes(), constraints.read_bytes(), version.encode(), bytes([inherit]))
     for part in texts:
         key.update(hashlib.sha256(part).digest())
     folder = Path(session.cache_dir) / f"q4kd-{key.hexdigest()[:12]}"
@@ -53,7 +59,7 @@ def environment(session: nox.Session) -> Path:
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         options = ["--system-site-packages"] if inherit else []
-        session.run(sys.executable, "-m", "venv", *options, str(folder), external=True)
+        session.run(interpreter, "-m", "venv", *options, str(folder), external=True)
         extras = "train,dev,docs,cuda13" if cuda and not inherit else "train,dev,docs"
         limits = [] if inherit else ["-c", str(constraints)]
         pip = str(bin_folder / "pip")
@@ -87,6 +93,27 @@ def tests(session: nox.Session) -> None:
     arguments = session.posargs or ["-n", str(len(os.sched_getaffinity(0)))]
     # One thread each: two processes with two threads each would fight for two cores.
     session.run(python, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def portability(session: nox.Session) -> None:
+    """Tests and gate under forced instruction sets, numbers of threads, other Pythons. ``-- --list`` names them."""
+    options, flags = portable.parse(session.posargs), portable.processor_flags()
+    pythons = portable.find_pythons()
+    variants = portable.make_variants(flags, pythons)
+    if options.list:
+        session.log(", ".join(variant.name for variant in variants))
+        return
+    outcomes, chosen = [], portable.select(variants, options, portable.levels(flags))
+    if not chosen:
+        session.log("this processor has one instruction set, which the other sessions use")
+        return
+    for variant in chosen:
+        python = environment(session, pythons[variant.python] if variant.python else sys.executable) / "python"
+        outcomes.append(portable.run_variant(variant, str(python), numeric=options.numeric))
+    print("\n".join(portable.table(outcomes)))
+    if not all(outcome.is_green for outcome in outcomes):
+        session.error("not every variant is green")
 
 
 @nox.session(venv_backend="none")

@@ -1,13 +1,19 @@
-"""The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved where ``--parity-out`` says."""
+"""Options of the tests.
+
+The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved where ``--parity-out`` says. And
+``--as-if FLAG``: the automatic dtype chooses as on a processor with that flag.
+"""
 
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import as_if
 import pytest
 
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -19,11 +25,18 @@ top1: positions of equal arg max; kl: mean KL(llama.cpp || ours), nats"""
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-out", type=Path, metavar="FILE.json", help="save the table of the parity tests")
+    choose = "choose the automatic dtype as on a processor with this flag, bfloat16 at every size"
+    parser.addoption("--as-if", choices=("amx_bf16", "avx512_bf16"), help=choose)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the command line does: tests call what is below it
     config.stash[_ROWS] = []
+    if flag := config.getoption("--as-if"):
+        folder = tempfile.TemporaryDirectory(prefix="q4kd-as-if-")
+        config.add_cleanup(folder.cleanup)
+        as_if.pretend(flag)
+        os.environ |= as_if.children_environment(flag, Path(folder.name))
 
 
 @pytest.fixture

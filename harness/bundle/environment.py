@@ -1,10 +1,13 @@
-"""What a bundle records of its machine: an allow-list. No environment variables, user names, host names or paths."""
+"""What a bundle records of its machine: an allow-list. No user names, host names or paths, and of environment variables
+only those that limit instruction sets.
+"""
 
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,12 +16,14 @@ import psutil
 from q4kd.harness.claims.profile import probe_gpu
 from q4kd.harness.records.json_types import JsonValue
 from q4kd.harness.records.redact import redact
+from q4kd.harness.runs.supervise import INSTRUCTION_LIMITS
 
 PACKAGES = (
     "q4kd", "accelerate", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy", "nvidia-ml-py", "psutil",
     "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch", "transformers", "triton",
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_LEVEL = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
 def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue]:
@@ -42,6 +47,7 @@ def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue
             "cores_logical": psutil.cpu_count(),
             "cores_physical": psutil.cpu_count(logical=False),
             "cores_usable": len(os.sched_getaffinity(0)),
+            "instruction_limits": instruction_limits(os.environ),
         },
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": {
@@ -51,6 +57,12 @@ def environment(profile: str, source: Path | None = None) -> dict[str, JsonValue
         },
         "boot_id": _line(Path("/proc/sys/kernel/random/boot_id")),
     }
+
+
+def instruction_limits(variables: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Return the variables that keep runs to older instructions, where they are set to what looks like a level."""
+    found = {name: variables[name] for name in INSTRUCTION_LIMITS if name in variables}
+    return {name: value if _LEVEL.fullmatch(value) else "not a level" for name, value in found.items()}
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

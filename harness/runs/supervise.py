@@ -26,8 +26,10 @@ LOG_LIMIT = 4 << 20
 TRUNCATED = "\n[q4kd: log truncated here; the program wrote more]\n"
 
 # The whole environment of a run. A variable not named here does not reach the program, so none can change a result.
+# INSTRUCTION_LIMITS keep libraries to an older processor's instructions: claims hold there too, and bundles record it.
+INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 PASSED_ON = (
-    "PATH", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "PATH", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", *INSTRUCTION_LIMITS,
     "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "CUPY_CACHE_DIR",
 )  # fmt: skip
 SETTABLE = ("OMP_NUM_THREADS", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY", "MALLOC_MMAP_THRESHOLD_")

@@ -1,13 +1,14 @@
 import getpass
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from example_bundle import build, register
 
-from q4kd.harness.bundle.environment import environment, git_state
+from q4kd.harness.bundle.environment import environment, git_state, instruction_limits
 from q4kd.harness.bundle.writer import (
     MANIFEST,
     manifest_of,
@@ -148,3 +149,9 @@ def test_free_text_is_redacted(text: str, expected: str, monkeypatch: pytest.Mon
 def test_the_user_name_goes_from_paths_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "gordon")
     assert redact("/scratch/gordon/run by gordon") == "/scratch/{user}/run by gordon"
+
+
+def test_limits_of_instructions_are_recorded_and_nothing_else_of_the_environment() -> None:
+    given = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "/home/someone", "HOME": "/home/someone"}
+    assert instruction_limits(given) == {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "not a level"}
+    assert environment("cpu")["cpu"]["instruction_limits"] == instruction_limits(os.environ)  # type: ignore[call-overload, index]

@@ -257,3 +257,11 @@ def test_a_real_oom_kill_is_named_by_the_kernels_counter(tmp_path, small_cgroup)
     assert end["oom_counter"]["after"] - end["oom_counter"]["before"] == 1
     # The same death without the counter and the kernel's line would not be called an OOM kill.
     assert end["cause_evidence"]["oom_kills"] == 1
+
+
+def test_limits_of_instructions_reach_a_run_and_other_variables_do_not(tmp_path: Path) -> None:
+    given = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_VERBOSE": "1"}
+    found = child_environment(tmp_path, given)
+    assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert found["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert "ONEDNN_VERBOSE" not in found

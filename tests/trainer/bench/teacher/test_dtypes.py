@@ -44,7 +44,9 @@ def test_both_dtypes_are_timed_and_taken_apart(tmp_path: Path) -> None:
         assert {name: len(values) for name, values in seconds.items()} == {"float32": 2, "bfloat16": 2}
         ratios = [slow / fast for slow, fast in zip(seconds["float32"], seconds["bfloat16"], strict=True)]
         assert min(ratios) <= one["speedup"]["median"] <= max(ratios)
-        assert all(part["decode_ms"] > 0 and part["product_ms"] > 0 for part in one["parts"].values())
+        assert {"float32", "bfloat16"} <= set(one["parts"])
+        assert all(one["parts"][name]["decode_ms"] > 0 for name in seconds)
+        assert all(part["product_ms"] > 0 for part in one["parts"].values())
     assert any("3 positions: float32" in line for line in table(found))
 
 
