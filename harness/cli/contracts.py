@@ -28,7 +28,8 @@ def add_commands(subparsers: Commands) -> None:
         "validate",
         help="load contracts, look up their names, check that their times are possible; print counts",
         description="Folders are looked through in depth, and what is skipped is named. Exit 0 only if every file "
-        "loads, every check, experiment and fault it names exists, and no active claim promises a time below what its machine was measured to need; 2 otherwise, or without a claim.",
+        "loads, every check, experiment and fault it names exists, and no active claim promises a time below what its "
+        "machine was measured to need; 2 otherwise, or without a claim.",
     )
     validate.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="contract files, or folders of them")
     validate.set_defaults(run=_validate)
