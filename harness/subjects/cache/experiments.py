@@ -9,7 +9,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Ints, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_refusals, save_pairs, step_terms
-from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
+from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program, set_words
 from q4kd.harness.inputs.demo import BATCH, SEQ_LEN, VOCAB, demo_student, demo_teacher, training_text, windows_of
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
@@ -179,7 +179,9 @@ def _collect_interrupted(run_dir: Path, inputs: Inputs) -> Facts:
 
 
 def _training_argv(arm: str, inputs: Inputs) -> list[str]:
-    settings = ("--set", f"steps={STEPS}", "--set", "eval_tokens=0")
+    # Two micro-batches a step, each of which must read the signals of its own windows.
+    micro = {"steps": STEPS, "eval_tokens": 0, "batch_size": BATCH // 2, "accumulation": 2}
+    settings = set_words(micro)
     words = distill_words(demo_teacher(inputs), demo_student(inputs), training_text(inputs, BATCHES), *settings)
     if arm == "online":
         return words
@@ -189,7 +191,7 @@ def _training_argv(arm: str, inputs: Inputs) -> list[str]:
 
 @experiment(
     "cached-training",
-    f"{STEPS} steps with the teacher, and from a cache of all {VOCAB} tokens without it",
+    f"{STEPS} steps of two micro-batches with the teacher, and from a cache of all {VOCAB} tokens without it",
     *(
         Arm(arm, functools.partial(_training_argv, arm), timeout_s=120, stall_s=60, env=ONE_THREAD)
         for arm in ("online", "cached")
