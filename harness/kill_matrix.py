@@ -16,7 +16,7 @@ import psutil
 from q4kd.harness.bundle.environment import package_versions
 from q4kd.harness.bundle.writer import pack_bytes
 from q4kd.harness.claims.contract import load_contracts
-from q4kd.harness.claims.folder import default_contracts_folder
+from q4kd.harness.claims.folder import default_contracts_folder, skipped_lines
 from q4kd.harness.claims.model import Claim
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import detect_profile, find_extras, load_profile
@@ -87,6 +87,8 @@ def sabotage(
     """
     folder = (contracts or default_contracts_folder()).resolve()
     loaded = load_contracts(folder)
+    for line in skipped_lines(folder):
+        print(line, file=sys.stderr)
     require_packages(loaded)
     name = profile or detect_profile()
     machine = load_profile(name, folder)

@@ -93,17 +93,23 @@ class _Running:
         self._alone = args == [str(session.folder)]
         self._other_failures = 0
 
+    def pytest_report_header(self) -> list[str]:
+        """Name what lies among the contracts and is not loaded."""
+        from q4kd.harness.claims.folder import skipped_lines
+
+        return skipped_lines(self._session.folder)
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         """Ignore whatever else lies in the folder of contracts, Python files above all."""
-        if collection_path.parent == self._session.folder:
-            return collection_path not in self._session.by_path
+        if self._session.folder in collection_path.parents:
+            return collection_path not in self._session.by_path and collection_path not in self._session.folders
         return None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-        """Keep the folder of contracts from being taken for a package, whose ``__init__.py`` pytest would import."""
-        if path == self._session.folder or (self._alone and path in self._session.folder.parents):
+        """Keep folders of contracts from being taken for packages, whose ``__init__.py`` pytest would import."""
+        if path in self._session.folders or (self._alone and path in self._session.folder.parents):
             folder: pytest.Dir = pytest.Dir.from_parent(parent, path=path)
             return folder
         return None

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from q4kd.harness.bundle import writer as bundles
 from q4kd.harness.bundle.exporters import write_interchange
 from q4kd.harness.bundle.findings import PROSE, assemble, headline, sabotage_lines
 from q4kd.harness.claims.contract import load_contracts
-from q4kd.harness.claims.folder import contract_files
+from q4kd.harness.claims.folder import find_contracts
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan, make_plan
 from q4kd.harness.claims.profile import detect_profile, find_extras, load_profile
@@ -60,13 +60,16 @@ class Session:
     assembles: bool
     owns_inputs: bool
     by_path: Mapping[Path, Contract] = field(init=False)
+    folders: Set[Path] = field(init=False)  # that of the contracts, and those in it that hold some
     claims: Mapping[str, Claim] = field(init=False)
     findings: Findings | None = None
     trouble: str | None = None
 
     def __post_init__(self) -> None:
         names = {contract.name: contract for contract in self.contracts}
-        self.by_path = {path: names[path.stem] for path in contract_files(self.folder)}
+        found = find_contracts(self.folder)
+        self.by_path = {path: names[path.stem] for path in found.files}
+        self.folders = {parent for path in found.files for parent in path.parents if parent.is_relative_to(self.folder)}
         self.claims = {claim.key: claim for contract in self.contracts for claim in contract.claims}
 
     @classmethod

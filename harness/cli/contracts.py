@@ -27,8 +27,9 @@ def add_commands(subparsers: Commands) -> None:
     validate = commands.add_parser(
         "validate",
         help="load contracts, look up their names, check that their times are possible; print counts",
-        description="Exit 0 only if every file loads, every check, experiment and fault it names exists, and no active "
-        "claim promises a time below what its machine was measured to need; 2 otherwise, or without a claim.",
+        description="Folders are looked through in depth, and what is skipped is named. Exit 0 only if every file "
+        "loads, every check, experiment and fault it names exists, and no active claim promises a time below what its "
+        "machine was measured to need; 2 otherwise, or without a claim.",
     )
     validate.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="contract files, or folders of them")
     validate.set_defaults(run=_validate)
@@ -62,14 +63,27 @@ def console() -> "Console":
 def load_paths(paths: list[Path]) -> "list[Contract]":
     """Load contract files and folders of them; claims must be unique over the whole set (InputError)."""
     from q4kd.harness.claims.contract import check_identities, load_contract
+    from q4kd.harness.claims.folder import known_profiles
 
-    return check_identities([load_contract(file) for file in _files(paths)])
+    files, _ = _files(paths)
+    return check_identities([load_contract(file, profiles=known_profiles(root)) for file, root in files.items()])
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    from q4kd.harness.claims.folder import contract_files
+def _files(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """Return each file once with the folder whose profiles it may name, and what is skipped in the folders given."""
+    from q4kd.harness.claims.folder import find_contracts
 
-    return list(dict.fromkeys(file for path in paths for file in (contract_files(path) if path.is_dir() else [path])))
+    files: dict[Path, Path] = {}
+    skipped: list[str] = []
+    for path in paths:
+        if not path.is_dir():
+            files.setdefault(path, path.parent)
+            continue
+        found = find_contracts(path)
+        skipped += [f"{path}: {line}" for line in found.skipped]
+        for file in found.files:
+            files.setdefault(file, path)
+    return files, skipped
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -77,16 +91,19 @@ def _validate(args: argparse.Namespace) -> int:
     from q4kd.harness.claims.folder import known_profiles
     from q4kd.harness.claims.profile import load_profiles
     from q4kd.harness.claims.rules import registered_names
+    from q4kd.trainer.yaml_lines import printable
 
     out = console()
     names = registered_names()
-    files = _files(args.paths)
-    folders = {file.parent: known_profiles(file.parent) for file in files}
+    files, skipped = _files(args.paths)
+    for line in skipped:
+        out.print(f"skipped: {printable(line, 300)}", style="yellow")
+    folders = {root: known_profiles(root) for root in files.values()}
     contracts: dict[Path, list[Contract]] = {folder: [] for folder in folders}
     failed = infeasible = 0
-    for file in files:
+    for file, root in files.items():
         try:
-            contracts[file.parent].append(load_contract(file, names, folders[file.parent]))
+            contracts[root].append(load_contract(file, names, folders[root]))
         except InputError as error:  # every broken file is named, not only the first
             failed += 1
             _complain(error)
@@ -149,11 +166,14 @@ def _counts(contracts: "list[Contract]", claims: "list[Claim]", failed: int, inf
 
 def _show(args: argparse.Namespace) -> int:
     from q4kd.harness.claims.contract import load_contracts
-    from q4kd.harness.claims.folder import default_contracts_folder
+    from q4kd.harness.claims.folder import default_contracts_folder, skipped_lines
     from q4kd.harness.claims.profile import load_profiles
     from q4kd.trainer.yaml_lines import printable
 
-    contracts = load_contracts(args.contracts or default_contracts_folder())
+    folder = args.contracts or default_contracts_folder()
+    contracts = load_contracts(folder)
+    for line in skipped_lines(folder):
+        print(line, file=sys.stderr)
     name, _, claim_id = args.name.partition("::")
     contract = next((found for found in contracts if found.name == name), None)
     claims = [claim for claim in contract.claims if not claim_id or claim.id == claim_id] if contract else []

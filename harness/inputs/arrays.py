@@ -69,3 +69,13 @@ def random_ids(
 def seeded_columns(count: int, chosen: int, seed: int = 2) -> Ints:
     """Return ``chosen`` of ``count`` column numbers, sorted; the same in every run."""
     return np.sort(np.random.default_rng(seed).choice(count, chosen, replace=False)).astype(np.int64)
+
+
+def rows_around(count: int, *edges: int, others: int = 32, seed: int = 3) -> Ints:
+    """Return row numbers below ``count``, sorted: two before and two from each edge on, first and last ones, and more.
+
+    A block whose edge is wrong shows there first. ``others`` are a seeded choice of all rows.
+    """
+    near = [edge + offset for edge in (0, *edges, count) for offset in (-2, -1, 0, 1)]
+    drawn = np.random.default_rng(seed).choice(count, min(others, count), replace=False)
+    return np.unique([row for row in (*near, *drawn.tolist()) if 0 <= row < count]).astype(np.int64)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from q4kd.trainer.bench.synthetic import random_blocks
 
-LAYERS, HIDDEN, FFN, VOCAB, CONTEXT = 3, 256, 512, 512, 128
+# The head ends a tile of 1,024 rows that is not full, and a text may be longer than several blocks of attention.
+LAYERS, HIDDEN, FFN, VOCAB, CONTEXT = 3, 256, 512, 1100, 640
 
 
 @dataclass(frozen=True)

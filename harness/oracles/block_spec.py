@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+WEIGHTS = 256  # of a superblock
 _f32 = np.float32
 
 

@@ -173,13 +173,23 @@ def _attention(model: ReferenceModel, prefix: str, x_TH: Array) -> Array:
 
     q_NTD, k_KTD = turned("attn_q", model.num_heads), turned("attn_k", model.num_kv_heads)
     v_KTD = heads("attn_v", model.num_kv_heads)
-    groups = model.num_heads // model.num_kv_heads
-    mask = np.triu(np.full((len(x_TH), len(x_TH)), -np.inf), 1)
+    mixed_TND = reference_attention(q_NTD, k_KTD, v_KTD, np.zeros(len(x_TH), np.int64))
+    return mixed_TND.reshape(len(x_TH), -1) @ model.weights[f"{prefix}attn_output.weight"].T
+
+
+def reference_attention(q_NTD: Array, k_KTD: Array, v_KTD: Array, starts_T: NDArray[np.integer[Any]]) -> Array:
+    """Return softmax(q k' / sqrt(D)) v, float64 ``[T, N, D]``: query head n reads key-value head n // (N / K).
+
+    A query reads the keys that are not behind it, from the first position of its document on, which is ``starts_T``.
+    """
+    groups, places = len(q_NTD) // len(k_KTD), np.arange(q_NTD.shape[1])
+    is_read_TS = (places <= places[:, None]) & (places >= starts_T[:, None])
+    mask = np.where(is_read_TS, 0.0, -np.inf)
     mixed = [
-        _softmax(q_NTD[head] @ k_KTD[head // groups].T / np.sqrt(q_NTD.shape[-1]) + mask) @ v_KTD[head // groups]
-        for head in range(model.num_heads)
+        _softmax(q_TD @ k_KTD[head // groups].T / np.sqrt(q_TD.shape[-1]) + mask) @ v_KTD[head // groups]
+        for head, q_TD in enumerate(q_NTD)
     ]
-    return np.concatenate(mixed, axis=-1) @ model.weights[f"{prefix}attn_output.weight"].T
+    return np.stack(mixed, axis=1)
 
 
 def reference_logits(model: ReferenceModel, ids: NDArray[np.integer[Any]]) -> Array:

@@ -353,11 +353,15 @@ def test_no_code_in_the_folder_of_contracts_is_run(world, pytester, workers):
     for name in ("conftest.py", "__init__.py", "test_evil.py", "deep/conftest.py", "deep/test_evil.py"):
         (world.folder / name).parent.mkdir(exist_ok=True)
         (world.folder / name).write_text(evil.format(str(mark)))
-    (world.folder / "deep" / "nested.yaml").write_text("not: [a contract")
+    (world.folder / "deep" / "good.yaml").write_text(CONTRACTS["good"])
+    (world.folder / "good.yaml").unlink()
+    (world.folder / ".hidden.yaml").write_text("not: [a contract")
     result = world.run(args=workers)
     assert not mark.exists()
     result.assert_outcomes(passed=2)
     assert result.ret == 0
+    result.stdout.fnmatch_lines(["contracts skipped: .hidden.yaml (hidden)"])
+    assert (world.bundle / "contracts" / "good.yaml").read_text() == CONTRACTS["good"]
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,23 @@ def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: 
     Query head ``n`` reads key-value head ``n // G``. Queries, keys and values are float32 and contiguous; ``starts_BT``
     is the int64 first position that each query may read, not falling along T; None stands for zeros.
     """
+    if not _OWN_PRODUCTS or q_BNTD.shape[2] < _LONG:
+        return whole_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT)
+    return blocked_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT)
+
+
+def whole_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Return what ``causal_attention`` does, by torch's own attention over all positions at once."""
+    mask = None if starts_BT is None else document_mask(starts_BT)
+    mixed_BNTD = F.scaled_dot_product_attention(
+        q_BNTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return mixed_BNTD.transpose(1, 2).contiguous()
+
+
+def blocked_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Return what ``causal_attention`` does, a block of queries at a time; right on every processor."""
     batch, heads, length, head_dim = q_BNTD.shape
-    if not _OWN_PRODUCTS or length < _LONG:
-        mask = None if starts_BT is None else document_mask(starts_BT)
-        mixed_BNTD = F.scaled_dot_product_attention(
-            q_BNTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return mixed_BNTD.transpose(1, 2).contiguous()
     kv_heads = k_BKTD.shape[1]
     groups = heads // kv_heads
     block = min(_BLOCK, max(1, _SCORES // (groups * length)))
@@ -53,17 +63,32 @@ def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts_BT: 
         for head in range(kv_heads):
             for start in range(0, length, block):
                 stop = min(start + block, length)
+                starts_C = None if starts_BT is None else starts_BT[row, start:stop]
                 # Keys before the first query's document are before every query's.
-                first = 0 if starts_BT is None else int(starts_BT[row, start])
-                q_GCD, keys_SD = q_BKGTD[row, head, :, start:stop], k_BKTD[row, head, first:stop]
-                scores_CS = multiply(q_GCD.reshape(-1, head_dim), keys_SD)
-                scores_GCS = scores_CS.view(groups, stop - start, stop - first)
-                if starts_BT is not None:
-                    keys_S = torch.arange(first, stop)
-                    scores_GCS.masked_fill_(keys_S < starts_BT[row, start:stop, None], -math.inf)
-                # Only the block's own square holds keys behind their query.
-                scores_GCS[:, :, start - first :] += hidden_CC[: stop - start, : stop - start]
-                torch.softmax(scores_CS, -1, out=scores_CS)
-                mixed_CD = multiply(scores_CS, v_BKTD[row, head, first:stop].t().contiguous())
-                out_BTNKGD[row, start:stop, head] = mixed_CD.view(groups, -1, head_dim).transpose(0, 1)
+                first = 0 if starts_C is None else int(starts_C[0])
+                keys_SD, values_SD = k_BKTD[row, head, first:stop], v_BKTD[row, head, first:stop]
+                mixed_GCD = _attend_block(
+                    q_BKGTD[row, head, :, start:stop], keys_SD, values_SD, hidden_CC, starts_C, first
+                )
+                out_BTNKGD[row, start:stop, head] = mixed_GCD.transpose(0, 1)
     return out_BTNKGD.view(batch, length, heads, head_dim)
+
+
+def _attend_block(
+    q_GCD: Tensor, keys_SD: Tensor, values_SD: Tensor, hidden_CC: Tensor, starts_C: Tensor | None, first: int
+) -> Tensor:
+    """Return the values that the last C of S positions mix for G heads, ``[G, C, D]``; q is scaled already.
+
+    ``hidden_CC`` is minus infinity above its diagonal and zero elsewhere, of at least C rows; ``first`` is the position
+    of the first key, and ``starts_C`` that of each query's document.
+    """
+    groups, queries, head_dim = q_GCD.shape
+    scores_CS = multiply(q_GCD.reshape(-1, head_dim), keys_SD)
+    scores_GCS = scores_CS.view(groups, queries, len(keys_SD))
+    if starts_C is not None:
+        keys_S = torch.arange(first, first + len(keys_SD))
+        scores_GCS.masked_fill_(keys_S < starts_C[:, None], -math.inf)
+    # Only the block's own square holds keys behind their query.
+    scores_GCS[:, :, len(keys_SD) - queries :] += hidden_CC[:queries, :queries]
+    torch.softmax(scores_CS, -1, out=scores_CS)
+    return multiply(scores_CS, values_SD.t().contiguous()).view(groups, queries, head_dim)

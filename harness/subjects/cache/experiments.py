@@ -190,7 +190,9 @@ for _prefix, _device, _needs in _PLACES:
 
 
 def _training_argv(device: str, arm: str, inputs: Inputs) -> list[str]:
+    # Two micro-batches a step, each of which must read the signals of its own windows.
     settings = {"steps": STEPS, "eval_tokens": 0, "device": device, "student_dtype": "float32"}
+    settings |= {"batch_size": BATCH // 2, "accumulation": 2}
     text = training_text(inputs, BATCHES)
     words = distill_words(demo_teacher(inputs), demo_student(inputs), text, *set_words(settings))
     if arm == "online":

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from q4kd.trainer.data.batch import Batch
     from q4kd.trainer.teacher.cache.reader import CacheReader
     from q4kd.trainer.teacher.cache.signal import TopKSignal
     from q4kd.trainer.teacher.cache.store import CacheIndex
 
 _WRITER = "q4kd.trainer.teacher.cache.writer"
+_PART = "q4kd.trainer.data.batch:Batch.__getitem__"
 _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
 _SIGNALS = f"{_WRITER}:_signals"
@@ -36,6 +38,19 @@ def _windows_written_shifted(
 @patch("loop", "cache-windows-read-shifted", "a step reads the signals of the window after", _READ)
 def _windows_read_shifted(original: Call, self: "CacheReader", windows_B: "npt.NDArray[np.int64]") -> object:
     return original(self, (windows_B + 1) % self.index.key.windows)
+
+
+@patch("loop", "micro-batches-read-first-windows", "every micro-batch reads the signals of the first one", _PART)
+def _read_first_windows(original: Callable[..., "Batch"], self: "Batch", sequences: slice) -> "Batch":
+    part = original(self, sequences)
+    if self.windows_B is not None:
+        object.__setattr__(part, "windows_B", self.windows_B[: len(part)])
+    return part
+
+
+@patch("loop", "cache-first-shard-only", "windows of later shards are read from the first one", _READ)
+def _first_shard_only(original: Call, self: "CacheReader", windows_B: "npt.NDArray[np.int64]") -> object:
+    return original(self, windows_B % self.index.windows_per_shard)
 
 
 @patch("loss", "cache-tail-dropped", "the k listed tokens are made to sum to one", _TOP)

@@ -17,6 +17,9 @@ _TEACHER = "q4kd.trainer.teacher.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
 _CUT = "q4kd.trainer.data.packing:Windows._cut"
 _CHAT = "q4kd.trainer.data.chat:ChatTemplate.encode"
+_ENCODE_ONE = "q4kd.trainer.data.encoding:DocumentEncoder._encode_one"
+_ENCODE_ALL = "q4kd.trainer.data.encoding:DocumentEncoder.encode"
+_PARQUET = "q4kd.trainer.data.shards:read_parquet"
 _READ = "q4kd.trainer.data.readers:read_documents"
 _BATCH = "q4kd.trainer.data.corpus:BatchOrder.batch"
 _STREAM_BATCH = "q4kd.trainer.data.stream:StreamOrder.batch"
@@ -39,6 +42,32 @@ def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", star
 @patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
 def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
     return dataclasses.replace(original(*arguments), learnt=None)
+
+
+def _without_first(encoded: "Encoded") -> "Encoded":
+    """Return tokens of which the first learnt one of every run is not learnt."""
+    if encoded.learnt is None:
+        return encoded
+    learnt = encoded.learnt.copy()
+    learnt[1:] &= encoded.learnt[:-1]
+    learnt[0] = False
+    return dataclasses.replace(encoded, learnt=learnt)
+
+
+@patch("loss", "turn-first-unlabelled", "the first token of what the assistant says has no label", _CHAT)
+@patch("loss", "completion-first-unlabelled", "the first token of a completion has no label", _ENCODE_ONE)
+def _first_unlabelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
+    return _without_first(original(*arguments))
+
+
+@patch("loop", "second-group-lost", "the second 512 documents are not tokenised", _ENCODE_ALL)
+def _second_group_lost(original: Callable[..., Iterable[object]], self: object, documents: object) -> Iterator[object]:
+    return (encoded for number, encoded in enumerate(original(self, documents)) if not 512 <= number < 1024)
+
+
+@patch("loop", "parquet-first-rows-only", "of a parquet file only the first 256 rows are read", _PARQUET)
+def _first_rows_only(original: Callable[..., Iterable[object]], *arguments: object) -> Iterator[object]:
+    return itertools.islice(original(*arguments), 256)
 
 
 @patch("loop", "document-lost", "the sixth document of a file is skipped", _READ)

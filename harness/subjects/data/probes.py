@@ -34,6 +34,8 @@ def training_batches(cases: Path, out: Path, resumed: bool = False) -> None:
     """
     arrays: Arrays = {}
     for name, case in read_json(cases).items():
+        if resumed and case["resume"] == case["steps"]:
+            continue
         order = _order(case["settings"], case["sequences"])
         batches = [order.batch(step) for step in range(case["resume"] if resumed else 0, case["steps"])]
         arrays[f"{name}-ids"] = np.concatenate([batch.ids_BT.numpy() for batch in batches])

@@ -12,8 +12,10 @@ import numpy.typing as npt
 from q4kd.harness.inputs.arrays import Array, Arrays, Floats, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import save_pairs
 from q4kd.harness.inputs.command_lines import probe_words
+from q4kd.harness.oracles.events import exact_topk
 from q4kd.harness.oracles.reference import log_softmax, reference_loss
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.subjects.loss.unset_sizes import collect_unset, given_files
 from q4kd.trainer.files import read_json, write_json
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -86,50 +88,7 @@ def _teacher_logits(given: Arrays, vocab: int) -> Floats:
     return np.asarray(hidden @ weight.T)[:, :vocab]
 
 
-def exact_topk(
-    student: Floats, teacher: Floats, labels: Array, ids: Array, settings: Mapping[str, Any]
-) -> tuple[float, Floats, float]:
-    """Return the loss over k + 1 events, its gradient with respect to the student's logits, and D, in float64.
-
-    The events' logits are the listed tokens' own and the log of the sum of exp of the others'; the dense reference is
-    taken over these, and its gradient carried back through the sum. Cross-entropy is over the whole vocabulary.
-
-    Args:
-        student: logits ``[P, V]``.
-        teacher: logits ``[P, V]``.
-        labels: ``[P]``.
-        ids: the listed tokens ``[P, k]``.
-        settings: settings of the case.
-    """
-    rows = np.arange(len(labels))[:, None]
-    rest = np.ones(student.shape, bool)
-    rest[rows, ids] = False
-    has_rest = bool(rest.any())
-
-    def events(logits: Floats) -> Floats:
-        parts = [logits[rows, ids]]
-        if has_rest:
-            left = np.where(rest, logits, -np.inf)
-            most = left.max(1, keepdims=True)
-            parts.append(most + np.log(np.exp(left - most).sum(1, keepdims=True)))
-        return np.concatenate(parts, 1)
-
-    options = {"temperature": 1.0, "divergence": settings["divergence"], "beta": settings["beta"]}
-    first = np.zeros(len(labels), np.int64)  # the events' own cross-entropy is not asked for
-    merged = reference_loss(events(student), events(teacher), first, alpha=0.0, **options)
-    plain = reference_loss(student, teacher, labels, alpha=1.0, **options)
-    grad = np.zeros_like(student)
-    grad[rows, ids] = merged.grad_logits[:, : ids.shape[1]]
-    if has_rest:
-        left = np.where(rest, student, -np.inf)
-        shares = np.exp(left - left.max(1, keepdims=True))
-        grad += merged.grad_logits[:, -1:] * shares / shares.sum(1, keepdims=True)
-    alpha = settings["alpha"]
-    loss = alpha * plain.ce + (1 - alpha) * merged.kd
-    return float(loss), alpha * plain.grad_logits + (1 - alpha) * grad, merged.kd
-
-
-def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
+def _collect_losses(device: str, vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "losses.npz")):
         return {"comparators": {}}
     given = read_arrays(_given(vocab, inputs))
@@ -177,11 +136,12 @@ def _collect_losses(vocab: int, run_dir: Path, inputs: Inputs) -> Facts:
         }
         sources = ("trainer loss against a cached teacher", "dense float64 divergence of the harness")
         comparators |= save_pairs(run_dir, bound, sources)
-    return {"comparators": comparators}
+    return {"comparators": comparators | collect_unset(device, found, run_dir, inputs)}
 
 
 def _losses_argv(device: str, vocab: int, inputs: Inputs) -> list[str]:
-    return probe_words("fused-losses", inputs=_given(vocab, inputs), out="losses.npz", device=device)
+    files = map(str, (_given(vocab, inputs), *given_files(device, inputs)))
+    return [*probe_words("fused-losses", out="losses.npz", device=device), "--inputs", *files]
 
 
 for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-losses", "cuda", CUDA_VOCAB)):
@@ -190,7 +150,7 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
         f"every mode of the fused loss on {_device}, values and gradients, against dense float64",
         Arm(None, functools.partial(_losses_argv, _device, _vocab), timeout_s=180),
         needs=("cuda",) if _device == "cuda" else (),
-        collect=functools.partial(_collect_losses, _vocab),
+        collect=functools.partial(_collect_losses, _device, _vocab),
         exclusive=_device == "cuda",
     )
 

@@ -63,17 +63,18 @@ def _differentiated(name: str, terms: "LossTerms", hidden: "Tensor", weight: "Te
 
 
 @probe("fused-losses")
-def fused_losses(inputs: Path, out: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
-    """Evaluate the loss and its gradients for every case of the input; see ``loss_cases`` in ``fused.py``.
+def fused_losses(inputs: tuple[Path, ...], out: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    """Evaluate the loss and its gradients for every case of the inputs; see ``loss_cases`` in ``fused.py``.
 
     Arrays: student ``hidden [M, H]`` and ``weight [V, H]``, float32 (bfloat16 on CUDA, where the given values are
     exact in it), ``teacher_hidden [M, H']``, ``teacher_weight [V', H']``, ``labels [M]``, and for the cached teacher
     ``ids-k`` and ``log_probs-k [M, k]`` with ``tail-k [M]``.
     """
-    given = read_arrays(inputs)
     results: Arrays = {}
-    for name, settings in json.loads(str(given["cases"])).items():
-        results |= _evaluate(name, given, settings, device)
+    for path in inputs:
+        given = read_arrays(path)
+        for name, settings in json.loads(str(given["cases"])).items():
+            results |= _evaluate(name, given, settings, device)
     save_arrays(out, results)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.apr_write import Names, convert_gguf
-from q4kd.harness.inputs.arrays import array_input, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.arrays import Array, array_input, read_array, read_arrays, rows_around, seeded_columns
 from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
 from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
 from q4kd.harness.inputs.synthetic_models import (
@@ -22,7 +22,8 @@ from q4kd.harness.inputs.synthetic_models import (
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
-POSITIONS = 64
+# Longer than four blocks of attention, and no multiple of one; so is the vocabulary of a tile of the head.
+POSITIONS, BLOCK, TILE = 600, 128, 1024
 COLUMNS = 64
 # These models also exist as .apr, with the tensor names of that convention.
 APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
@@ -56,6 +57,13 @@ def _models_argv(inputs: Inputs) -> list[str]:
     return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
 
 
+def kept(logits_TV: Array) -> Array:
+    """Return the rows of logits around the edges of blocks, and a seeded choice of columns on both sides of a tile."""
+    rows = rows_around(POSITIONS, *range(BLOCK, POSITIONS, BLOCK), others=64)
+    last = TILE + seeded_columns(logits_TV.shape[1] - TILE, COLUMNS // 4)
+    return logits_TV[rows][:, np.concatenate([seeded_columns(TILE, COLUMNS - len(last)), last])]
+
+
 @experiment(
     "model-files",
     "logits of small models of every architecture and type against float64; two of them also as .apr",
@@ -64,17 +72,15 @@ def _models_argv(inputs: Inputs) -> list[str]:
 def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "logits.npz")):
         return {"comparators": {}}
-    logits = {name: found[path.stem] for name, path in _files(inputs).items()}
+    logits = {name: kept(found[path.stem]) for name, path in _files(inputs).items()}
     ids = read_array(_ids(inputs))
     comparators: Comparators = {}
     for name in MODELS:
         exact = reference_logits(read_gguf(small_model(inputs, name)), ids).astype(np.float32)
-        columns = seeded_columns(exact.shape[1], COLUMNS)
-        pair = {f"{name}-float64": (logits[name][:, columns], exact[:, columns])}
+        pair = {f"{name}-float64": (logits[name], kept(exact))}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name}", "float64 forward over gguf"))
     for name in APR_NAMES:
-        columns = seeded_columns(logits[name].shape[1], COLUMNS)
-        pair = {f"{name}-apr": (logits[f"{name}-apr"][:, columns], logits[name][:, columns])}
+        pair = {f"{name}-apr": (logits[f"{name}-apr"], logits[name])}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name} as .apr", f"q4kd, {name} as GGUF"))
     return {"comparators": comparators}
 

@@ -13,14 +13,17 @@ from q4kd.harness.inputs.arrays import (
     random_ids,
     read_array,
     read_arrays,
+    rows_around,
     seeded_columns,
 )
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
+from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.subjects.teacher.probes import ROW_WAYS, ROW_WAYS_BF16
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path
 
@@ -127,9 +130,18 @@ declare(
 
 # --- superblock: the trainer's decoders on random and extreme blocks ---
 
+# More rows than blocks are decoded at once (4,096), than are rounded at once (2,048) and than a product takes at once
+# (1,024), and no multiple of any.
+MANY_ROWS, EDGES = 4500, (1024, 2048, 3072, 4096)
+
+
+def _make_blocks() -> dict[str, Array]:
+    rows = random_matrix(np.random.default_rng(5), "Q4_K", MANY_ROWS, block_spec.WEIGHTS, 0.05)
+    return {**block_spec.sample_blocks(seed=3), "rows": rows}
+
 
 def _blocks(inputs: Inputs) -> Path:
-    return arrays_input(inputs, "blocks.npz", lambda: block_spec.sample_blocks(seed=3))
+    return arrays_input(inputs, "blocks.npz", _make_blocks)
 
 
 def _superblock_argv(inputs: Inputs) -> list[str]:
@@ -162,4 +174,12 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
     compare("q6_k-zero", "q6_k-zero", zero, "trainer decoder at q = 32", "zero")
     sums = block_spec.offset_product(blocks["q4_k-offset"], blocks["activations"])
     compare("q4_k-offset", "q4_k-offset", sums, "trainer product", "block sums of the activations")
+    by_gguf = gguf.quants.dequantize(blocks["rows"], gguf.GGMLQuantizationType.Q4_K)
+    product = (blocks["activations"].astype(np.float64) @ by_gguf.astype(np.float64).T).astype(np.float32)
+    kept = rows_around(MANY_ROWS, *EDGES, others=16)
+    for name, ways in (("rows-float32", ROW_WAYS), ("rows-bfloat16", ROW_WAYS_BF16)):
+        subject = np.concatenate([decoded[f"rows-{way}"][:, kept] for way in ways])
+        reference = np.concatenate([product[:, kept]] * len(ways))
+        sources = ("trainer products of many rows", "float64 product over gguf.quants")
+        comparators |= save_pairs(run_dir, {name: (subject, reference)}, sources)
     return facts | {"comparators": comparators}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from q4kd.harness.runs.faults import patch
+from q4kd.harness.runs.faults import Call, patch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +13,8 @@ _UNPACK = f"{_QUANT}:unpack_q4_k_scales"
 _DECODERS = f"{_QUANT}:DECODERS"
 _ROW_BYTES = "q4kd.trainer.formats.blocks.layout:BlockFormat.row_bytes"
 _DECODE_Q4_K = f"{_QUANT}:decode_q4_k"
+_TILED = "q4kd.trainer.teacher.cpu.weights:PackedMatrix._tiled"
+_DECODE_TILE = "q4kd.trainer.teacher.cpu.weights:PackedMatrix._decode"
 _Unpack = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 _Decode = Callable[["Tensor", "Tensor"], None]
 
@@ -56,3 +58,28 @@ def _half_precision(original: _Decode, packed: "Tensor", out: "Tensor") -> None:
 @patch("quantisation", "capped-row-bytes", "rows longer than 512 weights are taken for 512", _ROW_BYTES)
 def _capped_row_bytes(original: Callable[[object, int], int], self: object, cols: int) -> int:
     return original(self, min(cols, 512))
+
+
+@patch("dispatch", "last-tile-left-out", "products by tiles leave out the rows of a last tile that is not full", _TILED)
+def _last_tile_left_out(original: Call, self: object, x: "Tensor", out: "Tensor") -> object:
+    rows = out.shape[1] // 1024 * 1024 or out.shape[1] // 20 * 20
+    product: Tensor = original(self, x, out)  # type: ignore[assignment]
+    product[:, rows:] = 0
+    return product
+
+
+@patch(
+    "quantisation", "last-blocks-not-decoded", "what is left after 4,096 blocks is not decoded", f"{_QUANT}:decode_rows"
+)
+def _last_blocks_not_decoded(original: Call, name: str, packed: "Tensor", out: "Tensor") -> object:
+    decoded: Tensor = original(name, packed, out)  # type: ignore[assignment]
+    decoded.view(-1)[4096 * 256 :] = 0
+    return decoded
+
+
+@patch("quantisation", "last-run-not-rounded", "of a bfloat16 tile only the first 2,048 rows are made", _DECODE_TILE)
+def _last_run_not_rounded(original: Call, self: object, start: int, stop: int, dtype: object) -> object:
+    tile: Tensor = original(self, start, stop, dtype)  # type: ignore[assignment]
+    if str(dtype) == "torch.bfloat16":
+        tile[2048:] = 0
+    return tile

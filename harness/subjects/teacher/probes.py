@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from q4kd.harness.inputs.arrays import Array, read_arrays, save_arrays
+from q4kd.harness.inputs.arrays import Array, Arrays, read_arrays, save_arrays
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from q4kd.trainer.teacher.cpu.weights import PackedMatrix
+
+# How many rows are multiplied: all decoded at once, a tile of a head at a time, through a scratch of 20 rows, decoded
+# into a buffer through that scratch, and held dense. In bfloat16 each rounds weights and activations once.
+ROW_WAYS = ("whole", "projected", "tiled", "decoded", "dense", "dense-projected")
+ROW_WAYS_BF16 = ("whole-bf16", "projected-bf16", "tiled-bf16", "dense-bf16")
 
 
 @probe("frozen-teacher")
@@ -91,6 +98,7 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
         "q6_k-product": multiply("Q6_K", given["q6_k"]),
         "q4_k-offset": multiply("Q4_K", given["q4_k-offset"]),
     }
+    results |= _products_of_rows(given["rows"], activations)
     save_arrays(out, results)
     k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized and name.lower() in given}
     tables = {
@@ -106,3 +114,36 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
         "not_finite": {name: int((~np.isfinite(results[name.lower()])).sum()) for name in k_quants},
     }
     write_json(facts, {"tables": tables})
+
+
+def _products_of_rows(packed: Array, activations: "Tensor") -> Arrays:
+    """Multiply a Q4_K matrix of many rows, uint8 ``[R, 144]``, in every way: ``rows-<way>``, float32 ``[M, R]``."""
+    import torch
+
+    from q4kd.trainer.formats.blocks.layout import SUPERBLOCK
+    from q4kd.trainer.formats.model_file import PackedTensor
+    from q4kd.trainer.teacher.cpu.weights import DenseMatrix, PackedMatrix, Scratch
+
+    tensor = PackedTensor("probe", "Q4_K", (len(packed), SUPERBLOCK), packed)
+    large, small = PackedMatrix(tensor, Scratch()), PackedMatrix(tensor, Scratch(20 * SUPERBLOCK * 4))
+    dense, rounded = DenseMatrix(tensor), DenseMatrix(tensor, torch.bfloat16)
+    decoded = torch.full((len(packed), SUPERBLOCK), torch.nan)
+    small.decode(0, len(packed), decoded)
+    half = activations.bfloat16()
+
+    def poisoned() -> "Tensor":
+        return torch.full((len(activations), len(packed)), torch.nan)
+
+    found = {
+        "whole": large.product(activations),
+        "projected": large.project(activations, poisoned()),
+        "tiled": small.product(activations),
+        "decoded": activations @ decoded.T,
+        "dense": dense.product(activations),
+        "dense-projected": dense.project(activations, poisoned()),
+        "whole-bf16": large.product(half),
+        "projected-bf16": large.project(half, poisoned()),
+        "tiled-bf16": small.product(half),
+        "dense-bf16": rounded.product(half),
+    }
+    return {f"rows-{name}": product.float().numpy() for name, product in found.items()}

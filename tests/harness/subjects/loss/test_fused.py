@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from q4kd.harness.oracles.events import exact_topk
 from q4kd.harness.oracles.reference import reference_loss
 from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.runs.probes import PROBES
@@ -20,17 +21,17 @@ def test_reference_over_events_is_the_numerical_derivative_and_a_lower_bound() -
         settings = {"divergence": divergence, "beta": 0.3, "alpha": 0.2}
         whole = reference_loss(student, teacher, labels, temperature=1.0, **settings)  # type: ignore[arg-type]
         every = np.tile(np.arange(7), (3, 1))
-        loss, grad, _ = fused.exact_topk(student, teacher, labels, every, settings)
+        loss, grad, _ = exact_topk(student, teacher, labels, every, settings)
         assert loss == pytest.approx(whole.loss, rel=1e-12)
         assert grad == pytest.approx(whole.grad_logits, abs=1e-12)
         ids = np.array([[0, 3], [6, 1], [2, 4]])
-        _, grad, kd = fused.exact_topk(student, teacher, labels, ids, settings)
+        _, grad, kd = exact_topk(student, teacher, labels, ids, settings)
         assert 0 < kd < whole.kd
         for index in np.ndindex(student.shape):
             step = np.zeros_like(student)
             step[index] = 1e-6
-            up, *_ = fused.exact_topk(student + step, teacher, labels, ids, settings)
-            down, *_ = fused.exact_topk(student - step, teacher, labels, ids, settings)
+            up, *_ = exact_topk(student + step, teacher, labels, ids, settings)
+            down, *_ = exact_topk(student - step, teacher, labels, ids, settings)
             assert abs((up - down) / 2e-6 - grad[index]) < 1e-8
 
 
@@ -49,7 +50,7 @@ def test_every_array_of_the_experiment_is_within_its_claim(tmp_path: Path) -> No
     assert PROBES["fused-losses"](words) == 0
     facts = experiment.collect(tmp_path, inputs)
     bounds = {"loss": 1e-6, "grad-hidden": 1e-5, "grad-weight": 1e-5}
-    rows = {"fast": 6, "low": 6, "topk": 9}
+    rows = {"fast": 6, "low": 6, "topk": 9, "unset": 3}
     wanted = {f"{form}-{name}" for form in rows for name in bounds}
     assert set(facts["comparators"]) == wanted | {"topk-excess", "topk-whole"}
     for name in wanted:
