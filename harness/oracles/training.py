@@ -1,7 +1,7 @@
 """A run of several steps in float64, from its files and settings alone: what each step and evaluation must say.
 
-The student is a Qwen2 of one's own in torch.float64, whose gradients are autograd's; attention is masked by the
-documents' numbers. The loss is Hinton's (https://arxiv.org/abs/1503.02531) with generalised divergences
+Both models are a Qwen2 of the harness's own in torch.float64, masked by the documents' numbers; the student's gradients
+are autograd's. The loss is Hinton's (https://arxiv.org/abs/1503.02531) with generalised divergences
 (https://arxiv.org/abs/2306.13649), over all labelled positions of a step; the update is AdamW
 (https://arxiv.org/abs/1711.05101). A bfloat16 student multiplies by its rounded masters.
 
@@ -9,7 +9,8 @@ Letters in shapes: B sequences, T positions, N query heads, K key-value heads, D
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,7 +78,18 @@ class Replay:
     clipped: list[bool] = field(default_factory=list)
 
 
-# --- the student ---
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread of torch for a while: on tensors this small, several would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- the models ---
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,8 +123,15 @@ def _attention(weights: Weights, at: str, config: Mapping[str, Any], x_BTH: Tens
     return mixed.transpose(1, 2).flatten(-2) @ weights[f"{at}o_proj.weight"].T
 
 
-def student_logits(weights: Weights, config: Mapping[str, Any], windows: Windows, drop: Drop) -> Tensor:
-    """Return float64 logits ``[B, T, V]`` of a qwen2 student with a tied head, by its Hugging Face names and config."""
+def logits_of(weights: Weights, config: Mapping[str, Any], windows: Windows, drop: Drop) -> Tensor:
+    """Return float64 logits ``[B, T, V]`` of a qwen2 with a tied head; no position sees another document.
+
+    Args:
+        weights: float64, by their Hugging Face names.
+        config: what config.json says of layers, heads, RMSNorm and RoPE.
+        windows: ids, and the number of each position's document.
+        drop: masks of the attention's dropout, one call a layer.
+    """
     documents, length = torch.from_numpy(windows.documents), windows.ids.shape[1]
     behind = torch.arange(length)[:, None] >= torch.arange(length)
     seen = (behind & (documents[:, :, None] == documents[:, None, :]))[:, None]
@@ -128,7 +147,8 @@ def student_logits(weights: Weights, config: Mapping[str, Any], windows: Windows
     return _norm(x, weights["model.norm.weight"], eps) @ embedding.T
 
 
-def _keep_all(_shape: tuple[int, ...]) -> Tensor:
+def keep_all(_shape: tuple[int, ...]) -> Tensor:
+    """Drop nothing."""
     return torch.ones((), dtype=torch.float64)
 
 
@@ -139,7 +159,7 @@ def seeded_dropout(probability: float, seed: int) -> Drop:
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape).bernoulli_(1 - probability, generator=generator).double() / (1 - probability)
 
-    return draw if probability else _keep_all
+    return draw if probability else keep_all
 
 
 # --- the loss ---
@@ -171,7 +191,7 @@ def _evaluate(weights: Weights, config: Mapping[str, Any], half: Half, count: in
     """Return loss, perplexity, KL at temperature 1, agreement and tokens of the first ``count`` windows."""
     chosen = range(count)
     with torch.no_grad():
-        logits = student_logits(weights, config, half.windows.take(np.arange(count)), _keep_all)
+        logits = logits_of(weights, config, half.windows.take(np.arange(count)), keep_all)
         student, teacher, labels = _labelled(logits, half, chosen)
         log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
         loss = -float(log_q[torch.arange(len(labels)), labels].mean())
@@ -249,7 +269,7 @@ def replay(
         targets = max(1, int((train.windows.labels[chosen] != MASKED).sum()))
         ce_sum = kd_sum = torch.zeros((), dtype=torch.float64)
         for part in np.split(chosen, recipe.accumulation):
-            logits = student_logits(weights, config, train.windows.take(part), drop)
+            logits = logits_of(weights, config, train.windows.take(part), drop)
             student, teacher, labels = _labelled(logits, train, part.tolist())
             ce_sum = ce_sum - student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
             kd_sum = kd_sum + _divergences(student, teacher, recipe).sum()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from q4kd.harness.inputs.apr_write import huggingface_name
 from q4kd.harness.inputs.arrays import Arrays, Floats, arrays_input, read_arrays
 from q4kd.harness.inputs.command_lines import set_words
 from q4kd.harness.inputs.small_pair import (
@@ -18,7 +19,7 @@ from q4kd.harness.inputs.small_pair import (
     small_student,
     small_teacher,
 )
-from q4kd.harness.oracles.reference import ReferenceModel, read_gguf, reference_logits
+from q4kd.harness.oracles.reference import read_gguf
 from q4kd.harness.oracles.windows import Packing, Windows, cut_windows
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.trainer.files import read_json
@@ -164,14 +165,22 @@ def _start_weights(inputs: Inputs, leg: Leg) -> Arrays:
     return {name: value.to(dtype).double().numpy() for name, value in tensors.items()}
 
 
-def _teach(model: ReferenceModel, windows: Windows) -> Floats:
-    """Return the teacher's logits of the student's rows ``[N, T, V]``, of each document of a window alone."""
-    logits = np.empty((*windows.ids.shape, ROWS))
-    for number, (ids, documents) in enumerate(zip(windows.ids, windows.documents, strict=True)):
-        borders = np.flatnonzero(np.diff(documents)) + 1
-        parts = [reference_logits(model, part) for part in np.split(ids, borders)]
-        logits[number] = np.concatenate(parts)[:, :ROWS]
-    return logits
+def _teach(inputs: Inputs, windows: Windows) -> Floats:
+    """Return the teacher's logits of the student's rows ``[N, T, V]``, its weights decoded by the gguf package."""
+    import torch
+
+    from q4kd.harness.oracles.training import keep_all, logits_of
+
+    model = read_gguf(small_teacher(inputs))
+    config = {
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "rms_norm_eps": model.rms_eps,
+        "rope_theta": model.frequencies[1] ** -len(model.frequencies),
+    }
+    weights = {huggingface_name(name): torch.from_numpy(weight) for name, weight in model.weights.items()}
+    return np.asarray(logits_of(weights, config, windows, keep_all)[..., :ROWS].numpy())
 
 
 def _half(inputs: Inputs, leg: Leg, which: tuple[int, int]) -> "Half":
@@ -179,15 +188,16 @@ def _half(inputs: Inputs, leg: Leg, which: tuple[int, int]) -> "Half":
 
     documents = completion_documents(*which, only_completions=leg.only_completions)
     windows = cut_windows(documents, SEQ_LEN, leg.packing)
-    return Half(windows, _teach(read_gguf(small_teacher(inputs)), windows))
+    return Half(windows, _teach(inputs, windows))
 
 
 def _replayed(inputs: Inputs, leg: Leg) -> Arrays:
-    from q4kd.harness.oracles.training import Recipe, replay
+    from q4kd.harness.oracles.training import Recipe, one_thread, replay
 
     recipe = Recipe(**leg.settings, rounds_weights=leg.rounds_weights)
     config, start = read_json(_student(inputs, leg) / "config.json"), _start_weights(inputs, leg)
-    found = replay(recipe, config, start, _half(inputs, leg, TRAINED), _half(inputs, leg, HELD_OUT))
+    with one_thread():
+        found = replay(recipe, config, start, _half(inputs, leg, TRAINED), _half(inputs, leg, HELD_OUT))
     arrays: Arrays = {f"weight:{name}": value for name, value in found.weights.items()}
     arrays |= {f"start:{name}": value for name, value in start.items()}
     arrays["steps"] = np.array(found.steps)
