@@ -1,6 +1,7 @@
 """Checks before the first step: a run that cannot teach anything is refused, not started."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def check_labels(order: Order, path: Path) -> None:
         raise InputError("labels", expected=expected, got=got, remedy=remedy)
 
 
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Put the model into evaluation mode for a while: no dropout disturbs what is compared, nor is any drawn."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: int, device: torch.device) -> None:
     """Refuse a student in which packed documents would see each other: another first one must not change the second.
@@ -101,10 +113,9 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     ids_1T = (positions % vocab_size)[None]
     other_1T = torch.where(positions < half, (ids_1T + 1) % vocab_size, ids_1T)
     starts_1T = (positions // half * half)[None]
-    was_training = model.training
-    model.eval()
-    runs = [model(ids, ids, None, 1, starts_1T, use=lambda hidden, _head: hidden.clone()) for ids in (ids_1T, other_1T)]
-    model.train(was_training)
+    windows = (ids_1T, other_1T)
+    with _without_dropout(model):
+        runs = [model(ids, ids, None, 1, starts_1T, use=lambda hidden, _head: hidden.clone()) for ids in windows]
     reshard(model)
     if not torch.equal(runs[0][half:], runs[1][half:]):
         expected = "attention that takes a mask, for packing: documents"
@@ -139,7 +150,7 @@ def holds_teacher_file(teacher: Path, student: Path) -> bool:
 
 @torch.no_grad()
 def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
-    """Return the mean KL(teacher || student) in nats over the first sequence of a batch; ``model`` may be wrapped."""
+    """Return the mean KL(teacher || student) in nats over the first sequence of a batch, without dropout; ``model`` may be wrapped."""
     ids_1T, starts_1T = ids_BT[:1], None if starts_BT is None else starts_BT[:1]
     teacher_TH = teacher.hidden(ids_1T, starts_1T)[0]
 
@@ -148,7 +159,8 @@ def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor
         log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
-    kl: float = model(ids_1T, ids_1T, None, 1, starts_1T, use=measure)
+    with _without_dropout(model):
+        kl: float = model(ids_1T, ids_1T, None, 1, starts_1T, use=measure)
     reshard(model)
     return kl
 
@@ -185,7 +197,8 @@ def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) 
         # Every position counts, as with a loaded teacher: any token that is not masked serves as a label.
         return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
 
-    kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)
+    with _without_dropout(model):
+        kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)
     reshard(model)
     if kl < KL_FLOOR:
         raise _degenerate(f"KL {kl:.2e} over the cached tokens")

@@ -187,8 +187,8 @@ def prepare_student(
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
     model = prepare_model(accelerator, DistillationModel(student, config.loss))
-    if accelerator.process_index:  # The weights are drawn by now; from here on each process draws dropout of its own.
-        torch.manual_seed(config.seed + accelerator.process_index)
+    # The weights are drawn or loaded by now; from here on each process draws dropout of its own.
+    torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
