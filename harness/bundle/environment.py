@@ -15,8 +15,8 @@ from q4kd.harness.records.json_types import JsonValue
 from q4kd.harness.records.redact import redact
 
 PACKAGES = (
-    "q4kd", "accelerate", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy", "nvidia-ml-py", "psutil",
-    "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch", "transformers", "triton",
+    "q4kd", "accelerate", "bitsandbytes", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy",
+    "nvidia-ml-py", "psutil", "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch", "transformers", "triton",
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
