@@ -16,7 +16,8 @@ from q4kd.harness.records.redact import redact
 
 PACKAGES = (
     "q4kd", "accelerate", "bitsandbytes", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy",
-    "nvidia-ml-py", "psutil", "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch", "transformers", "triton",
+    "nvidia-ml-py", "psutil", "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch",
+    "transformers", "triton",
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
