@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from q4kd.harness.inputs.arrays import Floats
-from q4kd.harness.inputs.collect import read_events, save_pairs
+from q4kd.harness.inputs.collect import run_terms, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, named_run, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, demo_student, demo_teacher
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
@@ -15,7 +14,6 @@ from q4kd.trainer.files import write_json
 
 # bitsandbytes takes about a second for a step of the demo's 0.7 M weights on the CPU, so there are few.
 STEPS, STOPPED_AT = 6, 3
-_TERMS = ("loss", "ce", "kd", "grad_norm")
 _BLOCK = 256
 # What is compared with adamw on each device. Pages move between a GPU and its host, so the CPU has none.
 _OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
@@ -48,7 +46,7 @@ def _argv(device: str, inputs: Inputs) -> list[str]:
     return [*probe_words("commands", cases=cases, out="commands.json"), "--deterministic"]
 
 
-def _moments(path: Path) -> dict[str, int]:
+def count_moments(path: Path) -> dict[str, int]:
     """Count the weights whose moments a checkpoint holds in 8 and in 32 bits, and the bytes of the former's."""
     from safetensors.numpy import load_file
 
@@ -64,17 +62,11 @@ def _moments(path: Path) -> dict[str, int]:
     }
 
 
-def _terms(path: Path) -> Floats:
-    """Return the terms of every step of a run's events, ``[steps, 4]``."""
-    steps = read_events(path.parent, "step", path.name) if path.is_file() else []
-    return np.array([[event[key] for key in _TERMS] for event in steps], np.float64).reshape(-1, len(_TERMS))
-
-
 def _collect(device: str, run_dir: Path, _inputs: Inputs) -> Facts:
-    """Compare every step with adamw's and with a resumed run's, all optimisers in turn; count what is kept in 8 bits."""
+    """Compare every step with adamw's and a resumed run's, one optimiser after another; count what is in 8 bits."""
     names = _OPTIMIZERS[device]
-    plain = _terms(run_dir / "adamw.jsonl")
-    whole, resumed = ([_terms(run_dir / f"{name}-{arm}.jsonl") for name in names] for arm in ("whole", "stopped"))
+    plain = run_terms(run_dir, "adamw")
+    whole, resumed = ([run_terms(run_dir, f"{name}-{arm}") for name in names] for arm in ("whole", "stopped"))
     checkpoints = {
         name: run_dir / f"{name}-whole" / "checkpoints" / f"step-{STEPS:06d}" / "optimizer.safetensors"
         for name in names
@@ -86,7 +78,9 @@ def _collect(device: str, run_dir: Path, _inputs: Inputs) -> Facts:
     comparators = save_pairs(run_dir, pair, ("moments of bitsandbytes", "float32 moments of torch"))
     pair = {"resumed": (np.concatenate(resumed), np.concatenate(whole))}
     comparators |= save_pairs(run_dir, pair, ("run stopped and resumed", "run left alone"))
-    moments = {f"{name}: {what}": count for name, path in checkpoints.items() for what, count in _moments(path).items()}
+    moments = {
+        f"{name}: {what}": count for name, path in checkpoints.items() for what, count in count_moments(path).items()
+    }
     return {"comparators": comparators, "tables": {"moments": moments}}
 
 
