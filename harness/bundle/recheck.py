@@ -13,7 +13,7 @@ from q4kd.harness.claims.contract import parse_contract
 from q4kd.harness.claims.folder import contract_files
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan
-from q4kd.harness.claims.profile import profile_bytes
+from q4kd.harness.claims.profile import EXTRAS, profile_bytes
 from q4kd.harness.claims.waivers import expired_lines
 from q4kd.harness.judging.kill_records import KillRecord, read_kill_records
 from q4kd.harness.judging.results import Findings, KillOutcome, KillStatus
@@ -134,6 +134,22 @@ def waiver_lines(plan: Plan, contracts: Sequence[Contract], created: str) -> tup
     holding = [waiver for waiver in plan.waivers if waiver.holds_on(created)]
     said = [f"{waiver.claim} may be inconclusive: {waiver}" for waiver in holding]
     return wrong, [printable(line, 300) for line in (*said, *expired_lines(plan.waivers, created))]
+
+
+def extras_lines(plan: Plan, environment: JsonRecord) -> tuple[list[str], list[str]]:
+    """Return what the plan counts on beside its profile and the environment lacks, and what it leaves uncounted.
+
+    The latter puts claims out of scope; a GPU that CUDA was not to use is an honest reason for it.
+    """
+    gpu, packages = environment.get("gpu"), environment.get("packages")
+    names = gpu.get("names", []) if isinstance(gpu, dict) else []
+    has = {
+        "two_gpus": isinstance(names, list) and len(names) >= 2,
+        "bitsandbytes": isinstance(packages, dict) and "bitsandbytes" in packages,
+    }
+    wrong = [f"plan: counts on {name}, which environment.json does not show" for name in plan.extras if not has[name]]
+    left = [name for name in EXTRAS if has[name] and name not in plan.extras]
+    return wrong, [f"environment.json shows {name}; the plan leaves claims that need it out of scope" for name in left]
 
 
 def contract_differences(store: Store, folder: Path, profile: str) -> list[str]:

@@ -160,14 +160,18 @@ def _check_contents(store: Store, contracts_folder: Path | None, envelope: dsse.
         extras=recorded.extras,
     )
     notes.mismatches += plan_differences(recorded, plan)
-    wrong, said = recheck.waiver_lines(plan, contracts, findings.created)
-    notes.mismatches += wrong
-    notes.caveats += said
+    environment = read_object(store, "environment.json")
+    for wrong, said in (
+        recheck.waiver_lines(plan, contracts, findings.created),
+        recheck.extras_lines(plan, environment),
+    ):
+        notes.mismatches += wrong
+        notes.caveats += said
     notes.mismatches += [f"plan: unknown field {key}" for key in sorted(set(written) - set(plan.to_json()))]
     notes.mismatches += recheck.given_differences(recorded, read_object(store, "inputs.json"))
     if findings.scope != plan.scope:
         notes.mismatches.append(f"scope recorded as {findings.scope}, expected {plan.scope}")
-    if read_object(store, "environment.json").get("profile") != findings.profile:
+    if environment.get("profile") != findings.profile:
         notes.mismatches.append("environment.json: made on another profile than the findings")
     _check_findings(store, findings, contracts, plan, notes)
     if contracts_folder is not None:

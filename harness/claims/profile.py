@@ -3,9 +3,10 @@
 What machines of one class differ in (``EXTRAS``) is looked for before anything runs, and kept in the plan.
 """
 
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -182,7 +183,9 @@ def find_extras(
     names = (probe or probe_gpu)().names
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = len(names) if shown is None else min(len(names), len([part for part in shown.split(",") if part.strip()]))
-    has = {"two_gpus": gpus >= 2, "bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None}
+    has = {"two_gpus": gpus >= 2, "bitsandbytes": False}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        has["bitsandbytes"] = bool(importlib.metadata.version("bitsandbytes"))
     return frozenset(name for name in EXTRAS if has[name])
 
 

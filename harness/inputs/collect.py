@@ -52,6 +52,16 @@ def step_terms(run_dir: Path, *more: str) -> Floats:
     return np.array(terms, np.float64).reshape(-1, len(keys))
 
 
+def run_terms(run_dir: Path, name: str) -> Floats:
+    """Return loss, cross-entropy, KD term and gradient norm of each step of a ``named_run``, ``[steps, 4]``.
+
+    A run that did not come so far as to write its events has no step.
+    """
+    file, keys = f"{name}.jsonl", ("loss", "ce", "kd", "grad_norm")
+    steps = read_events(run_dir, "step", file) if (run_dir / file).is_file() else []
+    return np.array([[event[key] for key in keys] for event in steps], np.float64).reshape(-1, len(keys))
+
+
 # --- files of a probe and of a run ---
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from q4kd.harness.inputs.arrays import Floats
-from q4kd.harness.inputs.collect import Comparators, Event, read_events, save_pairs
+from q4kd.harness.inputs.collect import Comparators, Event, read_events, run_terms, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, named_run, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_student, demo_teacher
 from q4kd.harness.inputs.synthetic_students import student_shape
@@ -16,7 +16,6 @@ from q4kd.harness.subjects.training.guards import EXACT_STUDENT, EXACT_TEACHER, 
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
 _CUDA = ("cuda",)
-_TERMS = ("loss", "ce", "kd", "grad_norm")
 
 
 # --- cuda-resumed-runs: a run stopped and resumed, beside the same left alone, with weights and with adapters ---
@@ -49,12 +48,6 @@ def _resumed_argv(inputs: Inputs) -> list[str]:
     return [*probe_words("commands", cases=cases, out="commands.json"), "--deterministic"]
 
 
-def _terms(path: Path) -> Floats:
-    """Return the terms of every step of a run's events, ``[steps, 4]``."""
-    steps = read_events(path.parent, "step", path.name) if path.is_file() else []
-    return np.array([[event[key] for key in _TERMS] for event in steps], np.float64).reshape(-1, len(_TERMS))
-
-
 @experiment(
     "cuda-resumed-runs",
     f"{STEPS} steps on the GPU stopped after {STOPPED_AT} and resumed, beside two runs left alone, twice",
@@ -64,10 +57,10 @@ def _terms(path: Path) -> Floats:
 def collect_resumed(run_dir: Path, _inputs: Inputs) -> Facts:
     """Compare every step, and the final models, with those of a run left alone; and two of these with each other."""
     rows: dict[str, list[Floats]] = {"resumed": [], "again": [], "whole": []}
-    models: dict[str, list[str | None]] = {"stopped": [], "again": [], "whole": []}
+    models: dict[str, list[str | None]] = {"stopped": [], "whole": []}
     for kind in _KINDS:
         for name, others in (("resumed", "stopped"), ("again", "again"), ("whole", "whole")):
-            rows[name].append(_terms(run_dir / f"{kind}-{others}.jsonl"))
+            rows[name].append(run_terms(run_dir, f"{kind}-{others}"))
         for name, digests in models.items():
             path = run_dir / f"{kind}-{name}" / "model" / "model.safetensors"
             digests.append(sha256_file(path) if path.is_file() else None)

@@ -390,3 +390,18 @@ def test_a_claim_that_was_not_judged_may_rest_on_good_runs(bundle: Path) -> None
     edit(bundle / "findings.json", lambda d: d["findings"][0].update(sabotage=[CAUGHT]))
     close_bundle(bundle)
     assert any("all the same" in problem for problem in verify_bundle(bundle).problems)
+
+
+def test_what_a_plan_counts_on_is_laid_beside_the_environment(bundle: Path) -> None:
+    edit(bundle / "environment.json", lambda d: d.update(gpu={"names": ["NVIDIA H200"] * 2}, packages={}))
+    seal(bundle)
+    result = verify_bundle(bundle)
+    assert not any("plan" in problem for problem in result.problems)
+    left = "environment.json shows two_gpus; the plan leaves claims that need it out of scope"
+    assert left in result.caveats
+    edit(bundle / "plan.json", lambda d: d.update(extras=["bitsandbytes", "two_gpus"]))
+    seal(bundle)
+    result = verify_bundle(bundle)
+    assert result.exit_code == 1
+    assert "plan: counts on bitsandbytes, which environment.json does not show" in result.problems
+    assert not any("two_gpus" in line for line in (*result.problems, *result.caveats))

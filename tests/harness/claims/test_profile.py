@@ -113,9 +113,9 @@ def test_two_gpus_are_those_that_cuda_may_use(names: tuple[str, ...], shown: str
 def test_a_package_is_looked_for_without_importing_it(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
     if there:
-        monkeypatch.syspath_prepend(str(tmp_path))
-    else:
-        monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+        (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
+        (tmp_path / "bitsandbytes-0.50.2.dist-info").mkdir()
+        (tmp_path / "bitsandbytes-0.50.2.dist-info" / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.50.2\n")
     assert ("bitsandbytes" in find_extras(lambda: GpuProbe(driver_present=False), {})) == there

@@ -148,3 +148,34 @@ def test_a_checkpoint_names_no_pickle(tmp_path: Path) -> None:
     take(module, optimizer, range(1))
     save_file({name: tensor.contiguous() for name, tensor in optimizer.tensors()}, tmp_path / "o.safetensors")
     assert load_file(tmp_path / "o.safetensors")["0.weight|master"].dtype == torch.float32
+
+
+class SharedTable(torch.optim.SGD):
+    """Keeps, as optimisers of 8-bit moments do, one table that all parameters share, and an int counter."""
+
+    table = torch.linspace(-1, 1, 256)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    count = self.state[parameter].get("step", 0)
+                    self.state[parameter] |= {"step": count + 1, "qmap": self.table}
+
+
+def test_tables_that_moments_share_are_kept_with_each_and_come_back(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    module = model()
+    optimizer = MasterWeightOptimizer(module.named_parameters(), functools.partial(SharedTable, lr=0.1))
+    take(module, optimizer, range(2))
+    save_file(dict(optimizer.tensors()), tmp_path / "o.safetensors")
+    kept = load_file(tmp_path / "o.safetensors")
+    tables = [value for name, value in kept.items() if name.endswith("|qmap")]
+    assert len(tables) == 6 and all(torch.equal(table, SharedTable.table) for table in tables)
+    other = MasterWeightOptimizer(module.named_parameters(), functools.partial(SharedTable, lr=0.1))
+    other.load(kept.items())
+    for master in other.masters.values():
+        assert other.inner.state[master]["step"] == 2
+        assert torch.equal(other.inner.state[master]["qmap"], SharedTable.table)
