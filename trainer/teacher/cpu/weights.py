@@ -12,8 +12,9 @@ from q4kd.trainer.kernels.gemm import empty_huge, multiply
 
 # The scratch holds the largest matrix of a model of hidden size 768 whole, so its product needs no second copy.
 DEFAULT_SCRATCH_BYTES = 16 << 20
-# A bfloat16 tile is decoded in float32 runs of this many weights (2 MiB, within cache), then rounded once.
-_RUN_WEIGHTS = 1 << 19
+# A bfloat16 tile is decoded in float32 runs of this many weights (4 MiB, what the decoders take at once), then rounded
+# once. Of runs half as long twice as many start the threads, which is slow where other programs keep the cores busy.
+_RUN_WEIGHTS = 1 << 20
 # So many rows are multiplied at once where a product is made in parts; each part is copied into the result from cache.
 _TILE_ROWS = 1024
 
