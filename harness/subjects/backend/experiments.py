@@ -1,12 +1,16 @@
 """Experiments on the choice of backend and device: the decision tables, and real runs under each override."""
 
 import functools
+import json
 from pathlib import Path
 
-from q4kd.harness.inputs.arrays import read_array
+import gguf
+import numpy as np
+
+from q4kd.harness.inputs.arrays import random_ids, read_array, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_probe, read_events, save_pairs
-from q4kd.harness.inputs.demo import golden_ids, golden_teacher
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.trainer.bench.synthetic import write_large_teacher
 
 # --- decision-tables: every input of every table ---
 
@@ -18,11 +22,17 @@ declare(
 )
 
 
-# --- teacher-backends: the golden teacher under each override ---
+# --- teacher-backends: a teacher under each override, whose decoded weights are 155 MB and packed ones 23 MB ---
+
+POSITIONS, VOCAB, COLUMNS = 64, 4096, 128
+
+
+def _teacher(inputs: Inputs) -> Path:
+    return inputs.file("backends.gguf", functools.partial(write_large_teacher, layers=2, vocab=VOCAB))
 
 
 def _argv(backend: tuple[str, ...], inputs: Inputs) -> list[str]:
-    model, ids = str(golden_teacher(inputs)), str(golden_ids(inputs))
+    model, ids = str(_teacher(inputs)), str(random_ids(inputs, "backends-ids.npy", VOCAB, (1, POSITIONS)))
     common = ["--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
     return ["logits", model, "--ids", ids, *backend, *common]
 
@@ -35,26 +45,51 @@ def _announced(run_dir: Path) -> dict[str, str | bool]:
     return {"backend of the event": str(event.get("backend")), "reason of the event is the log's": line in stated}
 
 
-def _collect(run_dir: Path, _inputs: Inputs) -> Facts:
-    """Read what the default arm announced, and compare its logits with those of the dense arm, which runs later."""
+def _held(run_dir: Path, inputs: Inputs) -> Facts:
+    """Return how the anonymous memory that the supervisor saw grew while the teacher was there, whatever the log says.
+
+    Decoded weights are anonymous memory; packed ones are pages of the file, beside a scratch of 17 MB.
+    """
+    marks = [read_events(run_dir, name) for name in ("teacher_loading", "done")]
+    if not all(marks):
+        return {}
+    begin, end = (found[0]["t"] for found in marks)
+    lines = (run_dir / "memory.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [sample for sample in map(json.loads, lines) if begin <= sample["t"] <= end]
+    if len(samples) < 3:
+        return {}
+    before = next(sample for sample in reversed(list(map(json.loads, lines))) if sample["t"] <= samples[0]["t"])
+    grown = max(sample["rss_anon"] for sample in samples) - before["rss_anon"]
+    decoded = sum(4 * int(np.prod(tensor.shape)) for tensor in gguf.GGUFReader(_teacher(inputs)).tensors)
+    table = {"holds decoded weights": grown >= 0.9 * decoded, "holds no decoded weights": grown <= 0.4 * decoded}
+    return {"tables": {"held": table}, "anonymous_bytes": grown, "decoded_bytes": decoded}
+
+
+def _collect(run_dir: Path, inputs: Inputs) -> Facts:
+    """Measure what each arm held, read what the default one announced, and compare it with the dense one after it."""
+    facts = _held(run_dir, inputs)
     if arm_of(run_dir) == "default":
-        return {"tables": {"announced": _announced(run_dir)}}
+        tables = facts.get("tables")
+        return facts | {"tables": {**(tables if isinstance(tables, dict) else {}), "announced": _announced(run_dir)}}
     other = run_dir.parent / "teacher-backends.default" / "logits.npy"
     mine = run_dir / "logits.npy"
     if arm_of(run_dir) != "flag-dense" or not (other.is_file() and mine.is_file()):
-        return {}
-    pair = {"backends": (read_array(mine), read_array(other))}
-    return {"comparators": save_pairs(run_dir, pair, ("q4kd logits --backend dense", "q4kd logits, default backend"))}
+        return facts
+    columns = seeded_columns(VOCAB, COLUMNS)
+    pair = {"backends": (read_array(mine)[:, columns], read_array(other)[:, columns])}
+    sources = ("q4kd logits --backend dense", "q4kd logits, default backend")
+    return facts | {"comparators": save_pairs(run_dir, pair, sources)}
 
 
 def _arm(name: str, *backend: str, env: str | None = None) -> Arm:
     variables = {"Q4KD_TEACHER_BACKEND": env} if env else {}
-    return Arm(name, functools.partial(_argv, backend), timeout_s=120, env={**ONE_THREAD, **variables})
+    words = functools.partial(_argv, backend)
+    return Arm(name, words, timeout_s=120, env={**ONE_THREAD, **variables}, interval_s=0.01)
 
 
 declare(
     "teacher-backends",
-    "q4kd logits on the golden teacher: default, by option, by variable, and both at once",
+    "q4kd logits on a teacher of 39 M weights: default, by option, by variable, and both at once",
     _arm("default"),
     _arm("flag-dense", "--backend", "dense"),
     _arm("env-dense", env="dense"),

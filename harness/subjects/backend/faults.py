@@ -15,6 +15,7 @@ _CLASSIFY = "q4kd.trainer.device.devices:classify"
 _POLICY = "q4kd.trainer.device.devices:allocation_policy"
 _CHOOSE_BACKEND = "q4kd.trainer.device.backend:choose_backend"
 _PRODUCT = "q4kd.trainer.teacher.cpu.weights:DenseMatrix.product"
+_BUILD_MATRIX = "q4kd.trainer.teacher.cpu.weights:build_matrix"
 _EMIT = "q4kd.trainer.events:EventLog.emit"
 _ALLOCATE_BYTES = "q4kd.trainer.device.allocation:allocate_bytes"
 _Classify = Callable[[tuple[int, int], bool | None], str]
@@ -71,6 +72,11 @@ def _coarse_dense(_original: Call, self: "DenseMatrix", x: "Tensor") -> "Tensor"
     weight = self._weight_RK
     rounded = (weight / weight.abs().max() * 7).round() * weight.abs().max() / 7
     return x @ rounded.T
+
+
+@patch("dispatch", "packed-said-dense", "the dense backend is announced, and packed matrices are used", _BUILD_MATRIX)
+def _packed_said_dense(original: Call, _backend: str, *rest: object) -> object:
+    return original("q4k", *rest)
 
 
 @patch("dispatch", "backend-misreported", "the event of the choice always says dense", _EMIT)

@@ -10,9 +10,12 @@ from q4kd.harness.inputs.arrays import Arrays, arrays_input, random_ids, read_ar
 from q4kd.harness.inputs.collect import Comparators, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
-from q4kd.harness.inputs.synthetic_models import random_matrix
+from q4kd.harness.inputs.synthetic_models import MODELS, random_matrix
+from q4kd.harness.inputs.synthetic_models import VOCAB as SMALL_VOCAB
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.subjects.models.experiments import exact_logits, kept_logits, small_model, with_documents
+from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.formats.blocks.layout import FORMATS
 
 _CUDA = ("cuda",)
@@ -64,6 +67,51 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     exact = reference_logits(read_gguf(golden_teacher(inputs)), read_array(golden_ids(inputs))).astype(np.float32)
     pair = {"float64": (read_array(run_dir / "logits.npy"), exact)}
     return {"comparators": save_pairs(run_dir, pair, ("q4kd logits on the device", "float64 forward over gguf"))}
+
+
+# --- cuda-lengths: small models of every architecture beyond each size at which the forward pass changes its way ---
+
+# 16 tokens are multiplied straight from the blocks; from 512 the next weight is decoded beside the product; up to 1,024
+# a pass is replayed as a graph; 4,096 tokens go through the feed-forward at once. With documents there is no graph.
+# Two graphs are kept, so a third length goes without. The large model's file is read in pieces of 8 MiB.
+LENGTHS = {"few": (1, 13), "graph": (1, 600), "third": (1, 130), "again": (1, 600)}
+LENGTHS |= {"documents": (2, 600), "many": (9, 600)}
+LARGE_CASES = ("few", "graph", "third")
+
+
+def _length_models(inputs: Inputs) -> dict[str, Path]:
+    found = {name: small_model(inputs, name) for name in MODELS}
+    return found | {"large": inputs.file("large-2.gguf", functools.partial(write_large_teacher, layers=2))}
+
+
+def _lengths(inputs: Inputs) -> Path:
+    def make() -> Arrays:
+        rng = np.random.default_rng(17)
+        ids: Arrays = {name: rng.integers(0, SMALL_VOCAB, shape) for name, shape in LENGTHS.items()}
+        return ids | {"documents-starts": with_documents(ids["documents"], 37, 128, 450)}
+
+    return arrays_input(inputs, "cuda-lengths.npz", make)
+
+
+def _lengths_argv(dtype: str, inputs: Inputs) -> list[str]:
+    words = probe_words("model-logits", ids=_lengths(inputs), out="logits.npz", device="cuda", dtype=dtype)
+    return [*words, "--models", *map(str, _length_models(inputs).values())]
+
+
+@experiment(
+    "cuda-lengths",
+    "logits of small models on the device, from 13 to 5,400 tokens and of several documents, against float64",
+    *(Arm(dtype, functools.partial(_lengths_argv, dtype), timeout_s=300) for dtype in ("float32", "bfloat16")),
+    needs=_CUDA,
+    exclusive=True,
+)
+def _collect_lengths(run_dir: Path, inputs: Inputs) -> Facts:
+    found, ids, comparators = read_arrays(run_dir / "logits.npz"), read_arrays(_lengths(inputs)), Comparators()
+    for name, path in _length_models(inputs).items() if found else ():
+        cases = LARGE_CASES if name == "large" else tuple(LENGTHS)
+        pair = {name: (kept_logits(found, path.stem, cases), exact_logits(read_gguf(path), ids, cases))}
+        comparators |= save_pairs(run_dir, pair, ("the teacher on the device", "float64 forward over gguf"))
+    return {"comparators": comparators}
 
 
 # --- cuda-hold and cuda-busy: a teacher in the shapes of Qwen2.5-7B ---

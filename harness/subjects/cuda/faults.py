@@ -39,6 +39,18 @@ def _rope_layout_swapped(
     original(self, q, k, cos, sin, other, *rest, **options)
 
 
+@patch("dispatch", "device-late-tokens-left-out", "tokens after the first 4,096 of a pass are left out", _HIDDEN)
+def _late_tokens_left_out(original: Call, self: object, ids: "Tensor", *starts: object) -> object:
+    hidden: Tensor = original(self, ids, *starts)  # type: ignore[assignment]
+    hidden.view(-1, hidden.shape[-1])[4096:] = 0
+    return hidden
+
+
+@patch("dispatch", "device-documents-merged", "the device attends across the borders of packed documents", _HIDDEN)
+def _documents_merged(original: Call, self: object, ids: object, _starts: object = None) -> object:
+    return original(self, ids, None)
+
+
 @patch("memory", "device-ballast", "six sized more are held on the device", "q4kd.trainer.teacher.teacher:load_teacher")
 def _device_ballast(original: Call, *arguments: object, **options: object) -> object:
     import torch

@@ -1,6 +1,7 @@
 """Experiments on what leaves a run: exported models, and how far a quantised one is from its original."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,34 @@ from q4kd.harness.inputs.arrays import random_ids, read_array, read_arrays, seed
 from q4kd.harness.inputs.collect import collect_probe, reference_student, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, probe_words, run_program
 from q4kd.harness.inputs.demo import VOCAB, demo_student, demo_teacher
+from q4kd.harness.inputs.sentencepiece import write_sentencepiece_llama
 from q4kd.harness.inputs.synthetic_students import write_live_student
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.subjects.export.files import FILE_TYPES, file_table, folder_table
 from q4kd.harness.subjects.export.probes import FORMS
 from q4kd.trainer.files import read_json
 
 POSITIONS, COLUMNS = 64, 64
+# These tokens of the demo's vocabulary are added ones here, so that no merge makes or takes them, and one is special.
+ADDED_TOKENS = {"self": False, "class": True}
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
-# Rows of 256 and 512 weights hold superblocks; the head is one matrix with the embedding.
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Rows of 256 and 768 weights hold superblocks; 768 superblocks are quantised in two pieces. The head is the embedding.
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def live_student(inputs: Inputs) -> Path:
-    """Return a student whose every weight matters, with a chat template."""
-    make = functools.partial(write_live_student, source=demo_student(inputs), changes=SIZES, template=CHAT_TEMPLATE)
+    """Return a student whose every weight matters, with a chat template and two added tokens, one of them special."""
+
+    def make(folder: Path) -> None:
+        write_live_student(folder, source=demo_student(inputs), changes=SIZES, template=CHAT_TEMPLATE)
+        content = read_json(folder / "tokenizer.json")
+        (first,) = content["added_tokens"]
+        for token, is_special in ADDED_TOKENS.items():
+            added = {**first, "id": content["model"]["vocab"][token], "content": token, "special": is_special}
+            content["added_tokens"].append(added)
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
     return inputs.file("live-student", make)
 
 
@@ -41,11 +55,14 @@ def _text_folder(inputs: Inputs) -> Path:
     return inputs.file("export-texts", make)
 
 
+_FEW = ("--set", "eval_tokens=1024")
+
+
 def _run(inputs: Inputs, name: str, *words: str) -> Path:
     """Return the folder of a short run from the live student."""
 
     def make(folder: Path) -> None:
-        settings = ("--set", "steps=4", "--set", "checkpoint_every=2", "--set", "eval_every=2", *words)
+        settings = ("--set", "steps=4", "--set", "checkpoint_every=2", "--set", "eval_every=2", *_FEW, *words)
         argv = distill_words(demo_teacher(inputs), live_student(inputs), _text_folder(inputs), *settings)
         at = argv.index("--events")
         del argv[at : at + 2]
@@ -74,6 +91,7 @@ def _ids(inputs: Inputs) -> Path:
 
 def _export_argv(inputs: Inputs) -> list[str]:
     options = {"run": finished_run(inputs), "ids": _ids(inputs), "text": _text_folder(inputs) / "train.py"}
+    options["pieces"] = inputs.file("sentencepiece-llama", write_sentencepiece_llama)
     return probe_words("exported-models", **options, out="exported.npz", facts="probe.json")
 
 
@@ -104,6 +122,11 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     sources = ("the GGUF's tokenizer", "the run's tokenizer")
     comparators |= save_pairs(run_dir, {"token-ids": (found["ids"][None], expected[None])}, sources)
     tables = {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
+    for form, number in FILE_TYPES.items():
+        tables[form] = dict(file_table(run_dir / f"{form}.gguf", live_student(inputs), number, CHAT_TEMPLATE))
+    pieces = inputs.file("sentencepiece-llama", write_sentencepiece_llama)
+    tables["pieces"] = dict(file_table(run_dir / "pieces.gguf", pieces, FILE_TYPES["f16"], None))
+    tables["folder-files"] = dict(folder_table(run_dir / "hf", live_student(inputs)))
     return facts | {"comparators": comparators, "tables": tables}
 
 

@@ -1,6 +1,7 @@
 """Faults in what leaves a run: an export that is another model, a tokenizer that lost a part, wrong figures."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ _FILE_ROWS = "q4kd.trainer.formats.gguf.writer:file_rows"
 _QUANTIZE = "q4kd.trainer.formats.blocks.quantize:quantize"
 _PRE_TOKENIZER_NAME = "q4kd.trainer.formats.gguf.vocabulary:pre_tokenizer_name"
 _LOAD_TOKENIZER = "q4kd.trainer.student.model:load_tokenizer"
+_ADD_VOCABULARY = "q4kd.trainer.formats.gguf.vocabulary:add_vocabulary"
+_SCORES = "q4kd.trainer.formats.gguf.vocabulary:_scores"
+_HYPERPARAMETERS = "q4kd.trainer.formats.gguf.writer:add_hyperparameters"
+_EXPORT_HF = "q4kd.trainer.export.to_huggingface:export_hf"
 _PROVENANCE = "q4kd.trainer.export.model_card:provenance"
 _PUBLIC = "q4kd.trainer.export.run_record:_public"
 _CHECK_COMPARABLE = f"{_FIDELITY}:check_comparable"
@@ -101,6 +106,53 @@ for _name, _part, _title in (
 ):
     _apply = functools.partial(_vocabulary_without, _part)
     declare("vocabulary", _name, _title, _apply, f"{_SOURCE}:read_vocabulary")
+
+
+def _with_types(change: Callable[[int], int]) -> None:
+    """Write the vocabulary, then change the kinds of its tokens: the exporter's own reader does not look at them."""
+
+    def make(original: Call) -> Call:
+        def add(writer: Any, *rest: object) -> None:
+            original(writer, *rest)
+            kinds = writer.kv_data[-1]["tokenizer.ggml.token_type"]
+            kinds.value = [change(kind) for kind in kinds.value]
+
+        return add
+
+    replace(_ADD_VOCABULARY, make)
+
+
+# Kinds of llama.cpp: 1 normal, 3 control, 4 user-defined, 5 unused, 6 byte.
+for _name, _from, _to, _title in (
+    ("added-tokens-plain", 4, 1, "added tokens are exported as plain ones"),
+    ("control-tokens-plain", 3, 1, "special tokens are exported as plain ones"),
+    ("bytes-plain", 6, 1, "the byte tokens of a SentencePiece vocabulary are exported as plain ones"),
+    ("padding-rows-plain", 5, 1, "rows without a token are exported as plain tokens"),
+):
+    _change = functools.partial(lambda old, new, kind: new if kind == old else kind, _from, _to)
+    declare("vocabulary", _name, _title, functools.partial(_with_types, _change), _ADD_VOCABULARY)
+
+
+@patch("vocabulary", "scores-dropped", "every SentencePiece score is exported as zero", _SCORES)
+def _scores_dropped(original: Callable[..., list[float]], *arguments: object) -> list[float]:
+    return [0.0 for _ in original(*arguments)]
+
+
+@patch("vocabulary", "vocabulary-size-dropped", "the GGUF does not say the size of its vocabulary", _HYPERPARAMETERS)
+def _vocabulary_size_dropped(original: Call, writer: Any, config: "TeacherConfig") -> None:
+    original(writer, config)
+    del writer.kv_data[-1][f"{config.architecture}.vocab_size"]
+
+
+@patch("vocabulary", "folder-added-tokens-special", "every added token of a folder is a special one", _EXPORT_HF)
+def _folder_added_special(original: Call, source: object, out: Path, **options: object) -> object:
+    report = original(source, out, **options)
+    path = out / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for added in content["added_tokens"]:
+        added["special"] = True
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return report
 
 
 @patch("vocabulary", "another-split", "the GGUF says that text is split as GPT-2 does", _PRE_TOKENIZER_NAME)

@@ -16,8 +16,8 @@ FORMS = ("f16", "q8_0", "q4_k_m")
 
 
 @probe("exported-models")
-def exported_models(run: Path, ids: Path, text: Path, out: Path, facts: Path) -> int:
-    """Export a run in every form, and record the logits of each, and the ids that the GGUF's tokenizer gives."""
+def exported_models(run: Path, pieces: Path, ids: Path, text: Path, out: Path, facts: Path) -> int:
+    """Export a run in every form, and a SentencePiece model; record logits, and ids that a GGUF's tokenizer gives."""
     import torch
 
     from q4kd.harness.__main__ import main
@@ -31,6 +31,7 @@ def exported_models(run: Path, ids: Path, text: Path, out: Path, facts: Path) ->
     codes = {"hf": main(["export", str(run), "--format", "hf", "--out", "hf"])}
     for form in FORMS:
         codes[form] = main(["export", str(run), "--format", "gguf", "--quantize", form, "--out", f"{form}.gguf"])
+    codes["pieces"] = main(["export", str(pieces), "--format", "gguf", "--quantize", "f16", "--out", "pieces.gguf"])
     write_json(facts, {"exit_codes": codes})
     if any(codes.values()):
         return max(codes.values())

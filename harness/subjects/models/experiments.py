@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from q4kd.harness.inputs.apr_write import Names, convert_gguf
-from q4kd.harness.inputs.arrays import Array, array_input, read_array, read_arrays, rows_around, seeded_columns
+from q4kd.harness.inputs.arrays import Array, arrays_input, read_arrays, rows_around, seeded_columns
 from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
 from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
 from q4kd.harness.inputs.synthetic_models import (
@@ -19,12 +19,13 @@ from q4kd.harness.inputs.synthetic_models import (
     write_small_model,
     write_truncated,
 )
-from q4kd.harness.oracles.reference import read_gguf, reference_logits
+from q4kd.harness.oracles.reference import ReferenceModel, read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 
 # Longer than four blocks of attention, and no multiple of one; so is the vocabulary of a tile of the head.
 POSITIONS, BLOCK, TILE = 600, 128, 1024
 COLUMNS = 64
+CASES = ("one", "documents")
 # These models also exist as .apr, with the tensor names of that convention.
 APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
 
@@ -44,7 +45,9 @@ def small_apr(inputs: Inputs, name: str) -> Path:
 
 
 def _ids(inputs: Inputs) -> Path:
-    return array_input(inputs, "models/ids.npy", lambda: model_ids(POSITIONS))
+    ids = model_ids(POSITIONS)[None]
+    cases = {"one": ids, "documents": ids, "documents-starts": with_documents(ids, 37, 128, 450)}
+    return arrays_input(inputs, "models/ids.npz", lambda: cases)
 
 
 def _files(inputs: Inputs) -> dict[str, Path]:
@@ -57,11 +60,40 @@ def _models_argv(inputs: Inputs) -> list[str]:
     return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
 
 
-def kept(logits_TV: Array) -> Array:
+def _kept(logits_TV: Array) -> Array:
     """Return the rows of logits around the edges of blocks, and a seeded choice of columns on both sides of a tile."""
-    rows = rows_around(POSITIONS, *range(BLOCK, POSITIONS, BLOCK), others=64)
+    rows = rows_around(len(logits_TV), *range(BLOCK, len(logits_TV), BLOCK), others=16)
     last = TILE + seeded_columns(logits_TV.shape[1] - TILE, COLUMNS // 4)
-    return logits_TV[rows][:, np.concatenate([seeded_columns(TILE, COLUMNS - len(last)), last])]
+    return np.asarray(logits_TV[rows][:, np.concatenate([seeded_columns(TILE, COLUMNS - len(last)), last])])
+
+
+def kept_logits(found: Mapping[str, Array], model: str, cases: Iterable[str]) -> Array:
+    """Return what is judged of a probe's logits of a model: of every case's first and last sequence."""
+    sequences = [sequence for case in cases for sequence in _ends(found[f"{model}-{case}"])]
+    return np.concatenate([_kept(sequence) for sequence in sequences])
+
+
+def exact_logits(model: ReferenceModel, ids: Mapping[str, Array], cases: Iterable[str]) -> Array:
+    """Return the same of a float64 forward pass over each document alone, as float32."""
+    kept = []
+    for case in cases:
+        starts = _ends(ids.get(f"{case}-starts", np.zeros_like(ids[case])))
+        for sequence, first in zip(_ends(ids[case]), starts, strict=True):
+            documents = np.split(sequence, np.flatnonzero(np.diff(first)) + 1)
+            kept.append(_kept(np.concatenate([reference_logits(model, part) for part in documents])))
+    return np.concatenate(kept).astype(np.float32)
+
+
+def _ends(sequences: Array) -> list[Array]:
+    return [sequences[index] for index in sorted({0, len(sequences) - 1})]
+
+
+def with_documents(ids_BT: Array, *firsts: int) -> Array:
+    """Return the starts of sequences of which further documents begin at ``firsts``, int64 ``[B, T]``."""
+    starts = np.zeros(ids_BT.shape, np.int64)
+    for first in firsts:
+        starts[:, first:] = first
+    return starts
 
 
 @experiment(
@@ -72,12 +104,11 @@ def kept(logits_TV: Array) -> Array:
 def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "logits.npz")):
         return {"comparators": {}}
-    logits = {name: kept(found[path.stem]) for name, path in _files(inputs).items()}
-    ids = read_array(_ids(inputs))
+    logits = {name: kept_logits(found, path.stem, CASES) for name, path in _files(inputs).items()}
+    ids = read_arrays(_ids(inputs))
     comparators: Comparators = {}
     for name in MODELS:
-        exact = reference_logits(read_gguf(small_model(inputs, name)), ids).astype(np.float32)
-        pair = {f"{name}-float64": (logits[name], kept(exact))}
+        pair = {f"{name}-float64": (logits[name], exact_logits(read_gguf(small_model(inputs, name)), ids, CASES))}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name}", "float64 forward over gguf"))
     for name in APR_NAMES:
         pair = {f"{name}-apr": (logits[f"{name}-apr"], logits[name])}

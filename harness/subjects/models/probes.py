@@ -1,26 +1,38 @@
 """Measurements on many model files in one child process, through the trainer's own loading functions."""
 
 from pathlib import Path
+from typing import Literal
 
-from q4kd.harness.inputs.arrays import Arrays, read_array, save_arrays
+from q4kd.harness.inputs.arrays import Arrays, read_arrays, save_arrays
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import write_json
 
 
 @probe("model-logits")
-def model_logits(ids: Path, out: Path, models: tuple[Path, ...]) -> None:
-    """Compute the logits of several models for the same ids: one array for each file, named by its stem."""
+def model_logits(
+    ids: Path,
+    out: Path,
+    models: tuple[Path, ...],
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Compute logits of several models: ``<stem>-<case>``, float32 ``[B, T, V]``, for each file and each case of ids.
+
+    ``--ids`` holds ``<case>``, int ``[B, T]``, and ``<case>-starts`` where a sequence holds several documents.
+    """
     import torch
 
     from q4kd.trainer.device.placement import place_teacher
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.teacher.teacher import load_teacher
 
-    ids_1T = torch.from_numpy(read_array(ids)).long().unsqueeze(0)
+    given = {name: torch.from_numpy(array).long() for name, array in read_arrays(ids).items()}
     arrays: Arrays = {}
     for path in models:
-        teacher = load_teacher(place_teacher(path, dtype="float32"), events=EventLog(None))
-        arrays[path.stem] = teacher.logits(ids_1T)[0].numpy()
+        teacher = load_teacher(place_teacher(path, dtype=dtype, device=device), events=EventLog(None))
+        for case in (name for name in given if not name.endswith("-starts")):
+            hidden_MH = teacher.hidden(given[case], given.get(f"{case}-starts")).flatten(0, 1)
+            arrays[f"{path.stem}-{case}"] = teacher.head_logits(hidden_MH).view(*given[case].shape, -1).cpu().numpy()
     save_arrays(out, arrays)
 
 
