@@ -165,8 +165,8 @@ def seeded_dropout(probability: float, seed: int) -> Drop:
 # --- the loss ---
 
 
-def _divergences(student_PV: Tensor, teacher_PV: Tensor, recipe: Recipe) -> Tensor:
-    """Return T² D of each row."""
+def divergences(student_PV: Tensor, teacher_PV: Tensor, recipe: Recipe) -> Tensor:
+    """Return T² D of each row of logits ``[P, V]``, float64 ``[P]``."""
     log_p = (teacher_PV / recipe.temperature).log_softmax(-1)
     log_q = (student_PV / recipe.temperature).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -272,7 +272,7 @@ def replay(
             logits = logits_of(weights, config, train.windows.take(part), drop)
             student, teacher, labels = _labelled(logits, train, part.tolist())
             ce_sum = ce_sum - student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
-            kd_sum = kd_sum + _divergences(student, teacher, recipe).sum()
+            kd_sum = kd_sum + divergences(student, teacher, recipe).sum()
         ce, kd = ce_sum / targets, kd_sum / targets
         loss = recipe.alpha * ce + (1 - recipe.alpha) * kd
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
