@@ -113,7 +113,7 @@ def _attention(weights: Weights, at: str, config: Mapping[str, Any], x_BTH: Tens
 
     def projected(name: str) -> Tensor:
         out = x_BTH @ weights[f"{at}{name}_proj.weight"].T + weights[f"{at}{name}_proj.bias"]
-        return out.unflatten(-1, (heads[name], -1)).transpose(1, 2)
+        return out.view(*out.shape[:-1], heads[name], -1).transpose(1, 2)
 
     query, key = (_rotated(projected(name), base) for name in "qk")
     key, value = (part.repeat_interleave(heads["q"] // heads["k"], 1) for part in (key, projected("v")))
@@ -214,7 +214,9 @@ def rate_of(recipe: Recipe, step: int, steps: int) -> float:
 
 def _used(masters: Weights, recipe: Recipe) -> dict[str, Tensor]:
     """Return what the student multiplies by, as leaves that take a gradient."""
-    rounded = {name: master.bfloat16().double() if recipe.rounds_weights else master for name, master in masters.items()}
+    rounded = {
+        name: master.bfloat16().double() if recipe.rounds_weights else master for name, master in masters.items()
+    }
     return {name: value.detach().clone().requires_grad_(True) for name, value in rounded.items()}
 
 

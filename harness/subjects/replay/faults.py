@@ -1,4 +1,4 @@
-"""Faults that a single step on one document does not show: in the loop, its optimiser, its evaluations, what it leaves."""
+"""Faults that a single step on one document does not show: in loop, optimiser, evaluations, and what a run leaves."""
 
 import dataclasses
 import functools
@@ -48,7 +48,9 @@ def _signal_without_starts(original: Call, self: object, batch: "Batch") -> obje
 
 
 @patch("loop", "step-without-starts", "in training the student is not told where documents begin", _FORWARD)
-def _step_without_starts(original: Call, self: object, *arguments: object, use: object = None, **options: Any) -> object:
+def _step_without_starts(
+    original: Call, self: object, *arguments: object, use: object = None, **options: Any
+) -> object:
     # Evaluations and the check before the first step, which ``use`` the hidden states, are left as they are.
     if use is None:
         arguments = (*arguments[:4], None)
