@@ -24,8 +24,8 @@ from q4kd.harness.oracles.windows import Document
 from q4kd.harness.runs.experiment import Inputs
 
 END = "<|endoftext|>"
-# The end-of-text token is the first id; these bytes follow it, and then rows that no token has. There are few, so that a
-# student soon prefers the teacher's token here and there.
+# The end-of-text token is the first id; these letters follow it, and then rows that no token has. There are few, so
+# that a student soon prefers the teacher's token here and there.
 LETTERS = "abcdefghijklmnopqrstuvwxyz_().,:=\"'# \n"
 ROWS = 48
 SHAPE = {**student_shape(hidden=32, ffn=64, layers=2, heads=4, kv_heads=2), "vocab_size": ROWS}

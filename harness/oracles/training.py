@@ -113,7 +113,7 @@ def _attention(weights: Weights, at: str, config: Mapping[str, Any], x_BTH: Tens
 
     def projected(name: str) -> Tensor:
         out = x_BTH @ weights[f"{at}{name}_proj.weight"].T + weights[f"{at}{name}_proj.bias"]
-        return out.unflatten(-1, (heads[name], -1)).transpose(1, 2)
+        return out.view(*out.shape[:-1], heads[name], -1).transpose(1, 2)
 
     query, key = (_rotated(projected(name), base) for name in "qk")
     key, value = (part.repeat_interleave(heads["q"] // heads["k"], 1) for part in (key, projected("v")))
@@ -165,8 +165,8 @@ def seeded_dropout(probability: float, seed: int) -> Drop:
 # --- the loss ---
 
 
-def _divergences(student_PV: Tensor, teacher_PV: Tensor, recipe: Recipe) -> Tensor:
-    """Return T² D of each row."""
+def divergences(student_PV: Tensor, teacher_PV: Tensor, recipe: Recipe) -> Tensor:
+    """Return T² D of each row of logits ``[P, V]``, float64 ``[P]``."""
     log_p = (teacher_PV / recipe.temperature).log_softmax(-1)
     log_q = (student_PV / recipe.temperature).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -214,7 +214,9 @@ def rate_of(recipe: Recipe, step: int, steps: int) -> float:
 
 def _used(masters: Weights, recipe: Recipe) -> dict[str, Tensor]:
     """Return what the student multiplies by, as leaves that take a gradient."""
-    rounded = {name: master.bfloat16().double() if recipe.rounds_weights else master for name, master in masters.items()}
+    rounded = {
+        name: master.bfloat16().double() if recipe.rounds_weights else master for name, master in masters.items()
+    }
     return {name: value.detach().clone().requires_grad_(True) for name, value in rounded.items()}
 
 
@@ -272,7 +274,7 @@ def replay(
             logits = logits_of(weights, config, train.windows.take(part), drop)
             student, teacher, labels = _labelled(logits, train, part.tolist())
             ce_sum = ce_sum - student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
-            kd_sum = kd_sum + _divergences(student, teacher, recipe).sum()
+            kd_sum = kd_sum + divergences(student, teacher, recipe).sum()
         ce, kd = ce_sum / targets, kd_sum / targets
         loss = recipe.alpha * ce + (1 - recipe.alpha) * kd
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))

@@ -57,7 +57,9 @@ def cut_windows(documents: Sequence[Document], length: int, packing: Packing) ->
             row = []
             for (token, _, number), (label, learns, next_number) in itertools.pairwise(joined[start:][: length + 1]):
                 crosses = packing == "documents" and number != next_number
-                row.append((token, label if learns and not crosses else MASKED, number if packing == "documents" else 0))
+                row.append(
+                    (token, label if learns and not crosses else MASKED, number if packing == "documents" else 0)
+                )
             if packing == "none":
                 row += [(0, MASKED, 0)] * (length - len(row))
             if len(row) == length:

@@ -1,4 +1,4 @@
-"""Faults that a single step on one document does not show: in the loop, its optimiser, its evaluations, what it leaves."""
+"""Faults that a single step on one document does not show: in loop, optimiser, evaluations, and what a run leaves."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
 _BATCH_FACTS = "q4kd.trainer.data.batch:Batch._read"
+_FORWARD = "q4kd.trainer.student.model:DistillationModel.forward"
 _SIGNAL = "q4kd.trainer.teacher.teacher:Teacher.signal"
 _EVALUATE = "q4kd.trainer.train.evaluate:evaluate"
 _SUMS = "q4kd.trainer.train.evaluate:_sums"
@@ -44,6 +45,16 @@ def _without_starts(batch: "Batch") -> "Batch":
 @patch("loop", "signal-without-starts", "in training the teacher is not told where documents begin", _SIGNAL)
 def _signal_without_starts(original: Call, self: object, batch: "Batch") -> object:
     return original(self, _without_starts(batch))
+
+
+@patch("loop", "step-without-starts", "in training the student is not told where documents begin", _FORWARD)
+def _step_without_starts(
+    original: Call, self: object, *arguments: object, use: object = None, **options: Any
+) -> object:
+    # Evaluations and the check before the first step, which ``use`` the hidden states, are left as they are.
+    if use is None:
+        arguments = (*arguments[:4], None)
+    return original(self, *arguments, use=use, **options)
 
 
 @patch("loop", "evaluation-without-starts", "evaluation drops the beginnings of documents", _EVALUATE)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SEQ_LEN = 64
 TRAINED, HELD_OUT = (0, 38), (100, 14)
-# No setting has its default, and eps is as large as the roots it is added to: a sign of a tiny gradient decides nothing.
+# Few settings have their default, and eps is as large as the roots it is added to, so that the sign of a tiny gradient
+# decides nothing.
 _COMMON: Mapping[str, Any] = {
     "seed": 11,
     "lr": 4e-3,
@@ -156,7 +157,8 @@ def _start_weights(inputs: Inputs, leg: Leg) -> Arrays:
     folder = _student(inputs, leg)
     if leg.is_fresh:
         torch.manual_seed(leg.settings["seed"])
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(AutoConfig.from_pretrained(folder, local_files_only=True))
         tensors = {name: value.detach() for name, value in model.named_parameters()}
     else:
         tensors = load_file(folder / "model.safetensors")
@@ -210,7 +212,8 @@ def _replayed(inputs: Inputs, leg: Leg) -> Arrays:
 def replayed(inputs: Inputs, name: str) -> Arrays:
     """Return the float64 replay of a run, computed once a session: it depends on files and settings alone.
 
-    ``steps [steps, 5]`` and ``evaluations [evaluations, 5]`` after the numbers of steps ``evaluated``, as in ``Replay``;
-    ``clipped [steps]``; ``start:NAME`` and ``weight:NAME`` are the weights before and after.
+    ``steps [steps, 5]``, ``evaluations [evaluations, 5]`` and ``clipped [steps]`` are those of ``Replay``;
+    ``evaluated`` is the number of steps before each evaluation; ``start:NAME`` and ``weight:NAME`` are the weights
+    before and after.
     """
     return read_arrays(arrays_input(inputs, f"replay-{name}.npz", functools.partial(_replayed, inputs, LEGS[name])))

@@ -17,6 +17,7 @@ from q4kd.trainer.student.step_clock import StepClock
 from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.distributed import make_accelerator
 from q4kd.trainer.train.evaluate import evaluate
+from q4kd.trainer.train.guards import step_zero_kl
 from q4kd.trainer.train.run.assembly import prepare_student
 from q4kd.trainer.train.step import learning_rate, train_step
 
@@ -141,3 +142,26 @@ def test_evaluation_counts_labels_alone_and_leaves_the_mode(teacher: Teacher) ->
     assert together.agreement == float((log_p.argmax(-1) == log_q.argmax(-1))[kept].double().mean())
     none = dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
     assert evaluate(accelerator, model, teacher, [none]) is None
+
+
+def test_dropout_follows_the_seed_where_the_student_has_weights_too() -> None:
+    drawn = []
+    for before, seed in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(before)  # whatever the process has drawn by then
+        prepare_student(settings(seed=seed), make_accelerator("cpu"), load_student(student_path(), 1))
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_check_before_the_first_step_drops_nothing(teacher: Teacher) -> None:
+    student: Any = load_student(student_path(), 1)
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model, _, _ = prepare_student(settings(), make_accelerator("cpu"), student)
+    model.train()
+    before, ids_BT = torch.get_rng_state(), masked_batch().ids_BT
+    found = step_zero_kl(teacher, model, ids_BT)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    model.eval()
+    assert step_zero_kl(teacher, model, ids_BT) == found
