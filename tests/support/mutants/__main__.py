@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[3]
 
 
 def main(words: list[str] | None = None) -> int:
-    """Return 0 when enough mutants are seen, 1 when not, 2 when the session could not be run, 130 when interrupted."""
+    """Run a session and write its report.
+
+    Returns:
+        0 when enough mutants are seen and no control is, 1 when not; 2 when the session could not be run, 130 when it
+        was interrupted.
+    """
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/mutants"), help="folder of the session; resumed when it is there")
@@ -25,13 +30,14 @@ def main(words: list[str] | None = None) -> int:
     add("--reached-only", action="store_true", help="only places that a claim's runs execute")
     add("--survivors-only", action="store_true", help="ask the tests only where no claim turned")
     add("--without", action="append", default=[], metavar="EXPERIMENT", help="ask no claim of this one; repeatable")
+    add("--controls", type=int, default=1, help="times that nothing is changed and every claim asked (default 1)")
     add("--least-turned", type=float, default=LEAST_TURNED, help="share that must turn a claim (default 0.90)")
     add("--least-seen", type=float, default=LEAST_SEEN, help="share that a claim or a test must see (default 0.98)")
     add("--checkout", type=Path, default=ROOT, help="sources to copy (default: those this tool lies in)")
     args = parser.parse_args(words)
     options = Options(
         args.checkout.resolve(), args.out.resolve(), args.sample, args.seed, max(1, args.workers), args.minutes,
-        tuple(args.module), args.profile, args.reached_only, args.survivors_only, tuple(args.without),
+        tuple(args.module), args.profile, args.reached_only, args.survivors_only, tuple(args.without), args.controls,
     )  # fmt: skip
     try:
         outcome = run_session(options)
@@ -42,7 +48,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
     print(write_report(outcome, options.out))
-    return 0 if passes(outcome.trials, args.least_turned, args.least_seen) else 1
+    sound = not any(control.turned for control in outcome.controls)
+    return 0 if sound and passes(outcome.trials, args.least_turned, args.least_seen) else 1
 
 
 if __name__ == "__main__":

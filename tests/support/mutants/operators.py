@@ -33,7 +33,7 @@ class Mutant:
     Attributes:
         module: path from the root of the checkout, such as ``trainer/loss/fused.py``.
         function: qualified name of the definition it lies in, empty for the module itself.
-        operator: its kind, one of ``OPERATORS``.
+        operator: its kind, such as ``comparison``.
         start, end: offsets in bytes of the stretch that it replaces.
         line: line of ``start``, from 1.
         lines: first and last line of the statement, or of its header, that the change is part of.
@@ -62,6 +62,18 @@ class Mutant:
     def apply(self, source: bytes) -> bytes:
         """Return the module's bytes with the change made."""
         return source[: self.start] + self.text.encode() + source[self.end :]
+
+
+CONTROL = "control"
+_EVERY_LINE = (0, 1 << 30)
+
+
+def controls(module: str, count: int) -> list[Mutant]:
+    """Return mutants that change nothing and ask every claim that executes a line of a module."""
+    return [
+        Mutant(module, "", CONTROL, 0, 0, 0, _EVERY_LINE, "", f"nothing, {n}", "", f"control-{n}")
+        for n in range(1, count + 1)
+    ]
 
 
 def plan_mutants(module: str, source: bytes) -> list[Mutant]:

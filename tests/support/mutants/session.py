@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from mutants.clean import CleanExperiment, CleanStore
-from mutants.operators import Mutant
+from mutants.operators import Mutant, controls
 from mutants.sample import draw, load_equivalent, population, split_equivalent
 from mutants.tied import adopt_orphans
 from mutants.tree import Stopped, Tree
@@ -23,6 +23,8 @@ from mutants.trial import Trial, read_trials, try_mutant
 
 _Job = TypeVar("_Job")
 _LOOK_S = 0.5
+# Every run imports it.
+_EVERYWHERE = "trainer/errors.py"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Options:
     reached_only: bool = False
     survivors_only: bool = False
     without: tuple[str, ...] = ()
+    controls: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Outcome:
     """What a session knows at its end."""
 
     trials: list[Trial]
+    controls: list[Trial]
     planned: int
     places: int
     unreached: list[Mutant]
@@ -94,6 +98,8 @@ def run_session(options: Options) -> Outcome:
         unreached = [mutant for mutant in live if not _reached(mutant, experiments)]
         drawn = [m for m in live if _reached(m, experiments)] if options.reached_only else live
         chosen = drawn[: options.sample]
+        half = len(chosen) // 2  # when the session is under way
+        chosen = [*chosen[:half], *controls(_EVERYWHERE, options.controls), *chosen[half:]]
         results = options.out / "trials.jsonl"
         done = {trial.key for trial in read_trials(results)}
         writing = threading.Lock()
@@ -108,8 +114,9 @@ def run_session(options: Options) -> Outcome:
         for tree in trees:
             tree.remove()
     keys = {mutant.key for mutant in chosen}
-    trials = [trial for trial in read_trials(results) if trial.key in keys]
-    return Outcome(trials, len(chosen), len(live), unreached, equivalent, experiments)
+    trials = [trial for trial in read_trials(results) if trial.key in keys and not trial.control]
+    unchanged = [trial for trial in read_trials(results) if trial.key in keys and trial.control]
+    return Outcome(trials, unchanged, len(chosen) - options.controls, len(live), unreached, equivalent, experiments)
 
 
 def _reached(mutant: Mutant, experiments: Sequence[CleanExperiment]) -> bool:

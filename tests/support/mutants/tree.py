@@ -24,6 +24,7 @@ COPIED = (*PACKAGES, "tests", "pyproject.toml", "README.md", "ARCHITECTURE.md")
 # Records of past runs: no claim that is judged here rests on them, and they are most of a checkout's bytes.
 _LEFT_OUT = ("bundles", "logs", "kills", "__pycache__", "*.egg-info", ".*")
 _POLL_S = 0.2
+_NOT_PASSED_ON = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 # Time stamps of changed files differ by a second at least, because compiled files are found stale by these.
 _FIRST_STAMP = 1_500_000_000
 
@@ -102,7 +103,8 @@ class Tree:
         """
         scratch = self.folder / "tmp"
         scratch.mkdir(exist_ok=True)
-        env = {**os.environ, "PYTHONPATH": self._python_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+        env = {**inherited, "PYTHONPATH": self._python_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         env["TMPDIR"] = str(scratch)
         command = [sys.executable, "-m", "mutants.tied", *words]
         started = time.monotonic()

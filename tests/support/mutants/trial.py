@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mutants.clean import CleanExperiment, CleanStore, CleanTests, failed_tests, pytest_words
-from mutants.operators import Mutant
+from mutants.operators import CONTROL, Mutant
 from mutants.tree import Tree
 
 # What the claims said: "inconclusive" where one turned without being falsified, "unreached" where no experiment
@@ -48,6 +48,11 @@ class Trial:
     tests_s: float
 
     @property
+    def control(self) -> bool:
+        """Whether nothing was changed."""
+        return self.operator == CONTROL
+
+    @property
     def turned(self) -> bool:
         """Whether a claim is no longer corroborated."""
         return self.by_claims in ("falsified", "inconclusive")
@@ -73,7 +78,6 @@ def try_mutant(
     Raises:
         Stopped: when the session ends meanwhile.
     """
-    files = files_shown(tree.checkout, mutant.module)
     reached = sorted((run for run in experiments if run.claims and run.reaches(mutant.module, mutant.lines)), key=_cost)
     source = (tree.checkout / mutant.module).read_bytes()
     with tree.changed(mutant.module, mutant.apply(source)):
@@ -82,8 +86,11 @@ def try_mutant(
         claims_s = time.monotonic() - started
     by_tests: ByTests = "not run"
     test, tests_s = "", 0.0
-    if not (survivors_only and by_claims in ("falsified", "inconclusive")):
-        known = [clean.tests(tree, file) for file in files]  # before the change is there
+    asked_enough = survivors_only and by_claims in ("falsified", "inconclusive")
+    if mutant.operator != CONTROL and not asked_enough:
+        known = [
+            clean.tests(tree, file) for file in files_shown(tree.checkout, mutant.module)
+        ]  # before the change is there
         with tree.changed(mutant.module, mutant.apply(source)):
             started = time.monotonic()
             by_tests, test = _ask_tests(tree, known)
