@@ -21,11 +21,17 @@ MODULES: dict[str, str] = {
 }
 # Definitions whose value is read by people, never by the program.
 SHOWN_ONLY = frozenset({"__repr__", "__str__", "__rich__"})
+# Functions that only a machine with a GPU runs, in modules that others run too.
+GPU_FUNCTIONS = frozenset(
+    {"_apply_liger", "_bitsandbytes_class", "_cuda_loss_shape", "_liger_saves", "cuda_facts", "_no_cuda",
+     "nvml_process_bytes"}
+)  # fmt: skip
 # Arguments by name: texts for people, names of threads and files, and guards that a correct caller never meets.
 KEYWORDS = frozenset(
     {
         "help", "metavar", "description", "epilog", "title", "prog",  # texts of the command line
         "expected", "got", "remedy", "name", "stacklevel",  # texts of errors, names of threads
+        "device",  # without a GPU the default is right as well
         "encoding",  # of files: UTF-8 is what every supported system has anyway
         "strict", "check",  # zip and subprocess: they matter only where another error has been made
         "ensure_ascii", "indent", "prefix", "suffix", "ignore_errors", "daemon", "flush", "copy", "non_blocking",
@@ -71,6 +77,12 @@ PERFORMANCE: dict[str, dict[str, str]] = {
 def why_not(module: str) -> str | None:
     """Return why a module has no mutants, None when it has."""
     return next((reason for pattern, reason in MODULES.items() if fnmatch(module, pattern)), None)
+
+
+def needs_gpu(test: ast.expr) -> bool:
+    """Return whether what a condition guards runs on a CUDA device only."""
+    text = ast.unparse(test)
+    return "cuda" in text and not text.startswith("not ") and "!=" not in text
 
 
 def is_performance_only(module: str, names: Set[str]) -> bool:

@@ -58,7 +58,9 @@ else:
         if not code.co_filename.startswith(PREFIX):
             return None
         if code not in _left:
-            _left[code] = {{line for _, _, line in code.co_lines() if line}} - {{code.co_firstlineno}}
+            lines = {{line for _, _, line in code.co_lines() if line}}
+            # That of ``def`` is executed outside, unless the whole function stands on it.
+            _left[code] = lines - {{code.co_firstlineno}} or lines
         return _local if _left[code] else None
 
     threading.settrace(_global)

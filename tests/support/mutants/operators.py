@@ -158,7 +158,7 @@ class _Planner:
                 self.body(child.body)
 
     def _definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
-        if node.name in exclusions.SHOWN_ONLY:
+        if node.name in exclusions.SHOWN_ONLY | exclusions.GPU_FUNCTIONS:
             return
         if not isinstance(node, ast.ClassDef):
             for default in (*node.args.defaults, *filter(None, node.args.kw_defaults)):
@@ -173,6 +173,9 @@ class _Planner:
             return
         test = self._text(node.test)
         self._add("branch", node.test, f"not ({test})")
+        if exclusions.needs_gpu(node.test):
+            self.body(node.orelse)
+            return
         if isinstance(node, ast.If) and not node.orelse:
             self._add("branch", node.test, f"False and ({test})", "False")
         self._expression(node.test)

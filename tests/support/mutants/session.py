@@ -14,6 +14,8 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import NoReturn, TypeVar
 
+from filelock import FileLock, Timeout
+
 from mutants.clean import CleanExperiment, CleanStore
 from mutants.operators import Mutant, controls
 from mutants.sample import draw, load_equivalent, population, split_equivalent
@@ -62,10 +64,18 @@ def run_session(options: Options) -> Outcome:
     """Run or resume a session and return what it knows at its end, which may be before all of the sample was planted.
 
     Raises:
-        RuntimeError: when the folder holds a session of other sources, or the copies cannot be used.
+        RuntimeError: when the folder holds a session of other sources or is in use, or the copies cannot be used.
         KeyboardInterrupt: on SIGINT and SIGTERM; what was finished is kept, and no process is left.
     """
     options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(options.out / ".lock", timeout=0):
+            return _run(options)
+    except Timeout as error:
+        raise RuntimeError(f"{options.out} is in use by another session; name another folder with --out") from error
+
+
+def _run(options: Options) -> Outcome:
     _refuse_other_sources(options)
     adopt_orphans()
     deadline = time.monotonic() + 60.0 * options.minutes
