@@ -113,7 +113,8 @@ def test_texts_annotations_and_blocks_for_type_checkers_are_left_alone() -> None
 
 
 def test_what_only_a_gpu_runs_is_left_alone_and_what_runs_elsewhere_is_not() -> None:
-    source = "def f(device, n):\n    if device == 'cuda':\n        return n + 1\n    if device != 'cuda':\n        return n + 2\n"
+    device = "    if device {} 'cuda':\n        return n + 1\n"
+    source = "def f(device, n):\n" + device.format("==") + device.format("!=")
     found = {(m.line, m.operator) for m in plan_mutants("trainer/m.py", source.encode())}
     assert (2, "branch") in found and (5, "arithmetic") in found and not [line for line, _ in found if line == 3]
 
