@@ -95,8 +95,8 @@ _NAMED = {line.partition(":")[0] for line in WRITTEN.splitlines() if line[0].isa
 
 
 def _schema_table(schema: dict[str, Any]) -> dict[str, str]:
-    """Return default, bounds and choices of each setting, as in ``0.1 of [0.0, 1.0]``."""
-    table = {}
+    """Return default, bounds and choices of each setting, as in ``0.1 of [0.0, 1.0]``, and whether there are others."""
+    table = {"any other": json.dumps(schema.get("additionalProperties", True))}
     for name, entry in schema["properties"].items():
         default = json.dumps(entry["default"]) if "default" in entry else "required"
         bounds = [entry["minimum"], entry["maximum"]] if "minimum" in entry else entry.get("enum", entry.get("type"))

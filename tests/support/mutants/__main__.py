@@ -30,15 +30,27 @@ def main(words: list[str] | None = None) -> int:
     add("--reached-only", action="store_true", help="only places that a claim's runs execute")
     add("--survivors-only", action="store_true", help="ask the tests only where no claim turned")
     add("--without", action="append", default=[], metavar="EXPERIMENT", help="ask no claim of this one; repeatable")
+    add("--experiment", action="append", default=[], metavar="NAME", help="ask only the claims of these; repeatable")
     add("--controls", type=int, default=1, help="times that nothing is changed and every claim asked (default 1)")
     add("--least-turned", type=float, default=LEAST_TURNED, help="share that must turn a claim (default 0.90)")
     add("--least-seen", type=float, default=LEAST_SEEN, help="share that a claim or a test must see (default 0.98)")
     add("--checkout", type=Path, default=ROOT, help="sources to copy (default: those this tool lies in)")
     args = parser.parse_args(words)
     options = Options(
-        args.checkout.resolve(), args.out.resolve(), args.sample, args.seed, max(1, args.workers), args.minutes,
-        tuple(args.module), args.profile, args.reached_only, args.survivors_only, tuple(args.without), args.controls,
-    )  # fmt: skip
+        checkout=args.checkout.resolve(),
+        out=args.out.resolve(),
+        sample=args.sample,
+        seed=args.seed,
+        workers=max(1, args.workers),
+        minutes=args.minutes,
+        modules=tuple(args.module),
+        profile=args.profile,
+        reached_only=args.reached_only,
+        survivors_only=args.survivors_only,
+        without=tuple(args.without),
+        only=tuple(args.experiment),
+        controls=args.controls,
+    )
     try:
         outcome = run_session(options)
     except KeyboardInterrupt:

@@ -116,4 +116,4 @@ def _listed(title: str, trials: Iterable[Trial]) -> list[str]:
         test = f"; test {trial.test}" if trial.test else ""
         change = f"`{trial.original}` → `{trial.mutant}`"
         lines.append(f"- {trial.module}:{trial.line} {trial.function} ({trial.operator}): {change}; {said}{test}")
-    return [*lines, ""]
+    return [*lines, ""] if len(lines) > 2 else []

@@ -45,6 +45,7 @@ class Options:
     survivors_only: bool = False
     without: tuple[str, ...] = ()
     controls: int = 1
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _run(options: Options) -> Outcome:
         ]
         clean = CleanStore(options.out / "clean", options.profile)
         claims, named = clean.plan(first)
-        claims = {name: keys for name, keys in claims.items() if name not in options.without}
+        asked = set(options.only or claims) - set(options.without)
+        claims = {name: keys for name, keys in claims.items() if name in asked}
         experiments: list[CleanExperiment] = []
 
         def look(tree: Tree, name: str) -> None:
