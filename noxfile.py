@@ -1,5 +1,5 @@
 """Sessions: falsify (the gate), tests, lint, types, kernels, docs;
-portability, nightly, sabotage, bench, parity, fuzz, package, wheels.
+portability, nightly, sabotage, mutants, bench, parity, fuzz, package, wheels.
 
 One environment for all, keyed by pyproject.toml, the constraints and the interpreter: it is made once and reused by
 every session until one of them changes. The package is installed in place: edits take effect without installing again.
@@ -224,6 +224,14 @@ def fuzz(session: nox.Session) -> None:
     """100,000 mutated model files against the readers: about ten minutes. Options after ``--`` replace the count."""
     options = session.posargs or ["--cases", "100000"]
     session.run(str(environment(session) / "python"), "tests/support/fuzz_models.py", *options, external=True)
+
+
+@nox.session(venv_backend="none")
+def mutants(session: nox.Session) -> None:
+    """Generated faults in the trainer's source: who sees them? Hours; resumable. ``-- --help`` lists options."""
+    python = str(environment(session) / "python")
+    env = {"PYTHONPATH": str(ROOT / "tests" / "support")}
+    session.run(python, "-m", "mutants", *session.posargs, env=env, external=True)
 
 
 @nox.session(venv_backend="none")

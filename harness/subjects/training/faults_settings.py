@@ -1,0 +1,44 @@
+"""Faults in where settings come from: other defaults and bounds, a run file read or printed in another way."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from q4kd.harness.runs.faults import Call, patch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from q4kd.trainer.config.value import Setting
+
+_OF = "q4kd.trainer.config.value:Setting.of"
+_READ = "q4kd.trainer.config.run_file:read_run_file"
+_SCALAR = "q4kd.trainer.config.run_file:_scalar"
+_PLAIN = "q4kd.trainer.yaml_lines:scalar_of_yaml_1_1"
+
+
+@patch("dispatch", "another-default", "warm-up takes 21 steps by default", _OF)
+def _another_default(original: Callable[..., "Setting"], *arguments: object) -> "Setting":
+    setting = original(*arguments)
+    return dataclasses.replace(setting, default=21) if setting.name == "warmup_steps" else setting
+
+
+@patch("dispatch", "looser-bound", "a dropout of 1 is accepted, which leaves nothing", _OF)
+def _looser_bound(original: Callable[..., "Setting"], *arguments: object) -> "Setting":
+    setting = original(*arguments)
+    return dataclasses.replace(setting, high=1.0) if setting.name == "lora_dropout" else setting
+
+
+@patch("dispatch", "seed-of-file-ignored", "the seed of a run file is passed over", _READ)
+def _seed_of_file_ignored(original: Callable[["Path"], dict[str, object]], path: "Path") -> dict[str, object]:
+    return {key: value for key, value in original(path).items() if key != "seed"}
+
+
+@patch("dispatch", "printed-numbers-rounded", "numbers are printed with six digits", _SCALAR)
+def _printed_numbers_rounded(original: Callable[[object], str], value: object) -> str:
+    return original(float(f"{value:.6g}") if isinstance(value, float) else value)
+
+
+@patch("dispatch", "octal-read-as-decimal", "an integer with a leading zero is read to the base of ten", _PLAIN)
+def _octal_read_as_decimal(original: Call, text: str) -> Any:
+    return int(text) if text.isdigit() else original(text)

@@ -1,0 +1,170 @@
+"""One mutant, planted: which claim turns, and which unit test fails."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mutants.clean import CleanExperiment, CleanStore, CleanTests, failed_tests, pytest_words
+from mutants.operators import CONTROL, Mutant
+from mutants.tree import Tree
+
+# What the claims said: "inconclusive" where one turned without being falsified, "unreached" where no experiment
+# executes the line.
+ByClaims = Literal["falsified", "inconclusive", "survived", "unreached"]
+# What the tests said: "none" where there is no test of the module.
+ByTests = Literal["failed", "timeout", "survived", "none", "not run"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen of one mutant.
+
+    Attributes:
+        by_claims: see ``ByClaims``.
+        claim, detail: the claim that decided, and what it measured.
+        judged: experiments that ran.
+        by_tests: see ``ByTests``.
+        test: the first test that failed.
+        claims_s, tests_s: seconds of both.
+    """
+
+    key: str
+    module: str
+    function: str
+    line: int
+    operator: str
+    original: str
+    mutant: str
+    by_claims: ByClaims
+    claim: str
+    detail: str
+    judged: list[str]
+    by_tests: ByTests
+    test: str
+    claims_s: float
+    tests_s: float
+
+    @property
+    def control(self) -> bool:
+        """Whether nothing was changed."""
+        return self.operator == CONTROL
+
+    @property
+    def turned(self) -> bool:
+        """Whether a claim is no longer corroborated."""
+        return self.by_claims in ("falsified", "inconclusive")
+
+    @property
+    def seen(self) -> bool:
+        """Whether a claim or a test sees it."""
+        return self.turned or self.by_tests in ("failed", "timeout")
+
+
+def try_mutant(
+    mutant: Mutant, tree: Tree, clean: CleanStore, experiments: Sequence[CleanExperiment], *, survivors_only: bool
+) -> Trial:
+    """Plant a mutant in a tree and ask the claims that reach it, cheapest first, then the tests of its module.
+
+    Args:
+        mutant: what to plant.
+        tree: a private copy, unchanged.
+        clean: what the unchanged sources give.
+        experiments: all of them.
+        survivors_only: ask the tests only where no claim turned.
+
+    Raises:
+        Stopped: when the session ends meanwhile.
+    """
+    reached = sorted((run for run in experiments if run.claims and run.reaches(mutant.module, mutant.lines)), key=_cost)
+    source = (tree.checkout / mutant.module).read_bytes()
+    with tree.changed(mutant.module, mutant.apply(source)):
+        started = time.monotonic()
+        by_claims, claim, detail, judged = _ask_claims(tree, clean, reached)
+        claims_s = time.monotonic() - started
+    by_tests: ByTests = "not run"
+    test, tests_s = "", 0.0
+    asked_enough = survivors_only and by_claims in ("falsified", "inconclusive")
+    if mutant.operator != CONTROL and not asked_enough:
+        known = [
+            clean.tests(tree, file) for file in files_shown(tree.checkout, mutant.module)
+        ]  # before the change is there
+        with tree.changed(mutant.module, mutant.apply(source)):
+            started = time.monotonic()
+            by_tests, test = _ask_tests(tree, known)
+            tests_s = time.monotonic() - started
+    where = (mutant.key, mutant.module, mutant.function, mutant.line, mutant.operator, mutant.original, mutant.mutant)
+    return Trial(*where, by_claims, claim, detail, judged, by_tests, test, round(claims_s, 1), round(tests_s, 1))
+
+
+def _cost(run: CleanExperiment) -> float:
+    return run.seconds
+
+
+def _ask_claims(
+    tree: Tree, clean: CleanStore, reached: Sequence[CleanExperiment]
+) -> tuple[ByClaims, str, str, list[str]]:
+    if not reached:
+        return "unreached", "", "", []
+    rows = clean.judge(tree, [clean.request(run.name, run.claims, run.limit_s) for run in reached], stop=True)
+    judged = list(dict.fromkeys(str(row["experiment"]) for row in rows))
+    turned = sorted(
+        (row for row in rows if row["verdict"] != "corroborated"), key=lambda row: row["verdict"] != "falsified"
+    )
+    if turned:
+        verdict: ByClaims = "falsified" if turned[0]["verdict"] == "falsified" else "inconclusive"
+        return verdict, str(turned[0]["claim"]), f"{turned[0]['reason']} {turned[0]['detail']}".strip(), judged
+    if len(judged) < len(reached):  # the harness itself ended: on these sources no claim is corroborated
+        return "inconclusive", reached[len(judged)].claims[0], _tail(tree.folder / "judge.log"), judged
+    return "survived", "", "", judged
+
+
+def _ask_tests(tree: Tree, known: Sequence[CleanTests]) -> tuple[ByTests, str]:
+    files = [tests for tests in known if tests.file not in tests.failing]
+    if not files:
+        return "none", ""
+    deselected = [word for tests in files for name in tests.failing for word in ("--deselect", name)]
+    limit_s = 60.0 + 5.0 * sum(tests.seconds for tests in files)
+    log = tree.folder / "tests.log"
+    ended = tree.run(pytest_words([tests.file for tests in files], "-x", *deselected), limit_s, log)
+    if ended.code is None:
+        return "timeout", ""
+    if ended.code in (0, 5):
+        return "survived", ""
+    return "failed", next(iter(failed_tests(log)), _tail(log))
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1][:300] if lines else "ended without a word"
+
+
+def files_shown(checkout: Path, module: str) -> list[str]:
+    """Return the test files that a mutant of a module is shown to: its own, its folder's, and those that import it."""
+    place = Path(module)
+    folder = Path("tests") / place.parent
+    own = folder / f"test_{place.stem}.py"
+    beside = sorted(path.relative_to(checkout) for path in (checkout / folder).glob("test_*.py"))
+    imported = f"q4kd.{'.'.join(place.with_suffix('').parts)}"
+    home, _, name = imported.rpartition(".")
+    words = (f"{imported} import", f"import {imported}\n", f"from {home} import {name}\n", f'"{imported}')
+    elsewhere = [
+        path.relative_to(checkout)
+        for path in sorted((checkout / "tests/trainer").rglob("test_*.py"))
+        if path.parent != checkout / folder and any(word in path.read_text(encoding="utf-8") for word in words)
+    ]
+    files = [*([own] if own in beside else []), *(path for path in beside if path != own), *elsewhere]
+    return [path.as_posix() for path in files]
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """Return the trials that a session has written, the last line of a session that was killed perhaps cut."""
+    trials = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            trials.append(Trial(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return trials
