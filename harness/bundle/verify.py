@@ -83,7 +83,7 @@ class _Notes:
 
 
 def verify_bundle(path: Path, contracts: Path | None = None, public_keys: Sequence[Path] = ()) -> VerifyResult:
-    """Verify a bundle folder or ``.tar.gz``.
+    """Verify a bundle folder, ``.tar.xz`` or ``.tar.gz``.
 
     Args:
         path: the bundle.

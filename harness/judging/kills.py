@@ -16,6 +16,7 @@ from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.kill_records import KillRecord, kill_records, read_kill_records
 from q4kd.harness.judging.mutations import NOT_SHOWN
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
+from q4kd.harness.records.packing import tar_bytes
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.raw_run import run_names as stored_runs
 from q4kd.harness.records.store import TarStore
@@ -85,12 +86,22 @@ class KillStore:
         return {file for file in names if "/arrays/" in file}
 
     def copy_to(self, folder: Path, keys: Iterable[str]) -> None:
-        """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder."""
+        """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder.
+
+        There the archives are plain tar files: what packs the bundle finds again what they share with the clean runs.
+        """
         used = {key: self.records[key] for key in sorted(set(keys)) if key in self.records}
         folder.mkdir(parents=True, exist_ok=True)
+        digests: dict[str, str] = {}
         for name in {record.raw for record in used.values()}:
-            write_atomic(folder / _plain(name), read_bounded(self.folder / _plain(name), MAX_RAW))
-        write_json(folder / "kills.json", kill_records(used))
+            data = tar_bytes(self.archive(name)[0])
+            write_atomic(folder / _unpacked(name), data)
+            digests[name] = hashlib.sha256(data).hexdigest()
+        copies = {
+            key: replace(record, raw=_unpacked(record.raw), raw_sha256=digests[record.raw])
+            for key, record in used.items()
+        }
+        write_json(folder / "kills.json", kill_records(copies))
 
 
 def _plain(name: str) -> str:
@@ -98,6 +109,10 @@ def _plain(name: str) -> str:
         remedy = "run `q4kd sabotage`"
         raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
     return name
+
+
+def _unpacked(name: str) -> str:
+    return _plain(name).removesuffix(".gz")
 
 
 def rejudge(claim: Claim, profile: str, kills: KillStore) -> list[KillOutcome]:

@@ -39,6 +39,7 @@ class RawRun:
     def __init__(self, store: Store, name: str) -> None:
         self.name = safe_name(name, "run name")
         self.store = PrefixStore(store, f"runs/{name}")
+        self._arrays: dict[str, Arrays] = {}  # by file: each is asked for by every mutation of every claim
 
     def _object(self, name: str) -> JsonRecord:
         return read_object(self.store, name, f"{self.name}/{name}")
@@ -47,7 +48,6 @@ class RawRun:
         rows: list[JsonRecord] = []
         for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
             if line.strip():
-                origin = f"{self.name}/{name}:{number}"
                 origin = f"{self.name}/{name}:{number}"
                 row = parse_shallow(line, origin, 1 << 20)
                 if not isinstance(row, dict):
@@ -120,13 +120,17 @@ class RawRun:
         return [event for event in self.events if event.get("event") == name]
 
     def array(self, name: str) -> Arrays:
-        """Return the arrays of ``arrays/<name>.npz`` (or ``name`` itself when it ends in ``.npz``).
+        """Return the arrays of ``arrays/<name>.npz`` (or ``name`` itself when it ends in ``.npz``), read-only.
 
         Raises:
             InputError: missing, over 8 MB packed or 64 MB unpacked, pickled, or not what its headers say.
         """
         file = array_file(name)
-        return load_arrays(self.store.read(file, MAX_ARRAY_FILE), f"{self.name}/{file}")
+        if file not in self._arrays:
+            self._arrays[file] = load_arrays(self.store.read(file, MAX_ARRAY_FILE), f"{self.name}/{file}")
+            for array in self._arrays[file].values():
+                array.flags.writeable = False
+        return dict(self._arrays[file])
 
 
 def array_file(name: str) -> str:
