@@ -131,7 +131,7 @@ class TarStore(MemoryStore):
                     file, origin, max_file=MAX_FILE, max_total=max_total, max_files=MAX_FILES
                 )
         except OSError as error:
-            raise InputError(origin, expected="a .tar.xz or .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
+            raise InputError(origin, expected="an archive of a bundle", got=str(error)[:200], remedy=REMEDY) from error
         super().__init__(_strip_root(members), origin)
 
 

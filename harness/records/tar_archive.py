@@ -61,7 +61,7 @@ def read_members(
     try:
         members = _read(stream, origin, max_file, max_files)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(origin, expected="a .tar.xz or .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
+        raise InputError(origin, expected="an archive of a bundle", got=str(error)[:200], remedy=REMEDY) from error
     return members, stream.taken
 
 
