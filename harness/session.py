@@ -195,7 +195,7 @@ class Session:
         used = [kill.record for finding in self.findings.rows for kill in finding.sabotage if kill.record]
         self.kills.copy_to(self.bundle / "sabotage", used)
         if self.runner is not None:
-            write_json(self.bundle / "inputs.json", self.runner.inputs.digests())
+            write_json(self.bundle / "inputs.json", {**self.taken.inputs, **self.runner.inputs.digests()})
         bundles.write_findings(self.bundle, self.findings)
         self.trouble = self._record_dependencies()
         try:

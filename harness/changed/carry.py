@@ -1,7 +1,7 @@
 """``falsify --changed``: which experiments are carried from the base, which are run and why, and the carrying."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from q4kd.harness.bundle.carried import DEPENDENCIES
@@ -10,7 +10,7 @@ from q4kd.harness.changed.dependencies import dependencies_now, sources_stamp
 from q4kd.harness.claims.model import Contract
 from q4kd.harness.claims.plan import Plan
 from q4kd.harness.judging.results import Carried
-from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.json_types import JsonObject, JsonRecord
 from q4kd.harness.records.raw_run import read_runs
 from q4kd.harness.records.store import DirectoryStore, read_object
 from q4kd.harness.runs.user_inputs import GivenFiles
@@ -72,10 +72,11 @@ def write_order(path: Path, base: Base, decisions: Sequence[Decision], stamp: st
 
 @dataclass(frozen=True)
 class Taken:
-    """What a session took over, and the stamp of the sources for which that holds."""
+    """What a session took over, the stamp of the sources for which that holds, and the digests of the base's inputs."""
 
     carried: tuple[Carried, ...] = ()
     stamp: str = ""
+    inputs: JsonObject = field(default_factory=dict)
 
     @staticmethod
     def nothing() -> "Taken":
@@ -99,7 +100,7 @@ def take(order: Path, bundle: Path) -> Taken:
                     target = bundle / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     write_atomic(target, store.read(name))
-    return Taken(carried, asked["stamp"])
+    return Taken(carried, asked["stamp"], read_object(store, "inputs.json"))
 
 
 def record_dependencies(bundle: Path, experiments: Sequence[str], given: GivenFiles, taken: Taken) -> str | None:
