@@ -100,7 +100,9 @@ def take(order: Path, bundle: Path) -> Taken:
                     target = bundle / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     write_atomic(target, store.read(name))
-    return Taken(carried, asked["stamp"], read_object(store, "inputs.json"))
+    # Files that a person gave count for what runs today alone.
+    made = {name: entry for name, entry in read_object(store, "inputs.json").items() if not name.startswith("given/")}
+    return Taken(carried, asked["stamp"], made if carried else {})
 
 
 def record_dependencies(bundle: Path, experiments: Sequence[str], given: GivenFiles, taken: Taken) -> str | None:
