@@ -137,7 +137,7 @@ def package(session: nox.Session) -> None:
     shutil.rmtree(dist, ignore_errors=True)
     session.run(str(environment(session) / "python"), "-m", "build", "--outdir", str(dist), str(ROOT), external=True)
     (wheel,) = dist.glob("q4kd-*.whl")
-    committed = [str(path) for path in sorted((ROOT / "evidence" / "bundles").glob("*.tar.gz"))]
+    committed = [str(path) for path in sorted((ROOT / "evidence" / "bundles").glob("*.tar.*"))]
     size = "expected: {Q4_K: 144, Q6_K: 210}"
     for extra in ("", "[train]"):
         folder, place = work / f"venv{extra.strip('[]')}", work / f"empty{extra.strip('[]')}"

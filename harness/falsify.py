@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -72,6 +72,7 @@ def falsify(
     given: GivenFiles | None = None,
     inputs: Path | None = None,
     waivers: Path | None = None,
+    changed: str | None = None,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -86,12 +87,14 @@ def falsify(
         given: files to use in the place of made inputs.
         inputs: folder for made inputs, kept; None means one that is removed.
         waivers: file of waivers for claims that may be inconclusive.
+        changed: bundle to carry runs from that nothing has touched since; "" means the newest verified one in
+            ``bundles/``, None that everything is run.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
 
     Raises:
-        InputError: for contracts, a profile, a key, waivers or a bundle folder that cannot be used.
+        InputError: for contracts, a profile, a key, waivers, a base or a bundle folder that cannot be used.
     """
     from q4kd.harness.claims.contract import load_contracts
     from q4kd.harness.claims.folder import default_contracts_folder
@@ -119,6 +122,10 @@ def falsify(
         command += ["--inputs", str(inputs.resolve())] if inputs is not None else []
         if waivers is not None:
             command += ["--waivers", str(waivers.resolve())]
+        if changed is not None:
+            order = Path(root) / "carried.json"
+            _order(order, Path(changed) if changed else None, loaded, folder, name, keyword, given or GivenFiles())
+            command += ["--carried", str(order)]
         status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():
@@ -131,6 +138,32 @@ def falsify(
     else:
         print(f"q4kd: no findings were written (pytest ended with {status})", file=sys.stderr)
     return code
+
+
+def _order(
+    order: Path,
+    base: Path | None,
+    contracts: Sequence["Contract"],
+    folder: Path,
+    profile: str,
+    keyword: str | None,
+    given: GivenFiles,
+) -> None:
+    """Decide what is carried from the base, say so, and write it down for the session."""
+    from q4kd.harness.bundle.environment import environment
+    from q4kd.harness.changed.base import find_base
+    from q4kd.harness.changed.carry import decide, experiments_of, lines, write_order
+    from q4kd.harness.changed.dependencies import sources_stamp
+    from q4kd.harness.claims.plan import make_plan
+    from q4kd.harness.claims.profile import load_profile
+
+    stamp, machine = sources_stamp(), environment(profile)
+    found = find_base(base, profile, machine)
+    plan = make_plan(contracts, load_profile(profile, folder), keyword, given=given.names())
+    decisions = decide(found, experiments_of(plan, contracts), machine, given)
+    for line in lines(found, decisions):
+        print(line, flush=True)
+    write_order(order, found, decisions, stamp)
 
 
 def pytest_command(

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--inputs", metavar="DIR", help="make inputs here and leave them (default: a folder removed later)")
     for role in ("teacher", "student", "data"):
         group.addoption(f"--given-{role}", metavar="PATH", help=f"{role} to use in the place of the made 7B inputs")
+    group.addoption("--carried", metavar="FILE", help="what `q4kd falsify --changed` decided to carry from where")
     group.addoption("--waivers", metavar="FILE", help="claims that may be inconclusive, by owner, reason and last day")
 
 
@@ -65,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
             worker=worker,
             dry=bool(config.getoption("collectonly", False)),
             inputs=config.getoption("inputs", None),
+            carried=config.getoption("carried", None),
             given=resolve_given(*(config.getoption(f"given_{role}", None) for role in ("teacher", "student", "data"))),
         )
     except InputError as error:

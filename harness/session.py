@@ -12,6 +12,7 @@ from pathlib import Path
 from q4kd.harness.bundle import writer as bundles
 from q4kd.harness.bundle.exporters import write_interchange
 from q4kd.harness.bundle.findings import PROSE, assemble, headline, sabotage_lines
+from q4kd.harness.changed.carry import Taken, experiments_of, record_dependencies, take
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import find_contracts
 from q4kd.harness.claims.model import Claim, Contract
@@ -62,6 +63,7 @@ class Session:
     by_path: Mapping[Path, Contract] = field(init=False)
     folders: Set[Path] = field(init=False)  # that of the contracts, and those in it that hold some
     claims: Mapping[str, Claim] = field(init=False)
+    taken: Taken = field(default_factory=Taken)
     findings: Findings | None = None
     trouble: str | None = None
 
@@ -86,6 +88,7 @@ class Session:
         dry: bool,
         given: GivenFiles | None = None,
         inputs: str | None = None,
+        carried: str | None = None,
     ) -> "Session":
         """Start or, in a worker, join a session.
 
@@ -106,13 +109,16 @@ class Session:
             contracts, target_profile, keyword or None, given=given.names(), waivers=waived, extras=find_extras()
         )
         store = Kills.for_profile(target_profile, Path(kills) if kills else None)
+        taken = Taken()
         if dry:
             return cls(folder, name, contracts, plan, target, store, None, False, False)
         if worker is None:
             bundles.open_bundle(target, folder, name, plan, {})
             made = Path(inputs).resolve() if inputs else Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
+            taken = take(Path(carried), target) if carried else Taken.nothing()
         runner = ExperimentRunner(target, Inputs(made, name, given), name)
-        return cls(folder, name, contracts, plan, target, store, runner, worker is None, worker is None and not inputs)
+        owns = worker is None and not inputs
+        return cls(folder, name, contracts, plan, target, store, runner, worker is None, owns, taken)
 
     def for_worker(self) -> dict[str, str]:
         """Return what an xdist worker needs to join."""
@@ -187,20 +193,26 @@ class Session:
         for path in sorted((self.bundle / ".partial").glob("*.json")):
             record = read_json(path)
             results[record["key"]] = ClaimResult.from_json(record["result"])
-        self.findings = assemble(self.plan, self.contracts, results, judge_version=JUDGE_VERSION)
+        carried = self.taken.carried
+        self.findings = assemble(self.plan, self.contracts, results, judge_version=JUDGE_VERSION, carried=carried)
         for scratch in (".partial", ".locks"):
             shutil.rmtree(self.bundle / scratch, ignore_errors=True)
         used = [kill.record for finding in self.findings.rows for kill in finding.sabotage if kill.record]
         self.kills.copy_to(self.bundle / "sabotage", used)
         if self.runner is not None:
-            write_json(self.bundle / "inputs.json", self.runner.inputs.digests())
+            write_json(self.bundle / "inputs.json", {**self.taken.inputs, **self.runner.inputs.digests()})
         bundles.write_findings(self.bundle, self.findings)
+        self.trouble = self._record_dependencies()
         try:
             close_bundle(self.bundle)
         except Exception as problem:  # without report or seal the findings stand, but the bundle cannot be handed on
             self.trouble = f"the bundle could not be finished: {type(problem).__name__}: {problem}"
             return self.findings.exit_code or 2
-        return self.findings.exit_code
+        return self.findings.exit_code if self.trouble is None else self.findings.exit_code or 2
+
+    def _record_dependencies(self) -> str | None:
+        given = self.runner.inputs.given if self.runner is not None else GivenFiles()
+        return record_dependencies(self.bundle, experiments_of(self.plan, self.contracts), given, self.taken)
 
     def summary_lines(self) -> list[tuple[str, str | None]]:
         """Return the lines of the final table, each with its colour."""

@@ -13,7 +13,7 @@ from jsonschema.exceptions import best_match
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan
 from q4kd.harness.claims.waivers import applying, today
-from q4kd.harness.judging.results import ClaimResult, Finding, Findings
+from q4kd.harness.judging.results import Carried, ClaimResult, Finding, Findings
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.store import MAX_DEPTH, Store, depth
 from q4kd.trainer.errors import InputError
@@ -45,6 +45,7 @@ def assemble(
     *,
     judge_version: int,
     created: str | None = None,
+    carried: Sequence[Carried] = (),
 ) -> Findings:
     """Build what ``findings.json`` holds: a finding for every entry of the plan that is in scope.
 
@@ -54,6 +55,7 @@ def assemble(
         results: what became of each claim, by its key. Without one a claim is ``inconclusive(not run)``.
         judge_version: version of the judging rules.
         created: ISO 8601 time; now when None.
+        carried: experiments whose runs were taken over from another bundle.
 
     Raises:
         InputError: a result is malformed, so that the document does not fit ``findings.schema.json``.
@@ -80,6 +82,7 @@ def assemble(
         summary=summary(plan, findings),
         exit_code=exit_code(findings, plan.scope),
         rows=tuple(findings),
+        carried=tuple(carried),
     )
     return validate_findings(document.to_json(), "findings")
 
@@ -120,7 +123,18 @@ def headline(document: Findings) -> str:
     line += f" on profile {document.profile}; {counts['out_of_scope']} out of scope"
     if counts["not_gating"]:
         line += f"; {counts['not_gating']} not gating"
+    line += f"; {origin}" if (origin := origin_line(document)) is not None else ""
     return line + ("; partial selection, cannot pass" if document.scope == "partial" else "")
+
+
+def origin_line(document: Findings) -> str | None:
+    """Return how many claims were judged on runs of another bundle, and of which; None when all were run."""
+    if not document.carried:
+        return None
+    experiments = {entry.experiment for entry in document.carried}
+    count = sum(row.experiment in experiments for row in document.rows)
+    origins = ", ".join(dict.fromkeys(entry.name for entry in document.carried))
+    return f"{count} re-judged from {origins}, {len(document.rows) - count} run"
 
 
 def sabotage_lines(document: Findings) -> list[str]:

@@ -11,14 +11,15 @@ from q4kd.harness.bundle.dsse import ENVELOPE, encode_payload, fingerprint, load
 from q4kd.harness.bundle.exporters import signed_statement, statement_of
 from q4kd.harness.bundle.findings import read_findings
 from q4kd.harness.bundle.verify import verify_store
-from q4kd.harness.bundle.writer import MANIFEST, pack_store
+from q4kd.harness.bundle.writer import MANIFEST
+from q4kd.harness.records.packing import packed_as
 from q4kd.harness.records.store import MemoryStore, Store, open_store, snapshot
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
 
 
 def sign_bundle(path: Path, key: Path) -> str:
-    """Sign a sealed bundle in place, folder or ``.tar.gz``, and return the fingerprint of the key.
+    """Sign a sealed bundle in place, folder, ``.tar.xz`` or ``.tar.gz``, and return the fingerprint of the key.
 
     Signatures by other keys are kept.
 
@@ -40,7 +41,7 @@ def sign_bundle(path: Path, key: Path) -> str:
     if path.is_dir():
         write_atomic(path / ENVELOPE, envelope)
     else:
-        write_atomic(path, pack_store(MemoryStore({**store.files, ENVELOPE: envelope}, str(path))))
+        write_atomic(path, packed_as(path.name, MemoryStore({**store.files, ENVELOPE: envelope}, str(path))))
     return fingerprint(private.public_key())
 
 

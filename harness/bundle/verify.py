@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from q4kd.harness.bundle import dsse, recheck
+from q4kd.harness.bundle.carried import carried_problems
 from q4kd.harness.bundle.exporters import signed_statement, statement_of
 from q4kd.harness.bundle.findings import NOT_RUN, PROSE, exit_code, headline, read_findings, summary
 from q4kd.harness.bundle.writer import MANIFEST, seal_problems
@@ -83,7 +84,7 @@ class _Notes:
 
 
 def verify_bundle(path: Path, contracts: Path | None = None, public_keys: Sequence[Path] = ()) -> VerifyResult:
-    """Verify a bundle folder or ``.tar.gz``.
+    """Verify a bundle folder, ``.tar.xz`` or ``.tar.gz``.
 
     Args:
         path: the bundle.
@@ -193,6 +194,7 @@ def _check_findings(store: Store, findings: Findings, contracts: list[Contract],
         notes.mismatches.append("findings: a claim is listed twice")
     runs = read_runs(store)
     _check_runs(runs, claims, notes)
+    notes.mismatches += carried_problems(store, findings, runs)
     kills = recheck.KillReplay(store)
     for row in findings.rows:
         if row.key in wanted:

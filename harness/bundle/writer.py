@@ -1,10 +1,7 @@
 """The evidence bundle: its layout, its seal and its archive. ``verify.py`` reads what is written here."""
 
-import gzip
 import hashlib
-import io
 import re
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +12,8 @@ from q4kd.harness.claims.plan import Plan
 from q4kd.harness.claims.profile import profile_bytes
 from q4kd.harness.judging.results import Findings
 from q4kd.harness.records.json_types import JsonObject
-from q4kd.harness.records.store import MAX_FILE, DirectoryStore, Store
+from q4kd.harness.records.packing import gzip_bytes, packed_as, stem_of, tar_bytes
+from q4kd.harness.records.store import MAX_FILE, DirectoryStore, Store, open_store
 from q4kd.harness.records.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded, sha256_file, write_atomic, write_json
@@ -114,26 +112,17 @@ def seal_problems(store: Store) -> list[str]:
 
 def pack_bytes(folder: Path) -> bytes:
     """Return the files below ``folder`` as a ``.tar.gz`` that depends on their names and contents only."""
-    return pack_store(DirectoryStore(folder))
+    return gzip_bytes(tar_bytes(DirectoryStore(folder)))
 
 
-def pack_store(store: Store) -> bytes:
-    """Return the files of a store as ``pack_bytes`` does those of a folder."""
-    buffer = io.BytesIO()
-    with (
-        gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        for name in store.names():
-            data = store.read(name)
-            member = tarfile.TarInfo(name)
-            member.size, member.mode, member.mtime = len(data), 0o644, 0
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+def pack(bundle: Path, out: Path | None = None) -> Path:
+    """Write a bundle, a folder or an archive, as one archive and return its path: ``out``, or ``<bundle>.tar.xz``.
 
+    The same files always give the same bytes.
 
-def pack(folder: Path, out: Path | None = None) -> Path:
-    """Write ``<folder>.tar.gz`` (or ``out``) and return its path. The same folder always gives the same bytes."""
-    target = out or folder.with_name(folder.name + ".tar.gz")
-    write_atomic(target, pack_bytes(folder))
+    Raises:
+        InputError: there is no bundle, or ``out`` has a suffix that no archive has.
+    """
+    target = out or bundle.with_name(f"{stem_of(bundle)}.tar.xz")
+    write_atomic(target, packed_as(target.name, open_store(bundle)))
     return target

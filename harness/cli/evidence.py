@@ -1,4 +1,4 @@
-"""The commands ``q4kd evidence verify``, ``sign``, ``report``, ``diff`` and ``index``."""
+"""The commands ``q4kd evidence verify``, ``sign``, ``pack``, ``report``, ``diff`` and ``index``."""
 
 import argparse
 import os
@@ -13,15 +13,15 @@ _SHOWN = 50
 
 
 def add_commands(subparsers: Commands) -> None:
-    """Add ``evidence`` and its five commands to the command line."""
-    evidence = subparsers.add_parser("evidence", help="verify, sign, show and compare evidence bundles")
+    """Add ``evidence`` and its six commands to the command line."""
+    evidence = subparsers.add_parser("evidence", help="verify, sign, pack, show and compare evidence bundles")
     commands = evidence.add_subparsers(dest="command", required=True, metavar="COMMAND")
     verify = commands.add_parser(
         "verify",
         help="draw every verdict again from the raw files",
         description="Exit 0: consistent; 1: something does not match; 2: cannot be verified by this version.",
     )
-    add_path(verify, "bundle", "BUNDLE", "bundle folder or .tar.gz")
+    add_path(verify, "bundle", "BUNDLE", "bundle folder or archive")
     add_path(verify, "--contracts", "DIR", "the contracts it should have been judged by")
     verify.add_argument(
         "--public-key",
@@ -38,13 +38,21 @@ def add_commands(subparsers: Commands) -> None:
         description="Writes a DSSE envelope over the manifest, so over every file. A key: `openssl genpkey -algorithm "
         "ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out key.pub`, or `ssh-keygen -t ed25519`.",
     )
-    add_path(sign, "bundle", "BUNDLE", "bundle folder or .tar.gz, signed in place")
+    add_path(sign, "bundle", "BUNDLE", "bundle folder or archive, signed in place")
     sign.add_argument(
         "--key", type=Path, required=True, metavar="KEY.pem", help="Ed25519 private key without a passphrase"
     )
     sign.set_defaults(run=_sign)
+    pack = commands.add_parser(
+        "pack",
+        help="write a bundle as one file",
+        description="The same bundle always gives the same bytes. A signature is kept.",
+    )
+    add_path(pack, "bundle", "BUNDLE", "bundle folder or archive")
+    add_path(pack, "--out", "FILE", "archive to write, .tar.xz or .tar.gz (default: BUNDLE.tar.xz beside it)")
+    pack.set_defaults(run=_pack)
     report = commands.add_parser("report", help="render a bundle's report from its raw files")
-    add_path(report, "bundle", "BUNDLE", "bundle folder or .tar.gz")
+    add_path(report, "bundle", "BUNDLE", "bundle folder or archive")
     report.add_argument(
         "--format", choices=("html", "md"), default="html", help="a page, or Markdown for a pull request's comment"
     )
@@ -55,8 +63,8 @@ def add_commands(subparsers: Commands) -> None:
         help="verdicts that flipped, measurements that moved, bounds that were loosened",
         description="Exit 1 when B is worse than A: a verdict got worse, a claim was lost, or a bound was loosened.",
     )
-    add_path(diff, "old", "A", "bundle folder or .tar.gz")
-    add_path(diff, "new", "B", "bundle folder or .tar.gz")
+    add_path(diff, "old", "A", "bundle folder or archive")
+    add_path(diff, "new", "B", "bundle folder or archive")
     diff.set_defaults(run=_diff)
     index = commands.add_parser(
         "index",
@@ -64,7 +72,7 @@ def add_commands(subparsers: Commands) -> None:
         description="One page for each profile with trends, verdict history and loosened bounds; a report for each "
         "bundle. The exit code says whether the site was written.",
     )
-    add_path(index, "folder", "DIR", "folder of bundles: folders or .tar.gz")
+    add_path(index, "folder", "DIR", "folder of bundles: folders or archives")
     add_path(index, "--out", "SITE", "folder to write it to (default: DIR)")
     index.set_defaults(run=_index)
 
@@ -98,14 +106,25 @@ def _sign(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(args: argparse.Namespace) -> int:
+    from q4kd.harness.bundle.writer import MANIFEST, pack
+
+    if args.bundle.is_dir() and not (args.bundle / MANIFEST).is_file():
+        remedy = "name the folder that `q4kd falsify` finished"
+        raise InputError(str(args.bundle), expected="a sealed bundle", got=f"no {MANIFEST}", remedy=remedy)
+    target = pack(args.bundle.resolve(), args.out)
+    print(f"{target}: {target.stat().st_size:,} bytes")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
+    from q4kd.harness.records.packing import stem_of
     from q4kd.harness.records.store import open_store
     from q4kd.trainer.files import write_atomic
 
     store, bundle = open_store(args.bundle), args.bundle.resolve()
-    stem = bundle.name.removesuffix(".tar.gz").removesuffix(".tgz")
     # Beside the bundle, not inside it: the bundle is sealed.
-    target = args.out or bundle.parent / f"{stem}-report.html"
+    target = args.out or bundle.parent / f"{stem_of(bundle)}-report.html"
     if not target.parent.is_dir():
         remedy = "create it or choose another --out"
         raise InputError(str(target), expected="an existing folder", got="none", remedy=remedy)

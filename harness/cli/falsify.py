@@ -18,6 +18,14 @@ def add_commands(subparsers: Commands) -> None:
     add_path(falsify, "--sign", "KEY.pem", "sign the bundle with this Ed25519 private key (see evidence sign)")
     add_path(falsify, "--inputs", "DIR", "make inputs here and leave them (default: a folder removed later)")
     add_path(falsify, "--waivers", "FILE", "claims that may be inconclusive: claim, owner, reason, expires")
+    falsify.add_argument(
+        "--changed",
+        nargs="?",
+        const="",
+        metavar="BASE",
+        help="judge anew, on BASE's runs, what no change can have touched, and run the rest (default: the newest "
+        "verified bundle in bundles/)",
+    )
     falsify.set_defaults(run=_falsify)
 
     sabotage = subparsers.add_parser(
@@ -77,6 +85,7 @@ def _falsify(args: argparse.Namespace) -> int:
         given=given,
         inputs=args.inputs,
         waivers=args.waivers,
+        changed=args.changed,
     )
 
 

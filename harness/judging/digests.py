@@ -96,8 +96,19 @@ def digest_of(value: object, named: Mapping[str, object] | None = None) -> str:
     Raises:
         InputError: when a function's source cannot be found.
     """
-    closure = _Closure(named or {})
+    closure = Closure(named or {})
     return closure.digest(closure.plain(value))
+
+
+def experiment_closure(experiment: Experiment) -> tuple[str, "Closure"]:
+    """Return the digest of an experiment and its probes, the ``experiment`` of a kill record, and what it is made of.
+
+    Raises:
+        InputError: when a function's source cannot be found.
+    """
+    closure = Closure(importlib.import_module(PROBES_MODULE).PROBES)
+    with _READING:
+        return closure.digest(closure.plain(experiment)), closure
 
 
 def check_digest(name: str) -> str:
@@ -111,7 +122,7 @@ def check_digest(name: str) -> str:
     check: Any = CHECKS[name]
     if not inspect.ismodule(check):
         return digest_of([check.extract, check.judge])
-    closure = _Closure({})
+    closure = Closure({})
     for part in ("extract", "judge"):
         closure.defined(check.__name__, part)
     return closure.digest(None)
@@ -153,19 +164,25 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=dict)
 
 
-class _Closure:
-    """Turns objects into plain values, and collects every definition that their functions depend on."""
+class Closure:
+    """Turns objects into plain values, and collects every definition that their functions depend on.
+
+    Attributes:
+        definitions: what was collected.
+        texts: the texts among the plain values, as they stand.
+    """
 
     def __init__(self, named: Mapping[str, object]) -> None:
         self._named = named
         self._packages = tested_packages()
-        self._definitions: set[Definition] = set()
+        self.definitions: set[Definition] = set()
+        self.texts: set[str] = set()
         self._asked: dict[str, object] = {}
         self._open: set[int] = set()
 
     def digest(self, plain: object) -> str:
         """Return the SHA-256 over plain values and what was collected; a definition of two modules counts twice."""
-        return _sha256(_canonical([plain, self._asked, sorted(found.digest for found in self._definitions)]))
+        return _sha256(_canonical([plain, self._asked, sorted(found.digest for found in self.definitions)]))
 
     def plain(self, value: object) -> object:
         """Return what JSON can say of a value. A path counts by its name; another object by its type alone."""
@@ -174,6 +191,7 @@ class _Closure:
             case None | bool() | int() | float() | complex() | bytes():
                 return repr(value)
             case str():
+                self.texts.add(value)
                 if value in self._named:
                     self._ask(value, self._named[value])
                 return repr(TREES.shorten(value, self._packages))
@@ -232,9 +250,9 @@ class _Closure:
         waiting = list(definitions)
         while waiting:
             definition = waiting.pop()
-            if definition in self._definitions or not _is_followed(definition.module.name):
+            if definition in self.definitions or not _is_followed(definition.module.name):
                 continue
-            self._definitions.add(definition)
+            self.definitions.add(definition)
             waiting += TREES.used_by(definition)
             for name in definition.reading.strings & self._named.keys():
                 self._ask(name, self._named[name])

@@ -56,8 +56,7 @@ def foreign(run: RawRun) -> str | None:
             return "evidence unreadable"
         if ending.get("boot_id_end") != boot:
             return "machine restarted"
-        starts = run.events_named("process_start")
-        if any(record.get("pid") != pid for record in (*run.memory, *starts)):
+        if run.pids() - {pid}:
             return "another process"
     except Exception:  # malformed evidence: unknown whose it is
         return "evidence unreadable"

@@ -18,6 +18,7 @@ from q4kd.harness.judging.judge import judge_claim
 from q4kd.harness.judging.kill_records import KillRecord, kill_records, read_kill_records
 from q4kd.harness.judging.mutations import NOT_SHOWN
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
+from q4kd.harness.records.packing import tar_bytes
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.raw_run import run_names as stored_runs
 from q4kd.harness.records.store import TarStore
@@ -127,16 +128,25 @@ class Kills:
         return self._stores[place]
 
     def copy_to(self, folder: Path, keys: Iterable[str]) -> None:
-        """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder."""
-        wanted = sorted(set(keys))
-        used: dict[str, KillRecord] = {}
+        """Write the named records as ``kills.json``, and their archives, into a bundle's ``sabotage`` folder.
+
+        There the archives are plain tar files: what packs the bundle finds again what they share with the clean runs.
+        """
+        wanted = set(keys)
+        copies: dict[str, KillRecord] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for store in map(self.at, PLACES):
-            mine = {key: store.records[key] for key in wanted if key in store.records}
-            for name in {record.raw for record in mine.values()}:
-                write_atomic(folder / _plain(name), read_bounded(store.folder / _plain(name), MAX_RAW))
-            used |= mine
-        write_json(folder / "kills.json", kill_records(dict(sorted(used.items()))))
+            used = {key: record for key, record in store.records.items() if key in wanted}
+            digests: dict[str, str] = {}
+            for name in {record.raw for record in used.values()}:
+                data = tar_bytes(store.archive(name)[0])
+                write_atomic(folder / _unpacked(name), data)
+                digests[name] = hashlib.sha256(data).hexdigest()
+            copies |= {
+                key: replace(record, raw=_unpacked(record.raw), raw_sha256=digests[record.raw])
+                for key, record in used.items()
+            }
+        write_json(folder / "kills.json", kill_records(dict(sorted(copies.items()))))
 
 
 def _plain(name: str) -> str:
@@ -144,6 +154,10 @@ def _plain(name: str) -> str:
         remedy = "run `q4kd sabotage`"
         raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
     return name
+
+
+def _unpacked(name: str) -> str:
+    return _plain(name).removesuffix(".gz")
 
 
 def rejudge(claim: Claim, profile: str, kills: Kills) -> list[KillOutcome]:

@@ -196,11 +196,37 @@ def _parts(row: JsonRecord) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Carried:
+    """An experiment whose runs were taken over from another bundle, because nothing they depend on had changed.
+
+    ``bundle`` is the SHA-256 of that bundle's manifest, ``name`` what it was called, and ``created`` when its findings
+    were written (ISO 8601); it is the bundle that the runs were made for, over however many others they came. ``runs``
+    has a digest of the files of each run, by its name.
+    """
+
+    experiment: str
+    bundle: str
+    name: str
+    created: str
+    runs: Mapping[str, str]
+
+    def to_json(self) -> JsonObject:
+        """Return the entry of ``carried`` in the findings."""
+        return {name: plain(value) for name, value in vars(self).items()}
+
+    @staticmethod
+    def from_json(entry: JsonRecord) -> "Carried":
+        """Read what ``to_json`` wrote."""
+        return Carried(**entry)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """One verdict for each claim in scope, the counts, and the exit code that follows from them.
 
     ``rows`` are the findings in the order of the plan; ``created`` is ISO 8601, UTC; ``scope`` is ``partial`` when a
-    selection left claims out. The schema describes every field.
+    selection left claims out; ``carried`` are experiments taken over from another bundle. The schema describes every
+    field.
     """
 
     schema: str
@@ -211,14 +237,17 @@ class Findings:
     summary: Mapping[str, int]
     exit_code: int
     rows: tuple[Finding, ...]
+    carried: tuple[Carried, ...] = ()
 
     def to_json(self) -> JsonObject:
-        """Return what ``findings.json`` holds."""
-        fields = {name: plain(value) for name, value in vars(self).items() if name != "rows"}
-        return {**fields, "findings": [row.to_json() for row in self.rows]}
+        """Return what ``findings.json`` holds; ``carried`` only where something was."""
+        fields = {name: plain(value) for name, value in vars(self).items() if name not in ("rows", "carried")}
+        carried = {"carried": [entry.to_json() for entry in self.carried]} if self.carried else {}
+        return {**fields, **carried, "findings": [row.to_json() for row in self.rows]}
 
     @staticmethod
     def from_json(document: JsonRecord) -> "Findings":
         """Read a document that fits the schema (ValueError for a waiver whose day is none)."""
-        fields = {name: value for name, value in document.items() if name != "findings"}
-        return Findings(**fields, rows=tuple(Finding.from_json(row) for row in document["findings"]))
+        fields = {name: value for name, value in document.items() if name not in ("findings", "carried")}
+        carried = tuple(Carried.from_json(entry) for entry in document.get("carried", ()))
+        return Findings(**fields, carried=carried, rows=tuple(Finding.from_json(row) for row in document["findings"]))

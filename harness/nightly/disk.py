@@ -8,10 +8,10 @@ import psutil
 
 from q4kd.harness.claims.profile import Profile, detect_profile
 from q4kd.harness.doctor import Line, examine
+from q4kd.harness.records.packing import SUFFIXES
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 
-SUFFIX = ".tar.gz"
 # An allowance for the runs, logs and bundle of a night, not a measurement.
 _BASE_DISK = 4 << 30
 # The 7B experiments make two files of 4.4 GB when no teacher is given.
@@ -74,12 +74,18 @@ def is_green(bundle: Path) -> bool:
         return False
 
 
+def packed_in(folder: Path) -> list[Path]:
+    """Return the packed bundles of a folder by name, those of before among them."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    return sorted(path for path in files if path.name.endswith(SUFFIXES))
+
+
 def prune_bundles(folder: Path, bounds: Bounds) -> list[Path]:
     """Remove the oldest bundles over the bounds, by name, and return them.
 
     The newest and the newest green one are never removed, even when they alone are over the bounds.
     """
-    bundles = sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file() and not path.is_symlink())
+    bundles = packed_in(folder)
     kept = set(bundles[-1:]) | set(next(([path] for path in reversed(bundles) if is_green(path)), []))
     sizes = {path: path.stat().st_size for path in bundles}
     removed: list[Path] = []

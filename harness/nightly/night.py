@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from q4kd.harness.bundle.environment import git_state
 from q4kd.harness.claims.profile import load_profile
 from q4kd.harness.doctor import doctor_lines
-from q4kd.harness.nightly.disk import SUFFIX, Bounds, preflight, prune_bundles
+from q4kd.harness.nightly.disk import Bounds, packed_in, preflight, prune_bundles
 from q4kd.harness.nightly.stage import StageRunner
 from q4kd.harness.nightly.state import read_night, take_up
 from q4kd.harness.runs.supervise import boot_id
@@ -122,7 +122,7 @@ class _Run:
         self.night = take_up(recorded, night_key(options), name, LAST_STAGE, now)
         self.work = self.out / "work" / self.night.name
         self.bundle = self.work / self.night.name
-        self.packed = self.out / "bundles" / f"{self.night.name}{SUFFIX}"
+        self.packed = self.out / "bundles" / f"{self.night.name}.tar.xz"
         for folder in (self.work, self.packed.parent, self.out / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
         self.stages = StageRunner(self.out / ".stage.lock", self.out / "logs" / f"{self.night.name}.log")
@@ -259,7 +259,7 @@ class _Run:
         return self.stages.spawn("verify", [str(self.packed)], ("evidence", "verify"))
 
     def _index(self) -> int:
-        if not any(self.packed.parent.glob(f"*{SUFFIX}")):
+        if not packed_in(self.packed.parent):
             return INCONCLUSIVE_EXIT
         site = self.out / "site"
         shutil.rmtree(site, ignore_errors=True)  # pages of bundles that were pruned

@@ -39,6 +39,11 @@ class RawRun:
     def __init__(self, store: Store, name: str) -> None:
         self.name = safe_name(name, "run name")
         self.store = PrefixStore(store, f"runs/{name}")
+        # What is asked for again by every mutation of every claim. What is drawn from other records is kept with these
+        # very objects, so that a spoilt copy of the run, which replaces them, finds its own.
+        self._arrays: dict[str, Arrays] = {}
+        self._named: tuple[list[JsonRecord], dict[object, list[JsonRecord]]] | None = None
+        self._pids: tuple[list[JsonRecord], list[JsonRecord], frozenset[object]] | None = None
 
     def _object(self, name: str) -> JsonRecord:
         return read_object(self.store, name, f"{self.name}/{name}")
@@ -47,7 +52,6 @@ class RawRun:
         rows: list[JsonRecord] = []
         for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
             if line.strip():
-                origin = f"{self.name}/{name}:{number}"
                 origin = f"{self.name}/{name}:{number}"
                 row = parse_shallow(line, origin, 1 << 20)
                 if not isinstance(row, dict):
@@ -113,20 +117,46 @@ class RawRun:
 
     def event(self, name: str) -> JsonRecord | None:
         """Return the first event of that name, or None."""
-        return next((event for event in self.events if event.get("event") == name), None)
+        return next(iter(self._events_by_name().get(name, ())), None)
 
     def events_named(self, name: str) -> list[JsonRecord]:
         """Return all events of that name in order."""
-        return [event for event in self.events if event.get("event") == name]
+        return list(self._events_by_name().get(name, ()))
+
+    def _events_by_name(self) -> dict[object, list[JsonRecord]]:
+        events = self.events
+        if self._named is None or self._named[0] is not events:
+            by_name: dict[object, list[JsonRecord]] = {}
+            for event in events:
+                if isinstance(name := event.get("event"), str):
+                    by_name.setdefault(name, []).append(event)
+            self._named = events, by_name
+        return self._named[1]
+
+    def pids(self) -> frozenset[object]:
+        """Return the process ids that memory samples and starts of the program name, None where one names none.
+
+        Raises:
+            TypeError: a process id that is an array or an object.
+        """
+        memory, events = self.memory, self.events
+        if self._pids is None or self._pids[0] is not memory or self._pids[1] is not events:
+            records = (*memory, *self.events_named("process_start"))
+            self._pids = memory, events, frozenset(record.get("pid") for record in records)
+        return self._pids[2]
 
     def array(self, name: str) -> Arrays:
-        """Return the arrays of ``arrays/<name>.npz`` (or ``name`` itself when it ends in ``.npz``).
+        """Return the arrays of ``arrays/<name>.npz`` (or ``name`` itself when it ends in ``.npz``), read-only.
 
         Raises:
             InputError: missing, over 8 MB packed or 64 MB unpacked, pickled, or not what its headers say.
         """
         file = array_file(name)
-        return load_arrays(self.store.read(file, MAX_ARRAY_FILE), f"{self.name}/{file}")
+        if file not in self._arrays:
+            self._arrays[file] = load_arrays(self.store.read(file, MAX_ARRAY_FILE), f"{self.name}/{file}")
+            for array in self._arrays[file].values():
+                array.flags.writeable = False
+        return dict(self._arrays[file])
 
 
 def array_file(name: str) -> str:

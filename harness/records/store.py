@@ -116,7 +116,7 @@ class MemoryStore:
 
 
 class TarStore(MemoryStore):
-    """The files of a ``.tar`` or ``.tar.gz``, read once into memory; ``unpacked`` is their size in bytes.
+    """The files of a ``.tar``, ``.tar.gz`` or ``.tar.xz``, read once into memory; ``unpacked`` is their size in bytes.
 
     Links, devices, repeated names, names outside the archive and anything beyond the bounds refuse the whole archive.
     A single folder that holds everything is taken as the root, so ``tar czf b.tar.gz bundle/`` works.
@@ -131,7 +131,7 @@ class TarStore(MemoryStore):
                     file, origin, max_file=MAX_FILE, max_total=max_total, max_files=MAX_FILES
                 )
         except OSError as error:
-            raise InputError(origin, expected="a .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
+            raise InputError(origin, expected="an archive of a bundle", got=str(error)[:200], remedy=REMEDY) from error
         super().__init__(_strip_root(members), origin)
 
 
@@ -202,10 +202,10 @@ def read_object(store: Store, name: str, origin: str = "") -> JsonRecord:
 
 
 def open_store(path: Path) -> Store:
-    """Return the store of a bundle: a folder, or a ``.tar.gz`` file (InputError when it is neither)."""
+    """Return the store of a bundle: a folder, or a ``.tar.xz`` or ``.tar.gz`` file (InputError when it is neither)."""
     if path.is_dir():
         return DirectoryStore(path)
     if path.is_file():
         return TarStore(path)
     remedy = "name what `q4kd falsify` wrote: its line `evidence:` says where"
-    raise InputError(str(path), expected="a bundle folder or .tar.gz", got="no such file", remedy=remedy)
+    raise InputError(str(path), expected="a bundle folder, .tar.xz or .tar.gz", got="no such file", remedy=remedy)

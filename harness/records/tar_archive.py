@@ -8,12 +8,15 @@ interpreter's limit, matches some extended headers in time that grows with the s
 import gzip
 import re
 import zlib
-from typing import IO
+from typing import IO, Protocol
 
 from q4kd.trainer.errors import InputError
 
 BLOCK = 512
 MAX_HEADER_DATA = 64 << 10
+# What decompressing may take, above all the dictionary whose size an archive announces: `xz -9` asks for 65 MB.
+MAX_XZ_MEMORY = 96 << 20
+XZ_MAGIC = b"\xfd7zXZ\0"
 REMEDY = "ask for the bundle again; this one cannot be trusted"
 _OCTAL = re.compile(rb" {0,11}([0-7]{0,12})[ \0]*")
 _REGULAR, _FOLDER, _LONG_NAME, _EXTENDED, _GLOBAL = (b"0", b"\0"), b"5", b"L", b"x", b"g"
@@ -39,7 +42,7 @@ def too_large(origin: str, name: str, max_bytes: int) -> InputError:
 def read_members(
     file: IO[bytes], origin: str, *, max_file: int, max_total: int, max_files: int
 ) -> tuple[dict[str, bytes], int]:
-    """Read every file of a ``.tar`` or ``.tar.gz``, seekable and at its start.
+    """Read every file of a ``.tar``, ``.tar.gz`` or ``.tar.xz``, seekable and at its start.
 
     Args:
         file: the archive.
@@ -58,17 +61,53 @@ def read_members(
     try:
         members = _read(stream, origin, max_file, max_files)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(origin, expected="a .tar.gz archive", got=str(error)[:200], remedy=REMEDY) from error
+        raise InputError(origin, expected="an archive of a bundle", got=str(error)[:200], remedy=REMEDY) from error
     return members, stream.taken
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _XzFile:
+    """The content of one xz stream. Unlike ``lzma.LZMAFile`` it bounds its memory and takes nothing after the end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        try:
+            import lzma
+        except ImportError as error:
+            raise ValueError("packed by xz, which this Python cannot read: it has no module lzma") from error
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_XZ_MEMORY)
+        self._file, self._error = file, lzma.LZMAError
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes, none only at the end (ValueError for a damaged stream, or one too large)."""
+        while not self._decoder.eof:
+            data = self._file.read(1 << 16) if self._decoder.needs_input else b""
+            if self._decoder.needs_input and not data:
+                raise EOFError("a cut xz stream")
+            try:
+                piece = self._decoder.decompress(data, size)
+            except self._error as error:
+                raise ValueError(str(error)) from error
+            if piece:
+                return piece
+        if self._decoder.unused_data or self._file.read(1):
+            raise ValueError("bytes after the end of the xz stream")
+        return b""
 
 
 class _Stream:
     """The decompressed bytes of an archive; more than ``limit`` of them end with an error, not with memory."""
 
     def __init__(self, file: IO[bytes], origin: str, limit: int) -> None:
-        compressed = file.read(2) == b"\x1f\x8b"
+        magic = file.read(len(XZ_MAGIC))
         file.seek(0)
-        self.source = gzip.GzipFile(fileobj=file) if compressed else file
+        self.source: _Readable = file
+        if magic.startswith(b"\x1f\x8b"):
+            self.source = gzip.GzipFile(fileobj=file)
+        elif magic == XZ_MAGIC:
+            self.source = _XzFile(file)
         self.origin, self.limit, self.taken = origin, limit, 0
 
     def take(self, size: int) -> bytes:

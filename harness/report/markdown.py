@@ -47,7 +47,7 @@ def render_markdown(store: Store) -> str:
     for rows, limit in _LIMITS:
         lines = [*_head(findings, verdict, environment, limit), *_table(findings, plan, rows, limit)]
         lines += [*_fallen(verdict, rows, limit), *_undecided(verdict, rows, limit), *_waived(verdict, rows, limit)]
-        lines += _untested(verdict, rows, limit)
+        lines += [*_untested(verdict, rows, limit), *_carried(verdict, rows, limit)]
         text = "\n".join([*lines, *_FOOT])
         if len(text.encode()) < MAX_BYTES:
             break
@@ -61,6 +61,7 @@ def _head(findings: Findings, verdict: Verdict, environment: JsonRecord, limit: 
         "",
         f"{verdict.scale}, tried on {code(verdict.machine, limit)}; {where}, {moment_of(findings)}.",
         "",
+        *([f"**Not all of it was run**: {verdict.origin}.", ""] if verdict.origin else []),
     ]
 
 
@@ -98,6 +99,14 @@ def _undecided(verdict: Verdict, rows: int, limit: int) -> list[str]:
         lines.append(f"- {code(reason, limit)}{said}: {counted(len(found), 'claim')}")
         lines += [f"  - {code(row.key, limit)}" for row in found[:rows]]
         lines += [f"  {line}" for line in _rest(len(found), rows, "claim")]
+    return [*lines, ""] if lines else []
+
+
+def _carried(verdict: Verdict, rows: int, limit: int) -> list[str]:
+    lines = ["### Judged again on runs made earlier", ""] if verdict.carried else []
+    for origin, experiments in verdict.carried.items():
+        lines.append(f"- from {code(origin, limit)}: {', '.join(code(name, limit) for name in experiments[:rows])}")
+        lines += [f"  - and {len(experiments) - rows} more experiments"] if len(experiments) > rows else []
     return [*lines, ""] if lines else []
 
 

@@ -17,6 +17,7 @@ from q4kd.harness.bundle.findings import read_findings
 from q4kd.harness.bundle.recheck import bundle_contracts, read_plan
 from q4kd.harness.bundle.writer import manifest_of, manifest_text
 from q4kd.harness.claims.model import Contract
+from q4kd.harness.records.packing import SUFFIXES, stem_of
 from q4kd.harness.records.store import Store, open_store, read_object
 from q4kd.harness.report.html import render
 from q4kd.harness.report.site_collection import Collection, Entry
@@ -27,7 +28,6 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
 
 MAX_BUNDLES = 1000
-_ARCHIVES = (".tar.gz", ".tgz")
 _REPORT = re.compile(r"[A-Za-z0-9-]{1,60}-[0-9a-f]{12}\.html")
 
 
@@ -37,7 +37,7 @@ def write_site(folder: Path, site: Path) -> tuple[int, int]:
     A report that is there already for the same bundle and program is kept; one of a bundle that is gone is removed.
 
     Args:
-        folder: folders and ``.tar.gz`` files of bundles; anything else in it is left out.
+        folder: folders and archives of bundles; anything else in it is left out.
         site: where to write; created when its parent exists.
 
     Returns:
@@ -88,7 +88,7 @@ def collect(folder: Path, reports: Path) -> Collection:
 
 def _bundles(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        archive = path.is_file() and path.name.endswith(_ARCHIVES)
+        archive = path.is_file() and path.name.endswith(SUFFIXES)
         if archive or (path.is_dir() and (path / "findings.json").is_file()):
             yield path
 
@@ -130,7 +130,7 @@ def _write_report(path: Path, store: Store, reports: Path) -> str:
     raw = os.path.relpath(path.resolve(), reports.resolve()) + "/" if path.is_dir() else None
     key = hashlib.sha256(manifest_text(manifest_of(store)))
     key.update(f"{raw}\n{_program()}".encode())
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", path.name.removesuffix(".tar.gz").removesuffix(".tgz")).strip("-")[:40]
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", stem_of(path)).strip("-")[:40]
     target = reports / f"{stem or 'bundle'}-{key.hexdigest()[:12]}.html"
     if not target.exists():
         write_atomic(target, render(store, raw).encode())

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from q4kd.harness.bundle.findings import sabotage_lines
+from q4kd.harness.bundle.findings import origin_line, sabotage_lines
 from q4kd.harness.checks.judgement import REASONS
 from q4kd.harness.claims.plan import Plan, PlanEntry
 from q4kd.harness.claims.waivers import expired_lines
@@ -32,6 +32,8 @@ class Verdict:
         waived: required findings that are inconclusive and excused by a waiver.
         expired: one line for each waiver that no longer holds.
         untested: reason → plan entries out of scope for it.
+        origin: how many claims were judged on runs of another bundle, None when all were run.
+        carried: (bundle and when it was made) → the experiments whose runs were made for it.
         shown_to_fail: how many spoilt records and planted faults were noticed, one line each.
         unnoticed: how many of them were not.
     """
@@ -45,6 +47,8 @@ class Verdict:
     waived: tuple[Finding, ...]
     expired: tuple[str, ...]
     untested: Mapping[str, list[PlanEntry]]
+    origin: str | None
+    carried: Mapping[str, list[str]]
     shown_to_fail: tuple[str, ...]
     unnoticed: int
 
@@ -74,9 +78,18 @@ def verdict_of(findings: Findings, plan: Plan, environment: JsonRecord) -> Verdi
         waived=waived,
         expired=tuple(expired_lines(plan.waivers, findings.created)),
         untested=untested,
+        origin=origin_line(findings),
+        carried=_carried(findings),
         shown_to_fail=tuple(sabotage_lines(findings)),
         unnoticed=sum(map(_unnoticed, findings.rows)),
     )
+
+
+def _carried(findings: Findings) -> Mapping[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for entry in findings.carried:
+        found[f"{entry.name}, made {entry.created}, manifest {entry.bundle[:16]}…"].append(entry.experiment)
+    return found
 
 
 def _title(scope: str, required: int, fell: int, undecided: int, waived: int) -> str:

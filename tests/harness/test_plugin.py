@@ -140,7 +140,7 @@ def test_corroborated_claims_make_a_green_run_and_a_whole_bundle(world):
         "runs/measure/exit.json",
         "runs/compare.b/facts.json",
         "sabotage/kills.json",
-        "sabotage/inflate--measure.tar.gz",
+        "sabotage/inflate--measure.tar",
         "junit.xml",
         "ctrf.json",
         "statement.intoto.json",

@@ -82,9 +82,10 @@ def _collect_signals(run_dir: Path, inputs: Inputs) -> Facts:
         left = np.exp(ordered[:, K:]).sum(1)
         found["left"].append(np.stack([left, np.ones(SEQ_LEN)], 1))
     arrays = {name: np.concatenate(values) for name, values in found.items()}
+    stored = arrays["stored"].astype(np.float32)  # exact: a cache holds float16
     pairs = {
-        "largest": (arrays["stored"], arrays["largest"]),
-        "places": (arrays["stored"], arrays["there"]),
+        "largest": (stored, arrays["largest"]),
+        "places": (stored, arrays["there"]),
         "masses": (arrays["mass"], arrays["left"]),
     }
     sources = ("q4kd cache", "float64 forward of the harness over the teacher's file")

@@ -112,7 +112,8 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     sources = ("transformers, exported folder", "transformers, the run's own model")
     comparators = save_pairs(run_dir, {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])}, sources)
     for form in FORMS:
-        by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids)
+        # An export's error is 1e-4 and more: float32 adds 6e-8 to it.
+        by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids).astype(np.float32)
         for suffix, subject in (("teacher", found[form]), ("reference", by_reference)):
             pair = {f"{form.replace('_', '')}-{suffix}": (subject[:, columns], exact[:, columns])}
             sources = (f"{form} export, {suffix} forward", "float64 forward over the run's model")

@@ -4,11 +4,13 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import tarfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from q4kd.harness.__main__ import main
 from q4kd.harness.bundle.exporters import write_interchange
 from q4kd.harness.bundle.verify import verify_bundle, verify_store
 from q4kd.harness.bundle.writer import MANIFEST, manifest_of, manifest_text, seal
+from q4kd.harness.records.packing import xz_bytes
 from q4kd.harness.records.store import MemoryStore, TarStore, open_store, parse_shallow, snapshot
 from q4kd.trainer.errors import InputError
 
@@ -95,12 +98,46 @@ GOOD = header("good", 1) + padded(b"x")
         GOOD + header("good", 1) + padded(b"y") + END,
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("compress", [False, True], ids=["tar", "gz"])
-def test_an_archive_made_to_harm_is_refused_quickly(archive: bytes, compress: bool) -> None:
+@pytest.mark.parametrize("compress", [bytes, lambda data: gzip.compress(data, 1), xz_bytes], ids=["tar", "gz", "xz"])
+def test_an_archive_made_to_harm_is_refused_quickly(archive: bytes, compress: Callable[[bytes], bytes]) -> None:
+    packed = compress(archive)
     started = time.perf_counter()
     with pytest.raises(InputError):
-        TarStore(gzip.compress(archive, 1) if compress else archive)
+        TarStore(packed)
     assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("change", ["cut", "flipped", "followed", "second"])
+def test_a_damaged_xz_archive_is_refused(change: str) -> None:
+    whole = xz_bytes(GOOD + END)
+    assert TarStore(whole).files == {"good": b"x"}
+    changed = {
+        "cut": whole[:-5],
+        "flipped": whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:],
+        "followed": whole + b"hidden",
+        "second": whole + whole,
+    }[change]
+    with pytest.raises(InputError):
+        TarStore(changed)
+
+
+def test_an_xz_archive_may_ask_for_little_memory() -> None:
+    """A dictionary of 1.5 GB is announced in a few bytes; a reader that believes it allocates that much."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 64 << 20}]
+    assert TarStore(lzma.compress(GOOD + END, lzma.FORMAT_XZ, filters=filters)).files == {"good": b"x"}
+    data = bytearray(xz_bytes(GOOD + END))
+    # The block header: one filter, LZMA2 (0x21), one byte of properties with the dictionary's size, then a CRC-32.
+    at = data.index(b"\x21\x01", 12) + 2
+    data[at] = 37
+    length = (data[12] + 1) * 4
+    data[12 + length - 4 : 12 + length] = zlib.crc32(data[12 : 12 + length - 4]).to_bytes(4, "little")
+    with pytest.raises(InputError, match=r"[Mm]emory"):
+        TarStore(bytes(data))
+
+
+def test_an_xz_archive_that_unpacks_to_more_than_allowed_is_left_early() -> None:
+    with pytest.raises(InputError, match="bounded archive"):
+        TarStore(xz_bytes(bytes(8 << 20)), "bomb", 1 << 20)
 
 
 def test_archives_of_other_tools_are_read(tmp_path: Path) -> None:

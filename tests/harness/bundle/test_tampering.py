@@ -26,7 +26,7 @@ from tampering import (
 
 from q4kd.harness.bundle.signing import sign_bundle
 from q4kd.harness.bundle.verify import VerifyResult, verify_store
-from q4kd.harness.bundle.writer import pack_store
+from q4kd.harness.records.packing import gzip_bytes, tar_bytes
 from q4kd.harness.records.store import MemoryStore, TarStore, open_store, snapshot
 from q4kd.trainer.errors import InputError
 
@@ -101,7 +101,7 @@ def test_any_byte_or_file_changed_without_sealing_again_is_a_mismatch(
 def test_any_byte_changed_in_an_archive_changes_nothing_or_is_refused(files: Files) -> None:
     """A few bits of a gzip stream carry nothing; whatever does carry something is a mismatch."""
     draw, kinds, missed = random.Random(SEED), Counter[str](), []
-    packed = pack_store(MemoryStore(files, "bundle"))
+    packed = gzip_bytes(tar_bytes(MemoryStore(files, "bundle")))
     for _ in range(CASES):
         data = draw.choice([change_a_byte, drop_a_byte, add_a_byte])(draw, packed)
         try:

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def test_an_archive_is_verified_without_unpacking(bundle: Path, tmp_path: Path) 
     before = sorted(tmp_path.rglob("*"))
     assert verify_bundle(archive).status == "consistent"
     assert sorted(tmp_path.rglob("*")) == before
-    tar = tmp_path / "wrapped.tar.gz"
-    subprocess.run(["tar", "czf", str(tar), "-C", str(tmp_path), "bundle"], check=True)
-    assert verify_bundle(tar).status == "consistent"
+    for suffix, mode in ((".tar.gz", "w:gz"), (".tar.xz", "w:xz"), (".tar", "w")):
+        tar = tmp_path / f"wrapped{suffix}"
+        with tarfile.open(tar, mode) as file:
+            file.add(bundle, "bundle")
+        assert verify_bundle(tar).status == "consistent"
 
 
 @pytest.mark.parametrize("name", ["runs/demo/memory.jsonl", "findings.json", "report.html", "contracts/demo-v1.yaml"])
@@ -294,7 +297,7 @@ sys.exit(main(["evidence", "verify", sys.argv[1]]))
 
 def test_the_reference_bundle_verifies_with_a_base_install_and_nothing_else(tmp_path: Path) -> None:
     """No torch, no GPU library, no network, nothing but the bundle."""
-    newest = sorted((Path(__file__).parents[3] / "evidence" / "bundles").glob("*-cpu.tar.gz"))[-1]
+    newest = sorted((Path(__file__).parents[3] / "evidence" / "bundles").glob("*-cpu.tar.*"))[-1]
     bundle = str(shutil.copy(newest, tmp_path))
     command = [sys.executable, "-c", STANDALONE, bundle]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)

@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from example_bundle import build, register
 
@@ -22,6 +23,8 @@ from q4kd.harness.bundle.writer import (
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import load_profile
+from q4kd.harness.inputs.arrays import save_arrays
+from q4kd.harness.records.packing import SUFFIXES, tar_bytes, xz_bytes
 from q4kd.harness.records.redact import redact
 from q4kd.harness.records.store import DirectoryStore, TarStore
 from q4kd.trainer.errors import InputError
@@ -65,14 +68,33 @@ def test_a_malformed_manifest_is_refused(line: str) -> None:
 def test_packing_is_deterministic_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     folder = build(tmp_path)
-    first = pack(folder).read_bytes()
+    store = DirectoryStore(folder)
+    names = [f"b{suffix}" for suffix in SUFFIXES]
+    first = {name: pack(folder, tmp_path / name).read_bytes() for name in names}
     for path in folder.rglob("*"):
         path.touch()
-    assert pack_bytes(folder) == first
-    assert first[4:8] == bytes(4)  # no time of packing in the header
-    store, packed = DirectoryStore(folder), TarStore(first)
-    assert packed.names() == store.names()
-    assert all(packed.read(name) == store.read(name) for name in store.names())
+    for name, data in first.items():
+        packed = TarStore(data)
+        assert pack(folder, tmp_path / name).read_bytes() == data
+        assert {kept: packed.read(kept) for kept in packed.names()} == {
+            kept: store.read(kept) for kept in store.names()
+        }
+    assert pack_bytes(folder) == first["b.tar.gz"] == first["b.tgz"]
+    assert first["b.tar.gz"][4:8] == bytes(4)  # no time of packing in the header
+    assert pack(tmp_path / "b.tgz").read_bytes() == first["b.tar.xz"] == pack(folder).read_bytes()
+    with pytest.raises(InputError, match=r"\.tar\.xz"):
+        pack(folder, tmp_path / "b.zip")
+
+
+def test_equal_arrays_of_two_runs_take_the_place_of_one(tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).standard_normal(50_000).astype(np.float32)
+    one, two = tmp_path / "one", tmp_path / "two"
+    save_arrays(one / "a.npz", {"subject": noise})
+    save_arrays(two / "a.npz", {"subject": noise})
+    (two / "between").write_bytes(np.random.default_rng(2).bytes(9 << 20))  # farther than xz looks back by itself
+    save_arrays(two / "z.npz", {"subject": noise, "reference": noise + 1})
+    alone, twice = (len(xz_bytes(tar_bytes(DirectoryStore(folder)))) for folder in (one, two))
+    assert twice - (9 << 20) < 2.2 * alone
 
 
 def test_a_finished_bundle_is_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import json
 import signal
 import threading
@@ -27,6 +28,7 @@ from q4kd.harness.judging.kills import (
 )
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
 from q4kd.harness.kill_matrix import kill_matrix, show
+from q4kd.harness.records.store import TarStore
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.faults import get_fault
 from q4kd.harness.runs.runner import ExperimentRunner
@@ -291,8 +293,11 @@ def test_a_bundle_gets_the_records_it_used(runner, store, tmp_path):
     kill_matrix([one, two], "cpu", store, runner, changed=False)
     key = rejudge(one, "cpu", store)[0].record
     store.copy_to(tmp_path / "sabotage", [key])
-    assert {path.name for path in (tmp_path / "sabotage").iterdir()} == {"kills.json", "inflate--measure.tar.gz"}
-    assert list(json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"]) == [key]
+    assert {path.name for path in (tmp_path / "sabotage").iterdir()} == {"kills.json", "inflate--measure.tar"}
+    record = json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"][key]
+    copied = (tmp_path / "sabotage" / record["raw"]).read_bytes()
+    assert hashlib.sha256(copied).hexdigest() == record["raw_sha256"]
+    assert TarStore(copied).files == store.archive("inflate--measure.tar.gz")[0].files
 
 
 def test_the_matrix_is_printed(capsys):

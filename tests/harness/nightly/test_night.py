@@ -96,7 +96,7 @@ def test_a_night_killed_half_way_is_taken_up_and_not_repeated(night, tmp_path: P
     assert set(recorded["stages"]) == {"sabotage", "falsify", "bundle", "verify", "index"}
     assert {entry["code"] for entry in recorded["stages"].values()} == {0}
     assert len(recorded["boots"]) == 1 and recorded["boots"][0]
-    (bundle,) = (tmp_path / "out" / "bundles").glob("*.tar.gz")
+    (bundle,) = (tmp_path / "out" / "bundles").glob("*.tar.xz")
     assert is_green(bundle)
     with tarfile.open(bundle) as archive:
         plan, inputs = (json.load(archive.extractfile(name)) for name in ("plan.json", "inputs.json"))
@@ -107,13 +107,13 @@ def test_a_night_killed_half_way_is_taken_up_and_not_repeated(night, tmp_path: P
     assert f"given/teacher/{teacher_path().name}" in inputs
     assert str(teacher_path().parent) not in text
     assert list((tmp_path / "out" / "work").iterdir()) == []
-    assert bundle.name.removesuffix(".tar.gz") in (tmp_path / "out" / "site" / "index.html").read_text()
+    assert bundle.name.removesuffix(".tar.xz") in (tmp_path / "out" / "site" / "index.html").read_text()
     assert (tmp_path / "out" / "kills" / "cpu" / "records.json").is_file()
 
     out, err = (third := night("slow")).communicate(timeout=60)
     assert third.returncode == 0, out + err
     assert "nothing left to do" in out
-    assert len(list((tmp_path / "out" / "bundles").glob("*.tar.gz"))) == 1
+    assert len(list((tmp_path / "out" / "bundles").glob("*.tar.xz"))) == 1
 
 
 def test_a_night_told_to_stop_ends_its_stage_and_remembers_nothing_of_it(night, tmp_path: Path) -> None:
@@ -223,6 +223,8 @@ def test_old_bundles_go_but_never_the_last_green_one(tmp_path: Path) -> None:
     assert prune_bundles(tmp_path, Bounds(keep=3, max_bytes=10**9)) == [paths["1"], paths["3"]]
     assert prune_bundles(tmp_path, Bounds(keep=3, max_bytes=1)) == [paths["4"]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2.tar.gz", "5.tar.gz"]
+    (tmp_path / "6.tar.xz").write_bytes(b"newer than all, in the format of today")
+    assert prune_bundles(tmp_path, Bounds(keep=2, max_bytes=10**9)) == [paths["5"]]
 
 
 def test_preflight_names_what_a_night_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     found: dict[str, Path] = {}
     for name in ("cpu", "h200"):  # before the registries are replaced: the files that a check reads are real ones
-        newest = max(REAL.glob(f"*-{name}*.tar.gz"))
+        newest = max(REAL.glob(f"*-{name}*.tar.*"))
         found[name] = root / f"{name}.html"
         found[name].write_text(render(open_store(newest), None))
     with pytest.MonkeyPatch.context() as patch:
