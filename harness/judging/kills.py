@@ -5,6 +5,7 @@ fault, the experiment and the patched functions. When the meaning of any of them
 is never believed: its raw runs are judged again each time.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -98,6 +99,20 @@ def _plain(name: str) -> str:
         remedy = "run `q4kd sabotage`"
         raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
     return name
+
+
+def recorded_seconds(kills: KillStore, experiments: Iterable[str]) -> dict[str, float]:
+    """Return the seconds that runs of these experiments took when a fault was planted in them, by run name.
+
+    One archive an experiment is read. What cannot be read is left out: this is to estimate by, not to judge.
+    """
+    archives = {record.experiment: record.raw for record in kills.records.values()}
+    found: dict[str, float] = {}
+    for name in experiments:
+        with contextlib.suppress(InputError, KeyError, TypeError):
+            store, _ = kills.archive(archives[name])
+            found |= {run: float(RawRun(store, run).exit["wall_s"]) for run in stored_runs(store)}
+    return found
 
 
 def rejudge(claim: Claim, profile: str, kills: KillStore) -> list[KillOutcome]:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import psutil
 
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs.exit_cause import KernelLog, OomCounter, SupervisorAction, classify
 from q4kd.harness.runs.memory import MemoryLog
+from q4kd.harness.runs.start.forked import ForkedProcess, ForkServer
 from q4kd.trainer.files import write_atomic, write_json
 
 LOG_LIMIT = 4 << 20
@@ -38,6 +39,9 @@ _FIXED = {
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
 }
+
+_Process: TypeAlias = subprocess.Popen[bytes] | ForkedProcess
+_UNDER_WAY: set[_Process] = set()
 
 
 def child_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
@@ -67,6 +71,7 @@ def run_supervised(
     interval_s: float = 0.05,
     env: Mapping[str, str],
     placeholders: Mapping[str, str] | None = None,
+    server: ForkServer | None = None,
 ) -> None:
     """Run ``argv`` in ``cwd`` to its end and record it in ``run_dir``, an existing folder.
 
@@ -74,7 +79,8 @@ def run_supervised(
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
     whole process group; so is anything the program leaves running when it ends. Memory is sampled every ``interval_s``
     seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
-    absolute path prefixes and what is written in their place in logs and events.
+    absolute path prefixes and what is written in their place in logs and events. With a ``server`` the process is
+    forked from it where it can be, which ``exit.json`` then says.
 
     Raises:
         OSError: when the program cannot be started.
@@ -85,15 +91,7 @@ def run_supervised(
     with tempfile.TemporaryDirectory(prefix="q4kd-home-", ignore_cleanup_errors=True) as home:
         started = time.monotonic()
         try:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=child_environment(Path(home), env),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            process = _start(argv, cwd, child_environment(Path(home), env), server)
         except OSError:
             kernel.close()
             raise
@@ -103,6 +101,7 @@ def run_supervised(
         try:
             action = _watch(process, run_dir / "events.jsonl", started, timeout_s, stall_s, interval_s, memory, counter)
         finally:
+            _UNDER_WAY.discard(process)
             _kill_all(process, memory.tree.values())
             ended = time.monotonic()
             for log in logs:
@@ -111,7 +110,9 @@ def run_supervised(
     oom = counter.record()
     before, after = (value if isinstance(value, int) else None for value in (oom["before"], oom["after"]))
     line = kernel.oom_line(process.pid)
-    status = process.returncode
+    status = process.wait()
+    if isinstance(process, ForkedProcess):
+        process.release()
     evidence: dict[str, object] = {
         "returncode": status,
         "supervisor_action": action,
@@ -140,12 +141,35 @@ def run_supervised(
             "timeout_s": timeout_s,
             "stall_s": stall_s,
             "interval_s": interval_s,
+            **({"started": "forked"} if isinstance(process, ForkedProcess) else {}),
         },
     )
 
 
+def _start(argv: list[str], cwd: Path, env: Mapping[str, str], server: ForkServer | None) -> _Process:
+    forked = server.start(argv, cwd, env) if server is not None else None
+    process = forked or subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    _UNDER_WAY.add(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill every run of this process that is under way, as when somebody interrupts it."""
+    for process in list(_UNDER_WAY):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def _watch(
-    process: subprocess.Popen[bytes],
+    process: _Process,
     events: Path,
     started: float,
     timeout_s: float,
@@ -177,7 +201,7 @@ def _watch(
     return None
 
 
-def _kill_all(process: subprocess.Popen[bytes], tree: Iterable[psutil.Process]) -> None:
+def _kill_all(process: _Process, tree: Iterable[psutil.Process]) -> None:
     """Kill the group, then every descendant ever seen that left it (psutil checks that a pid was not reused)."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -66,6 +66,7 @@ def _ranks_argv(kind: str, inputs: Inputs) -> list[str]:
         Arm(kind, functools.partial(_ranks_argv, kind), timeout_s=120, stall_s=60, env=ONE_THREAD)
         for kind in ("one", "copies", "shards")
     ),
+    measures=("process",),
 )
 def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
     arm, before = arm_of(run_dir), run_dir.parent / "student-ranks.one"
@@ -82,6 +83,6 @@ def _collect_ranks(run_dir: Path, _inputs: Inputs) -> Facts:
 declare(
     "settings-refused",
     "settings that do not exist, beside those that were meant",
-    Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),
+    Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60, env=ONE_THREAD),
     collect=collect_probe,
 )
