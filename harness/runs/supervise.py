@@ -19,11 +19,15 @@ import psutil
 
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs.exit_cause import KernelLog, OomCounter, SupervisorAction, classify
+from q4kd.harness.runs.load import CpuClock
 from q4kd.harness.runs.memory import MemoryLog
 from q4kd.harness.runs.start.forked import ForkedProcess, ForkServer
 from q4kd.trainer.files import write_atomic, write_json
 
 LOG_LIMIT = 4 << 20
+# A run may take this many times its limit in wall time where it mostly waits for a core.
+BUSY_LIMIT = 10
+_LOOK_EVERY_S = 0.2
 TRUNCATED = "\n[q4kd: log truncated here; the program wrote more]\n"
 
 # The whole environment of a run. A variable not named here does not reach the program, so none can change a result.
@@ -77,8 +81,8 @@ def run_supervised(
 
     Writes ``stdout.log``, ``stderr.log``, ``memory.jsonl`` and, last and atomically, ``exit.json``. A run whose
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
-    whole process group; so is anything the program leaves running when it ends. Memory is sampled every ``interval_s``
-    seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
+    whole process group; so is anything the program leaves running when it ends. Seconds in which it waited for a core
+    that others had do not count, up to ``BUSY_LIMIT`` times the limit. Memory is sampled every ``interval_s`` seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
     absolute path prefixes and what is written in their place in logs and events. With a ``server`` the process is
     forked from it where it can be, which ``exit.json`` then says.
 
@@ -96,10 +100,12 @@ def run_supervised(
             kernel.close()
             raise
         counter, memory = OomCounter(process.pid), MemoryLog(run_dir / "memory.jsonl", process.pid)
+        clock = CpuClock()
         assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
         try:
-            action = _watch(process, run_dir / "events.jsonl", started, timeout_s, stall_s, interval_s, memory, counter)
+            limits = timeout_s, stall_s, interval_s
+            action = _watch(process, run_dir / "events.jsonl", started, limits, memory, counter, clock)
         finally:
             _UNDER_WAY.discard(process)
             _kill_all(process, memory.tree.values())
@@ -135,6 +141,8 @@ def run_supervised(
             "start_t": started,
             "end_t": ended,
             "wall_s": ended - started,
+            "cpu_s": round(clock.cpu_s, 3),
+            "waited_s": round(clock.waited_s, 3),
             "cause": classify(status, before, after, line, action),
             "cause_evidence": evidence,
             "oom_counter": oom,
@@ -172,24 +180,28 @@ def _watch(
     process: _Process,
     events: Path,
     started: float,
-    timeout_s: float,
-    stall_s: float | None,
-    interval_s: float,
+    limits: tuple[float, float | None, float],
     memory: MemoryLog,
     counter: OomCounter,
+    clock: CpuClock,
 ) -> SupervisorAction | None:
-    size, grown, due = -1, started, started
+    timeout_s, stall_s, interval_s = limits
+    size, grown, due, looked = -1, started, started, 0.0
     while process.poll() is None:
         memory.sample()
         counter.poll()
         now = time.monotonic()
+        if now - looked >= _LOOK_EVERY_S:
+            clock.look(list(memory.tree))
+            looked = now
         length = events.stat().st_size if events.exists() else 0  # the program may replace the file
+        own = now - clock.waited_s
         if length != size:
-            size, grown = length, now
+            size, grown = length, own
         action: SupervisorAction | None = None
-        if now - started > timeout_s:
+        if own - started > timeout_s or now - started > BUSY_LIMIT * timeout_s:
             action = "timeout"
-        elif stall_s is not None and now - grown > stall_s:
+        elif stall_s is not None and own - grown > stall_s:
             action = "stalled"
         if action is not None and process.poll() is None:
             return action
