@@ -1,12 +1,14 @@
 """The command lines of experiments: probes, small runs of ``q4kd distill`` and ``q4kd logits``, and how one is run."""
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from q4kd.harness.inputs.demo import BATCH, SEQ_LEN
+from q4kd.harness.runs.experiment import ONE_THREAD
 
 
 def set_words(settings: Mapping[str, object]) -> list[str]:
@@ -39,6 +41,10 @@ def distill_words(teacher: Path, student: Path, data: Path, *words: str, out: st
 def run_program(words: list[str], folder: Path) -> None:
     """Run the program as it is, to make an input: faults are planted in what is measured, not here."""
     command = [sys.executable, "-m", "q4kd.harness", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    # Threads that wait for each other on a busy machine would take many times as long as one.
+    environment = {**os.environ, **ONE_THREAD}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"q4kd {words[0]} ended with {done.returncode}: {done.stderr[-500:]}")

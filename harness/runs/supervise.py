@@ -82,9 +82,11 @@ def run_supervised(
     Writes ``stdout.log``, ``stderr.log``, ``memory.jsonl`` and, last and atomically, ``exit.json``. A run whose
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
     whole process group; so is anything the program leaves running when it ends. Seconds in which it waited for a core
-    that others had do not count, up to ``BUSY_LIMIT`` times the limit. Memory is sampled every ``interval_s`` seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
-    absolute path prefixes and what is written in their place in logs and events. With a ``server`` the process is
-    forked from it where it can be, which ``exit.json`` then says.
+    that others had do not count, up to ``BUSY_LIMIT`` times the limit. Memory is sampled every ``interval_s`` seconds.
+
+    ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are absolute
+    path prefixes and what is written in their place in logs and events. With a ``server`` the process is forked from
+    it where it can be, which ``exit.json`` then says.
 
     Raises:
         OSError: when the program cannot be started.

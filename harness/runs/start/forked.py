@@ -19,8 +19,8 @@ from q4kd.harness.runs.start import fork_server
 
 # The server's imports take 3 s, and a machine may be very busy.
 _READY_S = 180.0
-# Only q4kd reads these, when it is imported, which is after the fork.
-_AFTER_THE_FORK = ("HOME", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY")
+# Only q4kd, which is imported after the fork, reads these; and the CUDA driver, which is not loaded before it.
+_AFTER_THE_FORK = ("HOME", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY", "CUDA_VISIBLE_DEVICES")
 
 
 class ForkedProcess:
@@ -72,12 +72,12 @@ class ForkServer:
     """The fork server of a session. It is started by ``__init__``, and asked by any thread.
 
     Args:
-        env: its environment, of which all but HOME, a folder of its own, is also that of each process it forks.
+        env: its environment, and that of each process it forks, but for HOME and what is read after the fork.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="q4kd-fork-"))
-        self._env = {**env, "HOME": str(self._folder)}
+        self._env = {**env, "HOME": str(self._folder), "CUDA_VISIBLE_DEVICES": ""}
         self._path = self._folder / "socket"
         command = [sys.executable, "-m", "q4kd.harness.runs.start.fork_server", str(self._path)]
         self._server = subprocess.Popen(
