@@ -13,7 +13,7 @@ from q4kd.trainer.yaml_lines import printable
 
 _UNKNOWN_S = 5.0
 _TERMINAL_EVERY_S = 0.5
-_PIPE_EVERY_S = 30.0
+_PIPE_EVERY_S = 60.0
 
 
 class Progress:
