@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.redact import redact
 from q4kd.harness.records.store import DirectoryStore
-from q4kd.harness.runs.cores import Cores, default_workers
+from q4kd.harness.runs.cores import Closed, Cores, default_workers
 from q4kd.harness.runs.experiment import EXPERIMENTS, ONE_THREAD, Arm, Experiment, Inputs, get_experiment
 from q4kd.harness.runs.start.forked import ForkServer
 from q4kd.harness.runs.supervise import SETTABLE, child_environment, run_supervised
@@ -33,6 +34,8 @@ MAX_ARRAY_FILE = 8 << 20
 # The server's imports cost as much as those of two runs.
 _WORTH_A_SERVER = 3
 _UNKNOWN_S = 5.0
+# A rank before that of every run, but for those that must be alone.
+_AT_ONCE = -1e9
 _FEEDING = 2
 # "fork": a run that measures results alone is forked from a process that has imported torch; "process": none is.
 Isolation = Literal["fork", "process"]
@@ -86,6 +89,15 @@ class ExperimentRunner:
         enough = sum(may_fork(*pair) for pair in arms) >= _WORTH_A_SERVER
         if self._isolation == "fork" and self._server is None and enough:
             self._server = ForkServer(child_environment(Path("/nonexistent"), {**os.environ, **ONE_THREAD}))
+            threading.Thread(target=self._open, args=(self._server,), name="fork server", daemon=True).start()
+
+    def _open(self, server: ForkServer) -> None:
+        """Open the fork server, on a core like a run: what is timed must not be disturbed by it either."""
+        try:
+            with self.cores.taken(1, rank=_AT_ONCE):
+                server.open()
+        except Closed:
+            server.close()  # which lets go of who waits for it
 
     def close(self) -> None:
         """End the fork server."""
@@ -156,6 +168,8 @@ class ExperimentRunner:
         self, experiment: Experiment, arm: Arm, folder: Path, fault: str | None, timeout_s: float | None
     ) -> None:
         with ExitStack() as stack:
+            if self._server is not None and may_fork(experiment, arm):
+                self._server.wait_open()  # meanwhile its core is for others
             if experiment.exclusive:
                 stack.enter_context(FileLock(accelerator_lock()))
             alone, rank = "time" in experiment.measures, self.rank(experiment.name, arm)

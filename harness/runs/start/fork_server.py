@@ -63,6 +63,10 @@ def unfit() -> str | None:
         return f"{threads} threads"
     if "libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"):
         return "the CUDA driver is loaded"
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return "this kernel has no pidfd"
     return None
 
 

@@ -69,7 +69,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The fork server of a session. It is started by ``__init__``, and asked by any thread.
+    """The fork server of a session. One thread opens it; any thread asks it, and waits until it is open.
 
     Args:
         env: its environment, and that of each process it forks, but for HOME and what is read after the fork.
@@ -79,29 +79,47 @@ class ForkServer:
         self._folder = Path(tempfile.mkdtemp(prefix="q4kd-fork-"))
         self._env = {**env, "HOME": str(self._folder), "CUDA_VISIBLE_DEVICES": ""}
         self._path = self._folder / "socket"
+        self._server: subprocess.Popen[bytes] | None = None
+        self._opened = threading.Event()
+        self._says = b""
+
+    def open(self) -> None:
+        """Start the server, and return when its imports are done, or have failed."""
         command = [sys.executable, "-m", "q4kd.harness.runs.start.fork_server", str(self._path)]
-        self._server = subprocess.Popen(
-            command,
-            env=self._env,
-            cwd=self._folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._asking = threading.Lock()
-        self._says: bytes | None = None
+        try:
+            self._server = subprocess.Popen(
+                command,
+                env=self._env,
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert self._server.stdout is not None
+            there, _, _ = select.select([self._server.stdout], [], [], _READY_S)
+            self._says = self._server.stdout.readline() if there else b""
+        finally:
+            self._opened.set()
+
+    def wait_open(self) -> None:
+        """Wait until the server is open, or will never be."""
+        self._opened.wait()
 
     def close(self) -> None:
-        """End the server and what it has forked."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.close()
-        try:
-            self._server.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait()
-        self._server.stdout.close()
+        """End the server and what it has forked; whoever waits for it starts processes by themselves."""
+        server = self._server
+        if server is not None:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.close()
+            try:
+                server.wait(5.0)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            self._opened.wait()
+            server.stdout.close()
+        self._opened.set()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> ForkedProcess | None:
@@ -112,7 +130,8 @@ class ForkServer:
         """
         if list(argv[:3]) != [sys.executable, "-m", fork_server.PROGRAM] or _shared(env) != _shared(self._env):
             return None
-        if not self._is_ready():
+        self.wait_open()
+        if self._says.strip() != fork_server.READY or self._server is None or self._server.poll() is not None:
             return None
         ends = os.pipe(), os.pipe()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -132,14 +151,6 @@ class ForkServer:
                 os.close(read)
             return None
         return ForkedProcess(pid, connection, *(os.fdopen(read, "rb", buffering=0) for read, _ in ends))
-
-    def _is_ready(self) -> bool:
-        with self._asking:
-            if self._says is None:
-                assert self._server.stdout is not None
-                there, _, _ = select.select([self._server.stdout], [], [], _READY_S)
-                self._says = self._server.stdout.readline() if there else b""
-        return self._says.strip() == fork_server.READY and self._server.poll() is None
 
 
 def _shared(env: Mapping[str, str]) -> dict[str, str]:

@@ -40,6 +40,7 @@ TELLS = """
 @pytest.fixture(scope="module")
 def server():
     server = ForkServer(child_environment(Path("/nonexistent"), {**os.environ, **ONE_THREAD}))
+    server.open()
     yield server
     server.close()
 
@@ -202,12 +203,13 @@ def test_a_process_with_threads_or_with_cuda_is_unfit():
 
 
 def test_the_imports_leave_one_thread_and_no_cuda(server):
-    assert server._is_ready(), server._says
+    assert server._says.strip() == fork_server.READY
     assert psutil.Process(server._server.pid).num_threads() == 1
 
 
 def test_the_end_of_the_server_ends_what_it_forked(tmp_path):
     server = ForkServer(child_environment(Path("/nonexistent"), {**os.environ, **ONE_THREAD}))
+    server.open()
     (tmp_path / "program.py").write_text("import os, time; os.write(1, b'up'); time.sleep(60)")
     env = child_environment(Path("/nonexistent"), {**os.environ, **ONE_THREAD})
     processes = [server.start([*LAUNCHER, "--", "module", "program"], tmp_path, env) for _ in range(2)]
