@@ -6,6 +6,7 @@ does. No environment variable and no file can plant a fault.
 """
 
 import ctypes
+import gc
 import os
 import runpy
 import signal
@@ -92,7 +93,10 @@ def _die_with_parent() -> None:
 def launch() -> NoReturn:
     """Run as a child process: tie this process's life to its supervisor's, then do what the command line says."""
     _die_with_parent()
-    sys.exit(main())
+    code = main()
+    # The last collection would walk every object of torch and transformers for a second, to free what the kernel frees.
+    gc.freeze()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

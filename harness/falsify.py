@@ -66,13 +66,15 @@ def falsify(
     profile: str | None,
     keyword: str | None,
     out: Path | None,
-    workers: int,
+    workers: int | None = None,
     kills: Path | None = None,
     sign: Path | None = None,
     given: GivenFiles | None = None,
     inputs: Path | None = None,
     waivers: Path | None = None,
     changed: str | None = None,
+    isolation: str = "fork",
+    quiet: bool = False,
 ) -> int:
     """Run every falsifier of a folder of contracts and return the exit code of the findings.
 
@@ -81,7 +83,7 @@ def falsify(
         profile: machine profile; None means that of the GPU present, else ``cpu``.
         keyword: only claims that match, as pytest's ``-k``; the scope is then partial and the gate cannot pass.
         out: folder of the bundle; None means a new one under ``bundles/``.
-        workers: pytest-xdist processes; 0 runs in one.
+        workers: cores that runs take together; None or 0 stands for what this machine has.
         kills: folder of kill records; None means the installed ones of the profile.
         sign: file of an Ed25519 private key to sign the bundle with.
         given: files to use in the place of made inputs.
@@ -89,6 +91,9 @@ def falsify(
         waivers: file of waivers for claims that may be inconclusive.
         changed: bundle to carry runs from that nothing has touched since; "" means the newest verified one in
             ``bundles/``, None that everything is run.
+        isolation: "fork" forks runs that measure results alone from a process that has imported torch; "process"
+            starts every run by itself.
+        quiet: print no progress.
 
     Returns:
         1 when a required claim is falsified; else 2 when one is inconclusive or none ran; else 0.
@@ -126,6 +131,7 @@ def falsify(
             order = Path(root) / "carried.json"
             _order(order, Path(changed) if changed else None, loaded, folder, name, keyword, given or GivenFiles())
             command += ["--carried", str(order)]
+        command += ["--isolation", isolation, *(["-q"] if quiet else [])]
         status = _run(command)
     code = exit_code(bundle, status)
     if sign is not None and (bundle / "MANIFEST.sha256").is_file():
@@ -167,17 +173,20 @@ def _order(
 
 
 def pytest_command(
-    folder: Path, profile: str, keyword: str | None, bundle: Path, workers: int, kills: Path | None, config: Path
+    folder: Path,
+    profile: str,
+    keyword: str | None,
+    bundle: Path,
+    workers: int | None,
+    kills: Path | None,
+    config: Path,
 ) -> list[str]:
-    """Return the pytest command: our plugin, xdist when asked for, and nothing else that happens to be installed."""
+    """Return the pytest command: our plugin, and nothing else that happens to be installed."""
     command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
     command += ["-p", "no:cacheprovider", "-p", "q4kd.harness.plugin", "--contracts", str(folder)]
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
-    if workers > 0:
-        if importlib.util.find_spec("xdist") is None:
-            remedy = "pip install pytest-xdist"
-            raise InputError("--workers", expected="pytest-xdist", got="it is not installed", remedy=remedy)
-        command += ["-p", "xdist.plugin", "-n", str(workers)]
+    if workers:
+        command += ["--run-workers", str(workers)]
     if keyword is not None:
         command += ["-k", keyword]
     if kills is not None:

@@ -1,17 +1,15 @@
 """The kill matrix: every falsifier against every fault it must catch, run for real and kept as kill records."""
 
+import contextlib
 import itertools
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import psutil
 
 from q4kd.harness.bundle.environment import package_versions
 from q4kd.harness.bundle.writer import pack_bytes
@@ -24,13 +22,14 @@ from q4kd.harness.falsify import require_packages
 from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import JUDGE_VERSION
 from q4kd.harness.judging.kill_records import KillRecord
-from q4kd.harness.judging.kills import Kills, judge_faulted, rejudge
+from q4kd.harness.judging.kills import Kills, judge_faulted, recorded_seconds, rejudge
 from q4kd.harness.judging.mutations import WatchedRun
 from q4kd.harness.judging.results import KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun
+from q4kd.harness.runs.ahead import stop
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.faults import Fault, MissingTarget, get_fault
-from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, prune
+from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, Isolation, prune
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.yaml_lines import printable
@@ -67,7 +66,8 @@ def sabotage(
     work: Path | None,
     *,
     changed: bool,
-    workers: int = 1,
+    workers: int | None = None,
+    isolation: Isolation = "fork",
     given: GivenFiles | None = None,
 ) -> int:
     """Run the kill matrix, print it and write the kill records. Returns 1 unless every fault was caught; 2 for none.
@@ -79,7 +79,9 @@ def sabotage(
         kills: folder to write the records to, below the place they were made on; None means the installed ones.
         work: folder for the runs, kept; None means one that is removed.
         changed: run only faults that have no valid record, or whose record does not show a catch.
-        workers: sabotaged runs at one time; those that need the accelerator for themselves still take turns.
+        workers: cores that sabotaged runs take together; None stands for what this machine has. Those that need the
+            accelerator for themselves still take turns.
+        isolation: whether runs that measure results alone are forked from a process that has imported torch.
         given: files to use in the place of made inputs.
 
     Raises:
@@ -104,8 +106,10 @@ def sabotage(
     root = work or Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        runner = ExperimentRunner(root.resolve(), Inputs(root.resolve() / "inputs", name, given), name)
-        cells = kill_matrix(claims, name, store, runner, changed=changed, workers=workers)
+        inputs = Inputs(root.resolve() / "inputs", name, given)
+        runner = ExperimentRunner(root.resolve(), inputs, name, workers=workers, isolation=isolation)
+        with contextlib.closing(runner):
+            cells = kill_matrix(claims, name, store, runner, changed=changed)
     finally:
         if work is None:
             shutil.rmtree(root, ignore_errors=True)
@@ -123,7 +127,6 @@ def kill_matrix(
     runner: ExperimentRunner,
     *,
     changed: bool,
-    workers: int = 1,
 ) -> list[Cell]:
     """Run each (experiment, fault) once, judge every claim that asks for it, and record what was seen.
 
@@ -142,6 +145,8 @@ def kill_matrix(
                 cells.append(_cell(claim, claim.falsifier.experiment, caught[name], fresh=False))
             else:
                 groups.setdefault((claim.falsifier.experiment, name), []).append(claim)
+    runner.expected = recorded_seconds(kills, {experiment for experiment, _ in groups})
+    runner.prepare_forks(experiment for experiment, _ in groups)
     numbers = itertools.count(1)
 
     def run(group: tuple[str, str]) -> _Runs:
@@ -149,22 +154,20 @@ def kill_matrix(
         print(f"[{next(numbers)}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
         return _run_group(experiment, get_fault(name), asking, profile, kills, runner)
 
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run, group): group for group in groups}
+    with ThreadPoolExecutor(runner.cores.total) as pool:
+        futures = {pool.submit(run, group): group for group in sorted(groups, key=lambda group: runner.rank(group[0]))}
         try:
             for future in as_completed(futures):
                 experiment, name = futures[future]
-                asking = groups[experiment, name]
-                judged = _judge_group(experiment, get_fault(name), asking, profile, kills, runner, future.result())
+                asking, runs = groups[experiment, name], future.result()
+                with runner.cores.taken(0):
+                    judged = _judge_group(experiment, get_fault(name), asking, profile, kills, runner, runs)
                 for cell in (cell for cell in judged if cell.mark is not KillStatus.CAUGHT):
                     print(printable(f"  {cell.claim} with {cell.fault}: {cell.detail}", 300), flush=True)
                 cells += judged
         except BaseException:  # interrupted: the threads wait for their runs, which a terminal's signal does not reach
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(future.running() for future in futures):
-                for child in psutil.Process().children():
-                    child.kill()
-                time.sleep(0.1)
+            runner.cores.close()
+            stop(pool, futures)
             raise
     return cells
 

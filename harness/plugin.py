@@ -4,7 +4,8 @@ Without ``--contracts`` it adds its options and does nothing. With it, conftest 
 data, and a folder of contracts must not bring code with it.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:  # at run time these come with the first contract, not with every pytest that has q4kd installed
     from q4kd.harness.claims.model import Claim, Contract
+    from q4kd.harness.progress import Ticker
     from q4kd.harness.session import Outcome, Session
 
 _SESSION = pytest.StashKey["Session"]()
@@ -30,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for role in ("teacher", "student", "data"):
         group.addoption(f"--given-{role}", metavar="PATH", help=f"{role} to use in the place of the made 7B inputs")
     group.addoption("--carried", metavar="FILE", help="what `q4kd falsify --changed` decided to carry from where")
+    group.addoption("--run-workers", type=int, default=0, metavar="N", help="cores for runs (default: what there are)")
+    group.addoption("--isolation", choices=("fork", "process"), default="fork", help="see q4kd falsify --help")
     group.addoption("--waivers", metavar="FILE", help="claims that may be inconclusive, by owner, reason and last day")
 
 
@@ -67,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
             dry=bool(config.getoption("collectonly", False)),
             inputs=config.getoption("inputs", None),
             carried=config.getoption("carried", None),
+            workers=config.getoption("run_workers", 0) or None,
+            isolation=config.getoption("isolation", "fork"),
             given=resolve_given(*(config.getoption(f"given_{role}", None) for role in ("teacher", "student", "data"))),
         )
     except InputError as error:
@@ -94,6 +100,7 @@ class _Running:
         self._session = session
         self._alone = args == [str(session.folder)]
         self._other_failures = 0
+        self._has_line = False
 
     def pytest_report_header(self) -> list[str]:
         """Name what lies among the contracts and is not loaded."""
@@ -130,6 +137,43 @@ class _Running:
     def pytest_configure_node(self, node: Any) -> None:
         """Tell an xdist worker which bundle it works for."""
         node.workerinput.update(self._session.for_worker())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Run the experiments of all items ahead, and say how far they are."""
+        config = session.config
+        # Under xdist each worker runs what its items ask for.
+        alone = self._session.assembles and getattr(config.option, "dist", "no") == "no"
+        if not alone or config.option.collectonly or session.testsfailed:
+            return (yield)
+        self._session.run_ahead([item.claim.key for item in session.items if isinstance(item, ClaimItem)])
+        ticker = self._open_ticker(config)
+        try:
+            return (yield)
+        finally:
+            if ticker is not None:
+                ticker.close()
+                self._has_line = False
+
+    def _open_ticker(self, config: pytest.Config) -> "Ticker | None":
+        """Return what tells the progress; on a terminal its line takes the place of the letters."""
+        from q4kd.harness.progress import Ticker
+
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or config.option.verbose < 0 or self._session.progress is None:
+            return None
+        writer = config.get_terminal_writer()
+        self._has_line = terminal.isatty and config.option.verbose == 0
+        if self._has_line:
+            terminal.showfspath = False
+        width = writer.fullwidth if self._has_line else None
+        return Ticker(self._session.progress, functools.partial(writer.write, flush=True), width)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
+        """Keep the letter of an item off the line that is written over."""
+        status = yield
+        return (status[0], "", "") if self._has_line and status else status
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count failures of ordinary tests that run in the same session."""

@@ -1,11 +1,13 @@
 """One falsification session: contracts, plan, runner and bundle, shared by pytest's controller and its workers."""
 
+import contextlib
+import functools
 import hashlib
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,12 +23,14 @@ from q4kd.harness.claims.profile import detect_profile, find_extras, load_profil
 from q4kd.harness.claims.waivers import applying, expired_lines, load_waivers, today
 from q4kd.harness.falsify import new_bundle_path, refuse_used
 from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
-from q4kd.harness.judging.kills import Kills, apply_kill_rule, rejudge
+from q4kd.harness.judging.kills import Kills, apply_kill_rule, recorded_seconds, rejudge
 from q4kd.harness.judging.mutations import apply_mutation_rule
 from q4kd.harness.judging.results import ClaimResult, Findings
+from q4kd.harness.progress import Progress
 from q4kd.harness.records.store import DirectoryStore
+from q4kd.harness.runs.ahead import Ahead
 from q4kd.harness.runs.experiment import Inputs
-from q4kd.harness.runs.runner import ExperimentRunner, HarnessError
+from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, Isolation
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_atomic, write_json
@@ -66,6 +70,9 @@ class Session:
     taken: Taken = field(default_factory=Taken)
     findings: Findings | None = None
     trouble: str | None = None
+    progress: Progress | None = None
+    _ahead: Ahead | None = None
+    _outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = {contract.name: contract for contract in self.contracts}
@@ -89,6 +96,8 @@ class Session:
         given: GivenFiles | None = None,
         inputs: str | None = None,
         carried: str | None = None,
+        workers: int | None = None,
+        isolation: Isolation = "fork",
     ) -> "Session":
         """Start or, in a worker, join a session.
 
@@ -116,7 +125,7 @@ class Session:
             bundles.open_bundle(target, folder, name, plan, {})
             made = Path(inputs).resolve() if inputs else Path(tempfile.mkdtemp(prefix="q4kd-inputs-"))
             taken = take(Path(carried), target) if carried else Taken.nothing()
-        runner = ExperimentRunner(target, Inputs(made, name, given), name)
+        runner = ExperimentRunner(target, Inputs(made, name, given), name, workers=workers, isolation=isolation)
         owns = worker is None and not inputs
         return cls(folder, name, contracts, plan, target, store, runner, worker is None, owns, taken)
 
@@ -134,8 +143,34 @@ class Session:
         entry = self.plan.entry(claim.key)
         return entry.reason or "" if entry is not None and entry.scope == "out_of_scope" else None
 
+    def run_ahead(self, keys: Iterable[str]) -> None:
+        """Start the experiments of these claims side by side, and judge each claim as soon as its runs are there."""
+        assert self.runner is not None
+        asking: dict[str, list[Claim]] = {}
+        for claim in (self.claims[key] for key in keys):
+            if claim.falsifier is not None and self.out_of_scope(claim) is None:
+                asking.setdefault(claim.falsifier.experiment, []).append(claim)
+        self.runner.expected = recorded_seconds(self.kills, asking)
+        self.progress = Progress(self.runner, asking)
+        self.runner.prepare_forks(asking)
+        jobs = {name: functools.partial(self._run_and_judge, name, claims) for name, claims in asking.items()}
+        self._ahead = Ahead(self.runner.cores, jobs)
+
+    def _run_and_judge(self, experiment: str, claims: Sequence[Claim]) -> None:
+        assert self.runner is not None
+        with contextlib.suppress(HarnessError, InputError):  # it is recorded, and each claim is told again
+            self.runner.run(experiment, timeout_s=self._timeout(experiment))
+        for claim in claims:
+            with self.runner.cores.taken(0):
+                self._outcomes[claim.key] = self._evaluate(claim)
+
     def evaluate(self, claim: Claim) -> Outcome:
         """Run the claim's experiment unless it was run, judge it, apply the kill rule, and record the result."""
+        if self._ahead is not None and claim.falsifier is not None:
+            self._ahead.wait(claim.falsifier.experiment)
+        return self._outcomes.get(claim.key) or self._evaluate(claim)
+
+    def _evaluate(self, claim: Claim) -> Outcome:
         started = time.monotonic()
         error = ""
         try:
@@ -189,6 +224,8 @@ class Session:
 
     def finish(self) -> int:
         """Assemble the bundle from what the items recorded and seal it; return the findings' exit code."""
+        if self._ahead is not None:
+            self._ahead.stop()  # whoever stops early wants no more of it
         results = {}
         for path in sorted((self.bundle / ".partial").glob("*.json")):
             record = read_json(path)
@@ -241,7 +278,11 @@ class Session:
         return lines
 
     def close(self) -> None:
-        """Remove the inputs, which are large and which their digests describe."""
+        """End what still runs, and remove the inputs, which are large and which their digests describe."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        if self.runner is not None:
+            self.runner.close()
         if self.owns_inputs and self.runner is not None:
             shutil.rmtree(self.runner.inputs.folder, ignore_errors=True)
 

@@ -36,6 +36,7 @@ REASONS = {
     "utilisation not reported": "NVML names no process, so a busy device proves nothing about this program",
     "twin refused": "the valid twin was refused as well",
     "machine restarted": "the machine restarted during the run",
+    "machine too busy": "the program waited for cores that others had, so that its time says nothing of it",
     "another process": "the samples or events are of another process than the run",
     "faulted run": "a planted fault can never support a clean verdict",
     "kill record stale": "the record of a caught fault does not belong to this code",

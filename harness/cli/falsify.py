@@ -14,7 +14,7 @@ def add_commands(subparsers: Commands) -> None:
     )
     _shared(falsify)
     add_path(falsify, "--out", "DIR", "folder of the bundle (default: a new one in bundles/)")
-    falsify.add_argument("--workers", type=_count, default=0, metavar="N", help="parallel processes (default: one)")
+    falsify.add_argument("-q", "--quiet", action="store_true", help="print no progress")
     add_path(falsify, "--sign", "KEY.pem", "sign the bundle with this Ed25519 private key (see evidence sign)")
     add_path(falsify, "--inputs", "DIR", "make inputs here and leave them (default: a folder removed later)")
     add_path(falsify, "--waivers", "FILE", "claims that may be inconclusive: claim, owner, reason, expires")
@@ -35,7 +35,6 @@ def add_commands(subparsers: Commands) -> None:
     )
     _shared(sabotage)
     sabotage.add_argument("--changed", action="store_true", help="only faults without a valid kill record")
-    sabotage.add_argument("--workers", type=_count, default=1, metavar="N", help="runs at one time (default: one)")
     add_path(sabotage, "--work", "DIR", "keep the runs here (default: a folder removed later)")
     sabotage.set_defaults(run=_sabotage)
 
@@ -50,6 +49,11 @@ def add_commands(subparsers: Commands) -> None:
 def _shared(parser: argparse.ArgumentParser) -> None:
     add_contracts(parser)
     add_profile(parser)
+    parser.add_argument(
+        "--workers", type=_count, default=0, metavar="N", help="cores for runs (default: what there are)"
+    )
+    isolation = "fork: runs that measure results alone start from a process that has imported torch; process: none does"
+    parser.add_argument("--isolation", choices=("fork", "process"), default="fork", help=isolation)
     parser.add_argument("-k", dest="keyword", metavar="EXPR", help="only claims whose contract::id matches")
     add_path(
         parser,
@@ -86,6 +90,8 @@ def _falsify(args: argparse.Namespace) -> int:
         inputs=args.inputs,
         waivers=args.waivers,
         changed=args.changed,
+        isolation=args.isolation,
+        quiet=args.quiet,
     )
 
 
@@ -97,7 +103,8 @@ def _sabotage(args: argparse.Namespace) -> int:
     return sabotage(
         *(args.contracts, args.profile, args.keyword, args.kills, args.work),
         changed=args.changed,
-        workers=max(1, args.workers),
+        workers=args.workers or None,
+        isolation=args.isolation,
         given=given,
     )
 

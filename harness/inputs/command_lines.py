@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from q4kd.harness.inputs.demo import BATCH, SEQ_LEN
-from q4kd.harness.runs.experiment import NO_GPU
+from q4kd.harness.runs.experiment import NO_GPU, ONE_THREAD
 
 
 def set_words(settings: Mapping[str, object]) -> list[str]:
@@ -50,9 +50,10 @@ def run_program(words: list[str], folder: Path, device: str = "cpu") -> None:
     Only with ``device`` cuda does it see a GPU.
     """
     command = [sys.executable, "-m", "q4kd.harness", *words]
-    environment = {**os.environ, **(NO_GPU if device == "cpu" else {})}
+    # Threads that wait for each other on a busy machine would take many times as long as one.
+    environment = {**os.environ, **ONE_THREAD, **(NO_GPU if device == "cpu" else {})}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     if done.returncode:
         raise RuntimeError(f"q4kd {words[0]} ended with {done.returncode}: {done.stderr[-500:]}")

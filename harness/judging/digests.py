@@ -212,7 +212,8 @@ class Closure:
             case Experiment() | Arm() | Fault():
                 for module in getattr(value, "sources", ()):
                     self._module(module)
-                fields = {field.name for field in dataclasses.fields(value)} - {"title", "sources"}
+                # What is measured decides beside what a run is done and how it is started, which changes no result.
+                fields = {field.name for field in dataclasses.fields(value)} - {"title", "sources", "measures"}
                 return {name: self.plain(getattr(value, name)) for name in fields}
         kind: Any = value if hasattr(value, "__qualname__") else type(value)
         module = kind.__module__ or ""

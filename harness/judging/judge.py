@@ -13,6 +13,9 @@ from q4kd.trainer.errors import InputError
 JUDGE_VERSION = 2
 # A claim is worth its worst check: one refutation refutes it, one unknown leaves it unknown.
 _ORDER = ("falsified", "inconclusive", "corroborated")
+# Checks of time, and the share of a run's work that may have waited for a core before they refute nothing.
+_TIMED = ("gpu_utilization", "latency", "ratio")
+_BUSY_SHARE = 0.1
 
 
 def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> ClaimResult:
@@ -26,7 +29,7 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> Claim
     Returns:
         Its verdict and reason, and those of each check. Whatever the checks say, evidence of another process or of two
         boots supports no verdict, and neither a planted fault nor a run that was killed or failed supports
-        ``corroborated``.
+        ``corroborated``. What a busy machine may have caused does not refute.
     """
     if claim.falsifier is None:
         return ClaimResult.inconclusive("prose", runs)
@@ -40,6 +43,9 @@ def judge_claim(claim: Claim, runs: Mapping[str, RawRun], profile: str) -> Claim
     verdict, reason = worst.verdict, worst.reason
     if verdict != "inconclusive":
         found = next((why for run in runs.values() if (why := foreign(run)) is not None), None)
+        if found is None and verdict == "falsified":
+            timed = worst.check in _TIMED
+            found = next((why for run in runs.values() if (why := delayed(run, timed)) is not None), None)
         if found is None and verdict == "corroborated":
             found = next((why for run in runs.values() if (why := unsupporting(run)) is not None), None)
         if found is not None:
@@ -61,6 +67,22 @@ def foreign(run: RawRun) -> str | None:
     except Exception:  # malformed evidence: unknown whose it is
         return "evidence unreadable"
     return None
+
+
+def delayed(run: RawRun, timed: bool) -> str | None:
+    """Return why a run's time refutes nothing, or None when it may.
+
+    A limit is one of the program's own time: where the wall time alone has passed it, the program waited for cores. A
+    check of time (``timed``) says nothing where more than a tenth of the work waited.
+    """
+    try:
+        ending = run.exit
+        waited, worked = float(ending.get("waited_s", 0)), float(ending.get("cpu_s", 0))
+        own, limit = float(ending.get("wall_s", 0)) - waited, float(ending.get("timeout_s", 0))
+    except Exception:  # malformed evidence: unknown what it waited for
+        return "evidence unreadable"
+    ended_waiting = ending.get("cause") == "timeout" and waited > 0 and own < limit
+    return "machine too busy" if ended_waiting or (timed and waited > _BUSY_SHARE * (worked + waited)) else None
 
 
 def unsupporting(run: RawRun) -> str | None:

@@ -5,6 +5,7 @@ fault, the experiment and the patched functions. When the meaning of any of them
 is never believed: its raw runs are judged again each time.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -158,6 +159,23 @@ def _plain(name: str) -> str:
 
 def _unpacked(name: str) -> str:
     return _plain(name).removesuffix(".gz")
+
+
+def recorded_seconds(kills: Kills, experiments: Iterable[str]) -> dict[str, float]:
+    """Return the seconds that runs of these experiments took when a fault was planted in them, by run name.
+
+    One archive an experiment is read. What cannot be read is left out: this is to estimate by, not to judge.
+    """
+    stores = {
+        record.experiment: (store, record.raw) for store in map(kills.at, PLACES) for record in store.records.values()
+    }
+    found: dict[str, float] = {}
+    for name in experiments:
+        with contextlib.suppress(InputError, KeyError, TypeError):
+            kept, raw = stores[name]
+            store, _ = kept.archive(raw)
+            found |= {run: float(RawRun(store, run).exit["wall_s"]) for run in stored_runs(store)}
+    return found
 
 
 def rejudge(claim: Claim, profile: str, kills: Kills) -> list[KillOutcome]:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 from filelock import FileLock
 
@@ -26,6 +26,8 @@ Facts: TypeAlias = dict[str, object]
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
 # With this a process sees no GPU, whatever the machine has.
 NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
+# What a run may measure of its own process besides results; see ``Experiment.measures``.
+Measured = Literal["time", "memory", "process"]
 _Collect = TypeVar("_Collect", bound=Callable[[Path, "Inputs"], Facts])
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -126,6 +128,10 @@ class Experiment:
         collect: called after each arm with the run folder; measures outputs, writes ``arrays/*.npz``, returns facts.
         exclusive: whether it must be alone on the accelerator.
         parallel: arms that may run at one time, on machines with as many cores; their arms set OMP_NUM_THREADS.
+        measures: ``time`` has the machine to itself, since another program on a core next to it makes it slower.
+            ``memory`` needs a process whose pages are its own, and ``process`` (how a program starts, or is several by
+            torch.distributed) one that was started as a user starts it: neither is forked from a process that has
+            imported torch. Both run beside others, which change neither.
         sources: further modules that decide what is measured; kill records age with every definition in them.
     """
 
@@ -138,6 +144,7 @@ class Experiment:
     exclusive: bool = False
     parallel: int = 1
     sources: tuple[str, ...] = ()
+    measures: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -145,6 +152,10 @@ class Experiment:
             raise ValueError(f"experiment {self.name!r}: arms need distinct names, or one arm without a name")
         if not all(_NAME.fullmatch(name) for name in (self.name, *(n for n in names if n is not None))):
             raise ValueError(f"experiment {self.name!r}: names are lower-case letters, digits, '-' and '_'")
+        if not set(self.measures) <= set(get_args(Measured)):
+            raise ValueError(
+                f"experiment {self.name!r}: measures {self.measures}, expected some of {get_args(Measured)}"
+            )
 
     def environment(self, arm: Arm) -> dict[str, str]:
         """Return the variables that a run of an arm sets.
@@ -229,13 +240,14 @@ def declare(
     collect: Callable[[Path, Inputs], Facts] = _no_facts,
     exclusive: bool = False,
     parallel: int = 1,
+    measures: tuple[Measured, ...] = (),
 ) -> Experiment:
     """Register the experiment of these parts, which are ``Experiment``'s, and return it.
 
     Raises:
         ValueError: as ``register`` and ``Experiment`` do.
     """
-    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel))
+    return register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel, (), measures))
 
 
 def experiment(
@@ -246,6 +258,7 @@ def experiment(
     prepare: Callable[[Inputs], object] = _nothing,
     exclusive: bool = False,
     parallel: int = 1,
+    measures: tuple[Measured, ...] = (),
 ) -> Callable[[_Collect], _Collect]:
     """Declare the experiment whose runs the decorated function collects. The parameters are ``Experiment``'s.
 
@@ -254,9 +267,7 @@ def experiment(
     """
 
     def declare_collected(collect: _Collect) -> _Collect:
-        declare(
-            name, title, *arms, needs=needs, prepare=prepare, collect=collect, exclusive=exclusive, parallel=parallel
-        )
+        register(Experiment(name, title, needs, arms, prepare, collect, exclusive, parallel, (), measures))
         return collect
 
     return declare_collected

@@ -23,6 +23,7 @@ class _Registry(Mapping[str, Run]):
 
     def __init__(self) -> None:
         self._known: dict[str, Run] = {}
+        self._loaded = False
 
     def add(self, name: str, run: Run) -> None:
         if name in self._known:
@@ -30,8 +31,10 @@ class _Registry(Mapping[str, Run]):
         self._known[name] = run
 
     def _load(self) -> dict[str, Run]:
-        for module in subject_modules("probes"):
-            importlib.import_module(module)
+        if not self._loaded:
+            for module in subject_modules("probes"):
+                importlib.import_module(module)
+            self._loaded = True
         return self._known
 
     def __getitem__(self, name: str) -> Run:

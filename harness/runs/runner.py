@@ -4,10 +4,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 
@@ -15,8 +18,10 @@ from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.redact import redact
 from q4kd.harness.records.store import DirectoryStore
-from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, get_experiment
-from q4kd.harness.runs.supervise import SETTABLE, run_supervised
+from q4kd.harness.runs.cores import Closed, Cores, default_workers
+from q4kd.harness.runs.experiment import EXPERIMENTS, ONE_THREAD, Arm, Experiment, Inputs, get_experiment
+from q4kd.harness.runs.start.forked import ForkServer
+from q4kd.harness.runs.supervise import SETTABLE, child_environment, run_supervised
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
 
@@ -26,6 +31,14 @@ RAW_FILES = (
     "harness_error.json",
 )  # fmt: skip
 MAX_ARRAY_FILE = 8 << 20
+# The server's imports cost as much as those of two runs.
+_WORTH_A_SERVER = 3
+_UNKNOWN_S = 5.0
+# A rank before that of every run, but for those that must be alone.
+_AT_ONCE = -1e9
+_FEEDING = 2
+# "fork": a run that measures results alone is forked from a process that has imported torch; "process": none is.
+Isolation = Literal["fork", "process"]
 
 
 class HarnessError(Exception):
@@ -45,11 +58,52 @@ class ExperimentRunner:
 
     Clean runs go to ``runs/<run>/`` of ``bundle_dir``, others to ``faulted/<fault>--<experiment>/runs/<run>/``. With
     ``keep_outputs`` what the programs wrote besides the raw evidence (checkpoints) is kept, for looking at by hand.
+
+    Attributes:
+        cores: what runs take, ``workers`` of them together; None stands for what the machine has.
+        expected: seconds that runs should take, by run name: of those that wait for cores the longest is first.
+        told: called with a run's name when it begins, and again, with its seconds, when it has ended.
     """
 
-    def __init__(self, bundle_dir: Path, inputs: Inputs, profile: str, *, keep_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        bundle_dir: Path,
+        inputs: Inputs,
+        profile: str,
+        *,
+        keep_outputs: bool = False,
+        workers: int | None = None,
+        isolation: Isolation = "process",
+    ) -> None:
         self.bundle_dir, self.inputs, self.profile, self.keep_outputs = bundle_dir, inputs, profile, keep_outputs
+        self.cores = Cores(workers or default_workers())
+        self.expected: Mapping[str, float] = {}
+        self.told: Callable[[str, float | None], None] = lambda _run, _seconds: None
         self._locks = bundle_dir / ".locks"
+        self._isolation = isolation
+        self._server: ForkServer | None = None
+
+    def prepare_forks(self, experiments: Iterable[str]) -> None:
+        """Start the fork server where enough of these experiments' runs may come from it to pay for it."""
+        arms = [(get_experiment(name), arm) for name in experiments for arm in get_experiment(name).arms]
+        enough = sum(may_fork(*pair) for pair in arms) >= _WORTH_A_SERVER
+        if self._isolation == "fork" and self._server is None and enough:
+            self._server = ForkServer(child_environment(Path("/nonexistent"), {**os.environ, **ONE_THREAD}))
+            threading.Thread(target=self._open, args=(self._server,), name="fork server", daemon=True).start()
+
+    def _open(self, server: ForkServer) -> None:
+        """Open the fork server, on a core like a run: what is timed must not be disturbed by it either."""
+        try:
+            with self.cores.taken(1, rank=_AT_ONCE):
+                server.open()
+        except Closed:
+            server.close()  # which lets go of who waits for it
+
+    def close(self) -> None:
+        """End the fork server."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def run(
         self,
@@ -94,7 +148,7 @@ class ExperimentRunner:
                 else:
                     shutil.copytree(self.bundle_dir / "runs" / folder.name, folder, dirs_exist_ok=True)
 
-            with ThreadPoolExecutor(max(1, min(experiment.parallel, len(os.sched_getaffinity(0))))) as pool:
+            with ThreadPoolExecutor(max(1, min(experiment.parallel, self.cores.total))) as pool:
                 list(pool.map(finish, missing))
             for arm in wanted:
                 folder = root / "runs" / experiment.run_name(arm)
@@ -111,6 +165,38 @@ class ExperimentRunner:
         return self.bundle_dir / "faulted" / f"{fault}--{experiment_name}"
 
     def _execute(
+        self, experiment: Experiment, arm: Arm, folder: Path, fault: str | None, timeout_s: float | None
+    ) -> None:
+        with ExitStack() as stack:
+            if self._server is not None and may_fork(experiment, arm):
+                self._server.wait_open()  # meanwhile its core is for others
+            if experiment.exclusive:
+                stack.enter_context(FileLock(accelerator_lock()))
+            alone, rank = "time" in experiment.measures, self.rank(experiment.name, arm)
+            stack.enter_context(self.cores.taken(self._cores_of(experiment, arm), alone=alone, rank=rank))
+            started = time.monotonic()
+            self.told(experiment.run_name(arm), None)
+            self._record(experiment, arm, folder, fault, timeout_s)
+            self.told(experiment.run_name(arm), time.monotonic() - started)
+
+    def _cores_of(self, experiment: Experiment, arm: Arm) -> int:
+        """An arm that does not say how many threads it has may use every core; one on the accelerator feeds that."""
+        feeds = experiment.exclusive or "cuda" in experiment.needs
+        return int(arm.env.get("OMP_NUM_THREADS", _FEEDING if feeds else self.cores.total))
+
+    def rank(self, experiment_name: str, arm: Arm | None = None) -> float:
+        """Return the place of an arm, or of a whole experiment, among those that wait; the lowest is served first.
+
+        What must be alone comes first, while nothing else is there; then what the longest chain of runs begins with.
+        """
+        experiment = get_experiment(experiment_name)
+        if "time" in experiment.measures:
+            return float("-inf")
+        chain = experiment.arms if experiment.parallel == 1 or arm is None else (arm,)
+        later = chain if arm is None else chain[chain.index(arm) :]
+        return -sum(self.expected.get(experiment.run_name(one), _UNKNOWN_S) for one in later)
+
+    def _record(
         self, experiment: Experiment, arm: Arm, folder: Path, fault: str | None, timeout_s: float | None
     ) -> None:
         if folder.exists():
@@ -139,19 +225,17 @@ class ExperimentRunner:
                     **({"exits": list(arm.exits)} if arm.exits else {}),
                 },
             )
-            with ExitStack() as stack:
-                if experiment.exclusive:
-                    stack.enter_context(FileLock(accelerator_lock()))
-                run_supervised(
-                    [*LAUNCHER, *options, "--", *arguments],
-                    run_dir=folder,
-                    cwd=folder,
-                    timeout_s=arm.timeout_s if timeout_s is None else timeout_s,
-                    stall_s=arm.stall_s,
-                    interval_s=arm.interval_s,
-                    env={**os.environ, **settings},
-                    placeholders=places,
-                )
+            run_supervised(
+                [*LAUNCHER, *options, "--", *arguments],
+                run_dir=folder,
+                cwd=folder,
+                timeout_s=arm.timeout_s if timeout_s is None else timeout_s,
+                stall_s=arm.stall_s,
+                interval_s=arm.interval_s,
+                env={**os.environ, **settings},
+                placeholders=places,
+                server=self._server if may_fork(experiment, arm) else None,
+            )
             stage = "collect"
             (folder / "arrays").mkdir(exist_ok=True)
             facts = experiment.collect(folder, self.inputs)
@@ -169,6 +253,16 @@ class ExperimentRunner:
             **{str(path): "{run}" for path in (folder, folder.resolve())},
             **{str(path): "{bundle}" for path in (self.bundle_dir, self.bundle_dir.resolve())},
         }
+
+
+def may_fork(experiment: Experiment, arm: Arm) -> bool:
+    """Say whether an arm may be forked from the fork server: it measures results alone, on one thread of the CPU.
+
+    Another project's program may not expect torch, so it is always started by itself.
+    """
+    plain = not (experiment.measures or experiment.exclusive or "cuda" in experiment.needs)
+    ours = EXPERIMENTS.module(experiment.name).startswith("q4kd.")
+    return plain and ours and arm.env.get("OMP_NUM_THREADS") == "1" and "MALLOC_MMAP_THRESHOLD_" not in arm.env
 
 
 def accelerator_lock() -> Path:

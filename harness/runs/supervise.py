@@ -13,16 +13,21 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import psutil
 
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs.exit_cause import KernelLog, OomCounter, SupervisorAction, classify
+from q4kd.harness.runs.load import CpuClock
 from q4kd.harness.runs.memory import MemoryLog
+from q4kd.harness.runs.start.forked import ForkedProcess, ForkServer
 from q4kd.trainer.files import write_atomic, write_json
 
 LOG_LIMIT = 4 << 20
+# A run may take this many times its limit in wall time where it mostly waits for a core.
+BUSY_LIMIT = 10
+_LOOK_EVERY_S = 0.2
 TRUNCATED = "\n[q4kd: log truncated here; the program wrote more]\n"
 
 # The whole environment of a run. A variable not named here does not reach the program, so none can change a result.
@@ -40,6 +45,9 @@ _FIXED = {
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
 }
+
+_Process: TypeAlias = subprocess.Popen[bytes] | ForkedProcess
+_UNDER_WAY: set[_Process] = set()
 
 
 def child_environment(home: Path, env: Mapping[str, str]) -> dict[str, str]:
@@ -69,14 +77,18 @@ def run_supervised(
     interval_s: float = 0.05,
     env: Mapping[str, str],
     placeholders: Mapping[str, str] | None = None,
+    server: ForkServer | None = None,
 ) -> None:
     """Run ``argv`` in ``cwd`` to its end and record it in ``run_dir``, an existing folder.
 
     Writes ``stdout.log``, ``stderr.log``, ``memory.jsonl`` and, last and atomically, ``exit.json``. A run whose
     ``events.jsonl`` does not grow for ``stall_s`` seconds, or that takes more than ``timeout_s``, is killed with its
-    whole process group; so is anything the program leaves running when it ends. Memory is sampled every ``interval_s``
-    seconds. ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are
-    absolute path prefixes and what is written in their place in logs and events.
+    whole process group; so is anything the program leaves running when it ends. Seconds in which it waited for a core
+    that others had do not count, up to ``BUSY_LIMIT`` times the limit. Memory is sampled every ``interval_s`` seconds.
+
+    ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are absolute
+    path prefixes and what is written in their place in logs and events. With a ``server`` the process is forked from
+    it where it can be, which ``exit.json`` then says.
 
     Raises:
         OSError: when the program cannot be started.
@@ -87,24 +99,19 @@ def run_supervised(
     with tempfile.TemporaryDirectory(prefix="q4kd-home-", ignore_cleanup_errors=True) as home:
         started = time.monotonic()
         try:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=child_environment(Path(home), env),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            process = _start(argv, cwd, child_environment(Path(home), env), server)
         except OSError:
             kernel.close()
             raise
         counter, memory = OomCounter(process.pid), MemoryLog(run_dir / "memory.jsonl", process.pid)
+        clock = CpuClock()
         assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
         try:
-            action = _watch(process, run_dir / "events.jsonl", started, timeout_s, stall_s, interval_s, memory, counter)
+            limits = timeout_s, stall_s, interval_s
+            action = _watch(process, run_dir / "events.jsonl", started, limits, memory, counter, clock)
         finally:
+            _UNDER_WAY.discard(process)
             _kill_all(process, memory.tree.values())
             ended = time.monotonic()
             for log in logs:
@@ -113,7 +120,9 @@ def run_supervised(
     oom = counter.record()
     before, after = (value if isinstance(value, int) else None for value in (oom["before"], oom["after"]))
     line = kernel.oom_line(process.pid)
-    status = process.returncode
+    status = process.wait()
+    if isinstance(process, ForkedProcess):
+        process.release()
     evidence: dict[str, object] = {
         "returncode": status,
         "supervisor_action": action,
@@ -136,38 +145,67 @@ def run_supervised(
             "start_t": started,
             "end_t": ended,
             "wall_s": ended - started,
+            "cpu_s": round(clock.cpu_s, 3),
+            "waited_s": round(clock.waited_s, 3),
             "cause": classify(status, before, after, line, action),
             "cause_evidence": evidence,
             "oom_counter": oom,
             "timeout_s": timeout_s,
             "stall_s": stall_s,
             "interval_s": interval_s,
+            **({"started": "forked"} if isinstance(process, ForkedProcess) else {}),
         },
     )
 
 
+def _start(argv: list[str], cwd: Path, env: Mapping[str, str], server: ForkServer | None) -> _Process:
+    forked = server.start(argv, cwd, env) if server is not None else None
+    process = forked or subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    _UNDER_WAY.add(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill every run of this process that is under way, as when somebody interrupts it."""
+    for process in list(_UNDER_WAY):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def _watch(
-    process: subprocess.Popen[bytes],
+    process: _Process,
     events: Path,
     started: float,
-    timeout_s: float,
-    stall_s: float | None,
-    interval_s: float,
+    limits: tuple[float, float | None, float],
     memory: MemoryLog,
     counter: OomCounter,
+    clock: CpuClock,
 ) -> SupervisorAction | None:
-    size, grown, due = -1, started, started
+    timeout_s, stall_s, interval_s = limits
+    size, grown, due, looked = -1, started, started, 0.0
     while process.poll() is None:
         memory.sample()
         counter.poll()
         now = time.monotonic()
+        if now - looked >= _LOOK_EVERY_S:
+            clock.look(list(memory.tree))
+            looked = now
         length = events.stat().st_size if events.exists() else 0  # the program may replace the file
+        own = now - clock.waited_s
         if length != size:
-            size, grown = length, now
+            size, grown = length, own
         action: SupervisorAction | None = None
-        if now - started > timeout_s:
+        if own - started > timeout_s or now - started > BUSY_LIMIT * timeout_s:
             action = "timeout"
-        elif stall_s is not None and now - grown > stall_s:
+        elif stall_s is not None and own - grown > stall_s:
             action = "stalled"
         if action is not None and process.poll() is None:
             return action
@@ -179,7 +217,7 @@ def _watch(
     return None
 
 
-def _kill_all(process: subprocess.Popen[bytes], tree: Iterable[psutil.Process]) -> None:
+def _kill_all(process: _Process, tree: Iterable[psutil.Process]) -> None:
     """Kill the group, then every descendant ever seen that left it (psutil checks that a pid was not reused)."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -176,13 +176,8 @@ def test_pytest_gets_no_conftest_no_cache_and_no_foreign_plugin(tmp_path):
     assert command[command.index("-c") + 1] == str(tmp_path / "pytest.ini")
     assert command[command.index("-k") + 1] == "FT"
     assert "xdist.plugin" not in command
-    assert "-n" in pytest_command(tmp_path, "cpu", None, tmp_path / "b", 2, None, tmp_path / "pytest.ini")
-
-
-def test_without_xdist_workers_are_refused_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install pytest-xdist"):
-        pytest_command(tmp_path, "cpu", None, tmp_path / "b", 2, None, tmp_path / "pytest.ini")
+    command = pytest_command(tmp_path, "cpu", None, tmp_path / "b", 2, None, tmp_path / "pytest.ini")
+    assert command[command.index("--run-workers") + 1] == "2"
 
 
 def test_a_bundle_folder_must_be_new_or_empty(tmp_path):

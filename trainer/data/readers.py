@@ -5,7 +5,9 @@ is named by file and line, nothing is copied to a cache, and no script runs.
 """
 
 import contextlib
+import fnmatch
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -122,12 +124,27 @@ def list_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
         return [(path, path.name)]
     root = path.resolve()
     found = []
-    for file in root.glob(settings.pattern):
+    for file in _matching(root, settings.pattern):
         relative = file.relative_to(root)
-        is_inside = file.is_file() and file.resolve().is_relative_to(root)
-        if is_inside and not any(part in _NOT_DATA for part in relative.parts):
+        if not any(part in _NOT_DATA for part in relative.parts) and file.is_file():
             found.append((file, relative))
     return [(file, relative.as_posix()) for file, relative in sorted(found)]
+
+
+def _matching(root: Path, pattern: str) -> Iterator[Path]:
+    """Yield what a glob matches below a resolved folder, without links that leave it.
+
+    A name at any depth (``**/NAME``) is looked for here: pathlib would walk through every installed package too.
+    """
+    at_any_depth, _, name = pattern.rpartition("/")
+    if at_any_depth != "**" or name == "**":
+        yield from (file for file in root.glob(pattern) if file.resolve().is_relative_to(root))
+        return
+    for folder, folders, files in os.walk(root):  # which follows no link to a folder, as ** does not
+        folders[:] = [below for below in folders if below not in _NOT_DATA]
+        for file in (Path(folder, file) for file in fnmatch.filter(files, name)):
+            if not file.is_symlink() or file.resolve().is_relative_to(root):
+                yield file
 
 
 def _is_text(path: Path, settings: SourceSettings) -> bool:

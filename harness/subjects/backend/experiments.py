@@ -17,7 +17,7 @@ from q4kd.trainer.bench.synthetic import write_large_teacher
 declare(
     "decision-tables",
     "the trainer's tables of backend, device class and allocation, filled in by its own functions",
-    Arm(None, lambda _inputs: ["probe", "decision-tables", "--out", "probe.json"], timeout_s=60),
+    Arm(None, lambda _inputs: ["probe", "decision-tables", "--out", "probe.json"], timeout_s=60, env=ONE_THREAD),
     collect=collect_probe,
 )
 

@@ -11,7 +11,7 @@ from q4kd.harness.inputs.command_lines import probe_words, set_words
 from q4kd.harness.inputs.demo import cut_text, demo_teacher, weighted_student
 from q4kd.harness.oracles.reference import reference_loss
 from q4kd.harness.records.json_types import JsonValue
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
 # --- kd-loss: the fused loss against a dense float64 reference ---
 
@@ -59,7 +59,12 @@ def _loss_inputs(inputs: Inputs) -> Path:
 @experiment(
     "kd-loss",
     "the fused loss and its gradients against a dense float64 reference",
-    Arm(None, lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"), timeout_s=60),
+    Arm(
+        None,
+        lambda inputs: probe_words("kd-loss", inputs=_loss_inputs(inputs), out="loss.npz"),
+        timeout_s=60,
+        env=ONE_THREAD,
+    ),
 )
 def _collect_loss(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "loss.npz")):
@@ -140,7 +145,7 @@ def _first_step_argv(inputs: Inputs) -> list[str]:
 @experiment(
     "first-step",
     "the first loss that q4kd distill logs, against a float64 teacher, student and loss",
-    Arm(None, _first_step_argv, timeout_s=120, stall_s=90),
+    Arm(None, _first_step_argv, timeout_s=120, stall_s=90, env=ONE_THREAD),
 )
 def _collect_first_step(run_dir: Path, inputs: Inputs) -> Facts:
     step = next(iter(read_events(run_dir, "step")), None)

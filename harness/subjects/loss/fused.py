@@ -14,7 +14,7 @@ from q4kd.harness.inputs.collect import save_pairs
 from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.oracles.events import exact_topk
 from q4kd.harness.oracles.reference import log_softmax, reference_loss
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.loss.unset_sizes import collect_unset, given_files
 from q4kd.trainer.files import read_json, write_json
 
@@ -148,7 +148,12 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
     declare(
         _name,
         f"every mode of the fused loss on {_device}, values and gradients, against dense float64",
-        Arm(None, functools.partial(_losses_argv, _device, _vocab), timeout_s=180),
+        Arm(
+            None,
+            functools.partial(_losses_argv, _device, _vocab),
+            timeout_s=180,
+            env=ONE_THREAD if _device == "cpu" else {},
+        ),
         needs=("cuda",) if _device == "cuda" else (),
         collect=functools.partial(_collect_losses, _device, _vocab),
         exclusive=_device == "cuda",
@@ -199,7 +204,7 @@ def _allocation_argv(inputs: Inputs) -> list[str]:
 @experiment(
     "loss-allocations",
     "every tensor that the fused loss makes, recorded by a dispatch mode around it",
-    Arm(None, _allocation_argv, timeout_s=120),
+    Arm(None, _allocation_argv, timeout_s=120, env=ONE_THREAD),
 )
 def _collect_allocations(run_dir: Path, _inputs: Inputs) -> Facts:
     if not (run_dir / "allocations.json").is_file():

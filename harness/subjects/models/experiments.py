@@ -20,7 +20,7 @@ from q4kd.harness.inputs.synthetic_models import (
     write_truncated,
 )
 from q4kd.harness.oracles.reference import ReferenceModel, read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 
 # Longer than four blocks of attention, and no multiple of one; so is the vocabulary of a tile of the head.
 POSITIONS, BLOCK, TILE = 600, 128, 1024
@@ -99,7 +99,7 @@ def with_documents(ids_BT: Array, *firsts: int) -> Array:
 @experiment(
     "model-files",
     "logits of small models of every architecture and type against float64; two of them also as .apr",
-    Arm(None, _models_argv, timeout_s=120),
+    Arm(None, _models_argv, timeout_s=120, env=ONE_THREAD),
 )
 def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "logits.npz")):
@@ -148,6 +148,6 @@ def _refused_argv(inputs: Inputs) -> list[str]:
 declare(
     "refused-models",
     "GGUF and .apr files that would be silently wrong, each beside its valid twin",
-    Arm(None, _refused_argv, timeout_s=120),
+    Arm(None, _refused_argv, timeout_s=120, env=ONE_THREAD),
     collect=collect_probe,
 )

@@ -175,6 +175,7 @@ for _name, (_action, _title, _settings) in _ENDINGS.items():
         f"q4kd distill with {_title}",
         Arm(None, functools.partial(_ended_argv, _action, _settings), timeout_s=200, env=ONE_THREAD),
         collect=_collect_ended,
+        measures=("memory",) if _action == "starve" else (),
     )
 
 

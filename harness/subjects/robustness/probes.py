@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from q4kd.harness.records.json_types import JsonObject
+from q4kd.harness.runs.load import CpuClock
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import read_json, write_json
 
@@ -27,6 +28,7 @@ CHILD_EVENTS = "child.jsonl"
 _DEADLINE_S = 240.0
 _PATIENCE_S = 60.0
 _POLL_S = 0.0005
+_LOOK_EVERY_S = 0.2
 _HEADROOM = 60 << 20
 
 
@@ -69,9 +71,15 @@ def _ended(pid: int) -> int | None:
 
 
 def _wait(pid: int, until: Callable[[], bool] = lambda: False, patience_s: float = _DEADLINE_S) -> int | None:
-    """Wait until the child has ended (its exit code) or ``until`` is true (None); kill it when neither happens."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
+    """Wait until the child has ended (its exit code) or ``until`` is true (None); kill it when neither happens.
+
+    The patience is for what the child does, not for the cores that it waits for.
+    """
+    begun, clock, looked = time.monotonic(), CpuClock(), 0.0
+    while (now := time.monotonic()) < begun + patience_s + clock.waited_s:
+        if now - looked > _LOOK_EVERY_S:
+            clock.look([pid])
+            looked = now
         code = _ended(pid)
         if code is not None:
             return code
@@ -101,6 +109,18 @@ def _is_writing(out: Path) -> bool:
     )
 
 
+def _stopped_while_writing(pid: int, out: Path) -> bool:
+    """Stop the child when it writes a checkpoint, so that however late this is noticed, it is still writing then."""
+    if not _is_writing(out):
+        return False
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if _is_writing(out):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
+
+
 @probe("killed-runs")
 def killed_runs(case: Path, out: Path) -> None:
     """Run to the end once; run again with SIGKILL at seeded points, resuming each time, and record both event files.
@@ -126,7 +146,9 @@ def killed_runs(case: Path, out: Path) -> None:
         pid = _fork(argv("killed", *resume), Path("killed.log"))
         wanted = _count_steps(events) + draw.randint(1, 4)
         reached = (
-            functools.partial(_is_writing, run) if while_writing else functools.partial(_has_steps, events, wanted)
+            functools.partial(_stopped_while_writing, pid, run)
+            if while_writing
+            else functools.partial(_has_steps, events, wanted)
         )
         ended = _wait(pid, reached)
         if ended is not None:

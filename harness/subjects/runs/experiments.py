@@ -49,6 +49,7 @@ def _timed_argv(inputs: Inputs) -> list[str]:
     "reporting-cost",
     f"the clock around each of {STEPS} steps and around the event and the line that report it",
     Arm(None, _timed_argv, timeout_s=120, stall_s=60, env=ONE_THREAD),
+    measures=("time",),
 )
 def _collect_timings(run_dir: Path, _inputs: Inputs) -> Facts:
     if arrays := read_arrays(run_dir / "timings.npz"):

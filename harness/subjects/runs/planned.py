@@ -55,6 +55,7 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
         Arm(name, functools.partial(_planned_argv, settings), timeout_s=240, stall_s=120, env=_ENV, interval_s=0.01)
         for name, settings in _PLANS.items()
     ),
+    measures=("memory",),
 )
 def _collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     """Compare plan and growth of all arms, one row each, in the facts of the last."""

@@ -22,7 +22,7 @@ from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, go
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.teacher.probes import ROW_WAYS, ROW_WAYS_BF16
 from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.demo import golden_path
@@ -67,6 +67,7 @@ declare(
     "q4kd logits on a 94 MB Q4_K file, memory sampled from outside",
     _watched(None),
     collect=_collect_load,
+    measures=("memory",),
 )
 declare(
     "load-teacher-controlled",
@@ -74,6 +75,7 @@ declare(
     _watched("packed"),
     Arm("dense", _dense_argv, timeout_s=60),
     collect=_collect_load,
+    measures=("memory",),
 )
 
 
@@ -123,7 +125,12 @@ def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
 declare(
     "frozen-teacher",
     "every way to ask the teacher for a gradient, beside its valid twin",
-    Arm(None, lambda at: probe_words("frozen-teacher", model=golden_teacher(at), out="probe.json"), timeout_s=60),
+    Arm(
+        None,
+        lambda at: probe_words("frozen-teacher", model=golden_teacher(at), out="probe.json"),
+        timeout_s=60,
+        env=ONE_THREAD,
+    ),
     collect=collect_probe,
 )
 
@@ -151,7 +158,7 @@ def _superblock_argv(inputs: Inputs) -> list[str]:
 @experiment(
     "superblock",
     "the trainer's decoders and products on random and extreme superblocks",
-    Arm(None, _superblock_argv, timeout_s=60),
+    Arm(None, _superblock_argv, timeout_s=60, env=ONE_THREAD),
 )
 def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
     facts, decoded = collect_probe(run_dir, inputs), read_arrays(run_dir / "decoded.npz")

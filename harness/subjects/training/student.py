@@ -87,6 +87,7 @@ for _name, _device, _where, _needs in (
         ),
         needs=_needs,
         collect=_collect_ranks,
+        measures=("process",),
     )
 
 
@@ -95,6 +96,6 @@ for _name, _device, _where, _needs in (
 declare(
     "settings-refused",
     "settings that do not exist, beside those that were meant",
-    Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60),
+    Arm(None, lambda _inputs: ["probe", "refused-settings", "--out", "probe.json"], timeout_s=60, env=ONE_THREAD),
     collect=collect_probe,
 )

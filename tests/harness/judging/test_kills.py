@@ -29,6 +29,7 @@ from q4kd.harness.judging.kills import (
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
 from q4kd.harness.kill_matrix import kill_matrix, show
 from q4kd.harness.records.store import TarStore
+from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.faults import get_fault
 from q4kd.harness.runs.runner import ExperimentRunner
@@ -62,7 +63,8 @@ def marks(cells):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store, workers):
     one = claim("inflate", "harmless", "crash", "absent", "forgets", "die", "die-undeclared")
-    cells = kill_matrix([one], "cpu", store, runner, changed=False, workers=workers)
+    runner.cores = Cores(workers)
+    cells = kill_matrix([one], "cpu", store, runner, changed=False)
     assert marks(cells) == {
         ("FT-1", "inflate"): "caught",
         ("FT-1", "harmless"): "missed",
@@ -86,8 +88,9 @@ def test_an_interrupt_ends_the_runs_that_are_under_way(runner, store, workers):
     main = threading.main_thread().ident
     threading.Timer(3.0, signal.pthread_kill, (main, signal.SIGINT)).start()
     one, started = claim("inflate", "harmless", experiment="asleep"), time.monotonic()
+    runner.cores = Cores(workers)
     with pytest.raises(KeyboardInterrupt):
-        kill_matrix([one], "cpu", store, runner, changed=False, workers=workers)
+        kill_matrix([one], "cpu", store, runner, changed=False)
     assert time.monotonic() - started < 30  # each run would take a minute
     assert not KillStore(store.folder / "cpu").records
 

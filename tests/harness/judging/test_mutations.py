@@ -207,6 +207,38 @@ def test_a_foreign_run_refutes_nothing_and_a_faulted_one_may(
     assert (result.verdict, result.reason) == (("falsified", None) if may else ("inconclusive", reason))
 
 
+TIMES = {"wall_s": 100.0, "timeout_s": 60.0, "cause": "timeout"}
+
+
+@pytest.mark.parametrize(
+    ("check", "ending", "busy"),
+    [
+        ("table", TIMES | {"waited_s": 50.0, "cpu_s": 9.0}, True),  # only with the wait was it longer than its limit
+        ("table", TIMES | {"waited_s": 39.0, "cpu_s": 9.0}, False),
+        ("table", TIMES | {"waited_s": 0.0, "cpu_s": 9.0}, False),
+        ("table", TIMES, False),  # recorded before waits were
+        ("table", {"waited_s": 50.0, "cpu_s": 9.0}, False),  # its result does not depend on its time
+        ("ratio", {"waited_s": 1.1, "cpu_s": 9.0}, True),
+        ("latency", {"waited_s": 1.1, "cpu_s": 9.0}, True),
+        ("ratio", {"waited_s": 0.9, "cpu_s": 9.0}, False),
+        ("ratio", {}, False),
+    ],
+)
+def test_what_a_busy_machine_may_have_caused_refutes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, ending: dict[str, Any], busy: bool
+) -> None:
+    refuted = SimpleNamespace(extract=lambda *_: {})
+    refuted.judge = lambda *_: Judgement(verdict="falsified", measured="", bound="", counterexample="x")
+    monkeypatch.setattr("q4kd.harness.judging.judge.CHECKS", {check: refuted})
+    result = judge_claim(claim_of(check), good_runs(tmp_path, check, ending=ending), "cpu")
+    assert (result.verdict, result.reason) == (("inconclusive", "machine too busy") if busy else ("falsified", None))
+
+
+def test_waiting_takes_no_corroboration_away(tmp_path: Path) -> None:
+    runs = good_runs(tmp_path, "ratio", ending={"waited_s": 50.0, "cpu_s": 9.0})
+    assert judge_claim(claim_of("ratio"), runs, "cpu").verdict == "corroborated"
+
+
 def test_an_exit_code_that_the_arm_declares_is_normal(tmp_path: Path) -> None:
     (run,) = good_runs(tmp_path, "table", ending={"returncode": 2}).values()
     assert unsupporting(run) == "run incomplete"

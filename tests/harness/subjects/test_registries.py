@@ -11,7 +11,7 @@ from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import default_contracts_folder
 from q4kd.harness.judging.mutations import NOT_SHOWN
 from q4kd.harness.judging.results import KillStatus
-from q4kd.harness.runs.experiment import EXPERIMENTS
+from q4kd.harness.runs.experiment import EXPERIMENTS, Arm
 from q4kd.harness.runs.faults import all_faults, resolve
 from q4kd.harness.session import HARNESS_ERROR
 
@@ -31,6 +31,30 @@ def test_every_experiment_and_every_fault_is_used() -> None:
     falsifiers = [claim.falsifier for claim in CLAIMS if claim.falsifier]
     assert {falsifier.experiment for falsifier in falsifiers} == set(EXPERIMENTS)
     assert {fault for falsifier in falsifiers for fault in falsifier.sabotage} == set(all_faults())
+
+
+# What each check of time or memory judges. A ratio's pairs may be of anything, but all that we have are of times.
+MEASURED = {
+    "memory_ceiling": "memory",
+    "residency": "memory",
+    "gpu_utilization": "time",
+    "latency": "time",
+    "ratio": "time",
+}
+
+
+def test_experiments_declare_what_they_measure_of_their_process() -> None:
+    for claim in CLAIMS:
+        assert claim.falsifier is not None
+        experiment = EXPERIMENTS[claim.falsifier.experiment]
+        for check in claim.falsifier.checks:
+            wanted = MEASURED.get(check.check)
+            # One that has the accelerator to itself is started by itself, and feeds it with cores of its own.
+            assert wanted is None or wanted in experiment.measures or experiment.exclusive, (claim.key, check.check)
+    default = Arm(None, lambda _inputs: []).interval_s
+    for name, experiment in EXPERIMENTS.items():
+        if any(arm.interval_s < default for arm in experiment.arms):  # its memory is sampled finely for a reason
+            assert "memory" in experiment.measures or experiment.exclusive, name
 
 
 @pytest.mark.parametrize("name", sorted(all_faults()))

@@ -1,0 +1,44 @@
+"""Experiments run ahead of whoever asks for them: all that is planned at once, as far as there are cores."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from q4kd.harness.runs.cores import Cores
+from q4kd.harness.runs.supervise import end_all
+
+_MAX_THREADS = 256  # a thread that waits for cores costs next to nothing
+
+
+class Ahead:
+    """Jobs by name, each in a thread that waits for its cores; the longest is served first (``Cores``).
+
+    Args:
+        cores: what the jobs' runs take.
+        jobs: what each does; one that raises has done what it could.
+    """
+
+    def __init__(self, cores: Cores, jobs: Mapping[str, Callable[[], None]]) -> None:
+        self._cores = cores
+        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, max(1, len(jobs))), thread_name_prefix="ahead")
+        self._futures: dict[str, Future[None]] = {name: self._pool.submit(job) for name, job in jobs.items()}
+
+    def wait(self, name: str) -> None:
+        """Wait until a job has ended, however it ended; return at once for one that is not there."""
+        future = self._futures.get(name)
+        if future is not None:
+            future.exception()
+
+    def stop(self) -> None:
+        """End at once: nothing more is started, and what is under way is killed. Does nothing when all have ended."""
+        self._cores.close()
+        stop(self._pool, self._futures.values())
+
+
+def stop(pool: ThreadPoolExecutor, futures: Iterable[Future[Any]]) -> None:
+    """Cancel what has not begun, and kill the runs that the pool's threads wait for, until no thread is left."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    while any(future.running() for future in futures):
+        end_all()
+        time.sleep(0.05)

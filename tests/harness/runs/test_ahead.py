@@ -1,0 +1,117 @@
+import functools
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fakeworld.plugin import install
+
+from q4kd.harness.runs.ahead import Ahead
+from q4kd.harness.runs.cores import Cores
+from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, register
+from q4kd.harness.runs.runner import ExperimentRunner
+from q4kd.harness.runs.supervise import end_all
+
+SUPPORT = str(Path(__file__).parents[2] / "support")
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    install(monkeypatch.setattr)
+    monkeypatch.setenv("PYTHONPATH", SUPPORT)
+    return ExperimentRunner(tmp_path / "bundle", Inputs(tmp_path / "inputs", "cpu"), "cpu", workers=2)
+
+
+def ahead(runner, *names):
+    return Ahead(runner.cores, {name: functools.partial(runner.run, name) for name in names})
+
+
+def seen(runner):
+    """Return when each run began and ended, as the runner tells it."""
+    times = {}
+    runner.told = lambda run, _seconds: times.setdefault(run, []).append(time.monotonic())
+    return times
+
+
+def one_thread(name, **how):
+    argv = lambda inputs: ["probe", "fake", "pause", str(inputs.file("seed.txt", lambda p: p.write_text("7")))]  # noqa: E731
+    return register(Experiment(name, "", ("cpu",), (Arm(None, argv, 60, env={"OMP_NUM_THREADS": "1"}),), **how))
+
+
+def overlap(times, one, other):
+    return max(times[one][0], times[other][0]) < min(times[one][1], times[other][1])
+
+
+def test_experiments_of_one_thread_run_side_by_side_and_those_without_a_number_alone(runner):
+    times = seen(runner)
+    for name in ("a", "b", "c"):
+        one_thread(name)
+    jobs = ahead(runner, "a", "b", "c", "measure")
+    for name in ("a", "b", "c", "measure", "not there"):
+        jobs.wait(name)
+    assert sum(overlap(times, *pair) for pair in (("a", "b"), ("a", "c"), ("b", "c"))) >= 1
+    # "measure" declares no number of threads, so it may use both cores.
+    assert not any(overlap(times, "measure", name) for name in ("a", "b", "c"))
+    assert {name: run.exit["cause"] for name in ("a", "measure") for run in runner.run(name).values()} == {
+        "a": "exited",
+        "measure": "exited",
+    }
+
+
+def test_what_measures_time_comes_first_and_has_the_machine_to_itself(runner):
+    runner.cores = Cores(8)
+    times = seen(runner)
+    for name in ("a", "b"):
+        one_thread(name)
+    one_thread("timed", measures=("time",))
+    with runner.cores.taken(0):  # all wait until every job has asked
+        jobs = ahead(runner, "a", "b", "timed")
+        time.sleep(1.0)
+    for name in ("a", "b", "timed"):
+        jobs.wait(name)
+    assert not overlap(times, "timed", "a")
+    assert not overlap(times, "timed", "b")
+
+
+def test_the_longest_is_first(runner):
+    runner.cores = Cores(1)
+    runner.expected = {"a": 1.0, "b": 30.0, "c": 2.0}
+    times = seen(runner)
+    for name in ("a", "b", "c"):
+        one_thread(name)
+    with runner.cores.taken(1):
+        jobs = ahead(runner, "a", "b", "c")
+        time.sleep(0.5)
+    for name in ("a", "b", "c"):
+        jobs.wait(name)
+    assert sorted(times, key=lambda run: times[run][0]) == ["b", "c", "a"]
+
+
+def test_a_stop_ends_what_runs_and_starts_nothing_more(runner):
+    times = seen(runner)
+    jobs = ahead(runner, "asleep", "measure", "compare")  # asleep takes a minute, and the others wait for its cores
+    deadline = time.monotonic() + 30
+    while not times and time.monotonic() < deadline:
+        time.sleep(0.02)
+    begun = time.monotonic()
+    jobs.stop()
+    jobs.stop()
+    assert time.monotonic() - begun < 20
+    assert len(times) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_a_job_that_fails_keeps_nobody_waiting(runner):
+    jobs = ahead(runner, "unprepared", "measure")
+    jobs.wait("unprepared")
+    jobs.wait("measure")
+    assert runner.run("measure")["measure"].facts == {"value": 10}
+
+
+def test_with_nothing_under_way_there_is_nothing_to_end():
+    end_all()
+
+
+def test_what_an_experiment_measures_is_of_a_closed_list():
+    with pytest.raises(ValueError, match="measures"):
+        Experiment("x", "", (), (Arm(None, lambda _: []),), measures=("weight",))
