@@ -1,14 +1,15 @@
 """Runs experiments, each once per session whatever the number of workers that ask, and hands out the raw evidence."""
 
+import fcntl
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -170,8 +171,8 @@ class ExperimentRunner:
         with ExitStack() as stack:
             if self._server is not None and may_fork(experiment, arm):
                 self._server.wait_open()  # meanwhile its core is for others
-            if experiment.exclusive:
-                stack.enter_context(FileLock(accelerator_lock()))
+            if "cuda" in experiment.needs or experiment.exclusive:
+                stack.enter_context(_on_accelerator(alone=experiment.exclusive))
             alone, rank = "time" in experiment.measures, self.rank(experiment.name, arm)
             stack.enter_context(self.cores.taken(self._cores_of(experiment, arm), alone=alone, rank=rank))
             started = time.monotonic()
@@ -263,6 +264,14 @@ def may_fork(experiment: Experiment, arm: Arm) -> bool:
     plain = not (experiment.measures or experiment.exclusive or "cuda" in experiment.needs)
     ours = EXPERIMENTS.module(experiment.name).startswith("q4kd.")
     return plain and ours and arm.env.get("OMP_NUM_THREADS") == "1" and "MALLOC_MMAP_THRESHOLD_" not in arm.env
+
+
+@contextmanager
+def _on_accelerator(*, alone: bool) -> Iterator[None]:
+    """Hold the accelerator: with others that may share it, or alone, which waits until these have ended."""
+    with accelerator_lock().open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def accelerator_lock() -> Path:

@@ -84,10 +84,12 @@ def _backend_misreported(original: Call, self: object, event: str, **fields: obj
     original(self, event, **(fields | {"backend": "dense"} if event == "backend_selected" else fields))
 
 
-@patch("dispatch", "idle-steps", "the device waits five seconds before each step", "q4kd.trainer.train.step:train_step")
+@patch("dispatch", "idle-steps", "the device waits twice the time of each step", "q4kd.trainer.train.step:train_step")
 def _idle_steps(original: Call, *arguments: object) -> object:
-    time.sleep(5)  # as in a run whose teacher computes on the host
-    return original(*arguments)
+    started = time.monotonic()
+    result = original(*arguments)
+    time.sleep(2 * (time.monotonic() - started))  # as in a run whose teacher computes on the host
+    return result
 
 
 @patch("dispatch", "short-allocation", "allocations end at 30 GB in silence", _ALLOCATE_BYTES)

@@ -36,7 +36,6 @@ def _rows(inputs: Inputs) -> Path:
     "every type's decoder on the device, float32, against gguf",
     Arm(None, lambda inputs: probe_words("cuda-decode", rows=_rows(inputs), out="decoded.npz"), timeout_s=180),
     needs=_CUDA,
-    exclusive=True,
 )
 def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     decoded, comparators = read_arrays(run_dir / "decoded.npz"), Comparators()
@@ -59,7 +58,6 @@ def _parity_argv(dtype: str, inputs: Inputs) -> list[str]:
     "q4kd logits of the golden teacher on the device, against a float64 forward",
     *(Arm(dtype, functools.partial(_parity_argv, dtype), timeout_s=180) for dtype in ("float32", "bfloat16")),
     needs=_CUDA,
-    exclusive=True,
 )
 def _collect_parity(run_dir: Path, inputs: Inputs) -> Facts:
     if not (run_dir / "logits.npy").is_file():
@@ -103,7 +101,6 @@ def _lengths_argv(dtype: str, inputs: Inputs) -> list[str]:
     "logits of small models on the device, from 13 to 5,400 tokens and of several documents, against float64",
     *(Arm(dtype, functools.partial(_lengths_argv, dtype), timeout_s=300) for dtype in ("float32", "bfloat16")),
     needs=_CUDA,
-    exclusive=True,
 )
 def _collect_lengths(run_dir: Path, inputs: Inputs) -> Facts:
     found, ids, comparators = read_arrays(run_dir / "logits.npz"), read_arrays(_lengths(inputs)), Comparators()

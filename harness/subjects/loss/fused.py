@@ -156,7 +156,6 @@ for _name, _device, _vocab in (("fused-losses", "cpu", VOCAB), ("cuda-fused-loss
         ),
         needs=("cuda",) if _device == "cuda" else (),
         collect=functools.partial(_collect_losses, _device, _vocab),
-        exclusive=_device == "cuda",
     )
 
 

@@ -67,7 +67,6 @@ for _name, _device, _needs in (("bfloat16-errors", "cpu", ()), ("cuda-bfloat16-e
         needs=_needs,
         prepare=_exact,
         collect=_collect_errors,
-        exclusive=bool(_needs),
     )
 
 

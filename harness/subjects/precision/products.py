@@ -58,7 +58,6 @@ def exact_products(operands: Arrays) -> Arrays:
     "products of packed matrices on the device, fused and through the scratch, against float64",
     Arm(None, lambda inputs: probe_words("cuda-products", operands=_operands(inputs), out=OUT), timeout_s=180),
     needs=("cuda",),
-    exclusive=True,
 )
 def _collect_products(run_dir: Path, inputs: Inputs) -> Facts:
     comparators: Comparators = {}

@@ -154,6 +154,33 @@ def test_an_exclusive_experiment_waits_for_the_accelerator(runner, monkeypatch, 
     assert times_run(runner, "alone") == 1
 
 
+def test_what_may_share_the_accelerator_never_runs_beside_what_must_be_alone(monkeypatch, tmp_path):
+    from q4kd.harness.runs import runner as module
+
+    monkeypatch.setattr(module, "accelerator_lock", lambda: tmp_path / "lock")
+    entered = []
+
+    def hold(alone):
+        with module._on_accelerator(alone=alone):
+            entered.append(alone)
+
+    with module._on_accelerator(alone=False):
+        hold(False)  # two that share it are there together
+        waiting = threading.Thread(target=hold, args=(True,))
+        waiting.start()
+        waiting.join(0.5)
+        assert entered == [False]
+    waiting.join(30)
+    assert entered == [False, True]
+    with module._on_accelerator(alone=True):
+        waiting = threading.Thread(target=hold, args=(False,))
+        waiting.start()
+        waiting.join(0.5)
+        assert entered == [False, True]
+    waiting.join(30)
+    assert entered == [False, True, False]
+
+
 def test_unknown_names_are_refused(runner):
     with pytest.raises(InputError, match="did you mean measure"):
         runner.run("measur")
