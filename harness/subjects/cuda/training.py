@@ -69,8 +69,10 @@ def collect_resumed(run_dir: Path, _inputs: Inputs) -> Facts:
     joined = {name: np.concatenate(found) for name, found in rows.items()}
     comparators = save_pairs(run_dir, {"resumed": (joined["resumed"], joined["whole"])}, ("resumed", "run left alone"))
     comparators |= save_pairs(run_dir, {"again": (joined["again"], joined["whole"])}, ("second run", "run left alone"))
-    same = [one is not None and one == other for one, other in zip(models["stopped"], models["whole"], strict=True)]
-    table = {"final models of resumed runs that differ": same.count(False)}
+    table = {
+        f"{kind}: final models are equal": one is not None and one == other
+        for kind, one, other in zip(_KINDS, models["stopped"], models["whole"], strict=True)
+    }
     return {"comparators": comparators, "tables": {"resumed": table}}
 
 

@@ -42,15 +42,18 @@ def test_stopped_runs_are_resumed_to_the_bit_and_laid_beside_those_left_alone(tm
     assert done.returncode == 0, done.stderr
     assert read_json(run_dir / "commands.json")["commands"] == {name: {"exit code": 0} for name, _argv in commands}
     facts = training.collect_resumed(run_dir, inputs)
-    assert facts["tables"] == {"resumed": {"final models of resumed runs that differ": 0}}
+    equal = {"weights: final models are equal": True, "adapters: final models are equal": True}
+    assert facts["tables"] == {"resumed": equal}
     for name in ("resumed", "again"):
         pair = read_arrays(run_dir / "arrays" / f"{name}.npz")
         assert pair["subject"].shape == (REPEATED * training.STEPS, 4)
         assert np.array_equal(pair["subject"], pair["reference"])
     (run_dir / "weights-whole" / "model" / "model.safetensors").write_bytes(b"other")
+    spoilt = training.collect_resumed(run_dir, inputs)
+    assert spoilt["tables"] == {"resumed": equal | {"weights: final models are equal": False}}
     (run_dir / "adapters-stopped" / "model" / "model.safetensors").unlink()
     spoilt = training.collect_resumed(run_dir, inputs)
-    assert spoilt["tables"] == {"resumed": {"final models of resumed runs that differ": 2}}
+    assert spoilt["tables"] == {"resumed": dict.fromkeys(equal, False)}
     lines = (run_dir / "weights-whole.jsonl").read_text().splitlines()
     (run_dir / "weights-whole.jsonl").write_text("\n".join(line for line in lines if '"step": 8' not in line) + "\n")
     assert training.collect_resumed(run_dir, inputs) == {"comparators": {}}
