@@ -10,6 +10,7 @@ import torch
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.training_data import check_sources
+from q4kd.trainer.device.allocation import let_segments_grow
 from q4kd.trainer.device.backend import check_device
 from q4kd.trainer.device.memory_watchdog import guarded
 from q4kd.trainer.device.placement import TeacherPlacement
@@ -39,6 +40,8 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
     """
     from accelerate import PartialState
 
+    if config.device == "cuda":
+        let_segments_grow()
     if config.threads:
         torch.set_num_threads(config.threads)
     check_device(config.device)
