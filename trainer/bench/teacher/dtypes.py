@@ -133,7 +133,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 def implementation(work: Callable[[], object]) -> str:
     """Return oneDNN's name of what ``work`` first executes, such as ``brg_matmul:avx512_core_bf16``; empty for none."""
-    with _captured_output() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+    backend = torch.backends.mkldnn
+    with _captured_output() as lines, backend.verbose(backend.VERBOSE_ON):  # type: ignore[no-untyped-call]
         work()
     # onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_bf16,...
     executed = [line.split(",") for line in lines if ",exec," in line]
