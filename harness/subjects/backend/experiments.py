@@ -32,7 +32,7 @@ def _teacher(inputs: Inputs) -> Path:
 
 
 def _argv(backend: tuple[str, ...], inputs: Inputs) -> list[str]:
-    model, ids = str(_teacher(inputs)), str(random_ids(inputs, "backends-ids.npy", VOCAB, (1, POSITIONS)))
+    model, ids = str(_teacher(inputs)), str(random_ids(inputs, "backends-ids.npy", VOCAB, POSITIONS))
     common = ["--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
     return ["logits", model, "--ids", ids, *backend, *common]
 
