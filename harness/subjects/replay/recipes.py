@@ -110,7 +110,7 @@ LEGS: Mapping[str, Leg] = {
     ),
     "reverse": Leg(
         {"seed": 14, "divergence": "reverse_kl", "schedule": "linear", "steps": 3, "batch_size": 3, "accumulation": 1},
-        {"packing": "stream", "completion_only": False, "best_metric": "agreement", "keep": 1},
+        {"packing": "stream", "completion_only": False, "chunk_tokens": 50, "best_metric": "agreement", "keep": 1},
     ),
     "jsd": Leg(
         {"seed": 15, "divergence": "jsd", "beta": 0.3, "schedule": "constant", "warmup_steps": 0, "epochs": 0.3},
