@@ -97,7 +97,7 @@ class Leg:
 LEGS: Mapping[str, Leg] = {
     "whole": Leg({}, {"best_metric": "loss", "checkpoint_every": 3, "keep": 1}),
     "dropout": Leg(
-        {"seed": 12, "schedule": "linear", "steps": 4, "eval_every": 1, "clip": 1e9},
+        {"seed": 12, "schedule": "linear", "steps": 4, "warmup_steps": 0, "eval_every": 1, "clip": 1e9},
         {"best_metric": "loss", "keep": 4},
         stops=(2,),
         dropout=0.25,
