@@ -1,1 +1,1 @@
-"""References that share no code with the trainer: a float64 forward pass and scalar block decoders."""
+"""References that share no code with the trainer: float64 forward passes and training, windows, scalar decoders."""

@@ -97,7 +97,7 @@ class Leg:
 LEGS: Mapping[str, Leg] = {
     "whole": Leg({}, {"best_metric": "loss", "checkpoint_every": 3, "keep": 1}),
     "dropout": Leg(
-        {"seed": 12, "schedule": "linear", "steps": 4, "eval_every": 1, "clip": 1e9},
+        {"seed": 12, "schedule": "linear", "steps": 4, "warmup_steps": 0, "eval_every": 1, "clip": 1e9},
         {"best_metric": "loss", "keep": 4},
         stops=(2,),
         dropout=0.25,
@@ -110,7 +110,7 @@ LEGS: Mapping[str, Leg] = {
     ),
     "reverse": Leg(
         {"seed": 14, "divergence": "reverse_kl", "schedule": "linear", "steps": 3, "batch_size": 3, "accumulation": 1},
-        {"packing": "stream", "completion_only": False, "best_metric": "agreement", "keep": 1},
+        {"packing": "stream", "completion_only": False, "chunk_tokens": 50, "best_metric": "agreement", "keep": 1},
     ),
     "jsd": Leg(
         {"seed": 15, "divergence": "jsd", "beta": 0.3, "schedule": "constant", "warmup_steps": 0, "epochs": 0.3},
