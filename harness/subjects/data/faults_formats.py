@@ -1,0 +1,43 @@
+"""Faults in single formats of training data: rows, labels, fields and the order of files."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from q4kd.harness.runs.faults import Call, patch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from q4kd.trainer.data.documents import SourceSettings
+
+_PARQUET = "q4kd.trainer.data.shards:read_parquet"
+_SHARD = "q4kd.trainer.data.shards:read_shard"
+_FILES = "q4kd.trainer.data.readers:list_files"
+_DOCUMENT = "q4kd.trainer.data.documents:make_document"
+_Rows = Iterator[tuple[int, Mapping[str, Any]]]
+
+
+@patch("loop", "parquet-row-lost", "the first row of a parquet file is taken for its header", _PARQUET)
+def _parquet_row_lost(original: Callable[..., _Rows], path: "Path", columns: tuple[str, ...]) -> _Rows:
+    return (row for row in original(path, columns) if row[0] > 1)
+
+
+@patch("loop", "shard-labels-ignored", "every token of a shard has a label", _SHARD)
+def _shard_labels_ignored(original: Callable[["Path"], _Rows], path: "Path") -> _Rows:
+    return ((row, {"input_ids": record["input_ids"]}) for row, record in original(path))
+
+
+@patch("loop", "files-backwards", "the files of a folder are read from the last to the first", _FILES)
+def _files_backwards(original: Callable[..., list[Any]], path: "Path", settings: object) -> list[Any]:
+    return original(path, settings)[::-1]
+
+
+@patch(
+    "loop", "title-read-as-text", "a record's title is read where it has one, whatever field was asked for", _DOCUMENT
+)
+def _title_read_as_text(
+    original: Call, record: Mapping[str, object], name: str, where: str, settings: "SourceSettings"
+) -> object:
+    asked = "title" if "title" in record else settings.text_field
+    return original(record, name, where, dataclasses.replace(settings, text_field=asked))
