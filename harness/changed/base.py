@@ -74,14 +74,26 @@ def bundle_name(path: Path) -> str:
 
 
 def words_of(experiments: Iterable[str], runs: Mapping[str, RawRun]) -> dict[str, set[str]]:
-    """Return the arguments, after the launcher's ``--``, of all runs of each experiment that are there."""
+    """Return the arguments, after the launcher's ``--``, of all whole runs of each experiment that are there.
+
+    Raises:
+        InputError: a record of the arguments that is none.
+    """
     found: dict[str, set[str]] = {}
     for name in experiments:
         experiment = get_experiment(name)
         mine = [runs[run] for arm in experiment.arms if (run := experiment.run_name(arm)) in runs]
-        argvs = [list(map(str, run.argv["argv"])) for run in mine]
-        found[name] = {word for argv in argvs for word in argv[argv.index("--") + 1 :]}
+        found[name] = {word for run in mine if run.harness_error is None for word in _words(run)}
     return found
+
+
+def _words(run: RawRun) -> list[str]:
+    try:
+        argv = list(map(str, run.argv["argv"]))
+        return argv[argv.index("--") + 1 :]
+    except (KeyError, TypeError, ValueError) as error:
+        expected = "the arguments of a run, with -- before the program's"
+        raise InputError(f"{run.name}/argv.json", expected=expected, got=str(error)[:100], remedy=_WITHOUT) from error
 
 
 def find_base(given: Path | None, profile: str, environment: JsonRecord, folder: Path = Path("bundles")) -> Base:

@@ -8,11 +8,11 @@ count.
 import ast
 import hashlib
 import importlib.util
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from q4kd.harness.judging.digests import TREES, Closure
 from q4kd.harness.judging.normal_form import dotted, top_level
@@ -31,7 +31,8 @@ _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?::[\w.]*)?")
 _DYNAMIC = ("import_module", "__import__", "run_module", "run_path")
 _DYNAMIC_ALONE = ("exec", "eval")
 _REGISTRIES = "q4kd.harness."
-_EDGES = (ast.Import, ast.ImportFrom, ast.Constant, ast.Call)
+_MENTIONS = (ast.Import, ast.ImportFrom, ast.Constant)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Program:
@@ -45,6 +46,7 @@ class Program:
     def __init__(self, packages: Iterable[str], trees: SyntaxTrees = TREES) -> None:
         self._packages, self._trees = frozenset(packages), trees
         self._edges: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+        self._mentioned: dict[str, list[tuple[ast.AST, bool]]] = {}
         self._digests: dict[str, str] = {}
 
     def of_experiment(self, closure: Closure, words: Iterable[str]) -> frozenset[str]:
@@ -79,7 +81,8 @@ class Program:
         """
         if name not in self._digests:
             tree = self._trees.module(name)
-            parts = [] if tree is None else [*tree.read(tree.tree).text, *_imports(tree), *_annotations(tree)]
+            parts = [] if tree is None else tree.read(tree.tree).text
+            parts += [ast.dump(node) for node, _ in self._mentions(name) if not isinstance(node, ast.Constant)]
             parts += [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in _files_beside(name)]
             self._digests[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return self._digests[name]
@@ -109,42 +112,43 @@ class Program:
     def _edges_of(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
         """Return what is imported when a module is loaded, and all that it imports or names anywhere."""
         if name not in self._edges:
-            tree = self._trees.module(name)
             loaded: set[str] = set()
             anywhere: set[str] = set()
-            waiting: list[tuple[ast.AST, bool]] = [] if tree is None else [(tree.tree, False)]
-            while waiting and tree is not None:
-                node, inside = waiting.pop()
-                if isinstance(node, _EDGES):
-                    found = set(self._edges_by(tree, node))
-                    anywhere |= found
-                    loaded |= found if not inside and isinstance(node, ast.Import | ast.ImportFrom) else set()
-                inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                waiting += [(child, inside) for child in ast.iter_child_nodes(node)]
+            for node, inside in self._mentions(name):
+                found = set(self._imported(name, node))
+                anywhere |= found
+                loaded |= set() if inside else found
+            for text in {text for node, _ in self._mentions(name) if (text := _text(node)) is not None}:
+                anywhere |= set(self._named(text))
+            if any(_is_dynamic(node) for node, _ in self._mentions(name)) and not name.startswith(_REGISTRIES):
+                anywhere |= set(_modules_of(TRAINER if name.startswith(TRAINER) else top_level(name)))
             self._edges[name] = frozenset(loaded), frozenset(anywhere)
         return self._edges[name]
 
-    def _edges_by(self, tree: Module, node: ast.AST) -> Iterator[str]:
+    def _mentions(self, name: str) -> list[tuple[ast.AST, bool]]:
+        """Return what of a module matters beside its normal form, with whether it stands in a function."""
+        if name not in self._mentioned:
+            tree = self._trees.module(name)
+            self._mentioned[name] = [] if tree is None else list(_walk(tree.tree))
+        return self._mentioned[name]
+
+    def _imported(self, module: str, node: ast.AST) -> Iterator[str]:
+        tree = self._trees.module(module)
         match node:
             case ast.Import(names=names):
                 for alias in names:
                     yield from self._with_packages(alias.name)
-            case ast.ImportFrom(names=names):
-                module = _absolute(tree, node)
+            case ast.ImportFrom(names=names) if tree is not None:
+                origin = _absolute(tree, node)
                 for alias in names:
-                    yield from self._with_packages(f"{module}.{alias.name}" if alias.name != "*" else module)
-            case ast.Constant(value=str(text)):
-                yield from self._named(text)
-            case ast.Call(func=function, args=arguments) if _is_dynamic(dotted(function)):
-                told = bool(arguments) and isinstance(arguments[0], ast.Constant)
-                if not told and not tree.name.startswith(_REGISTRIES):
-                    yield from _modules_of(TRAINER if tree.name.startswith(TRAINER) else top_level(tree.name))
+                    yield from self._with_packages(f"{origin}.{alias.name}" if alias.name != "*" else origin)
 
     def _named(self, text: str) -> Iterator[str]:
         """Yield the modules that a text names, as ``package.module`` or ``package.module:Name``."""
         match = _MODULE.fullmatch(text) if len(text) < 200 else None
-        if match is not None and self._trees.module(match[1]) is not None:
-            yield from self._with_packages(match[1])
+        found = [] if match is None else list(self._with_packages(match[1]))
+        if match is not None and match[1] in found:
+            yield from found
 
     def _with_packages(self, name: str) -> Iterator[str]:
         """Yield a module of ours and the packages it lies in, which run first; what is no module is left out."""
@@ -153,9 +157,12 @@ class Program:
         parts = name.split(".")
         for end in range(1, len(parts) + 1):
             module = ".".join(parts[:end])
-            if self._trees.module(module) is None:
+            tree = self._trees.module(module)
+            if tree is None:
                 return
             yield module
+            if not tree.is_package:  # to look for more below it would import it
+                return
 
     def _imported_by(self, definition: Definition) -> set[str]:
         """Return the modules of ours that a definition takes something from."""
@@ -175,28 +182,51 @@ def source_files(packages: Iterable[str]) -> Iterator[Path]:
                 yield from (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
 
 
-def _is_dynamic(function: tuple[str, ...]) -> bool:
+def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield imports, texts, what a function's annotations say, and calls that may import anything.
+
+    The normal form has neither imports nor these annotations, and a program may read both. Written out, because
+    ``ast.walk`` takes four times as long, and every module of the program is read on every run.
+    """
+    waiting: list[tuple[Any, bool]] = [(tree, False)]
+    while waiting:
+        node, inside = waiting.pop()
+        kind = node.__class__
+        if kind in _MENTIONS or (kind is ast.Call and _may_import(node)):
+            yield node, inside
+        elif kind is ast.arg and node.annotation is not None:
+            yield node.annotation, inside
+        elif kind in _FUNCTIONS:
+            inside = True
+            if node.returns is not None:
+                yield node.returns, inside
+        for field in kind._fields:
+            value = getattr(node, field, None)
+            if value.__class__ is list:
+                waiting += [(item, inside) for item in value if isinstance(item, ast.AST)]
+            elif field != "ctx" and isinstance(value, ast.AST):
+                waiting.append((value, inside))
+
+
+def _may_import(node: ast.Call) -> bool:
+    function = dotted(node.func)
     return bool(function) and (function[-1] in _DYNAMIC or (len(function) == 1 and function[0] in _DYNAMIC_ALONE))
+
+
+def _is_dynamic(node: ast.AST) -> bool:
+    """Say whether a call imports what it does not name."""
+    named = isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+    return isinstance(node, ast.Call) and _may_import(node) and not named
+
+
+def _text(node: ast.AST) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def _absolute(tree: Module, node: ast.ImportFrom) -> str:
     package = tree.name if tree.is_package else tree.name.rpartition(".")[0]
     name = "." * node.level + (node.module or "")
     return importlib.util.resolve_name(name, package) if node.level else name
-
-
-def _imports(tree: Module) -> list[str]:
-    """Return every import statement anywhere in a module, in order: the normal form leaves them out."""
-    nodes = (node for node in ast.walk(tree.tree) if isinstance(node, ast.Import | ast.ImportFrom))
-    return [ast.dump(node) for node in nodes]
-
-
-def _annotations(tree: Module) -> list[str]:
-    """Return the annotations of functions, which the normal form leaves out and a program may read."""
-    nodes = list(ast.walk(tree.tree))
-    given = [node.annotation for node in nodes if isinstance(node, ast.arg) and node.annotation is not None]
-    given += [node.returns for node in nodes if isinstance(node, ast.FunctionDef) and node.returns is not None]
-    return [ast.dump(annotation) for annotation in given]
 
 
 def _commands_in(tree: ast.Module) -> Iterator[str]:
@@ -220,8 +250,12 @@ def _folders(package: str) -> list[Path]:
 
 def _modules_of(package: str) -> list[str]:
     """Return a package and all modules below it."""
-    places = [str(folder) for folder in _folders(package)]
-    return [package, *(found.name for found in pkgutil.walk_packages(places, f"{package}."))]
+    found = [package]
+    for folder in _folders(package):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found.append(".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts))))
+    return found
 
 
 def _files_beside(module: str) -> list[Path]:

@@ -63,7 +63,7 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str, plac
     falsifier = claim.falsifier.for_profile(profile)
     asked = dataclasses.asdict(falsifier)
     del asked["sabotage"], asked["timeout_s"]  # neither changes what a caught fault showed
-    probes: Mapping[str, object] = importlib.import_module(PROBES_MODULE).PROBES
+    probes = _probes()
     with _READING:
         parts = {
             "claim": _sha256(f"{claim.key} {place}"),
@@ -74,6 +74,11 @@ def record_parts(claim: Claim, fault: Fault, experiment: str, profile: str, plac
         }
         checks = {f"check {use.check}": check_digest(use.check) for use in falsifier.checks}
         return parts | checks | target_digests(fault)
+
+
+def _probes() -> dict[str, object]:
+    # A copy: the registry asks for its modules anew at every look.
+    return dict(importlib.import_module(PROBES_MODULE).PROBES)
 
 
 def record_key(claim: Claim, fault: Fault, experiment: str, profile: str, place: Place) -> str:
@@ -106,7 +111,7 @@ def experiment_closure(experiment: Experiment) -> tuple[str, "Closure"]:
     Raises:
         InputError: when a function's source cannot be found.
     """
-    closure = Closure(importlib.import_module(PROBES_MODULE).PROBES)
+    closure = Closure(_probes())
     with _READING:
         return closure.digest(closure.plain(experiment)), closure
 
