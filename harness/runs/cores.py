@@ -2,13 +2,15 @@
 
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 # What a run takes of the memory, with room: torch and transformers hold 0.4 GB, the largest made model adds 0.7 GB.
 RUN_BYTES = 1 << 30
@@ -61,6 +63,11 @@ def default_workers() -> int:
     return max(1, min(cores - cores // 8, free_memory() // RUN_BYTES))
 
 
+def accelerator_lock() -> Path:
+    """Return the lock file that keeps two experiments of this host, and of any session, off the accelerator at once."""
+    return Path(tempfile.gettempdir()) / f"q4kd-accelerator-{os.getuid()}.lock"
+
+
 class Closed(Exception):  # noqa: N818 - nothing failed: the session ends
     """Raised to those who wait for cores when the session ends."""
 
@@ -111,6 +118,24 @@ class Cores:
             with self._changed:
                 self._active.remove(mine)
                 self._changed.notify_all()
+
+    @contextmanager
+    def accelerator(self) -> Iterator[None]:
+        """Hold the accelerator, for which another session may make us wait longer than this one lasts.
+
+        Raises:
+            Closed: when the session ends before it is free.
+        """
+        lock = FileLock(accelerator_lock())
+        while not lock.is_locked:
+            if self._closed:
+                raise Closed
+            with suppress(Timeout):
+                lock.acquire(timeout=0.5)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def close(self) -> None:
         """Let nobody start any more."""

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -171,7 +170,7 @@ class ExperimentRunner:
             if self._server is not None and may_fork(experiment, arm):
                 self._server.wait_open()  # meanwhile its core is for others
             if experiment.exclusive:
-                stack.enter_context(FileLock(accelerator_lock()))
+                stack.enter_context(self.cores.accelerator())
             alone, rank = "time" in experiment.measures, self.rank(experiment.name, arm)
             stack.enter_context(self.cores.taken(self._cores_of(experiment, arm), alone=alone, rank=rank))
             started = time.monotonic()
@@ -261,11 +260,6 @@ def may_fork(experiment: Experiment, arm: Arm) -> bool:
     plain = not (experiment.measures or experiment.exclusive or "cuda" in experiment.needs)
     ours = EXPERIMENTS.module(experiment.name).startswith("q4kd.")
     return plain and ours and arm.env.get("OMP_NUM_THREADS") == "1" and "MALLOC_MMAP_THRESHOLD_" not in arm.env
-
-
-def accelerator_lock() -> Path:
-    """Return the lock file that keeps two experiments of this host, and of any session, off the accelerator at once."""
-    return Path(tempfile.gettempdir()) / f"q4kd-accelerator-{os.getuid()}.lock"
 
 
 def prune(folder: Path) -> None:
