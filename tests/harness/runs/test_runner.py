@@ -142,7 +142,7 @@ def test_an_exclusive_experiment_waits_for_the_accelerator(runner, monkeypatch, 
     from q4kd.harness.runs import runner as module
 
     lock = tmp_path / "lock"
-    monkeypatch.setattr(module, "accelerator_lock", lambda: lock)
+    monkeypatch.setattr("q4kd.harness.runs.cores.accelerator_lock", lambda: lock)
     thread = threading.Thread(target=runner.run, args=("alone",))
     with FileLock(lock):
         thread.start()
