@@ -21,10 +21,12 @@ from q4kd.harness.judging.kills import (
     apply_kill_rule,
     default_kills,
     judge_faulted,
+    recorded_seconds,
     rejudge,
 )
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
 from q4kd.harness.kill_matrix import kill_matrix, show
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.faults import get_fault
@@ -304,3 +306,13 @@ def test_the_matrix_is_printed(capsys):
 
 def test_installed_records_lie_in_the_evidence_package():
     assert default_kills("cpu").parts[-3:] == ("evidence", "kills", "cpu")
+
+
+def test_recorded_seconds_are_the_shortest_of_the_archives_and_skip_what_cannot_be_read(runner, store):
+    kill_matrix([claim("inflate", "harmless")], "cpu", store, runner, changed=False)
+    stores = [store.archive(f"{name}--measure.tar.gz")[0] for name in ("inflate", "harmless")]
+    walls = [RawRun(kept, "measure").exit["wall_s"] for kept in stores]
+    assert recorded_seconds(store, ["measure", "compare"]) == {"measure": min(walls)}
+    (store.folder / "inflate--measure.tar.gz").write_bytes(b"not an archive")
+    assert recorded_seconds(KillStore(store.folder), ["measure"]) == {"measure": walls[1]}
+    assert recorded_seconds(KillStore(store.folder / "nothing"), ["measure"]) == {}

@@ -139,8 +139,6 @@ def test_stall_and_timeout_reach_the_supervisor(runner):
 def test_an_exclusive_experiment_waits_for_the_accelerator(runner, monkeypatch, tmp_path):
     from filelock import FileLock
 
-    from q4kd.harness.runs import runner as module
-
     lock = tmp_path / "lock"
     monkeypatch.setattr("q4kd.harness.runs.cores.accelerator_lock", lambda: lock)
     thread = threading.Thread(target=runner.run, args=("alone",))
