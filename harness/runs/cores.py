@@ -1,12 +1,16 @@
 """The cores of this machine, handed out to runs: so many at one time as there are, all of them to one that is timed."""
 
+import fcntl
 import math
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -61,6 +65,11 @@ def default_workers() -> int:
     return max(1, min(cores - cores // 8, free_memory() // RUN_BYTES))
 
 
+def accelerator_lock() -> Path:
+    """Return the lock file that keeps two experiments of this host, and of any session, off the accelerator at once."""
+    return Path(tempfile.gettempdir()) / f"q4kd-accelerator-{os.getuid()}.lock"
+
+
 class Closed(Exception):  # noqa: N818 - nothing failed: the session ends
     """Raised to those who wait for cores when the session ends."""
 
@@ -112,6 +121,23 @@ class Cores:
                 self._active.remove(mine)
                 self._changed.notify_all()
 
+    @contextmanager
+    def accelerator(self, *, alone: bool) -> Iterator[None]:
+        """Hold the accelerator: with others that may share it, or alone, which waits until these have ended.
+
+        Another session of this host may make us wait longer than this one lasts.
+
+        Raises:
+            Closed: when the session ends before it is free.
+        """
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        with accelerator_lock().open("a") as file:
+            while not _locked(file, kind):
+                if self._closed:
+                    raise Closed
+                time.sleep(0.2)
+            yield
+
     def close(self) -> None:
         """Let nobody start any more."""
         with self._changed:
@@ -129,3 +155,11 @@ class Cores:
             if request.alone or comes_first:
                 return False
         return mine.count <= free
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

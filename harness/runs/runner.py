@@ -1,15 +1,13 @@
 """Runs experiments, each once per session whatever the number of workers that ask, and hands out the raw evidence."""
 
-import fcntl
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -172,7 +170,7 @@ class ExperimentRunner:
             if self._server is not None and may_fork(experiment, arm):
                 self._server.wait_open()  # meanwhile its core is for others
             if "cuda" in experiment.needs or experiment.exclusive:
-                stack.enter_context(_on_accelerator(alone=experiment.exclusive))
+                stack.enter_context(self.cores.accelerator(alone=experiment.exclusive))
             alone, rank = "time" in experiment.measures, self.rank(experiment.name, arm)
             stack.enter_context(self.cores.taken(self._cores_of(experiment, arm), alone=alone, rank=rank))
             started = time.monotonic()
@@ -264,19 +262,6 @@ def may_fork(experiment: Experiment, arm: Arm) -> bool:
     plain = not (experiment.measures or experiment.exclusive or "cuda" in experiment.needs)
     ours = EXPERIMENTS.module(experiment.name).startswith("q4kd.")
     return plain and ours and arm.env.get("OMP_NUM_THREADS") == "1" and "MALLOC_MMAP_THRESHOLD_" not in arm.env
-
-
-@contextmanager
-def _on_accelerator(*, alone: bool) -> Iterator[None]:
-    """Hold the accelerator: with others that may share it, or alone, which waits until these have ended."""
-    with accelerator_lock().open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
-
-
-def accelerator_lock() -> Path:
-    """Return the lock file that keeps two experiments of this host, and of any session, off the accelerator at once."""
-    return Path(tempfile.gettempdir()) / f"q4kd-accelerator-{os.getuid()}.lock"
 
 
 def prune(folder: Path) -> None:

@@ -24,10 +24,12 @@ from q4kd.harness.judging.kills import (
     apply_kill_rule,
     default_kills,
     judge_faulted,
+    recorded_seconds,
     rejudge,
 )
 from q4kd.harness.judging.results import ClaimResult, KillOutcome, KillStatus
 from q4kd.harness.kill_matrix import kill_matrix, show
+from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.records.store import TarStore
 from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.experiment import Inputs
@@ -348,3 +350,13 @@ def test_records_of_an_earlier_layout_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "records.json").write_text('{"format": "q4kd-kills/1", "records": {}}')
     with pytest.raises(InputError, match="one folder for each place"):
         Kills.for_profile(load_profile("cpu"), tmp_path)
+
+
+def test_recorded_seconds_are_the_shortest_of_the_archives_and_skip_what_cannot_be_read(runner, store):
+    kill_matrix([claim("inflate", "harmless")], "cpu", store, runner, changed=False)
+    stores = [store.at("cpu").archive(f"{name}--measure.tar.gz")[0] for name in ("inflate", "harmless")]
+    walls = [RawRun(kept, "measure").exit["wall_s"] for kept in stores]
+    assert recorded_seconds(store, ["measure", "compare"]) == {"measure": min(walls)}
+    (store.folder / "cpu" / "inflate--measure.tar.gz").write_bytes(b"not an archive")
+    assert recorded_seconds(Kills(store.folder), ["measure"]) == {"measure": walls[1]}
+    assert recorded_seconds(Kills(store.folder / "nothing"), ["measure"]) == {}

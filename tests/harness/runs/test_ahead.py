@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fakeworld.plugin import install
+from filelock import FileLock
 
 from q4kd.harness.runs.ahead import Ahead
 from q4kd.harness.runs.cores import Cores
@@ -99,6 +100,17 @@ def test_a_stop_ends_what_runs_and_starts_nothing_more(runner):
     assert time.monotonic() - begun < 20
     assert len(times) == 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_a_stop_does_not_wait_for_another_session_on_the_accelerator(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr("q4kd.harness.runs.cores.accelerator_lock", lambda: tmp_path / "accelerator.lock")
+    with FileLock(tmp_path / "accelerator.lock"):
+        jobs = ahead(runner, "alone")
+        time.sleep(0.3)
+        begun = time.monotonic()
+        jobs.stop()
+        assert time.monotonic() - begun < 10
+    assert not (runner.bundle_dir / "runs").exists()
 
 
 def test_a_job_that_fails_keeps_nobody_waiting(runner):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fakeworld.plugin import install
 
+from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.experiment import EXPERIMENTS, Arm, Experiment, Inputs, get_experiment
 from q4kd.harness.runs.runner import RAW_FILES, ExperimentRunner, HarnessError, prune
 from q4kd.trainer.errors import InputError
@@ -139,10 +140,8 @@ def test_stall_and_timeout_reach_the_supervisor(runner):
 def test_an_exclusive_experiment_waits_for_the_accelerator(runner, monkeypatch, tmp_path):
     from filelock import FileLock
 
-    from q4kd.harness.runs import runner as module
-
     lock = tmp_path / "lock"
-    monkeypatch.setattr(module, "accelerator_lock", lambda: lock)
+    monkeypatch.setattr("q4kd.harness.runs.cores.accelerator_lock", lambda: lock)
     thread = threading.Thread(target=runner.run, args=("alone",))
     with FileLock(lock):
         thread.start()
@@ -155,16 +154,14 @@ def test_an_exclusive_experiment_waits_for_the_accelerator(runner, monkeypatch, 
 
 
 def test_what_may_share_the_accelerator_never_runs_beside_what_must_be_alone(monkeypatch, tmp_path):
-    from q4kd.harness.runs import runner as module
-
-    monkeypatch.setattr(module, "accelerator_lock", lambda: tmp_path / "lock")
-    entered = []
+    monkeypatch.setattr("q4kd.harness.runs.cores.accelerator_lock", lambda: tmp_path / "lock")
+    entered, cores = [], Cores(2)
 
     def hold(alone):
-        with module._on_accelerator(alone=alone):
+        with cores.accelerator(alone=alone):
             entered.append(alone)
 
-    with module._on_accelerator(alone=False):
+    with cores.accelerator(alone=False):
         hold(False)  # two that share it are there together
         waiting = threading.Thread(target=hold, args=(True,))
         waiting.start()
@@ -172,7 +169,7 @@ def test_what_may_share_the_accelerator_never_runs_beside_what_must_be_alone(mon
         assert entered == [False]
     waiting.join(30)
     assert entered == [False, True]
-    with module._on_accelerator(alone=True):
+    with cores.accelerator(alone=True):
         waiting = threading.Thread(target=hold, args=(False,))
         waiting.start()
         waiting.join(0.5)
