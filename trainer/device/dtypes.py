@@ -14,7 +14,7 @@ REQUESTS = ("auto", *DTYPES)
 # faster than float32 in `q4kd bench dtypes` (evidence/LOG.md); None where it has not been shown to be. The choice is by
 # size, never by a clock, so that it is the same in every run. A processor is judged by the first that it has: those
 # with AMX have AVX-512's instruction too, but oneDNN prefers AMX. Others, such as Arm's, have not been measured.
-PAYS_FROM: dict[str, int | None] = {"amx_bf16": None, "avx512_bf16": 128}
+PAYS_FROM: dict[str, int | None] = {"amx_bf16": 90, "avx512_bf16": 128}
 # oneDNN makes the products. Told to leave these instructions alone, it multiplies bfloat16 more slowly than float32
 # (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html).
 _LIMIT_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
