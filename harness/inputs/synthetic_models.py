@@ -134,6 +134,13 @@ def write_small_model(
 
 
 # A GGUF may say each of these, and would be silently wrong if it were ignored: case -> addition to a valid llama file.
+def _quantise_norm(writer: gguf.GGUFWriter) -> None:
+    """Hold a norm's weights in Q8_0 blocks, which engines read as float32."""
+    del writer.tensors[-1]["output_norm.weight"]
+    blocks = gguf.quants.quantize(np.ones(HIDDEN, np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output_norm.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+
+
 BROKEN_GGUF: dict[str, Callable[[gguf.GGUFWriter], None]] = {
     "unknown tensor": lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((4, HIDDEN), np.float32)),
     "experts": lambda writer: writer.add_expert_count(8),
@@ -143,6 +150,7 @@ BROKEN_GGUF: dict[str, Callable[[gguf.GGUFWriter], None]] = {
     "split file": lambda writer: writer.add_uint16("split.count", 3),
     "logit softcapping": lambda writer: writer.add_float32("llama.final_logit_softcapping", 30.0),
     "adapter": lambda writer: writer.add_type("adapter"),
+    "quantised norm": _quantise_norm,
 }
 
 

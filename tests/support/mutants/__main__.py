@@ -24,7 +24,12 @@ def main(words: list[str] | None = None) -> int:
     add("--sample", type=int, default=200, help="mutants to plant (default 200)")
     add("--seed", type=int, default=1, help="decides which (default 1)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="mutants at one time (default: the cores)")
-    add("--minutes", type=float, default=600.0, help="start no further mutant after this time (default 600)")
+    add(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help="start no mutant after this time, and end 1 minute later (default 600)",
+    )
     add("--module", action="append", default=[], metavar="PATTERN", help="only these, such as trainer/loss; repeatable")
     add("--profile", default="cpu", help="machine profile whose claims are asked (default cpu)")
     add("--reached-only", action="store_true", help="only places that a claim's runs execute")

@@ -25,6 +25,7 @@ from mutants.trial import Trial, read_trials, try_mutant
 
 _Job = TypeVar("_Job")
 _LOOK_S = 0.5
+_GRACE_S = 60.0
 # Every run imports it.
 _EVERYWHERE = "trainer/errors.py"
 
@@ -150,7 +151,8 @@ def _spread(
 ) -> None:
     """Do the jobs in order, one at a time in each tree, until all are done or the deadline has passed.
 
-    A job that fails ends the session with its error; an interruption kills what runs.
+    What runs then has a little time to end, and is killed. A job that fails ends the session with its error; an
+    interruption kills what runs.
     """
     queue: SimpleQueue[_Job] = SimpleQueue()
     for job in jobs:
@@ -174,6 +176,8 @@ def _spread(
         for thread in threads:
             while thread.is_alive():
                 thread.join(_LOOK_S)
+                if time.monotonic() > deadline + _GRACE_S:
+                    stop.set()
     except BaseException:
         stop.set()
         for thread in threads:
