@@ -34,7 +34,7 @@ def file_table(path: Path, folder: Path, file_type: int, template: str | None) -
         rank: dict[str, int] = {}
         for number, pair in enumerate(merges, start=1):
             rank.setdefault(pair.replace(" ", "", 1), number)
-        wanted: list[Value] = [-float(rank.get(token, 0)) for token in tokens]
+        wanted: list[Value] = [-float(rank.get(str(token), 0)) for token in tokens]
         joined = {"scores that differ": _differences(_items(found, "tokenizer.ggml.scores"), wanted)}
     else:
         lines: list[Value] = [*merges]

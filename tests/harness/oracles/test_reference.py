@@ -11,7 +11,12 @@ pytest.importorskip("transformers")
 
 from architecture_models import CASES, make_model, make_tokenizer, row_errors, state_arrays  # noqa: E402
 
-from q4kd.harness.oracles.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
+from q4kd.harness.oracles.reference import (  # noqa: E402
+    from_hugging_face,
+    read_gguf,
+    reference_attention,
+    reference_logits,
+)
 from q4kd.trainer.formats.gguf.writer import write_gguf  # noqa: E402
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96}
@@ -55,3 +60,16 @@ def test_what_it_does_not_implement_is_an_error(tmp_path: Path) -> None:
     config = model.config.to_dict() | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}
     with pytest.raises(ValueError, match="yarn"):
         from_hugging_face(state_arrays(model), config)
+
+
+def test_attention_of_documents_is_that_of_each_alone() -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.normal(size=(count, 9, 4)) for count in (6, 2, 2))
+    starts = np.array([0, 0, 0, 3, 3, 3, 3, 7, 7])
+    mixed = reference_attention(q, k, v, starts)
+    assert mixed.shape == (9, 6, 4)
+    for part in (slice(0, 3), slice(3, 7), slice(7, 9)):
+        alone = reference_attention(q[:, part], k[:, part], v[:, part], np.zeros(part.stop - part.start, np.int64))
+        assert np.allclose(mixed[part], alone, atol=1e-14)
+    # A document's first query reads itself alone: query head 4 the second key-value head's value.
+    assert np.allclose(mixed[3, 4], v[1, 3])
