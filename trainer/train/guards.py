@@ -152,7 +152,7 @@ def holds_teacher_file(teacher: Path, student: Path) -> bool:
 def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor | None = None) -> float:
     """Return the mean KL(teacher || student) in nats over the first sequence of a batch, without dropout.
 
-    ``model`` may be wrapped.
+    ``model`` may be wrapped, and is left in the mode it was in.
     """
     ids_1T, starts_1T = ids_BT[:1], None if starts_BT is None else starts_BT[:1]
     teacher_TH = teacher.hidden(ids_1T, starts_1T)[0]
