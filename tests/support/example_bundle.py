@@ -81,6 +81,7 @@ PAIR = """\
       params: {limit: 50}
       sabotage: [ballast]
 """
+BOOT = "b"
 CAUGHT = {"fault": "ballast", "caught": True, "verdict": "falsified", "record": "r1", "detail": "caught: 300.0 is over"}
 EXPERIMENTS = {
     name: Experiment(name=name, title=name, needs=(), arms=tuple(Arm(arm, lambda _: []) for arm in arms))
@@ -144,7 +145,7 @@ def write_run(folder: Path, *, peak: int = 300, fault: str | None = None, sample
     (folder / "arrays").mkdir(parents=True)
     files = {"argv.json": {"argv": ["q4kd", "inspect"], "fault": fault, "cwd": "run"}}
     files["facts.json"] = {"samples": samples}
-    files["exit.json"] = {"returncode": 0, "cause": "exited", "pid": 7, "boot_id": "b", "boot_id_end": "b"}
+    files["exit.json"] = {"returncode": 0, "cause": "exited", "pid": 7, "boot_id": BOOT, "boot_id_end": BOOT}
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "stdout.log").write_text("done\n")
@@ -194,6 +195,8 @@ def build(
     plan = make_plan(loaded, load_profile("cpu", contracts), select, waivers=waivers)
     folder = root / "bundle"
     bundle.open_bundle(folder, contracts, "cpu", plan, {"teacher.gguf": {"sha256": "ab" * 32, "bytes": 5}})
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"boot_id": BOOT}))
     judged = [
         claim
         for claim in loaded[0].claims
