@@ -142,8 +142,9 @@ class _Running:
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         """Run the experiments of all items ahead, and say how far they are."""
         config = session.config
-        # Under xdist each worker runs what its items ask for.
+        # Under xdist each worker runs what its items ask for; who stops at a failure wants nothing run beyond it.
         alone = self._session.assembles and getattr(config.option, "dist", "no") == "no"
+        alone = alone and not config.option.maxfail
         if not alone or config.option.collectonly or session.testsfailed:
             return (yield)
         self._session.run_ahead([item.claim.key for item in session.items if isinstance(item, ClaimItem)])
