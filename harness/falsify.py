@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -194,9 +194,19 @@ def pytest_command(
     return command
 
 
+def one_thread_of_blas(env: MutableMapping[str, str] = os.environ) -> None:
+    """Let NumPy's products in this process take one thread, before NumPy is imported.
+
+    References are computed beside runs that hold the cores: more threads would wait for each other, spinning. Runs get
+    an environment of their own (``supervise.child_environment``).
+    """
+    env.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def _run(command: list[str]) -> int:
     env = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    one_thread_of_blas(env)
     sys.stdout.flush()
     process = subprocess.Popen(command, env=env)
     main_thread = threading.current_thread() is threading.main_thread()

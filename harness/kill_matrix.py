@@ -27,7 +27,7 @@ from q4kd.harness.judging.mutations import WatchedRun
 from q4kd.harness.judging.results import KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun
 from q4kd.harness.runs.ahead import stop
-from q4kd.harness.runs.experiment import Inputs
+from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.runs.faults import Fault, MissingTarget, get_fault
 from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, Isolation, prune
 from q4kd.harness.runs.user_inputs import GivenFiles
@@ -154,7 +154,9 @@ def kill_matrix(
         print(f"[{next(numbers)}/{len(groups)}] {experiment} with {name}: {len(asking)} falsifier(s)", flush=True)
         return _run_group(experiment, get_fault(name), asking, profile, kills, runner)
 
-    with ThreadPoolExecutor(runner.cores.total) as pool:
+    # Those that wait for the accelerator keep nobody from the cores.
+    waiting = sum("cuda" in get_experiment(name).needs for name, _ in groups)
+    with ThreadPoolExecutor(runner.cores.total + waiting) as pool:
         futures = {pool.submit(run, group): group for group in sorted(groups, key=lambda group: runner.rank(group[0]))}
         try:
             for future in as_completed(futures):

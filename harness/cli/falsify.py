@@ -96,6 +96,9 @@ def _falsify(args: argparse.Namespace) -> int:
 
 
 def _sabotage(args: argparse.Namespace) -> int:
+    from q4kd.harness.falsify import one_thread_of_blas
+
+    one_thread_of_blas()
     from q4kd.harness.kill_matrix import sabotage
     from q4kd.harness.runs.user_inputs import resolve_given
 

@@ -99,7 +99,8 @@ def collect_refusals(run_dir: Path, _inputs: Inputs) -> Facts:
 
 def checkpoint_facts(run_dir: Path) -> dict[str, int | bool] | None:
     """Read the newest checkpoint without the trainer's reader: counters, finiteness, digests; None without one."""
-    from safetensors.numpy import load_file
+    # NumPy has no bfloat16, which the student of a GPU has.
+    from safetensors.torch import load_file
 
     folders = sorted((run_dir / "run" / "checkpoints").glob("step-*"))
     if not folders:
@@ -113,7 +114,7 @@ def checkpoint_facts(run_dir: Path) -> dict[str, int | bool] | None:
         "optimizer_step_min": min(counters),
         "optimizer_step_max": max(counters),
         "tensors": len(model),
-        "finite": all(bool(np.isfinite(tensor).all()) for tensor in (*model.values(), *optimizer.values())),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in (*model.values(), *optimizer.values())),
         "digests_match": all(sha256_file(folders[-1] / name) == digest for name, digest in state["sha256"].items()),
     }
 
