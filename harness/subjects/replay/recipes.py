@@ -109,7 +109,7 @@ LEGS: Mapping[str, Leg] = {
         stops=(2,),
     ),
     "reverse": Leg(
-        {"seed": 14, "divergence": "reverse_kl", "schedule": "linear", "steps": 3, "batch_size": 3, "accumulation": 1},
+        {"seed": 16, "divergence": "reverse_kl", "schedule": "linear", "steps": 3, "batch_size": 3, "accumulation": 1},
         {"packing": "stream", "completion_only": False, "chunk_tokens": 50, "best_metric": "agreement", "keep": 1},
     ),
     "jsd": Leg(
