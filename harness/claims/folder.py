@@ -12,6 +12,8 @@ KNOWN_PROFILES = ("cpu", "h200", "gb10")
 PROFILES = "profiles"
 MAX_DEPTH, MAX_ENTRIES = 16, 20_000
 _SUFFIXES = (".yaml", ".yml")
+# A bundle keeps the contracts that it was made with, and may lie among those it will be made with next.
+_OF_A_BUNDLE = ("plan.json", "environment.json")
 _NAME_ROOT = "name the folder of the contracts alone with --contracts"
 
 
@@ -36,8 +38,8 @@ def contract_files(folder: Path) -> list[Path]:
 def find_contracts(folder: Path) -> Found:
     """Look for ``*.yaml`` and ``*.yml`` in a folder and in those below it.
 
-    Hidden names and ``profiles/`` of the folder itself hold no contracts; what lies there with a contract's suffix is
-    named in ``skipped``, as is a suffix in capitals. A link to a file is followed while it stays in the folder.
+    Hidden names, bundles, and ``profiles/`` of the folder itself hold no contracts; what lies there with a contract's
+    suffix is named in ``skipped``, as is a suffix in capitals. A link to a file is followed while it stays in the folder.
 
     Raises:
         InputError: when it is not a folder or holds no contract, since a set of nothing would pass everything; when two
@@ -80,6 +82,8 @@ class _Walk:
                 self._skip(path, is_folder, "hidden")
             elif is_folder and folder == self.root and path.name == PROFILES:
                 self._check_profiles(path)
+            elif is_folder and all((path / name).is_file() for name in _OF_A_BUNDLE):
+                self._skip(path, is_folder, "in a bundle")
             elif is_folder:
                 self._refuse_folder(path)
                 self.look_into(path, depth + 1)

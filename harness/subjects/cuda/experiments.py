@@ -26,7 +26,7 @@ _CUDA = ("cuda",)
 def _rows(inputs: Inputs) -> Path:
     def make() -> Arrays:
         rng = np.random.default_rng(9)
-        return {name.lower(): random_matrix(rng, name, 37, 1024, 0.02) for name in FORMATS}
+        return {name.lower(): random_matrix(rng, name, 13, 1024, 0.02) for name in FORMATS}
 
     return arrays_input(inputs, "cuda-rows.npz", make)
 

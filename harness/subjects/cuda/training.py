@@ -130,6 +130,7 @@ def _grown(run_dir: Path, plan: Event, last: Event) -> int | None:
     f"runs on the GPU planned and measured, under {len(_PLANNED)} settings of student, batch and precision",
     Arm(None, _planned_argv, timeout_s=420, env=ONE_THREAD, interval_s=0.01),
     needs=_CUDA,
+    measures=("memory",),
 )
 def collect_planned(run_dir: Path, _inputs: Inputs) -> Facts:
     """Lay the plan of every setting, one row each, beside torch's two peaks and the growth that the driver saw."""

@@ -92,7 +92,8 @@ def _best_table(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> dict[st
         "best.json names it": named.get("checkpoint") == f"step-{best:06d}",
         "by its metric": named.get("metric") == metric,
         "it is kept": (path.parent / f"step-{best:06d}").is_dir(),
-        "it is the last": best == int(steps[-1]),
+        # The weights of a fresh student are those of a version of transformers: which step is its best is theirs.
+        **({} if leg.is_fresh else {"it is the last": best == int(steps[-1])}),
     }
 
 

@@ -302,7 +302,7 @@ def test_a_bundle_gets_the_records_it_used(runner, store, tmp_path):
     record = json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"][key]
     copied = (tmp_path / "sabotage" / record["raw"]).read_bytes()
     assert hashlib.sha256(copied).hexdigest() == record["raw_sha256"]
-    assert TarStore(copied).files == store.archive("inflate--measure.tar.gz")[0].files
+    assert TarStore(copied).files == store.at("cpu").archive("inflate--measure.tar.gz")[0].files
 
 
 def test_the_matrix_is_printed(capsys):

@@ -82,7 +82,11 @@ CHANGES = [
     ("oracles.block_spec", "-block_sums @", "block_sums @", "experiment", {"superblock"}),
     (
         *("subjects.robustness.probes", "_POLL_S = 0.0005", "_POLL_S = 0.001", "experiment"),
-        {"damaged-resumes", "killed-runs", *(name for name in EXPERIMENTS if name.startswith("run-"))},
+        {
+            "damaged-resumes",
+            "killed-runs",
+            *(name for name in EXPERIMENTS if name.startswith("run-") and name != "run-files"),
+        },
     ),
     (
         *("subjects.runs.probes", "if message.count", "if 2 * message.count", "experiment"),

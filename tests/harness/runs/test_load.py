@@ -30,7 +30,9 @@ def core():
 @pytest.fixture
 def busy(core):
     """Three programs that use one core without end."""
-    others = [subprocess.Popen([sys.executable, "-c", SPINS, str(core)], stdout=subprocess.PIPE) for _ in range(3)]
+    command = [sys.executable, "-c", SPINS, str(core)]
+    # Sessions of their own, as runs are: the kernel shares a core between sessions first (sched(7), autogroup).
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) for _ in range(3)]
     for other in others:
         other.stdout.readline()
     yield core

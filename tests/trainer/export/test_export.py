@@ -150,7 +150,7 @@ def test_an_adapter_checkpoint_is_named_as_one(
         (["--format", "gguf", "--out", "{tmp}/no/m.gguf"], "make it, or choose another"),
         (["--format", "gguf", "--out", "{tmp}"], "a name that is free"),
         (["--format", "hf", "--out", "{tmp}"], "a name that is free"),
-        (["--format", "hf", "--bundle", "{tmp}/none"], "bundle folder or .tar.gz"),
+        (["--format", "hf", "--bundle", "{tmp}/none"], "a bundle folder, .tar.xz or .tar.gz"),
     ],
 )
 def test_bad_options_are_one_line(
