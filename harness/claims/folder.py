@@ -39,7 +39,8 @@ def find_contracts(folder: Path) -> Found:
     """Look for ``*.yaml`` and ``*.yml`` in a folder and in those below it.
 
     Hidden names, bundles, and ``profiles/`` of the folder itself hold no contracts; what lies there with a contract's
-    suffix is named in ``skipped``, as is a suffix in capitals. A link to a file is followed while it stays in the folder.
+    suffix is named in ``skipped``, as is a suffix in capitals. A link to a file is followed while it stays in the
+    folder.
 
     Raises:
         InputError: when it is not a folder or holds no contract, since a set of nothing would pass everything; when two

@@ -82,6 +82,14 @@ def test_what_is_skipped_is_named(root: Path, capsys: pytest.CaptureFixture[str]
         contract_files(root.parent / "empty")
 
 
+def test_a_bundle_among_the_contracts_is_skipped(root: Path) -> None:
+    before = contract_files(root)
+    for name in ("plan.json", "environment.json", "contracts/a.yaml", "contracts/profiles/cpu.yaml"):
+        write(root / "bundles" / "of-yesterday" / name, "{}")
+    assert contract_files(root) == before
+    assert find_contracts(root).skipped == ("bundles/of-yesterday/ (in a bundle)",)
+
+
 @pytest.mark.parametrize("second", ["deep/deeper/a.yaml", "deep/a.yml"])
 def test_two_files_of_one_name_are_refused_by_name(root: Path, second: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(root / second)
