@@ -29,6 +29,7 @@ from q4kd.harness.judging.results import ClaimResult, Findings
 from q4kd.harness.progress import Progress
 from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.runs.ahead import Ahead
+from q4kd.harness.runs.cores import Closed
 from q4kd.harness.runs.experiment import Inputs
 from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, Isolation
 from q4kd.harness.runs.user_inputs import GivenFiles
@@ -179,6 +180,8 @@ class Session:
             result = ClaimResult.inconclusive(HARNESS_ERROR)
             told = isinstance(problem, (HarnessError, InputError))
             error = str(problem) if told else "".join(traceback.format_exception(problem)[-8:])
+        if self.runner is not None and self.runner.cores.closed:
+            raise Closed  # the session was ended, and its runs with it: they show nothing of the claim
         result = replace(result, seconds=round(time.monotonic() - started, 3))
         partial = self.bundle / ".partial" / f"{hashlib.sha256(claim.key.encode()).hexdigest()}.json"
         partial.parent.mkdir(exist_ok=True)

@@ -138,6 +138,11 @@ class Cores:
                 time.sleep(0.2)
             yield
 
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended."""
+        return self._closed
+
     def close(self) -> None:
         """Let nobody start any more."""
         with self._changed:

@@ -2,16 +2,19 @@ import functools
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakeworld.plugin import install
 from filelock import FileLock
 
+from q4kd.harness.judging.results import ClaimResult
 from q4kd.harness.runs.ahead import Ahead
-from q4kd.harness.runs.cores import Cores
+from q4kd.harness.runs.cores import Closed, Cores
 from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, register
 from q4kd.harness.runs.runner import ExperimentRunner
 from q4kd.harness.runs.supervise import end_all
+from q4kd.harness.session import Session
 
 SUPPORT = str(Path(__file__).parents[2] / "support")
 
@@ -127,3 +130,13 @@ def test_with_nothing_under_way_there_is_nothing_to_end():
 def test_what_an_experiment_measures_is_of_a_closed_list():
     with pytest.raises(ValueError, match="measures"):
         Experiment("x", "", (), (Arm(None, lambda _: []),), measures=("weight",))
+
+
+def test_runs_that_a_stop_killed_show_nothing_of_their_claims(tmp_path):
+    cores = Cores(1)
+    cores.close()
+    judge = lambda _claim: ClaimResult(verdict="falsified")  # noqa: E731
+    session = SimpleNamespace(_judge=judge, runner=SimpleNamespace(cores=cores), bundle=tmp_path)
+    with pytest.raises(Closed):
+        Session._evaluate(session, SimpleNamespace(key="c::A-1"))
+    assert not (tmp_path / ".partial").exists()

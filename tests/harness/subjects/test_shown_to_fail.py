@@ -23,6 +23,7 @@ from q4kd.harness.judging.kills import Kills, KillStore, judge_faulted
 from q4kd.harness.judging.results import Finding, KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun, read_runs, run_names, runs_of
 from q4kd.harness.records.store import DirectoryStore, TarStore
+from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.experiment import EXPERIMENTS, Arm, Experiment
 from q4kd.harness.runs.faults import _FAULTS, Fault, all_faults
 from q4kd.harness.runs.user_inputs import GivenFiles
@@ -87,7 +88,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tu
     def falsify() -> tuple[int, dict[str, Finding]]:
         runs = read_runs(DirectoryStore(bundle))
         runner = SimpleNamespace(run=lambda name, timeout_s=None: runs_of(name, runs))
-        runner.inputs = SimpleNamespace(digests=dict, given=GivenFiles())
+        runner.inputs, runner.cores = SimpleNamespace(digests=dict, given=GivenFiles()), Cores(1)
         open_bundle(bundle, folder, "cpu", plan, {})
         monkeypatch.setattr(sessions, "close_bundle", lambda _: None)
         session = Session(folder, "cpu", contracts, plan, bundle, kills, runner, True, False)  # type: ignore[arg-type]
