@@ -36,11 +36,13 @@ def open_bundle(folder: Path, contracts: Path, profile: str, plan: Plan, inputs:
         if (folder / name).exists():
             remedy = "choose another --out folder"
             raise InputError(str(folder), expected="a new folder", got="a finished bundle", remedy=remedy)
+    # The bundle may lie among the contracts: they are read before there is something of it to be found.
+    kept = {path.name: read_bounded(path, MAX_BYTES) for path in contract_files(contracts)}
+    kept[f"profiles/{profile}.yaml"] = profile_bytes(profile, contracts)
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in contract_files(contracts):
-        write_atomic(folder / "contracts" / path.name, read_bounded(path, MAX_BYTES))
-    write_atomic(folder / "contracts" / "profiles" / f"{profile}.yaml", profile_bytes(profile, contracts))
+    for name, data in kept.items():
+        write_atomic(folder / "contracts" / name, data)
     write_json(folder / "plan.json", plan.to_json())
     write_json(folder / "environment.json", environment(profile))
     write_json(folder / "inputs.json", dict(inputs))

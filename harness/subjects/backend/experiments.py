@@ -95,4 +95,5 @@ declare(
     _arm("env-dense", env="dense"),
     _arm("flag-over-env", "--backend", "q4k", env="dense"),
     collect=_collect,
+    measures=("memory",),
 )
