@@ -161,11 +161,11 @@ def _order(
     from q4kd.harness.changed.carry import decide, experiments_of, lines, write_order
     from q4kd.harness.changed.dependencies import sources_stamp
     from q4kd.harness.claims.plan import make_plan
-    from q4kd.harness.claims.profile import load_profile
+    from q4kd.harness.claims.profile import find_extras, load_profile
 
     stamp, machine = sources_stamp(), environment(profile)
     found = find_base(base, profile, machine)
-    plan = make_plan(contracts, load_profile(profile, folder), keyword, given=given.names())
+    plan = make_plan(contracts, load_profile(profile, folder), keyword, given=given.names(), extras=find_extras())
     decisions = decide(found, experiments_of(plan, contracts), machine, given)
     for line in lines(found, decisions):
         print(line, flush=True)

@@ -21,6 +21,7 @@ from mutants.report import passes
 from mutants.sample import draw, load_equivalent, population, split_equivalent
 from mutants.tree import Stopped, Tree
 from mutants.trial import Trial, files_shown
+from small_contracts import SIZES
 
 ROOT = Path(__file__).parents[2]
 MODULE = '''"""Docstring with 3."""
@@ -49,19 +50,6 @@ class Point:
     def __repr__(self) -> str:
         return str(1 + 1)
 '''
-# A claim that looks at sizes alone: it is blind to what the decoders compute.
-BLIND = """
-falsification_tests:
-  - id: BLIND
-    rule: a Q4_K superblock takes 144 bytes
-    prediction: the loader holds 144 bytes for each of them
-    if_fails: something is padded
-    falsifier:
-      check: table
-      experiment: superblock
-      params: {table: superblock_bytes, expected: {Q4_K: 144, Q6_K: 210}}
-      sabotage: [scale-cache]
-"""
 
 
 def changes(operator: str) -> set[tuple[str, str]]:
@@ -162,7 +150,7 @@ def checkout(tmp_path: Path) -> Path:
     copy_sources(ROOT, made)
     for path in (made / "contracts").glob("*.yaml"):
         path.unlink()
-    (made / "contracts" / "blind-v1.yaml").write_text(BLIND)
+    (made / "contracts" / "blind-v1.yaml").write_text(SIZES)
     tests = made / "tests" / "trainer" / "formats" / "blocks"
     tests.mkdir(parents=True)
     (tests / "test_layout.py").write_text("def test_nothing():\n    assert True\n")

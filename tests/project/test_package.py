@@ -14,24 +14,11 @@ from pathlib import Path
 
 import pytest
 from copied_sources import copy_sources
+from small_contracts import SIZES
 
 from q4kd.harness.requirements import requirements
 
 ROOT = Path(__file__).parents[2]
-
-
-CONTRACT = """
-falsification_tests:
-  - id: SIZE
-    rule: a Q4_K superblock takes 144 bytes
-    prediction: the loader holds 144 bytes for each of them
-    if_fails: something is padded
-    falsifier:
-      check: table
-      experiment: superblock
-      params: {table: superblock_bytes, expected: {Q4_K: 144, Q6_K: 210}}
-      sabotage: [scale-cache]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +96,7 @@ def test_doctor_falsify_and_verify_run_from_the_wheel(
 ) -> None:
     done = q4kd("doctor")
     assert done.returncode == 0, done.stdout
-    (tmp_path / "size.yaml").write_text(CONTRACT)
+    (tmp_path / "size.yaml").write_text(SIZES)
     shared = ("--contracts", str(tmp_path), "--profile", "cpu", "--kills", str(tmp_path / "kills"))
     assert q4kd("sabotage", *shared).returncode == 0
     done = q4kd("falsify", *shared, "--out", str(tmp_path / "bundle"))
