@@ -1,7 +1,14 @@
-"""Memory of a running process tree, measured from outside it and written as JSON lines."""
+"""Memory of a running process tree, measured from outside it and written as JSON lines.
+
+``python -P -m q4kd.harness.runs.memory PID FILE INTERVAL`` samples until its standard input closes. A process of its
+own keeps its rhythm while the harness judges other runs; a thread of the harness lost up to 1.6 s, and a peak with it.
+"""
 
 import importlib
 import json
+import select
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,14 +28,18 @@ class MemoryLog:
     with an NVIDIA device also ``gpu_bytes`` (this tree's, null when the driver does not say), ``gpu_sm`` (percent of
     the multiprocessors' time, this tree's processes only), ``gpu_util`` (percent, whole device) and ``gpu_others``
     (bytes held by processes outside the tree). ``rss_anon`` leaves out mapped files, such as a GGUF read by mmap.
+
+    Args:
+        path: the file to append to; None only follows which processes belong to the tree.
+        pid: the root of the tree.
     """
 
-    def __init__(self, path: Path, pid: int) -> None:
-        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path | None, pid: int) -> None:
+        self._file: IO[str] | None = path.open("a", encoding="utf-8", buffering=1) if path is not None else None
         self._pid = pid
         self._walked = 0.0
         self.tree: dict[int, psutil.Process] = {}
-        self._gpu = GpuMeter.open()
+        self._gpu = GpuMeter.open() if path is not None else None
         with suppress(psutil.NoSuchProcess):
             self.tree[pid] = psutil.Process(pid)
 
@@ -38,6 +49,8 @@ class MemoryLog:
         if now - self._walked >= _WALK_EVERY_S:
             self._walk()
             self._walked = now
+        if self._file is None:
+            return
         resident = anonymous = alive = 0
         for process in self.tree.values():
             if (sizes := resident_bytes(process)) is not None:
@@ -68,9 +81,39 @@ class MemoryLog:
 
     def close(self) -> None:
         """Close the file and the GPU handle."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._gpu is not None:
             self._gpu.close()
+
+
+class Sampler:
+    """A process that samples the tree of ``pid`` into ``path`` every ``interval_s`` seconds until it is stopped."""
+
+    def __init__(self, path: Path, pid: int, interval_s: float) -> None:
+        words = [sys.executable, "-P", "-m", "q4kd.harness.runs.memory", str(pid), str(path), str(interval_s)]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+
+    def stop(self) -> None:
+        """End it. Nothing is written afterwards."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main(words: list[str]) -> int:
+    """Sample until standard input closes: ``PID FILE INTERVAL``. Returns 0."""
+    pid, path, interval_s = int(words[0]), Path(words[1]), float(words[2])
+    log, due = MemoryLog(path, pid), time.monotonic()
+    while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+        log.sample()
+        due = max(due + interval_s, time.monotonic())
+    log.close()
+    return 0
 
 
 def resident_bytes(process: psutil.Process) -> tuple[int, int] | None:
@@ -148,3 +191,7 @@ class GpuMeter:
     def close(self) -> None:
         """Stop NVML."""
         self._ask(self._nvml.nvmlShutdown)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -234,6 +234,7 @@ class ExperimentRunner:
                 env={**os.environ, **settings},
                 placeholders=places,
                 server=self._server if may_fork(experiment, arm) else None,
+                samples_apart="memory" in experiment.measures,
             )
             stage = "collect"
             (folder / "arrays").mkdir(exist_ok=True)

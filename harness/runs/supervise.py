@@ -20,7 +20,7 @@ import psutil
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs.exit_cause import KernelLog, OomCounter, SupervisorAction, classify
 from q4kd.harness.runs.load import CpuClock
-from q4kd.harness.runs.memory import MemoryLog
+from q4kd.harness.runs.memory import MemoryLog, Sampler
 from q4kd.harness.runs.start.forked import ForkedProcess, ForkServer
 from q4kd.trainer.files import write_atomic, write_json
 
@@ -78,6 +78,7 @@ def run_supervised(
     env: Mapping[str, str],
     placeholders: Mapping[str, str] | None = None,
     server: ForkServer | None = None,
+    samples_apart: bool = False,
 ) -> None:
     """Run ``argv`` in ``cwd`` to its end and record it in ``run_dir``, an existing folder.
 
@@ -88,7 +89,8 @@ def run_supervised(
 
     ``env`` is where the allowed variables are taken from (see ``child_environment``); ``placeholders`` are absolute
     path prefixes and what is written in their place in logs and events. With a ``server`` the process is forked from
-    it where it can be, which ``exit.json`` then says.
+    it where it can be, which ``exit.json`` then says. With ``samples_apart`` another process takes the samples, in time
+    whatever this one is busy with.
 
     Raises:
         OSError: when the program cannot be started.
@@ -103,7 +105,9 @@ def run_supervised(
         except OSError:
             kernel.close()
             raise
-        counter, memory = OomCounter(process.pid), MemoryLog(run_dir / "memory.jsonl", process.pid)
+        samples = run_dir / "memory.jsonl"
+        sampler = Sampler(samples, process.pid, interval_s) if samples_apart else None
+        counter, memory = OomCounter(process.pid), MemoryLog(None if sampler else samples, process.pid)
         clock = CpuClock()
         assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
@@ -117,6 +121,8 @@ def run_supervised(
             for log in logs:
                 log.finish()
             memory.close()
+            if sampler is not None:
+                sampler.stop()
     oom = counter.record()
     before, after = (value if isinstance(value, int) else None for value in (oom["before"], oom["after"]))
     line = kernel.oom_line(process.pid)

@@ -89,7 +89,14 @@ def _collect_signals(run_dir: Path, inputs: Inputs) -> Facts:
         "masses": (arrays["mass"], arrays["left"]),
     }
     sources = ("q4kd cache", "float64 forward of the harness over the teacher's file")
-    return {"comparators": save_pairs(run_dir, pairs, sources)}
+    sizes = [sum(part.nbytes for part in shard.values()) for shard in shards]
+    window, asked = sizes[0] // len(shards[0]["ids"]), 1_000_000
+    table = {
+        "shards": len(shards),
+        "larger than asked": sum(size > asked for size in sizes),
+        "room for another window in the first": sizes[0] + window <= asked,
+    }
+    return {"comparators": save_pairs(run_dir, pairs, sources), "tables": {"shards": table}}
 
 
 # --- refused-caches: caches of something else, or changed, each beside the run they belong to ---
@@ -144,6 +151,13 @@ def _refused_argv(inputs: Inputs) -> list[str]:
     add("another seq_len", "--set", "seq_len=16")
     add("a changed shard", folder=damaged)
     add("another temperature", "--set", "temperature=2")
+    for option, bad, good in (("--k", 0, 1), ("--k", 4097, 1), ("--shard-mb", 1001, 1000), ("--sample-tokens", -1, 0)):
+        wrong, right = (
+            [*_words(inputs, f"{kind}-{len(records)}"), option, str(value)]
+            for kind, value in (("wrong", bad), ("right", good))
+        )
+        names = {"case": f"{option[2:]} {bad}", "twin": f"{option[2:]} {good}"}
+        records.append({**names, "argv": wrong, "twin_argv": right})
     cases = inputs.file("refused-caches.json", lambda path: write_json(path, {"cases": records}))
     return probe_words("start-runs", cases=cases, out="probe.json")
 

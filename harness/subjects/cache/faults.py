@@ -22,6 +22,8 @@ _READ = "q4kd.trainer.teacher.cache.reader:CacheReader.read"
 _TOP = "q4kd.trainer.teacher.cache.signal:take_top"
 _SIGNALS = f"{_WRITER}:_signals"
 _CHECK_SHARD = "q4kd.trainer.teacher.cache.store:CacheIndex.check_shard"
+_PER_SHARD = "q4kd.trainer.teacher.cache.store:windows_per_shard"
+_CHECK_ARGUMENTS = "q4kd.trainer.cli.cache:_check_arguments"
 _OPEN_INDEX = f"{_WRITER}:open_index"
 
 
@@ -86,3 +88,15 @@ def _starts_over(original: Callable[..., "CacheIndex"], *arguments: object) -> "
     index = original(*arguments)
     index.shards.clear()  # forgets what was finished
     return index
+
+
+@patch(
+    "dispatch", "cache-options-unchecked", "a cache is made with any number of tokens and any size", _CHECK_ARGUMENTS
+)
+def _options_unchecked(_original: Call, *_arguments: object) -> None:
+    return
+
+
+@patch("loop", "cache-shards-too-large", "a shard takes a window more than fits", _PER_SHARD)
+def _shards_too_large(original: Callable[..., int], *arguments: int) -> int:
+    return original(*arguments) + 1

@@ -48,6 +48,12 @@ def _resumed_argv(inputs: Inputs) -> list[str]:
     return [*probe_words("commands", cases=cases, out="commands.json"), "--deterministic"]
 
 
+def _all_steps(terms: Floats) -> Floats:
+    """Return as many rows as a whole run has steps; steps that were not taken are rows of NaN, at the end."""
+    missing = np.full((max(0, STEPS - len(terms)), *terms.shape[1:]), np.nan)
+    return np.concatenate([terms[:STEPS], missing])
+
+
 @experiment(
     "cuda-resumed-runs",
     f"{STEPS} steps on the GPU stopped after {STOPPED_AT} and resumed, beside two runs left alone, twice",
@@ -64,9 +70,9 @@ def collect_resumed(run_dir: Path, _inputs: Inputs) -> Facts:
         for name, digests in models.items():
             path = run_dir / f"{kind}-{name}" / "model" / "model.safetensors"
             digests.append(sha256_file(path) if path.is_file() else None)
-    if any(len(terms) != STEPS for found in rows.values() for terms in found):
+    if any(len(terms) != STEPS for terms in rows["whole"]):
         return {"comparators": {}}
-    joined = {name: np.concatenate(found) for name, found in rows.items()}
+    joined = {name: np.concatenate([_all_steps(terms) for terms in found]) for name, found in rows.items()}
     comparators = save_pairs(run_dir, {"resumed": (joined["resumed"], joined["whole"])}, ("resumed", "run left alone"))
     comparators |= save_pairs(run_dir, {"again": (joined["again"], joined["whole"])}, ("second run", "run left alone"))
     table = {

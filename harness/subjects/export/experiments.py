@@ -122,13 +122,33 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     expected = np.array(tokenizer.encode((_text_folder(inputs) / "train.py").read_text(encoding="utf-8")).ids)
     sources = ("the GGUF's tokenizer", "the run's tokenizer")
     comparators |= save_pairs(run_dir, {"token-ids": (found["ids"][None], expected[None])}, sources)
-    tables = {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
+    made = facts.get("tables")
+    tables: dict[str, object] = dict(made) if isinstance(made, dict) else {}
+    tables |= {"inspect": _inspect_table(run_dir)}
+    tables |= {"gguf": _gguf_table(run_dir / "f16.gguf", model), "folder": _folder_table(run_dir / "hf", inputs)}
     for form, number in FILE_TYPES.items():
         tables[form] = dict(file_table(run_dir / f"{form}.gguf", live_student(inputs), number, CHAT_TEMPLATE))
     pieces = inputs.file("sentencepiece-llama", write_sentencepiece_llama)
     tables["pieces"] = dict(file_table(run_dir / "pieces.gguf", pieces, FILE_TYPES["f16"], None))
     tables["folder-files"] = dict(folder_table(run_dir / "hf", live_student(inputs)))
     return facts | {"comparators": comparators, "tables": tables}
+
+
+def _inspect_table(run_dir: Path) -> dict[str, object]:
+    """Return what ``q4kd inspect --json`` said of a file that is not what the gguf package reads in it."""
+    path, said = run_dir / "q4_k_m.gguf", read_json(run_dir / "inspect.json")
+    types: dict[str, dict[str, int]] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        entry = types.setdefault(tensor.tensor_type.name, {"tensors": 0, "weights": 0, "bytes": 0})
+        for key, more in (("tensors", 1), ("weights", int(tensor.n_elements)), ("bytes", int(tensor.n_bytes))):
+            entry[key] += more
+    size, tensors = path.stat().st_size, sum(entry["bytes"] for entry in types.values())
+    return {
+        "types": said["types"] == types,
+        "bytes": (said["file_bytes"], said["tensor_bytes"]) == (size, tensors),
+        "layers": said["config"]["num_layers"],
+        "backend": said["backend"]["name"],
+    }
 
 
 def _gguf_table(path: Path, model: Path) -> dict[str, object]:

@@ -1,6 +1,8 @@
 """Faults in what leaves a run: an export that is another model, a tokenizer that lost a part, wrong figures."""
 
+import contextlib
 import functools
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ _SOURCE, _FIDELITY = "q4kd.trainer.export.source_model", "q4kd.trainer.export.fi
 _STATE = f"{_SOURCE}:read_state"
 _FITS = "q4kd.trainer.formats.blocks.quantize:_FITS"
 _ROWS = f"{_FIDELITY}:compare_rows"
+_MORE_BITS = "q4kd.trainer.formats.gguf.writer:uses_more_bits"
+_INSPECT = "q4kd.trainer.cli.teacher:_inspect"
 _FILE_ROWS = "q4kd.trainer.formats.gguf.writer:file_rows"
 _QUANTIZE = "q4kd.trainer.formats.blocks.quantize:quantize"
 _PRE_TOKENIZER_NAME = "q4kd.trainer.formats.gguf.vocabulary:pre_tokenizer_name"
@@ -86,6 +90,22 @@ def _coarse_levels() -> None:
         return fit
 
     replace(_FITS, lambda original: {**original, "Q4_K": make(original["Q4_K"])})
+
+
+@patch("quantisation", "more-bits-at-the-end", "only the last layers are stored with more bits", _MORE_BITS)
+def _more_bits_at_the_end(_original: Call, layer: int, layers: int) -> bool:
+    return layer >= layers // 2
+
+
+@patch("dispatch", "inspect-forgets-a-type", "inspect leaves Q6_K out of what it counts", _INSPECT)
+def _inspect_forgets_a_type(original: Call, args: object) -> object:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = original(args)
+    facts = json.loads(printed.getvalue())
+    facts["types"].pop("Q6_K", None)
+    print(json.dumps(facts))
+    return code
 
 
 # --- exported tokenizer and card ---

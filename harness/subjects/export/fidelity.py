@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,11 +43,18 @@ def _fidelity_argv(device: str, arm: str, inputs: Inputs) -> list[str]:
     return ["fidelity", str(quantised), str(original), *options, *place, "--out", "fidelity.json"]
 
 
-def _statistics(report: dict[str, dict[str, dict[str, float]]]) -> Floats:
-    """Return what is compared: KL (mean, median, 99 %, largest), agreement, mean log-likelihoods, log of the ratio."""
-    kl, perplexity = report["kl"], report["perplexity"]
-    values = [kl["mean"], kl["median"], kl["99%"], kl["max"], report["top1_agreement"]["mean"]]
-    values += [np.log(perplexity["a"]["mean"]), np.log(perplexity["b"]["mean"]), report["perplexity_ratio"]["log_mean"]]
+def _statistics(report: dict[str, Any]) -> Floats:
+    """Return what is compared: KL (mean, median, 99 %, largest), agreement, mean log-likelihoods, log of the ratio.
+
+    Then the standard error of each mean, over tokens and for KL over windows too, and the change of probability.
+    """
+    kl, perplexity, ratio = report["kl"], report["perplexity"], report["perplexity_ratio"]
+    agreement, change = report["top1_agreement"], report["probability_change"]
+    values = [kl["mean"], kl["median"], kl["99%"], kl["max"], agreement["mean"]]
+    values += [np.log(perplexity["a"]["mean"]), np.log(perplexity["b"]["mean"]), ratio["log_mean"]]
+    values += [kl["error"], kl["error_over_windows"], agreement["error"], ratio["log_error"]]
+    values += [perplexity[side]["error"] / perplexity[side]["mean"] for side in "ab"]
+    values += [ratio["error"] / ratio["mean"], change["mean"], change["error"], change["rms"]]
     return np.array(values)[:, None]
 
 
@@ -63,7 +71,14 @@ def _dense_statistics(inputs: Inputs) -> Floats:
         found["b"].append(-log_p[np.arange(len(labels)), labels])
     kl, same, a, b = (np.concatenate(found[name]) for name in ("kl", "same", "a", "b"))
     values = [kl.mean(), np.median(kl), np.quantile(kl, 0.99), kl.max(), same.mean(), a.mean(), b.mean()]
-    return np.array([*values, a.mean() - b.mean()])[:, None]
+    change, by_window = np.exp(-a) - np.exp(-b), np.array([part.mean() for part in found["kl"]])
+
+    def error(sample: Array) -> float:
+        return float(sample.std(ddof=1) / np.sqrt(len(sample)))
+
+    values += [a.mean() - b.mean(), error(kl), error(by_window), error(same.astype(np.float64)), error(a - b)]
+    values += [error(a), error(b), error(a - b), change.mean(), error(change), np.sqrt((change**2).mean())]
+    return np.array(values)[:, None]
 
 
 def _collect_fidelity(run_dir: Path, inputs: Inputs) -> Facts:

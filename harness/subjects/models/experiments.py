@@ -133,6 +133,7 @@ def _cases(inputs: Inputs) -> list[tuple[str, Path, Path]]:
         add(case, f"{case.replace(' ', '-')}.gguf", plain, twin)
     add("truncated", "truncated.gguf", functools.partial(write_truncated, source=twin), twin)
     add("NaN scale", "nan-scale.gguf", functools.partial(write_nan_scale, source=twin), twin)
+    add("a folder", "folder.gguf", lambda path: path.mkdir(), twin)
     apr = small_apr(inputs, "qwen2")
     for case in BROKEN_APR:
         make = functools.partial(write_broken_apr, source=apr, case=case)

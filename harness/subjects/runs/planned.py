@@ -1,7 +1,6 @@
 """An experiment on the memory plan: what it counts for a run beside the memory that the supervisor saw."""
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from q4kd.harness.inputs.collect import arm_of, read_events, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher
+from q4kd.harness.inputs.samples import read_samples, sample_at
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
@@ -34,18 +34,17 @@ def _planned_argv(settings: dict[str, object], inputs: Inputs) -> list[str]:
 
 def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     """Return the peak of a run's plan, and the growth of its resident memory from the plan to the last step."""
-    marks = {name: read_events(run_dir, name) for name in ("memory_plan", "run_plan", "step")}
+    marks = {name: read_events(run_dir, name) for name in ("memory_plan", "step")}
     if not all(marks.values()):
         return None
-    made, assembled, over = marks["memory_plan"][0]["t"], marks["run_plan"][0]["t"], marks["step"][-1]["t"]
-    samples = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
-    during = [sample for sample in samples if made <= sample["t"] <= over]
-    # The first sample must follow the plan at once: before it, imports are still growing.
-    if not during or during[0]["t"] > assembled:
+    plan, over = marks["memory_plan"][0], marks["step"][-1]["t"]
+    every = read_samples(run_dir)
+    # At the plan, and no later: 0.1 s after it the student is half loaded.
+    first, during = sample_at(every, plan["t"]), [sample for sample in every if plan["t"] <= sample["t"] <= over]
+    if first is None or not during:
         return None
-    plan = marks["memory_plan"][0]
     kept = sum(item["bytes"] for item in plan["items"] if item["name"] == "allocator")
-    return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - during[0]["rss"]
+    return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - first["rss"]
 
 
 @experiment(

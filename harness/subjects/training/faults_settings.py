@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from q4kd.trainer.config.value import Setting
 
 _OF = "q4kd.trainer.config.value:Setting.of"
+_CONVERT = "q4kd.trainer.config.value:Setting.convert"
 _READ = "q4kd.trainer.config.run_file:read_run_file"
 _SCALAR = "q4kd.trainer.config.run_file:_scalar"
 _PLAIN = "q4kd.trainer.yaml_lines:scalar_of_yaml_1_1"
@@ -27,6 +28,11 @@ def _another_default(original: Callable[..., "Setting"], *arguments: object) -> 
 def _looser_bound(original: Callable[..., "Setting"], *arguments: object) -> "Setting":
     setting = original(*arguments)
     return dataclasses.replace(setting, high=1.0) if setting.name == "lora_dropout" else setting
+
+
+@patch("dispatch", "bounds-not-checked", "a number of the command line or of a run file may be any", _CONVERT)
+def _bounds_not_checked(original: Callable[..., object], self: "Setting", value: object) -> object:
+    return original(dataclasses.replace(self, low=None, high=None), value)
 
 
 @patch("dispatch", "seed-of-file-ignored", "the seed of a run file is passed over", _READ)

@@ -9,6 +9,7 @@ from q4kd.harness.runs.faults import Call, patch
 from q4kd.harness.subjects.training.probes import LENGTH, SEQUENCES
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor, nn
 
     from q4kd.trainer.config.settings import DistillConfig
@@ -108,8 +109,9 @@ def _normalised_by_rank(original: Callable[..., "Batch"], self: "Run", step: int
 @patch(
     "loop", "ranks-train-alone", "the student is not wrapped: gradients stay in their process", _PREPARE, arms=_RANKS
 )
-def _ranks_train_alone(_original: Call, _accelerator: object, model: object) -> object:
-    return model
+def _ranks_train_alone(_original: Call, accelerator: "Accelerator", model: "nn.Module") -> object:
+    # On GPUs the wrapper that is left out is also what moves the student to the process's own.
+    return model.to(accelerator.device)
 
 
 @patch("dispatch", "unknown-settings-ignored", "settings that do not exist are dropped in silence", _CONFIG)

@@ -188,4 +188,29 @@ def refused_settings(out: Path) -> None:
             except InputError as error:
                 outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
         records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
-    write_json(out, {"cases": records})
+    write_json(out, {"cases": records, "tables": {"bounds": _at_the_bounds()}})
+
+
+def _at_the_bounds() -> JsonObject:
+    """Return how the bounds of every number, and the next values outside them, are taken as the setting's own."""
+    from q4kd.trainer.config.settings import settings
+
+    wrong: list[str] = []
+    numbers = 0
+    for setting in settings().values():
+        low, high = setting.low, setting.high
+        if low is None or high is None:
+            continue
+        numbers += 1
+        below, above = (low - 1, high + 1) if setting.kind is int else (low - 0.1, high * 1.1)
+        for value, is_inside in ((low, True), (high, True), (below, False), (above, False)):
+            try:
+                setting.convert(value)
+                taken = True
+            except InputError as error:
+                taken = False
+                if f"from {low:g} to {high:g}" not in str(error):
+                    wrong.append(f"{setting.name}: the bounds are not named")
+            if taken != is_inside:
+                wrong.append(f"{setting.name}: {value} is {'taken' if taken else 'refused'}")
+    return {"numbers": numbers, "taken or refused wrongly": ", ".join(wrong) or "none"}

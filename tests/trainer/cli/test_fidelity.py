@@ -1,6 +1,7 @@
 """``q4kd fidelity`` end to end, on a pair made by our quantiser from a small float32 model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,18 @@ def test_bad_input_is_one_line(folder: Path, words: list[str], said: str, capsys
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("q4kd: ")]
     assert len(err) == 1
     assert said in err[0]
+
+
+def test_a_tokenizer_with_a_token_more_than_the_models_is_refused_by_that_token(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "tokenizer"
+    shutil.copytree(folder / "model", other)
+    content = read_json(other / "tokenizer.json")
+    rows = read_json(other / "config.json")["vocab_size"]
+    content["model"]["vocab"]["one too many"] = rows
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("words " * 300, encoding="utf-8")
+    words = ["--data", str(tmp_path / "text.txt"), "--seq-len", str(LENGTH), "--tokenizer", str(other)]
+    assert main(["fidelity", str(folder / "q4_k_m.gguf"), str(folder / "model"), *words]) == 2
+    assert f"'one too many' as {rows}" in capsys.readouterr().err

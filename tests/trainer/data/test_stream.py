@@ -57,11 +57,14 @@ def test_the_buffer_is_bounded_in_documents_and_bytes(monkeypatch: pytest.Monkey
             yield Document(str(number), "x" * 10)
 
     for size, limit, held in ((7, 1 << 20, 8), (1000, 50, 6)):
-        taken = 0
+        taken, most = 0, 0
         monkeypatch.setattr(stream_module, "MAX_BUFFER_BYTES", limit)
         for given, _ in enumerate(shuffle(documents(), size, np.random.default_rng(0)), start=1):
+            # Once it has been full it stays so, until the source ends.
+            most = max(most, taken - given)
             assert taken - given < held
-        assert given == 100
+            assert taken < held or taken - given >= held - 2 or taken == 100
+        assert (given, most) == (100, held - 1)
 
 
 def test_a_resumed_run_gets_the_batches_of_the_whole(source: Path) -> None:
@@ -108,3 +111,18 @@ def test_the_digest_sees_names_sizes_and_ends(source: Path) -> None:
     changed = make(source).sha256
     path.rename(source / "9.jsonl")
     assert len({before, changed, make(source).sha256}) == 3
+
+
+def test_the_digest_sees_names_sizes_and_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "_SAMPLED", 8)
+    digests = set()
+    for number, (name, text) in enumerate(
+        (("a.txt", "begin" + "x" * 90 + "end"), ("b.txt", "begin" + "x" * 90 + "end"),
+         ("a.txt", "begin" + "x" * 91 + "end"), ("a.txt", "Begin" + "x" * 90 + "end"),
+         ("a.txt", "begin" + "x" * 90 + "enD"))
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(text)
+        digests.add(make(folder).sha256)
+    assert len(digests) == 5

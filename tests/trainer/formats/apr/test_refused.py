@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import time
 import zlib
@@ -153,6 +154,12 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(tmp_path: Path, change: 
     assert time.perf_counter() - started < 2
     for word in words:
         assert word in line.removeprefix(str(tmp_path))
+
+
+def test_a_refusal_names_the_key_then_what_was_expected_then_what_was_found(tmp_path: Path) -> None:
+    image = tiny_model()
+    stated(num_layers=1.5)(image)
+    assert re.search(r"\.apr: num_layers: expected an integer\b[^;]*, got 1\.5; ", refusal(tmp_path, image.build()))
 
 
 def test_dtype_8_is_not_taken_for_ggml_q8_0(tmp_path: Path) -> None:

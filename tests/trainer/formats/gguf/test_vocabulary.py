@@ -10,7 +10,14 @@ pytest.importorskip("transformers")
 from exported_models import SPECIAL, make_backend
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.gguf.vocabulary import SPACE, Vocabulary, add_vocabulary, adds_special, pre_tokenizer_name
+from q4kd.trainer.formats.gguf.vocabulary import (
+    SPACE,
+    Vocabulary,
+    add_vocabulary,
+    adds_special,
+    config_special_ids,
+    pre_tokenizer_name,
+)
 
 
 def content(kind, **changes):
@@ -111,3 +118,9 @@ def test_ids_beyond_the_embedding_are_refused(tmp_path):
         written(tmp_path, Vocabulary(content=content("qwen2")), rows=600)
     with pytest.raises(InputError, match="got 900"):
         written(tmp_path, Vocabulary(content=content("qwen2"), special_ids={"pad": 900}))
+
+
+def test_of_several_end_ids_the_first_is_the_files():
+    assert config_special_ids({"bos_token_id": 1, "eos_token_id": [7, 8]}) == {"bos": 1, "eos": 7}
+    assert config_special_ids({"bos_token_id": None, "eos_token_id": []}) == {}
+    assert config_special_ids({"eos_token_id": 0}) == {"eos": 0}

@@ -18,7 +18,7 @@ from q4kd.trainer.loss.config import DIVERGENCES
 from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.model import DistillationModel, load_student
 from q4kd.trainer.student.shape import shape_student
-from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
+from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan, reliefs
 from q4kd.trainer.train.memory.planner import host_room, place_run_teacher, plan_run
 
 
@@ -216,3 +216,21 @@ def test_what_is_saved_is_what_autograd_saves_of_the_student_itself(adapted: boo
     shape = shape_student(student, 2, 64, torch.bfloat16, is_masked=True, adapted=config if adapted else None)
     assert shape.saved_bytes == sum(storage.nbytes() for storage in kept.values())
     assert shape.parameters == sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" not in name)
+
+
+def test_what_would_help_is_named_in_the_order_in_which_to_try_it(tmp_path: Path) -> None:
+    def named(**changes: Any) -> list[str]:
+        return [name for name, _ in reliefs(settings(tmp_path, seq_len=128, **changes))]
+
+    every = [
+        "batch_size 2 with accumulation 2 (the same batch)",
+        "gradient_checkpointing",
+        "loss_mode low",
+        "seq_len 64",
+    ]
+    assert named() == every
+    assert named(loss_mode="low", batch_size=1) == ["gradient_checkpointing", "seq_len 64"]
+    assert named(gradient_checkpointing=True) == [every[0], every[2], every[3]]
+    assert named(device="cuda") == [*every[:3], "optimizer adamw_8bit", every[3]]
+    _, half = reliefs(settings(tmp_path, batch_size=6, accumulation=2))[0]
+    assert (half.batch_size, half.accumulation) == (3, 4)
