@@ -24,8 +24,11 @@ MAX_DEPTH = 64
 class Store(Protocol):
     """Files by name. Names are relative, with ``/``, and never hold ``..``."""
 
-    def names(self) -> list[str]:
-        """Return the names of all files, sorted."""
+    def names(self, below: str = "") -> list[str]:
+        """Return the names of all files, sorted; with ``below``, of those under that folder (``runs/load-teacher/``).
+
+        Nothing outside that folder is looked at: a run that has ended is read while its neighbours still write.
+        """
         ...
 
     def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
@@ -49,10 +52,13 @@ class DirectoryStore:
             raise InputError(str(root), expected="a folder", got="none", remedy="name the folder of a bundle")
         self.root = root
 
-    def names(self) -> list[str]:
+    def names(self, below: str = "") -> list[str]:
         """Return the names of all files, sorted (see ``Store``)."""
         found: list[str] = []
-        pending = [""]
+        start = safe_name(below.rstrip("/"), str(self.root)) if below else ""
+        if any(folder.is_symlink() or not folder.is_dir() for folder in self._folders(start)):
+            return []
+        pending = [start]
         while pending:
             prefix = pending.pop()
             with os.scandir(self.root / prefix if prefix else self.root) as entries:
@@ -69,6 +75,11 @@ class DirectoryStore:
             if len(found) + len(pending) > MAX_FILES:
                 raise InputError(str(self.root), expected=f"at most {MAX_FILES} files", got="more", remedy=REMEDY)
         return sorted(found)
+
+    def _folders(self, start: str) -> list[Path]:
+        """Return the folders on the way from the root down to a folder, itself included."""
+        parts = start.split("/") if start else []
+        return [self.root.joinpath(*parts[: number + 1]) for number in range(len(parts))]
 
     def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
         """Return the bytes of one file (see ``Store``). Each part of the path is opened without following links."""
@@ -101,9 +112,9 @@ class MemoryStore:
     def __init__(self, files: Mapping[str, bytes], origin: str) -> None:
         self.files, self.origin = dict(sorted(files.items())), origin
 
-    def names(self) -> list[str]:
+    def names(self, below: str = "") -> list[str]:
         """Return the names of all files, sorted (see ``Store``)."""
-        return list(self.files)
+        return [name for name in self.files if name.startswith(below)]
 
     def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
         """Return the bytes of one file (see ``Store``)."""
@@ -165,9 +176,9 @@ class PrefixStore:
     def __init__(self, store: Store, prefix: str) -> None:
         self.store, self.prefix = store, prefix.rstrip("/") + "/"
 
-    def names(self) -> list[str]:
+    def names(self, below: str = "") -> list[str]:
         """Return the names of all files, sorted (see ``Store``)."""
-        return [name[len(self.prefix) :] for name in self.store.names() if name.startswith(self.prefix)]
+        return [name[len(self.prefix) :] for name in self.store.names(self.prefix + below)]
 
     def read(self, name: str, max_bytes: int = MAX_FILE) -> bytes:
         """Return the bytes of one file (see ``Store``)."""

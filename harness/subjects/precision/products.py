@@ -19,7 +19,7 @@ TOKENS = FUSED_TOKENS[-1] + 22 * GROUP
 # Rows and columns of the matrices: a block takes one row tile of the first, four of the second (``MANY_ROWS``).
 SHAPES = ((517, 3584), (8209, 512))
 OUT = "products.npz"
-PRODUCT_COLUMNS = {"fused": 256, "decoded": 128}
+PRODUCT_COLUMNS = {"fused": 256, "decoded": 64}
 
 
 def _operands(inputs: Inputs) -> Path:

@@ -115,4 +115,4 @@ def test_the_last_rows_of_a_product_are_kept(tmp_path: Path, operands: dict[str,
         wanted = products.exact_products(operands)["q4_k-275-fused"][:, -16:]
         assert np.array_equal(arrays["reference"][:, -16:], wanted.astype(np.float32))
     with np.load(folder / "arrays" / "q4_k-275-decoded.npz") as arrays:
-        assert arrays["subject"].shape == (24 // products.GROUP, products.GROUP * 128)
+        assert arrays["subject"].shape == (24 // products.GROUP, products.GROUP * 64)
