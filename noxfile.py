@@ -1,5 +1,5 @@
 """Sessions: falsify (the gate), tests, lint, types, kernels, docs;
-portability, nightly, sabotage, mutants, bench, parity, fuzz, package, wheels.
+portability, nightly, sabotage, mutants, bench, parity, real, fuzz, package, wheels.
 
 One environment for all, keyed by pyproject.toml, the constraints and the interpreter: it is made once and reused by
 every session until one of them changes. The package is installed in place: edits take effect without installing again.
@@ -178,6 +178,19 @@ def wheels(session: nox.Session) -> None:
         session.log(item)
     if len(found) != len(needed):
         session.error(f"{len(needed)} needed, {len(found)} found")
+
+
+@nox.session(venv_backend="none")
+def real(session: nox.Session) -> None:
+    """The way of a pair of yours: ``-- --teacher T.gguf --student FOLDER --data TEXTS``; leaves an evidence bundle.
+
+    Logits beside transformers, plan and need, 200 steps, a stop and a resumption, export to GGUF and back.
+    """
+    folder = Path(session.create_tmp()) / "contracts"
+    folder.mkdir(exist_ok=True)
+    # The contract by itself: a selection out of all of them could not end with 0.
+    shutil.copyfile(ROOT / "contracts" / "real-pair-v1.yaml", folder / "real-pair-v1.yaml")
+    q4kd(session, "falsify", "--contracts", str(folder), *session.posargs)
 
 
 @nox.session(venv_backend="none")

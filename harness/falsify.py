@@ -165,7 +165,9 @@ def _order(
 
     stamp, machine = sources_stamp(), environment(profile)
     found = find_base(base, profile, machine)
-    plan = make_plan(contracts, load_profile(profile, folder), keyword, given=given.names(), extras=find_extras())
+    plan = make_plan(
+        contracts, load_profile(profile, folder), keyword, given=given.names(), extras=find_extras(given=given.names())
+    )
     decisions = decide(found, experiments_of(plan, contracts), machine, given)
     for line in lines(found, decisions):
         print(line, flush=True)

@@ -116,7 +116,12 @@ class Session:
         waived = load_waivers(Path(waivers), keys) if waivers else ()
         target_profile = load_profile(name, folder)
         plan = make_plan(
-            contracts, target_profile, keyword or None, given=given.names(), waivers=waived, extras=find_extras()
+            contracts,
+            target_profile,
+            keyword or None,
+            given=given.names(),
+            waivers=waived,
+            extras=find_extras(given=given.names()),
         )
         store = Kills.for_profile(target_profile, Path(kills) if kills else None)
         taken = Taken()

@@ -21,6 +21,7 @@ from q4kd.harness.records.json_types import JsonRecord, JsonValue
 from q4kd.harness.records.raw_run import RawRun, read_runs
 from q4kd.harness.records.store import Store, TarStore, read_object
 from q4kd.harness.records.tar_archive import REMEDY
+from q4kd.harness.runs.user_inputs import ROLES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 from q4kd.trainer.yaml_lines import MAX_BYTES, printable
@@ -146,9 +147,12 @@ def extras_lines(plan: Plan, environment: JsonRecord) -> tuple[list[str], list[s
     has = {
         "two_gpus": isinstance(names, list) and len(names) >= 2,
         "bitsandbytes": isinstance(packages, dict) and "bitsandbytes" in packages,
+        "no_gpu": not names,
+        "real_files": set(plan.given) == set(ROLES),
     }
     wrong = [f"plan: counts on {name}, which environment.json does not show" for name in plan.extras if not has[name]]
-    left = [name for name in EXTRAS if has[name] and name not in plan.extras]
+    # That there is no GPU takes nothing out of scope that its absence did not.
+    left = [name for name in EXTRAS if has[name] and name not in (*plan.extras, "no_gpu")]
     return wrong, [f"environment.json shows {name}; the plan leaves claims that need it out of scope" for name in left]
 
 

@@ -5,7 +5,7 @@ What machines of one class differ in (``EXTRAS``) is looked for before anything 
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from q4kd.harness.claims.schema_match import Schema
 from q4kd.harness.records.json_types import JsonObject, JsonRecord
 from q4kd.harness.records.store import Store
 from q4kd.harness.runs.memory import device_name, nvml_session
+from q4kd.harness.runs.user_inputs import ROLES
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_bounded
 from q4kd.trainer.yaml_lines import parse_yaml
@@ -25,6 +26,8 @@ CAPABILITIES = frozenset({"cpu", "cuda", "unified"})
 EXTRAS: Mapping[str, str] = {
     "two_gpus": "this machine has fewer than two GPUs that CUDA may use",
     "bitsandbytes": "bitsandbytes is not installed (pip install 'q4kd[bnb]')",
+    "no_gpu": "this machine has a GPU, on which the same is claimed",
+    "real_files": "no files were given (--teacher, --student and --data; see nox -s real)",
 }
 _GPU_PROFILES = {"GB10": "gb10", "H200": "h200", "H100": "h200"}
 _MAX_BYTES = 1 << 20
@@ -177,13 +180,18 @@ def probe_gpu() -> GpuProbe:
 
 
 def find_extras(
-    probe: Callable[[], GpuProbe] | None = None, environment: Mapping[str, str] = os.environ
+    probe: Callable[[], GpuProbe] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    given: Collection[str] = ROLES,
 ) -> frozenset[str]:
-    """Return which of ``EXTRAS`` this machine has. Nothing is imported, and no GPU is touched."""
+    """Return which of ``EXTRAS`` this machine and the run have. Nothing is imported, and no GPU is touched.
+
+    ``given`` are the roles of given files. Faults are shown without any: what stands in for them is made.
+    """
     names = (probe or probe_gpu)().names
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = len(names) if shown is None else min(len(names), len([part for part in shown.split(",") if part.strip()]))
-    has = {"two_gpus": gpus >= 2, "bitsandbytes": False}
+    has = {"two_gpus": gpus >= 2, "bitsandbytes": False, "no_gpu": not names, "real_files": set(given) == set(ROLES)}
     with suppress(importlib.metadata.PackageNotFoundError):
         has["bitsandbytes"] = bool(importlib.metadata.version("bitsandbytes"))
     return frozenset(name for name in EXTRAS if has[name])

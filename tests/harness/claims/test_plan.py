@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from example_bundle import CONTRACT, PROSE, register
 from q4kd.harness.claims.contract import parse_contract
 from q4kd.harness.claims.model import Contract
 from q4kd.harness.claims.plan import Plan, make_plan, parse_selection, plan_differences
-from q4kd.harness.claims.profile import load_profile
+from q4kd.harness.claims.profile import GpuProbe, find_extras, load_profile
 from q4kd.trainer.errors import InputError
 
 
@@ -44,6 +45,21 @@ def test_what_machines_of_one_class_differ_in_is_decided_by_the_machine(contract
     assert elsewhere.reason == "needs cuda; profile cpu provides cpu"
     (package,) = make_plan([needing(contract, "bitsandbytes")], load_profile("cpu")).entries
     assert package.reason == "needs bitsandbytes: bitsandbytes is not installed (pip install 'q4kd[bnb]')"
+
+
+def test_real_files_are_there_when_all_three_were_given(contract: Contract) -> None:
+    nothing = GpuProbe(driver_present=False)
+    assert find_extras(lambda: nothing, {}, given=["teacher", "data"]) == {"no_gpu"} | packages()
+    found = find_extras(lambda: nothing, {}, given=["teacher", "student", "data"])
+    assert found == {"no_gpu", "real_files"} | packages()
+    gpu = GpuProbe(driver_present=True, names=("H200",))
+    assert find_extras(lambda: gpu, {}, given=()) == packages()
+    (entry,) = make_plan([needing(contract, "real_files")], load_profile("cpu")).entries
+    assert entry.reason == ("needs real_files: no files were given (--teacher, --student and --data; see nox -s real)")
+
+
+def packages() -> set[str]:
+    return {"bitsandbytes"} if importlib.util.find_spec("bitsandbytes") else set()
 
 
 def test_what_the_machine_had_is_kept_in_the_plan(contract: Contract) -> None:

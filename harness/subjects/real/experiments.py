@@ -1,0 +1,213 @@
+"""Experiments on a pair that somebody brought (``--teacher``, ``--student``, ``--data``).
+
+Faults are shown on the demo's pair in their place, with small runs; what is given is run at its own size.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from q4kd.harness.inputs.arrays import Array, random_ids, read_array, seeded_columns
+from q4kd.harness.inputs.collect import Event, arm_of, read_events, run_terms, save_pairs
+from q4kd.harness.inputs.command_lines import named_run, probe_words, set_words
+from q4kd.harness.inputs.demo import argparse_documents, demo_teacher
+from q4kd.harness.inputs.samples import read_samples, sample_at
+from q4kd.harness.oracles.reference import log_softmax
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
+from q4kd.harness.subjects.export.experiments import live_student
+from q4kd.trainer.files import read_json, write_json
+
+POSITIONS, COLUMNS = 64, 128
+# Settings by where it runs, and whether the pair is a real one. The steps after the stop are those that are compared.
+_SIZES: Mapping[tuple[str, bool], Mapping[str, int]] = {
+    ("cuda", True): {"steps": 200, "batch_size": 16, "seq_len": 512, "eval_tokens": 65_536},
+    ("cpu", True): {"steps": 200, "batch_size": 1, "seq_len": 64, "eval_tokens": 1024},
+    ("cuda", False): {"steps": 12, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
+    ("cpu", False): {"steps": 12, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
+}
+AFTER_STOP = 4
+
+
+def _pair(inputs: Inputs) -> tuple[Path, Path, Path, bool]:
+    """Return teacher, student and data, and whether all three were given."""
+    given = inputs.given
+    if given.teacher is None or given.student is None or given.data is None:
+        return demo_teacher(inputs), live_student(inputs), argparse_documents(inputs), False
+    return given.teacher, given.student, given.data, True
+
+
+def _size(inputs: Inputs, device: str) -> dict[str, int]:
+    return dict(_SIZES[device, _pair(inputs)[3]])
+
+
+# --- real-logits: the teacher beside transformers over the file that it decodes itself ---
+
+
+def _vocabulary(path: Path) -> int:
+    from q4kd.trainer.formats.open import open_model
+
+    return open_model(path).config.vocab_size
+
+
+def _ids(inputs: Inputs) -> Path:
+    return random_ids(inputs, "real-ids.npy", min(_vocabulary(_pair(inputs)[0]), 2000), POSITIONS, seed=31, low=1)
+
+
+def _logits_argv(arm: str, inputs: Inputs) -> list[str]:
+    teacher, ids = _pair(inputs)[0], _ids(inputs)
+    if arm == "transformers":
+        return probe_words("transformers-logits", model=teacher, ids=ids, out="logits.npy")
+    words = ["--ids", str(ids), "--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
+    return ["logits", str(teacher), *words]
+
+
+def _collect_logits(run_dir: Path, inputs: Inputs) -> Facts:
+    """Compare both where the second has run: every position and a seeded choice of columns."""
+    other = run_dir.parent / "real-logits.transformers" / "logits.npy"
+    if arm_of(run_dir) == "transformers" or not (other.is_file() and (run_dir / "logits.npy").is_file()):
+        return {"comparators": {}}
+    ours, theirs = read_array(run_dir / "logits.npy"), read_array(other)
+    if ours.shape != theirs.shape:
+        return {"comparators": {}, "shapes": [list(ours.shape), list(theirs.shape)]}
+    columns = seeded_columns(ours.shape[1], COLUMNS)
+    pair = {"logits": (ours[:, columns], theirs[:, columns])}
+    top = {"positions": len(ours), "with another first token": int((ours.argmax(1) != theirs.argmax(1)).sum())}
+    comparators = save_pairs(run_dir, pair, ("q4kd logits", "transformers over the decoded file"))
+    return {"comparators": comparators, "tables": {"first tokens": top}}
+
+
+declare(
+    "real-logits",
+    f"the teacher's logits at {POSITIONS} positions beside transformers, which decodes the file itself",
+    *(
+        Arm(arm, functools.partial(_logits_argv, arm), timeout_s=900, env=ONE_THREAD)
+        for arm in ("transformers", "q4kd")
+    ),
+    collect=_collect_logits,
+)
+
+
+# --- real-pair, cuda-real-pair: planned, trained, stopped and resumed, exported and compared ---
+
+
+def _commands(device: str, inputs: Inputs) -> list[tuple[str, list[str]]]:
+    """Return the commands by name, as they follow each other."""
+    teacher, student, data, _ = _pair(inputs)
+    size = _size(inputs, device)
+    stop = size["steps"] // 2
+    settings = {
+        "lr": 2e-5 if _pair(inputs)[3] else 3e-3,
+        "warmup_steps": 4,
+        "checkpoint_every": stop,
+        "eval_every": stop,
+        "seed": 1,
+        "keep": 2,
+        "device": device,
+        **size,
+    }
+    words = ["distill", "--teacher", str(teacher), "--student", str(student), "--data", str(data), "--out", "run"]
+    words += ["--events", "events.jsonl", *set_words(settings)]
+    parts = named_run("part", words)
+    export = ["export", "whole", "--format", "gguf", "--quantize", "q8_0", "--out", "back.gguf"]
+    tokens = ["--data", str(data), "--tokens", str(max(512, size["eval_tokens"])), "--seq-len", str(size["seq_len"])]
+    ids = ["--ids", str(_ids(inputs)), "--out", "back.npy", "--dtype", "float32"]
+    return [
+        ("whole", named_run("whole", words)),
+        ("stopped", [*parts, "--max-steps", str(stop)]),
+        ("resumed", [*parts, "--resume", "--max-steps", str(stop + AFTER_STOP)]),
+        ("export", export),
+        ("fidelity", ["fidelity", "back.gguf", "whole/model", *tokens, "--device", device, "--out", "fidelity.json"]),
+        ("back", ["logits", "back.gguf", *ids]),
+    ]
+
+
+def _pair_argv(device: str, inputs: Inputs) -> list[str]:
+    commands = _commands(device, inputs)
+    cases = inputs.file(f"real-pair-{device}.json", lambda path: write_json(path, {"commands": commands}))
+    return probe_words("commands", cases=cases, out="commands.json")
+
+
+def _taken(run_dir: Path, device: str, plan: Event, last: Event, measured: Mapping[str, int]) -> float | None:
+    """Return what the whole run took: by torch's allocator on a GPU, else by the growth that the supervisor saw."""
+    if device == "cuda":
+        return measured.get("allocated")
+    samples = read_samples(run_dir)
+    first = sample_at(samples, plan["t"])
+    during = [sample["rss"] for sample in samples if plan["t"] <= sample["t"] <= last["t"]]
+    return max(during) - first["rss"] if first is not None and during else None
+
+
+def _distance(run_dir: Path, inputs: Inputs) -> tuple[float, float]:
+    """Return the mean KL(model || export) over the ids, and the share of equal first tokens; transformers is the model.
+
+    q4kd's own fidelity reads both by the same code, so that an error of the export may be in both.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(run_dir / "whole" / "model", dtype=torch.float32, local_files_only=True).eval()
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(read_array(_ids(inputs))).long().unsqueeze(0)).logits[0].double().numpy()
+    ours = read_array(run_dir / "back.npy").astype(np.float64)[:, : theirs.shape[1]]
+    log_p, log_q = log_softmax(theirs), log_softmax(ours)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    return float(kl.mean()), float((theirs.argmax(1) == ours.argmax(1)).mean())
+
+
+def _collect_pair(device: str, run_dir: Path, inputs: Inputs) -> Facts:
+    """Lay plan beside need, the steps after the stop beside those of the whole run, and the export beside the model."""
+    size, path = _size(inputs, device), run_dir / "commands.json"
+    commands = read_json(path)["commands"] if path.is_file() else {}
+    codes = {name: commands[name]["exit code"] for name, _ in _commands(device, inputs) if name in commands}
+    facts: Facts = {"comparators": {}, "tables": {"commands": codes}}
+    if codes != {name: 0 for name, _ in _commands(device, inputs)}:
+        return facts
+    file = "whole.jsonl"
+    plan, steps = read_events(run_dir, "memory_plan", file)[0], read_events(run_dir, "step", file)
+    pairs: dict[str, tuple[Array, Array]] = {}
+    taken = _taken(run_dir, device, plan, steps[-1], commands["whole"])
+    if taken is not None:
+        kept = sum(item["bytes"] for item in plan["items"] if item["name"] == "allocator")
+        pairs["plan"] = (np.array([[float(plan["peak_bytes"] - kept)]]), np.array([[float(taken)]]))
+    stop = size["steps"] // 2
+    whole, part = run_terms(run_dir, "whole"), run_terms(run_dir, "part")
+    wanted = whole[stop : stop + AFTER_STOP]
+    found = np.full(wanted.shape, np.nan)
+    found[: len(part[stop : stop + AFTER_STOP])] = part[stop : stop + AFTER_STOP]
+    pairs["resumed"] = (found, wanted)
+    sources = ("plan, or the run that was stopped and resumed", "what was taken, or the whole run")
+    facts = {"comparators": save_pairs(run_dir, pairs, sources)}
+    report, evaluations = read_json(run_dir / "fidelity.json"), read_events(run_dir, "eval", file)
+    kl = [evaluation["kl"] for evaluation in evaluations]
+    by_transformers, same = _distance(run_dir, inputs)
+    tables: dict[str, object] = {
+        "commands": codes,
+        "learnt": {"KL of held-out text has fallen": len(kl) > 1 and bool(kl[-1] < kl[0])},
+        "back": {
+            "KL by q4kd fidelity at most 0.01": bool(report["kl"]["mean"] <= 0.01),
+            "KL to transformers at most 0.01": bool(by_transformers <= 0.01),
+            "first tokens agree at 95 %": bool(same >= 0.95),
+        },
+    }
+    figures: dict[str, object] = {
+        "held-out KL": kl,
+        "export": {name: report[name] for name in ("kl", "top1_agreement")},
+    }
+    figures["export beside transformers"] = {"kl": by_transformers, "first tokens": same, "positions": POSITIONS}
+    summary = read_json(run_dir / "whole" / "summary.json")
+    return facts | {"tables": tables, "figures": figures, "summary": summary}
+
+
+for _prefix, _device, _needs in (("", "cpu", ()), ("cuda-", "cuda", ("cuda",))):
+    declare(
+        f"{_prefix}real-pair",
+        f"a pair on {_device}: planned, trained, stopped and resumed, exported to GGUF and compared with the model",
+        Arm(None, functools.partial(_pair_argv, _device), timeout_s=10_800, interval_s=0.02),
+        needs=_needs,
+        collect=functools.partial(_collect_pair, _device),
+        measures=("memory",),
+    )
