@@ -53,12 +53,12 @@ def require_packages(contracts: Iterable["Contract"]) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
-def refuse_used(bundle: Path) -> Path:
-    """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
-    if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
-        expected = "a new or empty folder for the bundle"
-        raise InputError(str(bundle), expected=expected, got="one in use", remedy="name another with --out")
-    return bundle
+def refuse_used(folder: Path, what: str = "the bundle", option: str = "--out") -> Path:
+    """Return ``folder`` when it does not exist or is an empty one (InputError): nothing is written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        expected = f"a new or empty folder for {what}"
+        raise InputError(str(folder), expected=expected, got="one in use", remedy=f"name another with {option}")
+    return folder
 
 
 def falsify(

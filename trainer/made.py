@@ -70,20 +70,29 @@ class MadeThings:
         if any(self._made.pop(name, self) is not self for name in names):
             self._write()
 
+    def own(self, *names: str) -> None:
+        """Say that whatever is and will be under these names is q4kd's, until ``keep`` lists it.
+
+        Raises:
+            InputError: as ``check``.
+        """
+        self.check(*names)
+        self._made |= dict.fromkeys(names)
+        self._write()
+
     def begin(self, name: str) -> Path:
-        """Say that whatever will be under ``name`` is q4kd's, remove what was, and return its path; it does not exist.
+        """Remove what q4kd made under ``name``, and return the path for something new that is all its own.
 
         Raises:
             InputError: as ``check``.
         """
         self.remove(name)
-        self._made[name] = None
-        self._write()
+        self.own(name)
         return self._root / name
 
-    def keep(self, name: str) -> None:
-        """List what is under ``name`` now; what is changed in it or added later is no longer q4kd's."""
-        self._made[name] = _listing(self._root / name)
+    def keep(self, *names: str) -> None:
+        """List what is under these names now; what is changed in it or added later is no longer q4kd's."""
+        self._made |= {name: _listing(self._root / name) for name in names}
         self._write()
 
     def publish(self, draft: str, name: str) -> Path:
@@ -100,6 +109,11 @@ class MadeThings:
         self._made.pop(draft, None)
         self._write()
         return self._root / name
+
+    def names(self, below: str) -> list[str]:
+        """Return the names of things directly in the folder ``below`` that are there and are as q4kd made them."""
+        found = (name for name in self._made if Path(name).parent.as_posix() == below)
+        return sorted(name for name in found if (self._root / name).exists() and self._foreign(name) is None)
 
     def _foreign(self, name: str) -> tuple[Path, str] | None:
         """Return the first path under ``name`` that q4kd did not make, and what it is; None where all is q4kd's."""

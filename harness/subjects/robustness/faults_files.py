@@ -1,9 +1,13 @@
-"""Faults in what keeps a run from deleting what is not its own, and from going on with other inputs."""
+"""Faults in what keeps runs and nights from deleting what is not theirs, and runs from going on with other inputs."""
+
+import shutil
+from typing import Any
 
 from q4kd.harness.runs.faults import Call, patch
 
 _CHECK = "q4kd.trainer.made:MadeThings.check"
 _INPUTS = "q4kd.trainer.train.run.folder:_check_inputs"
+_SWEEP = "q4kd.harness.nightly.night:_Run._sweep"
 _OTHER = "q4kd.trainer.train.run.identity:explain_other_input"
 
 
@@ -15,6 +19,14 @@ def _deleted_unseen(_original: Call, _self: object, *_names: object) -> None:
 @patch("checkpoint", "inputs-in-run-not-seen", "a run may write where its own inputs lie", _INPUTS)
 def _inputs_in_run_not_seen(_original: Call, _config: object) -> None:
     return
+
+
+@patch("supervision", "night-sweeps-all", "a night removes all work and logs but its own, by their place", _SWEEP)
+def _night_sweeps_all(original: Call, self: Any) -> None:
+    for path in [*(self.out / "work").iterdir(), *sorted((self.out / "logs").glob("*.log"))[:-1]]:
+        if path != self.work:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    original(self)
 
 
 @patch("checkpoint", "inputs-by-path", "a resumed run knows its teacher and student by their paths alone", _OTHER)

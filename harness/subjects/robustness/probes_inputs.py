@@ -1,5 +1,6 @@
 """Runs whose folder holds somebody's files, and resumed runs whose inputs are others by then: all must be refused."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +97,47 @@ def foreign_files(*words: str, out: Path) -> None:
         error = error if lost is None else f"{error or 'exit 0'}, lost {lost}"
         records.append({"case": case, "error": error, "message": "", "twin": "its own model", "twin_error": twin})
     write_json(out, {"cases": records})
+
+
+def _lacking_everything() -> None:
+    """Let the preflight find something missing, so that a night sweeps its folder and then ends."""
+    from q4kd.harness.doctor import Line
+    from q4kd.harness.nightly import night
+
+    night.preflight = lambda *_arguments: [Line("disk", "missing", "0 GiB", "free it")]
+
+
+@probe("night-in-a-project")
+def night_in_a_project(contracts: Path, out: Path) -> None:
+    """Start nights in folders that hold other files; record their exit codes, what is lost, and what they remove.
+
+    A night of another kind, begun before, leaves work that the next one must remove: the sweep is under way.
+    """
+    import q4kd.harness.nightly.night  # noqa: F401 - before the forks
+
+    # A night that runs this experiment holds the lock of the machine.
+    Path("runtime").mkdir(mode=0o700)
+    os.environ["XDG_RUNTIME_DIR"] = str(Path("runtime").resolve())
+
+    def night(folder: Path, *words: str) -> int | None:
+        argv = ["nightly", "--profile", "cpu", "--contracts", str(contracts), "--keep", "1", "--out", str(folder)]
+        return _wait(_fork([*argv, *words], Path("child.log"), _lacking_everything))
+
+    found: dict[str, object] = {}
+    for name, place in {"work, logs and bundles": ".", "site": "site", "kills": "kills"}.items():
+        folder = Path(f"project-{place.strip('.')}")
+        files = ["work/thesis/a.txt", "logs/app1.log", "logs/app2.log", "bundles/backup1.tar.gz", "bundles/b2.tar.xz"]
+        for file in [*files, *([f"{place}/index.html"] if place != "." else [])]:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("years of work\n", encoding="utf-8")
+        before = _files(folder)
+        codes = [night(folder, "--sabotage", kind) for kind in ("all", "none")]
+        after = _files(folder)
+        lost = [file for file in before if after.get(file) != before[file]]
+        found[f"{name}: exit codes"] = ", ".join(map(str, codes))
+        found[f"{name}: lost"] = ", ".join(lost) or "nothing"
+        found[f"{name}: nights with work"] = len(list((folder / "work").glob("*-cpu")))
+    write_json(out, {"tables": {"night": found}})
 
 
 @probe("other-inputs")
