@@ -181,8 +181,11 @@ def pytest_command(
     kills: Path | None,
     config: Path,
 ) -> list[str]:
-    """Return the pytest command: our plugin, and nothing else that happens to be installed."""
-    command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
+    """Return the pytest command: our plugin, nothing else that is installed, and no module of the current folder.
+
+    Contracts come from others, and the folder they lie in may hold a ``yaml.py`` (``-P``, as wherever a module is run).
+    """
+    command = [sys.executable, "-P", "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
     command += ["-p", "no:cacheprovider", "-p", "q4kd.harness.plugin", "--contracts", str(folder)]
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
     if workers:

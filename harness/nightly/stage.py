@@ -16,7 +16,7 @@ import psutil
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.yaml_lines import printable
 
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness")
+COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "q4kd.harness")
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 60.0
 

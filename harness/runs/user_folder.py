@@ -1,5 +1,6 @@
 """The folder of locks of one user on one machine, which nobody else can write to or prepare."""
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -17,14 +18,12 @@ def lock_folder() -> Path:
         InputError: when the folder is there and is not the user's alone.
     """
     user = os.getuid()
-    for folder in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"):
-        if folder and Path(folder).is_absolute() and _is_private(Path(folder)):
-            return Path(folder)
+    for given in (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"):
+        if given and Path(given).is_absolute() and _is_private(Path(given)):
+            return Path(given)
     folder = Path(tempfile.gettempdir()) / f"q4kd-{user}"
-    try:
+    with contextlib.suppress(FileExistsError):  # It is no folder then, as the next line finds too.
         folder.mkdir(mode=0o700, exist_ok=True)
-    except FileExistsError:
-        pass  # It is no folder, as the next line finds too.
     if not _is_private(folder):
         expected, got = "a folder of your own that nobody else may write to", "another's, a link or an open one"
         remedy = "remove it, or set XDG_RUNTIME_DIR or TMPDIR to a folder of your own"

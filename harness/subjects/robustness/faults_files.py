@@ -1,12 +1,15 @@
 """Faults in what keeps runs and nights from deleting what is not theirs, and runs from going on with other inputs."""
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
-from q4kd.harness.runs.faults import Call, patch
+from q4kd.harness.runs.faults import Call, fault, patch, replace
 
 _CHECK = "q4kd.trainer.made:MadeThings.check"
 _INPUTS = "q4kd.trainer.train.run.folder:_check_inputs"
+_PYTEST = "q4kd.harness.falsify:pytest_command"
+_STAGE = "q4kd.harness.nightly.stage:COMMAND"
 _SWEEP = "q4kd.harness.nightly.night:_Run._sweep"
 _OTHER = "q4kd.trainer.train.run.identity:explain_other_input"
 
@@ -27,6 +30,16 @@ def _night_sweeps_all(original: Call, self: Any) -> None:
         if path != self.work:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     original(self)
+
+
+@patch("supervision", "falsify-imports-here", "falsify imports modules of the current folder first", _PYTEST)
+def _falsify_imports_here(original: Callable[..., list[str]], *arguments: object) -> list[str]:
+    return [word for word in original(*arguments) if word != "-P"]
+
+
+@fault("supervision", "stage-imports-here", "a stage of a night imports modules of the current folder first", _STAGE)
+def _stage_imports_here() -> None:
+    replace(_STAGE, lambda command: tuple(word for word in command if word != "-P"))
 
 
 @patch("checkpoint", "inputs-by-path", "a resumed run knows its teacher and student by their paths alone", _OTHER)

@@ -1,9 +1,11 @@
 """Runs whose folder holds somebody's files, and resumed runs whose inputs are others by then: all must be refused."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from q4kd.harness.records.json_types import JsonObject
 from q4kd.harness.runs.probes import probe
@@ -102,8 +104,8 @@ def foreign_files(*words: str, out: Path) -> None:
 def _lacking_everything() -> None:
     """Let the preflight find something missing, so that a night sweeps its folder and then ends."""
     from q4kd.harness.doctor import Line
-    from q4kd.harness.nightly import night
 
+    night: Any = importlib.import_module("q4kd.harness.nightly.night")
     night.preflight = lambda *_arguments: [Line("disk", "missing", "0 GiB", "free it")]
 
 
@@ -138,6 +140,37 @@ def night_in_a_project(contracts: Path, out: Path) -> None:
         found[f"{name}: lost"] = ", ".join(lost) or "nothing"
         found[f"{name}: nights with work"] = len(list((folder / "work").glob("*-cpu")))
     write_json(out, {"tables": {"night": found}})
+
+
+# Names that q4kd and pytest import, of the standard library and of others.
+_IMPORTED = ("yaml", "pytest", "json", "torch", "numpy", "jinja2", "q4kd")
+
+
+@probe("hostile-folder")
+def hostile_folder(contracts: Path, out: Path) -> None:
+    """Start falsify, and a stage of a night, in a folder whose Python files say that they were run; record which."""
+    folder, ran = Path("hostile").resolve(), Path("ran.txt").resolve()
+    folder.mkdir()
+    for name in _IMPORTED:
+        (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write('{name} ')\n", encoding="utf-8")
+    bundle, log = Path("bundle").resolve(), Path("night.log").resolve()
+
+    def start_stage() -> None:
+        from q4kd.harness.nightly.stage import StageRunner
+
+        os.chdir(folder)
+        words = ["one::FT-1", "--contracts", str(contracts)]
+        StageRunner(log.with_suffix(".lock"), log).spawn("show", words, ("contracts", "show"))
+
+    argv = ["falsify", "--contracts", str(contracts), "--profile", "cpu", "--out", str(bundle)]
+    code = _wait(_fork([*argv, "--isolation", "process"], Path("child.log"), start_stage))
+    table = {
+        "exit code of falsify": code,
+        "falsify came to its findings": (bundle / "findings.json").is_file(),
+        "the stage did its work": log.is_file() and "] FT-1  a rule" in log.read_text(encoding="utf-8"),
+        "files of the folder that were run": ran.read_text(encoding="utf-8").strip() if ran.is_file() else "none",
+    }
+    write_json(out, {"tables": {"hostile": table}})
 
 
 @probe("other-inputs")

@@ -46,6 +46,20 @@ declare(
 )
 
 declare(
+    "hostile-folder",
+    "q4kd falsify, and a stage of q4kd nightly, started in a folder of Python files with the names of modules",
+    Arm(
+        None,
+        lambda inputs: probe_words(
+            "hostile-folder", contracts=inputs.file("one-contract", _write_contract), out="probe.json"
+        ),
+        timeout_s=120,
+        env=ONE_THREAD,
+    ),
+    collect=collect_probe,
+)
+
+declare(
     "other-inputs",
     "a run with LoRA resumed after its teacher's or its student's file was replaced at its path, and with the same",
     Arm(
