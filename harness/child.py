@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from q4kd.trainer.errors import InputError
@@ -75,7 +76,7 @@ def _module(command: list[str]) -> int:
         print("q4kd: module: expected the name of a module", file=sys.stderr)
         return USAGE_EXIT
     sys.argv = command
-    sys.path.insert(0, os.getcwd())  # as -m does; it is the run's own folder, in which nobody else has put a file
+    sys.path.insert(0, str(Path.cwd()))  # as -m does; it is the run's own folder, in which nobody else has put a file
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     return 0
 

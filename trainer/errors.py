@@ -81,7 +81,8 @@ class TrainingAborted(Exception):  # noqa: N818 - the run ended early; it is the
     """Training stopped before its last step. Its message says where and why; ``exit_code`` is the command's.
 
     1 another reason · 65 loss or gradient not finite · 74 the run's folder cannot be written · 75 out of memory ·
-    130 stopped by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch it.)
+    129 stopped by SIGHUP · 130 by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch
+    it.)
     """
 
     exit_code = 1
@@ -116,7 +117,7 @@ class OutOfMemoryError(TrainingAborted):
 
 
 class StoppedError(TrainingAborted):
-    """Somebody asked the run to stop, by Ctrl-C or SIGTERM, and it did so after writing a checkpoint.
+    """Somebody asked the run to stop, by Ctrl-C, SIGTERM or SIGHUP, and it did so after writing a checkpoint.
 
     Args:
         message: what was kept; empty in a process beside the one that says it.

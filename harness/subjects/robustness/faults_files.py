@@ -10,6 +10,7 @@ _CHECK = "q4kd.trainer.made:MadeThings.check"
 _INPUTS = "q4kd.trainer.train.run.folder:_check_inputs"
 _PYTEST = "q4kd.harness.falsify:pytest_command"
 _STAGE = "q4kd.harness.nightly.stage:COMMAND"
+_WRITE = "q4kd.harness.cli.output:GuardedStream.write"
 _SWEEP = "q4kd.harness.nightly.night:_Run._sweep"
 _OTHER = "q4kd.trainer.train.run.identity:explain_other_input"
 
@@ -40,6 +41,11 @@ def _falsify_imports_here(original: Callable[..., list[str]], *arguments: object
 @fault("supervision", "stage-imports-here", "a stage of a night imports modules of the current folder first", _STAGE)
 def _stage_imports_here() -> None:
     replace(_STAGE, lambda command: tuple(word for word in command if word != "-P"))
+
+
+@patch("supervision", "reader-ends-run", "a run ends when nobody reads its output any more", _WRITE)
+def _reader_ends_run(_original: Call, self: Any, text: str) -> object:
+    return self._stream.write(text)
 
 
 @patch("checkpoint", "inputs-by-path", "a resumed run knows its teacher and student by their paths alone", _OTHER)
