@@ -173,10 +173,11 @@ def _with_own_events(argv: tuple[str, ...]) -> list[str]:
     return [CHILD_EVENTS if word == "events.jsonl" else word for word in argv]
 
 
+_Deed = Literal["nothing", "SIGINT", "SIGTERM", "SIGHUP", "stall", "starve", "fill"]
+
+
 @probe("ended-run")
-def ended_run(
-    *words: str, do: Literal["nothing", "SIGINT", "SIGTERM", "SIGHUP", "stall", "starve", "fill"], out: Path
-) -> None:
+def ended_run(*words: str, do: _Deed, out: Path) -> None:
     """Run once and do to it from outside what ``--do`` says; record how it ended and what it left."""
     _warm_up()
     events, log = Path(CHILD_EVENTS), Path("child.log")
