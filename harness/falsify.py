@@ -194,7 +194,8 @@ def pytest_command(
         command += ["-k", keyword]
     if kills is not None:
         command += ["--kills", str(kills.resolve())]
-    return command
+    # Named, it is all that is collected: no test of the current folder is.
+    return [*command, str(folder)]
 
 
 def one_thread_of_blas(env: MutableMapping[str, str] = os.environ) -> None:
