@@ -61,6 +61,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
+def printable_path(path: Path | str) -> str:
+    """Return a path as a terminal may show it: a name can hold escapes, which are shown as ``?``."""
+    return "".join(char if char.isprintable() else "?" for char in str(path))
+
+
 class FrozenTeacherError(InputError):
     """A gradient was asked of the teacher, which has no parameters and no backward path by construction."""
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -46,12 +46,12 @@ def replacing_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: as ``write_atomic``.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    # Created as any other file is: the user's umask says who may read it.
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield temporary
         os.fsync(handle)
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -59,6 +59,14 @@ def replacing_path(path: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
     sync_folder(path.parent)
+
+
+def share_mode(folder: Path, like: str) -> None:
+    """Give each file of a folder the mode of the one named ``like``: safetensors makes its own private."""
+    mode = (folder / like).stat().st_mode & 0o777
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:

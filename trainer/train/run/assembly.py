@@ -14,9 +14,9 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
 from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.errors import InputError, RunFolderError
+from q4kd.trainer.errors import InputError, RunFolderError, printable_path
 from q4kd.trainer.events import EventLog
-from q4kd.trainer.files import sha256_file, write_json
+from q4kd.trainer.files import sha256_file, share_mode, write_json
 from q4kd.trainer.loss.config import IGNORE_INDEX
 from q4kd.trainer.made import MadeThings
 from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
@@ -37,7 +37,6 @@ from q4kd.trainer.train.run.folder import DRAFTS, kept
 from q4kd.trainer.train.run.identity import InputDigests, explain_other_input
 from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
-from q4kd.trainer.yaml_lines import printable
 
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
@@ -285,7 +284,8 @@ def write_model(run: Run) -> None:
         draft = made.begin(DRAFTS["model"])
         student.save_pretrained(draft, state_dict=state, safe_serialization=True)
         run.tokenizer.save_pretrained(draft)
+        share_mode(draft, "config.json")
         folder = made.publish(DRAFTS["model"], "model")
     except InputError as error:
         raise RunFolderError(f"the final model cannot be written: {error}; {kept(run.config.out)}") from error
-    print(f"Model written to {printable(str(folder), 1000)}", flush=True)
+    print(f"Model written to {printable_path(folder)}", flush=True)
