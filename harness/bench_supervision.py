@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         words = ("--set", f"steps={options.steps}", "--set", "batch_size=16", "--set", "log_every=1")
         data = training_text(inputs, 40)
         distill = distill_words(demo_teacher(inputs), demo_student(inputs), data, *words)
-        command = [sys.executable, "-m", "q4kd.harness.child", "--", *distill]
+        command = [sys.executable, "-P", "-m", "q4kd.harness.child", "--", *distill]
         for pair in range(options.pairs):
             found: dict[str, float] = {}
             for arm in ("bare", "watched") if pair % 2 else ("watched", "bare"):

@@ -1,4 +1,4 @@
-"""The one launcher of every recorded run: ``python -m q4kd.harness.child [--fault NAME] -- ARGUMENTS…``.
+"""The one launcher of every recorded run: ``python -P -m q4kd.harness.child [--fault NAME] -- ARGUMENTS…``.
 
 Clean and sabotaged runs differ by this option alone. ARGUMENTS are those of ``q4kd``, or ``probe NAME …`` for a
 measurement that is not a user command, or ``module NAME …`` to run another project's program as ``python -m NAME …``
@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from q4kd.trainer.errors import InputError
@@ -75,6 +76,7 @@ def _module(command: list[str]) -> int:
         print("q4kd: module: expected the name of a module", file=sys.stderr)
         return USAGE_EXIT
     sys.argv = command
+    sys.path.insert(0, str(Path.cwd()))  # as -m does; it is the run's own folder, in which nobody else has put a file
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     return 0
 

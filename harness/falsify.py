@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from q4kd.harness.runs.user_inputs import GivenFiles
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, printable_path
 from q4kd.trainer.files import read_json
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def require_packages(contracts: Iterable["Contract"]) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
-def refuse_used(bundle: Path) -> Path:
-    """Return ``bundle`` when it does not exist or is an empty folder (InputError): evidence is never written over."""
-    if bundle.exists() and (not bundle.is_dir() or any(bundle.iterdir())):
-        expected = "a new or empty folder for the bundle"
-        raise InputError(str(bundle), expected=expected, got="one in use", remedy="name another with --out")
-    return bundle
+def refuse_used(folder: Path, what: str = "the bundle", option: str = "--out") -> Path:
+    """Return ``folder`` when it does not exist or is an empty one (InputError): nothing is written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        expected = f"a new or empty folder for {what}"
+        raise InputError(str(folder), expected=expected, got="one in use", remedy=f"name another with {option}")
+    return folder
 
 
 def falsify(
@@ -138,7 +138,7 @@ def falsify(
         from q4kd.harness.bundle.signing import sign_bundle
 
         print(f"\nsigned by {sign_bundle(bundle, sign)}")
-    shown = os.path.relpath(bundle) if bundle.is_relative_to(Path.cwd()) else str(bundle)
+    shown = printable_path(Path(os.path.relpath(bundle)) if bundle.is_relative_to(Path.cwd()) else bundle)
     if (bundle / "findings.json").is_file():
         print(f"\nevidence: {shown}\nverify it with: q4kd evidence verify {shown}", flush=True)
     else:
@@ -183,8 +183,11 @@ def pytest_command(
     kills: Path | None,
     config: Path,
 ) -> list[str]:
-    """Return the pytest command: our plugin, and nothing else that happens to be installed."""
-    command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
+    """Return the pytest command: our plugin, nothing else that is installed, and no module of the current folder.
+
+    Contracts come from others, and the folder they lie in may hold a ``yaml.py`` (``-P``, as wherever a module is run).
+    """
+    command = [sys.executable, "-P", "-m", "pytest", "-c", str(config), "--rootdir", str(Path.cwd()), "--noconftest"]
     command += ["-p", "no:cacheprovider", "-p", "q4kd.harness.plugin", "--contracts", str(folder)]
     command += ["--profile", profile, "--bundle", str(bundle), "-ra"]
     if workers:
@@ -193,7 +196,8 @@ def pytest_command(
         command += ["-k", keyword]
     if kills is not None:
         command += ["--kills", str(kills.resolve())]
-    return command
+    # Named, it is all that is collected: no test of the current folder is.
+    return [*command, str(folder)]
 
 
 def one_thread_of_blas(env: MutableMapping[str, str] = os.environ) -> None:

@@ -18,7 +18,7 @@ from q4kd.harness.claims.folder import default_contracts_folder, skipped_lines
 from q4kd.harness.claims.model import Claim
 from q4kd.harness.claims.plan import make_plan
 from q4kd.harness.claims.profile import detect_profile, find_extras, load_profile
-from q4kd.harness.falsify import require_packages
+from q4kd.harness.falsify import refuse_used, require_packages
 from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import JUDGE_VERSION
 from q4kd.harness.judging.kill_records import KillRecord
@@ -103,7 +103,7 @@ def sabotage(
         if claim.falsifier is not None and scopes.get(claim.key, "out_of_scope") != "out_of_scope"
     ]
     store = Kills.for_profile(machine, kills)
-    root = work or Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
+    root = refuse_used(work, "the runs", "--work") if work else Path(tempfile.mkdtemp(prefix="q4kd-sabotage-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
         inputs = Inputs(root.resolve() / "inputs", name, given)

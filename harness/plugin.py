@@ -1,10 +1,11 @@
 """The pytest plugin: ``pytest --contracts DIR`` compiles every claim of the contracts in DIR into a test item.
 
-Without ``--contracts`` it adds its options and does nothing. With it, conftest files are not loaded: a contract is
-data, and a folder of contracts must not bring code with it.
+Without ``--contracts`` it adds its options and does nothing. With it, the claims run beside the tests that pytest would
+run without it. A contract is data: no Python file of the folder of contracts is run, a conftest no more than a test.
 """
 
 import functools
+import types
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ _SESSION = pytest.StashKey["Session"]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""
     group = parser.getgroup("q4kd", "q4kd contracts")
-    group.addoption("--contracts", metavar="DIR", help="falsify the contracts in DIR; conftest files are not loaded")
+    group.addoption(
+        "--contracts", metavar="DIR", help="falsify the contracts in DIR beside the tests; its Python files are not run"
+    )
     group.addoption("--profile", metavar="P", help="machine profile (default: that of the GPU present, else cpu)")
     group.addoption("--bundle", metavar="OUT", help="folder of the evidence bundle (default: a new one in bundles/)")
     group.addoption(
@@ -39,9 +42,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Turn conftest loading off before the first one is looked for."""
-    if getattr(early_config.known_args_namespace, "contracts", None):
+    """Keep the conftest files of the folder of contracts from being loaded, before the first one is looked for."""
+    contracts = getattr(early_config.known_args_namespace, "contracts", None)
+    if contracts and not _without_conftests_of(early_config.pluginmanager, Path(str(contracts)).resolve()):
         early_config.known_args_namespace.noconftest = True
+
+
+def _without_conftests_of(manager: Any, folder: Path) -> bool:
+    """Let a plugin manager take an empty module for each conftest in ``folder``; return whether it could be told to."""
+    original = getattr(manager, "_importconftest", None)
+    if original is None:  # another pytest than those we know
+        return False
+
+    def load(conftestpath: Path, *arguments: object, **options: object) -> object:
+        if folder in Path(conftestpath).resolve().parents or folder in Path(conftestpath).absolute().parents:
+            return types.ModuleType("conftest")
+        return original(conftestpath, *arguments, **options)
+
+    manager._importconftest = load
+    return True
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,10 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from q4kd.trainer.errors import InputError
 
     folder = Path(str(config.getoption("contracts"))).resolve()
-    if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.args[:] = [str(folder)]
-    # Each xdist worker builds its configuration from these options.
-    config.option.noconftest = True
+    given = [Path(arg.partition("::")[0]) for arg in config.args]
+    places = [(config.invocation_params.dir / path).resolve() for path in given]
+    if not any(place == folder or folder in place.parents for place in places):
+        config.args.append(str(folder))  # beside the tests that were asked for, or that the project names
     worker: dict[str, str] | None = getattr(config, "workerinput", None)
     try:
         session = Session.open(

@@ -1,7 +1,6 @@
 """The whole run of ``q4kd distill``, from top to bottom. Its steps are in ``train/loop.py``."""
 
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from q4kd.trainer.device.memory_watchdog import guarded
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
+from q4kd.trainer.made import MadeThings
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
@@ -23,7 +23,13 @@ from q4kd.trainer.train.memory.out_of_memory import explaining_memory
 from q4kd.trainer.train.memory.plan import format_plan
 from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
 from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
-from q4kd.trainer.train.run.folder import check_run_folder, explaining_full_disk, locked
+from q4kd.trainer.train.run.folder import (
+    PUBLISHED,
+    check_own_paths,
+    check_run_folder,
+    explaining_full_disk,
+    locked,
+)
 
 
 def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = None) -> None:
@@ -49,6 +55,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
     is_main = bool(PartialState(cpu=config.device == "cpu").is_main_process)
     with locked(config.out, is_main), guarded(config.device), explaining_full_disk(config.out):
         check_run_folder(config.out, resume)
+        check_own_paths(config)
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
@@ -82,7 +89,7 @@ def _train(run: Run, resume: bool) -> None:
     progress = restore(run) if resume else _begin(run)
     if run.is_main:
         write_run_file(run)
-        shutil.rmtree(run.config.out / "model", ignore_errors=True)
+        MadeThings(run.config.out).remove(*PUBLISHED)  # what an earlier leg left is not this one's
     started = time.monotonic()
     train_to_the_end(run, progress, resumed=resume)
     _finish(run, progress, started)

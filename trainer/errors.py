@@ -61,6 +61,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
+def printable_path(path: Path | str) -> str:
+    """Return a path as a terminal may show it: a name can hold escapes, which are shown as ``?``."""
+    return "".join(char if char.isprintable() else "?" for char in str(path))
+
+
 class FrozenTeacherError(InputError):
     """A gradient was asked of the teacher, which has no parameters and no backward path by construction."""
 
@@ -81,7 +86,8 @@ class TrainingAborted(Exception):  # noqa: N818 - the run ended early; it is the
     """Training stopped before its last step. Its message says where and why; ``exit_code`` is the command's.
 
     1 another reason · 65 loss or gradient not finite · 74 the run's folder cannot be written · 75 out of memory ·
-    130 stopped by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch it.)
+    129 stopped by SIGHUP · 130 by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch
+    it.)
     """
 
     exit_code = 1
@@ -116,7 +122,7 @@ class OutOfMemoryError(TrainingAborted):
 
 
 class StoppedError(TrainingAborted):
-    """Somebody asked the run to stop, by Ctrl-C or SIGTERM, and it did so after writing a checkpoint.
+    """Somebody asked the run to stop, by Ctrl-C, SIGTERM or SIGHUP, and it did so after writing a checkpoint.
 
     Args:
         message: what was kept; empty in a process beside the one that says it.

@@ -15,7 +15,7 @@ from q4kd.harness.claims.plan import Plan
 from q4kd.harness.claims.waivers import applying, today
 from q4kd.harness.judging.results import Carried, ClaimResult, Finding, Findings
 from q4kd.harness.records.json_types import JsonRecord
-from q4kd.harness.records.store import MAX_DEPTH, Store, depth
+from q4kd.harness.records.store import MAX_DEPTH, Store, depth, parse_shallow
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
 
@@ -185,7 +185,7 @@ def validate_findings(value: object, origin: str) -> Findings:
 
 def parse_findings(data: bytes, origin: str) -> Findings:
     """Parse and validate ``findings.json`` (InputError when it is not one)."""
-    return validate_findings(parse_json(data, origin), origin)
+    return validate_findings(parse_shallow(data, origin), origin)
 
 
 def read_findings(store: Store) -> Findings:

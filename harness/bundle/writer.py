@@ -21,6 +21,7 @@ from q4kd.trainer.yaml_lines import MAX_BYTES
 
 MANIFEST = "MANIFEST.sha256"
 FOLDERS = ("contracts/profiles", "runs", "sabotage")
+_MAX_MANIFEST = 16 << 20  # 20,000 files with the longest names take 10 MB
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -99,7 +100,7 @@ def seal_problems(store: Store) -> list[str]:
     names = store.names()
     if MANIFEST not in names and {"findings.json", "plan.json"} & set(names):
         return [f"missing file: {MANIFEST}"]
-    data = store.read(MANIFEST, MAX_FILE)
+    data = store.read(MANIFEST, _MAX_MANIFEST)
     try:
         recorded = parse_manifest(data, MANIFEST)
     except InputError as error:

@@ -1,7 +1,8 @@
 """The command line: ``q4kd COMMAND …``, also ``python -m q4kd.harness COMMAND …``.
 
 Exit codes: 0 done · 1 a claim is falsified, or the command's own "no" · 2 bad input, or an inconclusive verdict ·
-3 a defect of q4kd itself · 130 interrupted. A run that ends early: see ``TrainingAborted``, and 124 for a hang.
+3 a defect of q4kd itself · 74 standard output could not be written · 130 interrupted. A run that ends early: see
+``TrainingAborted``, and 124 for a hang. Who reads along changes no code: with `| head` a command does all its work.
 """
 
 import argparse
@@ -14,11 +15,13 @@ from typing import NoReturn
 
 from q4kd.harness.cli.completion import complete
 from q4kd.harness.cli.help import Commands, format_commands
+from q4kd.harness.cli.output import Interrupt, guarded_streams
 from q4kd.trainer.errors import InputError, TrainingAborted
 
 _DESCRIPTION = "Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about it."
 USAGE_EXIT = 2
 DEFECT_EXIT = 3
+OUTPUT_EXIT = 74
 INTERRUPTED_EXIT = 130
 _TRAINER = ("teacher", "distill", "cache", "bench", "fidelity")
 _HARNESS = ("falsify", "nightly", "contracts", "evidence", "completion", "export")
@@ -75,6 +78,17 @@ def _parse(parser: _CommandLine, arguments: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. Never raises, except with ``--debug``, which lets tracebacks print."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    is_run = arguments[:1] in (["distill"], ["cache"])
+    with guarded_streams("the run goes on" if is_run else "") as out, Interrupt() as interrupt:
+        code = _run(arguments, interrupt)
+        out.flush()
+        # The files of a run are whole, whatever became of its lines; other commands have said nothing else.
+        if code == 0 and out.lost is not None and not is_run:
+            return _report(f"standard output cannot be written ({out.lost.strerror})", OUTPUT_EXIT, debug=False)
+    return code
+
+
+def _run(arguments: list[str], interrupt: Interrupt) -> int:
     # --debug may stand anywhere before a bare "--": people add it to the end of the line that failed.
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:cut]
@@ -93,15 +107,12 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else USAGE_EXIT
     except KeyboardInterrupt:
-        print("q4kd: interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _report("interrupted", INTERRUPTED_EXIT, debug=False)
     except (InputError, TrainingAborted) as error:
         return _report(str(error), USAGE_EXIT if isinstance(error, InputError) else error.exit_code, debug)
     except ModuleNotFoundError as error:
+        if interrupt.came:
+            return _report("interrupted", INTERRUPTED_EXIT, debug)
         from q4kd.harness.requirements import extra_of
 
         package = (error.name or "").partition(".")[0]
@@ -110,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             return _report(f"internal error: {error}", DEFECT_EXIT, debug)
         return _report(f"{package} is not installed; pip install 'q4kd[{extra}]'", USAGE_EXIT, debug)
     except Exception as error:
+        if interrupt.came:  # whatever the interruption did to the import or the call that it cut off
+            return _report("interrupted", INTERRUPTED_EXIT, debug)
         return _report(f"internal error: {type(error).__name__}: {error}", DEFECT_EXIT, debug)
 
 

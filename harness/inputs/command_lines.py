@@ -49,7 +49,7 @@ def run_program(words: list[str], folder: Path, device: str = "cpu") -> None:
 
     Only with ``device`` cuda does it see a GPU.
     """
-    command = [sys.executable, "-m", "q4kd.harness", *words]
+    command = [sys.executable, "-P", "-m", "q4kd.harness", *words]
     # Threads that wait for each other on a busy machine would take many times as long as one.
     environment = {**os.environ, **ONE_THREAD, **(NO_GPU if device == "cpu" else {})}
     done = subprocess.run(

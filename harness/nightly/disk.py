@@ -1,6 +1,7 @@
 """Bounded disk of the nightly: which bundles are kept, and how much a night needs before it begins."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,12 @@ def packed_in(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.name.endswith(SUFFIXES))
 
 
-def prune_bundles(folder: Path, bounds: Bounds) -> list[Path]:
-    """Remove the oldest bundles over the bounds, by name, and return them.
+def prune_bundles(bundles: Sequence[Path], bounds: Bounds) -> list[Path]:
+    """Remove the oldest of a night's own bundles over the bounds, by name, and return them.
 
     The newest and the newest green one are never removed, even when they alone are over the bounds.
     """
-    bundles = packed_in(folder)
+    bundles = sorted(bundles)
     kept = set(bundles[-1:]) | set(next(([path] for path in reversed(bundles) if is_green(path)), []))
     sizes = {path: path.stat().st_size for path in bundles}
     removed: list[Path] = []

@@ -5,10 +5,8 @@ off goes on where it stopped; a stage that was cut off begins again, because evi
 """
 
 import hashlib
-import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -26,14 +24,19 @@ from q4kd.harness.nightly.disk import Bounds, packed_in, preflight, prune_bundle
 from q4kd.harness.nightly.stage import StageRunner
 from q4kd.harness.nightly.state import read_night, take_up
 from q4kd.harness.runs.supervise import boot_id
+from q4kd.harness.runs.user_folder import lock_folder
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.made import MadeThings
 
 Faults = Literal["all", "changed", "none"]
 LAST_STAGE = "index"
 INCONCLUSIVE_EXIT = 2
 _INTERRUPTED = 130
+# Folders that each night leaves in the place of the last one's, and what they are while they are made.
+_PUBLISHED = ("kills", "site")
+_DRAFTS = {name: f".{name}.tmp" for name in _PUBLISHED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def run_nightly(options: NightlyOptions) -> int:
 
 def host_lock() -> Path:
     """Return the lock file that keeps two nights of one user off this machine at once, whatever their folders."""
-    return Path(tempfile.gettempdir()) / f"q4kd-nightly-{os.getuid()}.lock"
+    return lock_folder() / "q4kd-nightly.lock"
 
 
 def _hold(stack: ExitStack, path: Path) -> None:
@@ -123,15 +126,20 @@ class _Run:
         self.work = self.out / "work" / self.night.name
         self.bundle = self.work / self.night.name
         self.packed = self.out / "bundles" / f"{self.night.name}.tar.xz"
-        for folder in (self.work, self.packed.parent, self.out / "logs"):
+        log = self.out / "logs" / f"{self.night.name}.log"
+        # The folder may hold other things: of these names alone anything is removed, and now is the time to say no.
+        self.made = MadeThings(self.out)
+        self.made.check(*_PUBLISHED)
+        self.made.own(*(path.relative_to(self.out).as_posix() for path in (self.work, self.packed, log)))
+        for folder in (self.work, self.packed.parent, log.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        self.stages = StageRunner(self.out / ".stage.lock", self.out / "logs" / f"{self.night.name}.log")
+        self.stages = StageRunner(self.out / ".stage.lock", log)
 
     def to_the_end(self) -> int:
         """Run the stages that are not finished."""
         begun = bool(self.night.boots)
         if self.night.done(LAST_STAGE):
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._clear_work()
             self.stages.say("nightly", f"{self.night.name}: nothing left to do; --again begins another")
             return self._verdict()
         boot = boot_id()
@@ -165,7 +173,7 @@ class _Run:
             code = code if 0 <= code < 256 else INCONCLUSIVE_EXIT
             self.night.finish(name, code, time.monotonic() - started, self.state_path)
             self.stages.say(name, f"ended with code {code} after {time.monotonic() - started:.0f} s")
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._clear_work()
         self.stages.say("nightly", f"exit code {self._verdict()}: {self.packed}")
         return self._verdict()
 
@@ -176,12 +184,13 @@ class _Run:
         return code if code in (1, 2) or (code == 0 and sound) else INCONCLUSIVE_EXIT
 
     def _sweep(self) -> None:
-        """Remove what earlier nights left half done, and logs beyond the number kept."""
-        for path in (self.out / "work").iterdir():
-            if path != self.work:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in sorted((self.out / "logs").glob("*.log"))[: -self.options.bounds.keep]:
-            path.unlink()
+        """Remove what earlier nights left half done, and their logs beyond the number kept."""
+        mine = self.work.relative_to(self.out).as_posix()
+        self.made.remove(*(name for name in self.made.names("work") if name != mine))
+        self.made.remove(*self.made.names("logs")[: -self.options.bounds.keep])
+
+    def _clear_work(self) -> None:
+        self.made.remove(self.work.relative_to(self.out).as_posix())
 
     def _preflight(self) -> bool:
         lines = preflight(load_profile(self.options.profile, self.options.contracts), self.options.given, self.out)
@@ -225,11 +234,8 @@ class _Run:
 
     def _publish_kills(self) -> None:
         """Leave the night's kill records in ``kills``, from where they can be committed."""
-        target, draft = self.out / "kills", self.work / ".published"
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(self.work / "kills", draft)
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
+        shutil.copytree(self.work / "kills", self.made.begin(_DRAFTS["kills"]))
+        self.made.publish(_DRAFTS["kills"], "kills")
 
     def _falsify(self) -> int:
         shutil.rmtree(self.bundle, ignore_errors=True)
@@ -249,7 +255,8 @@ class _Run:
             return INCONCLUSIVE_EXIT
         pack(self.bundle, self.packed)
         self.stages.say("bundle", f"{self.packed.name}, {self.packed.stat().st_size:,} bytes")
-        for path in prune_bundles(self.packed.parent, self.options.bounds):
+        bundles = [self.out / name for name in self.made.names("bundles")]
+        for path in prune_bundles(bundles, self.options.bounds):
             self.stages.say("bundle", f"removed {path.name}: at most {self.options.bounds.keep} are kept")
         return 0
 
@@ -261,6 +268,9 @@ class _Run:
     def _index(self) -> int:
         if not packed_in(self.packed.parent):
             return INCONCLUSIVE_EXIT
-        site = self.out / "site"
-        shutil.rmtree(site, ignore_errors=True)  # pages of bundles that were pruned
-        return self.stages.spawn("index", [str(self.packed.parent), "--out", str(site)], ("evidence", "index"))
+        # A new one each night: it has no pages of bundles that were pruned.
+        draft = self.made.begin(_DRAFTS["site"])
+        code = self.stages.spawn("index", [str(self.packed.parent), "--out", str(draft)], ("evidence", "index"))
+        if code == 0:
+            self.made.publish(_DRAFTS["site"], "site")
+        return code

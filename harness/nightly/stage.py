@@ -16,7 +16,7 @@ import psutil
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.yaml_lines import printable
 
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness")
+COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "q4kd.harness")
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 60.0
 
@@ -40,7 +40,7 @@ class StageRunner:
     def wait_for_orphan(self) -> None:
         """Wait until the stage of a night that was killed has ended: it was told to, and it may still be writing."""
         deadline = time.monotonic() + 2 * _GRACE_S
-        with self._lock.open("w") as file:
+        with self._lock.open("a") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +56,7 @@ class StageRunner:
         """Run a command of q4kd, its output into the log line by line; return its code, negative for a signal."""
         words = [*COMMAND, *(command or (stage,)), *arguments]
         self.say(stage, "q4kd " + " ".join(words[len(COMMAND) :]))
-        with self._lock.open("w") as lock:
+        with self._lock.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The child keeps the lock for as long as it lives, also when this process dies first.
             process = subprocess.Popen(

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q4kd.harness.records.json_types import JsonRecord
-from q4kd.harness.records.store import PrefixStore, Store, parse_shallow, read_object
+from q4kd.harness.records.store import MAX_ITEMS, PrefixStore, Store, parse_shallow, read_object
 from q4kd.harness.records.tar_archive import REMEDY, safe_name
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import count_items
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]  # by name; of any plain dtype and shape
 MAX_LOG = 4 << 20
@@ -50,7 +51,12 @@ class RawRun:
 
     def _lines(self, name: str) -> list[JsonRecord]:
         rows: list[JsonRecord] = []
-        for number, line in enumerate(self.store.read(name).split(b"\n"), 1):
+        data = self.store.read(name)
+        if (items := count_items(data)) > MAX_ITEMS:
+            raise InputError(
+                f"{self.name}/{name}", expected=f"at most {MAX_ITEMS} items", got=str(items), remedy=REMEDY
+            )
+        for number, line in enumerate(data.split(b"\n"), 1):
             if line.strip():
                 origin = f"{self.name}/{name}:{number}"
                 row = parse_shallow(line, origin, 1 << 20)

@@ -13,12 +13,16 @@ from typing import Any, Protocol
 from q4kd.harness.records.json_types import JsonRecord
 from q4kd.harness.records.tar_archive import REMEDY, read_members, safe_name, too_large
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import parse_json
+from q4kd.trainer.files import count_items, parse_json
 
+# The gate's bundle has 32 MB, 900 files and 138,000 items, 13,000 of them in one file.
 MAX_FILE = 64 << 20
-MAX_TOTAL = 512 << 20
+MAX_TOTAL = 256 << 20
 MAX_FILES = 20_000
 MAX_DEPTH = 64
+# Items (``count_items``) of one JSON file, and of all of a bundle: parsing them takes some 4 microseconds each.
+MAX_ITEMS = 1_000_000
+MAX_ALL_ITEMS = 2_000_000
 
 
 class Store(Protocol):
@@ -51,6 +55,7 @@ class DirectoryStore:
         if not root.is_dir():
             raise InputError(str(root), expected="a folder", got="none", remedy="name the folder of a bundle")
         self.root = root
+        self._items = _Items(str(root))
 
     def names(self, below: str = "") -> list[str]:
         """Return the names of all files, sorted (see ``Store``)."""
@@ -103,7 +108,29 @@ class DirectoryStore:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise too_large(str(self.root), name, max_bytes)
+        self._items.take(name, data)
         return data
+
+
+class _Items:
+    """Counts the items of the JSON files of one bundle before any is parsed: few bytes can stand for many objects."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._counts: dict[str, int] = {}
+
+    def take(self, name: str, data: bytes) -> None:
+        """Count those of a file (InputError when there are too many in it, or in all)."""
+        if not name.endswith((".json", ".jsonl")):
+            return
+        self._counts[name] = count = count_items(data)
+        if count > MAX_ITEMS:
+            raise InputError(
+                f"{self._origin}: {name}", expected=f"at most {MAX_ITEMS} items", got=str(count), remedy=REMEDY
+            )
+        if (total := sum(self._counts.values())) > MAX_ALL_ITEMS:
+            expected = f"at most {MAX_ALL_ITEMS} items in all JSON files"
+            raise InputError(self._origin, expected=expected, got=str(total), remedy=REMEDY)
 
 
 class MemoryStore:
@@ -143,11 +170,14 @@ class TarStore(MemoryStore):
                 )
         except OSError as error:
             raise InputError(origin, expected="an archive of a bundle", got=str(error)[:200], remedy=REMEDY) from error
+        items = _Items(origin)
+        for name, data in members.items():
+            items.take(name, data)
         super().__init__(_strip_root(members), origin)
 
 
 def snapshot(store: Store, origin: str) -> MemoryStore:
-    """Return all files of a store as they are now (InputError for more than 512 MB together, or unreadable ones).
+    """Return all files of a store as they are now (InputError for more than 256 MB together, or unreadable ones).
 
     What is checked is then what was hashed, even when somebody writes to the folder meanwhile.
     """
@@ -187,7 +217,7 @@ class PrefixStore:
 
 def parse_shallow(data: bytes, origin: str, max_bytes: int = MAX_FILE) -> Any:
     """Parse strict JSON (see ``parse_json``) of at most 64 levels, which nothing that walks it can overflow on."""
-    value = parse_json(data, origin, max_bytes)
+    value = parse_json(data, origin, max_bytes, MAX_ITEMS)
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise InputError(origin, expected=f"at most {MAX_DEPTH} levels", got="deeper nesting", remedy=REMEDY)
     return value

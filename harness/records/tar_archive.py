@@ -6,6 +6,7 @@ interpreter's limit, matches some extended headers in time that grows with the s
 """
 
 import gzip
+import io
 import re
 import zlib
 from typing import IO, Protocol
@@ -16,6 +17,8 @@ BLOCK = 512
 MAX_HEADER_DATA = 64 << 10
 # What decompressing may take, above all the dictionary whose size an archive announces: `xz -9` asks for 65 MB.
 MAX_XZ_MEMORY = 96 << 20
+# An archive may be this much larger than what it is packed in, beyond the first bytes. Bundles are 1 to 6 times so.
+MAX_RATIO, FREE_BYTES = 64, 64 << 20
 XZ_MAGIC = b"\xfd7zXZ\0"
 REMEDY = "ask for the bundle again; this one cannot be trusted"
 _OCTAL = re.compile(rb" {0,11}([0-7]{0,12})[ \0]*")
@@ -48,7 +51,8 @@ def read_members(
         file: the archive.
         origin: how to name it in errors.
         max_file: bytes that one file may hold.
-        max_total: bytes that the whole archive may hold when decompressed, headers and padding included.
+        max_total: bytes that the whole archive may hold when decompressed, headers and padding included; no more than
+            64 MB and 64 times its packed bytes, in any case.
         max_files: entries that it may have.
 
     Returns:
@@ -102,6 +106,7 @@ class _Stream:
 
     def __init__(self, file: IO[bytes], origin: str, limit: int) -> None:
         magic = file.read(len(XZ_MAGIC))
+        limit = min(limit, FREE_BYTES + MAX_RATIO * file.seek(0, io.SEEK_END))
         file.seek(0)
         self.source: _Readable = file
         if magic.startswith(b"\x1f\x8b"):

@@ -26,9 +26,9 @@ from q4kd.harness.report.trends import measures_of
 from q4kd.harness.report.verdict import commit_of, moment_of, verdict_of
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
+from q4kd.trainer.made import MadeThings
 
 MAX_BUNDLES = 1000
-_REPORT = re.compile(r"[A-Za-z0-9-]{1,60}-[0-9a-f]{12}\.html")
 
 
 def write_site(folder: Path, site: Path) -> tuple[int, int]:
@@ -44,26 +44,30 @@ def write_site(folder: Path, site: Path) -> tuple[int, int]:
         How many bundles were read, and how many could not be.
 
     Raises:
-        InputError: no bundle can be read, there are more than 1,000, or ``site`` cannot be a folder.
+        InputError: no bundle can be read, there are more than 1,000, or ``site`` cannot be a folder or has pages that
+            are not of such a site.
     """
     if site.exists() and not site.is_dir():
         raise InputError(str(site), expected="a folder for the site", got="a file", remedy="choose another --out")
     if not site.parent.is_dir():
         raise InputError(str(site), expected="an existing parent folder", got="none", remedy="create it first")
     reports = site / "reports"
-    for made in (site, reports):
-        made.mkdir(exist_ok=True)
+    for folder_made in (site, reports):
+        folder_made.mkdir(exist_ok=True)
+    made = MadeThings(site)
+    made.check("index.html")
     found = collect(folder, reports)
     if not found.entries:
         why = f"; {found.unreadable[0][0]}: {found.unreadable[0][1]}" if found.unreadable else ""
         remedy = "name a folder that holds bundles"
         raise InputError(str(folder), expected="at least one bundle", got=f"none{why}", remedy=remedy)
-    for name, page in render_site(found).items():
+    pages = render_site(found)
+    made.own(*pages)
+    for name, page in pages.items():
         write_atomic(site / name, page.encode())
     current = {entry.report for entry in found.entries}
-    for path in reports.iterdir():
-        if _REPORT.fullmatch(path.name) and f"reports/{path.name}" not in current:
-            path.unlink()
+    made.keep(*pages, *current)
+    made.remove(*(name for name in made.names("reports") if name not in current))
     return len(found.entries), len(found.unreadable)
 
 

@@ -3,7 +3,6 @@
 import fcntl
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from q4kd.harness.runs.user_folder import lock_folder
 
 # What a run takes of the memory, with room: torch and transformers hold 0.4 GB, the largest made model adds 0.7 GB.
 RUN_BYTES = 1 << 30
@@ -67,7 +68,7 @@ def default_workers() -> int:
 
 def accelerator_lock() -> Path:
     """Return the lock file that keeps two experiments of this host, and of any session, off the accelerator at once."""
-    return Path(tempfile.gettempdir()) / f"q4kd-accelerator-{os.getuid()}.lock"
+    return lock_folder() / "q4kd-accelerator.lock"
 
 
 class Closed(Exception):  # noqa: N818 - nothing failed: the session ends

@@ -24,7 +24,7 @@ from q4kd.harness.runs.supervise import SETTABLE, child_environment, run_supervi
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
 
-LAUNCHER: tuple[str, ...] = (sys.executable, "-m", "q4kd.harness.child")
+LAUNCHER: tuple[str, ...] = (sys.executable, "-P", "-m", "q4kd.harness.child")
 RAW_FILES = (
     "argv.json", "stdout.log", "stderr.log", "events.jsonl", "memory.jsonl", "exit.json", "facts.json",
     "harness_error.json",

@@ -65,7 +65,7 @@ def test_arguments_and_pairs(
     # Who goes first changes: a machine that warms up favours neither.
     assert order == ["watched", "bare", "bare", "watched", "watched", "bare"]
     assert "steps=17" in words
-    assert words[1:4] == ["-m", "q4kd.harness.child", "--"]
+    assert words[1:5] == ["-P", "-m", "q4kd.harness.child", "--"]
     found = json.loads((tmp_path / "out" / "supervision.json").read_text())
     assert found["ratio"] == {"median": 1.05, "least": 1.01, "greatest": 1.05}
     assert found["supervisor_share_of_a_core"] == 0.03

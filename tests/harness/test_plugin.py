@@ -407,3 +407,20 @@ def test_verify_agrees_with_the_session(world, monkeypatch):
     exit_file = world.bundle / "runs" / "measure" / "facts.json"
     exit_file.write_text(exit_file.read_text().replace("10", "11"))
     assert verify_bundle(world.bundle).exit_code == 1
+
+
+@pytest.mark.parametrize("given", [(), ("tests",)])
+def test_own_tests_and_their_conftest_run_beside_the_claims(world, pytester, given):
+    tests = pytester.mkdir("tests")
+    (tests / "conftest.py").write_text("import pytest\n\n@pytest.fixture\ndef two():\n    return 2\n")
+    (tests / "test_own.py").write_text(
+        "def test_own(two):\n    assert two == 3\n\ndef test_fine(two):\n    assert two\n"
+    )
+    (world.folder).mkdir()
+    (world.folder / "conftest.py").write_text("raise SystemExit('a conftest among the contracts was run')\n")
+    (world.folder / "test_evil.py").write_text("raise SystemExit('a test among the contracts was run')\n")
+    result = world.run("good", args=given)
+    result.assert_outcomes(passed=3, failed=1)  # two claims and a test; a test that fails
+    assert result.ret == 1
+    assert set(world.verdicts().values()) == {("corroborated", None)}
+    result.stdout.fnmatch_lines(["*test_own.py::test_own - assert 2 == 3*"])

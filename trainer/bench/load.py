@@ -62,7 +62,7 @@ def run_load(out: Path) -> list[str]:
 
 def run_arm(model: Path, arm: str, limit_s: float) -> dict[str, Any]:
     """Load ``model`` in a fresh process and return its JSON, or ``{"failed": why}``."""
-    command = [sys.executable, "-m", "q4kd.trainer.bench.load", "--model", str(model), "--arm", arm]
+    command = [sys.executable, "-P", "-m", "q4kd.trainer.bench.load", "--model", str(model), "--arm", arm]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:

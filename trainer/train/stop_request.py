@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM: the run finishes its step, writes a checkpoint and ends; a second signal ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the run finishes its step, writes a checkpoint and ends; a second ends it at once."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -27,6 +28,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in _HANDLED:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup: a terminal that closes is not to end the run
                 self._before[number] = signal.signal(number, self._hear)
         return self
 
@@ -37,6 +40,8 @@ class StopRequest:
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number:
+            if number == signal.SIGHUP:
+                return  # a terminal that closes sends it, and its shell does so again
             # No exception is raised: the program may be deep in a library that catches everything.
             _say("stopped at once; the newest checkpoint is whole")
             os._exit(128 + number)
@@ -60,5 +65,6 @@ class StopRequest:
 
 
 def _say(line: str) -> None:
-    # os.write, because print is not safe in a handler that interrupted another print.
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"q4kd: {line}\n".encode())
+    # os.write, because print is not safe in a handler that interrupted another print. Who read may be gone by now.
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"q4kd: {line}\n".encode())

@@ -199,7 +199,7 @@ def _tell(connection: socket.socket, answer: dict[str, int]) -> None:
 
 
 def become(request: Request) -> None:
-    """Make this forked process what ``python -m q4kd.harness.child ARGV`` is when it begins, then run that.
+    """Make this forked process what ``python -P -m q4kd.harness.child ARGV`` is when it begins, then run that.
 
     What differs from a fresh process: the modules of ``IMPORTS`` are there, with what they read of HOME when they were
     imported (a folder of the server's own); pages are shared with the server; a name in /proc/PID/cmdline is the
@@ -216,7 +216,6 @@ def become(request: Request) -> None:
     sys.modules["numpy"].random.seed()
     for name in [name for name in sys.modules if name.partition(".")[0] == "q4kd"]:
         del sys.modules[name]
-    sys.path[0] = request.cwd
     sys.argv[:] = [sys.argv[0], *request.argv]
     runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
 

@@ -85,7 +85,7 @@ class ForkServer:
 
     def open(self) -> None:
         """Start the server, and return when its imports are done, or have failed."""
-        command = [sys.executable, "-m", "q4kd.harness.runs.start.fork_server", str(self._path)]
+        command = [sys.executable, "-P", "-m", "q4kd.harness.runs.start.fork_server", str(self._path)]
         try:
             self._server = subprocess.Popen(
                 command,
@@ -128,7 +128,7 @@ class ForkServer:
         That is so for another program, for an environment in which the imports might have come out differently, and
         where the server cannot fork honestly (``fork_server.unfit``) or has died.
         """
-        if list(argv[:3]) != [sys.executable, "-m", fork_server.PROGRAM] or _shared(env) != _shared(self._env):
+        if list(argv[:4]) != [sys.executable, "-P", "-m", fork_server.PROGRAM] or _shared(env) != _shared(self._env):
             return None
         self.wait_open()
         if self._says.strip() != fork_server.READY or self._server is None or self._server.poll() is not None:
@@ -137,7 +137,7 @@ class ForkServer:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(str(self._path))
-            words = fork_server.encode(list(argv[3:]), dict(env), str(cwd))
+            words = fork_server.encode(list(argv[4:]), dict(env), str(cwd))
             sent = socket.send_fds(connection, [words], [write for _, write in ends])
             connection.sendall(words[sent:])
             pid = _read_pid(connection)

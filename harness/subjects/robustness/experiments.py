@@ -144,6 +144,11 @@ _ENDINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
     "run-stalls": ("stall", "a data source that falls silent", {"steps": 12, "hang_s": 6}),
     "run-sigterm": ("SIGTERM", "SIGTERM at the third step", {"steps": 4000}),
+    "run-terminal-closed": (
+        "SIGHUP",
+        "output that nobody reads, and SIGHUP at the third step",
+        {"steps": 4000, "log_every": 1},
+    ),
     "run-sigint": ("SIGINT", "Ctrl-C at the third step", {"steps": 4000}),
     "run-starves": (
         "starve",

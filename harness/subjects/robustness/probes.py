@@ -173,14 +173,18 @@ def _with_own_events(argv: tuple[str, ...]) -> list[str]:
     return [CHILD_EVENTS if word == "events.jsonl" else word for word in argv]
 
 
+_Deed = Literal["nothing", "SIGINT", "SIGTERM", "SIGHUP", "stall", "starve", "fill"]
+
+
 @probe("ended-run")
-def ended_run(*words: str, do: Literal["nothing", "SIGINT", "SIGTERM", "stall", "starve", "fill"], out: Path) -> None:
+def ended_run(*words: str, do: _Deed, out: Path) -> None:
     """Run once and do to it from outside what ``--do`` says; record how it ended and what it left."""
     _warm_up()
     events, log = Path(CHILD_EVENTS), Path("child.log")
-    pid = _fork(_with_own_events(words), log, _stall_data if do == "stall" else None)
+    prepare = {"stall": _stall_data, "SIGHUP": _close_readers}.get(do)
+    pid = _fork(_with_own_events(words), log, prepare)
     code = None
-    if do in ("SIGINT", "SIGTERM"):
+    if do in ("SIGINT", "SIGTERM", "SIGHUP"):
         code = _wait(pid, lambda: _count_steps(events) >= 3)
         if code is None:
             os.kill(pid, getattr(signal, do))
@@ -199,6 +203,14 @@ def ended_run(*words: str, do: Literal["nothing", "SIGINT", "SIGTERM", "stall", 
         # What was done to it must end it soon; a run that does not notice is killed.
         code = _wait(pid, patience_s=_DEADLINE_S if do == "nothing" else _PATIENCE_S)
     write_json(out, {"ended": {"code": code, "said": log.read_text(encoding="utf-8", errors="replace")[-6000:]}})
+
+
+def _close_readers() -> None:
+    """Let nobody read the run's output, as after a terminal or a connection was closed."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(write, 2)
 
 
 def _stall_data() -> None:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from q4kd.harness.claims.profile import load_profile
 from q4kd.harness.cli.nightly import unit_text
 from q4kd.harness.nightly import disk as nightly_disk
-from q4kd.harness.nightly.disk import Bounds, is_green, needed_memory, preflight, prune_bundles
+from q4kd.harness.nightly.disk import Bounds, is_green, needed_memory, packed_in, preflight, prune_bundles
 from q4kd.harness.nightly.state import Night, read_night, take_up
 from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.trainer.demo import student_path, teacher_path
@@ -48,7 +48,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture
 def night(tmp_path: Path):
-    """Start ``q4kd nightly`` in the fake world, with its own temporary folder so that no other night is met."""
+    """Start ``q4kd nightly`` in the fake world, with its own folder of locks so that no other night is met."""
     (tmp_path / "claims").mkdir()
     (tmp_path / "tmp").mkdir()
     script = tmp_path / "q4kd_fake.py"
@@ -58,7 +58,7 @@ def night(tmp_path: Path):
         (tmp_path / "claims" / "c.yaml").write_text(CONTRACT.replace("EXPERIMENT", experiment))
         command = [sys.executable, str(script), "nightly", "--profile", "cpu", "--contracts", "claims", "--out", "out"]
         given = ["--teacher", str(teacher_path()), "--student", str(student_path())]
-        env = {**os.environ, "PYTHONPATH": TESTS, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": TESTS, "XDG_RUNTIME_DIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [*command, *given, *options],
             cwd=tmp_path,
@@ -173,7 +173,7 @@ def test_the_exit_code_is_that_of_falsify_and_the_log_has_times(night, tmp_path:
 
 def test_never_two_at_once(night, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    for lock in (tmp_path / "out" / ".nightly.lock", tmp_path / "tmp" / f"q4kd-nightly-{os.getuid()}.lock"):
+    for lock in (tmp_path / "out" / ".nightly.lock", tmp_path / "tmp" / "q4kd-nightly.lock"):
         with FileLock(lock):
             out, err = (process := night()).communicate(timeout=60)
         assert process.returncode == 2
@@ -219,12 +219,32 @@ def test_old_bundles_go_but_never_the_last_green_one(tmp_path: Path) -> None:
     codes = {"1": 0, "2": 0, "3": 1, "4": None, "5": 2}
     paths = {name: bundle(tmp_path, name, code) for name, code in codes.items()}
     assert [is_green(path) for path in paths.values()] == [True, True, False, False, False]
-    assert prune_bundles(tmp_path, Bounds(keep=5, max_bytes=10**9)) == []
-    assert prune_bundles(tmp_path, Bounds(keep=3, max_bytes=10**9)) == [paths["1"], paths["3"]]
-    assert prune_bundles(tmp_path, Bounds(keep=3, max_bytes=1)) == [paths["4"]]
+    assert prune_bundles(packed_in(tmp_path), Bounds(keep=5, max_bytes=10**9)) == []
+    assert prune_bundles(packed_in(tmp_path), Bounds(keep=3, max_bytes=10**9)) == [paths["1"], paths["3"]]
+    assert prune_bundles(packed_in(tmp_path), Bounds(keep=3, max_bytes=1)) == [paths["4"]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2.tar.gz", "5.tar.gz"]
     (tmp_path / "6.tar.xz").write_bytes(b"newer than all, in the format of today")
-    assert prune_bundles(tmp_path, Bounds(keep=2, max_bytes=10**9)) == [paths["5"]]
+    assert prune_bundles(packed_in(tmp_path), Bounds(keep=2, max_bytes=10**9)) == [paths["5"]]
+
+
+def test_a_night_leaves_what_is_not_a_nights(night, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("work/thesis/a.txt", "logs/app1.log", "logs/app2.log", "bundles/b1.tar.gz", "bundles/b2.tar.gz"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("years of work")
+    for _ in range(2):
+        said, err = (process := night("measure", "--keep", "1", "--again")).communicate(timeout=120)
+        assert process.returncode == 0, said + err
+    assert len([path for path in out.rglob("*") if path.is_file() and path.read_bytes() == b"years of work"]) == 5
+    assert len(list((out / "bundles").glob("*.tar.xz"))) == 1  # its own of before was pruned
+    assert (out / "site" / "index.html").is_file() and (out / "kills" / "cpu" / "records.json").is_file()
+    (out / "site" / "index.html").write_text("a page of mine")
+    _, err = (process := night("measure", "--again")).communicate(timeout=60)
+    assert process.returncode == 2
+    assert (
+        "site/index.html: expected nothing, or what q4kd made, got a file that was changed since q4kd wrote it" in err
+    )
+    assert (out / "site" / "index.html").read_text() == "a page of mine"
 
 
 def test_preflight_names_what_a_night_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

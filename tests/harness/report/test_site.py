@@ -162,3 +162,18 @@ def test_more_bundles_than_anybody_reads_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(index, "MAX_BUNDLES", 1)
     with pytest.raises(InputError, match="at most 1 bundles"):
         write_site(tmp_path / "bundles", tmp_path / "site")
+
+
+def test_pages_and_reports_of_somebody_are_left(tmp_path: Path) -> None:
+    list(build_history(tmp_path, [0.8]))
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("index.html", "profile-cpu.html"):
+        (site / name).write_text("mine")
+        with pytest.raises(InputError, match="that q4kd did not make"):
+            write_site(tmp_path / "bundles", site)
+        assert (site / name).read_text() == "mine"
+        (site / name).unlink()
+    (site / "reports" / "cpu-0123456789ab.html").write_text("mine")
+    assert write_site(tmp_path / "bundles", site) == write_site(tmp_path / "bundles", site) == (1, 0)
+    assert (site / "reports" / "cpu-0123456789ab.html").read_text() == "mine"

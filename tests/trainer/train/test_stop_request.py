@@ -34,7 +34,7 @@ def test_all_processes_stop_when_one_has_heard() -> None:
         @staticmethod
         def reduce(mine: torch.Tensor, reduction: str) -> torch.Tensor:
             assert reduction == "sum"
-            return mine + torch.tensor([0, 1])  # the other one heard SIGTERM
+            return mine + torch.tensor([0, 1, 0])  # the other one heard SIGTERM
 
     with StopRequest() as stop:
         assert stop.signal_number == 0

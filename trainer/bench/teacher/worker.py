@@ -38,7 +38,7 @@ class WorkerArm:
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", module, *arguments]
+        self._command = [sys.executable, "-P", "-m", module, *arguments]
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._process: subprocess.Popen[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="q4kd-bench-")

@@ -42,14 +42,18 @@ def open_index(folder: Path, key: CacheKey, k: int, shard_bytes: int) -> CacheIn
     Finished shards are checked by digest; those that are missing or damaged are forgotten, and so made anew.
 
     Raises:
-        InputError: when the folder holds a cache of another key or k.
+        InputError: when the folder holds a cache of another key or k, or shards without an index.
     """
-    for path in [*folder.glob(".signal-*.tmp"), *folder.glob(f".{INDEX_FILE}.*.tmp")]:
-        path.unlink()
     if not (folder / INDEX_FILE).is_file():
+        if (found := next(folder.glob("signal-*"), None)) is not None:
+            got, remedy = "shards without their index", "choose another --out, or move them away"
+            raise InputError(str(found), expected=f"no shard where {INDEX_FILE} is not", got=got, remedy=remedy)
         return CacheIndex(folder, key, k, {}, windows_per_shard(k, key.rows, key.seq_len, shard_bytes))
     index = read_index(folder)
     check_key(index, key)
+    # The index is proof that these are a writer's own.
+    for path in [*folder.glob(".signal-*.tmp"), *folder.glob(f".{INDEX_FILE}.*.tmp")]:
+        path.unlink()
     if index.k != k:
         expected, remedy = f"k of the cache in {folder}: {index.k}", "choose another --out"
         raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)

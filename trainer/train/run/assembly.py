@@ -14,10 +14,11 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
 from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, RunFolderError, printable_path
 from q4kd.trainer.events import EventLog
-from q4kd.trainer.files import sha256_file, write_json
+from q4kd.trainer.files import sha256_file, share_mode, write_json
 from q4kd.trainer.loss.config import IGNORE_INDEX
+from q4kd.trainer.made import MadeThings
 from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.student.model import (
     DistillationModel,
@@ -32,6 +33,8 @@ from q4kd.trainer.train.checkpoint import explain_difference, list_checkpoints, 
 from q4kd.trainer.train.distributed import describe_processes, make_accelerator, prepare_model, reshard, whole_state
 from q4kd.trainer.train.guards import check_labels
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
+from q4kd.trainer.train.run.folder import DRAFTS, kept
+from q4kd.trainer.train.run.identity import InputDigests, explain_other_input
 from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
@@ -82,6 +85,7 @@ class Run:
         adapted: peft's model around the student; None when every weight is trained.
         tokenizer: tokenizer of the student.
         source: what the student learns from.
+        digests: which files teacher and student are.
         total_steps: steps of the full run.
         last_step: the step at which it ends; a smoke run ends earlier than the full one.
     """
@@ -95,6 +99,7 @@ class Run:
     source: RunSource
     data: TrainingData
     events: EventLog
+    digests: InputDigests
     total_steps: int
     last_step: int
 
@@ -116,8 +121,20 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must repeat: config, number of processes that share a batch, the cache's teacher."""
-        return {**self.config.to_json(), "processes": self.accelerator.num_processes, **self.source.settings()}
+        """What a resumed run must repeat: config, number of processes that share a batch, and its inputs."""
+        shared = {"processes": self.accelerator.num_processes, **self.source.settings()}
+        return {**self.config.to_json(), **shared, **self.inputs}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The digests of teacher, student and held-out data, each by its name in a checkpoint's settings.
+
+        The digest of the training data has a place of its own there. A stream's held-out tokens are as many as
+        ``eval_tokens`` asks for, which may change.
+        """
+        held_out = self.data.held_out.tokens.sha256
+        is_bound = self.config.held_out is not None or not self.config.streaming
+        return {**self.digests.as_settings(), **({"held_out_sha256": held_out} if is_bound else {})}
 
     def batch(self, step: int) -> Batch:
         """Return this process's share of a step's batch, on its device."""
@@ -148,6 +165,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     # The accelerator comes first, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
     announce(describe_processes(accelerator))
+    digests = InputDigests(None if placement is None else config.teacher, config.student)
     online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
@@ -171,6 +189,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
         source=source,
         data=data,
         events=events,
+        digests=digests,
         total_steps=total,
         last_step=min(total, config.max_steps or total),
     )
@@ -194,35 +213,42 @@ def prepare_student(
 
 def write_run_file(run: Run) -> None:
     """Write ``run.json``, which says what this run is made of; exports read it."""
-    student = run.config.student
+    student, digests = run.config.student, run.digests.as_settings()
     document = {
         "version": RUN_FILE_VERSION,
         "config": run.config.to_json(),
         "processes": run.accelerator.num_processes,
         "steps": run.total_steps,
         "data_sha256": run.data.sha256,
-        "student": {"folder": student.name, "config_sha256": sha256_file(student / "config.json")},
-        "teacher": run.source.describe(),
+        "student": {
+            "folder": student.name,
+            "config_sha256": sha256_file(student / "config.json"),
+            "sha256": digests["student_sha256"],
+        },
+        "teacher": run.source.describe(digests.get("teacher_sha256", "")),
     }
     write_json(run.config.out / "run.json", document)
 
 
 def restore(run: Run) -> Progress:
-    """Continue from the newest checkpoint of a run with the same settings and data; return how far it was.
+    """Continue from the newest checkpoint of a run with the same settings and inputs; return how far it was.
 
     The sequences of a step may be spread over another number of processes or micro-batches.
 
     Raises:
-        InputError: when settings or data differ, or the checkpoint is damaged.
+        InputError: when settings, teacher, student or data differ, or the checkpoint is damaged.
     """
     path = list_checkpoints(run.config.out)[-1]
     state = read_state(path)
     is_same = _sequences_per_step(state.config) == _sequences_per_step(run.settings)
-    difference = explain_difference(state.config, run.settings, RESUMABLE.union(SPLIT if is_same else ()))
+    inputs = run.inputs
+    difference = explain_difference(state.config, run.settings, RESUMABLE.union(inputs, SPLIT if is_same else ()))
     if difference or state.data_sha256 != run.data.sha256:
         expected, got = "the settings and data of that run", difference or "other training data"
         remedy = "repeat its settings, or start a new run in another folder"
         raise InputError(f"--resume from {path}", expected=expected, got=got, remedy=remedy)
+    if other := explain_other_input(path, state.config, inputs):
+        raise other
     # Tensors are loaded into shards: a weight that is still whole would be dropped for its old shard.
     reshard(run.model)
     restore_checkpoint(path, run.unwrapped.student, run.optimizer, run.accelerator)
@@ -238,15 +264,28 @@ def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
 
 
 def write_model(run: Run) -> None:
-    """Write ``model/`` for transformers, and ``adapter/`` for peft with LoRA; all processes must call it together."""
+    """Write ``model/`` for transformers, and ``adapter/`` for peft with LoRA; all processes must call it together.
+
+    Each is written under another name and renamed, so that what is there is whole and is known to be the run's own.
+
+    Raises:
+        RunFolderError: when something else has come to lie under its name since the run began.
+    """
     student = run.unwrapped.student
     state = whole_state(student, run.is_main)
     if not run.is_main:
         return
-    folder = run.config.out / "model"
-    if run.adapted is not None:
-        save_adapter(run.adapted, run.config.out / "adapter", state)
-        state = merged_state(run.adapted, state)
-    student.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    run.tokenizer.save_pretrained(folder)
-    print(f"Model written to {folder}", flush=True)
+    made = MadeThings(run.config.out)
+    try:
+        if run.adapted is not None:
+            save_adapter(run.adapted, made.begin(DRAFTS["adapter"]), state)
+            made.publish(DRAFTS["adapter"], "adapter")
+            state = merged_state(run.adapted, state)
+        draft = made.begin(DRAFTS["model"])
+        student.save_pretrained(draft, state_dict=state, safe_serialization=True)
+        run.tokenizer.save_pretrained(draft)
+        share_mode(draft, "config.json")
+        folder = made.publish(DRAFTS["model"], "model")
+    except InputError as error:
+        raise RunFolderError(f"the final model cannot be written: {error}; {kept(run.config.out)}") from error
+    print(f"Model written to {printable_path(folder)}", flush=True)

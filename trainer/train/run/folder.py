@@ -1,6 +1,7 @@
 """The folder of a run: one run holds it at a time, no run overwrites another, and a failed step is kept in it."""
 
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,19 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.errors import InputError, RunFolderError, unwritable
-from q4kd.trainer.files import write_json
+from q4kd.trainer.files import read_json, write_json
+from q4kd.trainer.made import MadeThings
 from q4kd.trainer.train.checkpoint import list_checkpoints
 
+# What a finished run leaves, and what it writes each of these as; an earlier leg's is deleted when a run begins.
+PUBLISHED = ("model", "adapter")
+DRAFTS = {name: f".{name}.tmp" for name in PUBLISHED}
+# Files that a run replaces, each with fields that those of a run have.
+_RECORDS = {"run.json": ("config", "data_sha256"), "summary.json": ("steps", "wall_seconds")}
+_STEP_FOLDER = re.compile(r"\.?step-\d{6,12}(\.tmp)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -58,6 +67,77 @@ def check_run_folder(out: Path, resume: bool) -> None:
     if resume and not present:
         remedy = "start the run without --resume"
         raise InputError(f"--resume in {out}", expected="a checkpoint", got="none", remedy=remedy)
+
+
+def check_own_paths(config: DistillConfig) -> None:
+    """Refuse a run that would delete or replace what no run made: an input of its own, a link, somebody's files.
+
+    Raises:
+        InputError: naming the file or folder, before anything is trained or deleted.
+    """
+    out = config.out
+    _check_inputs(config)
+    MadeThings(out).check(*PUBLISHED, *DRAFTS.values())
+    for name, fields in _RECORDS.items():
+        path = out / name
+        if path.is_symlink() or path.exists():
+            _check_record(path, fields)
+    checkpoints = out / "checkpoints"
+    for folder in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
+        if _STEP_FOLDER.fullmatch(folder.name):
+            _check_checkpoint(folder)
+
+
+def _check_inputs(config: DistillConfig) -> None:
+    """Refuse inputs that lie where a run writes."""
+    out = config.out.resolve()
+    owned = [out / name for name in (*PUBLISHED, *DRAFTS.values(), "checkpoints", "aborted")]
+    # A link at such a name leads elsewhere, and what is there would be written through it.
+    owned += [path.resolve() for path in owned]
+    given = {
+        "--student": config.student,
+        "--teacher": config.teacher,
+        "--data": config.data,
+        "--held-out": config.held_out,
+        "--teacher-cache": config.teacher_cache,
+    }
+    for option, path in given.items():
+        if path is None:
+            continue
+        place = path.resolve()
+        inside = next((own for own in owned if place == own or own in place.parents), None)
+        if option == "--student" and place == out:
+            inside = out
+        if inside is not None:
+            got, remedy = f"one that the run writes to ({inside})", "choose another --out, or move the input"
+            raise InputError(f"{option} {path}", expected="a place of its own", got=got, remedy=remedy)
+
+
+def _check_record(path: Path, fields: tuple[str, ...]) -> None:
+    remedy = "move it elsewhere, or choose another --out: the run writes a file of this name"
+    got = "a link"
+    if not path.is_symlink():
+        try:
+            document = read_json(path)
+        except InputError as error:
+            document, got = None, error.got
+        else:
+            got = "other JSON"
+        if isinstance(document, dict) and all(name in document for name in fields):
+            return
+    raise InputError(str(path), expected="nothing, or that of an earlier run", got=got, remedy=remedy)
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Refuse a folder that pruning would delete although it holds more than a checkpoint, or is a link."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    foreign = next((name for name in names if not name.endswith((".safetensors", ".json", ".tmp"))), None)
+    complete = folder.name.startswith(".") or "state.json" in names
+    if folder.is_symlink() or not folder.is_dir() or foreign is not None or not complete:
+        subject = folder if foreign is None else folder / foreign
+        got = "a link" if folder.is_symlink() else "something else"
+        remedy = "move it elsewhere, or choose another --out: a run deletes its older checkpoints"
+        raise InputError(str(subject), expected="nothing but checkpoints of a run", got=got, remedy=remedy)
 
 
 @contextmanager

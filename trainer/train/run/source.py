@@ -12,7 +12,6 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.device.memory_report import Residency
-from q4kd.trainer.files import sha256_file
 from q4kd.trainer.loss.signal import TeacherSignal
 from q4kd.trainer.teacher.cache.cached_teacher import CachedTeacher, open_cached_teacher
 from q4kd.trainer.teacher.teacher import Teacher
@@ -33,10 +32,10 @@ class OnlineSource:
         """Return what a resumed run must find again beside its settings: nothing."""
         return {}
 
-    def describe(self) -> dict[str, str | int]:
-        """Return what run.json says of the teacher. Its file is read whole, for the digest."""
+    def describe(self, sha256: str) -> dict[str, str | int]:
+        """Return what run.json says of the teacher, whose file has this digest."""
         path = self.teacher.model.path
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
     def residency(self) -> Residency:
         """Return what the teacher holds in memory."""
@@ -62,8 +61,8 @@ class CachedSource:
         """Return what a resumed run must find again beside its settings: the cache's teacher."""
         return {"cached_teacher": self.cached.identity}
 
-    def describe(self) -> dict[str, str | int]:
-        """Return what run.json says of the teacher."""
+    def describe(self, _sha256: str) -> dict[str, str | int]:
+        """Return what run.json says of the teacher, of whom the cache keeps the digest."""
         return self.cached.describe()
 
     def residency(self) -> None:

@@ -187,7 +187,7 @@ def test_an_environment_that_imports_read_is_not_shared(server, tmp_path, env):
 
 def test_another_program_is_never_forked(server, tmp_path):
     assert server.start([sys.executable, "-c", "pass"], tmp_path, server._env) is None
-    assert server.start([sys.executable, "-m", "q4kd.harness", "doctor"], tmp_path, server._env) is None
+    assert server.start([sys.executable, "-P", "-m", "q4kd.harness", "doctor"], tmp_path, server._env) is None
 
 
 def test_a_process_with_threads_or_with_cuda_is_unfit():
@@ -253,4 +253,4 @@ def test_isolation_by_process_starts_no_server(tmp_path):
     runner = ExperimentRunner(tmp_path / "b", Inputs(tmp_path / "i", "cpu"), "cpu", isolation="process")
     runner.prepare_forks(["kd-vs-control"])
     assert runner._server is None
-    assert LAUNCHER[2] == fork_server.PROGRAM
+    assert LAUNCHER[3] == fork_server.PROGRAM

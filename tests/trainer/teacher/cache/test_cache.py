@@ -281,6 +281,19 @@ def test_a_writer_refuses_what_is_there_already_and_what_cannot_be(
     assert contents(cache) == before
 
 
+def test_shards_and_drafts_of_somebody_are_left(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".signal-notes.tmp").write_bytes(b"mine")
+    (tmp_path / "signal-000000.safetensors").write_bytes(b"mine")
+    assert make(corpus, tmp_path, "--k", "16") == 2
+    assert "expected no shard where cache.json is not" in capsys.readouterr().err
+    assert (tmp_path / "signal-000000.safetensors").read_bytes() == b"mine"
+    (tmp_path / "signal-000000.safetensors").unlink()
+    assert make(corpus, tmp_path, "--k", "16") == 0
+    assert (tmp_path / ".signal-notes.tmp").read_bytes() == b"mine"
+
+
 def test_several_processes_and_a_full_disk_are_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
