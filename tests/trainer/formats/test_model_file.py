@@ -15,7 +15,6 @@ from teachers import load_quietly
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import expected_shapes, read_dimensions
-from q4kd.trainer.formats.gguf.header import check_header
 from q4kd.trainer.formats.open import open_model
 
 
@@ -203,10 +202,10 @@ def test_huge_counts_are_refused_at_once(tmp_path: Path) -> None:
     body = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, 1 << 40)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + body)
     with pytest.raises(InputError, match="at most"):
-        check_header(path)
+        open_model(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0))
     with pytest.raises(InputError, match="at most"):
-        check_header(path)
+        open_model(path)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
