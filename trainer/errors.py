@@ -56,9 +56,9 @@ def outside(subject: str, value: float, low: float, high: float) -> InputError:
     return InputError(subject, expected=f"{low} to {high}", got=str(value), remedy="choose a number in between")
 
 
-def printable(text: str) -> str:
-    """Return a text with "?" for each character that could steer a terminal, or that no encoding can write."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def for_terminal(text: object) -> str:
+    """Return a text, such as a path, with "?" for each character that could steer a terminal or cannot be encoded."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from q4kd.trainer.errors import FileChangedError, InputError, printable, unreadable
+from q4kd.trainer.errors import FileChangedError, InputError, for_terminal, unreadable
 
 
 class WatchedFile:
@@ -118,4 +118,4 @@ _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_bus_error)
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"q4kd: {printable(line)}\n".encode(errors="replace"))
+        os.write(2, f"q4kd: {for_terminal(line)}\n".encode(errors="replace"))
