@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from q4kd.harness.runs.user_inputs import GivenFiles
-from q4kd.trainer.errors import InputError, printable_path
+from q4kd.trainer.errors import InputError, for_terminal
 from q4kd.trainer.files import read_json
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def falsify(
         from q4kd.harness.bundle.signing import sign_bundle
 
         print(f"\nsigned by {sign_bundle(bundle, sign)}")
-    shown = printable_path(Path(os.path.relpath(bundle)) if bundle.is_relative_to(Path.cwd()) else bundle)
+    shown = for_terminal(Path(os.path.relpath(bundle)) if bundle.is_relative_to(Path.cwd()) else bundle)
     if (bundle / "findings.json").is_file():
         print(f"\nevidence: {shown}\nverify it with: q4kd evidence verify {shown}", flush=True)
     else:

@@ -60,7 +60,9 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events.start()
         events.emit("imports_done")
         check_sources(config)
+        started = time.monotonic()
         placement = place_run_teacher(config)
+        events.emit("phase", phase="open", what="teacher opened", seconds=time.monotonic() - started)
         _check_memory(config, placement, events, is_main)
         with explaining_memory(config, placement, lambda: None):
             run = assemble(config, placement, events, is_main)

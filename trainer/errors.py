@@ -56,14 +56,14 @@ def outside(subject: str, value: float, low: float, high: float) -> InputError:
     return InputError(subject, expected=f"{low} to {high}", got=str(value), remedy="choose a number in between")
 
 
+def for_terminal(text: object) -> str:
+    """Return a text, such as a path, with "?" for each character that could steer a terminal or cannot be encoded."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
+
+
 def first_line(error: Exception) -> str:
     """Return an error's type and message in at most 160 characters of one line, to be what was got."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-
-
-def printable_path(path: Path | str) -> str:
-    """Return a path as a terminal may show it: a name can hold escapes, which are shown as ``?``."""
-    return "".join(char if char.isprintable() else "?" for char in str(path))
 
 
 class FrozenTeacherError(InputError):
@@ -85,9 +85,9 @@ class DegenerateDistillationError(InputError):
 class TrainingAborted(Exception):  # noqa: N818 - the run ended early; it is the event, not only the error, that matters
     """Training stopped before its last step. Its message says where and why; ``exit_code`` is the command's.
 
-    1 another reason · 65 loss or gradient not finite · 74 the run's folder cannot be written · 75 out of memory ·
-    129 stopped by SIGHUP · 130 by SIGINT · 143 by SIGTERM. (124, a hang, needs no exception: nobody is there to catch
-    it.)
+    1 another reason · 65 loss or gradient not finite · 66 a model file was changed while it was in use · 74 the run's
+    folder cannot be written · 75 out of memory · 129 stopped by SIGHUP · 130 by SIGINT · 143 by SIGTERM. (124, a hang,
+    needs no exception: nobody is there to catch it.)
     """
 
     exit_code = 1
@@ -107,6 +107,22 @@ class NotFiniteError(TrainingAborted):
         self.terms = dict(terms)
         said = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in terms.items())
         super().__init__(message or f"{said}: not finite, no update made")
+
+
+class FileChangedError(TrainingAborted):
+    """A model file that is read as it lies was cut or written to while it was in use.
+
+    Args:
+        path: the file.
+        num_bytes: its bytes when it was opened.
+        got: what was found.
+    """
+
+    exit_code = 66  # EX_NOINPUT
+
+    def __init__(self, path: Path, num_bytes: int, got: str) -> None:
+        expected, remedy = f"the {num_bytes:,} bytes that were opened", "restore it, and continue a run with --resume"
+        super().__init__(f"{path}: expected {expected}, got {got}: it was changed while it was in use; {remedy}")
 
 
 class RunFolderError(TrainingAborted):

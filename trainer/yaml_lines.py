@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import yaml
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, for_terminal
 
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 64
@@ -67,7 +67,7 @@ class Document:
 
 def printable(text: str, limit: int = 160) -> str:
     """Return ``text`` on one line with control characters shown as ``?``, cut at ``limit`` characters."""
-    clean = "".join(c if c.isprintable() else "?" for c in text.strip())
+    clean = for_terminal(text.strip())
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 

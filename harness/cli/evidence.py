@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q4kd.harness.cli.help import Commands, add_path
-from q4kd.trainer.errors import InputError, printable_path
+from q4kd.trainer.errors import InputError, for_terminal
 
 # A damaged bundle may have thousands of problems; a screen of them says as much.
 _SHOWN = 50
@@ -102,7 +102,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _sign(args: argparse.Namespace) -> int:
     from q4kd.harness.bundle.signing import sign_bundle
 
-    print(f"{printable_path(args.bundle)}: signed by {sign_bundle(args.bundle, args.key)}")
+    print(f"{for_terminal(args.bundle)}: signed by {sign_bundle(args.bundle, args.key)}")
     return 0
 
 
@@ -113,7 +113,7 @@ def _pack(args: argparse.Namespace) -> int:
         remedy = "name the folder that `q4kd falsify` finished"
         raise InputError(str(args.bundle), expected="a sealed bundle", got=f"no {MANIFEST}", remedy=remedy)
     target = pack(args.bundle.resolve(), args.out)
-    print(f"{printable_path(target)}: {target.stat().st_size:,} bytes")
+    print(f"{for_terminal(target)}: {target.stat().st_size:,} bytes")
     return 0
 
 
@@ -141,7 +141,7 @@ def _report(args: argparse.Namespace) -> int:
         raw = os.path.relpath(bundle, target.resolve().parent) + "/" if bundle.is_dir() else None
         text = render(store, raw)
     write_atomic(target, text.encode())
-    print(printable_path(target))
+    print(for_terminal(target))
     return 0
 
 
@@ -186,7 +186,6 @@ def _index(args: argparse.Namespace) -> int:
         raise InputError(str(args.folder), expected="a folder of bundles", got="no such folder", remedy=remedy)
     site = args.out or args.folder
     count, unreadable = write_site(args.folder, site)
-    print(
-        f"{printable_path(site / 'index.html')}: {count} bundles" + (f", {unreadable} unreadable" if unreadable else "")
-    )
+    left_out = f", {unreadable} unreadable" if unreadable else ""
+    print(f"{for_terminal(site / 'index.html')}: {count} bundles{left_out}")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q4kd.harness.cli.help import Commands, add_path
-from q4kd.trainer.errors import InputError, printable_path
+from q4kd.trainer.errors import InputError, for_terminal
 
 if TYPE_CHECKING:
     from q4kd.trainer.export.model_card import Evidence
@@ -70,7 +70,7 @@ def _export(args: argparse.Namespace) -> int:
     out: Path = args.out or args.source.resolve().parent / default
     _refuse_existing(out)
     for line in () if source.record is None else source.record.missing:
-        print(f"note: {printable_path(line)}")
+        print(f"note: {for_terminal(line)}")
     try:
         if args.format == "gguf":
             return _export_gguf(source, out, recipe)
@@ -94,10 +94,10 @@ def _export_hf(source: "ExportSource", out: Path, dtype: str | None, evidence: "
     from q4kd.trainer.export.to_huggingface import export_hf
 
     report = export_hf(source, out, dtype=dtype, evidence=evidence)
-    size = sum(size for size, _ in report.files.values())
-    print(f"{printable_path(out)}: {report.dtype}, {size:,} bytes of weights, model card")
+    num_bytes = sum(size for size, _ in report.files.values())
+    print(f"{for_terminal(out)}: {report.dtype}, {num_bytes:,} bytes of weights, model card")
     for name, (_size, digest) in report.files.items():
-        print(f"sha256 {digest}  {printable_path(name)}")
+        print(f"sha256 {digest}  {for_terminal(name)}")
     return 0
 
 
@@ -107,13 +107,13 @@ def _export_gguf(source: "ExportSource", out: Path, recipe: str) -> int:
     notes = _notes(source.record)
     report = export_gguf(source, out, recipe=recipe, notes=notes, progress=_progress())
     types = ", ".join(f"{count} x {name}" for name, count in sorted(report.tensors.items()))
-    print(f"{printable_path(out)}: {recipe}, {report.num_bytes:,} bytes, tensors {types}")
+    print(f"{for_terminal(out)}: {recipe}, {report.num_bytes:,} bytes, tensors {types}")
     if recipe.endswith(("_k", "_k_m")) and not {"Q4_K", "Q6_K"} & set(report.tensors):
         print(f"note: no row is a multiple of 256 weights, so {recipe} holds no superblock; see the types above")
     lossy = {name: worst for name, worst in sorted(report.round_trip.items()) if worst[0]}
     errors = "; ".join(f"{name} at most {error:.2%} ({tensor})" for name, (error, tensor) in lossy.items())
     print(f"read back: tokens and dimensions equal; relative error of a tensor: {errors or 'none'}")
-    print(f"sha256 {report.sha256}  {printable_path(out.name)}")
+    print(f"sha256 {report.sha256}  {for_terminal(out.name)}")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 from q4kd.harness.cli.completion import complete
 from q4kd.harness.cli.help import Commands, format_commands
 from q4kd.harness.cli.output import Interrupt, guarded_streams
-from q4kd.trainer.errors import InputError, TrainingAborted
+from q4kd.trainer.errors import InputError, TrainingAborted, for_terminal
 
 _DESCRIPTION = "Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about it."
 USAGE_EXIT = 2
@@ -131,9 +131,7 @@ def _report(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     if not message:  # another process of the run says it
         return code
-    line = " ".join(message.split())
-    # A message may quote a hostile file; control characters must not reach the terminal.
-    line = "".join(char if char.isprintable() else "?" for char in line)
+    line = for_terminal(" ".join(message.split()))  # A message may quote a hostile file.
     hint = "; run with --debug for the traceback" if code == DEFECT_EXIT and not debug else ""
     print(f"q4kd: {line}{hint}", file=sys.stderr)
     return code

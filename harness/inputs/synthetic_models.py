@@ -4,6 +4,7 @@ Their weights are random but alive: scales are chosen so that every layer change
 a divisor that is left out shows.
 """
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,18 @@ BROKEN_GGUF: dict[str, Callable[[gguf.GGUFWriter], None]] = {
 def write_truncated(path: Path, source: Path) -> None:
     """Write all but the last 4,096 bytes of a model."""
     path.write_bytes(source.read_bytes()[:-4096])
+
+
+def write_moved(path: Path, source: Path, name: str, to: str, by: int = 0) -> None:
+    """Write a copy whose header lets tensor ``name`` begin ``by`` bytes behind the beginning of tensor ``to``."""
+    data = bytearray(source.read_bytes())
+
+    def place(tensor: str) -> int:
+        at = data.index(struct.pack("<Q", len(tensor)) + tensor.encode()) + 8 + len(tensor)
+        return at + 4 + 8 * int(struct.unpack_from("<I", data, at)[0]) + 4
+
+    struct.pack_into("<Q", data, place(name), struct.unpack_from("<Q", data, place(to))[0] + by)
+    path.write_bytes(data)
 
 
 def write_nan_scale(path: Path, source: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError, unwritable
+from q4kd.trainer.errors import InputError, for_terminal, unwritable
 
 SCHEMA = "q4kd-fidelity/1"
 _DENSE_RECIPES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
@@ -167,7 +167,7 @@ def _identity(given: Path, path: Path, model: Any) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(for_terminal(line), file=sys.stderr, flush=True)
 
 
 def _progress(tokens: int) -> Callable[[int, int, float], None]:
@@ -209,7 +209,7 @@ def describe(report: dict[str, Any]) -> str:
         "",
         _answer(report),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(for_terminal, lines))
 
 
 def _answer(report: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from q4kd.trainer.errors import InputError, unwritable
+from q4kd.trainer.errors import InputError, for_terminal, unwritable
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,7 +50,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1, sort_keys=True))
         return 0
-    print(f"{args.model}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
+    name = for_terminal(args.model)
+    print(f"{name}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
     for key, value in facts["config"].items():
         print(f"  {key:<16} {value}")
     for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):
@@ -99,6 +100,7 @@ def _logits(args: argparse.Namespace) -> int:
             np.lib.format.write_array(file, logits[0] if ids.ndim == 1 else logits, allow_pickle=False)
     except OSError as error:
         raise unwritable(f"--out {args.out}", error, "a writable path") from error
-    print(f"logits: {ids.size} positions x {logits.shape[-1]} in {time.monotonic() - started:.2f} s -> {args.out}")
+    said = f"{ids.size} positions x {logits.shape[-1]} in {time.monotonic() - started:.2f} s"
+    print(f"logits: {said} -> {for_terminal(args.out)}")
     events.emit("done", step=0)
     return 0

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.mapped import MappedFile
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,19 @@ class PackedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """A checked model file. The tensors are views of a private memory map: nothing is read before it is used."""
+    """A checked model file. The tensors are views of a private memory map: nothing is read before it is used.
+
+    ``metadata`` of a GGUF hold a ``MetadataArray`` for every array, and ``tokens`` are one: the strings are decoded
+    when the first is asked for. ``mapped`` is the map.
+    """
 
     path: Path
     config: TeacherConfig
     tensors: Mapping[str, PackedTensor]
-    tokens: tuple[str, ...]
+    tokens: Sequence[str]
     metadata: Mapping[str, Any]
     file_bytes: int
+    mapped: MappedFile
 
     @property
     def tensor_bytes(self) -> int:

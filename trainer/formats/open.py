@@ -1,5 +1,6 @@
 """Open a teacher file with the reader of its container."""
 
+import stat
 from pathlib import Path
 
 from q4kd.trainer.errors import InputError, missing_path_remedy
@@ -18,6 +19,10 @@ def open_model(path: Path) -> ModelFile:
             implemented, or whose shapes contradict its metadata.
     """
     try:
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # A pipe would be waited for.
+            expected, got = "a file that can be mapped", "a pipe, socket or device"
+            raise InputError(str(path), expected=expected, got=got, remedy="write it to a file first")
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:

@@ -84,6 +84,7 @@ class Teacher:
         Raises:
             InputError: for ids out of range, another rank, more positions than the context length, or starts that
                 fall, or lie behind their position.
+            FileChangedError: on the CPU, when the file that the weights lie in was changed.
         """
         self._check_ids(ids_BT)
         if starts_BT is not None:
@@ -102,6 +103,8 @@ class Teacher:
 
     def _checked_hidden(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         device = self._forward.device
+        if device.type == "cpu":  # Elsewhere the weights are a copy.
+            self.model.mapped.check_unchanged()
         return self._forward.hidden(ids_BT.to(device), None if starts_BT is None else starts_BT.to(device))
 
     @torch.no_grad()
@@ -201,6 +204,7 @@ def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Cal
 
     Raises:
         InputError: when the weights cannot fit, or hold what is not a number.
+        FileChangedError: when the file was changed since it was opened.
     """
     check_fits(placement)
     _say_choice(placement, events, announce)
@@ -211,6 +215,7 @@ def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Cal
         announce(f"dequantizing {model.config.num_layers} layers to F32 ({quantised} K-quant tensors)")
     started = time.monotonic()
     teacher = Teacher(placement)
+    model.mapped.check_unchanged()
     held = teacher.residency()
     events.emit("teacher_ready", seconds=time.monotonic() - started, **vars(held))
     announce(

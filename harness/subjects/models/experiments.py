@@ -15,6 +15,7 @@ from q4kd.harness.inputs.synthetic_models import (
     BROKEN_GGUF,
     MODELS,
     model_ids,
+    write_moved,
     write_nan_scale,
     write_small_model,
     write_truncated,
@@ -132,6 +133,11 @@ def _cases(inputs: Inputs) -> list[tuple[str, Path, Path]]:
         plain = functools.partial(write_small_model, model=llama, change=change)
         add(case, f"{case.replace(' ', '-')}.gguf", plain, twin)
     add("truncated", "truncated.gguf", functools.partial(write_truncated, source=twin), twin)
+    # Both would load: attn_q and attn_output of this layer have one type and shape, and ffn_up is F16.
+    query, up = "blk.1.attn_q.weight", "blk.1.ffn_up.weight"
+    overlap = functools.partial(write_moved, source=twin, name="blk.1.attn_output.weight", to=query)
+    add("overlapping tensors", "overlapping.gguf", overlap, twin)
+    add("shifted tensor", "shifted.gguf", functools.partial(write_moved, source=twin, name=up, to=up, by=32), twin)
     add("NaN scale", "nan-scale.gguf", functools.partial(write_nan_scale, source=twin), twin)
     add("a folder", "folder.gguf", lambda path: path.mkdir(), twin)
     apr = small_apr(inputs, "qwen2")

@@ -1,8 +1,9 @@
 """Faults in reading model files: an architecture half implemented, a check left out, two tensors exchanged."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from q4kd.harness.runs.faults import Call, declare, patch, replace
 
@@ -59,6 +60,27 @@ def _apr_gate_up_swapped(original: Callable[..., str | None], *arguments: object
     return ".".join(swap.get(part, part) for part in str(original(*arguments)).split("."))
 
 
+@patch(
+    "vocabulary",
+    "gguf-strings-shifted",
+    "the strings of a GGUF's arrays are read one entry late",
+    "q4kd.trainer.formats.gguf.metadata:string_ends",
+)
+def _strings_shifted(original: Callable[..., Any], data: memoryview, start: int, count: int) -> Any:
+    return original(data, start, count)[[*range(1, count), count - 1]] if count else original(data, start, count)
+
+
+@patch(
+    "quantisation",
+    "gguf-data-shifted",
+    "the data of a GGUF's tensors are looked for 8 bytes early, as without the padding behind the header",
+    "q4kd.trainer.formats.gguf.header:read_header",
+)
+def _data_shifted(original: Callable[..., Any], *arguments: object) -> Any:
+    header = original(*arguments)
+    return dataclasses.replace(header, data_start=header.data_start - 8)
+
+
 def _unchecked(target: str, answer: object) -> None:
     replace(target, lambda _original: lambda *_arguments, **_options: answer)
 
@@ -69,6 +91,11 @@ for _name, _title, _target in (
         "metadata-unchecked",
         "metadata that change the model are ignored",
         "q4kd.trainer.formats.gguf.reader:_refuse_unsupported",
+    ),
+    (
+        "layout-unchecked",
+        "tensors are read wherever the header says, on the bytes of others too",
+        "q4kd.trainer.formats.gguf.reader:check_layout",
     ),
     ("scales-unchecked", "NaN scales are loaded like any other", "q4kd.trainer.formats.blocks.scales:check_scales"),
     ("footer-unchecked", "the checksum of .apr data is not compared", "q4kd.trainer.formats.apr.header:check_footer"),

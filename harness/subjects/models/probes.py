@@ -1,5 +1,6 @@
 """Measurements on many model files in one child process, through the trainer's own loading functions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,25 @@ def model_logits(
             hidden_MH = teacher.hidden(given[case], given.get(f"{case}-starts")).flatten(0, 1)
             arrays[f"{path.stem}-{case}"] = teacher.head_logits(hidden_MH).view(*given[case].shape, -1).cpu().numpy()
     save_arrays(out, arrays)
+
+
+@probe("read-headers")
+def read_headers(out: Path, models: tuple[Path, ...]) -> None:
+    """Write ``rows``, a digest of every value and tensor of GGUF files as the trainer opens them; see ``rows``."""
+    import numpy as np
+
+    from q4kd.harness.subjects.models.headers import rows
+    from q4kd.trainer.formats.open import open_model
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+    found = []
+    for model in map(open_model, models):
+        metadata = {key: plain(value) for key, value in model.metadata.items()}
+        tensors = ((t.name, t.type, t.shape, t.data.tobytes()) for t in model.tensors.values())
+        found.append(rows(metadata, tensors))
+    save_arrays(out, {"rows": np.concatenate(found)})
 
 
 @probe("open-models")

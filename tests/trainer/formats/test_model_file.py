@@ -1,5 +1,7 @@
 """Opening teacher files: the golden one is read as it is, and what would be silently wrong is refused by name."""
 
+import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,10 @@ import torch
 from model_files import write_model
 from teachers import load_quietly
 
+from q4kd.harness.__main__ import main
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import expected_shapes, read_dimensions
-from q4kd.trainer.formats.gguf.header import check_header
 from q4kd.trainer.formats.open import open_model
 
 
@@ -203,10 +205,10 @@ def test_huge_counts_are_refused_at_once(tmp_path: Path) -> None:
     body = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, 1 << 40)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + body)
     with pytest.raises(InputError, match="at most"):
-        check_header(path)
+        open_model(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0))
     with pytest.raises(InputError, match="at most"):
-        check_header(path)
+        open_model(path)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
@@ -214,3 +216,21 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         open_model(tmp_path / "none.gguf")
     with pytest.raises(InputError, match="directory"):
         open_model(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(InputError, match="a pipe, socket or device"):
+        open_model(tmp_path / "pipe.gguf")
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a\x1b[31m\x07\nb\udcff.gguf"
+    shutil.copyfile(GOLDEN_TEACHER, path)
+    np.save(tmp_path / "ids.npy", np.arange(8))
+    assert main(["inspect", str(path)]) == 0
+    out = str(tmp_path / "\x1b]0;x\x07.npy")
+    assert main(["logits", str(path), "--ids", str(tmp_path / "ids.npy"), "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.split("\n"))
+    assert "a?[31m??b?.gguf: qwen2, " in said and "?]0;x?.npy" in said

@@ -1,4 +1,4 @@
-"""A command parses the header of a model file once: with a vocabulary of 150,000 tokens that takes many seconds."""
+"""A command reads the header of a model file once, whatever it does with the file."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gguf
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ Parses = Callable[..., Counter[str]]
 def parses(monkeypatch: pytest.MonkeyPatch) -> Parses:
     """Return a function that runs a command, checks its exit code, and counts by file how often a header was walked.
 
-    What the gguf package reads is counted too: it must read a header as often as it is walked within bounds.
+    The reader of the gguf package must not be used: it makes an object of every token.
     """
     walked: Counter[str] = Counter()
     read: Counter[str] = Counter()
@@ -38,15 +39,15 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> Parses:
 
         monkeypatch.setattr(holder, name, counted)
 
-    count(gguf_file, "check_header", walked)
-    count(gguf_file.gguf, "GGUFReader", read)
+    count(gguf_file, "read_header", walked)
+    count(gguf, "GGUFReader", read)
     count(apr_file, "read_header", walked)
 
     def run(*words: object, exit_code: int = 0) -> Counter[str]:
         walked.clear()
         read.clear()
         assert main([str(word) for word in words]) == exit_code
-        assert read == Counter({path: times for path, times in walked.items() if not path.endswith(".apr")})
+        assert not read
         return walked
 
     return run

@@ -14,6 +14,7 @@ from q4kd.trainer.formats.architecture import check_tensors, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.tensor_names import gguf_name
+from q4kd.trainer.mapped import MappedFile
 
 _DTYPES = {0: "F32", 1: "F16", 3: "F64", 4: "I32", 5: "I64", 6: "I8", 7: "U8", 12: "Q4_K", 14: "Q6_K", 30: "BF16"}
 # Before aprender's own formats had codes of their own, it wrote them as 8 and 9; .apr cannot hold GGML's 8, Q8_0.
@@ -37,16 +38,15 @@ def open_apr(path: Path) -> ModelFile:
     try:
         with path.open("rb") as file:
             check_magic(path, file.read(4))
-            # Mode "c" is a private copy-on-write map: torch gets a writable buffer, and the file cannot change.
-            data = np.asarray(np.memmap(file, np.uint8, "c"))
-            model = _read_model(path, data)
+            model = _read_model(path, MappedFile(path))
             check_footer(path, file)
             return model
     except OSError as error:
         raise unreadable(path, error, "a readable model file") from error
 
 
-def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
+def _read_model(path: Path, mapped: MappedFile) -> ModelFile:
+    data = mapped.data
     header = read_header(path, data.data)
     architecture = read_architecture(path, header.metadata)
     values = read_values(path, header.metadata)
@@ -65,9 +65,14 @@ def _read_model(path: Path, data: npt.NDArray[np.uint8]) -> ModelFile:
     eps, base = float(np.float32(config.rms_eps)), float(np.float32(config.rope_base))
     config = dataclasses.replace(config, rms_eps=eps, rope_base=base, rope_layout=layout)
     check_tensors(path, config, tensors)
-    tokens, size = read_tokens(path, header.metadata), int(data.nbytes)
     return ModelFile(
-        path=path, config=config, tensors=tensors, tokens=tokens, metadata=header.metadata, file_bytes=size
+        path=path,
+        config=config,
+        tensors=tensors,
+        tokens=read_tokens(path, header.metadata),
+        metadata=header.metadata,
+        file_bytes=int(data.nbytes),
+        mapped=mapped,
     )
 
 

@@ -38,6 +38,8 @@ class BlockFormat:
 # type name: (weights, bytes) of a block
 _SIZES = {"Q4_K": (SUPERBLOCK, 144), "Q5_K": (SUPERBLOCK, 176), "Q6_K": (SUPERBLOCK, 210)}
 _SIZES |= {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_0": (32, 18), "BF16": (1, 2), "F16": (1, 2), "F32": (1, 4)}
+# The numbers that GGUF files give to these types.
+GGML_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 FORMATS = {name: BlockFormat(name, *size) for name, size in _SIZES.items()}
 
 

@@ -1,18 +1,20 @@
-"""Read a GGUF teacher with the ``gguf`` package, after its header was walked within bounds."""
+"""Read a GGUF teacher: what its header says is checked, and its tensors are used as they lie in the mapped file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, check_tensors, read_dimensions
-from q4kd.trainer.formats.blocks.layout import FORMATS
-from q4kd.trainer.formats.gguf.header import check_header
+from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
+from q4kd.trainer.formats.gguf.header import Header, TensorEntry, read_header
+from q4kd.trainer.formats.gguf.metadata import MetadataArray
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
+from q4kd.trainer.mapped import MappedFile
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
@@ -49,31 +51,61 @@ def open_gguf(path: Path) -> ModelFile:
     Raises:
         InputError: as ``open_model``.
     """
-    check_header(path)
-    try:
-        # Mode "c" is a private copy-on-write map: torch gets a writable buffer, and the file cannot change.
-        reader = gguf.GGUFReader(path, "c")
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, OSError) as error:
-        expected, got = "a GGUF file that the gguf package can read", f"{type(error).__name__}: {str(error)[:120]}"
-        raise InputError(str(path), expected=expected, got=got, remedy=_REMEDY) from error
+    mapped = MappedFile(path)
+    header = read_header(path, mapped.data)
+    metadata = header.metadata
     _refuse_split(path, metadata)
     _refuse_companion(path, metadata)
     architecture = check_architecture(path, metadata.get("general.architecture"))
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     _refuse_unsupported(path, architecture, values)
-    file_bytes = path.stat().st_size
-    tensors = {tensor.name: _packed(path, tensor, file_bytes) for tensor in reader.tensors}
+    if not header.tensors:
+        expected, got, remedy = "a model with weights", "no tensor", "name the model's own file"
+        raise InputError(str(path), expected=expected, got=got, remedy=remedy)
+    tensors = {entry.name: _packed(path, entry, header, mapped.data) for entry in header.tensors}
+    check_layout(path, header, tensors)
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        tokens = []
     return ModelFile(
-        path=path, config=config, tensors=tensors, tokens=tuple(tokens), metadata=metadata, file_bytes=file_bytes
+        path=path,
+        config=config,
+        tensors=tensors,
+        tokens=read_tokens(metadata),
+        metadata=metadata,
+        file_bytes=len(mapped.data),
+        mapped=mapped,
     )
+
+
+def read_tokens(metadata: Mapping[str, Any]) -> Sequence[str]:
+    """Return the token strings by id, not decoded yet; none where there is no array of strings."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return tokens if isinstance(tokens, MetadataArray) and tokens.holds_strings else ()
+
+
+def check_layout(path: Path, header: Header, tensors: Mapping[str, PackedTensor]) -> None:
+    """Check that each tensor begins where the one before it ends, at the next multiple of the alignment.
+
+    llama.cpp asks the same. Two tensors on the same bytes, or a shifted one, would be silently wrong.
+
+    Raises:
+        InputError: naming the first tensor that begins elsewhere.
+    """
+    end = 0
+    for entry in header.tensors:
+        if entry.offset != end:
+            got = f"byte {entry.offset}: " + (
+                f"not a multiple of the alignment, {header.alignment}"
+                if entry.offset % header.alignment
+                else "on the bytes of another tensor"
+                if entry.offset < end
+                else f"a gap of {entry.offset - end} bytes"
+            )
+            expected = f"data that begin where the tensor before it ends, at byte {end}"
+            raise InputError(f"{path}: tensor {entry.name}", expected=expected, got=got, remedy=_REMEDY)
+        end += -(-tensors[entry.name].num_bytes // header.alignment) * header.alignment
 
 
 def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -113,24 +145,35 @@ def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None
     if ROPE_FACTORS not in tensors:
         return
     tensor = tensors[ROPE_FACTORS]
+    import gguf
+
     factors = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
     if not (np.isfinite(factors) & (factors > 0)).all():
         got = f"{factors.min():g} to {factors.max():g}"
         raise InputError(f"{path}: tensor {ROPE_FACTORS}", expected="positive numbers", got=got, remedy=_REMEDY)
 
 
-def _packed(path: Path, tensor: Any, file_bytes: int) -> PackedTensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
-    type_name, subject = tensor.tensor_type.name, f"{path}: tensor {tensor.name}"
-    if type_name not in FORMATS:
-        remedy = "quantise the model to Q4_K_M or Q6_K"
-        raise InputError(subject, expected=f"type {', '.join(FORMATS)}", got=type_name, remedy=remedy)
+def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np.uint8]) -> PackedTensor:
+    shape, subject = entry.shape, f"{path}: tensor {entry.name}"
+    type_name = GGML_TYPES.get(entry.type_id)
+    if type_name is None:
+        expected, remedy = f"type {', '.join(FORMATS)}", "quantise the model to Q4_K_M or Q6_K"
+        raise InputError(subject, expected=expected, got=_type_name(entry.type_id), remedy=remedy)
     row_bytes = FORMATS[type_name].row_bytes(shape[-1])
     needed = math.prod(shape[:-1]) * row_bytes
-    end = int(tensor.data_offset) + needed
-    if end > file_bytes:
-        expected = f"{needed} bytes for shape {shape} within the file's {file_bytes}"
+    start = header.data_start + entry.offset
+    if start + needed > len(data):
+        expected = f"{needed} bytes for shape {shape} within the file's {len(data)}"
         remedy = "download the file again: it is truncated or damaged"
-        raise InputError(subject, expected=expected, got=f"an end at byte {end}", remedy=remedy)
-    data = tensor.data.view(np.uint8).reshape(-1, row_bytes)
-    return PackedTensor(tensor.name, type_name, shape, data)
+        raise InputError(subject, expected=expected, got=f"an end at byte {start + needed}", remedy=remedy)
+    return PackedTensor(entry.name, type_name, shape, data[start : start + needed].reshape(-1, row_bytes))
+
+
+def _type_name(type_id: int) -> str:
+    """Return the name of a type that is not supported, as far as the gguf package knows it."""
+    import gguf
+
+    try:
+        return gguf.GGMLQuantizationType(type_id).name
+    except ValueError:
+        return f"type number {type_id}, which is newer than this version of q4kd, or none"

@@ -1,11 +1,13 @@
 """Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf/vocabulary.py``."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.metadata import MetadataArray
 from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIECE, SPACE
 from q4kd.trainer.formats.model_file import ModelFile
 
@@ -24,7 +26,7 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     """
     kind, pre = model.metadata.get("tokenizer.ggml.model"), model.metadata.get("tokenizer.ggml.pre")
     types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
-    if not isinstance(types, list) or len(types) != len(model.tokens):
+    if not _is_array(types) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
     used = enumerate(zip(model.tokens, types, strict=True))
     vocab = {token: index for index, (token, of_token) in used if of_token != gguf.TokenType.UNUSED}
@@ -39,17 +41,22 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         expected = "tokens and merges that fit together"
         raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
-    added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
-    for token, of_token in zip(model.tokens, types, strict=True):
-        if of_token in added and token:
-            special = AddedToken(token, special=added[of_token], normalized=False)
-            (tokenizer.add_special_tokens if added[of_token] else tokenizer.add_tokens)([special])
+    for kind_of_token, is_special in ((gguf.TokenType.CONTROL, True), (gguf.TokenType.USER_DEFINED, False)):
+        chosen = [token for token, of_token in zip(model.tokens, types, strict=True) if of_token == kind_of_token]
+        added = [AddedToken(token, special=is_special, normalized=False) for token in chosen if token]
+        # All at once: the library goes over every added token at each call.
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     return tokenizer
+
+
+def _is_array(value: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether metadata are an array, of a GGUF or of another container's JSON."""
+    return isinstance(value, list | tuple | MetadataArray)
 
 
 def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
     listed = model.metadata.get("tokenizer.ggml.merges")
-    pairs = [str(merge).partition(" ")[::2] for merge in listed] if isinstance(listed, list) else []
+    pairs = [str(merge).partition(" ")[::2] for merge in listed] if _is_array(listed) else []
     merges = [(left, right) for left, right in pairs if {left, right, left + right} <= vocab.keys()]
     if len(merges) < len(pairs) or not merges:
         raise ValueError(f"{len(pairs) - len(merges)} of {len(pairs)} merges name no tokens")
@@ -67,10 +74,10 @@ def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
+def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: Sequence[int]) -> Tokenizer:
     """Rebuild the merges from the scores: two pieces join into a third, the one of highest score first."""
     scores = model.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(model.tokens):
+    if not _is_array(scores) or len(scores) != len(model.tokens):
         raise ValueError("no score for each token")
     normal = {token: index for token, index in vocab.items() if types[index] == gguf.TokenType.NORMAL}
     found = [

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.mapped import WatchedFile
 from q4kd.trainer.teacher.cache.signal import TopKSignal, normalise
 from q4kd.trainer.teacher.cache.store import CacheIndex, damaged, id_dtype
 
@@ -25,13 +26,14 @@ class CacheReader:
             expected, remedy = f"{index.num_shards} shards", "finish it: run q4kd cache again with the same arguments"
             raise InputError(str(index.folder), expected=expected, got=str(len(index.shards)), remedy=remedy)
         self.index = index
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, tuple[WatchedFile, Any]] = {}
 
     def read(self, windows_B: npt.NDArray[np.int64]) -> TopKSignal:
         """Return the signal of whole windows, M = B x T, each position made to sum to one.
 
         Raises:
             InputError: when a shard is missing, changed or not what its name says.
+            FileChangedError: when one was changed since it was first read.
         """
         per_shard = self.index.windows_per_shard
         places = [divmod(int(window), per_shard) for window in windows_B]
@@ -51,8 +53,11 @@ class CacheReader:
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:
-            self._open[number] = self._load(number)
-        return self._open[number]
+            shard = self._load(number)
+            self._open[number] = WatchedFile(self.index.folder / self.index.name(number)), shard
+        file, shard = self._open[number]
+        file.check_unchanged()
+        return shard
 
     def _load(self, number: int) -> Any:
         index = self.index

@@ -14,7 +14,7 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
 from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.errors import InputError, RunFolderError, printable_path
+from q4kd.trainer.errors import InputError, RunFolderError, for_terminal
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file, share_mode, write_json
 from q4kd.trainer.loss.config import IGNORE_INDEX
@@ -288,4 +288,4 @@ def write_model(run: Run) -> None:
         folder = made.publish(DRAFTS["model"], "model")
     except InputError as error:
         raise RunFolderError(f"the final model cannot be written: {error}; {kept(run.config.out)}") from error
-    print(f"Model written to {printable_path(folder)}", flush=True)
+    print(f"Model written to {for_terminal(folder)}", flush=True)

@@ -1,6 +1,7 @@
 """The folder of cached signals: what is read is what the teacher said, and nothing else is read at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import FileChangedError, InputError
 from q4kd.trainer.teacher.cache.reader import CacheReader
 from q4kd.trainer.teacher.cache.signal import take_top
 from q4kd.trainer.teacher.cache.store import (
@@ -69,6 +70,16 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
     index.write()
     with pytest.raises(InputError, match="expected 1 shards, got 0"):
         CacheReader(read_index(tmp_path))
+
+
+def test_a_shard_that_is_changed_after_it_was_checked_is_not_read(cached: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = cached
+    reader = CacheReader(read_index(folder))
+    reader.read(np.array([9, 0]))
+    os.truncate(folder / "signal-000000.safetensors", 100)
+    reader.read(np.array([9]))
+    with pytest.raises(FileChangedError, match=r"signal-000000\.safetensors: .* got 100: it was changed"):
+        reader.read(np.array([9, 0]))
 
 
 def test_a_changed_byte_is_seen(cached: tuple[Path, torch.Tensor]) -> None:

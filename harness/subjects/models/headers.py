@@ -1,0 +1,81 @@
+"""Everything that the header of a GGUF says, as rows that two readers can be compared by."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.harness.inputs.arrays import read_arrays
+from q4kd.harness.inputs.collect import save_pairs
+from q4kd.harness.inputs.demo import demo_teacher, golden_teacher
+from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
+from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+
+_SCALARS: dict[str, object] = {
+    "UINT8": 200, "INT8": -7, "UINT16": 60_000, "INT16": -30_000, "UINT32": 1 << 31, "INT32": -(1 << 31),
+    "UINT64": 1 << 63, "INT64": -(1 << 63), "FLOAT32": 0.1, "FLOAT64": 0.1, "BOOL": True, "STRING": "\u2581€",
+}  # fmt: skip
+_TOKENS = 300
+
+
+def rows(
+    metadata: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]]
+) -> npt.NDArray[np.uint8]:
+    """Return a SHA-256 of each value of the metadata, then of each tensor with its name, type, shape and bytes.
+
+    The values are sorted by key and the tensors by name, uint8 ``[n, 32]``.
+    """
+    parts = [json.dumps([key, metadata[key]]).encode() for key in sorted(metadata)]
+    parts += [json.dumps([name, kind, shape]).encode() + data for name, kind, shape, data in sorted(tensors)]
+    return np.stack([np.frombuffer(hashlib.sha256(part).digest(), np.uint8) for part in parts])
+
+
+def _every_kind(writer: gguf.GGUFWriter) -> None:
+    """Add metadata of every type, a vocabulary with scores, and another alignment than the usual one."""
+    for name, value in _SCALARS.items():
+        kind = gguf.GGUFValueType[name]
+        writer.add_key_value(f"test.{name}", value, kind)
+        writer.add_key_value(f"test.{name}.array", [value] * 3, gguf.GGUFValueType.ARRAY, kind)
+    writer.add_custom_alignment(128)
+    writer.add_token_list(["", *(f"\u2581{number}" * (number % 9) for number in range(1, _TOKENS))])
+    writer.add_token_scores([-float(number) / 3 for number in range(_TOKENS)])
+    writer.add_token_types([1 + number % 6 for number in range(_TOKENS)])
+
+
+def _files(inputs: Inputs) -> list[Path]:
+    """Return the demo's file (tokens, types, merges), one of llama.cpp's, and one that holds every type."""
+    make = functools.partial(write_small_model, model=MODELS["mistral"], change=_every_kind)
+    return [demo_teacher(inputs), golden_teacher(inputs), inputs.file("models/every-kind.gguf", make)]
+
+
+def _package_rows(path: Path) -> npt.NDArray[np.uint8]:
+    reader = gguf.GGUFReader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    tensors = [
+        (tensor.name, tensor.tensor_type.name, tuple(tensor.shape.tolist()[::-1]), np.asarray(tensor.data).tobytes())
+        for tensor in reader.tensors
+    ]
+    return rows(metadata, tensors)
+
+
+def _argv(inputs: Inputs) -> list[str]:
+    return ["probe", "read-headers", "--out", "rows.npz", "--models", *map(str, _files(inputs))]
+
+
+@experiment(
+    "read-headers",
+    "headers of GGUF files as q4kd reads them and as the gguf package does",
+    Arm(None, _argv, timeout_s=60, env=ONE_THREAD),
+)
+def _collect_headers(run_dir: Path, inputs: Inputs) -> Facts:
+    if not (found := read_arrays(run_dir / "rows.npz")):
+        return {"comparators": {}}
+    theirs = np.concatenate([_package_rows(path) for path in _files(inputs)])
+    pair = {"headers": (found["rows"], theirs)}
+    return {"comparators": save_pairs(run_dir, pair, ("q4kd's own reader", "the gguf package"))}

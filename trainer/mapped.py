@@ -1,0 +1,121 @@
+"""Files that are read through a memory map for as long as they are in use, and what to say when one is changed then.
+
+The kernel answers a read of a page that a file has lost with SIGBUS. Python's own signal handlers come too late for it,
+because the faulting instruction is repeated before they run, so a C handler is set that calls back.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import weakref
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from q4kd.trainer.errors import FileChangedError, InputError, for_terminal, unreadable
+
+
+class WatchedFile:
+    """A file that must stay as it is while this object lives. A file that is renamed, removed or replaced does.
+
+    Raises:
+        InputError: for a file that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._shown = path
+        try:
+            with path.open("rb") as file:
+                self._found = os.fstat(file.fileno())
+                self._opened(file)
+        except OSError as error:
+            raise unreadable(path, error, "a readable model file") from error
+        _watched.add(self)
+        _explain_bus_errors()
+
+    def _opened(self, file: BinaryIO) -> None:
+        """Do what a kind of file needs while it is open."""
+
+    def change(self) -> FileChangedError | None:
+        """Return what to raise when the file's size, or the time at which it was written, is another than at first."""
+        was = self._found
+        try:
+            now = self.path.stat()
+        except OSError:
+            return None  # It has no name any more, or one that cannot be reached; what is mapped of it stays.
+        if (now.st_dev, now.st_ino) != (was.st_dev, was.st_ino):
+            return None  # Another file has its name.
+        if (now.st_size, now.st_mtime_ns) == (was.st_size, was.st_mtime_ns):
+            return None
+        got = f"{now.st_size:,}" if now.st_size != was.st_size else "the same number, written since"
+        return FileChangedError(self._shown, was.st_size, got)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a file that was changed; it costs one call of the system.
+
+        Raises:
+            FileChangedError: naming the file.
+        """
+        if error := self.change():
+            raise error
+
+
+class MappedFile(WatchedFile):
+    """A private, copy-on-write map of a whole file: torch gets a writable buffer, and the file is never written.
+
+    Attributes:
+        data: uint8 ``[bytes]``, the map. What others write to the file shows in it.
+
+    Raises:
+        InputError: for a file that is empty or cannot be read.
+    """
+
+    data: npt.NDArray[np.uint8]
+
+    def _opened(self, file: BinaryIO) -> None:
+        if not self._found.st_size:
+            remedy = "download the file again"
+            raise InputError(str(self._shown), expected="a model file", got="an empty one", remedy=remedy)
+        self.data = np.asarray(np.memmap(file, np.uint8, "c"))
+
+
+_watched: "weakref.WeakSet[WatchedFile]" = weakref.WeakSet()
+# The address of the handler that was there before ours; 0 is the system's own.
+_before: int | None = None
+
+
+def _explain_bus_errors() -> None:
+    """From now on, end the process with one line and exit code 66 when a watched file loses pages that are in use."""
+    global _before
+    if _before is None and sys.platform == "linux":
+        _before = _set_handler(ctypes.cast(_handler, ctypes.c_void_p).value or 0)
+
+
+def _set_handler(address: int) -> int:
+    """Make the C function at ``address`` the handler of SIGBUS; return the address of the one before."""
+    function = ctypes.CDLL(None).signal
+    function.restype, function.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    return int(function(signal.SIGBUS, address) or 0)
+
+
+def _on_bus_error(_number: int) -> None:
+    for file in list(_watched):
+        if error := file.change():
+            _say(str(error))
+            os._exit(FileChangedError.exit_code)
+    _say("bus error: a file that is read through a memory map was cut, or its disk failed; look at the kernel's log")
+    # The instruction is repeated when this returns, and meets the handler that was there before.
+    _set_handler(_before or 0)
+
+
+_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_bus_error)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"q4kd: {for_terminal(line)}\n".encode(errors="replace"))
