@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -44,12 +45,11 @@ def replacing_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: as ``write_atomic``.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    handle = _create(temporary)
     try:
         yield temporary
         os.fsync(handle)
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -57,6 +57,31 @@ def replacing_path(path: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
     sync_folder(path.parent)
+
+
+def _create(path: Path) -> int:
+    """Create a file and return its descriptor. The kernel applies the umask to its mode, as to every other file's."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give every file in a folder the mode of a new one: safetensors' own writer keeps its files to their owner.
+
+    The umask is read off a new file, because asking for it would change it for a moment, for other threads too.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    probe = folder / f".umask.{secrets.token_hex(4)}.tmp"
+    handle = _create(probe)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """``q4kd export --format hf``: a folder that transformers loads, with a model card, whole or not at all."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.export.model_card import Evidence, write_card
 from q4kd.trainer.export.run_record import ExportSource
 from q4kd.trainer.export.source_model import build_model, equal_states, read_state
-from q4kd.trainer.files import sha256_file, sync_folder, write_atomic
+from q4kd.trainer.files import apply_umask, sha256_file, sync_folder, write_atomic
 from q4kd.trainer.formats.huggingface import read_weights
 from q4kd.trainer.student.model import load_tokenizer
 
@@ -44,7 +44,8 @@ def export_hf(
     tokenizer = load_tokenizer(source.folder)
     if dtype is not None:
         _convert(model, DTYPES[dtype])
-    draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    draft = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    draft.mkdir()
     try:
         model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
@@ -54,7 +55,6 @@ def export_hf(
         card = write_card(source.title, source.record, files=files, evidence=evidence)
         write_atomic(draft / CARD, card.encode())
         _sync(draft)
-        draft.chmod(0o755)
         draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -84,9 +84,9 @@ def _check_folder(folder: Path, model: Any) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make every byte durable, and every file readable for others, as a GGUF is."""
+    """Make every byte durable, and every file as readable for others as the umask says."""
+    apply_umask(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
