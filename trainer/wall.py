@@ -24,7 +24,8 @@ class WallClock:
         self._begun = self._last = begun
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._running = ["other"]
-        self._listener = listener
+        self._entered = dict.fromkeys(PHASES, 0)
+        self.listener = listener
         self._lock = threading.Lock()
 
     def _count(self) -> None:
@@ -43,6 +44,7 @@ class WallClock:
             if name not in self._seconds:
                 raise KeyError(name)
             self._running.append(name)
+            self._entered[name] += 1
 
     def leave(self) -> None:
         """End the phase that was begun last."""
@@ -59,13 +61,18 @@ class WallClock:
             yield
         finally:
             self.leave()
-        if what and self._listener is not None:
-            self._listener(name, what, time.monotonic() - begun)
+        if what and self.listener is not None:
+            self.listener(name, what, time.monotonic() - begun)
 
     @property
     def current(self) -> str:
         """The phase that runs now."""
         return self._running[-1]
+
+    @property
+    def entered(self) -> dict[str, int]:
+        """How often each phase was begun."""
+        return dict(self._entered)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every phase until now; their sum is the wall time."""

@@ -294,6 +294,45 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_phases_of_a_run_add_up_to_its_wall_time(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "run"
+    words = arguments(out, corpus, "--set", "checkpoint_every=2", "--set", "eval_every=2")
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "q4kd.harness", *words], capture_output=True, text=True, check=True)
+    took = time.monotonic() - begun
+    summary = json.loads((out / "summary.json").read_text())
+    phases = summary["wall"]
+    assert sum(phases.values()) == pytest.approx(summary["wall_seconds"]) == pytest.approx(took, rel=0.25)
+    assert summary["wall_seconds"] <= took
+    steps = sum(event["seconds"] + event["data_s"] for event in events(out, "step"))
+    assert phases["train"] == pytest.approx(steps, rel=0.05)
+    assert min(phases[name] for name in ("open", "load", "evaluate", "save", "other")) > 0
+    assert done.stdout.splitlines()[-1].startswith(f"wall {summary['wall_seconds']:.1f} s: open {phases['open']:.1f}, ")
+    ends = {event["what"] for event in events(out, "phase")}
+    assert ends >= {"inputs opened, memory planned", "teacher, student and data loaded", "model written"}
+
+
+def test_weights_alone_are_not_resumed(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ("--set", "checkpoint_every=0", "--set", "eval_every=2", "--set", "keep=1")
+    assert main(arguments(out, corpus, *words)) == 0
+    checkpoints = out / "checkpoints"
+    assert (checkpoints / "step-000006").is_dir()
+    evaluated = {event["step"]: event["kl"] for event in events(out, "eval") if event["step"]}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert json.loads((checkpoints / "best.json").read_text())["checkpoint"] == f"step-{best:06d}" == "step-000006"
+    # What a run leaves that is killed after its best evaluation and before a checkpoint.
+    (checkpoints / "step-000006").rename(checkpoints / "best-000006")
+    for name in ("optimizer.safetensors", "random.safetensors"):
+        (checkpoints / "best-000006" / name).unlink()
+    capsys.readouterr()
+    assert main(arguments(out, corpus, *words, "--resume")) == 2
+    said = capsys.readouterr().err
+    assert "got best-000006 alone, which holds weights and neither moments nor random states; start a new run" in said
+    assert main(arguments(out, corpus, *words)) == 2
+    assert "best-000006 of an earlier run" in capsys.readouterr().err
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from q4kd.trainer.train.run.folder import locked
 

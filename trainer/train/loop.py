@@ -35,9 +35,16 @@ def train_to_the_end(run: Run, progress: Progress, *, resumed: bool) -> None:
         StoppedError: when somebody asked the run to stop; a checkpoint is written then.
         RunFolderError: when a checkpoint cannot be written.
     """
-    reporter = Reporter(run.last_step, run.config.log_every, run.data.order.steps_per_epoch)
-    watchdog = HangWatchdog(run.config.hang_s, run.config.out, run.events, rank=run.accelerator.process_index)
-    writer = CheckpointSaver(run.config, run.events, run.accelerator.device, copies=run.copies_checkpoints)
+    config = run.config
+    reporter = Reporter(
+        run.last_step,
+        config.log_every,
+        run.data.order.steps_per_epoch,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint_every,
+    )
+    watchdog = HangWatchdog(config.hang_s, config.out, run.events, rank=run.accelerator.process_index)
+    writer = CheckpointSaver(config, run.events, run.accelerator.device, copies=run.copies_checkpoints)
     with StopRequest(announce=run.is_main) as stop, watchdog, writer as saver:
         if not resumed or (_evaluation_is_due(run, progress) and not progress.is_evaluated):
             _evaluate(run, progress, saver, watchdog)

@@ -21,6 +21,7 @@ _CHECKPOINT = "q4kd.trainer.train.checkpoint"
 _SAVE = f"{_CHECKPOINT}:save_checkpoint"
 _PRUNE = "q4kd.trainer.train.kept_checkpoints:prune_checkpoints"
 _COPY = "q4kd.trainer.device.host_snapshot:HostSnapshot.copy"
+_SAVER = "q4kd.trainer.train.saver:CheckpointSaver.save"
 _STATE = f"{_CHECKPOINT}:read_state"
 _DIFFERENCE = f"{_CHECKPOINT}:explain_difference"
 _OWN_STATE = f"{_CHECKPOINT}:_own_state"
@@ -121,6 +122,12 @@ def _checkpoint_copies_nothing(
     _original: Call, _self: object, tensors: "Iterable[tuple[str, Tensor]]"
 ) -> "dict[str, Tensor]":
     return dict(tensors)
+
+
+@patch("checkpoint", "checkpoint-in-the-way", "the steps wait until a checkpoint is on the disk", _SAVER)
+def _checkpoint_in_the_way(original: Call, self: Any, *arguments: object, **options: object) -> None:
+    original(self, *arguments, **options)
+    self.finish()
 
 
 @patch("checkpoint", "best-pruned", "the best checkpoint is pruned like any other", _PRUNE)

@@ -72,6 +72,19 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
     return np.array([stated]).T, np.array([[whole], [BATCH * SEQ_LEN / per_step]])
 
 
+def _phases(run_dir: Path) -> tuple[Floats, Floats] | None:
+    """Return the summary's wall time and time of the steps, and both as seen from outside and by the step events."""
+    path, ending = run_dir / "run" / "summary.json", run_dir / "exit.json"
+    steps = read_events(run_dir, "step")
+    if not path.is_file() or not ending.is_file() or not steps:
+        return None
+    phases = read_json(path).get("wall", {})
+    taken = sum(step["seconds"] + step["data_s"] for step in steps)
+    return np.array([[sum(phases.values())], [phases.get("train", np.nan)]]), np.array(
+        [[read_json(ending)["wall_s"]], [taken]]
+    )
+
+
 @experiment(
     "smoke-run",
     f"--max-steps {SMOKE_STEPS} of a run of {STEPS} steps, and the run without it",
@@ -101,5 +114,8 @@ def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
     else:
         pair = step_terms(run_dir)[:SMOKE_STEPS], step_terms(run_dir.parent / "smoke-run.smoke")
         comparators = save_pairs(run_dir, {"first-steps": pair}, ("run without --max-steps", "smoke run"))
+        phases = _phases(run_dir)
+        if phases is not None:
+            comparators |= save_pairs(run_dir, {"wall": phases}, ("summary.json", "supervisor and step events"))
     tables = {"steps": counts, "outputs": outputs}
     return {"checkpoint": checkpoint, "tables": tables, "comparators": comparators}

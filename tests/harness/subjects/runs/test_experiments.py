@@ -77,6 +77,18 @@ def test_the_smoke_runs_facts_are_counted_from_its_files(tmp_path: Path, inputs:
         assert arrays["reference"][1, 0] == 2.0
 
 
+def test_the_wall_is_compared_with_the_supervisors_and_the_steps(tmp_path: Path, inputs: Inputs) -> None:
+    smoke_folder(tmp_path, "smoke", [3.0, 2.0], 0.5, 1.0)
+    full = smoke_folder(tmp_path, "full", [3.0, 2.5, 1.0], 0.5, 1.0)
+    assert "wall" not in get_experiment("smoke-run").collect(full, inputs)["comparators"]
+    write_json(full / "exit.json", {"wall_s": 4.0})
+    write_json(full / "run" / "summary.json", {"wall": {"train": 1.4, "save": 0.5, "other": 2.0}})
+    assert "wall" in get_experiment("smoke-run").collect(full, inputs)["comparators"]
+    with np.load(full / "arrays" / "wall.npz") as arrays:
+        np.testing.assert_allclose(arrays["subject"], [[3.9], [1.4]])
+        np.testing.assert_allclose(arrays["reference"], [[4.0], [1.5]])
+
+
 def test_a_summary_without_projection_is_collected_as_not_a_number(tmp_path: Path, inputs: Inputs) -> None:
     smoke = smoke_folder(tmp_path, "smoke", [3.0, 2.0], 0.5, 1.0)
     write_json(smoke / "run" / "summary.json", {"tokens_per_second": 256.0})
