@@ -123,9 +123,12 @@ def set_up_student(student: Any, config: DistillConfig) -> None:
 
 def _keep_compiled_code() -> None:
     """Let torch.compile keep its code in this user's private folder, where it survives a restart of the machine."""
-    folder = cache_folder("torch-compile")
-    if folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder, name = cache_folder("torch-compile"), "TORCHINDUCTOR_CACHE_DIR"
+    # torch sets its own default, in the folder for temporary files, when something of it is imported.
+    if folder is not None and os.environ.get(name, default_cache_dir()) == default_cache_dir():
+        os.environ[name] = str(folder)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ _PATIENCE_S = 60.0
 _POLL_S = 0.0005
 _LOOK_EVERY_S = 0.2
 _HEADROOM = 60 << 20
-_SLOW_S = 0.02
+_SLOW_S, _LATER_STEP_S = 0.01, 0.3
 
 
 def _warm_up() -> None:
@@ -133,16 +133,22 @@ def _stopped_while_writing(pid: int, out: Path, events: Path) -> bool:
     return False
 
 
-def _slow_disk() -> None:
-    """Let each file of a checkpoint wait for a slow disk, so that a few of this small student's steps are taken."""
+def _slow_disk(events: Path) -> None:
+    """Let a checkpoint wait for a slow disk: it begins to be written when a later step is taken, and takes a while.
+
+    The last one has no later step, so the wait is bounded.
+    """
     from q4kd.trainer.train import checkpoint
 
     module: Any = checkpoint
     original = module.write_tensors
 
-    def write(*arguments: object) -> object:
+    def write(path: Path, *rest: object) -> object:
+        step, begun = int(re.sub(r"\D", "", path.parent.name)), time.monotonic()
+        while _last_step(events) <= step and time.monotonic() < begun + _LATER_STEP_S:
+            time.sleep(_POLL_S)
         time.sleep(_SLOW_S)
-        return original(*arguments)
+        return original(path, *rest)
 
     module.write_tensors = write
 
@@ -170,7 +176,7 @@ def killed_runs(case: Path, out: Path) -> None:
     ended: int | None = None
     for while_writing in kinds:
         resume = ["--resume"] if any(run.glob("checkpoints/step-*")) else []
-        pid = _fork(argv("killed", *resume), Path("killed.log"), _slow_disk)
+        pid = _fork(argv("killed", *resume), Path("killed.log"), functools.partial(_slow_disk, events))
         wanted = _count_steps(events) + draw.randint(1, 4)
         reached = (
             functools.partial(_stopped_while_writing, pid, run, events)

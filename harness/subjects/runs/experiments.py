@@ -72,17 +72,14 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
     return np.array([stated]).T, np.array([[whole], [BATCH * SEQ_LEN / per_step]])
 
 
-def _phases(run_dir: Path) -> tuple[Floats, Floats] | None:
-    """Return the summary's wall time and time of the steps, and both as seen from outside and by the step events."""
-    path, ending = run_dir / "run" / "summary.json", run_dir / "exit.json"
-    steps = read_events(run_dir, "step")
+def _phases(run_dir: Path) -> list[list[float]] | None:
+    """Return wall time and time of the steps, each as the summary says, and as seen from outside or by each step."""
+    path, ending, steps = run_dir / "run" / "summary.json", run_dir / "exit.json", read_events(run_dir, "step")
     if not path.is_file() or not ending.is_file() or not steps:
         return None
     phases = read_json(path).get("wall", {})
     taken = sum(step["seconds"] + step["data_s"] for step in steps)
-    return np.array([[sum(phases.values())], [phases.get("train", np.nan)]]), np.array(
-        [[read_json(ending)["wall_s"]], [taken]]
-    )
+    return [[sum(phases.values()), read_json(ending)["wall_s"]], [phases.get("train", np.nan), taken]]
 
 
 @experiment(
@@ -114,8 +111,10 @@ def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
     else:
         pair = step_terms(run_dir)[:SMOKE_STEPS], step_terms(run_dir.parent / "smoke-run.smoke")
         comparators = save_pairs(run_dir, {"first-steps": pair}, ("run without --max-steps", "smoke run"))
-        phases = _phases(run_dir)
-        if phases is not None:
-            comparators |= save_pairs(run_dir, {"wall": phases}, ("summary.json", "supervisor and step events"))
+        phases = [_phases(folder) for folder in (run_dir, run_dir.parent / "smoke-run.smoke")]
+        if all(phases):
+            table = np.array(phases, np.float64)
+            pairs = {name: (table[:, at, :1], table[:, at, 1:]) for at, name in enumerate(("wall", "training"))}
+            comparators |= save_pairs(run_dir, pairs, ("summary.json", "supervisor, and step events"))
     tables = {"steps": counts, "outputs": outputs}
     return {"checkpoint": checkpoint, "tables": tables, "comparators": comparators}

@@ -78,15 +78,17 @@ def test_the_smoke_runs_facts_are_counted_from_its_files(tmp_path: Path, inputs:
 
 
 def test_the_wall_is_compared_with_the_supervisors_and_the_steps(tmp_path: Path, inputs: Inputs) -> None:
-    smoke_folder(tmp_path, "smoke", [3.0, 2.0], 0.5, 1.0)
-    full = smoke_folder(tmp_path, "full", [3.0, 2.5, 1.0], 0.5, 1.0)
-    assert "wall" not in get_experiment("smoke-run").collect(full, inputs)["comparators"]
-    write_json(full / "exit.json", {"wall_s": 4.0})
-    write_json(full / "run" / "summary.json", {"wall": {"train": 1.4, "save": 0.5, "other": 2.0}})
-    assert "wall" in get_experiment("smoke-run").collect(full, inputs)["comparators"]
-    with np.load(full / "arrays" / "wall.npz") as arrays:
-        np.testing.assert_allclose(arrays["subject"], [[3.9], [1.4]])
-        np.testing.assert_allclose(arrays["reference"], [[4.0], [1.5]])
+    folders = {name: smoke_folder(tmp_path, name, [3.0, 2.5, 1.0], 0.5, 1.0) for name in ("smoke", "full")}
+    collect = get_experiment("smoke-run").collect
+    for number, folder in enumerate(folders.values()):
+        assert "wall" not in collect(folders["full"], inputs)["comparators"]
+        write_json(folder / "exit.json", {"wall_s": 4.0 + number})
+        write_json(folder / "run" / "summary.json", {"wall": {"train": 1.4 + number, "save": 0.5, "other": 2.0}})
+    assert {"wall", "training"} < set(collect(folders["full"], inputs)["comparators"])
+    for name, subject, reference in (("wall", [4.9, 3.9], [5.0, 4.0]), ("training", [2.4, 1.4], [1.5, 1.5])):
+        with np.load(folders["full"] / "arrays" / f"{name}.npz") as arrays:
+            np.testing.assert_allclose(arrays["subject"][:, 0], subject)
+            np.testing.assert_allclose(arrays["reference"][:, 0], reference)
 
 
 def test_a_summary_without_projection_is_collected_as_not_a_number(tmp_path: Path, inputs: Inputs) -> None:
