@@ -27,7 +27,7 @@ from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
 STATE_VERSION = 2
 _NAME = re.compile(r"(step|best)-(\d{6,12})")
-_LEFT_OVER = re.compile(r"\.(step|best)-\d{6,12}\.tmp")
+_LEFT_OVER = re.compile(r"\.(step|best)-\d{6,12}(\.old)?\.tmp")
 # What a folder holds, by the first part of its name. Weights alone can be exported, and not trained on.
 _PARTS = {"step": ("model", "optimizer", "random"), "best": ("model",)}
 _STATE_FIELDS: dict[str, FieldKind] = {
@@ -129,7 +129,10 @@ def save_checkpoint(
 def save_best_weights(
     run: Path, model: Mapping[str, Tensor], state: CheckpointState, figures: WriteFigures | None = None
 ) -> Path:
-    """Write the weights of the best evaluation, as ``save_checkpoint`` does, and return their folder."""
+    """Write the weights of the best evaluation, as ``save_checkpoint`` does, and return their folder.
+
+    Weights of that step that are there already are replaced: a run that was killed may have come to it before.
+    """
     return _save(run / "checkpoints" / f"best-{state.step:06d}", {"model": model}, state, figures)
 
 
@@ -139,7 +142,7 @@ def _save(
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
     remove_left_overs(folder)
-    if final.is_dir():
+    if final.is_dir() and final.name.startswith("step-"):
         return final
     temporary = folder / f".{final.name}.tmp"
     temporary.mkdir()
@@ -158,6 +161,8 @@ def complete_folder(temporary: Path, final: Path, state: Mapping[str, Any]) -> N
     """Give a folder whose tensors are on the disk its state and its name."""
     write_json(temporary / "state.json", state)
     sync_folder(temporary)
+    if final.is_dir():
+        final.rename(final.parent / f".{final.name}.old.tmp")
     temporary.rename(final)
     sync_folder(final.parent)
 

@@ -86,12 +86,13 @@ def _step_of(path: Path) -> int:
 
 
 def _reduce_to_weights(path: Path) -> Path:
-    """Make best weights of a checkpoint: its file of weights under another name, and its state."""
+    """Make best weights of a checkpoint, its file of weights under another name and its state; return what is kept."""
     final = path.parent / f"best-{path.name.removeprefix('step-')}"
     temporary, weights = path.parent / f".{final.name}.tmp", file_name("model")
-    if final.is_dir():
-        return final
     state = read_json(path / "state.json")
+    digests = state.get("sha256")
+    if not isinstance(digests, dict) or weights not in digests or not (path / weights).is_file():
+        return path  # It is damaged, and somebody should see it as it is.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -100,5 +101,5 @@ def _reduce_to_weights(path: Path) -> Path:
         shutil.copyfile(path / weights, temporary / weights)
         with (temporary / weights).open("rb+") as file:
             os.fsync(file.fileno())
-    complete_folder(temporary, final, state | {"sha256": {weights: state["sha256"][weights]}})
+    complete_folder(temporary, final, state | {"sha256": {weights: digests[weights]}})
     return final

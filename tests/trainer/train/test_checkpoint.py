@@ -155,6 +155,35 @@ def test_best_weights_take_the_place_of_worse_ones(tmp_path: Path) -> None:
         read_state(path)
 
 
+def test_best_weights_of_the_same_step_are_replaced(tmp_path: Path) -> None:
+    """A run that was killed after them comes to this step again, on a GPU with other digits."""
+    model, optimizer = trained()
+    for kl in (2.0, 1.0):
+        save_best_weights(tmp_path, gather(trained_tensors(model), True), CheckpointState(2, {}, "d", {"kl": kl}))
+        prune_checkpoints(tmp_path, 1, "kl")
+        assert names(tmp_path) == ["best-000002", "best.json"]
+        step(model, optimizer)
+    path = tmp_path / "checkpoints" / "best-000002"
+    assert read_state(path).evaluation == {"kl": 1.0}
+    save(tmp_path, 2, model, optimizer, kl=0.5)
+    save(tmp_path, 4, model, optimizer, kl=3.0)
+    prune_checkpoints(tmp_path, 1, "kl")
+    assert names(tmp_path) == ["best-000002", "best.json", "step-000004"]
+    assert read_state(path).evaluation == {"kl": 0.5}
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no digests"])
+def test_a_damaged_best_checkpoint_is_left_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 2, *trained(), kl=1.0)
+    if damage == "no weights":
+        (path / "model.safetensors").unlink()
+    else:
+        write_json(path / "state.json", read_json(path / "state.json") | {"sha256": []})
+    save(tmp_path, 4, *trained(), kl=2.0)
+    assert prune_checkpoints(tmp_path, 1, "kl") == path
+    assert names(tmp_path) == ["best.json", "step-000002", "step-000004"]
+
+
 def test_a_state_of_another_step_than_the_folders_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 4, *trained())
     write_json(path / "state.json", read_json(path / "state.json") | {"step": 4_000_000})
