@@ -84,7 +84,7 @@ WALL_STEPS, WALL_EVERY = 1000, 100
 def _wall_argv(inputs: Inputs) -> list[str]:
     shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
     student = changed_student(inputs, "student-0.5b", {**shape, "vocab_size": EXACT_STUDENT})
-    settings: dict[str, object] = {"steps": WALL_STEPS, "batch_size": 16, "seq_len": 512, "lr": 1e-5}
+    settings: dict[str, object] = {"steps": WALL_STEPS, "batch_size": 32, "seq_len": 512, "lr": 1e-5}
     settings |= {"eval_every": WALL_EVERY, "checkpoint_every": WALL_EVERY, "device": "cuda"}
     teacher = padded_teacher(inputs, EXACT_TEACHER)
     return distill_words(teacher, student, argparse_documents(inputs), "--dtype", "auto", *set_words(settings))

@@ -73,13 +73,14 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
 
 
 def _phases(run_dir: Path) -> list[list[float]] | None:
-    """Return wall time and time of the steps, each as the summary says, and as seen from outside or by each step."""
-    path, ending, steps = run_dir / "run" / "summary.json", run_dir / "exit.json", read_events(run_dir, "step")
-    if not path.is_file() or not ending.is_file() or not steps:
+    """Return wall time and time of the steps: as the summary says, and from the start seen outside, or by each step."""
+    path, ending = run_dir / "run" / "summary.json", run_dir / "exit.json"
+    steps, done = read_events(run_dir, "step"), read_events(run_dir, "done")
+    if not path.is_file() or not ending.is_file() or not steps or not done:
         return None
-    phases = read_json(path).get("wall", {})
+    phases, wall = read_json(path).get("wall", {}), done[-1]["t"] - read_json(ending)["start_t"]
     taken = sum(step["seconds"] + step["data_s"] for step in steps)
-    return [[sum(phases.values()), read_json(ending)["wall_s"]], [phases.get("train", np.nan), taken]]
+    return [[sum(phases.values()), wall], [phases.get("train", np.nan), taken]]
 
 
 @experiment(

@@ -1,6 +1,7 @@
 """Safetensors files of our own writing: read by the library, with the digest of what is on the disk."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,17 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_the_library_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_writer, "_PIECE_BYTES", 16)  # several pieces for a tensor
+    monkeypatch.setattr(safetensors_writer, "_SYNC_BYTES", 64)
+    synced: list[int] = []
+    sync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (synced.append(descriptor), sync(descriptor))[1])
     given, figures = tensors(), WriteFigures()
     digest = write_tensors(tmp_path / "a.safetensors", given, figures)
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == given.keys()
     for name, tensor in given.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert synced and len(set(synced)) == 1
     assert digest == sha256_file(tmp_path / "a.safetensors")
     assert figures.bytes == (tmp_path / "a.safetensors").stat().st_size
     assert min(figures.digest_s, figures.write_s, figures.sync_s) > 0
@@ -49,6 +55,16 @@ def test_a_file_that_is_there_or_a_dtype_that_is_not_is_refused(tmp_path: Path) 
         write_tensors(tmp_path / "a", tensors())
     with pytest.raises(ValueError, match=r"safetensors has no torch\.complex64"):
         write_tensors(tmp_path / "b", {"a": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_a_disk_that_fails_beside_the_writing_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(safetensors_writer, "_SYNC_BYTES", 64)
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_tensors(tmp_path / "a", tensors())
 
 
 def test_a_full_disk_is_an_error_of_the_system() -> None:

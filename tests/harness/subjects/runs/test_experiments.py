@@ -82,7 +82,9 @@ def test_the_wall_is_compared_with_the_supervisors_and_the_steps(tmp_path: Path,
     collect = get_experiment("smoke-run").collect
     for number, folder in enumerate(folders.values()):
         assert "wall" not in collect(folders["full"], inputs)["comparators"]
-        write_json(folder / "exit.json", {"wall_s": 4.0 + number})
+        write_json(folder / "exit.json", {"start_t": 100.0})
+        with (folder / "events.jsonl").open("a") as events:
+            events.write(json.dumps({"event": "done", "t": 104.0 + number}) + "\n")
         write_json(folder / "run" / "summary.json", {"wall": {"train": 1.4 + number, "save": 0.5, "other": 2.0}})
     assert {"wall", "training"} < set(collect(folders["full"], inputs)["comparators"])
     for name, subject, reference in (("wall", [4.9, 3.9], [5.0, 4.0]), ("training", [2.4, 1.4], [1.5, 1.5])):
