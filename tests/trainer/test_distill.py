@@ -1,6 +1,7 @@
 """Whole runs through the command line: they learn, stop, resume to the bit, and refuse what makes no sense."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -289,6 +290,39 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
     assert "No space left on device" in error
     assert "kept: step-000002" in error
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2", "--resume")) == 0
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import q4kd.trainer.train.checkpoint as checkpoint
+    import q4kd.trainer.train.loop as loop
+
+    write, step, writing = checkpoint.write_tensors, loop.train_step, []
+
+    def slow(*arguments: Any) -> str:
+        time.sleep(0.2)
+        return write(*arguments)
+
+    def signalled(*arguments: Any) -> Any:
+        result = step(*arguments)
+        if list((tmp_path / "run" / "checkpoints").glob(".step-000002.tmp")):
+            writing.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(loop, "train_step", signalled)
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2")) == 143
+    assert writing == [True]
+    assert "SIGTERM: stopped after step 3" in capsys.readouterr().err
+    assert [read_state(path).step for path in list_checkpoints(out)] == [2, 3]
+    assert not list((out / "checkpoints").glob(".*"))
+    assert not (out / "model").exists()
     monkeypatch.undo()
     assert main(arguments(out, corpus, "--set", "checkpoint_every=2", "--resume")) == 0
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
