@@ -32,6 +32,7 @@ _POLL_S = 0.0005
 _LOOK_EVERY_S = 0.2
 _HEADROOM = 60 << 20
 _SLOW_S, _LATER_STEP_S = 0.01, 0.3
+_END_BYTES = 4096
 
 
 def _warm_up() -> None:
@@ -111,7 +112,12 @@ def _written_step(out: Path) -> int | None:
 
 
 def _last_step(events: Path) -> int:
-    found = re.findall(rb'"event": "step".*?"step": (\d+)', events.read_bytes()) if events.exists() else []
+    """Return the last step that an event in the end of the file names, 0 for none."""
+    if not events.exists():
+        return 0
+    with events.open("rb") as file:
+        file.seek(max(0, events.stat().st_size - _END_BYTES))
+        found = re.findall(rb'"event": "step".*?"step": (\d+)', file.read())
     return int(found[-1]) if found else 0
 
 
@@ -146,7 +152,7 @@ def _slow_disk(events: Path) -> None:
     def write(path: Path, *rest: object) -> object:
         step, begun = int(re.sub(r"\D", "", path.parent.name)), time.monotonic()
         while _last_step(events) <= step and time.monotonic() < begun + _LATER_STEP_S:
-            time.sleep(_POLL_S)
+            time.sleep(4 * _POLL_S)
         time.sleep(_SLOW_S)
         return original(path, *rest)
 
