@@ -1,12 +1,14 @@
 """The whole run of ``q4kd distill``, from top to bottom. Its steps are in ``train/loop.py``."""
 
+import dataclasses
+import functools
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.training_data import check_sources
 from q4kd.trainer.device.allocation import let_segments_grow
@@ -20,7 +22,7 @@ from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
 from q4kd.trainer.train.memory.out_of_memory import explaining_memory
-from q4kd.trainer.train.memory.plan import format_plan
+from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
 from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
 from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.train.run.folder import (
@@ -32,18 +34,22 @@ from q4kd.trainer.train.run.folder import (
 )
 
 
-def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = None) -> None:
+def distill(
+    config: DistillConfig, *, resume: bool, events_path: Path | None = None, begun: float | None = None
+) -> None:
     """Run a distillation to its last step.
 
     Args:
         config: checked settings.
         resume: continue from the newest checkpoint in ``config.out``.
         events_path: where events go; ``out/events.jsonl`` by default.
+        begun: since when wall time counts, of ``time.monotonic``; since now by default.
 
     Raises:
         InputError: when an input cannot be used; nothing has been trained then.
         TrainingAborted: when the run ends before its last step; the subclass says why.
     """
+    clock = wall.start(begun)
     from accelerate import PartialState
 
     if config.device == "cuda":
@@ -59,13 +65,14 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events = EventLog((events_path or config.out / "events.jsonl") if is_main else None)
         events.start()
         events.emit("imports_done")
-        check_sources(config)
-        started = time.monotonic()
-        placement = place_run_teacher(config)
-        events.emit("phase", phase="open", what="teacher opened", seconds=time.monotonic() - started)
-        _check_memory(config, placement, events, is_main)
-        with explaining_memory(config, placement, lambda: None):
+        clock.listener = functools.partial(_say_phase, events, is_main)
+        with wall.phase("open", "inputs opened, memory planned"):
+            check_sources(config)
+            placement = place_run_teacher(config)
+            plan = _check_memory(config, placement, events, is_main)
+        with wall.phase("load", "teacher, student and data loaded"), explaining_memory(config, placement, lambda: None):
             run = assemble(config, placement, events, is_main)
+            run = dataclasses.replace(run, copies_checkpoints=plan.copies_checkpoints)
         with explaining_memory(config, placement, run.source.residency):
             _train(run, resume)
             # Processes end together, because Gloo's threads must not outlive the interpreter, nor a process its peer's
@@ -75,26 +82,36 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events.close()
 
 
-def _check_memory(config: DistillConfig, placement: TeacherPlacement | None, events: EventLog, is_main: bool) -> None:
-    """Plan the run's memory, say it, and refuse a run that cannot fit."""
+def _say_phase(events: EventLog, is_main: bool, phase: str, what: str, seconds: float) -> None:
+    """Record the end of a phase that is not repeated; say it of compiling, which a second run finds done."""
+    events.emit("phase", phase=phase, what=what, seconds=seconds)
+    if is_main and phase == "compile":
+        print(f"compiled {what} in {seconds:.1f} s, kept for later runs", flush=True)
+
+
+def _check_memory(
+    config: DistillConfig, placement: TeacherPlacement | None, events: EventLog, is_main: bool
+) -> MemoryPlan:
+    """Plan the run's memory and disk, say it, and refuse a run that cannot fit."""
     plan = plan_run(config, placement)
     events.emit("memory_plan", **plan.to_json())
     if is_main:
         print(format_plan(plan).splitlines()[0], flush=True)
     check_plan(config, plan, placement)
+    return plan
 
 
 def _train(run: Run, resume: bool) -> None:
     """Do everything after the run is assembled, from the checks before step 1 to the final model."""
-    _announce(run)
-    _check_packing(run)
-    progress = restore(run) if resume else _begin(run)
-    if run.is_main:
-        write_run_file(run)
-        MadeThings(run.config.out).remove(*PUBLISHED)  # what an earlier leg left is not this one's
-    started = time.monotonic()
+    with wall.phase("load", "checkpoint read" if resume else "student checked"):
+        _announce(run)
+        _check_packing(run)
+        progress = restore(run) if resume else _begin(run)
+        if run.is_main:
+            write_run_file(run)
+            MadeThings(run.config.out).remove(*PUBLISHED)  # what an earlier leg left is not this one's
     train_to_the_end(run, progress, resumed=resume)
-    _finish(run, progress, started)
+    _finish(run, progress)
 
 
 def _announce(run: Run) -> None:
@@ -131,11 +148,13 @@ def _begin(run: Run) -> Progress:
     return Progress()
 
 
-def _finish(run: Run, progress: Progress, started: float) -> None:
-    """Write the final model of a full run; project the full run from a smoke run."""
-    summary, is_smoke = _summary(run, progress, started), run.config.max_steps is not None
+def _finish(run: Run, progress: Progress) -> None:
+    """Write the final model of a full run; project the full run from a smoke run; say where the time went."""
+    is_smoke = run.config.max_steps is not None
     if not is_smoke:
-        write_model(run)
+        with wall.phase("save", "model written"):
+            write_model(run)
+    summary = _summary(run, progress)
     if run.is_main:
         if is_smoke:
             took = f"{progress.done} of {run.total_steps} steps"
@@ -143,17 +162,20 @@ def _finish(run: Run, progress: Progress, started: float) -> None:
             would = f"the full run would take {minutes:.1f} min at {speed:.0f} tok/s"
             print(f"Smoke run: {took}; {would}; no final model is written", flush=True)
         write_json(run.config.out / "summary.json", summary)
+        print(wall.describe(summary["wall"]), flush=True)
     run.events.emit("done", step=progress.done, **{key: value for key, value in summary.items() if key != "steps"})
 
 
-def _summary(run: Run, progress: Progress, started: float) -> dict[str, Any]:
-    """Return what summary.json says: steps, seconds, tokens per second, bytes."""
+def _summary(run: Run, progress: Progress) -> dict[str, Any]:
+    """Return what summary.json says: steps, seconds, tokens per second, bytes; the phases add up to the wall time."""
+    phases = wall.clock().seconds()
     first, others = progress.first_step_seconds, progress.leg_steps - 1
     per_step = (progress.training_seconds - first) / others if others > 0 else progress.training_seconds
     return {
         "steps": progress.done,
         "steps_of_full_run": run.total_steps,
-        "wall_seconds": time.monotonic() - started,
+        "wall_seconds": sum(phases.values()),
+        "wall": phases,
         "training_seconds": progress.training_seconds,
         "tokens_per_second": run.tokens_per_step / max(per_step, 1e-9),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

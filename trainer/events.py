@@ -7,6 +7,7 @@ the same in every process of a machine, so an observer's samples can be laid bes
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ class EventLog:
 
     def __init__(self, path: Path | None) -> None:
         self._file: IO[str] | None = None
+        self._lock = threading.Lock()
         self._listeners: list[Callable[[str, Mapping[str, object]], None]] = []
         if path is not None:
             try:
@@ -42,7 +44,8 @@ class EventLog:
             return
         clean = {key: _finite(value) for key, value in fields.items()}
         line = {"v": EVENT_VERSION, "event": event, "t": time.monotonic(), "unix": time.time(), **clean}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with self._lock:  # The thread that writes checkpoints has events of its own.
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def listen(self, listener: Callable[[str, Mapping[str, object]], None]) -> None:
         """Call ``listener`` with the name and the fields of every event from now on, before it is written."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -47,8 +48,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
         OSError: as ``write_atomic``.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    # Created as any other file is: the user's umask says who may read it.
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = _create(temporary)
     try:
         yield temporary
         os.fsync(handle)
@@ -61,11 +61,28 @@ def replacing_path(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def share_mode(folder: Path, like: str) -> None:
-    """Give each file of a folder the mode of the one named ``like``: safetensors makes its own private."""
-    mode = (folder / like).stat().st_mode & 0o777
+def _create(path: Path) -> int:
+    """Create a file and return its descriptor. The kernel applies the umask to its mode, as to every other file's."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give every file in a folder the mode of a new one: safetensors' own writer keeps its files to their owner.
+
+    The umask is read off a new file, because asking for it would change it for a moment, for other threads too.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    probe = folder / f".umask.{secrets.token_hex(4)}.tmp"
+    handle = _create(probe)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
     for path in folder.iterdir():
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
 

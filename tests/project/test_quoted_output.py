@@ -26,9 +26,11 @@ _QUOTED = re.compile(r"^```\w*\n\$ (.*?[^\\])\n(.*?)^```", re.MULTILINE | re.DOT
 # What differs from run to run or from machine to machine, and why.
 VARYING = {
     r"\d+ tok/s, teacher \d+%": "speed",
+    r"wall \d+\.\d s: .*": "speed",
     r"in \d+\.\d+s": "speed",
     r"host \S+ MB resident \(\S+ MB": "libraries of this machine",
     r"room: \S+ GB": "memory of this machine",
+    r"of \S+ GB free": "disk of this machine",
     r"\d{8}T\d{6}Z-cpu-[0-9a-f]{6}": "time and a random name",
     r"\b[0-9a-f]{16,64}\b": "digests of trained weights",
     r"at most \S+% \(blk\.\S+\)": "the tensor that came out worst",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from q4kd.trainer.train.checkpoint import CheckpointState, CheckpointTensors, prune_checkpoints, save_checkpoint
+from q4kd.trainer.train.checkpoint import CheckpointState, CheckpointTensors, save_checkpoint
+from q4kd.trainer.train.kept_checkpoints import prune_checkpoints
 
 
 def make_run(

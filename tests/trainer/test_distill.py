@@ -1,6 +1,7 @@
 """Whole runs through the command line: they learn, stop, resume to the bit, and refuse what makes no sense."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -292,6 +293,78 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last(
     monkeypatch.undo()
     assert main(arguments(out, corpus, "--set", "checkpoint_every=2", "--resume")) == 0
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import q4kd.trainer.train.checkpoint as checkpoint
+    import q4kd.trainer.train.loop as loop
+
+    write, step, writing = checkpoint.write_tensors, loop.train_step, []
+
+    def slow(*arguments: Any) -> str:
+        time.sleep(0.2)
+        return write(*arguments)
+
+    def signalled(*arguments: Any) -> Any:
+        result = step(*arguments)
+        if list((tmp_path / "run" / "checkpoints").glob(".step-000002.tmp")):
+            writing.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(loop, "train_step", signalled)
+    out = tmp_path / "run"
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2")) == 143
+    assert writing == [True]
+    assert "SIGTERM: stopped after step 3" in capsys.readouterr().err
+    assert [read_state(path).step for path in list_checkpoints(out)] == [2, 3]
+    assert not list((out / "checkpoints").glob(".*"))
+    assert not (out / "model").exists()
+    monkeypatch.undo()
+    assert main(arguments(out, corpus, "--set", "checkpoint_every=2", "--resume")) == 0
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_phases_of_a_run_add_up_to_its_wall_time(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "run"
+    words = arguments(out, corpus, "--set", "checkpoint_every=2", "--set", "eval_every=2")
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "q4kd.harness", *words], capture_output=True, text=True, check=True)
+    took = time.monotonic() - begun
+    summary = json.loads((out / "summary.json").read_text())
+    phases = summary["wall"]
+    assert sum(phases.values()) == pytest.approx(summary["wall_seconds"]) == pytest.approx(took, rel=0.25)
+    assert summary["wall_seconds"] <= took
+    steps = sum(event["seconds"] + event["data_s"] for event in events(out, "step"))
+    assert phases["train"] == pytest.approx(steps, rel=0.05)
+    assert min(phases[name] for name in ("open", "load", "evaluate", "save", "other")) > 0
+    assert done.stdout.splitlines()[-1].startswith(f"wall {summary['wall_seconds']:.1f} s: open {phases['open']:.1f}, ")
+    ends = {event["what"] for event in events(out, "phase")}
+    assert ends >= {"inputs opened, memory planned", "teacher, student and data loaded", "model written"}
+
+
+def test_weights_alone_are_not_resumed(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ("--set", "checkpoint_every=0", "--set", "eval_every=2", "--set", "keep=1")
+    assert main(arguments(out, corpus, *words)) == 0
+    checkpoints = out / "checkpoints"
+    assert (checkpoints / "step-000006").is_dir()
+    evaluated = {event["step"]: event["kl"] for event in events(out, "eval") if event["step"]}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert json.loads((checkpoints / "best.json").read_text())["checkpoint"] == f"step-{best:06d}" == "step-000006"
+    # What a run leaves that is killed after its best evaluation and before a checkpoint.
+    (checkpoints / "step-000006").rename(checkpoints / "best-000006")
+    for name in ("optimizer.safetensors", "random.safetensors"):
+        (checkpoints / "best-000006" / name).unlink()
+    capsys.readouterr()
+    assert main(arguments(out, corpus, *words, "--resume")) == 2
+    said = capsys.readouterr().err
+    assert "got best-000006 alone, which holds weights and neither moments nor random states; start a new run" in said
+    assert main(arguments(out, corpus, *words)) == 2
+    assert "best-000006 of an earlier run" in capsys.readouterr().err
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

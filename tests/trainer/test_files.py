@@ -1,11 +1,11 @@
-"""Fields of a JSON object: exactly those, each of its type; and files that are written as the umask says."""
+"""Fields of a JSON object: exactly those, each of its type. Files written with the mode that the umask says."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from q4kd.trainer.files import check_fields, share_mode, write_json
+from q4kd.trainer.files import apply_umask, check_fields, write_json
 
 FIELDS = {"version": 2, "name": str, "size": int, "mass": float, "note": dict | None, "done": bool}
 GOOD = {"version": 2, "name": "a", "size": 3, "mass": 0.5, "note": None, "done": True}
@@ -45,14 +45,24 @@ def test_what_is_no_such_object_is_refused(document: object) -> None:
         check_fields(document, FIELDS)
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_the_umask_says_who_may_read_what_is_written(tmp_path: Path, umask: int, mode: int) -> None:
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_of_every_writer_have_the_mode_that_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "elsewhere").write_text("")
+    (tmp_path / "elsewhere").chmod(0o640)
+    folder = tmp_path / "model"
+    folder.mkdir()
     before = os.umask(umask)
     try:
-        write_json(tmp_path / "a.json", {})
-        (tmp_path / "weights").write_bytes(b"")
-        (tmp_path / "weights").chmod(0o600)
-        share_mode(tmp_path, "a.json")
+        write_json(folder / "a.json", {})
+        save_file({"w": torch.ones(1)}, folder / "b.safetensors")
+        (folder / "c.txt").write_text("")
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+        apply_umask(folder)
     finally:
         os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"a.json": mode, "weights": mode}
+    modes = {path.name: path.lstat().st_mode & 0o777 for path in folder.iterdir() if not path.is_symlink()}
+    assert modes == dict.fromkeys(("a.json", "b.safetensors", "c.txt"), mode)
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o640

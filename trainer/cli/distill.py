@@ -34,8 +34,9 @@ def _distill(args: argparse.Namespace) -> int:
         return 0
 
     from q4kd.trainer.distill import distill
+    from q4kd.trainer.wall import process_began
 
-    distill(config, resume=args.resume, events_path=args.events)
+    distill(config, resume=args.resume, events_path=args.events, begun=process_began())
     return 0
 
 

@@ -152,6 +152,9 @@ class DistillConfig:
     )
     keep: int = _setting(2, "checkpoints", "newest checkpoints kept, beside the best one", 1, 1 << 20)
     best_metric: BestMetric = _setting("kl", "checkpoints", "held-out figure by which the best checkpoint is chosen")
+    best_resumable: bool = _setting(
+        False, "checkpoints", "keep the best checkpoint whole; without it its weights alone are kept, to be exported"
+    )
 
     seed: int = _setting(0, "guards", "of the data order, of a fresh student and of dropout", 0, (1 << 32) - 1)
     allow_degenerate_kd: bool = _setting(False, "guards", "train although teacher and student are the same function")

@@ -15,7 +15,8 @@ from typing import Any
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
 from q4kd.trainer.student.model import WEIGHT_FILES, has_weights
-from q4kd.trainer.train.checkpoint import BEST_FILE, list_checkpoints, read_state
+from q4kd.trainer.train.checkpoint import list_best_weights, list_checkpoints, read_state
+from q4kd.trainer.train.kept_checkpoints import BEST_FILE
 
 RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"
 _MAX_LINE_BYTES = 1 << 20
@@ -87,7 +88,7 @@ def find_source(path: Path, checkpoint: str | None = None, student: Path | None 
         return ExportSource(title=_title(path), folder=_model_folder(path))
     if (path / "adapter_config.json").is_file():
         return ExportSource(title=_title(path), folder=_model_folder(path))
-    checkpoints = list_checkpoints(path)
+    checkpoints = [*list_best_weights(path), *list_checkpoints(path)]
     if not (path / "model").is_dir() and not checkpoints:
         expected = "a folder of q4kd distill, or a Hugging Face model folder"
         got = "neither config.json, model/ nor checkpoints/"

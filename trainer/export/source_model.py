@@ -53,6 +53,10 @@ def read_state(source: ExportSource) -> dict[str, Tensor]:
     if adapters:
         remedy = "finish the run and export it without --checkpoint: its final model is merged"
         raise InputError(str(path), expected="a whole model", got=f"a LoRA adapter ({adapters[0]})", remedy=remedy)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            expected, got = "finite weights", f"NaN or infinity in {name[:100]}"
+            raise InputError(str(path), expected=expected, got=got, remedy="choose another --checkpoint")
     # A checkpoint keeps one name of a tied pair, whichever comes first.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state.pop(_HEAD)

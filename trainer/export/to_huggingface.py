@@ -13,7 +13,7 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.export.model_card import Evidence, write_card
 from q4kd.trainer.export.run_record import ExportSource
 from q4kd.trainer.export.source_model import build_model, equal_states, read_state
-from q4kd.trainer.files import sha256_file, share_mode, sync_folder, write_atomic
+from q4kd.trainer.files import apply_umask, sha256_file, sync_folder, write_atomic
 from q4kd.trainer.formats.huggingface import read_weights
 from q4kd.trainer.student.model import load_tokenizer
 
@@ -84,8 +84,8 @@ def _check_folder(folder: Path, model: Any) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make every byte durable, and every file of the card's mode."""
-    share_mode(folder, CARD)
+    """Make every byte durable, and every file as readable for others as the umask says."""
+    apply_umask(folder)
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -16,6 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from q4kd.trainer import wall
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
 
@@ -114,14 +115,17 @@ def cache_key(source: Source, arch: str, version: tuple[int, int]) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path | None:
-    """Return this user's private cubin folder, made if need be; ``None`` where it cannot be made (a read-only home).
+def cache_folder(name: str = "cubin") -> Path | None:
+    """Return this user's private folder of compiled code, made if need be; ``None`` where it cannot be made.
+
+    Args:
+        name: what it holds: cubins, or what torch.compile makes.
 
     Raises:
         InputError: when the folder is there but a link, another user's, or open to others: code is loaded from it.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "q4kd" / "cubin"
+    folder = root / "q4kd" / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -163,7 +167,8 @@ def load_cubin(name: str, arch: str) -> bytes:
     cached = None if path is None else read_cached(path)
     if cached is not None:
         return cached
-    cubin = compile_source(source, arch)
+    with wall.phase("compile", f"CUDA kernels {name}"):
+        cubin = compile_source(source, arch)
     if path is not None:
         with contextlib.suppress(OSError):  # A full disk costs the next start a compilation and no more.
             write_atomic(path, hashlib.sha256(cubin).digest() + cubin)

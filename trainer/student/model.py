@@ -1,7 +1,9 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
 import contextlib
+import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
 from q4kd.trainer.kernels.attention import document_mask
+from q4kd.trainer.kernels.compile import cache_folder
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
 from q4kd.trainer.loss.sums import LossTerms
@@ -111,8 +115,38 @@ def set_up_student(student: Any, config: DistillConfig) -> None:
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.compile:
+        _keep_compiled_code()
+        _time_compilation()
         # Compiling in place keeps the names of parameters; the loss, which is fused by hand, stays out.
         student.base_model.compile()
+
+
+def _keep_compiled_code() -> None:
+    """Let torch.compile keep its code in this user's private folder, where it survives a restart of the machine."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder, name = cache_folder("torch-compile"), "TORCHINDUCTOR_CACHE_DIR"
+    # torch sets its own default, in the folder for temporary files, when something of it is imported.
+    if folder is not None and os.environ.get(name, default_cache_dir()) == default_cache_dir():
+        os.environ[name] = str(folder)
+
+
+@functools.cache
+def _time_compilation() -> None:
+    """Count what torch.compile does in the middle of a step as compiling; once in a process."""
+    from torch._dynamo.callback import callback_handler
+
+    running = contextlib.ExitStack()
+
+    # torch 2.6 calls without arguments.
+    def begin(*_given: object) -> None:
+        running.enter_context(wall.phase("compile", "the student"))
+
+    def end(*_given: object) -> None:
+        running.close()
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
 
 
 def _apply_liger(student: Any, device: str) -> None:

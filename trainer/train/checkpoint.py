@@ -1,12 +1,12 @@
 """Checkpoints: a folder per step, written whole or not at all, without pickle, verified when read.
 
 ``checkpoints/step-000120/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` (the states
-of the random number generators) and ``state.json``. It is written under a temporary name and renamed when every byte is
-on disk, so a folder with the final name is complete. ``checkpoints/best.json`` names the one with the best evaluation.
+of the random number generators) and ``state.json``. ``checkpoints/best-000120/`` holds the weights of the best
+evaluation alone, which a run cannot be continued from. Each is written under a temporary name and renamed when every
+byte is on disk, so a folder with the final name is complete. ``checkpoints/best.json`` names the one with the best
+evaluation.
 """
 
-import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.files import FieldKind, check_fields, read_json, sha256_file, sync_folder, write_json
+from q4kd.trainer.formats.safetensors_writer import WriteFigures, write_tensors
 from q4kd.trainer.train.distributed import load_trained_tensors
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
 STATE_VERSION = 2
-BEST_FILE = "best.json"
-# The best evaluation is the one whose metric times its sign is lowest.
-_SIGN: Mapping[str, int] = {"loss": 1, "kl": 1, "agreement": -1}
-_NAME = re.compile(r"step-(\d{6,12})")
-_LEFT_OVER = re.compile(r"\.step-\d{6,12}\.tmp")
-_PARTS = ("model", "optimizer", "random")
+_NAME = re.compile(r"(step|best)-(\d{6,12})")
+_LEFT_OVER = re.compile(r"\.(step|best)-\d{6,12}(\.old)?\.tmp")
+# What a folder holds, by the first part of its name. Weights alone can be exported, and not trained on.
+_PARTS = {"step": ("model", "optimizer", "random"), "best": ("model",)}
 _STATE_FIELDS: dict[str, FieldKind] = {
     "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None, "sha256": dict
 }  # fmt: skip
@@ -82,13 +81,22 @@ def random_tensors(accelerator: Any) -> dict[str, Tensor]:
     return {name: state.cpu().contiguous() for name, state in gathered.items()}
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+def _folders(run: Path, kind: str) -> list[Path]:
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    names = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [path for _, path in sorted((int(name[2]), path) for name, path in names if name and name[1] == kind)]
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints from which a run can continue, oldest first."""
+    return _folders(run, "step")
+
+
+def list_best_weights(run: Path) -> list[Path]:
+    """Return the folders of best weights, oldest first: one, and for a moment two while one takes another's place."""
+    return _folders(run, "best")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -96,97 +104,74 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def _fsync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _file(part: str) -> str:
+def file_name(part: str) -> str:
+    """Return the name of the file that holds a part's tensors."""
     return f"{part}.safetensors"
 
 
-def save_checkpoint(run: Path, tensors: CheckpointTensors, state: CheckpointState) -> Path:
+def save_checkpoint(
+    run: Path, tensors: CheckpointTensors, state: CheckpointState, figures: WriteFigures | None = None
+) -> Path:
     """Write a checkpoint and return its folder. A complete one that is there already is left as it is.
 
+    Args:
+        run: folder of the run.
+        tensors: of any device; nobody may change them until this returns.
+        state: what is not a tensor.
+        figures: where the times of the parts are added up.
+
     Raises:
-        OSError, SafetensorError: when it cannot be written; earlier checkpoints are then untouched.
+        OSError: when it cannot be written; earlier checkpoints are then untouched.
     """
-    folder = run / "checkpoints"
+    return _save(checkpoint_path(run, state.step), vars(tensors), state, figures)
+
+
+def save_best_weights(
+    run: Path, model: Mapping[str, Tensor], state: CheckpointState, figures: WriteFigures | None = None
+) -> Path:
+    """Write the weights of the best evaluation, as ``save_checkpoint`` does, and return their folder.
+
+    Weights of that step that are there already are replaced: a run that was killed may have come to it before.
+    """
+    return _save(run / "checkpoints" / f"best-{state.step:06d}", {"model": model}, state, figures)
+
+
+def _save(
+    final: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: CheckpointState, figures: WriteFigures | None
+) -> Path:
+    folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(folder)
-    final = checkpoint_path(run, state.step)
-    if final.is_dir():
+    remove_left_overs(folder)
+    if final.is_dir() and final.name.startswith("step-"):
         return final
     temporary = folder / f".{final.name}.tmp"
     temporary.mkdir()
     try:
-        for part in _PARTS:
-            save_file(dict(getattr(tensors, part)), temporary / _file(part))
-            _fsync(temporary / _file(part))
-        digests = {_file(part): sha256_file(temporary / _file(part)) for part in _PARTS}
-        write_json(temporary / "state.json", {"version": STATE_VERSION, **vars(state), "sha256": digests})
-        sync_folder(temporary)
-        temporary.rename(final)
-        sync_folder(folder)
+        digests = {
+            file_name(part): write_tensors(temporary / file_name(part), held, figures) for part, held in tensors.items()
+        }
+        complete_folder(temporary, final, {"version": STATE_VERSION, **vars(state), "sha256": digests})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
-def _remove_left_overs(folder: Path) -> None:
+def complete_folder(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
+    """Give a folder whose tensors are on the disk its state and its name."""
+    write_json(temporary / "state.json", state)
+    sync_folder(temporary)
+    if final.is_dir():
+        final.rename(final.parent / f".{final.name}.old.tmp")
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def remove_left_overs(folder: Path) -> None:
     """Remove what a run that was killed while writing or pruning left under a temporary name."""
     for path in folder.iterdir():
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def record_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add a step's held-out figures to its checkpoint.
-
-    Raises:
-        OSError: when it cannot be written; the checkpoint is then as it was.
-    """
-    write_json(path / "state.json", read_json(path / "state.json") | {"evaluation": dict(evaluation)})
-
-
-def _evaluations(run: Path, metric: str) -> dict[Path, float]:
-    """Return the value of a metric for the checkpoints that have one; damaged ones have none."""
-    found = {}
-    for path in list_checkpoints(run):
-        try:
-            document = read_json(path / "state.json")
-        except InputError:
-            continue
-        evaluation = document.get("evaluation") if isinstance(document, dict) else None
-        value = evaluation.get(metric) if isinstance(evaluation, dict) else None
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[path] = float(value)
-    return found
-
-
-def is_best(run: Path, metric: str, value: float) -> bool:
-    """Return whether an evaluation is better than every checkpoint's; one that is not finite never is."""
-    sign, others = _SIGN[metric], _evaluations(run, metric).values()
-    return math.isfinite(value) and all(sign * value < sign * other for other in others)
-
-
-def prune_checkpoints(run: Path, keep: int, metric: str) -> Path | None:
-    """Drop all checkpoints but the newest ``keep`` and the best, which ``best.json`` then names; return the best.
-
-    Raises:
-        OSError: when ``best.json`` cannot be written.
-    """
-    folder, values = run / "checkpoints", _evaluations(run, metric)
-    best = min(values, key=lambda path: _SIGN[metric] * values[path], default=None)
-    if best is not None:
-        write_json(folder / BEST_FILE, {"checkpoint": best.name, "metric": metric, "value": values[best]})
-    for old in list_checkpoints(run)[:-keep]:
-        if old != best:
-            # It is renamed first, so that nothing half deleted bears the name of a checkpoint.
-            old.rename(folder / f".{old.name}.tmp")
-    _remove_left_overs(folder)
-    return best
 
 
 def _refuse(path: Path, expected: str, got: str) -> InputError:
@@ -195,10 +180,10 @@ def _refuse(path: Path, expected: str, got: str) -> InputError:
 
 
 def read_state(path: Path) -> CheckpointState:
-    """Read and verify a checkpoint's ``state.json`` and the digests of its tensors.
+    """Read and verify the ``state.json`` of a checkpoint or of best weights, and the digests of the tensors.
 
     Raises:
-        InputError: when a part is missing, damaged or of another version.
+        InputError: when a part is missing, damaged, of another version or of another step than the folder's name says.
     """
     try:
         document = read_json(path / "state.json")
@@ -208,7 +193,10 @@ def read_state(path: Path) -> CheckpointState:
         fields = check_fields(document, _STATE_FIELDS)
     except ValueError as error:
         raise _refuse(path, f"state.json of checkpoint version {STATE_VERSION}", str(error)) from error
-    for part in map(_file, _PARTS):
+    name = _NAME.fullmatch(path.name)
+    if name is None or int(name[2]) != fields["step"]:
+        raise _refuse(path, f"state.json of the step in the folder's name, {path.name}", f"step {fields['step']}")
+    for part in map(file_name, _PARTS[name[1]]):
         if not (path / part).is_file() or sha256_file(path / part) != fields["sha256"].get(part):
             raise _refuse(path, f"{part} with the digest in state.json", "a missing or changed file")
     return CheckpointState(fields["step"], fields["config"], fields["data_sha256"], fields["evaluation"])
@@ -221,9 +209,9 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         InputError: when the tensors do not fit this student.
     """
     try:
-        load_trained_tensors(model, load_file(path / _file("model")).items())
-        optimizer.load(load_file(path / _file("optimizer")).items())
-        random = load_file(path / _file("random"))
+        load_trained_tensors(model, _finite(path, "model").items())
+        optimizer.load(_finite(path, "optimizer").items())
+        random = load_file(path / file_name("random"))
     except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
         raise _refuse(path, "tensors of this student", first_line(error)) from error
     try:
@@ -232,6 +220,15 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
             torch.cuda.set_rng_state(_own_state(random["cuda"], accelerator), accelerator.device)
     except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise _refuse(path, "states of random number generators", first_line(error)) from error
+
+
+def _finite(path: Path, part: str) -> dict[str, Tensor]:
+    """Read a file of tensors; refuse numbers that are not finite, which no intact run goes on from."""
+    tensors = load_file(path / file_name(part))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise _refuse(path, f"finite numbers in {file_name(part)}", f"NaN or infinity in {name[:100]}")
+    return tensors
 
 
 def _own_state(states_PN: Tensor, accelerator: Any) -> Tensor:

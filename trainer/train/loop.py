@@ -3,30 +3,23 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
+from q4kd.trainer import wall
 from q4kd.trainer.data.batch import Batch
-from q4kd.trainer.errors import NotFiniteError, RunFolderError, StoppedError
-from q4kd.trainer.train.checkpoint import (
-    CheckpointState,
-    CheckpointTensors,
-    checkpoint_path,
-    is_best,
-    prune_checkpoints,
-    random_tensors,
-    record_evaluation,
-    save_checkpoint,
-)
-from q4kd.trainer.train.distributed import gather, trained_tensors
+from q4kd.trainer.errors import NotFiniteError, StoppedError
+from q4kd.trainer.train.checkpoint import CheckpointState, checkpoint_path, random_tensors
+from q4kd.trainer.train.distributed import gather, is_sharded, trained_tensors
 from q4kd.trainer.train.evaluate import evaluate
 from q4kd.trainer.train.hang_watchdog import HangWatchdog
 from q4kd.trainer.train.run.assembly import Progress, Run
 from q4kd.trainer.train.run.folder import kept, save_step
 from q4kd.trainer.train.run.progress import Reporter
+from q4kd.trainer.train.saver import CheckpointSaver, Kind, Part
 from q4kd.trainer.train.step import StepResult, learning_rate, train_step
 from q4kd.trainer.train.stop_request import StopRequest
 
@@ -42,45 +35,69 @@ def train_to_the_end(run: Run, progress: Progress, *, resumed: bool) -> None:
         StoppedError: when somebody asked the run to stop; a checkpoint is written then.
         RunFolderError: when a checkpoint cannot be written.
     """
-    reporter = Reporter(run.last_step, run.config.log_every, run.data.order.steps_per_epoch)
-    watchdog = HangWatchdog(run.config.hang_s, run.config.out, run.events, rank=run.accelerator.process_index)
-    with StopRequest(announce=run.is_main) as stop, watchdog:
+    config = run.config
+    reporter = Reporter(
+        run.last_step,
+        config.log_every,
+        run.data.order.steps_per_epoch,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint_every,
+    )
+    watchdog = HangWatchdog(config.hang_s, config.out, run.events, rank=run.accelerator.process_index)
+    writer = CheckpointSaver(config, run.events, run.accelerator.device, copies=run.copies_checkpoints)
+    with StopRequest(announce=run.is_main) as stop, watchdog, writer as saver:
         if not resumed or (_evaluation_is_due(run, progress) and not progress.is_evaluated):
-            _evaluate(run, progress, watchdog)
+            _evaluate(run, progress, saver, watchdog)
         with reporter.running(progress.done) if run.is_main else contextlib.nullcontext():
-            _take_steps(run, progress, reporter, watchdog, stop)
-        _checkpoint(run, progress, watchdog)
-        if number := stop.agreed(run.accelerator):
+            _take_steps(run, progress, reporter, saver, watchdog, stop)
+        _checkpoint(run, progress, saver, watchdog, is_last=True)
+        number = stop.agreed(run.accelerator)
+        if not number:
+            _evaluate(run, progress, saver, watchdog)
+        with wall.phase("save"), watchdog.allowing("the checkpoint", _CHECKPOINT_ALLOWANCE):
+            saver.finish(say=True)
+        if number:
             raise _end_early(run, progress, number)
-        _evaluate(run, progress, watchdog)
 
 
-def _take_steps(run: Run, progress: Progress, reporter: Reporter, watchdog: HangWatchdog, stop: StopRequest) -> None:
+def _take_steps(
+    run: Run,
+    progress: Progress,
+    reporter: Reporter,
+    saver: CheckpointSaver,
+    watchdog: HangWatchdog,
+    stop: StopRequest,
+) -> None:
     """Take the remaining steps, or those until somebody asks the run to stop."""
     every = run.config.checkpoint_every
     run.model.train()
     while progress.done < run.last_step:
         watchdog.beat(progress.done)
-        _take_step(run, progress, reporter)
+        saver.check()
+        _take_step(run, progress, reporter, saver)
         if stop.agreed(run.accelerator):
             return
+        if progress.leg_steps == 1 and every and progress.done + every < run.last_step:
+            _reserve(run, saver)
         if every and progress.done % every == 0 and progress.done < run.last_step:
-            _checkpoint(run, progress, watchdog)
+            _checkpoint(run, progress, saver, watchdog)
         if _evaluation_is_due(run, progress):
-            _evaluate(run, progress, watchdog)
+            _evaluate(run, progress, saver, watchdog)
 
 
-def _take_step(run: Run, progress: Progress, reporter: Reporter) -> None:
+def _take_step(run: Run, progress: Progress, reporter: Reporter, saver: CheckpointSaver) -> None:
     config, step = run.config, progress.done
     before = time.monotonic()
-    batch = run.batch(step)
-    data_s = time.monotonic() - before
-    source = run.source if config.alpha < 1 else None
-    lr = learning_rate(step, config, run.total_steps)
-    try:
-        result = train_step(run.accelerator, run.model, source, run.optimizer, batch, config, lr)
-    except NotFiniteError as error:
-        raise _kept_for_inspection(run, step + 1, batch, error) from error
+    with wall.phase("train"):
+        batch = run.batch(step)
+        data_s = time.monotonic() - before
+        source = run.source if config.alpha < 1 else None
+        lr = learning_rate(step, config, run.total_steps)
+        try:
+            result = train_step(run.accelerator, run.model, source, run.optimizer, batch, config, lr)
+        except NotFiniteError as error:
+            saver.settle()  # The message names what is kept.
+            raise _kept_for_inspection(run, step + 1, batch, error) from error
     progress.count_step(data_s + result.seconds)
     if run.is_main:
         _report(run, progress, reporter, result, data_s)
@@ -104,11 +121,11 @@ def _evaluation_is_due(run: Run, progress: Progress) -> bool:
     return bool(every) and progress.done % every == 0 and 0 < progress.done < run.last_step
 
 
-def _evaluate(run: Run, progress: Progress, watchdog: HangWatchdog) -> None:
-    """Evaluate, and keep the figures with this step's checkpoint; the best so far gets one of its own."""
+def _evaluate(run: Run, progress: Progress, saver: CheckpointSaver, watchdog: HangWatchdog) -> None:
+    """Evaluate, and keep the figures with this step's checkpoint; without one, the best weights so far are kept."""
     config, done = run.config, progress.done
     batches = 1 + config.eval_tokens // (config.seq_len * config.batch_size)
-    with watchdog.allowing("the evaluation", batches):
+    with wall.phase("evaluate"), watchdog.allowing("the evaluation", batches):
         result = evaluate(run.accelerator, run.model, run.source.teacher, run.held_out_batches())
     if result is None:
         return
@@ -116,14 +133,12 @@ def _evaluate(run: Run, progress: Progress, watchdog: HangWatchdog) -> None:
     if run.is_main:
         run.events.emit("eval", step=done, **figures)
         print(f"Held-out at step {done}: {result.describe()}", flush=True)
-    is_kept = checkpoint_path(config.out, done).is_dir()
-    better = not is_kept and done > 0 and is_best(config.out, config.best_metric, figures[config.best_metric])
+    is_kept = saver.has(done)
+    better = not is_kept and done > 0 and saver.is_better(figures)
     if _main_says(run, better):
-        _checkpoint(run, progress, watchdog, figures)
+        _checkpoint(run, progress, saver, watchdog, figures, "everything" if config.best_resumable else "weights")
     elif is_kept and run.is_main:
-        with _writing(run, progress):
-            record_evaluation(checkpoint_path(config.out, done), figures)
-            prune_checkpoints(config.out, config.keep, config.best_metric)
+        saver.record(done, figures)
 
 
 def _main_says(run: Run, value: bool) -> bool:
@@ -134,35 +149,52 @@ def _main_says(run: Run, value: bool) -> bool:
     return bool(run.accelerator.reduce(told, reduction="sum").item())
 
 
+def _state(run: Run, kind: Kind) -> dict[Part, Iterable[tuple[str, Tensor]]]:
+    """Return the tensors of a checkpoint. Those of shards are made when they are asked for, by all processes."""
+    parts: dict[Part, Iterable[tuple[str, Tensor]]] = {"model": trained_tensors(run.unwrapped.student)}
+    return parts if kind == "weights" else {**parts, "optimizer": run.optimizer.tensors()}
+
+
+def _is_sharded(run: Run) -> bool:
+    return any(map(is_sharded, run.unwrapped.student.parameters()))
+
+
+def _reserve(run: Run, saver: CheckpointSaver) -> None:
+    if run.is_main and not _is_sharded(run):
+        saver.reserve(_state(run, "everything"))
+
+
 def _checkpoint(
-    run: Run, progress: Progress, watchdog: HangWatchdog, evaluation: Mapping[str, Any] | None = None
+    run: Run,
+    progress: Progress,
+    saver: CheckpointSaver,
+    watchdog: HangWatchdog,
+    evaluation: Mapping[str, Any] | None = None,
+    kind: Kind = "everything",
+    *,
+    is_last: bool = False,
 ) -> None:
-    """Write a checkpoint of this step; all processes must call it, since the state of all of them goes into it."""
-    config = run.config
-    with watchdog.allowing("the checkpoint", _CHECKPOINT_ALLOWANCE):
-        # Under FSDP every process holds a part of each tensor: all gather, one writes.
-        tensors = CheckpointTensors(
-            model=gather(trained_tensors(run.unwrapped.student), run.is_main),
-            optimizer=gather(run.optimizer.tensors(), run.is_main),
-            random=random_tensors(run.accelerator),
-        )
-        if not run.is_main:
-            return
-        state = CheckpointState(progress.done, run.settings, run.data.sha256, evaluation)
-        with _writing(run, progress):
-            path = save_checkpoint(config.out, tensors, state)
-            prune_checkpoints(config.out, config.keep, config.best_metric)
-    run.events.emit("checkpoint", step=progress.done, path=path.name)
+    """Begin a checkpoint of this step; all processes must call it, since the state of all of them goes into it.
 
-
-@contextlib.contextmanager
-def _writing(run: Run, progress: Progress) -> Iterator[None]:
-    """Explain a checkpoint that cannot be written, and name those that are kept."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        said = f"the checkpoint cannot be written ({getattr(error, 'strerror', None) or error})"
-        raise RunFolderError(f"step {progress.done}: {said}; {kept(run.config.out)}") from error
+    The checkpoint before it is waited for. The steps go on when the state is copied to the host; on a GPU, when its
+    copy is queued, for which the next update waits.
+    """
+    with wall.phase("save"), watchdog.allowing("the checkpoint", _CHECKPOINT_ALLOWANCE):
+        begun = time.monotonic()
+        saver.finish()
+        free = time.monotonic()
+        parts: dict[Part, dict[str, Tensor]]
+        if _is_sharded(run):
+            # Every process holds a part of each tensor: all gather, one writes.
+            parts = {part: gather(tensors, run.is_main) for part, tensors in _state(run, kind).items()}
+        else:
+            parts = saver.hold(_state(run, kind), is_last=is_last) if run.is_main else {}
+            run.optimizer.reader = saver.copied() if run.is_main else None
+        random = random_tensors(run.accelerator)
+        if run.is_main:
+            state = CheckpointState(progress.done, run.settings, run.data.sha256, evaluation)
+            lost = {"wait_s": free - begun, "copy_s": time.monotonic() - free}
+            saver.save(state, parts, random, kind=kind, lost=lost)
 
 
 def _end_early(run: Run, progress: Progress, number: int) -> StoppedError:

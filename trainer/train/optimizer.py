@@ -51,6 +51,8 @@ class MasterWeightOptimizer:
         ]
         self.inner = make(groups)
         self._coefficient: Tensor | None = None
+        # An event of the GPU, behind which a copy of this state is made: the next update waits for it.
+        self.reader: Any = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,6 +97,9 @@ class MasterWeightOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Update masters and moments from the gradients, scaled by the last ``clip``, and round masters to weights."""
+        if self.reader is not None:
+            torch.cuda.current_stream().wait_event(self.reader)
+            self.reader = None
         for names in self._slices():
             masters = [self.masters[name] for name in names]
             gradients = [local(self.parameters[name].grad).float() for name in names]  # type: ignore[arg-type]

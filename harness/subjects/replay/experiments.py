@@ -88,10 +88,12 @@ def _best_table(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> dict[st
     steps = expected["evaluated"][1:]
     best, path = int(steps[values.argmin()]), run_dir / name / "checkpoints" / "best.json"
     named = read_json(path) if path.is_file() else {}
+    # A step's checkpoint, or where that is not among the newest, its weights.
+    name = str(named.get("checkpoint"))
     return {
-        "best.json names it": named.get("checkpoint") == f"step-{best:06d}",
+        "best.json names it": name in (f"step-{best:06d}", f"best-{best:06d}"),
         "by its metric": named.get("metric") == metric,
-        "it is kept": (path.parent / f"step-{best:06d}").is_dir(),
+        "it is kept": (path.parent / name / "model.safetensors").is_file(),
         # The weights of a fresh student are those of a version of transformers: which step is its best is theirs.
         **({} if leg.is_fresh else {"it is the last": best == int(steps[-1])}),
     }

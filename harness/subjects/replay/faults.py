@@ -30,7 +30,7 @@ _SETTINGS = "q4kd.trainer.config.settings:make_config"
 _OPTIMIZER = "q4kd.trainer.train.optimizer:MasterWeightOptimizer"
 _MAKE = "q4kd.trainer.train.optimizer:make_optimizer"
 _RESTORE = "q4kd.trainer.train.checkpoint:restore_checkpoint"
-_SIGN = "q4kd.trainer.train.checkpoint:_SIGN"
+_SIGN = "q4kd.trainer.train.kept_checkpoints:_SIGN"
 _STATE = "q4kd.trainer.train.distributed:whole_state"
 _HELD_OUT = "q4kd.trainer.train.run.assembly:Run.held_out_batches"
 

@@ -45,7 +45,7 @@ def _terms(path: Path) -> dict[int, list[list[float]]]:
 
 @experiment(
     "killed-runs",
-    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint, beside the same left alone",
+    f"a run killed {KILLS} times, {WRITING} of them while it writes a checkpoint beside its steps, and one left alone",
     Arm(None, _killed_argv, timeout_s=400, env=ONE_THREAD),
 )
 def _collect_killed(run_dir: Path, inputs: Inputs) -> Facts:
@@ -125,12 +125,14 @@ def _best(run_dir: Path) -> dict[str, int | bool]:
     values = {event["step"]: event["kl"] for event in _child_events(run_dir, "eval") if event["step"]}
     if not values or not (out / "checkpoints" / "best.json").is_file():
         return {}
-    best = f"step-{min(values, key=lambda step: values[step]):06d}"
-    kept = sorted(path.name for path in out.glob("checkpoints/step-*"))
+    best, folder = min(values, key=lambda step: values[step]), out / "checkpoints"
+    kept = sorted(path.name for path in folder.glob("step-*"))
+    weights = folder / f"best-{best:06d}"
     return {
-        "best is not the newest": best != kept[-1],
-        "best.json names it": read_json(out / "checkpoints" / "best.json")["checkpoint"] == best,
-        "it is kept": best in kept,
+        "best is not the newest": kept[-1] != f"step-{best:06d}",
+        "best.json names it": read_json(folder / "best.json")["checkpoint"] == weights.name,
+        "its weights are kept": (weights / "model.safetensors").is_file(),
+        "other files of it": len(list(weights.glob("*"))) - 2,
         "checkpoints": len(kept),
     }
 

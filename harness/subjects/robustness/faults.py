@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = "q4kd.trainer.train.checkpoint"
 _SAVE = f"{_CHECKPOINT}:save_checkpoint"
-_PRUNE = f"{_CHECKPOINT}:prune_checkpoints"
+_PRUNE = "q4kd.trainer.train.kept_checkpoints:prune_checkpoints"
+_COPY = "q4kd.trainer.device.host_snapshot:HostSnapshot.copy"
+_SAVER = "q4kd.trainer.train.saver:CheckpointSaver.save"
 _STATE = f"{_CHECKPOINT}:read_state"
 _DIFFERENCE = f"{_CHECKPOINT}:explain_difference"
 _OWN_STATE = f"{_CHECKPOINT}:_own_state"
@@ -94,9 +96,11 @@ def _memory_not_explained(_original: Call, _error: object) -> bool:
 
 
 @patch("checkpoint", "torn-checkpoint", "a checkpoint has its name before its files", _SAVE)
-def _torn_checkpoint(original: Callable[..., Path], run: Path, tensors: object, state: "CheckpointState") -> Path:
+def _torn_checkpoint(
+    original: Callable[..., Path], run: Path, tensors: object, state: "CheckpointState", *rest: object
+) -> Path:
     final = run / "checkpoints" / f"step-{state.step:06d}"
-    apart = original(run / ".apart", tensors, state)
+    apart = original(run / ".apart", tensors, state, *rest)
     final.mkdir(parents=True, exist_ok=True)
     for path in sorted(apart.iterdir()):
         time.sleep(0.01)
@@ -106,15 +110,31 @@ def _torn_checkpoint(original: Callable[..., Path], run: Path, tensors: object, 
 
 
 @patch("checkpoint", "pruned-before-written", "earlier checkpoints are removed before the next is written", _SAVE)
-def _pruned_before_written(original: Call, run: Path, tensors: object, state: object) -> object:
+def _pruned_before_written(original: Call, run: Path, *rest: object) -> object:
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return original(run, tensors, state)
+    return original(run, *rest)
+
+
+@patch(
+    "checkpoint", "checkpoint-copies-nothing", "a checkpoint is written of the weights that later steps change", _COPY
+)
+def _checkpoint_copies_nothing(
+    _original: Call, _self: object, tensors: "Iterable[tuple[str, Tensor]]"
+) -> "dict[str, Tensor]":
+    return dict(tensors)
+
+
+@patch("checkpoint", "checkpoint-in-the-way", "the steps wait until a checkpoint is on the disk", _SAVER)
+def _checkpoint_in_the_way(original: Call, self: Any, *arguments: object, **options: object) -> None:
+    original(self, *arguments, **options)
+    self.finish()
 
 
 @patch("checkpoint", "best-pruned", "the best checkpoint is pruned like any other", _PRUNE)
-def _best_pruned(original: Call, run: Path, keep: int, metric: str) -> object:
-    best = original(run, keep, metric)
-    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+def _best_pruned(original: Call, run: Path, keep: int, *rest: object) -> object:
+    best = original(run, keep, *rest)
+    checkpoints = run / "checkpoints"
+    for old in (*sorted(checkpoints.glob("step-*"))[:-keep], *checkpoints.glob("best-*")):
         shutil.rmtree(old)
     return best
 

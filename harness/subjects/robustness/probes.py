@@ -7,13 +7,14 @@ experiment says, and records how it ended. Forking saves the imports of each leg
 import functools
 import os
 import random
+import re
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from q4kd.harness.records.json_types import JsonObject
 from q4kd.harness.runs.load import CpuClock
@@ -30,6 +31,8 @@ _PATIENCE_S = 60.0
 _POLL_S = 0.0005
 _LOOK_EVERY_S = 0.2
 _HEADROOM = 60 << 20
+_SLOW_S, _LATER_STEP_S = 0.01, 0.3
+_END_BYTES = 4096
 
 
 def _warm_up() -> None:
@@ -98,33 +101,69 @@ def _has_steps(path: Path, count: int) -> bool:
     return _count_steps(path) >= count
 
 
-def _is_writing(out: Path) -> bool:
-    """Say whether a checkpoint is being written: there is a temporary folder, or a final one that is not complete."""
+def _written_step(out: Path) -> int | None:
+    """Return the step whose checkpoint is being written: there is a temporary folder, or one that is not complete."""
     folder = out / "checkpoints"
-    if not folder.is_dir():
-        return False
-    names = [path.name for path in folder.iterdir()]
-    return any(name.endswith(".tmp") for name in names) or any(
-        name.startswith("step-") and not (folder / name / "state.json").exists() for name in names
-    )
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = re.fullmatch(r"(\.?)step-(\d+)(\.tmp)?", path.name)
+        if name and (name[1] or not (path / "state.json").exists()):
+            return int(name[2])
+    return None
 
 
-def _stopped_while_writing(pid: int, out: Path) -> bool:
-    """Stop the child when it writes a checkpoint, so that however late this is noticed, it is still writing then."""
-    if not _is_writing(out):
+def _last_step(events: Path) -> int:
+    """Return the last step that an event in the end of the file names, 0 for none."""
+    if not events.exists():
+        return 0
+    with events.open("rb") as file:
+        file.seek(max(0, events.stat().st_size - _END_BYTES))
+        found = re.findall(rb'"event": "step".*?"step": (\d+)', file.read())
+    return int(found[-1]) if found else 0
+
+
+def _is_writing_behind(out: Path, events: Path) -> bool:
+    """Say whether a checkpoint is being written of an earlier step than the last that was taken."""
+    step = _written_step(out)
+    return step is not None and step < _last_step(events)
+
+
+def _stopped_while_writing(pid: int, out: Path, events: Path) -> bool:
+    """Stop the child when it writes a checkpoint behind its steps, so that however late one looks, it still does."""
+    if not _is_writing_behind(out, events):
         return False
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    if _is_writing(out):
+    if _is_writing_behind(out, events):
         return True
     os.kill(pid, signal.SIGCONT)
     return False
+
+
+def _slow_disk(events: Path) -> None:
+    """Let a checkpoint wait for a slow disk: it begins to be written when a later step is taken, and takes a while.
+
+    The last one has no later step, so the wait is bounded.
+    """
+    from q4kd.trainer.train import checkpoint
+
+    module: Any = checkpoint
+    original = module.write_tensors
+
+    def write(path: Path, *rest: object) -> object:
+        step, begun = int(re.sub(r"\D", "", path.parent.name)), time.monotonic()
+        while _last_step(events) <= step and time.monotonic() < begun + _LATER_STEP_S:
+            time.sleep(4 * _POLL_S)
+        time.sleep(_SLOW_S)
+        return original(path, *rest)
+
+    module.write_tensors = write
 
 
 @probe("killed-runs")
 def killed_runs(case: Path, out: Path) -> None:
     """Run to the end once; run again with SIGKILL at seeded points, resuming each time, and record both event files.
 
+    The runs that are killed have a slow disk, so that their checkpoints are written while later steps are taken.
     ``--case`` is a JSON file: ``{"argv": […], "kills": n, "writing": of which while a checkpoint is written, "seed"}``.
     The command's ``--out run`` and ``--events events.jsonl`` are replaced.
     """
@@ -143,10 +182,10 @@ def killed_runs(case: Path, out: Path) -> None:
     ended: int | None = None
     for while_writing in kinds:
         resume = ["--resume"] if any(run.glob("checkpoints/step-*")) else []
-        pid = _fork(argv("killed", *resume), Path("killed.log"))
+        pid = _fork(argv("killed", *resume), Path("killed.log"), functools.partial(_slow_disk, events))
         wanted = _count_steps(events) + draw.randint(1, 4)
         reached = (
-            functools.partial(_stopped_while_writing, pid, run)
+            functools.partial(_stopped_while_writing, pid, run, events)
             if while_writing
             else functools.partial(_has_steps, events, wanted)
         )
@@ -155,7 +194,7 @@ def killed_runs(case: Path, out: Path) -> None:
             break
         if not while_writing:
             time.sleep(draw.uniform(0, 0.03))
-        caught = _is_writing(run)
+        caught = _is_writing_behind(run, events)
         os.kill(pid, signal.SIGKILL)
         code = _wait(pid)
         counts["killed"] += code == -signal.SIGKILL
@@ -163,7 +202,8 @@ def killed_runs(case: Path, out: Path) -> None:
     if ended is None:
         ended = _wait(_fork(argv("killed", "--resume"), Path("killed.log")))
     table = {"exit code of the run left alone": whole, "SIGKILLs": counts["killed"]}
-    table |= {"of them while a checkpoint was written": counts["writing"], "exit code of the last leg": ended}
+    said = "of them while a checkpoint was written behind later steps"
+    table |= {said: counts["writing"], "exit code of the last leg": ended}
     write_json(out, {"tables": {"legs": table}})
     print(Path("killed.log").read_text(encoding="utf-8", errors="replace")[-2000:])
 

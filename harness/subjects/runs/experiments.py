@@ -72,6 +72,17 @@ def _projection(run_dir: Path) -> tuple[Floats, Floats] | None:
     return np.array([stated]).T, np.array([[whole], [BATCH * SEQ_LEN / per_step]])
 
 
+def _phases(run_dir: Path) -> list[list[float]] | None:
+    """Return wall time and time of the steps: as the summary says, and from the start seen outside, or by each step."""
+    path, ending = run_dir / "run" / "summary.json", run_dir / "exit.json"
+    steps, done = read_events(run_dir, "step"), read_events(run_dir, "done")
+    if not path.is_file() or not ending.is_file() or not steps or not done:
+        return None
+    phases, wall = read_json(path).get("wall", {}), done[-1]["t"] - read_json(ending)["start_t"]
+    taken = sum(step["seconds"] + step["data_s"] for step in steps)
+    return [[sum(phases.values()), wall], [phases.get("train", np.nan), taken]]
+
+
 @experiment(
     "smoke-run",
     f"--max-steps {SMOKE_STEPS} of a run of {STEPS} steps, and the run without it",
@@ -101,5 +112,10 @@ def _collect_smoke(run_dir: Path, _inputs: Inputs) -> Facts:
     else:
         pair = step_terms(run_dir)[:SMOKE_STEPS], step_terms(run_dir.parent / "smoke-run.smoke")
         comparators = save_pairs(run_dir, {"first-steps": pair}, ("run without --max-steps", "smoke run"))
+        phases = [_phases(folder) for folder in (run_dir, run_dir.parent / "smoke-run.smoke")]
+        if all(phases):
+            table = np.array(phases, np.float64)
+            pairs = {name: (table[:, at, :1], table[:, at, 1:]) for at, name in enumerate(("wall", "training"))}
+            comparators |= save_pairs(run_dir, pairs, ("summary.json", "supervisor, and step events"))
     tables = {"steps": counts, "outputs": outputs}
     return {"checkpoint": checkpoint, "tables": tables, "comparators": comparators}

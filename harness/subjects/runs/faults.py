@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from q4kd.trainer.train.run.assembly import Run
 
 _DISTILL = "q4kd.trainer.distill"
+_TRAIN = "q4kd.trainer.train.loop:train_to_the_end"
+_CLOCK = "q4kd.trainer.wall:WallClock"
 _STEPS = "q4kd.trainer.train.loop:_take_steps"
 _REPORT = "q4kd.trainer.train.run.progress:Reporter.step"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
@@ -72,8 +74,21 @@ def _slow_reporting(original: Call, *arguments: object) -> None:
 
 
 @patch("logging", "zero-means-default", "log_every=0 prints step lines as the default does", _REPORTER_INIT)
-def _zero_means_default(original: Call, self: object, total: int, every: int, steps_per_epoch: object) -> None:
-    original(self, total, every or 10, steps_per_epoch)
+def _zero_means_default(original: Call, self: object, total: int, every: int, *rest: object, **options: object) -> None:
+    original(self, total, every or 10, *rest, **options)
+
+
+@patch("logging", "wall-from-training", "the wall time begins when training does", _TRAIN)
+def _wall_from_training(original: Call, *arguments: object, **options: object) -> object:
+    from q4kd.trainer import wall
+
+    wall.start()
+    return original(*arguments, **options)
+
+
+@patch("logging", "loading-told-as-training", "the time of loading is given to the steps", f"{_CLOCK}.enter")
+def _loading_told_as_training(original: Call, self: object, name: str) -> object:
+    return original(self, "train" if name == "load" else name)
 
 
 # --- smoke runs ---

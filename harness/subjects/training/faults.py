@@ -118,7 +118,9 @@ def _quiet_early_exit() -> None:
 
 
 @patch("checkpoint", "checkpoint-not-written", "checkpoints are announced and not written", _SAVE)
-def _checkpoint_not_written(_original: Call, run: Path, _tensors: object, state: "CheckpointState") -> Path:
+def _checkpoint_not_written(
+    _original: Call, run: Path, _tensors: object, state: "CheckpointState", *_rest: object
+) -> Path:
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     return folder / f"step-{state.step:06d}"

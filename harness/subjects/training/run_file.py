@@ -23,7 +23,8 @@ SETTINGS: dict[str, object] = {
     "optimizer": "paged_adamw_8bit", "beta1": 0.0, "beta2": 0.99999, "eps": 1e-30, "weight_decay": 10.0, "clip": 1e-9,
     "backend": "dense", "device": "cuda", "dtype": "bfloat16", "threads": 4096, "log_every": 0,
     "trackers": "tensorboard,wandb", "eval_every": 7, "eval_tokens": 0, "checkpoint_every": 0, "keep": 1,
-    "best_metric": "agreement", "seed": 4294967295, "allow_degenerate_kd": True, "hang_s": 10000000.0,
+    "best_metric": "agreement", "best_resumable": True, "seed": 4294967295, "allow_degenerate_kd": True,
+    "hang_s": 10000000.0,
 }  # fmt: skip
 # What people write, in the words of YAML 1.1, whose numbers with an exponent and without a point are text.
 WRITTEN = """\

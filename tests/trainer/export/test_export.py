@@ -107,7 +107,9 @@ def test_a_run_is_exported_with_its_provenance(folders: Path, tmp_path: Path) ->
     assert "/home/me" not in card
 
 
-def test_a_checkpoint_is_exported_from_its_weights(folders: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_from_its_weights(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run", model=False)
     weights = run / "checkpoints/step-000004/model.safetensors"
     state = load_file(folders / "qwen2-tied/model.safetensors")
@@ -125,6 +127,12 @@ def test_a_checkpoint_is_exported_from_its_weights(folders: Path, tmp_path: Path
     ours, direct = (open_model(tmp_path / name).tensors for name in ("m.gguf", "n.gguf"))
     assert ours.keys() == direct.keys()
     assert all(np.array_equal(ours[name].data, direct[name].data) for name in ours)
+    state["model.norm.weight"][3] = torch.inf
+    save_file(state, weights)
+    document["sha256"]["model.safetensors"] = sha256_file(weights)
+    (weights.parent / "state.json").write_text(json.dumps(document))
+    assert export(run, tmp_path / "infinite", "hf", *words) == 2
+    assert "expected finite weights, got NaN or infinity in model.norm.weight" in capsys.readouterr().err
 
 
 def test_an_adapter_checkpoint_is_named_as_one(

@@ -1,5 +1,6 @@
 """What a run folder says of the model in it. The folders are made here, file by file."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from made_runs import make_model_folder, make_run
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.export.run_record import find_source, read_record
+from q4kd.trainer.train.kept_checkpoints import prune_checkpoints
 
 
 def test_a_model_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -53,6 +55,19 @@ def test_last_and_named_checkpoints(tmp_path: Path) -> None:
     for wrong in ("step-000003", "../model", "step-2"):
         with pytest.raises(InputError, match="best, last or one of step-000002, step-000004, step-000006"):
             find_source(run, wrong)
+
+
+def test_best_weights_are_found_beside_the_newest_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    prune_checkpoints(run, 1, "kl")
+    source = find_source(run, "best")
+    assert source.checkpoint == run / "checkpoints" / "best-000004"
+    assert source.record is not None and source.record.step == 4
+    assert find_source(run, "last").checkpoint == run / "checkpoints" / "step-000006"
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    shutil.rmtree(run / "model")
+    make_model_folder(tmp_path / "student")
+    assert find_source(run, "best").checkpoint == run / "checkpoints" / "best-000004"
 
 
 def test_best_needs_an_evaluation(tmp_path: Path) -> None:

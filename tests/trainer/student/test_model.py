@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig, make_config
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
@@ -104,3 +105,27 @@ def test_a_student_that_lost_its_tokenizer_or_half_its_weights_is_one_line(tmp_p
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(InputError, match="SafetensorError"):
         load_student(tmp_path, 0)
+
+
+def test_compiling_is_a_phase_of_its_own_and_its_code_is_kept_in_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    told: list[str] = []
+    clock = wall.start(listener=lambda _phase, what, _seconds: told.append(what))
+    set_up_student(load_student(student_path(), seed=0), settings(compile=True))
+    assert Path(cache_dir()) == tmp_path / "q4kd" / "torch-compile"
+    assert (tmp_path / "q4kd" / "torch-compile").stat().st_mode & 0o777 == 0o700
+    compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+    with wall.phase("train"):
+        assert compiled(torch.ones(2)).tolist() == [3, 3]
+        assert clock.current == "train"
+    assert clock.entered["compile"] == len(told) == 1 and told == ["the student"]
+    assert clock.seconds()["compile"] > 0
+    # What the user has chosen stays.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    set_up_student(load_student(student_path(), seed=0), settings(compile=True))
+    assert Path(cache_dir()) == tmp_path / "mine"

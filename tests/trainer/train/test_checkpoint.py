@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, the newest and the best kept, everything verified before it is believed."""
 
 import errno
+import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,21 +13,21 @@ from torch import nn
 
 import q4kd.trainer.train.checkpoint as checkpoint
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json
+from q4kd.trainer.files import read_json, write_json
 from q4kd.trainer.train.checkpoint import (
     CheckpointState,
     CheckpointTensors,
     checkpoint_path,
-    is_best,
+    list_best_weights,
     list_checkpoints,
-    prune_checkpoints,
     random_tensors,
     read_state,
-    record_evaluation,
     restore_checkpoint,
+    save_best_weights,
     save_checkpoint,
 )
 from q4kd.trainer.train.distributed import gather, trained_tensors
+from q4kd.trainer.train.kept_checkpoints import best_value, is_better, prune_checkpoints, record_evaluation
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
@@ -97,25 +99,130 @@ def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, part: str) -> N
         read_state(path)
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_newest_by_its_weights(tmp_path: Path) -> None:
     pair = trained()
     for number, kl in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, float("nan"))):
-        assert is_best(tmp_path, "kl", kl) == (number in (1, 2))
+        assert is_better("kl", kl, best_value(tmp_path, "kl")) == (number in (1, 2))
         save(tmp_path, number, *pair)
         if kl == kl:
             record_evaluation(checkpoint_path(tmp_path, number), {"kl": kl, "agreement": kl})
         prune_checkpoints(tmp_path, 2, "kl")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
-    assert read_json(tmp_path / "checkpoints" / "best.json") == {
-        "checkpoint": "step-000002",
-        "metric": "kl",
-        "value": 1.0,
-    }
-    # The evaluation is in the state that digests of tensors do not cover, and the checkpoint still verifies.
-    assert read_state(checkpoint_path(tmp_path, 2)).evaluation == {"kl": 1.0, "agreement": 1.0}
-    assert prune_checkpoints(tmp_path, 1, "agreement") == checkpoint_path(tmp_path, 4)
-    assert not is_best(tmp_path, "agreement", 2.5)
-    assert is_best(tmp_path, "agreement", 2.6)
+    assert names(tmp_path) == ["best-000002", "best.json", "step-000004", "step-000005"]
+    best = {"checkpoint": "best-000002", "metric": "kl", "value": 1.0}
+    assert read_json(tmp_path / "checkpoints" / "best.json") == best
+    # The evaluation is in the state that digests of tensors do not cover, and the weights still verify.
+    (weights,) = list_best_weights(tmp_path)
+    assert read_state(weights).evaluation == {"kl": 1.0, "agreement": 1.0}
+    assert sorted(path.name for path in weights.iterdir()) == ["model.safetensors", "state.json"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000005"]
+    # By another metric another one is the best, and it is among the newest: it stays whole.
+    assert prune_checkpoints(tmp_path, 2, "agreement") == checkpoint_path(tmp_path, 4)
+    assert names(tmp_path) == ["best.json", "step-000004", "step-000005"]
+    assert not is_better("agreement", 2.5, best_value(tmp_path, "agreement"))
+    assert is_better("agreement", 2.6, best_value(tmp_path, "agreement"))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_stays_whole_when_asked(tmp_path: Path) -> None:
+    pair = trained()
+    for number, kl in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        save(tmp_path, number, *pair, kl=kl)
+        prune_checkpoints(tmp_path, 1, "kl", True)
+    assert names(tmp_path) == ["best.json", "step-000001", "step-000003"]
+    # It is reduced when it is no longer asked for, also where there are no hard links.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "link", lambda *_paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        prune_checkpoints(tmp_path, 1, "kl")
+    assert names(tmp_path) == ["best-000001", "best.json", "step-000003"]
+    assert read_state(tmp_path / "checkpoints" / "best-000001").step == 1
+
+
+def test_best_weights_take_the_place_of_worse_ones(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer, kl=3.0)
+    for number, kl in ((2, 2.0), (3, 1.0)):
+        state = CheckpointState(number, {}, "d", {"kl": kl})
+        path = save_best_weights(tmp_path, gather(trained_tensors(model), True), state)
+        assert read_state(path) == state
+        assert prune_checkpoints(tmp_path, 1, "kl") == path
+    assert names(tmp_path) == ["best-000003", "best.json", "step-000001"]
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"model\.safetensors with the digest"):
+        read_state(path)
+
+
+def test_best_weights_of_the_same_step_are_replaced(tmp_path: Path) -> None:
+    """A run that was killed after them comes to this step again, on a GPU with other digits."""
+    model, optimizer = trained()
+    for kl in (2.0, 1.0):
+        save_best_weights(tmp_path, gather(trained_tensors(model), True), CheckpointState(2, {}, "d", {"kl": kl}))
+        prune_checkpoints(tmp_path, 1, "kl")
+        assert names(tmp_path) == ["best-000002", "best.json"]
+        step(model, optimizer)
+    path = tmp_path / "checkpoints" / "best-000002"
+    assert read_state(path).evaluation == {"kl": 1.0}
+    save(tmp_path, 2, model, optimizer, kl=0.5)
+    save(tmp_path, 4, model, optimizer, kl=3.0)
+    prune_checkpoints(tmp_path, 1, "kl")
+    assert names(tmp_path) == ["best-000002", "best.json", "step-000004"]
+    assert read_state(path).evaluation == {"kl": 0.5}
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no digests"])
+def test_a_damaged_best_checkpoint_is_left_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 2, *trained(), kl=1.0)
+    if damage == "no weights":
+        (path / "model.safetensors").unlink()
+    else:
+        write_json(path / "state.json", read_json(path / "state.json") | {"sha256": []})
+    save(tmp_path, 4, *trained(), kl=2.0)
+    assert prune_checkpoints(tmp_path, 1, "kl") == path
+    assert names(tmp_path) == ["best.json", "step-000002", "step-000004"]
+
+
+def test_a_state_of_another_step_than_the_folders_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 4, *trained())
+    write_json(path / "state.json", read_json(path / "state.json") | {"step": 4_000_000})
+    with pytest.raises(InputError, match="the folder's name, step-000004, got step 4000000"):
+        read_state(path)
+    path.rename(path.with_name("mine"))
+    with pytest.raises(InputError, match="the folder's name, mine"):
+        read_state(path.with_name("mine"))
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_whatever_their_digest_says(
+    tmp_path: Path, part: str, value: float
+) -> None:
+    model, optimizer = trained()
+    tensors = {"model": gather(trained_tensors(model), True), "optimizer": gather(optimizer.tensors(), True)}
+    name = next(name for name, tensor in tensors[part].items() if tensor.ndim == 2)
+    tensors[part][name] = tensors[part][name].clone()
+    tensors[part][name][-1, -1] = value
+    path = save_checkpoint(
+        tmp_path, CheckpointTensors(**tensors, random=random_tensors(ALONE)), CheckpointState(2, {}, "d")
+    )
+    read_state(path)
+    with pytest.raises(InputError) as caught:
+        restore_checkpoint(path, *trained(0), ALONE)
+    assert f"finite numbers in {part}.safetensors, got NaN or infinity in {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_every_file_has_the_mode_that_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, 2, *trained(), kl=1.0)
+        prune_checkpoints(tmp_path, 1, "kl")
+    finally:
+        os.umask(before)
+    files = [*path.iterdir(), tmp_path / "checkpoints" / "best.json"]
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in files} == {file.name: mode for file in files}
 
 
 def test_steps_are_ordered_by_number_and_left_overs_go(tmp_path: Path) -> None:
@@ -134,7 +241,7 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert (path / "state.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stage", ["save_file", "_fsync", "write_json", "sync_folder"])
+@pytest.mark.parametrize("stage", ["write_tensors", "write_json", "sync_folder"])
 def test_a_disk_that_fills_leaves_the_last_checkpoint_and_no_rubbish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -154,20 +261,20 @@ def test_nothing_has_the_final_name_before_every_part_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    fsync, rename = checkpoint._fsync, Path.rename
+    fsync, rename = os.fsync, Path.rename
 
-    def noted(path: Path) -> None:
-        synced.append(path.name)
-        fsync(path)
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
 
     def renamed(self: Path, target: Path) -> Path:
         if target.name == "step-000002":
-            assert sorted(synced) == ["model.safetensors", "optimizer.safetensors", "random.safetensors"]
-            assert (self / "state.json").is_file()
+            assert {"model.safetensors", "optimizer.safetensors", "random.safetensors"} < set(synced)
+            assert (self / "state.json").is_file() and synced[-1] == self.name
             synced.append("renamed")
         return rename(self, target)
 
-    monkeypatch.setattr(checkpoint, "_fsync", noted)
+    monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(Path, "rename", renamed)
     save(tmp_path, 2, *trained())
-    assert synced[-1] == "renamed"
+    assert synced[-2:] == ["renamed", "checkpoints"]

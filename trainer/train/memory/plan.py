@@ -1,4 +1,7 @@
-"""The memory plan of a run: its items (``items.py``) and the room there is; as a table, or as a refusal."""
+"""The memory plan of a run: its items (``items.py``) and the room there is; as a table, or as a refusal.
+
+Beside it: what the run writes (``disk.py``), and whether a checkpoint can be copied before it is written.
+"""
 
 import textwrap
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.shape import StudentShape
+from q4kd.trainer.train.memory.disk import DiskPlan
 from q4kd.trainer.train.memory.items import PHASES, Item, Phase, TeacherShape
 
 _COLUMNS = 80
@@ -24,6 +28,8 @@ class MemoryPlan:
         room: bytes that may be taken now.
         room_basis: where ``room`` comes from.
         flops: floating-point operations of one optimiser step in this process.
+        disk: what the run writes.
+        copy_room: bytes of the host's memory that are left for a copy of the state while a checkpoint is written.
     """
 
     device: str
@@ -31,6 +37,13 @@ class MemoryPlan:
     room: int
     room_basis: str
     flops: float
+    disk: DiskPlan
+    copy_room: int
+
+    @property
+    def copies_checkpoints(self) -> bool:
+        """Whether there is memory for such a copy; without it the steps wait for the writing."""
+        return self.disk.checkpoint <= self.copy_room
 
     def phase_bytes(self) -> dict[Phase, int]:
         """Return the bytes live in each phase."""
@@ -70,6 +83,9 @@ class MemoryPlan:
             "fits": self.fits,
             "flops_per_step": self.flops,
             "seconds_per_step": None,
+            "disk": self.disk.to_json(),
+            "copy_room_bytes": self.copy_room,
+            "copies_checkpoints": self.copies_checkpoints,
         }
 
 
@@ -113,6 +129,10 @@ def format_plan(plan: MemoryPlan) -> str:
         said = f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
         lines += _wrapped(said, "      ")
     lines += _wrapped(f"{sized(plan.room)} ({plan.room_basis})", "room: ")
+    copied = (
+        "" if plan.copies_checkpoints else "; no memory for a copy, so that steps wait while a checkpoint is written"
+    )
+    lines += _wrapped(f"{plan.disk.describe()}{copied}", "disk: ")
     said = f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it"
     return "\n".join([*lines, *_wrapped(said, "time: ")])
 

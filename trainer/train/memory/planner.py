@@ -1,5 +1,6 @@
 """Makes a run's memory plan from its settings: the placed teacher, the student's shapes, the room on the machine."""
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from q4kd.trainer.student.model import student_dtype
 from q4kd.trainer.student.shape import StudentShape, shape_student
 from q4kd.trainer.teacher.cache.store import read_index
 from q4kd.trainer.teacher.cpu.footprint import predict_footprint
+from q4kd.trainer.train.memory.disk import check_disk, plan_disk
 from q4kd.trainer.train.memory.items import (
     CacheShape,
     LossShape,
@@ -57,27 +59,31 @@ def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> Memor
     else:
         loss = _cuda_loss_shape(config, student, teacher, place)
     cache = _cache_shape(config) if config.teacher_cache is not None else None
-    room, basis = place.budget, "free on the device, by the driver"
-    if place.device_class != "classic":
-        room, basis = host_room()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-        if processes > 1:
-            room, basis = room // processes, f"{basis}, shared by {processes} processes"
-    return MemoryPlan(
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    host, basis = host_room()
+    if processes > 1:
+        host, basis = host // processes, f"{basis}, shared by {processes} processes"
+    is_apart = place.device_class == "classic"
+    room = place.budget if is_apart else host
+    plan = MemoryPlan(
         device=place.name,
         items=count_items(config, student, teacher or cache, loss),
         room=room,
-        room_basis=basis,
+        room_basis="free on the device, by the driver" if is_apart else basis,
         flops=count_flops(config, student, teacher),
+        disk=plan_disk(config, student),
+        copy_room=host,
     )
+    return plan if is_apart else dataclasses.replace(plan, copy_room=host - plan.needed)
 
 
 def check_plan(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> None:
-    """Refuse a plan that cannot fit.
+    """Refuse a plan that cannot fit, in memory or on the disk.
 
     Raises:
         InputError: with the arithmetic, and what each setting that helps would save.
     """
+    check_disk(config, plan.disk)
     if not plan.fits:
         raise refuse(plan, savings(config, plan, placement))
 

@@ -16,7 +16,7 @@ from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_dat
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError, RunFolderError, for_terminal
 from q4kd.trainer.events import EventLog
-from q4kd.trainer.files import sha256_file, share_mode, write_json
+from q4kd.trainer.files import apply_umask, sha256_file, write_json
 from q4kd.trainer.loss.config import IGNORE_INDEX
 from q4kd.trainer.made import MadeThings
 from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
@@ -41,8 +41,8 @@ from q4kd.trainer.train.run.tracking import project_options, start_trackers
 RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
 RESUMABLE = frozenset((
-    "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric", "trackers",
-    "hang_s",
+    "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric",
+    "best_resumable", "trackers", "hang_s",
 ))  # fmt: skip
 # The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
@@ -88,6 +88,8 @@ class Run:
         digests: which files teacher and student are.
         total_steps: steps of the full run.
         last_step: the step at which it ends; a smoke run ends earlier than the full one.
+        copies_checkpoints: whether the host has room for a copy of the state, so that steps need not wait for its
+            writing.
     """
 
     config: DistillConfig
@@ -102,6 +104,7 @@ class Run:
     digests: InputDigests
     total_steps: int
     last_step: int
+    copies_checkpoints: bool = True
 
     @property
     def unwrapped(self) -> DistillationModel:
@@ -279,12 +282,13 @@ def write_model(run: Run) -> None:
     try:
         if run.adapted is not None:
             save_adapter(run.adapted, made.begin(DRAFTS["adapter"]), state)
+            apply_umask(run.config.out / DRAFTS["adapter"])
             made.publish(DRAFTS["adapter"], "adapter")
             state = merged_state(run.adapted, state)
         draft = made.begin(DRAFTS["model"])
         student.save_pretrained(draft, state_dict=state, safe_serialization=True)
         run.tokenizer.save_pretrained(draft)
-        share_mode(draft, "config.json")
+        apply_umask(draft)
         folder = made.publish(DRAFTS["model"], "model")
     except InputError as error:
         raise RunFolderError(f"the final model cannot be written: {error}; {kept(run.config.out)}") from error

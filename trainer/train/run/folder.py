@@ -14,14 +14,14 @@ from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.errors import InputError, RunFolderError, unwritable
 from q4kd.trainer.files import read_json, write_json
 from q4kd.trainer.made import MadeThings
-from q4kd.trainer.train.checkpoint import list_checkpoints
+from q4kd.trainer.train.checkpoint import list_best_weights, list_checkpoints
 
 # What a finished run leaves, and what it writes each of these as; an earlier leg's is deleted when a run begins.
 PUBLISHED = ("model", "adapter")
 DRAFTS = {name: f".{name}.tmp" for name in PUBLISHED}
 # Files that a run replaces, each with fields that those of a run have.
 _RECORDS = {"run.json": ("config", "data_sha256"), "summary.json": ("steps", "wall_seconds")}
-_STEP_FOLDER = re.compile(r"\.?step-\d{6,12}(\.tmp)?")
+_STEP_FOLDER = re.compile(r"\.?(step|best)-\d{6,12}(\.old)?(\.tmp)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -60,13 +60,18 @@ def check_run_folder(out: Path, resume: bool) -> None:
     Raises:
         InputError: saying which of the two.
     """
-    present = list_checkpoints(out)
-    if present and not resume:
+    present, weights = list_checkpoints(out), list_best_weights(out)
+    if not resume and (present or weights):
         got, remedy = f"{len(present)} checkpoint(s)", "pass --resume to continue that run, or choose another folder"
+        if not present:
+            got, remedy = f"{weights[-1].name} of an earlier run", "choose another folder, or delete that one"
         raise InputError(f"--out {out}", expected="a folder without checkpoints", got=got, remedy=remedy)
     if resume and not present:
-        remedy = "start the run without --resume"
-        raise InputError(f"--resume in {out}", expected="a checkpoint", got="none", remedy=remedy)
+        got, remedy = "none", "start the run without --resume"
+        if weights:
+            got = f"{weights[-1].name} alone, which holds weights and neither moments nor random states"
+            remedy = "start a new run from these weights: q4kd export --checkpoint best, then --student that folder"
+        raise InputError(f"--resume in {out}", expected="a checkpoint", got=got, remedy=remedy)
 
 
 def check_own_paths(config: DistillConfig) -> None:
@@ -159,7 +164,8 @@ def kept(out: Path) -> str:
     """Return which checkpoints a run that failed has left, and how to go on."""
     names = ", ".join(path.name for path in list_checkpoints(out))
     if not names:
-        return "kept: no checkpoint"
+        weights = [f"{path.name}, weights alone" for path in list_best_weights(out)]
+        return "; ".join(["kept: no checkpoint", *weights])
     return f"kept: {names}; free some space where that is the cause, and continue with --resume"
 
 

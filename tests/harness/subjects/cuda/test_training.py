@@ -130,3 +130,20 @@ def test_experiments_on_a_gpu_say_so_and_the_others_see_none() -> None:
         on_gpu = "cuda" in experiment.needs
         assert seen == [None if on_gpu else ""] * len(experiment.arms), experiment.name
         assert on_gpu == any(word in experiment.name for word in ("cuda", "7b", "unified-allocation")), experiment.name
+
+
+def test_the_wall_of_a_run_is_laid_beside_its_steps(tmp_path: Path) -> None:
+    experiment, inputs = EXPERIMENTS["cuda-wall"], Inputs(tmp_path / "inputs", "cpu")
+    (arm,) = experiment.arms
+    words = arm.argv(inputs)
+    assert words[0] == "distill" and {"steps=1000", "eval_every=100", "checkpoint_every=100"} <= set(words)
+    (tmp_path / "arrays").mkdir()
+    # A step ends every 0.2 s, of which it took 0.16 s with its data; the process took 20 s more.
+    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 1001)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert experiment.collect(tmp_path, inputs) == {"comparators": {}}
+    write_json(tmp_path / "exit.json", {"wall_s": 220.0})
+    assert set(experiment.collect(tmp_path, inputs)["comparators"]) == {"wall"}
+    with np.load(tmp_path / "arrays" / "wall.npz") as arrays:
+        np.testing.assert_allclose(arrays["subject"], [[220.0], [0.2 * 900]])
+        np.testing.assert_allclose(arrays["reference"], [[160.0], [0.16 * 900]])

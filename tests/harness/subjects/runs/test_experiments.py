@@ -77,6 +77,22 @@ def test_the_smoke_runs_facts_are_counted_from_its_files(tmp_path: Path, inputs:
         assert arrays["reference"][1, 0] == 2.0
 
 
+def test_the_wall_is_compared_with_the_supervisors_and_the_steps(tmp_path: Path, inputs: Inputs) -> None:
+    folders = {name: smoke_folder(tmp_path, name, [3.0, 2.5, 1.0], 0.5, 1.0) for name in ("smoke", "full")}
+    collect = get_experiment("smoke-run").collect
+    for number, folder in enumerate(folders.values()):
+        assert "wall" not in collect(folders["full"], inputs)["comparators"]
+        write_json(folder / "exit.json", {"start_t": 100.0})
+        with (folder / "events.jsonl").open("a") as events:
+            events.write(json.dumps({"event": "done", "t": 104.0 + number}) + "\n")
+        write_json(folder / "run" / "summary.json", {"wall": {"train": 1.4 + number, "save": 0.5, "other": 2.0}})
+    assert {"wall", "training"} < set(collect(folders["full"], inputs)["comparators"])
+    for name, subject, reference in (("wall", [4.9, 3.9], [5.0, 4.0]), ("training", [2.4, 1.4], [1.5, 1.5])):
+        with np.load(folders["full"] / "arrays" / f"{name}.npz") as arrays:
+            np.testing.assert_allclose(arrays["subject"][:, 0], subject)
+            np.testing.assert_allclose(arrays["reference"][:, 0], reference)
+
+
 def test_a_summary_without_projection_is_collected_as_not_a_number(tmp_path: Path, inputs: Inputs) -> None:
     smoke = smoke_folder(tmp_path, "smoke", [3.0, 2.0], 0.5, 1.0)
     write_json(smoke / "run" / "summary.json", {"tokens_per_second": 256.0})
