@@ -336,8 +336,10 @@ def test_the_phases_of_a_run_add_up_to_its_wall_time(tmp_path: Path, corpus: Pat
     took = time.monotonic() - begun
     summary = json.loads((out / "summary.json").read_text())
     phases = summary["wall"]
-    assert sum(phases.values()) == pytest.approx(summary["wall_seconds"]) == pytest.approx(took, rel=0.25)
-    assert summary["wall_seconds"] <= took
+    assert sum(phases.values()) == pytest.approx(summary["wall_seconds"])
+    # From the start of the process, as its parent sees it, to the last event: what follows is its end.
+    seen = [event["unix"] for event in events(out)]
+    assert max(seen) - min(seen) <= summary["wall_seconds"] <= took
     steps = sum(event["seconds"] + event["data_s"] for event in events(out, "step"))
     assert phases["train"] == pytest.approx(steps, rel=0.05)
     assert min(phases[name] for name in ("open", "load", "evaluate", "save", "other")) > 0
