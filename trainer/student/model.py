@@ -1,8 +1,10 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
 import contextlib
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
 from q4kd.trainer.kernels.attention import document_mask
-from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.loss.config import KDLossConfig, LastStep
+from q4kd.trainer.loss.last_step import apply_last_step
 from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
 from q4kd.trainer.loss.sums import LossTerms
+from q4kd.trainer.student.logits import find_last_step
 from q4kd.trainer.student.lora import effective_weight
 from q4kd.trainer.student.step_clock import StepClock
 
@@ -185,20 +189,34 @@ def _without_packing_search() -> Iterator[None]:
         setattr(masking_utils, name, found)
 
 
+@dataclass(frozen=True)
+class StudentHead:
+    """What makes logits of a student's hidden states: its head ``[V, H]`` and the step after it."""
+
+    weight: Tensor
+    last_step: LastStep
+
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        """Return logits float32 ``[M, V]``; the product is in the weights' type."""
+        return apply_last_step((hidden_MH @ self.weight.T).float(), self.last_step)
+
+
 class DistillationModel(nn.Module):
     """Student plus loss in one module, so that data-parallel wrappers see a forward that returns the loss.
+
+    The loss takes the student's last step from head to logits from the student itself (see ``logits.py``), whatever
+    ``config`` says of it. The student has its weights, and neither adapters nor compiled layers yet.
 
     Args:
         student: a Hugging Face causal LM whose output embedding has no bias.
 
     Raises:
-        InputError: when the output embedding has a bias.
+        InputError: when the output embedding has a bias, or the logits are another function of it.
     """
 
     def __init__(self, student: Any, config: KDLossConfig) -> None:
         super().__init__()
         self.student = student
-        self.config = config
         # The clock is told where the student ends and the loss begins; whoever times steps sets it.
         self.clock: StepClock | None = None
         # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
@@ -206,11 +224,17 @@ class DistillationModel(nn.Module):
         if getattr(student.get_output_embeddings(), "bias", None) is not None:
             expected, remedy = "an output head without bias", "use another student"
             raise InputError("student", expected=expected, got="one with bias", remedy=remedy)
+        self.config = dataclasses.replace(config, last_step=find_last_step(student, self.hidden))
 
     @property
     def head_weight(self) -> Tensor:
         """The student's head ``[V, H]``."""
         return effective_weight(self.student.get_output_embeddings())
+
+    @property
+    def head(self) -> StudentHead:
+        """The student's head and the step after it."""
+        return StudentHead(self.head_weight, self.config.last_step)
 
     def tie_weights(self) -> None:
         """Make head and embedding one tensor again, as the student's config says."""
@@ -243,16 +267,16 @@ class DistillationModel(nn.Module):
         starts_BT: Tensor | None = None,
         *,
         positions_P: Tensor | None = None,
-        use: Callable[[Tensor, Tensor], Any] | None = None,
+        use: Callable[[Tensor, StudentHead], Any] | None = None,
     ) -> LossTerms | Any:
         """Return the loss of a batch against the teacher's signal, or without one; see ``hidden`` and ``kd_loss``.
 
-        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
-        whole only inside this call, when the model is called through its wrapper.
+        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head. Under FSDP these are whole only
+        inside this call, when the model is called through its wrapper.
         """
         hidden_MH = self.hidden(ids_BT, starts_BT).flatten(0, 1)
         if use is not None:
-            return use(hidden_MH, self.head_weight)
+            return use(hidden_MH, self.head)
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss

@@ -13,7 +13,7 @@ from q4kd.trainer.data.training_data import Order
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.loss.config import KDLossConfig
-from q4kd.trainer.student.model import DistillationModel, has_weights
+from q4kd.trainer.student.model import DistillationModel, StudentHead, has_weights
 from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.distributed import reshard, whole
 from q4kd.trainer.train.step import SignalSource
@@ -157,8 +157,8 @@ def step_zero_kl(teacher: Teacher, model: Any, ids_BT: Tensor, starts_BT: Tensor
     ids_1T, starts_1T = ids_BT[:1], None if starts_BT is None else starts_BT[:1]
     teacher_TH = teacher.hidden(ids_1T, starts_1T)[0]
 
-    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
-        log_q = torch.log_softmax((hidden_TH @ head_VH.T).float(), -1)
+    def measure(hidden_TH: Tensor, head: StudentHead) -> float:
+        log_q = torch.log_softmax(head.logits(hidden_TH), -1)
         log_p = torch.log_softmax(teacher.head_logits(teacher_TH)[:, : log_q.shape[1]].float(), -1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
@@ -193,12 +193,13 @@ def check_cached_not_degenerate(cached: SignalSource, model: Any, batch: Batch) 
     Raises:
         DegenerateDistillationError: when it is under the floor.
     """
-    first, config = batch[:1], KDLossConfig(alpha=0.0)
+    first = batch[:1]
     signal, ids_T = cached.signal(first), first.ids_BT[0]
 
-    def measure(hidden_TH: Tensor, head_VH: Tensor) -> float:
+    def measure(hidden_TH: Tensor, head: StudentHead) -> float:
+        config = KDLossConfig(alpha=0.0, last_step=head.last_step)
         # Every position counts, as with a loaded teacher: any token that is not masked serves as a label.
-        return float(signal.loss(hidden_TH, head_VH, ids_T, num_targets=len(ids_T), config=config).kd)
+        return float(signal.loss(hidden_TH, head.weight, ids_T, num_targets=len(ids_T), config=config).kd)
 
     with _without_dropout(model):
         kl: float = model(first.ids_BT, first.ids_BT, None, 1, first.starts_BT, use=measure)

@@ -23,6 +23,8 @@ _ADAPT = "q4kd.trainer.student.lora:add_adapters"
 _MERGE = "q4kd.trainer.student.lora:merged_state"
 _BATCH = "q4kd.trainer.train.run.assembly:Run.batch"
 _PREPARE = "q4kd.trainer.train.distributed:prepare_model"
+_LAST_STEP = "q4kd.trainer.student.logits:find_last_step"
+_SLOPE = "q4kd.trainer.loss.last_step:slope_of"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
 _RANKS = (None, "copies", "shards")
 _State = Mapping[str, "Tensor"]
@@ -118,3 +120,15 @@ def _unknown_settings_ignored(original: Call, values: Mapping[str, object]) -> o
 
     known = {setting.name for setting in dataclasses.fields(DistillConfig)}
     return original({key: value for key, value in values.items() if key in known})
+
+
+@patch("loss", "last-step-left-out", "a student's scale or cap after its head is left out of the loss", _LAST_STEP)
+def _last_step_left_out(_original: Call, _student: object, _hidden_of: object) -> object:
+    from q4kd.trainer.loss.config import LastStep
+
+    return LastStep()
+
+
+@patch("loss", "last-step-not-chained", "the gradient is passed on as if logits were the head's products", _SLOPE)
+def _last_step_not_chained(_original: Call, *_arguments: object, **_options: object) -> float:
+    return 1.0

@@ -17,7 +17,7 @@ from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file, write_json
-from q4kd.trainer.loss.config import IGNORE_INDEX
+from q4kd.trainer.loss.config import IGNORE_INDEX, LastStep
 from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.student.model import (
     DistillationModel,
@@ -161,6 +161,9 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
     start_trackers(accelerator, config, events)
     model, optimizer, adapted = prepare_student(config, accelerator, student)
+    last_step = accelerator.unwrap_model(model).config.last_step
+    if last_step != LastStep():
+        announce(f"student: its logits are {last_step}, z its head's products")
     return Run(
         config=config,
         accelerator=accelerator,
@@ -184,9 +187,10 @@ def prepare_student(
     Raises:
         InputError: for a setting that this student or this machine cannot follow.
     """
+    distillation = DistillationModel(student, config.loss)
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
-    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    model = prepare_model(accelerator, distillation)
     # The weights are drawn or loaded by now; from here on each process draws dropout of its own.
     torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
