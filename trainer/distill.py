@@ -16,6 +16,7 @@ from q4kd.trainer.device.memory_watchdog import guarded
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
+from q4kd.trainer.student.folder import check_folder
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
@@ -53,6 +54,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events.start()
         events.emit("imports_done")
         check_sources(config)
+        check_folder(config.student, from_scratch=config.from_scratch)
         placement = place_run_teacher(config)
         _check_memory(config, placement, events, is_main)
         with explaining_memory(config, placement, lambda: None):

@@ -16,6 +16,7 @@ from q4kd.trainer.device.placement import place_teacher
 from q4kd.trainer.errors import InputError, OutOfMemoryError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.student.folder import check_folder
 from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
 from q4kd.trainer.teacher.cache.store import CacheIndex, bytes_per_token
@@ -72,6 +73,7 @@ def _make(
     config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
 ) -> None:
     assert config.teacher is not None
+    check_folder(config.student)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]

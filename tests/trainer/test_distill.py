@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.inputs.command_lines import scratch_words
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.model import load_student, load_tokenizer
@@ -33,6 +34,7 @@ def arguments(out: Path, corpus: Path, *extra: str, student: Path | None = None)
     settings = {"steps": 6, "batch_size": 2, "lr": 0.002, "warmup_steps": 2, "threads": 1, "eval_tokens": 64}
     return [
         *("distill", "--teacher", str(teacher_path()), "--student", str(student or student_path())),
+        *scratch_words(student or student_path()),
         # float32 is meant: on a processor with AMX, `auto` is bfloat16, whose products depend on the batch they are in.
         *("--data", str(corpus), "--out", str(out), "--seq-len", "32", "--seed", "5", "--dtype", "float32"),
         *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],

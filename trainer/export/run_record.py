@@ -14,7 +14,7 @@ from typing import Any
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
-from q4kd.trainer.student.model import WEIGHT_FILES, has_weights
+from q4kd.trainer.student.folder import WEIGHT_FILES, has_weights
 from q4kd.trainer.train.checkpoint import BEST_FILE, list_checkpoints, read_state
 
 RUN_FILE, SUMMARY_FILE, EVENTS_FILE = "run.json", "summary.json", "events.jsonl"

@@ -25,6 +25,9 @@ _BATCH = "q4kd.trainer.train.run.assembly:Run.batch"
 _PREPARE = "q4kd.trainer.train.distributed:prepare_model"
 _LAST_STEP = "q4kd.trainer.student.logits:find_last_step"
 _SLOPE = "q4kd.trainer.loss.last_step:slope_of"
+_FOLDER = "q4kd.trainer.student.folder:check_folder"
+_LOADED = "q4kd.trainer.student.loaded:check_loaded"
+_OTHERS = "q4kd.trainer.student.folder:_looks_like_weights"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
 _RANKS = (None, "copies", "shards")
 _State = Mapping[str, "Tensor"]
@@ -132,3 +135,18 @@ def _last_step_left_out(_original: Call, _student: object, _hidden_of: object) -
 @patch("loss", "last-step-not-chained", "the gradient is passed on as if logits were the head's products", _SLOPE)
 def _last_step_not_chained(_original: Call, *_arguments: object, **_options: object) -> float:
     return 1.0
+
+
+@patch("loop", "weights-not-asked-for", "a student without weights starts from its seed, unasked", _FOLDER)
+def _weights_not_asked_for(original: Call, folder: object, **_options: object) -> object:
+    return original(folder)
+
+
+@patch("loop", "loaded-not-checked", "a student is taken whatever tensors it did not get", _LOADED)
+def _loaded_not_checked(_original: Call, _folder: object, _info: object) -> None:
+    pass
+
+
+@patch("loop", "other-weights-overlooked", "weights under other names are taken for none", _OTHERS)
+def _other_weights_overlooked(_original: Call, _name: object) -> bool:
+    return False

@@ -36,10 +36,11 @@ from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens,
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
 RUN_FILE_VERSION = 1
-# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
+# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses. (Weights
+# come from the checkpoint; whether the folder has some is checked against from_scratch in every leg.)
 RESUMABLE = frozenset((
     "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric", "trackers",
-    "hang_s",
+    "hang_s", "from_scratch",
 ))  # fmt: skip
 # The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
@@ -151,6 +152,8 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
+    if config.from_scratch:
+        announce(f"student: fresh weights, drawn from seed {config.seed}")
     rows: int = student.get_output_embeddings().weight.shape[0]
     if online is not None:
         check_tokens(online, tokenizer, rows, announce)
