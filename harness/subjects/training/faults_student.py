@@ -28,6 +28,7 @@ _SLOPE = "q4kd.trainer.loss.last_step:slope_of"
 _FOLDER = "q4kd.trainer.student.folder:check_folder"
 _LOADED = "q4kd.trainer.student.loaded:check_loaded"
 _OTHERS = "q4kd.trainer.student.folder:_looks_like_weights"
+_WINDOW = "q4kd.trainer.student.packing:sliding_window"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
 _RANKS = (None, "copies", "shards")
 _State = Mapping[str, "Tensor"]
@@ -150,3 +151,23 @@ def _loaded_not_checked(_original: Call, _folder: object, _info: object) -> None
 @patch("loop", "other-weights-overlooked", "weights under other names are taken for none", _OTHERS)
 def _other_weights_overlooked(_original: Call, _name: object) -> bool:
     return False
+
+
+@patch("loop", "window-left-out", "the mask of packed documents takes the place of a sliding window", _WINDOW)
+def _window_left_out(_original: Call, _config: object) -> None:
+    return None
+
+
+@patch("checkpoint", "transposed-merged-untransposed", "square transposed layers get the update of plain ones", _MERGE)
+def _transposed_merged_untransposed(
+    original: Callable[[object, _State], _State], adapted: object, state: _State
+) -> _State:
+    merged = original(adapted, state)
+    plain = {name.replace(".base_layer.", "."): value for name, value in state.items()}
+
+    def update(name: str) -> "Tensor":
+        moved = merged[name] - plain[name]
+        is_square = moved.ndim == 2 and moved.shape[0] == moved.shape[1]
+        return plain[name] + (moved.T if is_square else moved)
+
+    return {name: update(name) for name in merged}

@@ -1,4 +1,4 @@
-"""Experiment on students whose logits are more than their head's products: scaled as Granite's, capped as Gemma 2's."""
+"""Experiment on students with something of their own: scaled or capped logits, a window, transposed layers."""
 
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,25 @@ _STUDENTS: dict[str, dict[str, object]] = {
     "scaled": {"model_type": "granite", "logits_scaling": _SCALING},
     "capped": {"model_type": "gemma2", "final_logit_softcapping": _CAP},
 }
+# A window shorter than the documents, and layers that keep their weight transposed, some of them square.
+_OTHERS: dict[str, dict[str, object]] = {
+    "windowed": {"model_type": "mistral", "sliding_window": 5},
+    "transposed": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_inner": 48,
+        "n_positions": 64,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def _folder(inputs: Inputs, name: str) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
-        write_json(folder / "config.json", {**_SIZES, **_STUDENTS[name]})
+        write_json(folder / "config.json", {**_SIZES, **{**_STUDENTS, **_OTHERS}[name]})
 
     return inputs.file(name, make)
 
@@ -52,8 +65,8 @@ def _given(inputs: Inputs) -> Path:
 
 
 def _argv(inputs: Inputs) -> list[str]:
-    folders = [str(_folder(inputs, name)) for name in _STUDENTS]
-    return ["probe", "student-logits", str(_given(inputs)), "logits.npz", *folders]
+    others, folders = ([str(_folder(inputs, name)) for name in names] for names in (_OTHERS, _STUDENTS))
+    return ["probe", "student-logits", str(_given(inputs)), *others, "logits.npz", *folders]
 
 
 def _slope(name: str, logits: NDArray[Any]) -> NDArray[Any]:
@@ -63,7 +76,7 @@ def _slope(name: str, logits: NDArray[Any]) -> NDArray[Any]:
 
 @experiment(
     "student-logits",
-    "loss, gradient and evaluation of students that scale or cap their logits, beside transformers' own logits",
+    "students that scale or cap logits, have a window or transposed layers, beside transformers' own logits",
     Arm(None, _argv, timeout_s=60, env=ONE_THREAD),
 )
 def _collect(run_dir: Path, inputs: Inputs) -> Facts:
@@ -86,4 +99,8 @@ def _collect(run_dir: Path, inputs: Inputs) -> Facts:
         products = exact.grad_logits * _slope(name, logits)
         pairs[f"{name}-gradient"] = found[f"{name}.gradient"], products.T @ found[f"{name}.hidden"].astype(np.float64)
     comparators = save_pairs(run_dir, pairs, ("the trainer's loss", "float64 on transformers' own logits"))
+    pairs = {"packed": (found["packed"], found["alone"])}
+    comparators |= save_pairs(run_dir, pairs, ("documents packed into one window", "transformers, each by itself"))
+    pairs = {"merged": (found["merged"], found["in place"])}
+    comparators |= save_pairs(run_dir, pairs, ("adapters merged", "adapters in place"))
     return facts | {"comparators": comparators}
