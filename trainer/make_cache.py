@@ -127,5 +127,5 @@ def _compare(
 ) -> list[CacheError]:
     """Return what each number of listed tokens costs and loses."""
     device = torch.device(config.device)
-    model = DistillationModel(student, config.loss).eval().to(device)
+    model = DistillationModel(student.to(device), config.loss).eval()
     return measure_error(teacher, model, windows, ks, tokens=tokens, device=device)

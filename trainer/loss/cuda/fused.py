@@ -18,6 +18,9 @@ products take chunks of up to 4,096 tokens, fed by slices of 1,024 tokens of log
 its blocks wait for each other's sums, and only three or four of them fit a multiprocessor. Mode ``low`` is in
 ``tiled.py``.
 
+A student that scales or caps its logits has a pass of its own over each slice of products and one over the gradient,
+10.0 and 5.0 GB more of the shapes above, counted and not measured. A cap keeps logits apart from their gradient.
+
 Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
 

@@ -29,7 +29,14 @@ from q4kd.trainer.student.model import (
 )
 from q4kd.trainer.teacher.teacher import load_teacher
 from q4kd.trainer.train.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
-from q4kd.trainer.train.distributed import describe_processes, make_accelerator, prepare_model, reshard, whole_state
+from q4kd.trainer.train.distributed import (
+    describe_processes,
+    make_accelerator,
+    prepare_model,
+    reshard,
+    whole_state,
+    will_shard,
+)
 from q4kd.trainer.train.guards import check_labels
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
 from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
@@ -190,6 +197,8 @@ def prepare_student(
     Raises:
         InputError: for a setting that this student or this machine cannot follow.
     """
+    if not will_shard(accelerator):  # What is compared before the first step runs where the steps will.
+        student.to(accelerator.device)
     distillation = DistillationModel(student, config.loss)
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
