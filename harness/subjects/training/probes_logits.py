@@ -79,9 +79,10 @@ def _packed(folder: Path, ids_1T: "Tensor") -> Arrays:
     length = ids_1T.shape[1]
     lengths = [length // 3, length - length // 3]
     starts = torch.repeat_interleave(torch.tensor([0, lengths[0]]), torch.tensor(lengths))[None]
+    border = lengths[0]
     with torch.no_grad():
         packed = model.head.logits(model.hidden(ids_1T, starts)[0])
-        alone = torch.cat([student(part).logits[0] for part in ids_1T.split(lengths, 1)])
+        alone = torch.cat([student(part).logits[0] for part in (ids_1T[:, :border], ids_1T[:, border:])])
     return {"packed": packed.numpy(), "alone": alone.numpy()}
 
 
