@@ -16,6 +16,7 @@ from q4kd.harness.__main__ import main
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.folder import check_folder
+from q4kd.trainer.student.loaded import check_finite
 from q4kd.trainer.student.model import load_student, load_tokenizer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -166,6 +167,20 @@ def test_a_run_refuses_in_one_line(
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1, error
     assert re.search(said, error), error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "said"), [(torch.nan, "NaN"), (torch.inf, "an infinity"), (-torch.inf, "an infinity")]
+)
+def test_one_weight_that_is_no_number_is_found_wherever_it_is(value: float, said: str, dtype: torch.dtype) -> None:
+    for place in (0, 12_345, -1):
+        model = torch.nn.Linear(257, 99, bias=False).to(dtype)
+        check_finite(Path(), model)
+        with torch.no_grad():
+            model.weight.view(-1)[place] = value
+        with pytest.raises(InputError, match=f"{said} in weight"):
+            check_finite(Path(), model)
 
 
 def test_weights_and_from_scratch_exclude_each_other(student: Path) -> None:
