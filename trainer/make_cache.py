@@ -16,7 +16,7 @@ from q4kd.trainer.device.placement import place_teacher
 from q4kd.trainer.errors import InputError, OutOfMemoryError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file
-from q4kd.trainer.student.folder import check_folder
+from q4kd.trainer.student.folder import check_folder, has_weights
 from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
 from q4kd.trainer.teacher.cache.store import CacheIndex, bytes_per_token
@@ -76,6 +76,8 @@ def _make(
     check_folder(config.student)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
+    if not has_weights(config.student):
+        print(f"student: fresh weights, drawn from seed {config.seed}; KL is compared with these", flush=True)
     rows: int = student.get_output_embeddings().weight.shape[0]
     data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), 1, config.out)
     windows = training_windows(data)

@@ -20,7 +20,16 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpa
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
 _NO_WEIGHTS_BEGIN = ("rng_state", "tokenizer")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# What transformers holds itself, of attention and of experts. Other names are repositories that it fetches code from.
+_IMPLEMENTATIONS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "batched_mm",
+    "grouped_mm",
+)
 _MERGE = "merge it into its base first: peft's merge_and_unload, then save_pretrained"
 
 
@@ -115,14 +124,11 @@ def _check_config(folder: Path) -> None:
             got = f"quantization_config {str(method or value)[:60]!r}"
             remedy = "dequantise it first (model.dequantize(), then save_pretrained), or name the original"
             raise refuse_student(folder, "weights in plain floats", got, remedy)
-        if key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if key.endswith(("_implementation", "_implementation_internal")):
             for name in value.values() if isinstance(value, Mapping) else [value]:
-                if name is not None and name not in _ATTENTION:
-                    expected, remedy = (
-                        f"attn_implementation of {', '.join(_ATTENTION)}",
-                        "set it to sdpa in config.json",
-                    )
-                    raise refuse_student(folder, expected, repr(name)[:80], remedy)
+                if name is not None and name not in _IMPLEMENTATIONS:
+                    expected = f"{key.strip('_')} of {', '.join(_IMPLEMENTATIONS)}"
+                    raise refuse_student(folder, expected, repr(name)[:80], "set it to sdpa, or leave it out")
 
 
 def _walk(settings: Mapping[str, Any], depth: int = 8) -> Iterator[tuple[str, Any]]:

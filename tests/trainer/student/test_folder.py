@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown": (change_config(quantization_config={"quant_method": "nothing-known"}), "'nothing-known'"),
     "kernel": (change_config(attn_implementation="org/kernel"), "got 'org/kernel'"),
     "kernels": (change_config(_attn_implementation={"": "org/kernel"}), "got 'org/kernel'"),
+    "experts": (change_config(experts_implementation="org/experts"), "got 'org/experts'"),
     "heads": (change_config(num_attention_heads=0), "causal LM folder|config"),
     "sizes": (change_config(hidden_size="many"), "causal LM folder"),
     "act": (change_config(hidden_act="nothing"), "causal LM folder"),
