@@ -18,6 +18,7 @@ from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
 from q4kd.trainer.made import MadeThings
+from q4kd.trainer.student.folder import check_folder
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
@@ -68,6 +69,7 @@ def distill(
         clock.listener = functools.partial(_say_phase, events, is_main)
         with wall.phase("open", "inputs opened, memory planned"):
             check_sources(config)
+            check_folder(config.student, from_scratch=config.from_scratch)
             placement = place_run_teacher(config)
             plan = _check_memory(config, placement, events, is_main)
         with wall.phase("load", "teacher, student and data loaded"), explaining_memory(config, placement, lambda: None):

@@ -16,6 +16,7 @@ from q4kd.trainer.device.placement import place_teacher
 from q4kd.trainer.errors import InputError, OutOfMemoryError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.student.folder import check_folder, has_weights
 from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
 from q4kd.trainer.teacher.cache.store import CacheIndex, bytes_per_token
@@ -72,8 +73,11 @@ def _make(
     config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
 ) -> None:
     assert config.teacher is not None
+    check_folder(config.student)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
+    if not has_weights(config.student):
+        print(f"student: fresh weights, drawn from seed {config.seed}; KL is compared with these", flush=True)
     rows: int = student.get_output_embeddings().weight.shape[0]
     data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), 1, config.out)
     windows = training_windows(data)
@@ -125,5 +129,5 @@ def _compare(
 ) -> list[CacheError]:
     """Return what each number of listed tokens costs and loses."""
     device = torch.device(config.device)
-    model = DistillationModel(student, config.loss).eval().to(device)
+    model = DistillationModel(student.to(device), config.loss).eval()
     return measure_error(teacher, model, windows, ks, tokens=tokens, device=device)

@@ -16,6 +16,11 @@ def set_words(settings: Mapping[str, object]) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
+def scratch_words(student: Path) -> list[str]:
+    """Return the flag that a student without weights needs."""
+    return [] if any(student.glob("*.safetensors")) else ["--from-scratch"]
+
+
 def probe_words(name: str, **options: object) -> list[str]:
     """Return the arguments of a probe, ``--key value`` for each option."""
     given = ((f"--{key.replace('_', '-')}", str(value)) for key, value in options.items())
@@ -33,6 +38,7 @@ def distill_words(teacher: Path, student: Path, data: Path, *words: str, out: st
     return [
         *("distill", "--teacher", str(teacher), "--student", str(student), "--data", str(data), "--out", out),
         *("--seq-len", str(SEQ_LEN), "--seed", "1", "--dtype", "float32", "--events", "events.jsonl"),
+        *scratch_words(student),
         *set_words(settings),
         *words,
     ]

@@ -160,7 +160,9 @@ def _from_hub(role: Role, repository: str, file: str | None) -> Path:
         except (LocalEntryNotFoundError, InputError):
             print(f"{repository}: not in the local cache, downloading", flush=True)
             return fetch(local=False)
-    except (OSError, ValueError) as error:  # what the hub client raises for no network, no such file, no permission
+    except InputError:
+        raise
+    except Exception as error:  # No network, no such file, no permission: the hub client and httpx have types for each.
         expected, got = "a repository that can be read", f"{type(error).__name__}: {error}"[:200]
         remedy = f"check the id and the network, or download it elsewhere: hf download {repository}"
         raise InputError(f"--{role} {repository}", expected=expected, got=got, remedy=remedy) from error

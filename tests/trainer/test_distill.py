@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.inputs.command_lines import scratch_words
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.model import load_student, load_tokenizer
@@ -34,6 +35,7 @@ def arguments(out: Path, corpus: Path, *extra: str, student: Path | None = None)
     settings = {"steps": 6, "batch_size": 2, "lr": 0.002, "warmup_steps": 2, "threads": 1, "eval_tokens": 64}
     return [
         *("distill", "--teacher", str(teacher_path()), "--student", str(student or student_path())),
+        *scratch_words(student or student_path()),
         # float32 is meant: on a processor with AMX, `auto` is bfloat16, whose products depend on the batch they are in.
         *("--data", str(corpus), "--out", str(out), "--seq-len", "32", "--seed", "5", "--dtype", "float32"),
         *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
@@ -41,9 +43,9 @@ def arguments(out: Path, corpus: Path, *extra: str, student: Path | None = None)
     ]
 
 
-def events(out: Path, name: str) -> list[dict[str, Any]]:
+def events(out: Path, name: str = "") -> list[dict[str, Any]]:
     lines = (out / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == name]
+    return [event for event in map(json.loads, lines) if not name or event["event"] == name]
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -100,13 +100,11 @@ def _as_file(path: Path, temporary: Path) -> Path:
     from collections import Counter
 
     from q4kd.trainer.export.run_record import find_source
-    from q4kd.trainer.export.source_model import read_config, read_state, read_vocabulary
+    from q4kd.trainer.export.source_model import read_model, read_vocabulary
     from q4kd.trainer.formats.gguf.writer import write_gguf
 
     source = find_source(path)
-    config, state = read_config(source), read_state(source)
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    config, state = read_model(source)
     dtype = str(Counter(tensor.dtype for tensor in state.values()).most_common(1)[0][0])
     if dtype not in _DENSE_RECIPES:
         expected = f"weights in {', '.join(_DENSE_RECIPES)}"

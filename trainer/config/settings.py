@@ -42,7 +42,7 @@ class DistillConfig:
     """What a run does. Field names are the keys of RUN.yaml and of ``--set key=value``."""
 
     teacher: Path | None = _setting(None, "files", "GGUF or .apr file; not needed with teacher_cache")
-    student: Path = _setting(..., "files", "Hugging Face causal LM folder; without weights it starts from seed")
+    student: Path = _setting(..., "files", "Hugging Face causal LM folder")
     data: Path = _setting(..., "files", "training data: a file or a folder")
     out: Path = _setting(..., "files", "folder of the run")
     teacher_cache: Path | None = _setting(None, "files", "folder written by q4kd cache; trains without a teacher")
@@ -95,6 +95,9 @@ class DistillConfig:
         "student",
         "of weights and products; bfloat16 keeps float32 master weights in the optimiser; auto is float32 on the CPU, "
         "bfloat16 on CUDA",
+    )
+    from_scratch: bool = _setting(
+        False, "student", "draw the weights from the seed: the folder holds a config and a tokenizer, but no weights"
     )
     student_kernels: StudentKernels = _setting(
         "torch", "student", "liger: Triton kernels that store fewer activations (CUDA)"

@@ -14,7 +14,7 @@ from typing import Any
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
-from q4kd.trainer.student.model import WEIGHT_FILES, has_weights
+from q4kd.trainer.student.folder import WEIGHT_FILES, has_weights
 from q4kd.trainer.train.checkpoint import list_best_weights, list_checkpoints, read_state
 from q4kd.trainer.train.kept_checkpoints import BEST_FILE
 

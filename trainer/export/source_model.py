@@ -31,7 +31,7 @@ def read_config(source: ExportSource) -> Any:
     quiet_transformers()
     try:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # Other people's code over other people's files raises nearly every type.
         raise _refuse(source, error) from error
 
 
@@ -63,6 +63,38 @@ def read_state(source: ExportSource) -> dict[str, Tensor]:
     return state
 
 
+def read_model(source: ExportSource) -> tuple[Any, dict[str, Tensor]]:
+    """Return config and weights of a model, as ``read_config`` and ``read_state`` do, that agree about the head.
+
+    The tensors decide: a head that differs from the embedding is a head of its own, whatever the config says of it. (A
+    merge of adapters into one of the two leaves that.) A tied head is not in the weights.
+
+    Raises:
+        InputError: as both.
+    """
+    config, state = read_config(source), read_state(source)
+    head, embedding = state.get(_HEAD), state.get(_EMBEDDING)
+    if config.tie_word_embeddings and head is not None and embedding is not None:
+        if _are_equal(head, embedding):
+            del state[_HEAD]
+        else:
+            config.tie_word_embeddings = False
+    return config, state
+
+
+def _check_ties(model: Any, state: Mapping[str, Tensor]) -> bool:
+    """Return whether every two names of one parameter of a model have one value in a state."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    groups = ([state[name] for name in group if name in state] for group in names.values())
+    return all(_are_equal(group[0], other) for group in groups for other in group[1:])
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
 def build_model(source: ExportSource, state: Mapping[str, Tensor]) -> Any:
     """Return a transformers causal LM that holds ``state``, in evaluation mode and in the dtype most of it has.
 
@@ -77,8 +109,13 @@ def build_model(source: ExportSource, state: Mapping[str, Tensor]) -> Any:
     make: Any = AutoModelForCausalLM.from_config
     try:
         model = make(config, dtype=dtype, trust_remote_code=False).eval()
+        if config.tie_word_embeddings and not _check_ties(model, state):
+            config.tie_word_embeddings = False
+            model = make(config, dtype=dtype, trust_remote_code=False).eval()
         missing, unexpected = model.load_state_dict(dict(state), strict=False)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
         raise _refuse(source, error) from error
     # A tied head has no weights of its own.
     tied = {_HEAD} if config.tie_word_embeddings else set()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.export.run_record import ExportSource
-from q4kd.trainer.export.source_model import read_config, read_state, read_vocabulary
+from q4kd.trainer.export.source_model import read_model, read_vocabulary
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary
@@ -58,11 +58,8 @@ def export_gguf(
         InputError: when the model or its tokenizer cannot be written truthfully, or the file read back is another.
         OSError: when it cannot be written.
     """
-    config = read_config(source)
-    settings = config.to_dict()
-    state, vocabulary = read_state(source), read_vocabulary(source, config)
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    config, state = read_model(source)
+    settings, vocabulary = config.to_dict(), read_vocabulary(source, config)
     report = GgufReport()
     check = functools.partial(check_file, report, settings=settings, state=state, vocabulary=vocabulary)
     write_gguf(

@@ -20,6 +20,21 @@ _CPU_LIVE = 6
 _CPU_MAX_CHUNK = 1024
 
 
+@dataclass(frozen=True)
+class LastStep:
+    """What a student does to its head's products z before they are its logits; ``last_step.py`` computes it.
+
+    They are ``scale * z``, or with a ``cap`` above zero ``cap * tanh(scale * z / cap)``. Most students do nothing.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def __str__(self) -> str:
+        scaled = f"{self.scale:g} * z"
+        return f"{self.cap:g} * tanh({scaled} / {self.cap:g})" if self.cap else scaled
+
+
 @dataclass(frozen=True, kw_only=True)
 class KDLossConfig:
     """Knobs of the equation in ``fused.py``.
@@ -36,7 +51,12 @@ class KDLossConfig:
     chunk_tokens: int = 0  # C, the tokens whose logits exist at one time; 0 chooses by vocabulary, device and bytes
     vocab_tile: int = 0  # R, the columns of logits that exist at one time in low; 0 means 8,192
     logits: LogitsType = "float32"
+    last_step: LastStep = LastStep()  # the student's own, not a setting
 
     def chunk_for(self, vocab: int) -> int:
-        """Return C for plain torch arithmetic: as set, else up to 1,024, six float32 ``[C, V]`` in 512 MiB."""
-        return self.chunk_tokens or max(1, min(_CPU_MAX_CHUNK, _CPU_CHUNK_BYTES // (4 * _CPU_LIVE * vocab)))
+        """Return C for plain torch arithmetic: as set, else up to 1,024, six float32 ``[C, V]`` in 512 MiB.
+
+        A capped student has a seventh, since the cap's derivative is kept.
+        """
+        live = _CPU_LIVE + (self.last_step.cap > 0)
+        return self.chunk_tokens or max(1, min(_CPU_MAX_CHUNK, _CPU_CHUNK_BYTES // (4 * live * vocab)))

@@ -10,7 +10,8 @@ One equation, with logits s (student) and t (teacher), labels y and temperature 
 
 (Hinton et al., https://arxiv.org/abs/1503.02531; generalised JSD as in https://arxiv.org/abs/2306.13649.) Every
 divergence is zero at equality. Sums run over the positions whose label is not ``IGNORE_INDEX`` and are divided by
-``num_targets``, the count of such positions in the whole accumulated batch.
+``num_targets``, the count of such positions in the whole accumulated batch. A student's s may be more than its head's
+products: ``last_step.py``.
 
 Mode ``fast``: nothing larger than ``[chunk, V]`` exists, each chunk's logits, loss and gradients are made and dropped
 before the next, and the teacher's head is decoded once a call. Mode ``low`` (``tiled.py``): nothing larger than
@@ -30,6 +31,7 @@ from torch import Tensor
 from q4kd.trainer.kernels.gemm import multiply
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.loss.divergence import divergence_rows
+from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossInputs, LossSums, LossTerms, fused_loss, target_positions, wide
 from q4kd.trainer.loss.teacher_head import TeacherHead
 from q4kd.trainer.loss.tiled import run_low
@@ -127,17 +129,20 @@ def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[T
 def _chunk_terms(
     student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, config: KDLossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summed CE, summed T^2 * D and the summed loss's gradient with respect to the student's logits.
+    """Return summed CE, summed T^2 * D and the summed loss's gradient with respect to the products ``student_CV``.
 
-    Six ``[C, V]`` live at one time (seven of jsd) where the caller holds no logits: each is let go after its last use.
+    Six ``[C, V]`` live at one time (seven of jsd, one more of a capped student) where the caller holds no products:
+    each is let go after its last use. The products become the student's logits in place.
     """
+    student_CV = apply_last_step(student_CV, config.last_step)
+    slope = slope_of(student_CV, config.last_step)
     log_q = torch.log_softmax(student_CV, -1)
     ce = -log_q.gather(1, labels_C.unsqueeze(1)).sum(dtype=torch.float64)
     grad_CV = log_q.exp()
     grad_CV.scatter_add_(1, labels_C.unsqueeze(1), -torch.ones_like(labels_C, dtype=grad_CV.dtype).unsqueeze(1))
     grad_CV *= config.alpha
     if teacher_CV is None:
-        return ce, torch.zeros((), dtype=torch.float64, device=ce.device), grad_CV
+        return ce, torch.zeros((), dtype=torch.float64, device=ce.device), chain(grad_CV, slope)
     temperature = config.temperature
     if temperature != 1.0:
         log_q = torch.log_softmax(student_CV / temperature, -1)
@@ -147,4 +152,4 @@ def _chunk_terms(
     rows, gradient = divergence_rows(log_p, log_q, config)
     # d(T^2 D)/ds = T^2 * dD/d(s/T) / T
     grad_CV.add_(gradient, alpha=(1 - config.alpha) * temperature)
-    return ce, temperature**2 * rows.sum(), grad_CV
+    return ce, temperature**2 * rows.sum(), chain(grad_CV, slope)

@@ -23,6 +23,7 @@ from torch import Tensor
 from q4kd.trainer.kernels.gemm import multiply
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.loss.divergence import Distributions, distributions, slope, subtract_rows, values
+from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossInputs, LossSums, wide
 from q4kd.trainer.loss.teacher_head import TeacherHead
 
@@ -90,7 +91,7 @@ class _Walks:
 
     def logits(self, tile: _Tile, chunk: slice) -> tuple[Tensor, Tensor | None]:
         """Return a chunk's student logits ``[C, R]``, and the teacher's divided by T."""
-        student_CR = self.hidden_PH[chunk] @ tile.weight.T
+        student_CR = apply_last_step(self.hidden_PH[chunk] @ tile.weight.T, self.config.last_step)
         if self.teacher_PH is None or tile.teacher is None:
             return student_CR, None
         teacher_CR = multiply(self.teacher_PH[chunk].contiguous(), tile.teacher).to(student_CR.dtype)
@@ -151,20 +152,22 @@ class _Walks:
                 sums.close_tile(tile.columns, head_gradient_RH)
 
     def _gradient(self, tile: _Tile, chunk: slice) -> Tensor:
-        """Return the summed loss's gradient with respect to a chunk's student logits ``[C, R]``."""
+        """Return the summed loss's gradient with respect to a chunk's products with the student's head ``[C, R]``."""
         rows, config = self.rows, self.config
         student_CR, teacher_CR = self.logits(tile, chunk)
+        slope_CR = slope_of(student_CR, config.last_step)
         grad_CR = subtract_rows(student_CR.clone(), rows.log_z_1[chunk]).exp_()
         has_C, column_C1 = self.inside(tile, chunk)
         grad_CR.scatter_add_(1, column_C1, -has_C.to(grad_CR.dtype).unsqueeze(1))
         grad_CR *= config.alpha
         if teacher_CR is None:
-            return grad_CR
+            return chain(grad_CR, slope_CR)
         both = self._distributions(chunk, student_CR.div_(config.temperature), teacher_CR)
         if config.divergence == "forward_kl":
             self._add_values(chunk, both)
         tilt_CR = slope(both, rows.student_2[:, chunk], config)
-        return grad_CR.add_(tilt_CR, alpha=(1 - config.alpha) * config.temperature)
+        grad_CR.add_(tilt_CR, alpha=(1 - config.alpha) * config.temperature)
+        return chain(grad_CR, slope_CR)
 
 
 def run_low(sums: LossSums, tensors: LossInputs, config: KDLossConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.loss.divergence import divergence_rows
+from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossSums, LossTerms, fused_loss, multiply_wide, target_positions, wide_type
 
 # log of the smallest normal float32: a probability that was rounded to zero is taken to be this, not nothing.
@@ -125,7 +126,12 @@ def check_distributions(ids_MK: Tensor, log_p_ME: Tensor, vocab: int) -> None:
 def _chunk_terms(
     student_CV: Tensor, ids_CK: Tensor, log_p_CE: Tensor, labels_C: Tensor, config: KDLossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summed CE, summed D and the summed loss's gradient, which is made in the place of ``student_CV``."""
+    """Return summed CE, summed D and the summed loss's gradient with respect to the head's products ``student_CV``.
+
+    It is made in their place.
+    """
+    student_CV = apply_last_step(student_CV, config.last_step)
+    slope = slope_of(student_CV, config.last_step)
     labels_C1 = labels_C.unsqueeze(1)
     listed_CK, label_C1 = student_CV.gather(1, ids_CK), student_CV.gather(1, labels_C1)
     # The tail is summed by itself: one minus the listed probabilities would lose a small one to rounding.
@@ -145,4 +151,4 @@ def _chunk_terms(
     grad_CV = student_CV.sub_(tail_C1).exp_().mul_(grad_CE[:, -1:])  # zero where a token is listed
     grad_CV.scatter_(1, ids_CK, grad_CE[:, :-1])
     grad_CV.scatter_add_(1, labels_C1, torch.full_like(label_C1, -config.alpha))
-    return ce, kd, grad_CV
+    return ce, kd, chain(grad_CV, slope)

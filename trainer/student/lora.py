@@ -3,7 +3,9 @@
 (Hu et al., https://arxiv.org/abs/2106.09685.) The student keeps its class; only the targeted modules are replaced.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from q4kd.trainer.config.settings import DistillConfig
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.files import read_json, write_json
 
 
@@ -21,9 +23,11 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
     B starts at zero, so the student's function does not change; A comes from ``config.seed``.
 
     Raises:
-        InputError: when a target does not exist, or is a tied embedding, whose two uses an adapter would tear apart.
+        InputError: when a target does not exist, is no matrix, or is a tied embedding, whose two uses an adapter would
+            tear apart.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     subject = f"setting lora_targets {config.lora_targets[:60]!r}"
     names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
@@ -31,7 +35,8 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
     found = {name.rpartition(".")[2] for name, _ in student.named_modules() if name}
     unknown = [name for name in names if targets != "all-linear" and name not in found]
     if unknown or not names:
-        linear = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+        kinds = (nn.Linear, Conv1D)
+        linear = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, kinds)}
         expected = f"all-linear, or some of {', '.join(sorted(linear))}"
         got = f"{unknown[0]!r}, which this student has not" if unknown else "nothing"
         raise InputError(subject, expected=expected, got=got, remedy="name some of these, separated by commas")
@@ -52,7 +57,32 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(student, settings, autocast_adapter_dtype=False)
+        # It says that it has found Conv1D, and takes fan_in_fan_out to be true for it.
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*", category=UserWarning)
+        with _known_targets(subject):
+            adapted = get_peft_model(student, settings, autocast_adapter_dtype=False)
+    _check_kinds(student, subject)
+    return adapted
+
+
+@contextlib.contextmanager
+def _known_targets(subject: str) -> Iterator[None]:
+    """Turn peft's refusal of a module into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        expected, remedy = "modules that peft has adapters for", "name linear layers or embeddings"
+        raise InputError(subject, expected=expected, got=first_line(error), remedy=remedy) from error
+
+
+def _check_kinds(student: nn.Module, subject: str) -> None:
+    """Refuse adapters whose update is no product of two matrices: ``merged_state`` could not write the model."""
+    for name, layer in student.named_modules():
+        adapters = getattr(layer, "lora_A", None)
+        parts = [*adapters.values(), *layer.lora_B.values()] if isinstance(adapters, nn.ModuleDict) else []
+        if any(not isinstance(part, nn.Linear) for part in parts):
+            got, remedy = f"{name}, a {type(layer).__name__}", "name linear layers or embeddings"
+            raise InputError(subject, expected="adapters that are two matrices", got=got, remedy=remedy)
 
 
 def _leaf(student: nn.Module, wanted: nn.Module) -> str:
@@ -94,7 +124,7 @@ def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in adapted.get_base_model().named_modules():
-        # An embedding's A and B are plain parameters, and its product is transposed.
+        # An embedding's A and B are plain parameters.
         kind = next((kind for kind in ("lora_A", "lora_embedding_A") if len(getattr(layer, kind, ()))), None)
         if kind is None:
             continue
@@ -102,7 +132,9 @@ def merged_state(adapted: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         ending = "" if kind == "lora_embedding_A" else ".weight"
         a = state[f"{name}.{kind}.{adapter}{ending}"].float()
         b = state[f"{name}.{kind[:-1]}B.{adapter}{ending}"].float()
-        update = layer.scaling[adapter] * ((b @ a).T if kind == "lora_embedding_A" else b @ a)
+        # As peft's get_delta_weight: layers that keep their weight transposed (transformers' Conv1D) say so.
+        is_transposed = kind == "lora_embedding_A" or layer.fan_in_fan_out
+        update = layer.scaling[adapter] * ((b @ a).T if is_transposed else b @ a)
         weight = merged[f"{name}.weight"]
         merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
     return merged

@@ -1,30 +1,34 @@
 """The student: a Hugging Face causal LM, and the module that turns its hidden states into the distillation loss."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
-from q4kd.trainer.errors import InputError, first_line, missing_path_remedy
-from q4kd.trainer.kernels.attention import document_mask
+from q4kd.trainer.errors import InputError
 from q4kd.trainer.kernels.compile import cache_folder
-from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.loss.config import KDLossConfig, LastStep
+from q4kd.trainer.loss.last_step import apply_last_step
 from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
 from q4kd.trainer.loss.sums import LossTerms
+from q4kd.trainer.student.folder import check_folder, reading_student, refuse_student
+from q4kd.trainer.student.loaded import check_finite, check_head, check_loaded, without_report
+from q4kd.trainer.student.logits import find_last_step
 from q4kd.trainer.student.lora import effective_weight
+from q4kd.trainer.student.packing import packed_inputs, sliding_window, without_packing_search
 from q4kd.trainer.student.step_clock import StepClock
 
 _LIGER = "setting student_kernels liger"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def quiet_transformers() -> None:
@@ -33,30 +37,6 @@ def quiet_transformers() -> None:
 
     quiet: Any = logging.disable_progress_bar
     quiet()
-
-
-def _refuse(folder: Path, expected: str, got: str, remedy: str) -> InputError:
-    return InputError(f"student {folder}", expected=expected, got=got, remedy=remedy)
-
-
-def no_student(folder: Path, error: Exception) -> InputError:
-    """Return the refusal of a folder that transformers cannot read as a causal LM."""
-    expected = "a Hugging Face causal LM folder (config.json, tokenizer.json, safetensors weights or none)"
-    return _refuse(folder, expected, first_line(error), "pass --student a folder that save_pretrained wrote")
-
-
-def has_weights(folder: Path) -> bool:
-    """Return whether the folder holds safetensors weights; without them a student starts from its seed."""
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise InputError for a folder without config.json, before transformers looks for it on the hub."""
-    if (folder / "config.json").is_file():
-        return
-    got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-    remedy = missing_path_remedy(folder, "pass a Hugging Face model folder")
-    raise _refuse(folder, "a folder with config.json", got, remedy)
 
 
 def student_dtype(config: DistillConfig) -> torch.dtype:
@@ -70,20 +50,26 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
     """Load a student, or make a fresh one from config.json and ``seed``, whose weights are then rounded to ``dtype``.
 
     Raises:
-        InputError: when the folder is not a causal LM, or holds only weights in a format that needs pickle.
+        InputError: when the folder is not a causal LM (see ``check_folder``), or its weights are not those of its
+            config, or not numbers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
-    check_folder(folder)
-    if not has_weights(folder) and any(folder.glob("*.bin")):
-        remedy = "convert them with transformers' save_pretrained(safe_serialization=True)"
-        raise _refuse(folder, "weights as safetensors", "pickled .bin files, which may run code", remedy)
-    try:
-        if has_weights(folder):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    is_loaded = check_folder(folder)
+    with reading_student(folder), without_report():
+        if is_loaded:
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            check_loaded(folder, info)
+            check_finite(folder, model)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             torch.manual_seed(seed)
@@ -93,8 +79,7 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             model = make(config, dtype=torch.float32, trust_remote_code=False)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise no_student(folder, error) from error
+        check_head(folder, model)
     module: nn.Module = model
     return module
 
@@ -174,17 +159,15 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with reading_student(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise no_student(folder, error) from error
     # Where its files are missing, transformers makes up a tokenizer that has only special tokens.
     files = sorted(set(tokenizer.vocab_files_names.values()))
     if not any((folder / name).is_file() for name in files):
         remedy = "copy the tokenizer's files of its model there"
-        raise _refuse(folder, f"its tokenizer: {' or '.join(files)}", "none", remedy)
+        raise refuse_student(folder, f"its tokenizer: {' or '.join(files)}", "none", remedy)
     if tokenizer.eos_token_id is None:
-        raise _refuse(folder, "an end-of-text token", "none", "set eos_token in tokenizer_config.json")
+        raise refuse_student(folder, "an end-of-text token", "none", "set eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -198,53 +181,53 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
-def _no_packing(*_positions: Any, **_options: Any) -> None:
-    """Say of any positions that they are those of one document a row."""
+@dataclass(frozen=True)
+class StudentHead:
+    """What makes logits of a student's hidden states: its head ``[V, H]`` and the step after it."""
 
+    weight: Tensor
+    last_step: LastStep
 
-@contextlib.contextmanager
-def _without_packing_search() -> Iterator[None]:
-    """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
-
-    It looks where positions come without a mask; packed documents come with one here, so it would find none.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    found = getattr(masking_utils, name, _no_packing)
-    setattr(masking_utils, name, _no_packing)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, found)
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        """Return logits float32 ``[M, V]``; the product is in the weights' type."""
+        return apply_last_step((hidden_MH @ self.weight.T).float(), self.last_step)
 
 
 class DistillationModel(nn.Module):
     """Student plus loss in one module, so that data-parallel wrappers see a forward that returns the loss.
 
+    The loss takes the student's last step from head to logits from the student itself (see ``logits.py``), whatever
+    ``config`` says of it. The student has its weights, and neither adapters nor compiled layers yet.
+
     Args:
         student: a Hugging Face causal LM whose output embedding has no bias.
 
     Raises:
-        InputError: when the output embedding has a bias.
+        InputError: when the output embedding has a bias, or the logits are another function of it.
     """
 
     def __init__(self, student: Any, config: KDLossConfig) -> None:
         super().__init__()
         self.student = student
-        self.config = config
         # The clock is told where the student ends and the loss begins; whoever times steps sets it.
         self.clock: StepClock | None = None
+        self.window = sliding_window(student.config)
         # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
         if getattr(student.get_output_embeddings(), "bias", None) is not None:
             expected, remedy = "an output head without bias", "use another student"
             raise InputError("student", expected=expected, got="one with bias", remedy=remedy)
+        self.config = dataclasses.replace(config, last_step=find_last_step(student, self.hidden))
 
     @property
     def head_weight(self) -> Tensor:
         """The student's head ``[V, H]``."""
         return effective_weight(self.student.get_output_embeddings())
+
+    @property
+    def head(self) -> StudentHead:
+        """The student's head and the step after it."""
+        return StudentHead(self.head_weight, self.config.last_step)
 
     def tie_weights(self) -> None:
         """Make head and embedding one tensor again, as the student's config says."""
@@ -254,16 +237,13 @@ class DistillationModel(nn.Module):
         """Return the student's final hidden states, float ``[B, T, H]``.
 
         With ``starts_BT`` (int64, the first position of each position's document) no position attends to one before
-        its document, and positions count from its start, for students whose position embeddings are absolute.
+        its document, nor further back than a sliding window, and positions count from its start, for students whose
+        position embeddings are absolute.
         """
         packed: dict[str, Tensor] = {}
         if starts_BT is not None:
-            visible = document_mask(starts_BT)
-            # The mask is a float that is added to the scores: eager attention would add a boolean mask as 0 and 1.
-            bias = torch.zeros(visible.shape, dtype=self.head_weight.dtype, device=visible.device)
-            packed["attention_mask"] = bias.masked_fill_(~visible, -torch.inf)
-            packed["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device) - starts_BT
-        with _without_packing_search() if starts_BT is None else contextlib.nullcontext():
+            packed = packed_inputs(starts_BT, self.head_weight.dtype, self.window)
+        with without_packing_search() if starts_BT is None else contextlib.nullcontext():
             outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
@@ -277,16 +257,16 @@ class DistillationModel(nn.Module):
         starts_BT: Tensor | None = None,
         *,
         positions_P: Tensor | None = None,
-        use: Callable[[Tensor, Tensor], Any] | None = None,
+        use: Callable[[Tensor, StudentHead], Any] | None = None,
     ) -> LossTerms | Any:
         """Return the loss of a batch against the teacher's signal, or without one; see ``hidden`` and ``kd_loss``.
 
-        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head ``[V, H]``. Under FSDP these are
-        whole only inside this call, when the model is called through its wrapper.
+        With ``use``, return instead what it makes of hidden states ``[M, H]`` and head. Under FSDP these are whole only
+        inside this call, when the model is called through its wrapper.
         """
         hidden_MH = self.hidden(ids_BT, starts_BT).flatten(0, 1)
         if use is not None:
-            return use(hidden_MH, self.head_weight)
+            return use(hidden_MH, self.head)
         if self.clock is not None:
             self.clock.mark("student")
         loss = cross_entropy if signal is None else signal.loss

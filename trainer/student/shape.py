@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.errors import InputError, first_line
+from q4kd.trainer.student.folder import check_folder, reading_student
 from q4kd.trainer.student.lora import add_adapters
-from q4kd.trainer.student.model import check_folder, no_student
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,37 @@ class _Attention(torch.autograd.Function):
         raise NotImplementedError("shapes only")
 
 
+class _Grouped(torch.autograd.Function):
+    """Keeps what the grouped products of experts keep: all tokens, sorted by expert, and the experts' weights."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_MK: Tensor, weight_EKN: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_MK, weight_EKN)
+        return tokens_MK.new_empty(len(tokens_MK), weight_EKN.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise NotImplementedError("shapes only")
+
+
 class _ShapesOnly(TorchFunctionMode):
     """Gives fused attention, which has no meta form, one of its own, and answers questions about values with yes.
 
-    transformers asks one: whether the positions are those of one unbroken sequence.
+    transformers asks one: whether the positions are those of one unbroken sequence. (Whether ids hold padding is asked
+    by ``in``, and denied.) The meta form of the products of experts takes bfloat16 alone, where the CPU takes float32.
     """
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if function is torch.Tensor.__bool__:
             return True
+        if function is torch.Tensor.__contains__:
+            return False
         if function is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else options.get("attn_mask")
             return _Attention.apply(*args[:3], mask)  # type: ignore[no-untyped-call]
+        if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
         return function(*args, **options)
 
 
@@ -85,13 +104,15 @@ def shape_student(
     what is saved for the gradients of weights is not kept for frozen ones. Parameters are counted without adapters.
 
     Raises:
-        InputError: when the folder is not a causal LM, or its code cannot be followed without values.
+        InputError: when the folder is not a causal LM, has fewer positions, takes no mask where one is needed, or its
+            code cannot be followed without values.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(folder)
-    try:
+    with reading_student(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_positions(config.get_text_config(), length)
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
@@ -100,18 +121,38 @@ def shape_student(
                 add_adapters(model, adapted)
                 for parameter in model.parameters():  # peft leaves adapters of weights without storage in float32
                     parameter.data = parameter.data.to(dtype)
-            saved, largest, inputs = _count_saved(model.train(), batch, length, dtype if is_masked else None)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise no_student(folder, error) from error
-    return StudentShape(
-        **counts,
-        layers=int(config.num_hidden_layers),
-        saved_bytes=saved,
-        largest_saved_bytes=largest,
-        layer_input_bytes=inputs,
-        weight_bytes=dtype.itemsize,
-        liger_saves=_liger_saves(config, batch * length, dtype.itemsize),
-    )
+            model.train()
+            try:
+                saved, largest, inputs = _count_saved(model, batch, length, dtype if is_masked else None)
+            except Exception as error:
+                if is_masked:
+                    _count_saved(model, batch, length, None)  # What fails without a mask too is not the mask's.
+                    raise _no_mask(model, error) from error
+                raise
+        text = config.get_text_config()
+        return StudentShape(
+            **counts,
+            layers=int(text.num_hidden_layers),
+            saved_bytes=saved,
+            largest_saved_bytes=largest,
+            layer_input_bytes=inputs,
+            weight_bytes=dtype.itemsize,
+            liger_saves=_liger_saves(text, batch * length, dtype.itemsize),
+        )
+
+
+def _check_positions(config: Any, length: int) -> None:
+    """Refuse sequences that are longer than a student has positions, whether it would fail there or extrapolate."""
+    most = getattr(config, "max_position_embeddings", None)
+    if type(most) is int and length > most:
+        expected, got = f"at most {most}, the student's max_position_embeddings", str(length)
+        raise InputError(f"seq_len {length}", expected=expected, got=got, remedy="give a smaller --seq-len")
+
+
+def _no_mask(model: Any, error: Exception) -> InputError:
+    expected = "a student whose attention takes a mask [B, 1, T, T], for packing: documents"
+    got = f"{type(model).__name__} ({first_line(error)})"
+    return InputError("setting packing", expected=expected, got=got, remedy="set packing to none")
 
 
 class _Counts(TypedDict):
@@ -127,8 +168,10 @@ class _Counts(TypedDict):
 
 
 def _count_weights(model: Any) -> _Counts:
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "linear_weights": sum(linear.weight.numel() for linear in linears),
@@ -143,10 +186,14 @@ def _count_weights(model: Any) -> _Counts:
 def _liger_saves(config: Any, tokens: int, size: int) -> int:
     """Return the bytes that Liger does not keep: each norm's float32 input (2 a layer), and one of 4 tensors of SwiGLU.
 
-    (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.)
+    (Liger-Kernel's rms_norm.py keeps its input and one float32 a row, swiglu.py gate and up.) Architectures without an
+    ``intermediate_size``, such as GPT-2, have no SwiGLU, and Liger has no kernels for them.
     """
+    ffn = getattr(config, "intermediate_size", None)
+    if type(ffn) is not int:
+        return 0
     norms = 2 * config.num_hidden_layers + 1
-    saved: int = tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * config.intermediate_size)
+    saved: int = tokens * (norms * 4 * config.hidden_size + config.num_hidden_layers * size * ffn)
     return saved
 
 

@@ -60,6 +60,11 @@ def _asks_for_shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def will_shard(accelerator: Any) -> bool:
+    """Return whether ``prepare_model`` cuts the model into shards: a whole one may not fit on a device."""
+    return _asks_for_shards() and accelerator.num_processes > 1
+
+
 def prepare_model(accelerator: Any, model: nn.Module) -> Any:
     """Return the model on its device, wrapped for the other processes. Its trained parameters may be new objects.
 
@@ -67,7 +72,7 @@ def prepare_model(accelerator: Any, model: nn.Module) -> Any:
     each of the student's layers (by the launcher's ``reshard_after_forward`` and ``offload_params``), and one for the
     rest, embedding and head, which is whole from the start of ``forward`` to the end of the backward pass.
     """
-    if not _asks_for_shards() or accelerator.num_processes == 1:
+    if not will_shard(accelerator):
         return accelerator.prepare_model(model)
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh

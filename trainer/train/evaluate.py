@@ -12,6 +12,7 @@ from torch import Tensor
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.loss.divergence import divergence_rows
+from q4kd.trainer.student.model import StudentHead
 from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.distributed import reshard
 
@@ -86,13 +87,13 @@ def evaluate(accelerator: Any, model: Any, teacher: Teacher | None, batches: Ite
 
 
 def _sums(
-    hidden_MH: Tensor, head_VH: Tensor, batch: Batch, teacher: Teacher | None, teacher_MH: Tensor | None
+    hidden_MH: Tensor, head: StudentHead, batch: Batch, teacher: Teacher | None, teacher_MH: Tensor | None
 ) -> Tensor:
     """Return summed cross-entropy, KL, agreement and count over labelled positions, float64 ``[4]``."""
     sums = torch.zeros(4, dtype=torch.float64, device=hidden_MH.device)
     labels_M = batch.labels_BT.flatten()
     for rows in torch.split(batch.facts.positions_P, CHUNK_TOKENS):
-        log_q = torch.log_softmax((hidden_MH[rows] @ head_VH.T).float(), -1)
+        log_q = torch.log_softmax(head.logits(hidden_MH[rows]), -1)
         sums[0] -= log_q.gather(1, labels_M[rows].unsqueeze(1)).sum(dtype=torch.float64)
         sums[3] += len(rows)
         if teacher is not None and teacher_MH is not None:

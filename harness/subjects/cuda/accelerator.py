@@ -12,7 +12,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, save_arrays
 from q4kd.harness.inputs.collect import collect_checkpoint, collect_probe, read_events
-from q4kd.harness.inputs.command_lines import probe_words, set_words
+from q4kd.harness.inputs.command_lines import probe_words, scratch_words, set_words
 from q4kd.harness.inputs.demo import changed_student, demo_teacher, teacher_7b
 from q4kd.harness.inputs.synthetic_students import read_tokens, student_shape, write_padded_teacher
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
@@ -47,7 +47,8 @@ def _distill_argv(steps: int, inputs: Inputs) -> list[str]:
     settings |= {"log_every": 10, "checkpoint_every": 0}
     return [
         *("distill", "--teacher", str(_teacher(inputs)), "--student", str(_student(inputs))),
-        *("--data", str(_text(inputs)), "--out", "run", "--device", "cuda", "--events", "events.jsonl"),
+        *(*scratch_words(_student(inputs)), "--data", str(_text(inputs)), "--out", "run"),
+        *("--device", "cuda", "--events", "events.jsonl"),
         *("--seq-len", str(SEQ_LEN), "--seed", "1"),
         *set_words(settings),
     ]

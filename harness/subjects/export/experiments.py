@@ -86,12 +86,27 @@ def _ids(inputs: Inputs) -> Path:
     return random_ids(inputs, "export-ids.npy", VOCAB, POSITIONS, seed=12, low=1)
 
 
+def _own_head(inputs: Inputs) -> Path:
+    """Return a small student whose config ties its head, and whose weights hold another one."""
+
+    def make(folder: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        write_live_student(folder, source=demo_student(inputs), changes={}, template="", seed=13)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = np.ascontiguousarray(tensors["model.embed_tokens.weight"][::-1])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return inputs.file("own-head-student", make)
+
+
 # --- exported-models: a run in every form, each run by the programs it is for ---
 
 
 def _export_argv(inputs: Inputs) -> list[str]:
     options = {"run": finished_run(inputs), "ids": _ids(inputs), "text": _text_folder(inputs) / "train.py"}
     options["pieces"] = inputs.file("sentencepiece-llama", write_sentencepiece_llama)
+    options["own_head"] = _own_head(inputs)
     return probe_words("exported-models", **options, out="exported.npz", facts="probe.json")
 
 
@@ -111,6 +126,9 @@ def _collect_export(run_dir: Path, inputs: Inputs) -> Facts:
     columns = seeded_columns(VOCAB, COLUMNS)
     sources = ("transformers, exported folder", "transformers, the run's own model")
     comparators = save_pairs(run_dir, {"hf-logits": (found["hf"][:, columns], found["run"][:, columns])}, sources)
+    by_reference = reference_logits(read_gguf(run_dir / "head.gguf"), ids)
+    pair = {"own-head": (by_reference[:, columns], found["own head"][:, columns].astype(np.float64))}
+    comparators |= save_pairs(run_dir, pair, ("f32 export, reference forward", "transformers, the folder"))
     for form in FORMS:
         # An export's error is 1e-4 and more: float32 adds 6e-8 to it.
         by_reference = reference_logits(read_gguf(run_dir / f"{form}.gguf"), ids).astype(np.float32)

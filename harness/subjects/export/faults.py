@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SOURCE, _FIDELITY = "q4kd.trainer.export.source_model", "q4kd.trainer.export.fidelity"
 _STATE = f"{_SOURCE}:read_state"
+_MODEL = f"{_SOURCE}:read_model"
 _FITS = "q4kd.trainer.formats.blocks.quantize:_FITS"
 _ROWS = f"{_FIDELITY}:compare_rows"
 _MORE_BITS = "q4kd.trainer.formats.gguf.writer:uses_more_bits"
@@ -39,6 +40,17 @@ _Compare = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", ...]]
 
 
 # --- exported weights ---
+
+
+@patch("checkpoint", "tied-flag-trusted", "a head of its own is dropped where the config ties it", _MODEL)
+def _tied_flag_trusted(original: Callable[..., tuple[Any, _State]], source: object) -> tuple[Any, _State]:
+    from q4kd.trainer.export.source_model import read_config
+
+    config, state = original(source)
+    config.tie_word_embeddings = read_config(source).tie_word_embeddings  # type: ignore[arg-type]
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return config, state
 
 
 @patch("checkpoint", "export-norm-left-out", "exported norms before attention are all ones", _STATE)

@@ -17,8 +17,11 @@ FORMS = ("f16", "q8_0", "q4_k_m")
 
 
 @probe("exported-models")
-def exported_models(run: Path, pieces: Path, ids: Path, text: Path, out: Path, facts: Path) -> int:
-    """Export a run in every form, and a SentencePiece model; record logits, and ids that a GGUF's tokenizer gives."""
+def exported_models(run: Path, pieces: Path, own_head: Path, ids: Path, text: Path, out: Path, facts: Path) -> int:
+    """Export a run in every form, a SentencePiece model, and one with a head of its own beside a config that ties it.
+
+    Records logits, and ids that a GGUF's tokenizer gives.
+    """
     import torch
 
     from q4kd.harness.__main__ import main
@@ -33,12 +36,14 @@ def exported_models(run: Path, pieces: Path, ids: Path, text: Path, out: Path, f
     for form in FORMS:
         codes[form] = main(["export", str(run), "--format", "gguf", "--quantize", form, "--out", f"{form}.gguf"])
     codes["pieces"] = main(["export", str(pieces), "--format", "gguf", "--quantize", "f16", "--out", "pieces.gguf"])
+    codes["own head"] = main(["export", str(own_head), "--format", "gguf", "--quantize", "f32", "--out", "head.gguf"])
     with Path("inspect.json").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         codes["inspect"] = main(["inspect", "q4_k_m.gguf", "--json"])
     write_json(facts, {"exit_codes": codes, "tables": {"recipe": _recipe()}})
     if any(codes.values()):
         return max(codes.values())
     arrays: Arrays = {"run": _logits(run / "model", ids_1T), "hf": _logits(Path("hf"), ids_1T)}
+    arrays["own head"] = _logits(own_head, ids_1T)
     for form in FORMS:
         teacher = load_teacher(place_teacher(Path(f"{form}.gguf"), dtype="float32"), events=EventLog(None))
         arrays[form] = teacher.logits(ids_1T)[0].numpy()

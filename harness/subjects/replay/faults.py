@@ -221,10 +221,8 @@ def _model_rounded(original: Callable[..., Mapping[str, "Tensor"]], *arguments: 
 
 
 @patch("vocabulary", "evaluated-last-columns", "evaluation keeps the teacher's last columns", _SUMS)
-def _evaluated_last_columns(
-    original: Call, hidden: object, head: "Tensor", *, teacher: Any, **options: object
-) -> object:
-    cut = types.SimpleNamespace(head_logits=lambda rows: teacher.head_logits(rows)[:, -len(head) :])
+def _evaluated_last_columns(original: Call, hidden: object, head: Any, *, teacher: Any, **options: object) -> object:
+    cut = types.SimpleNamespace(head_logits=lambda rows: teacher.head_logits(rows)[:, -len(head.weight) :])
     return original(hidden, head, teacher=cut, **options)
 
 

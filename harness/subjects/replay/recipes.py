@@ -10,7 +10,7 @@ import numpy as np
 
 from q4kd.harness.inputs.apr_write import huggingface_name
 from q4kd.harness.inputs.arrays import Arrays, Floats, arrays_input, read_arrays
-from q4kd.harness.inputs.command_lines import set_words
+from q4kd.harness.inputs.command_lines import scratch_words, set_words
 from q4kd.harness.inputs.small_pair import (
     ROWS,
     completion_documents,
@@ -138,6 +138,7 @@ def command_lines(inputs: Inputs) -> list[list[str]]:
         words = [
             *("distill", "--teacher", str(small_teacher(inputs)), "--student", str(_student(inputs, leg))),
             *("--data", str(data), "--out", name, "--events", f"{name}.jsonl", "--dtype", "float32"),
+            *scratch_words(_student(inputs, leg)),
             *set_words({"held_out": held_out, "seq_len": SEQ_LEN, "completion_only": True, "checkpoint_every": 0}),
             *set_words({**given, **leg.more}),
         ]

@@ -27,7 +27,7 @@ def _distill_argv(
     }
     return [
         *("distill", "--teacher", str(demo_teacher(inputs)), "--student", str(demo_student(inputs))),
-        *("--data", str(data_path()), "--out", "run", "--events", "events.jsonl"),
+        *("--from-scratch", "--data", str(data_path()), "--out", "run", "--events", "events.jsonl"),
         *("--seq-len", "64", "--seed", str(seed), "--dtype", "float32"),
         *set_words(settings),
     ]

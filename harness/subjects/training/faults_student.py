@@ -24,6 +24,12 @@ _ADAPT = "q4kd.trainer.student.lora:add_adapters"
 _MERGE = "q4kd.trainer.student.lora:merged_state"
 _BATCH = "q4kd.trainer.train.run.assembly:Run.batch"
 _PREPARE = "q4kd.trainer.train.distributed:prepare_model"
+_LAST_STEP = "q4kd.trainer.student.logits:find_last_step"
+_SLOPE = "q4kd.trainer.loss.last_step:slope_of"
+_FOLDER = "q4kd.trainer.student.folder:check_folder"
+_LOADED = "q4kd.trainer.student.loaded:check_loaded"
+_OTHERS = "q4kd.trainer.student.folder:_looks_like_weights"
+_WINDOW = "q4kd.trainer.student.packing:sliding_window"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
 _RANKS = (None, "copies", "shards")
 _State = Mapping[str, "Tensor"]
@@ -120,3 +126,50 @@ def _unknown_settings_ignored(original: Call, values: Mapping[str, object]) -> o
 
     known = {setting.name for setting in dataclasses.fields(DistillConfig)}
     return original({key: value for key, value in values.items() if key in known})
+
+
+@patch("loss", "last-step-left-out", "a student's scale or cap after its head is left out of the loss", _LAST_STEP)
+def _last_step_left_out(_original: Call, _student: object, _hidden_of: object) -> object:
+    from q4kd.trainer.loss.config import LastStep
+
+    return LastStep()
+
+
+@patch("loss", "last-step-not-chained", "the gradient is passed on as if logits were the head's products", _SLOPE)
+def _last_step_not_chained(_original: Call, *_arguments: object, **_options: object) -> float:
+    return 1.0
+
+
+@patch("loop", "weights-not-asked-for", "a student without weights starts from its seed, unasked", _FOLDER)
+def _weights_not_asked_for(original: Call, folder: object, **_options: object) -> object:
+    return original(folder)
+
+
+@patch("loop", "loaded-not-checked", "a student is taken whatever tensors it did not get", _LOADED)
+def _loaded_not_checked(_original: Call, _folder: object, _info: object) -> None:
+    pass
+
+
+@patch("loop", "other-weights-overlooked", "weights under other names are taken for none", _OTHERS)
+def _other_weights_overlooked(_original: Call, _name: object) -> bool:
+    return False
+
+
+@patch("loop", "window-left-out", "the mask of packed documents takes the place of a sliding window", _WINDOW)
+def _window_left_out(_original: Call, _config: object) -> None:
+    return None
+
+
+@patch("checkpoint", "transposed-merged-untransposed", "square transposed layers get the update of plain ones", _MERGE)
+def _transposed_merged_untransposed(
+    original: Callable[[object, _State], _State], adapted: object, state: _State
+) -> _State:
+    merged = original(adapted, state)
+    plain = {name.replace(".base_layer.", "."): value for name, value in state.items()}
+
+    def update(name: str) -> "Tensor":
+        moved = merged[name] - plain[name]
+        is_square = moved.ndim == 2 and moved.shape[0] == moved.shape[1]
+        return plain[name] + (moved.T if is_square else moved)
+
+    return {name: update(name) for name in merged}

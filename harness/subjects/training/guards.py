@@ -1,7 +1,10 @@
 """Experiments on what is checked before the first step: vocabularies, degenerate pairs, settings without meaning."""
 
 import functools
+import re
+import shutil
 from pathlib import Path
+from typing import Literal
 
 from q4kd.harness.inputs.arrays import random_ids, read_arrays, seeded_columns
 from q4kd.harness.inputs.collect import (
@@ -142,6 +145,25 @@ def _teacher_as_student(inputs: Inputs, twin: Twin) -> Path:
     return inputs.file(f"student-{twin}-twin", make)
 
 
+def _spoilt_student(inputs: Inputs, how: Literal["compiled", "layer-missing", "no-index"]) -> Path:
+    """Return a student with weights of which transformers finds none, or not all."""
+
+    def make(folder: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        shutil.copytree(weighted_student(inputs), folder)
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        if how == "compiled":
+            tensors = {f"_orig_mod.{name}": value for name, value in tensors.items()}
+        elif how == "layer-missing":
+            tensors = {name: value for name, value in tensors.items() if ".layers.1." not in name}
+        name = "model-00001-of-00001.safetensors" if how == "no-index" else "model.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+
+    return inputs.file(f"student-{how}", make)
+
+
 def _refused_argv(inputs: Inputs) -> list[str]:
     teacher, padded = demo_teacher(inputs), padded_teacher(inputs, PADDED)
     fresh, data = demo_student(inputs), training_text(inputs, 1)
@@ -168,6 +190,12 @@ def _refused_argv(inputs: Inputs) -> list[str]:
     add("same function, other weights", "overridden", (teacher, permuted, long), (teacher, permuted, allowed))
     noisy = _teacher_as_student(inputs, "noisy")
     add("same weights but for noise", "overridden", (teacher, noisy, long), (teacher, noisy, allowed))
+    weighted = (teacher, weighted_student(inputs), "")
+    add("no weights", "from scratch", (teacher, fresh, "--no-from-scratch"), (teacher, fresh, ""))
+    add("compiled names", "its own names", (teacher, _spoilt_student(inputs, "compiled"), ""), weighted)
+    add("a layer missing", "all layers", (teacher, _spoilt_student(inputs, "layer-missing"), ""), weighted)
+    shards = (teacher, _spoilt_student(inputs, "no-index"), "--from-scratch")
+    add("shards without an index", "from scratch", shards, (teacher, fresh, ""))
     cases = inputs.file("refused-runs.json", lambda path: write_json(path, {"cases": records}))
     return probe_words("start-runs", cases=cases, out="probe.json")
 
@@ -184,4 +212,7 @@ def _collect_refused(run_dir: Path, inputs: Inputs) -> Facts:
     if message is None:
         return collect_probe(run_dir, inputs)
     named = {f"names {size}": str(size) in message.replace(",", "") for size in (NATIVE, WIDER)}
+    # A student is named by its path, which differs from run to run.
+    errors = [re.sub(r"^(exit \d+: student) .*", r"\1", str(case["error"])) for case in cases]
+    cases = [{**case, "error": case["error"] and error} for case, error in zip(cases, errors, strict=True)]
     return {"cases": [{**case, "message": ""} for case in cases], "tables": {"too-wide": named}}

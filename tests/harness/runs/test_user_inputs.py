@@ -128,13 +128,18 @@ def test_a_hub_id_is_found_in_the_local_cache_without_a_network(
     assert resolve_given("acme/big-gguf:big-q8_0.gguf", None, None).names() == {"teacher": "big-q8_0.gguf"}
 
 
-def test_a_hub_that_cannot_be_reached_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class ConnectError(Exception):
+    """As httpx's, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError, ConnectError])
+def test_a_hub_that_cannot_be_reached_is_one_error(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def unreachable(*_args: object, local_files_only: bool = False, **_options: object) -> str:
         if local_files_only:
             raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
-        raise OSError("no network")
+        raise error("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)

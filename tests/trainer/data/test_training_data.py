@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.inputs.command_lines import scratch_words
 from q4kd.trainer.config.settings import make_config
 from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
 from q4kd.trainer.demo import student_path, teacher_path
@@ -155,7 +156,7 @@ def run(out: Path, data: Path, student: Path, *extra: str) -> int:
     return main(
         [
             *("distill", "--teacher", str(teacher_path()), "--student", str(student), "--data", str(data)),
-            *("--out", str(out), "--seq-len", "16", "--seed", "5"),
+            *("--out", str(out), "--seq-len", "16", "--seed", "5", *scratch_words(student)),
             *[word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
             *extra,
         ]

@@ -286,3 +286,32 @@ def test_a_card_cites_a_bundle_that_verifies(
     assert export(folders / "qwen3", tmp_path / "other", "hf", "--bundle", str(bundle)) == 2
     assert "expected a bundle that verifies, got mismatch" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama3-tied"])
+def test_a_head_of_its_own_beside_a_config_that_ties_it_is_exported(
+    folders: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a merge of adapters into embedding or head leaves; transformers keeps the two apart, and so must a file."""
+    folder = Path(shutil.copytree(folders / name, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert read_json(folder / "config.json")["tie_word_embeddings"]
+    own = logits(folder)
+    assert np.abs(own - logits(folders / name)).max() > 0.1
+    assert export(folder, tmp_path / "hf", "hf") == 0
+    assert np.array_equal(logits(tmp_path / "hf"), own)
+    assert read_json(tmp_path / "hf" / "config.json")["tie_word_embeddings"] is False
+    assert export(folder, tmp_path / "f.gguf", "f32") == 0
+    assert not open_model(tmp_path / "f.gguf").config.tied_head
+    found = reference_logits(read_gguf(tmp_path / "f.gguf"), IDS)
+    assert np.abs(found - own).max() <= 1e-3 * np.abs(own).max()
+    np.save(tmp_path / "ids.npy", np.tile(IDS, 4))
+    # The same folder, and the file of the same embedding under a tied head, which is another function.
+    assert export(folders / name, tmp_path / "tied.gguf", "f32") == 0
+    capsys.readouterr()
+    for file, same in (("f.gguf", True), ("tied.gguf", False)):
+        words = ["fidelity", str(tmp_path / file), str(folder), "--data", str(tmp_path / "ids.npy"), "--json"]
+        assert main([*words, "--seq-len", "24"]) == 0
+        assert (json.loads(capsys.readouterr().out)["kl"]["mean"] < 1e-6) is same

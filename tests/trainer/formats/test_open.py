@@ -58,7 +58,7 @@ def settings(tmp_path: Path) -> list[object]:
     """Settings of a run of two steps with the demo teacher."""
     (tmp_path / "text").write_text(Path(json.encoder.__file__).read_text()[:6000])
     values = {"seq_len": 32, "batch_size": 2, "threads": 1, "dtype": "float32", "steps": 2, "eval_tokens": 64}
-    files = ("--teacher", teacher_path(), "--student", student_path(), "--data", tmp_path / "text")
+    files = ("--teacher", teacher_path(), "--student", student_path(), "--data", tmp_path / "text", "--from-scratch")
     return [*files, *[word for key, value in values.items() for word in ("--set", f"{key}={value}")]]
 
 

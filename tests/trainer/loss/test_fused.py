@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_arrays import arrays, exact_loss, relative
+from loss_arrays import LAST_STEPS, arrays, exact_loss, relative
 from teachers import load_quietly
 
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
@@ -44,9 +44,10 @@ def run(a, config: KDLossConfig, num_targets: float | None = None, head=None):  
     chunk=st.integers(0, 30),
     tile=st.sampled_from([0, 13, 64, 119, 121]),
     unmasked=st.sampled_from(["some", "one", "all"]),
+    last_step=st.sampled_from(LAST_STEPS),
 )
 def test_loss_and_gradients_are_the_dense_float64_ones(  # type: ignore[no-untyped-def]
-    seed, divergence, alpha, temperature, beta, mode, chunk, tile, unmasked
+    seed, divergence, alpha, temperature, beta, mode, chunk, tile, unmasked, last_step
 ) -> None:
     a = arrays(seed)
     if unmasked == "some":
@@ -61,6 +62,7 @@ def test_loss_and_gradients_are_the_dense_float64_ones(  # type: ignore[no-untyp
         mode=mode,
         chunk_tokens=chunk,
         vocab_tile=tile,
+        last_step=last_step,
     )
     terms, grad_hidden, grad_weight = run(a, config)
     exact, want_hidden, want_weight = exact_loss(a, config)

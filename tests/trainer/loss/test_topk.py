@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from loss_arrays import LAST_STEPS
 from torch import Tensor
 
-from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, KDLossConfig
+from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, KDLossConfig, LastStep
 from q4kd.trainer.loss.fused import kd_loss
 from q4kd.trainer.loss.topk import topk_kd_loss
 
@@ -54,7 +55,9 @@ def dense(a: dict[str, Tensor], config: KDLossConfig) -> tuple[Tensor, Tensor, T
     """Float64, by autograd, over explicit event probabilities: no formula of the trainer's."""
     hidden, weight = a["hidden"].double().requires_grad_(), a["weight"].double().requires_grad_()
     kept = a["labels"] != IGNORE_INDEX
-    q_all = torch.softmax(hidden[kept] @ weight.T, 1)
+    products, step = hidden[kept] @ weight.T, config.last_step
+    capped = step.cap * torch.tanh(step.scale * products / step.cap) if step.cap else step.scale * products
+    q_all = torch.softmax(capped, 1)
     ids = a["ids"][kept].long()
     listed = torch.zeros_like(q_all).scatter(1, ids, 1.0)
     q = torch.cat([q_all.gather(1, ids), (q_all * (1 - listed)).sum(1, keepdim=True)], 1)
@@ -85,9 +88,12 @@ def relative(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("k", "chunk"), [(1, 5), (7, 1), (VOCAB - 1, 0)])
-def test_loss_and_gradients_are_the_dense_float64_ones(divergence: Any, alpha: float, k: int, chunk: int) -> None:
+@pytest.mark.parametrize("last_step", LAST_STEPS, ids=str)
+def test_loss_and_gradients_are_the_dense_float64_ones(
+    divergence: Any, alpha: float, k: int, chunk: int, last_step: LastStep
+) -> None:
     a = make(k, k)
-    config = KDLossConfig(alpha=alpha, divergence=divergence, beta=0.3, chunk_tokens=chunk)
+    config = KDLossConfig(alpha=alpha, divergence=divergence, beta=0.3, chunk_tokens=chunk, last_step=last_step)
     terms, grad_hidden, grad_weight = run(a, config)
     loss, want_hidden, want_weight = dense(a, config)
     assert abs(float(terms.loss.detach()) - float(loss)) <= 1e-5 * abs(float(loss))

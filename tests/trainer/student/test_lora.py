@@ -117,3 +117,41 @@ def test_peft_loads_what_is_saved(tmp_path: Path) -> None:
 def test_targets_that_cannot_work_are_refused(targets: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         add_adapters(load_student(student_path(), seed=1), settings(lora_targets=targets))
+
+
+def from_config(kind: str, **changes: object) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=64, **changes))
+
+
+@pytest.mark.parametrize("inner", [32, 64])  # square, where a transposed update fits, and not
+@pytest.mark.parametrize("targets", ["all-linear", "c_proj", "wpe,c_attn"])
+def test_the_merge_of_layers_that_keep_their_weight_transposed_is_pefts(targets: str, inner: int) -> None:
+    """GPT-2's layers are transformers' Conv1D, whose weight is ``[in, out]``."""
+    student = from_config("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=inner)
+    plain = copy.deepcopy(student)
+    adapted = add_adapters(student, settings(lora_targets=targets, lora_alpha=8))
+    scramble(student)
+    with_adapters = logits(student)
+    merged = merged_state(adapted, whole_state(student, keep=True))
+    for name, tensor in copy.deepcopy(adapted).merge_and_unload().state_dict().items():
+        if name in merged:
+            torch.testing.assert_close(merged[name], tensor, rtol=2e-6, atol=2e-6)
+    missing, unexpected = plain.load_state_dict(merged, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    assert float((with_adapters - logits(copy.deepcopy(plain))).abs().max()) <= 1e-5 * float(with_adapters.abs().max())
+
+
+def test_adapters_that_are_no_matrices_are_refused_before_training() -> None:
+    student = from_config("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    student.transformer.filter = torch.nn.Conv1d(4, 4, 3)
+    with pytest.raises(InputError, match=r"two matrices, got transformer\.filter, a Conv1d"):
+        add_adapters(student, settings(lora_targets="filter"))
+    student = from_config("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    with pytest.raises(InputError, match="modules that peft has adapters for"):
+        add_adapters(student, settings(lora_targets="ln_1"))
+    with pytest.raises(InputError, match="c_attn, c_fc, c_proj"):
+        add_adapters(student, settings(lora_targets="q_proj"))

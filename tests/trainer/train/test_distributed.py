@@ -27,7 +27,19 @@ SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 def arguments(out: Path, data: Path, processes: int, *extra: str) -> list[str]:
     return [
         *("distill", "--teacher", str(teacher_path()), "--student", str(student_path()), "--data", str(data)),
-        *("--out", str(out), "--seq-len", "32", "--steps", "4", "--lr", "0.002", "--warmup-steps", "1"),
+        *(
+            "--from-scratch",
+            "--out",
+            str(out),
+            "--seq-len",
+            "32",
+            "--steps",
+            "4",
+            "--lr",
+            "0.002",
+            "--warmup-steps",
+            "1",
+        ),
         *("--batch-size", str(4 // processes), "--accumulation", "2", "--eval-tokens", "96", "--dtype", "float32"),
         *("--checkpoint-every", "2", "--keep", "9", *extra),
     ]

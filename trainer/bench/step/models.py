@@ -61,8 +61,9 @@ def make_engine(config: DistillConfig) -> tuple[Any, Any, Any]:
     """Return accelerator, prepared model and optimiser as ``q4kd distill`` makes them."""
     accelerator = make_accelerator(config.device)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
+    distillation = DistillationModel(student.to(accelerator.device), config.loss)
     set_up_student(student, config)
-    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    model = prepare_model(accelerator, distillation)
     return accelerator, model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters())
 
 

@@ -18,6 +18,9 @@ products take chunks of up to 4,096 tokens, fed by slices of 1,024 tokens of log
 its blocks wait for each other's sums, and only three or four of them fit a multiprocessor. Mode ``low`` is in
 ``tiled.py``.
 
+A student that scales or caps its logits has a pass of its own over each slice of products and one over the gradient,
+10.0 and 5.0 GB more of the shapes above, counted and not measured. A cap keeps logits apart from their gradient.
+
 Letters in shapes: M tokens, P unmasked ones, C tokens of a chunk, S of a slice, H hidden size, V vocabulary.
 """
 
@@ -30,6 +33,7 @@ from q4kd.trainer.loss.cuda.chunks import fast_chunk, slice_of
 from q4kd.trainer.loss.cuda.kernels import SUMS, LossKernels, knobs_of, loss_kernels, whole
 from q4kd.trainer.loss.cuda.tensors import LossTensors, project
 from q4kd.trainer.loss.cuda.tiled import run_low
+from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossInputs, LossSums
 from q4kd.trainer.loss.teacher_head import TeacherHead
 
@@ -78,10 +82,12 @@ def _run_fast(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
     tokens, vocab, device = len(given.labels), len(given.weight), given.hidden.device
     gradient_type, with_teacher = given.hidden.dtype, given.teacher_hidden is not None
     chunk = fast_chunk(tokens, vocab, given.config, given.hidden, with_teacher=with_teacher)
-    step = slice_of(chunk, in_place=given.logits_type == gradient_type)
+    # Logits of the gradient's type become it in place, but where the cap's derivative needs them after it.
+    last_step = given.config.last_step
+    in_place = given.logits_type == gradient_type and not last_step.cap
+    step = slice_of(chunk, in_place=in_place)
     grad_CV = torch.empty(chunk, vocab, dtype=gradient_type, device=device)
-    # Logits of the gradient's type become it in place.
-    student_SV = None if given.logits_type == gradient_type else given.logits(step, vocab)
+    student_SV = None if in_place else given.logits(step, vocab)
     teacher_SV = given.logits(step, vocab) if with_teacher else None
     decoded = given.teacher_head.decoded() if isinstance(given.teacher_head, TeacherHead) else None
     softmax = _Softmax(given, kernels, step, vocab, 1 / sums.num_targets)
@@ -99,7 +105,9 @@ def _run_fast(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
                     project(given.teacher_hidden[rows], decoded[:vocab], teacher)
             student = grad_SV if student_SV is None else student_SV[: stop - start]
             project(given.hidden[rows], given.weight, student)
-            softmax(rows, student, teacher, grad_SV)
+            softmax(rows, apply_last_step(student, last_step), teacher, grad_SV)
+            if sums.wanted:
+                chain(grad_SV, slope_of(student, last_step, in_place=True))
         if sums.wanted:
             sums.add_gradient(
                 given.positions[first:last], grad_CV[: last - first], given.hidden[first:last], given.weight, share=1

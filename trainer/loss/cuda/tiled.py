@@ -16,6 +16,7 @@ from torch import Tensor
 from q4kd.trainer.loss.cuda.chunks import LOW_CHUNK, LOW_TILE
 from q4kd.trainer.loss.cuda.kernels import SUMS, LossKernels, Part, knobs_of, segments_of, width_of
 from q4kd.trainer.loss.cuda.tensors import LossTensors, project
+from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossSums
 
 
@@ -59,6 +60,7 @@ class _Tiles:
         given, shape = self._given, (rows.stop - rows.start, columns.stop - columns.start)
         student_CR = self._student.view(-1)[: shape[0] * shape[1]].view(shape)
         project(given.hidden[rows], given.weight[columns], student_CR)
+        apply_last_step(student_CR, given.config.last_step)
         if self._teacher is None or self._teacher_tile is None or given.teacher_hidden is None:
             return student_CR, None
         teacher_CR = self._teacher.view(-1)[: shape[0] * shape[1]].view(shape)
@@ -93,6 +95,7 @@ def run_low(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
             grad_CR = grad_buffer[: student_CR.numel()].view(student_CR.shape)
             written = given.labels[rows], grad_CR, ce[rows], kd[rows]
             kernels.gradient(kind, student_CR, teacher_CR, knobs, row_sums[rows], part, *written)
+            chain(grad_CR, slope_of(student_CR, config.last_step, in_place=True))
             operands = grad_CR, given.hidden[rows], given.weight[columns]
             sums.add_tile(given.positions[rows], *operands, tile_RH, first=rows.start == 0, share=1)
         sums.close_tile(columns, tile_RH)

@@ -1,7 +1,7 @@
 """What a cache of k tokens costs and what it loses, measured on a sample of the windows before the cache is made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,9 +57,10 @@ def measure_error(
         signal = teacher.signal(batch)
         hidden_TH, labels_T = model.hidden(batch.ids_BT, batch.starts_BT)[0], batch.labels_BT[0]
         head_VH = model.head_weight
+        config = replace(_KL, last_step=model.config.last_step)
 
         def divergence(teacher_signal: TeacherSignal) -> float:
-            return float(teacher_signal.loss(hidden_TH, head_VH, labels_T, num_targets=1, config=_KL).kd)  # noqa: B023
+            return float(teacher_signal.loss(hidden_TH, head_VH, labels_T, num_targets=1, config=config).kd)  # noqa: B023
 
         online = divergence(signal)
         logits_TV = teacher.head_logits(signal.hidden_BTH[0])[:, : len(head_VH)]

@@ -52,8 +52,8 @@ def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> Memor
         InputError: when student or device cannot be used, or the teacher's context is shorter than a window.
     """
     place = placement.place if placement is not None else find_place(config.device)
-    student = _shape(config)
     teacher = _teacher_shape(config, placement) if placement is not None else None
+    student = _shape(config)
     if config.device == "cpu":
         loss = cpu_loss_shape(config, student)
     else:

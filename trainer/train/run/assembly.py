@@ -17,7 +17,7 @@ from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError, RunFolderError, for_terminal
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import apply_umask, sha256_file, write_json
-from q4kd.trainer.loss.config import IGNORE_INDEX
+from q4kd.trainer.loss.config import IGNORE_INDEX, LastStep
 from q4kd.trainer.made import MadeThings
 from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
 from q4kd.trainer.student.model import (
@@ -30,7 +30,14 @@ from q4kd.trainer.student.model import (
 )
 from q4kd.trainer.teacher.teacher import load_teacher
 from q4kd.trainer.train.checkpoint import explain_difference, list_checkpoints, read_state, restore_checkpoint
-from q4kd.trainer.train.distributed import describe_processes, make_accelerator, prepare_model, reshard, whole_state
+from q4kd.trainer.train.distributed import (
+    describe_processes,
+    make_accelerator,
+    prepare_model,
+    reshard,
+    whole_state,
+    will_shard,
+)
 from q4kd.trainer.train.guards import check_labels
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
 from q4kd.trainer.train.run.folder import DRAFTS, kept
@@ -39,10 +46,11 @@ from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens,
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
 RUN_FILE_VERSION = 1
-# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses.
+# Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses. (Weights
+# come from the checkpoint; whether the folder has some is checked against from_scratch in every leg.)
 RESUMABLE = frozenset((
     "out", "log_every", "max_steps", "eval_every", "eval_tokens", "checkpoint_every", "keep", "best_metric",
-    "best_resumable", "trackers", "hang_s",
+    "best_resumable", "trackers", "hang_s", "from_scratch",
 ))  # fmt: skip
 # The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
@@ -172,6 +180,8 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
+    if config.from_scratch:
+        announce(f"student: fresh weights, drawn from seed {config.seed}")
     rows: int = student.get_output_embeddings().weight.shape[0]
     if online is not None:
         check_tokens(online, tokenizer, rows, announce)
@@ -182,6 +192,9 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
     start_trackers(accelerator, config, events)
     model, optimizer, adapted = prepare_student(config, accelerator, student)
+    last_step = accelerator.unwrap_model(model).config.last_step
+    if last_step != LastStep():
+        announce(f"student: its logits are {last_step}, z its head's products")
     return Run(
         config=config,
         accelerator=accelerator,
@@ -206,9 +219,12 @@ def prepare_student(
     Raises:
         InputError: for a setting that this student or this machine cannot follow.
     """
+    if not will_shard(accelerator):  # What is compared before the first step runs where the steps will.
+        student.to(accelerator.device)
+    distillation = DistillationModel(student, config.loss)
     set_up_student(student, config)
     adapted = add_adapters(student, config) if config.lora_rank else None
-    model = prepare_model(accelerator, DistillationModel(student, config.loss))
+    model = prepare_model(accelerator, distillation)
     # The weights are drawn or loaded by now; from here on each process draws dropout of its own.
     torch.manual_seed(config.seed + accelerator.process_index)
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted

@@ -3,6 +3,7 @@
 import loss_checks as checks
 import pytest
 import torch
+from loss_arrays import LAST_STEPS
 from torch import Tensor
 
 from q4kd.trainer.loss import sums as loss_sums
@@ -121,7 +122,8 @@ def dense(a: dict[str, Tensor], config: KDLossConfig):  # type: ignore[no-untype
     """Float64 on the device, gradients by autograd."""
     kept = a["labels"] != IGNORE_INDEX
     hidden, weight = a["hidden"].double().requires_grad_(), a["weight"].double().requires_grad_()
-    s = hidden[kept] @ weight.T
+    step, products = config.last_step, hidden[kept] @ weight.T
+    s = step.cap * torch.tanh(step.scale * products / step.cap) if step.cap else step.scale * products
     t = (a["teacher_hidden"][kept].double() @ a["teacher_weight"].double().T)[:, : len(weight)]
     log_q, log_p = torch.log_softmax(s / config.temperature, 1), torch.log_softmax(t / config.temperature, 1)
     q, p = log_q.exp(), log_p.exp()
@@ -162,6 +164,24 @@ def test_both_modes_are_the_dense_float64_loss(divergence, mode, dtype, vocab, t
     bound = 5e-3 if dtype == BF16 else 1e-4
     assert of_hidden <= bound
     assert of_weight <= bound
+
+
+@pytest.mark.parametrize("last_step", LAST_STEPS[1:], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "logits"), [(BF16, "float32"), (BF16, "bfloat16"), (F32, "float32")])
+def test_students_that_scale_or_cap_their_logits(mode, dtype, logits, last_step) -> None:  # type: ignore[no-untyped-def]
+    a = make(300, 32_000, dtype)
+    config = KDLossConfig(alpha=0.3, temperature=2.0, mode=mode, logits=logits, chunk_tokens=128, last_step=last_step)
+    terms, grad_hidden, grad_weight = run(a, config)
+    loss, ce, kd, want_hidden, want_weight = dense(a, config)
+    errors = [abs(float(x) - float(y)) / float(y) for x, y in ((terms.loss, loss), (terms.ce, ce), (terms.kd, kd))]
+    of_hidden, of_weight = relative(grad_hidden, want_hidden), relative(grad_weight, want_weight)
+    print(f"loss, ce, kd {errors}, gradients {of_hidden:.1e} {of_weight:.1e}")
+    rounds = logits == "bfloat16"
+    assert max(errors[:2]) <= (1e-2 if rounds else 1e-4)
+    # The gradient is rounded once by the kernel and once more by the cap.
+    bound = 3e-2 if rounds else 1e-2 if dtype == BF16 else 1e-4
+    assert max(of_hidden, of_weight) <= bound
 
 
 def test_bfloat16_logits_are_near(kernels: LossKernels) -> None:

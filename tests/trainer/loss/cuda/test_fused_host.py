@@ -3,7 +3,7 @@
 import pytest
 import torch
 from host_kernels import host_launcher
-from loss_arrays import arrays, exact_loss, relative
+from loss_arrays import LAST_STEPS, arrays, exact_loss, relative
 
 from q4kd.trainer.loss import sums as loss_sums
 from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
@@ -82,6 +82,28 @@ def test_bfloat16_students(kernels, monkeypatch, mode, logits) -> None:  # type:
     assert abs(float(terms.loss.detach()) - exact.loss) <= (2e-6 if logits == "float32" else 5e-3) * exact.loss
     assert grad_hidden.dtype == grad_weight.dtype == BF16
     bound = 4e-3 if logits == "float32" else 2e-2
+    assert relative(grad_hidden.float(), want_hidden) <= bound
+    assert relative(grad_weight.float(), want_weight) <= bound
+
+
+@pytest.mark.parametrize("last_step", LAST_STEPS[1:], ids=str)
+@pytest.mark.parametrize("logits", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("mode", MODES)
+def test_students_that_scale_or_cap_their_logits(kernels, monkeypatch, mode, dtype, logits, last_step) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(loss_chunks, "SLICE", 4)
+    a = arrays(6, tokens=24, vocab=256)
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        a[name] = a[name].to(dtype)
+    a["labels"][::5] = IGNORE_INDEX
+    config = KDLossConfig(
+        alpha=0.3, temperature=2.0, mode=mode, chunk_tokens=10, vocab_tile=104, logits=logits, last_step=last_step
+    )
+    terms, grad_hidden, grad_weight = run(kernels, a, config, dtype=dtype)
+    exact, want_hidden, want_weight = exact_loss(a, config)
+    rounds = dtype == BF16 and logits == "bfloat16"
+    assert abs(float(terms.loss.detach()) - exact.loss) <= (5e-3 if rounds else 3e-6) * exact.loss
+    bound = 2e-2 if rounds else 6e-3 if dtype == BF16 else 1e-5
     assert relative(grad_hidden.float(), want_hidden) <= bound
     assert relative(grad_weight.float(), want_weight) <= bound
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.inputs.command_lines import scratch_words
 from q4kd.trainer import make_cache as cache_run
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.teacher.cache import writer as cache_writer
@@ -51,6 +52,7 @@ def make(corpus: Path, out: Path, *words: str) -> int:
 def distill(corpus: Path, out: Path, *words: str, student: Path | None = None) -> list[str]:
     settings = {"steps": STEPS, "lr": 0.002, "warmup_steps": 2, "eval_tokens": 64, "seed": 5, "alpha": 0.2}
     plain = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    plain += scratch_words(student or student_path())
     return ["distill", *files(corpus, student), *plain, "--out", str(out), *words]
 
 

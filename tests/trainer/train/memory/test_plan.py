@@ -115,7 +115,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_the_arithmetic(
 ) -> None:
     (tmp_path / "text").write_text("words " * 500)
     arguments = ["--teacher", str(teacher_path()), "--student", str(student_path()), "--data", str(tmp_path / "text")]
-    arguments += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32"]
+    arguments += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32", "--from-scratch"]
     assert main(["plan", *arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
@@ -162,6 +162,7 @@ def test_a_run_takes_what_its_plan_says(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(Path(json.__file__).read_text() + Path(subprocess.__file__).read_text())
     words = ["distill", "--teacher", str(teacher_path()), "--student", str(student), "--data", str(tmp_path / "text")]
     words += ["--out", str(tmp_path / "run"), "--seq-len", "64", "--dtype", "float32", "--steps", "2", "--threads", "1"]
+    words += ["--from-scratch"]
     program = f"""
 import json, sys
 from q4kd.harness.__main__ import main

@@ -40,7 +40,7 @@ def test_tensorboard_gets_what_the_event_log_gets(tmp_path: Path) -> None:
     shutil.copy(Path(shutil.__file__), tmp_path / "text.txt")
 
     def run(out: Path, *extra: str) -> list[dict[str, Any]]:
-        words = ["distill", "--teacher", str(teacher_path()), "--student", str(student_path())]
+        words = ["distill", "--teacher", str(teacher_path()), "--student", str(student_path()), "--from-scratch"]
         words += ["--data", str(tmp_path / "text.txt"), "--out", str(out), "--seq-len", "16", "--batch-size", "2"]
         assert main([*words, "--steps", "2", "--warmup-steps", "1", "--lr", "0.01", *extra]) == 0
         lines = map(json.loads, (out / "events.jsonl").read_text().splitlines())

@@ -1,0 +1,68 @@
+"""How a student is told of several documents in one window: by a mask, which its own sliding window is put into.
+
+transformers makes the mask of a model's sliding window itself, but takes a mask that it is given as it is.
+
+Letters in shapes: B sequences, T positions.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.kernels.attention import document_mask
+
+
+def sliding_window(config: Any) -> int | None:
+    """Return how many positions back every layer of a student sees, itself counted; None where that is not limited.
+
+    Mistral, Mixtral, Phi-3 and Starcoder2 have one window for all layers. Where ``layer_types`` gives some layers a
+    window and others none, one mask cannot say both; ``check_isolation`` refuses those.
+    """
+    text = config.get_text_config()
+    kind, window = type(text), getattr(text, "sliding_window", None)
+    # An architecture without windows keeps what its config says of one, and does nothing with it.
+    is_known = hasattr(kind, "sliding_window") or "sliding_window" in inspect.signature(kind.__init__).parameters
+    is_used = is_known and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None)
+    return int(window) if is_used and window is not None else None
+
+
+def packed_inputs(starts_BT: Tensor, dtype: torch.dtype, window: int | None) -> dict[str, Tensor]:
+    """Return the mask ``[B, 1, T, T]`` of ``dtype`` and the positions int64 ``[B, T]`` of packed documents.
+
+    Args:
+        starts_BT: int64 first position of each position's document.
+        dtype: type of the attention scores. The mask is a float that is added to them: eager attention would add a
+            boolean mask as 0 and 1.
+        window: what ``sliding_window`` returns.
+    """
+    visible = document_mask(starts_BT)
+    positions_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    if window is not None and window < len(positions_T):
+        visible = visible & (positions_T > positions_T[:, None] - window)
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return {"attention_mask": bias.masked_fill_(~visible, -torch.inf), "position_ids": positions_T - starts_BT}
+
+
+def _no_packing(*_positions: Any, **_options: Any) -> None:
+    """Say of any positions that they are those of one document a row."""
+
+
+@contextlib.contextmanager
+def without_packing_search() -> Iterator[None]:
+    """Keep transformers from looking for packed documents: the host would wait to read every pass's positions.
+
+    It looks where positions come without a mask; packed documents come with one here, so it would find none.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, _no_packing)
+    setattr(masking_utils, name, _no_packing)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
