@@ -82,7 +82,7 @@ def _guarded(present: Sequence[Any], before: tuple[Any, Any], notice: str) -> It
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     streams = out, err = GuardedStream(present[0], notice), GuardedStream(present[1])
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:
