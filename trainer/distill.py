@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import check_sources
 from q4kd.trainer.device.allocation import let_segments_grow
 from q4kd.trainer.device.backend import check_device
@@ -100,8 +101,11 @@ def _announce(run: Run) -> None:
         data_sha256=run.data.sha256,
         seed=run.config.seed,
         alpha=run.config.alpha,
+        begin_of_text=list(run.data.begin),
     )
     if run.is_main:
+        if said := describe_begin(run.tokenizer, run.data.begin, run.config.begin_of_text, run.source.metadata()):
+            print(said, flush=True)
         print(f"data: {run.data.describe(run.config)}", flush=True)
 
 

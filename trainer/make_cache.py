@@ -10,6 +10,7 @@ import torch
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.packing import Windows
+from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import make_encoder, open_data
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.device.placement import place_teacher
@@ -91,6 +92,8 @@ def _make(
         positions=config.batch_size * config.seq_len,
     )
     teacher = load_teacher(placement, events=events)
+    if said := describe_begin(tokenizer, data.begin, config.begin_of_text, teacher.model.metadata):
+        print(said, flush=True)
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
     if sample_tokens and not index.shards:

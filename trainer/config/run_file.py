@@ -80,7 +80,8 @@ _JSON_TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number"
 def _property(setting: Setting) -> dict[str, Any]:
     entry: dict[str, Any] = {"description": setting.help + (f" ({setting.unit})" if setting.unit else "")}
     if setting.choices:
-        entry["enum"] = [*setting.choices, *([None] if setting.is_optional else [])]
+        unquoted = [word == "true" for word in setting.choices if word in ("true", "false")]
+        entry["enum"] = [*setting.choices, *unquoted, *([None] if setting.is_optional else [])]
     else:
         name = _JSON_TYPES[setting.kind]
         entry["type"] = [name, "null"] if setting.is_optional else name

@@ -19,6 +19,7 @@ from q4kd.trainer.loss.config import Divergence, KDLossConfig, LogitsType, Mode
 LARGE = 1 << 40
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
 Packing = Literal["documents", "stream", "none"]
+BeginOfText = Literal["auto", "true", "false"]
 StudentDtype = Literal["auto", "float32", "bfloat16"]
 StudentKernels = Literal["torch", "liger"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
@@ -52,6 +53,11 @@ class DistillConfig:
     data_max_bytes: int = _setting(0, "data", "stop reading after this much text; 0 reads all", 0, 1 << 60, "bytes")
     text_field: str = _setting("text", "data", "field of a record that holds its text")
     messages_field: str = _setting("messages", "data", "field of a chat record that holds its messages")
+    begin_of_text: BeginOfText = _setting(
+        "auto",
+        "data",
+        "put the begin-of-text token before every text and prompt; auto: where the student's tokenizer does so itself",
+    )
     completion_only: bool = _setting(False, "data", "of chats, only what the assistant says has a label")
     held_out: Path | None = _setting(None, "data", "evaluation data; without it a hash of each document's name decides")
     packing: Packing = _setting(

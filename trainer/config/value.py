@@ -76,6 +76,8 @@ class Setting:
         """
         if value is None and self.is_optional:
             return None
+        if isinstance(value, bool) and str(value).lower() in self.choices:
+            value = str(value).lower()  # YAML reads true and false as truth values
         if self.kind is Path:
             accepted, value = isinstance(value, str | Path), Path(str(value))
         elif self.kind is float:

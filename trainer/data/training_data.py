@@ -1,6 +1,5 @@
 """The data of a run, from its settings: batches, held-out windows, and the digest that a resumed run must meet."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from q4kd.trainer.data.packing import Windows
 from q4kd.trainer.data.readers import read_documents
 from q4kd.trainer.data.stream import Stream, open_stream
 from q4kd.trainer.data.token_set import TokenSet
+from q4kd.trainer.data.tokenizing import Encode, begin_tokens, continuing
 from q4kd.trainer.errors import InputError, missing_path_remedy
 
 
@@ -43,12 +43,14 @@ class TrainingData:
         held_out: windows for evaluation; may be none.
         sha256: digest of what is trained on.
         train_tokens: number of training tokens; None for a stream.
+        begin: ids that were put before every text and prompt.
     """
 
     order: Order
     held_out: Windows
     sha256: str
     train_tokens: int | None
+    begin: tuple[int, ...] = ()
 
     def describe(self, config: DistillConfig) -> str:
         """Return what is trained on and what is held out, and what to do where nothing will be evaluated."""
@@ -79,16 +81,20 @@ def check_sources(config: DistillConfig) -> None:
             raise InputError(f"{option} {path}", expected=expected, got=got, remedy=remedy)
 
 
-def make_encoder(
-    config: DistillConfig, tokenizer: Any, encode: Callable[[list[str]], list[list[int]]], vocab_size: int
-) -> DocumentEncoder:
-    """Return what turns a run's documents into tokens of the student."""
+def make_encoder(config: DistillConfig, tokenizer: Any, encode: Encode, vocab_size: int) -> DocumentEncoder:
+    """Return what turns a run's documents into tokens of the student.
+
+    Raises:
+        InputError: where ``begin_of_text`` asks for a token that the tokenizer does not name.
+    """
     return DocumentEncoder(
         encode,
         tokenizer.eos_token_id,
         chat=ChatTemplate(tokenizer, config.completion_only),
         completion_only=config.completion_only,
         vocab_size=vocab_size,
+        begin=begin_tokens(tokenizer, config.begin_of_text),
+        continue_text=continuing(tokenizer, encode),
     )
 
 
@@ -115,7 +121,7 @@ def open_data(
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
     held_out = Windows(corpus.held_out, config.seq_len, config.packing)
-    return TrainingData(order, held_out, corpus.sha256, len(corpus.train.ids))
+    return TrainingData(order, held_out, corpus.sha256, len(corpus.train.ids), encoder.begin)
 
 
 def _open_stream(
@@ -136,4 +142,4 @@ def _open_stream(
         held = stream.held_out_tokens(config.eval_tokens)
     else:
         held = TokenSet.join(encoder.encode(read_documents(config.held_out, settings=settings)))
-    return TrainingData(order, Windows(held, config.seq_len, config.packing), stream.sha256, None)
+    return TrainingData(order, Windows(held, config.seq_len, config.packing), stream.sha256, None, encoder.begin)

@@ -16,9 +16,12 @@ from q4kd.harness.inputs.collect import arm_of
 from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.demo import demo_student, demo_tokenizer, encode_texts
 from q4kd.harness.inputs.training_documents import (
+    CHATS,
+    DOCUMENTS,
     MANY,
     MASKED,
     chat_messages,
+    document_texts,
     many_documents,
     packed_windows,
     prompts_and_completions,
@@ -28,9 +31,9 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
-from q4kd.trainer.files import write_json
+from q4kd.trainer.files import read_json, write_json
 
-SEQ_LEN = 24
+SEQ_LEN, BEGIN = 24, 0
 _SAID = "{{ m['content'] }}</>\n"
 _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -51,12 +54,35 @@ def _chat_student(inputs: Inputs, name: str) -> Path:
     return inputs.file(f"{name}-student", make)
 
 
+def _begin_student(inputs: Inputs) -> Path:
+    """Return the demo student with a tokenizer that puts token 0 before every text."""
+    name = "<|endoftext|>"
+
+    def make(folder: Path) -> None:
+        shutil.copytree(demo_student(inputs), folder)
+        content = read_json(folder / "tokenizer.json")
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {name: {"id": name, "ids": [BEGIN], "tokens": [name]}},
+        }
+        settings = read_json(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer.json", content)
+        write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    return inputs.file("begin-student", make)
+
+
 def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
     pairs = write_jsonl(
         inputs, "pairs.jsonl", [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
     )
+    records = [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
+    records += [{"text": text} for text in document_texts(DOCUMENTS)[2 * CHATS :]]
+    pairs_and_texts = write_jsonl(inputs, "pairs-and-texts.jsonl", records)
     masked = write_jsonl(
         inputs, "tokens.jsonl", [{"input_ids": ids, "labels": to} for ids, to in _token_documents(inputs)]
     )
@@ -76,6 +102,7 @@ def _cases(inputs: Inputs) -> Path:
         ("marked", chats, {"student": str(_chat_student(inputs, "marked")), "completion_only": True}),
         ("completion", pairs, {"completion_only": True}),
         ("tokens", masked, {}),
+        ("begin", pairs_and_texts, {"student": str(_begin_student(inputs))}),
     ):
         steps = len(_labelled(inputs, name))
         changed = run_settings(inputs, data, **own, **more)
@@ -97,6 +124,16 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
     tokenizer = demo_tokenizer(inputs)
     if form == "tokens":
         yield from ((ids, [label != MASKED for label in labels]) for ids, labels in _token_documents(inputs))
+    elif form == "begin":
+        for prompt, completion in prompts_and_completions():
+            ids = [
+                BEGIN,
+                *tokenizer.encode(prompt, add_special_tokens=False).ids,
+                *encode_texts(inputs, [completion])[0],
+            ]
+            yield ids, [True] * len(ids)
+        for ids in encode_texts(inputs, document_texts(DOCUMENTS)[2 * CHATS :]):
+            yield [BEGIN, *ids], [True] * (len(ids) + 1)
     elif form == "completion":
         for prompt, completion in prompts_and_completions():
             before, (after,) = (
@@ -218,7 +255,7 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
             "epoch": _epoch_table(windows, found["memory-ids"], found["memory-labels"]),
             "many": _many_table(inputs, found),
         }
-        for form in ("chat", "marked", "completion", "tokens"):
+        for form in ("chat", "marked", "completion", "tokens", "begin"):
             tables[form] = _label_table(_labelled(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
         return {"tables": tables}
     if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):

@@ -18,6 +18,7 @@ _STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
 _CUT = "q4kd.trainer.data.packing:Windows._cut"
 _CHAT = "q4kd.trainer.data.chat:ChatTemplate.encode"
 _ENCODE_ONE = "q4kd.trainer.data.encoding:DocumentEncoder._encode_one"
+_BEGIN = "q4kd.trainer.data.tokenizing:begin_tokens"
 _ENCODE_ALL = "q4kd.trainer.data.encoding:DocumentEncoder.encode"
 _PARQUET = "q4kd.trainer.data.shards:read_parquet"
 _READ = "q4kd.trainer.data.readers:read_documents"
@@ -42,6 +43,11 @@ def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", star
 @patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
 def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
     return dataclasses.replace(original(*arguments), learnt=None)
+
+
+@patch("loop", "begin-token-left-out", "texts begin without what the tokenizer puts before them", _BEGIN)
+def _begin_left_out(_original: Call, *_arguments: object) -> tuple[int, ...]:
+    return ()
 
 
 def _without_first(encoded: "Encoded") -> "Encoded":
