@@ -24,6 +24,7 @@ from q4kd.trainer.train.memory.out_of_memory import explaining_memory
 from q4kd.trainer.train.memory.plan import format_plan
 from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
 from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
+from q4kd.trainer.train.run.chat_date import describe_date, with_chat_date
 from q4kd.trainer.train.run.folder import check_run_folder, explaining_full_disk, locked
 
 
@@ -54,6 +55,7 @@ def distill(config: DistillConfig, *, resume: bool, events_path: Path | None = N
         events.start()
         events.emit("imports_done")
         check_sources(config)
+        config = with_chat_date(config, resume=resume, cache=config.teacher_cache)
         placement = place_run_teacher(config)
         _check_memory(config, placement, events, is_main)
         with explaining_memory(config, placement, lambda: None):
@@ -102,10 +104,16 @@ def _announce(run: Run) -> None:
         seed=run.config.seed,
         alpha=run.config.alpha,
         begin_of_text=list(run.data.begin),
+        chat_date=run.config.chat_date,
     )
+    run.events.emit("data_read", **run.data.account.to_json())
     if run.is_main:
         if said := describe_begin(run.tokenizer, run.data.begin, run.config.begin_of_text, run.source.metadata()):
             print(said, flush=True)
+        if said := describe_date(run.config, run.tokenizer):
+            print(said, flush=True)
+        for line in run.data.account.lines():
+            print(line, flush=True)
         print(f"data: {run.data.describe(run.config)}", flush=True)
 
 

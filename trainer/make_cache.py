@@ -25,6 +25,7 @@ from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, writ
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 from q4kd.trainer.train.guards import check_vocabulary
 from q4kd.trainer.train.memory.out_of_memory import is_out_of_memory
+from q4kd.trainer.train.run.chat_date import describe_date, keep_chat_date, with_chat_date
 from q4kd.trainer.train.run.folder import locked
 
 
@@ -73,6 +74,7 @@ def _make(
     config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
 ) -> None:
     assert config.teacher is not None
+    config = with_chat_date(config, cache=config.out)
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]
@@ -82,6 +84,10 @@ def _make(
         expected, remedy = f"at most {rows}, the student's rows", "choose a smaller k"
         raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
     index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
+    for said in (describe_date(config, tokenizer), *data.account.lines()):
+        if said:
+            print(said, flush=True)
+    keep_chat_date(config)
     _say_size(index)
     check_disk(index)
     placement = place_teacher(

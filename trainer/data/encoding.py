@@ -34,10 +34,19 @@ class Encoded:
 
 
 class ChatEncoder(Protocol):
-    """An encoder of chats: ``chat.ChatTemplate``."""
+    """An encoder of chats: ``chats.template.ChatTemplate``."""
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        where: str,
+        context: Mapping[str, Any] | None = None,
+        learns: Sequence[bool | None] | None = None,
+    ) -> Encoded:
         """Return a chat's tokens and which are learnt."""
+
+    def close(self) -> None:
+        """Let go of what encoding took; more chats may follow."""
 
 
 class DocumentEncoder:
@@ -80,13 +89,17 @@ class DocumentEncoder:
         """
         group: list[Document] = []
         size = 0
-        for document in documents:
-            group.append(document)
-            size += document.num_bytes
-            if len(group) >= _GROUP or size >= _GROUP_BYTES:
-                yield from self._encode_group(group)
-                group, size = [], 0
-        yield from self._encode_group(group)
+        try:
+            for document in documents:
+                group.append(document)
+                size += document.num_bytes
+                if len(group) >= _GROUP or size >= _GROUP_BYTES:
+                    yield from self._encode_group(group)
+                    group, size = [], 0
+            yield from self._encode_group(group)
+        finally:
+            if self._chat is not None:
+                self._chat.close()
 
     def _encode_group(self, group: list[Document]) -> Iterator[Encoded]:
         texts = [document.text for document in group if document.ids is None and document.messages is None]
@@ -102,22 +115,28 @@ class DocumentEncoder:
         if document.ids is not None:
             self._check_range(document, document.ids)  # before they become int32
             learnt = None if document.labels is None else document.labels == document.ids
+            if learnt is None and self._completion_only:
+                raise self._all_learnt(document, "token ids without labels")
             return Encoded(document.ids.astype(np.int32), learnt)
         if document.messages is not None:
             if self._chat is None:
                 raise InputError(document.name, expected="texts", got="a chat", remedy="use a tokenizer for chats")
-            return self._chat.encode(document.messages, document.name)
+            return self._chat.encode(document.messages, document.name, document.context, document.learns)
         prompt = put_before(self.begin, next(texts))
         if document.completion is None:
             if self._completion_only:
-                expected, got = "messages, or a prompt and a completion, for completion_only", "plain text"
-                remedy = "set completion_only to false, or give chats"
-                raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
+                raise self._all_learnt(document, "plain text")
             return Encoded.make([*prompt, self._end])
         # Without a prompt there is nothing to go on from.
         completion = next(completions) if document.text else self._encode([document.completion])[0]
         ids = np.array([*prompt, *completion, self._end], np.int32)
         return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
+
+    @staticmethod
+    def _all_learnt(document: Document, got: str) -> InputError:
+        expected = "messages, a prompt and a completion, or token ids with labels, for completion_only"
+        remedy = "set completion_only to false, or give chats"
+        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
 
     def _check_range(self, document: Document, ids: npt.NDArray[np.integer[Any]]) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:

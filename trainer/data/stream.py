@@ -20,6 +20,7 @@ from q4kd.trainer.data.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.data.encoding import DocumentEncoder
 from q4kd.trainer.data.packing import Window, pack
 from q4kd.trainer.data.readers import list_files, read_documents
+from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.data.token_set import TokenSet, TokenWriter
 from q4kd.trainer.errors import InputError
 
@@ -94,7 +95,9 @@ class Stream:
                 found = True
                 yield document
             if not found:
-                raise refuse_empty(self.path, self.settings)
+                account = SourceAccount()
+                list_files(self.path, self.settings, account)
+                raise refuse_empty(self.path, self.settings, account)
 
     def held_out_tokens(self, count: int) -> TokenSet:
         """Return the tokens of the first held-out documents by name, at least ``count`` where there are so many."""

@@ -1,17 +1,18 @@
 """The data of a run, from its settings: batches, held-out windows, and the digest that a resumed run must meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
-from q4kd.trainer.data.chat import ChatTemplate
+from q4kd.trainer.data.chats.template import ChatTemplate
 from q4kd.trainer.data.corpus import BatchOrder, load_corpus
 from q4kd.trainer.data.documents import SourceSettings
 from q4kd.trainer.data.encoding import DocumentEncoder
 from q4kd.trainer.data.packing import Windows
-from q4kd.trainer.data.readers import read_documents
+from q4kd.trainer.data.readers import list_files, read_documents
+from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.data.stream import Stream, open_stream
 from q4kd.trainer.data.token_set import TokenSet
 from q4kd.trainer.data.tokenizing import Encode, begin_tokens, continuing
@@ -44,6 +45,7 @@ class TrainingData:
         sha256: digest of what is trained on.
         train_tokens: number of training tokens; None for a stream.
         begin: ids that were put before every text and prompt.
+        account: what was read of the source, and what was not; of a stream, which files will be.
     """
 
     order: Order
@@ -51,6 +53,7 @@ class TrainingData:
     sha256: str
     train_tokens: int | None
     begin: tuple[int, ...] = ()
+    account: SourceAccount = field(default_factory=SourceAccount)
 
     def describe(self, config: DistillConfig) -> str:
         """Return what is trained on and what is held out, and what to do where nothing will be evaluated."""
@@ -90,7 +93,7 @@ def make_encoder(config: DistillConfig, tokenizer: Any, encode: Encode, vocab_si
     return DocumentEncoder(
         encode,
         tokenizer.eos_token_id,
-        chat=ChatTemplate(tokenizer, config.completion_only),
+        chat=ChatTemplate(tokenizer, config.completion_only, config.chat_date),
         completion_only=config.completion_only,
         vocab_size=vocab_size,
         begin=begin_tokens(tokenizer, config.begin_of_text),
@@ -112,16 +115,24 @@ def open_data(
     Raises:
         InputError: when a file or record cannot be used, or there is too little of it.
     """
-    settings = SourceSettings(config.data_format, config.data_glob, config.text_field, config.messages_field)
+    ignored = tuple(name.strip() for name in config.ignore_fields.split(",") if name.strip())
+    settings = SourceSettings(config.data_format, config.data_glob, config.text_field, config.messages_field, ignored)
     if config.streaming:
         return _open_stream(config, encoder, settings, sequences_per_step)
+    account = SourceAccount()
     corpus = load_corpus(
-        config.data, encoder, settings, max_bytes=config.data_max_bytes, held_out=config.held_out, folder=folder
+        config.data,
+        encoder,
+        settings,
+        max_bytes=config.data_max_bytes,
+        held_out=config.held_out,
+        folder=folder,
+        account=account,
     )
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
     held_out = Windows(corpus.held_out, config.seq_len, config.packing)
-    return TrainingData(order, held_out, corpus.sha256, len(corpus.train.ids), encoder.begin)
+    return TrainingData(order, held_out, corpus.sha256, len(corpus.train.ids), encoder.begin, account)
 
 
 def _open_stream(
@@ -142,4 +153,7 @@ def _open_stream(
         held = stream.held_out_tokens(config.eval_tokens)
     else:
         held = TokenSet.join(encoder.encode(read_documents(config.held_out, settings=settings)))
-    return TrainingData(order, Windows(held, config.seq_len, config.packing), stream.sha256, None, encoder.begin)
+    account = SourceAccount()
+    account.read = len(list_files(config.data, settings, account))
+    windows = Windows(held, config.seq_len, config.packing)
+    return TrainingData(order, windows, stream.sha256, None, encoder.begin, account)

@@ -4,6 +4,7 @@ What is expected is worked out here from the texts with the ``tokenizers`` packa
 """
 
 import functools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -39,9 +40,12 @@ _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
 TEMPLATES = {
     "chat": f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
+    "tools": f"{{% if tools %}}<tools>{{% for t in tools %}}{{{{ t | tojson }}}}{{% endfor %}}</>\n{{% endif %}}"
+    f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
     "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
     f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
 }
+TOOLS = [{"name": "mean", "parameters": {"values": {"type": "array"}}}]
 # Labels of a window, by its ids.
 _Windows = dict[tuple[int, ...], list[int]]
 
@@ -74,9 +78,16 @@ def _begin_student(inputs: Inputs) -> Path:
     return inputs.file("begin-student", make)
 
 
+def _weighed(number: int, chat: list[dict[str, str]]) -> list[dict[str, object]]:
+    """Return a chat, every other one with a first answer that is not to be learnt."""
+    return [{**message, "weight": 0} if n == 1 and number % 2 == 0 else {**message} for n, message in enumerate(chat)]
+
+
 def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
+    with_tools = [{"messages": _weighed(number, chat), "tools": TOOLS} for number, chat in enumerate(chat_messages())]
+    tools = write_jsonl(inputs, "tools.jsonl", with_tools)
     pairs = write_jsonl(
         inputs, "pairs.jsonl", [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
     )
@@ -84,7 +95,7 @@ def _cases(inputs: Inputs) -> Path:
     records += [{"text": text} for text in document_texts(DOCUMENTS)[2 * CHATS :]]
     pairs_and_texts = write_jsonl(inputs, "pairs-and-texts.jsonl", records)
     masked = write_jsonl(
-        inputs, "tokens.jsonl", [{"input_ids": ids, "labels": to} for ids, to in _token_documents(inputs)]
+        inputs, "tokens.jsonl", [_padded(n, ids, to) for n, (ids, to) in enumerate(_token_documents(inputs))]
     )
     windows, many = len(packed_windows(inputs, SEQ_LEN)), len(packed_windows(inputs, SEQ_LEN, short_texts()))
     epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
@@ -100,6 +111,7 @@ def _cases(inputs: Inputs) -> Path:
     for name, data, more in (
         ("chat", chats, {"student": str(_chat_student(inputs, "chat")), "completion_only": True}),
         ("marked", chats, {"student": str(_chat_student(inputs, "marked")), "completion_only": True}),
+        ("tools", tools, {"student": str(_chat_student(inputs, "tools")), "completion_only": True}),
         ("completion", pairs, {"completion_only": True}),
         ("tokens", masked, {}),
         ("begin", pairs_and_texts, {"student": str(_begin_student(inputs))}),
@@ -117,6 +129,16 @@ def _token_documents(inputs: Inputs) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of documents that come as tokens: every other run of five has labels, the first has not."""
     documents = encode_texts(inputs, [prompt for prompt, _ in prompts_and_completions()])
     return [(ids, [token if n // 5 % 2 else MASKED for n, token in enumerate(ids)]) for ids in documents]
+
+
+def _padded(number: int, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
+    """Return a record of tokens: every third with a mask in place of labels, every third with padding and its mask."""
+    if number % 3 == 1:
+        return {"input_ids": ids, "completion_mask": [int(label != MASKED) for label in labels]}
+    if number % 3 == 2:
+        seen = [1] * len(ids) + [0] * 5
+        return {"input_ids": ids + [0] * 5, "labels": labels + [MASKED] * 5, "attention_mask": seen}
+    return {"input_ids": ids, "labels": labels}
 
 
 def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Sequence[bool]]]:
@@ -142,11 +164,12 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             )
             yield [*before, *after], [False] * len(before) + [True] * len(after)
     else:
-        for messages in chat_messages():
-            text, said = "", []
+        for number, messages in enumerate(chat_messages()):
+            text, said = f"<tools>{json.dumps(TOOLS[0])}</>\n" if form == "tools" else "", []
             for message in messages:
                 text += f"<{message['role']}>"
-                if message["role"] == "assistant":
+                is_weighed = form == "tools" and number % 2 == 0 and message is messages[1]
+                if message["role"] == "assistant" and not is_weighed:
                     said.append((len(text), len(text) + len(message["content"]) + len("</>\n")))
                 text += f"{message['content']}</>\n"
             encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -255,7 +278,7 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
             "epoch": _epoch_table(windows, found["memory-ids"], found["memory-labels"]),
             "many": _many_table(inputs, found),
         }
-        for form in ("chat", "marked", "completion", "tokens", "begin"):
+        for form in ("chat", "marked", "tools", "completion", "tokens", "begin"):
             tables[form] = _label_table(_labelled(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
         return {"tables": tables}
     if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):

@@ -148,10 +148,17 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     given[4] = Document("4", messages=({"role": "user", "content": "x"},))
 
     class Chats:
-        def encode(self, messages: Any, where: str) -> Encoded:
+        closed = 0
+
+        def encode(self, messages: Any, where: str, context: Any = None, learns: Any = None) -> Encoded:
             return Encoded.make([len(messages)])
 
-    found = [part.ids.tolist() for part in DocumentEncoder(encode, 0, chat=Chats()).encode(given)]
+        def close(self) -> None:
+            self.closed += 1
+
+    chats = Chats()
+    found = [part.ids.tolist() for part in DocumentEncoder(encode, 0, chat=chats).encode(given)]
+    assert chats.closed == 1
     assert found == [[65 + n, 0] if n != 4 else [1] for n in range(8)]
 
 
