@@ -67,7 +67,13 @@ class TrainingData:
         evaluated = min(len(self.held_out), config.eval_tokens // config.seq_len)
         if evaluated:
             return f"{trained}; held out: {evaluated:,} of {len(self.held_out):,} windows evaluated"
-        remedy = "--held-out names some" if not len(self.held_out) else "eval_tokens is less than a window"
+        if len(self.held_out):
+            remedy = f"eval_tokens {config.eval_tokens:,} is less than a window of {config.seq_len:,}"
+        elif config.held_out is not None or len(self.held_out.tokens.ids):
+            found = len(self.held_out.tokens.ids)
+            remedy = f"its {found:,} tokens fill no window: give more held-out text, or a smaller seq_len"
+        else:
+            remedy = "--held-out names some"
         return f"{trained}; held out: none, so there is no evaluation and no best checkpoint ({remedy})"
 
 

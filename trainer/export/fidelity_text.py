@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from q4kd.trainer.data.documents import is_held_out
 from q4kd.trainer.data.readers import read_documents
 from q4kd.trainer.demo import data_path
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.files import read_bounded
 
 _MAX_IDS_BYTES = 1 << 30
@@ -75,8 +76,8 @@ def read_ids(path: Path) -> npt.NDArray[np.int64]:
     expected, remedy = "an integer .npy array", "write token ids with numpy.save"
     try:
         ids = np.load(io.BytesIO(read_bounded(path, _MAX_IDS_BYTES)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(str(path), expected=expected, got=str(error)[:100], remedy=remedy) from error
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, MemoryError) as error:
+        raise InputError(str(path), expected=expected, got=first_line(error), remedy=remedy) from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         kind = ids.dtype if isinstance(ids, np.ndarray) else "an archive"
         raise InputError(str(path), expected=expected, got=str(kind), remedy=remedy)

@@ -45,7 +45,6 @@ TEMPLATES = {
     "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
     f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
 }
-TOOLS = [{"name": "mean", "parameters": {"values": {"type": "array"}}}]
 # Labels of a window, by its ids.
 _Windows = dict[tuple[int, ...], list[int]]
 
@@ -78,6 +77,11 @@ def _begin_student(inputs: Inputs) -> Path:
     return inputs.file("begin-student", make)
 
 
+def _tool(number: int) -> dict[str, object]:
+    """Return a tool of its own for each chat, so that no two windows are alike."""
+    return {"name": f"{number} means", "parameters": {"values": {"type": "array"}}}
+
+
 def _weighed(number: int, chat: list[dict[str, str]]) -> list[dict[str, object]]:
     """Return a chat, every other one with a first answer that is not to be learnt."""
     return [{**message, "weight": 0} if n == 1 and number % 2 == 0 else {**message} for n, message in enumerate(chat)]
@@ -86,7 +90,9 @@ def _weighed(number: int, chat: list[dict[str, str]]) -> list[dict[str, object]]
 def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
-    with_tools = [{"messages": _weighed(number, chat), "tools": TOOLS} for number, chat in enumerate(chat_messages())]
+    with_tools = [
+        {"messages": _weighed(number, chat), "tools": [_tool(number)]} for number, chat in enumerate(chat_messages())
+    ]
     tools = write_jsonl(inputs, "tools.jsonl", with_tools)
     pairs = write_jsonl(
         inputs, "pairs.jsonl", [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
@@ -165,7 +171,7 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             yield [*before, *after], [False] * len(before) + [True] * len(after)
     else:
         for number, messages in enumerate(chat_messages()):
-            text, said = f"<tools>{json.dumps(TOOLS[0])}</>\n" if form == "tools" else "", []
+            text, said = f"<tools>{json.dumps(_tool(number))}</>\n" if form == "tools" else "", []
             for message in messages:
                 text += f"<{message['role']}>"
                 is_weighed = form == "tools" and number % 2 == 0 and message is messages[1]

@@ -108,3 +108,14 @@ def test_the_digest_sees_names_sizes_and_ends(source: Path) -> None:
     changed = make(source).sha256
     path.rename(source / "9.jsonl")
     assert len({before, changed, make(source).sha256}) == 3
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_a_stream_whose_documents_never_fill_a_window_is_refused(tmp_path: Path, packing: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [3]}\n' * 700)
+    order = open_stream(make(tmp_path), seq_len=6, packing=packing, sequences_per_step=1, steps=4)
+    if packing == "none":
+        with pytest.raises(InputError, match="none in a whole pass"):
+            order.batch(0)
+    else:
+        assert order.batch(2).ids_BT.shape == (1, 6)

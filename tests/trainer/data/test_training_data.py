@@ -84,7 +84,12 @@ def test_what_is_trained_on_and_evaluated_is_said(tokenizer: Any, tmp_path: Path
     trained = f"{found.train_tokens:,} tokens, {steps:,} steps an epoch"
     assert said(data) == f"{trained}; held out: {windows} of {windows} windows evaluated"
     assert said(data, eval_tokens=35) == f"{trained}; held out: 2 of {windows} windows evaluated"
-    assert "no evaluation and no best checkpoint (eval_tokens is less than a window)" in said(data, eval_tokens=15)
+    assert "no evaluation and no best checkpoint (eval_tokens 15 is less than a window of 16)" in said(
+        data, eval_tokens=15
+    )
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "import os"}')
+    assert "tokens fill no window: give more held-out text" in said(data, held_out=short)
     assert "no evaluation and no best checkpoint (--held-out names some)" in said(alone)
     assert said(data, streaming=True, steps=5).startswith("a stream; held out: ")
 

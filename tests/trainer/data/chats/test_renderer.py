@@ -114,7 +114,7 @@ def test_the_date_is_the_one_that_was_chosen_and_nothing_is_random() -> None:
         LOOP,
         "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}",
         "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ tools is defined }}{{ documents }}",
-        "{%- for m in messages %}\n  {%- if loop.first %}{% continue %}{% endif %}\n{{ m.content | trim }}\n{% endfor %}",
+        "{%- for m in messages %}\n  {%- if loop.first %}{% continue %}{% endif %}\n{{ m.content|trim }}\n{% endfor %}",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
         "{{ messages[1].reasoning_content }}{{ messages[1].thinking }}{{ add_generation_prompt }}",
