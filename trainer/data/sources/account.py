@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NAMED = 100
+# Python's own caches are in the event alone: every folder of programs has them.
+QUIET = "caches of Python"
 
 
 class SourceAccount:
@@ -46,7 +48,7 @@ class SourceAccount:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
-        found = [f"data: left out, {reason}: {_some(names)}" for reason, names in by_reason.items()]
+        found = [f"data: left out, {reason}: {_some(names)}" for reason, names in by_reason.items() if reason != QUIET]
         if self.as_text:
             found.append(f"data: JSON that holds no records, read as text: {_some(self.as_text)}")
         if self.passed_over:

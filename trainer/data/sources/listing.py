@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from q4kd.trainer.data.sources.account import SourceAccount
+from q4kd.trainer.data.sources.account import QUIET, SourceAccount
 
-_NOT_DATA = ("__pycache__", "site-packages")
+_NOT_DATA = {"__pycache__": QUIET, "site-packages": "installed packages"}
 RECORDS = (".jsonl", ".ndjson", ".jsonlines", ".parquet", ".npy", ".safetensors", ".arrow")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".zip", ".tar", ".7z", ".rar")
 # What a data set says of itself, beside its records.
@@ -51,8 +51,8 @@ def list_data_files(
 
 def _reason(file: Path, relative: Path, root: Path, blobs: Path | None, shows_hidden: bool) -> str | None:
     """Return why a file is left out, "" where nobody needs to know, or None where it is read."""
-    if any(part in _NOT_DATA for part in relative.parts):
-        return "caches and installed packages"
+    if kinds := [_NOT_DATA[part] for part in relative.parts if part in _NOT_DATA]:
+        return kinds[0]
     if not shows_hidden and any(part.startswith(".") for part in relative.parts):
         return "hidden"
     if file.is_symlink():
@@ -93,8 +93,7 @@ def _matching(root: Path, pattern: str, shows_hidden: bool, account: SourceAccou
         for below in sorted(folders):
             path = Path(folder, below)
             if below in _NOT_DATA or (below.startswith(".") and not shows_hidden):
-                reason = "hidden" if below.startswith(".") else "caches and installed packages"
-                account.leave_out(f"{path.relative_to(root).as_posix()}/", reason)
+                account.leave_out(f"{path.relative_to(root).as_posix()}/", _NOT_DATA.get(below, "hidden"))
             elif path.is_symlink():
                 account.leave_out(f"{path.relative_to(root).as_posix()}/", "links to folders")
             else:

@@ -26,8 +26,7 @@ def with_chat_date(config: DistillConfig, *, resume: bool = False, cache: Path |
     kept = _of_checkpoint(config.out) if resume else None
     if kept is None and cache is not None:
         kept = _of_file(cache / _CACHE_FILE, ())
-    today = datetime.date.today().isoformat()
-    return dataclasses.replace(config, chat_date=kept or today)
+    return dataclasses.replace(config, chat_date=kept or _today())
 
 
 def keep_chat_date(config: DistillConfig) -> None:
@@ -40,6 +39,10 @@ def describe_date(config: DistillConfig, tokenizer: object) -> str:
     if "strftime_now" not in str(getattr(tokenizer, "chat_template", None) or ""):
         return ""
     return f"chat template: it writes the date, {config.chat_date} for the whole run (chat_date)"
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _of_checkpoint(out: Path) -> str | None:
