@@ -45,6 +45,9 @@ class ChatEncoder(Protocol):
     ) -> Encoded:
         """Return a chat's tokens and which are learnt."""
 
+    def prepare(self, documents: Iterable[Document]) -> None:
+        """Begin with several chats that will be encoded next."""
+
     def close(self) -> None:
         """Let go of what encoding took; more chats may follow."""
 
@@ -106,6 +109,8 @@ class DocumentEncoder:
         completions = [document.completion for document in group if document.completion is not None and document.text]
         ids = iter(self._encode(texts) if texts else [])
         after = iter(self._continue(completions) if completions else [])
+        if self._chat is not None:
+            self._chat.prepare(document for document in group if document.messages is not None)
         for document in group:
             found = self._encode_one(document, ids, after)
             self._check_range(document, found.ids)

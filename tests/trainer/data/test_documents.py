@@ -165,6 +165,9 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
         def encode(self, messages: Any, where: str, context: Any = None, learns: Any = None) -> Encoded:
             return Encoded.make([len(messages)])
 
+        def prepare(self, documents: Any) -> None:
+            assert all(document.messages for document in documents)
+
         def close(self) -> None:
             self.closed += 1
 

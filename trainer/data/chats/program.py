@@ -188,29 +188,41 @@ def _reason(error: Exception) -> str:
     )
 
 
+def _answer(renderer: Renderer, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    # Each message may take its part: a long chat is rendered once for every turn.
+    signal.setitimer(signal.ITIMER_PROF, seconds + 0.01 * len(request["messages"]))
+    try:
+        return renderer.reply(request)
+    except _Rewritten as error:
+        return {"rewrites": error.args[0]}
+    except Exception as error:
+        return {"error": _reason(error)}
+
+
+def _set_up(setup: Mapping[str, Any]) -> Renderer:
+    import jinja2.ext
+    import jinja2.sandbox  # noqa: F401 - before memory is bounded
+
+    resource.setrlimit(resource.RLIMIT_AS, (setup["memory"], setup["memory"]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
+    return Renderer(setup)
+
+
 def main() -> None:
-    """Answer requests until there are no more. A request that takes too long ends the process by SIGPROF."""
+    """Answer requests, or lists of them, to the last; one that takes too long ends the process by SIGPROF."""
     renderer: Renderer | None = None
     seconds = 0.0
     for line in iter(sys.stdin.buffer.readline, b""):
         try:
-            request = json.loads(line)
+            request, reply = json.loads(line), dict[str, Any]()
             if renderer is None:
-                seconds, memory = request["seconds"], request["memory"]
-                import jinja2.ext
-                import jinja2.sandbox  # noqa: F401 - before memory is bounded
-
-                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                signal.setitimer(signal.ITIMER_PROF, seconds)
-                renderer, reply = Renderer(request), dict[str, Any]()
+                seconds, renderer = request["seconds"], _set_up(request)
+            elif "batch" in request:
+                reply = {"batch": [_answer(renderer, one, seconds) for one in request["batch"]]}
             else:
-                # Each message may take its part: a long chat is rendered once for every turn.
-                signal.setitimer(signal.ITIMER_PROF, seconds + 0.01 * len(request["messages"]))
-                reply = renderer.reply(request)
+                reply = _answer(renderer, request, seconds)
             answer = json.dumps(reply)
-        except _Rewritten as error:
-            answer = json.dumps({"rewrites": error.args[0]})
         except Exception as error:
             answer = json.dumps({"error": _reason(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)

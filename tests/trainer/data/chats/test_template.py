@@ -135,10 +135,10 @@ def test_a_call_without_content_is_written_and_never_as_none(tokenizer: Any, con
 def test_weights_say_which_answers_are_learnt(tokenizer: Any, template: str) -> None:
     answer = f"{CHAT[3]['content']}</>\n"
     assert learnt(tokenizer, template, CHAT, {}, (None, False, None, None)) == answer
+    rest = learnt(tokenizer, template, CHAT, {}, (None, False, None, None), only=False)
+    assert CHAT[1]["content"] not in rest
+    assert rest.startswith("<user>") and rest.endswith(answer)
     if template == PLAIN:
-        rest = learnt(tokenizer, template, CHAT, {}, (None, False, None, None), only=False)
-        assert CHAT[1]["content"] not in rest
-        assert rest.startswith("<user>") and rest.endswith(answer)
         assert CHAT[2]["content"] in learnt(tokenizer, template, CHAT, {}, (None, None, True, None))
     else:
         with pytest.raises(InputError, match="weight"):
