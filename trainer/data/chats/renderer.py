@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS, MEMORY_BYTES = 10.0, 2 << 30
+SECONDS, MEMORY_BYTES = 5.0, 1 << 30
 _MAX_REPLY = 1 << 30
 
 
