@@ -106,13 +106,14 @@ def _announce(run: Run) -> None:
         begin_of_text=list(run.data.begin),
         chat_date=run.config.chat_date,
     )
-    run.events.emit("data_read", **run.data.account.to_json())
+    held_out = run.data.held_out_account
+    run.events.emit("data_read", **run.data.account.to_json(), held_out=held_out.to_json())
     if run.is_main:
         if said := describe_begin(run.tokenizer, run.data.begin, run.config.begin_of_text, run.source.metadata()):
             print(said, flush=True)
         if said := describe_date(run.config, run.tokenizer):
             print(said, flush=True)
-        for line in run.data.account.lines():
+        for line in (*run.data.account.lines(), *held_out.lines()):
             print(line, flush=True)
         print(f"data: {run.data.describe(run.config)}", flush=True)
 

@@ -63,6 +63,7 @@ def _fidelity(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    from q4kd.trainer.data.sources.account import SourceAccount
     from q4kd.trainer.device.placement import place_teacher
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.export.fidelity import check_comparable, score, summarise
@@ -74,7 +75,11 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     files = {name: open_model(path) for name, path in paths.items()}
     check_comparable(files["a"], files["b"])
     encode, end, begin = _tokenizer(args, files["b"])
-    sample = read_sample(args.data, encode=encode, end=end, tokens=args.tokens, length=args.seq_len)
+    account = SourceAccount()
+    options = {"tokens": args.tokens, "length": args.seq_len, "account": account}
+    sample = read_sample(args.data, encode=encode, end=end, **options)
+    for line in account.lines():
+        _say(line)
     _note_order(files)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     place = functools.partial(place_teacher, device=args.device, dtype=dtype)

@@ -71,6 +71,7 @@ def load_corpus(
     held_out: Path | None = None,
     folder: Path | None = None,
     account: SourceAccount | None = None,
+    held_out_account: SourceAccount | None = None,
 ) -> Corpus:
     """Read, split and tokenise, a bounded group of documents at a time.
 
@@ -85,6 +86,7 @@ def load_corpus(
         held_out: file or folder of evaluation data.
         folder: where tokens that do not fit in memory are kept; None keeps all in memory.
         account: is told what is read of the training data and what is not.
+        held_out_account: is told the same of the evaluation data.
 
     Raises:
         InputError: when a file or record cannot be used, or nothing is left to train on.
@@ -111,7 +113,7 @@ def load_corpus(
     if not found:
         raise refuse_empty(path, settings, account)
     if held_out is not None:
-        for encoded in encoder.encode(read_documents(held_out, settings=settings)):
+        for encoded in encoder.encode(read_documents(held_out, settings=settings, account=held_out_account)):
             held.add(encoded)
     return Corpus(train=train.finish(), held_out=held.finish())
 

@@ -9,7 +9,7 @@ the start up to its step: about the time of reading and tokenising that much, an
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,7 @@ class Stream:
         held_out: whether evaluation data has a file of its own.
         buffer: documents in the shuffle buffer.
         seed: seed of the order.
+        account: is told what is read and what is not.
     """
 
     path: Path
@@ -73,10 +74,12 @@ class Stream:
     held_out: bool
     buffer: int
     seed: int
+    account: SourceAccount = field(default_factory=SourceAccount)
 
     def _documents(self, order: list[int] | None = None) -> tuple[Iterator[Document], bool]:
         # With a limit every pass reads by name, so that each reads the same files.
-        files = read_documents(self.path, settings=self.settings, order=None if self.max_bytes else order)
+        chosen = None if self.max_bytes else order
+        files = read_documents(self.path, settings=self.settings, order=chosen, account=self.account)
         return split_rule(limit_bytes(files, self.max_bytes), self.held_out)
 
     def training_documents(self, after_pass: Callable[[int], object] = lambda _count: None) -> Iterator[Document]:
@@ -98,9 +101,7 @@ class Stream:
                 found += 1
                 yield document
             if not found:
-                account = SourceAccount()
-                list_files(self.path, self.settings, account)
-                raise refuse_empty(self.path, self.settings, account)
+                raise refuse_empty(self.path, self.settings, self.account)
             after_pass(found)
 
     def held_out_tokens(self, count: int) -> TokenSet:

@@ -1,5 +1,7 @@
 """The data of a run, from its settings: batches, held-out windows, and the digest that a resumed run must meet."""
 
+import functools
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +48,7 @@ class TrainingData:
         train_tokens: number of training tokens; None for a stream.
         begin: ids that were put before every text and prompt.
         account: what was read of the source, and what was not; of a stream, which files will be.
+        held_out_account: the same of evaluation data that have a source of their own.
     """
 
     order: Order
@@ -54,6 +57,7 @@ class TrainingData:
     train_tokens: int | None
     begin: tuple[int, ...] = ()
     account: SourceAccount = field(default_factory=SourceAccount)
+    held_out_account: SourceAccount = field(default_factory=lambda: SourceAccount("held-out"))
 
     def describe(self, config: DistillConfig) -> str:
         """Return what is trained on and what is held out, and what to do where nothing will be evaluated."""
@@ -125,7 +129,7 @@ def open_data(
     settings = SourceSettings(config.data_format, config.data_glob, config.text_field, config.messages_field, ignored)
     if config.streaming:
         return _open_stream(config, encoder, settings, sequences_per_step)
-    account = SourceAccount()
+    account, held_out_account = SourceAccount(), SourceAccount("held-out")
     corpus = load_corpus(
         config.data,
         encoder,
@@ -134,11 +138,13 @@ def open_data(
         held_out=config.held_out,
         folder=folder,
         account=account,
+        held_out_account=held_out_account,
     )
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
     held_out = Windows(corpus.held_out, config.seq_len, config.packing)
-    return TrainingData(order, held_out, corpus.sha256, len(corpus.train.ids), encoder.begin, account)
+    count = len(corpus.train.ids)
+    return TrainingData(order, held_out, corpus.sha256, count, encoder.begin, account, held_out_account)
 
 
 def _open_stream(
@@ -153,13 +159,16 @@ def _open_stream(
         buffer=config.shuffle_buffer,
         seed=config.seed,
     )
+    account, held_out_account = stream.account, SourceAccount("held-out")
+    list_files(config.data, settings, account)
     sizes = {"seq_len": config.seq_len, "sequences_per_step": sequences_per_step}
     order = open_stream(stream, **sizes, packing=config.packing, steps=config.steps)
     if config.held_out is None:
         held = stream.held_out_tokens(config.eval_tokens)
     else:
-        held = TokenSet.join(encoder.encode(read_documents(config.held_out, settings=settings)))
-    account = SourceAccount()
-    account.read = len(list_files(config.data, settings, account))
+        documents = read_documents(config.held_out, settings=settings, account=held_out_account)
+        held = TokenSet.join(encoder.encode(documents))
+    # What is found while training goes on is said then.
+    account.announce = functools.partial(print, file=sys.stderr, flush=True)
     windows = Windows(held, config.seq_len, config.packing)
-    return TrainingData(order, windows, stream.sha256, None, encoder.begin, account)
+    return TrainingData(order, windows, stream.sha256, None, encoder.begin, account, held_out_account)

@@ -1,7 +1,7 @@
 """What was read of a source, and what was not: by file, with the reason."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _NAMED = 100
@@ -12,14 +12,20 @@ QUIET = "caches of Python"
 class SourceAccount:
     """Counts the files and fields of a source while it is read.
 
+    Args:
+        subject: what the source is, as its lines begin.
+
     Attributes:
+        announce: is called with a line for whatever is new from now on; None keeps it for ``lines``.
         read: number of files that were read.
         left_out: reason by which a file or folder was left out, by its name below the source.
         as_text: names of files of JSON that were read as plain text.
         passed_over: fields of records that were not read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, subject: str = "data") -> None:
+        self._subject = subject
+        self.announce: Callable[[str], None] | None = None
         self.read = 0
         self.left_out: dict[str, str] = {}
         self.as_text: list[str] = []
@@ -27,11 +33,17 @@ class SourceAccount:
 
     def leave_out(self, name: str, reason: str) -> None:
         """Note a file or folder that is not read."""
+        if name not in self.left_out and self.announce is not None and reason != QUIET:
+            self.announce(f"{self._subject}: left out, {reason}: {_some([name])}")
         self.left_out[name] = reason
 
     def pass_over(self, fields: Iterable[str]) -> None:
         """Note fields of one record that are not read."""
-        self.passed_over.update(fields)
+        names = list(fields)
+        new = [name for name in names if name not in self.passed_over]
+        if new and self.announce is not None:
+            self.announce(f"{self._subject}: fields of records that are not read: {_some(sorted(new))}")
+        self.passed_over.update(names)
 
     def to_json(self) -> Mapping[str, Any]:
         """Return what the event says: at most ``_NAMED`` names of each kind, and how many there are."""
@@ -48,11 +60,15 @@ class SourceAccount:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
-        found = [f"data: left out, {reason}: {_some(names)}" for reason, names in by_reason.items() if reason != QUIET]
+        found = [
+            f"{self._subject}: left out, {reason}: {_some(names)}"
+            for reason, names in by_reason.items()
+            if reason != QUIET
+        ]
         if self.as_text:
-            found.append(f"data: JSON that holds no records, read as text: {_some(self.as_text)}")
+            found.append(f"{self._subject}: JSON that holds no records, read as text: {_some(self.as_text)}")
         if self.passed_over:
-            found.append(f"data: fields of records that are not read: {_some(sorted(self.passed_over))}")
+            found.append(f"{self._subject}: fields of records that are not read: {_some(sorted(self.passed_over))}")
         return found
 
 
