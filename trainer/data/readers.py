@@ -20,6 +20,9 @@ from q4kd.trainer.errors import InputError
 MAX_TEXT_BYTES = 16 * MAX_DOCUMENT_BYTES
 _SHARDS = (".npy", ".safetensors")
 _JSONL = (".jsonl", ".ndjson", ".jsonlines")
+_POINTER, _MAX_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+# Tables and JSON that hold no records may be meant as texts, but hardly are.
+_STRUCTURED = (".json", ".csv", ".tsv")
 _PEEK_BYTES = 1 << 20  # of a file in a folder, to tell whether it is text
 
 
@@ -85,6 +88,15 @@ def _read_json(path: Path, name: str, settings: SourceSettings, account: SourceA
         yield make_document(record, f"{name}:{number}", f"{path}:{number}", settings, account)
 
 
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what a clone without Git LFS has in place of a file: its address."""
+    if path.is_file() and path.stat().st_size < _MAX_POINTER:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                remedy = "fetch it: git lfs pull, or hf download"
+                raise InputError(str(path), expected="the file itself", got="a pointer of Git LFS", remedy=remedy)
+
+
 def _read_file(path: Path, name: str, settings: SourceSettings, account: SourceAccount) -> Iterator[Document]:
     """Yield the documents of one file, told by the format asked for and by its name."""
     wanted, suffix = settings.data_format, path.suffix.lower()
@@ -103,6 +115,8 @@ def _read_file(path: Path, name: str, settings: SourceSettings, account: SourceA
         remedy = "datasets.load_from_disk(FOLDER).to_parquet('data.parquet') converts a split"
         raise InputError(str(path), expected="text, JSONL, parquet or token shards", got=got, remedy=remedy)
     else:
+        if suffix in _STRUCTURED and name not in account.as_text:
+            account.as_text.append(name)
         yield _read_text(path, name)
 
 
@@ -150,6 +164,7 @@ def read_documents(
         files = list_files(path, settings, account)
         for index in range(len(files)) if order is None else order:
             file, name = files[index]
+            _refuse_pointer(file)
             if not path.is_dir() or not _is_text(file, settings):
                 yield from _read_file(file, name, settings, account)
             elif (text := _text_of_folder(file, name, account)) is not None:
@@ -182,6 +197,6 @@ def _text_of_folder(path: Path, name: str, account: SourceAccount) -> Document |
         document = None
     if document is None:
         account.leave_out(name, "not UTF-8 text (convert or remove them)")
-    elif path.suffix.lower() == ".json":
+    elif path.suffix.lower() in _STRUCTURED and name not in account.as_text:
         account.as_text.append(name)
     return document

@@ -19,7 +19,7 @@ class SourceAccount:
         announce: is called with a line for whatever is new from now on; None keeps it for ``lines``.
         read: number of files that were read.
         left_out: reason by which a file or folder was left out, by its name below the source.
-        as_text: names of files of JSON that were read as plain text.
+        as_text: names of tables, and of JSON without records, that were read as plain text.
         passed_over: fields of records that were not read.
     """
 
@@ -51,7 +51,7 @@ class SourceAccount:
             "files_read": self.read,
             "left_out": dict(list(self.left_out.items())[:_NAMED]),
             "num_left_out": len(self.left_out),
-            "json_as_text": self.as_text[:_NAMED],
+            "read_as_text": self.as_text[:_NAMED],
             "fields_passed_over": dict(self.passed_over.most_common(_NAMED)),
         }
 
@@ -66,7 +66,7 @@ class SourceAccount:
             if reason != QUIET
         ]
         if self.as_text:
-            found.append(f"{self._subject}: JSON that holds no records, read as text: {_some(self.as_text)}")
+            found.append(f"{self._subject}: read as text, as they are: {_some(self.as_text)}")
         if self.passed_over:
             found.append(f"{self._subject}: fields of records that are not read: {_some(sorted(self.passed_over))}")
         return found

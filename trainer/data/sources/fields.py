@@ -4,6 +4,7 @@ The names are those of transformers, TRL, OpenAI's fine-tuning files, Axolotl an
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -40,6 +41,11 @@ MEANINGFUL = tuple(
     dict.fromkeys((*_CONTEXT, "label", *_OF_TOKENS, *_PACKED, *_WEIGHTS, *_MEDIA, *_ANSWERS, "system", "functions"))
 )
 
+# A field of such a name says what is learnt, too, in a way that is not known here.
+_SAYS_WHAT_IS_LEARNT = re.compile(r"(^|_)(masks?|masked|labels?|(loss_)?weights?)$")
+_MESSAGE_SAYS = re.compile(r"(^|_)(masks?|masked|train(able|ing|_detail|ing_detail|_on_turn)?|learn|loss(_weights?)?)$")
+_HARMLESS = ("special_tokens_mask", "label")
+
 
 def refuse_field(where: str, field: str, expected: str, got: object) -> InputError:
     """Return the refusal of a field at ``where``: a file and its line or row."""
@@ -72,6 +78,12 @@ def check_record(record: Mapping[str, Any], kind: Kind, where: str, own: Sequenc
         value = record.get(field)
         if _is_given(value) and field not in own and (isinstance(value, bool | str) or value != 1):
             raise refuse_field(where, field, f'"{field}" 1: records are not weighed', _shown(value))
+    if kind in ("chat", "tokens"):
+        known = (*own, *_READ[kind], *_WEIGHTS, *_HARMLESS)
+        for field in filter(_SAYS_WHAT_IS_LEARNT.search, map(str, set(record).difference(known))):
+            if _is_given(record[field]):
+                expected = "fields that are followed: " + ", ".join(_OF_TOKENS)
+                raise refuse_field(where, field, expected, f"{field} {_shown(record[field])}")
     label = record.get("label")
     if "label" in _READ[kind] and "label" not in own and isinstance(label, bool | int) and label in (0, False):
         raise refuse_field(where, "label", 'answers that are to be learnt ("label" true)', "label false")
@@ -128,6 +140,9 @@ def read_weight(message: Mapping[str, Any], where: str) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1) or found not in (None, bool(value)):
             raise refuse_field(where, field, f'"{field}" 0 or 1', value)
         found = bool(value)
+    for field in filter(_MESSAGE_SAYS.search, map(str, set(message).difference(_MESSAGE_WEIGHTS))):
+        if message[field] is not None:
+            raise refuse_field(where, field, f"one of {', '.join(_MESSAGE_WEIGHTS)}", f"{field} {message[field]!r}")
     return found
 
 

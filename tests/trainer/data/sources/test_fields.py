@@ -95,6 +95,11 @@ def test_masks_in_shards_and_parquet_are_followed(tmp_path: Path) -> None:
         ({"messages": CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"messages": CHAT, "completion_mask": [0, 1]}, "completion_mask"),
         ({"prompt": "x", "completion": "y", "tools": TOOLS}, "tools"),
+        ({"input_ids": IDS, "prompt_mask": [1, 1, 0, 0]}, "prompt_mask"),
+        ({"input_ids": IDS, "target_labels": [1, 1, 0, 0]}, "target_labels"),
+        ({"messages": CHAT, "response_mask": [1, 1, 0, 0]}, "response_mask"),
+        ({"messages": [CHAT[0], {**CHAT[1], "masked": True}]}, "masked"),
+        ({"messages": [CHAT[0], {**CHAT[1], "train_detail": []}]}, "train_detail"),
         ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.3}]}, "weight"),
         ({"messages": [CHAT[0], {**CHAT[1], "train": False, "weight": 1}]}, "train"),
     ],
@@ -111,6 +116,7 @@ def test_a_field_that_is_to_be_ignored_is(tmp_path: Path, field: str) -> None:
 
 def test_a_good_label_an_empty_list_and_a_weight_of_one_are_taken(tmp_path: Path) -> None:
     read(tmp_path, {"messages": CHAT, "label": True, "images": [], "tools": None, "weight": 1})
+    read(tmp_path, {"input_ids": IDS, "special_tokens_mask": [0, 0, 0, 1], "label": 3})
 
 
 def test_tools_and_variables_come_with_the_chat(tmp_path: Path) -> None:

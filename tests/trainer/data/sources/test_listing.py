@@ -133,3 +133,19 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_what_was_left_out_is_told_to_a_caller_alone(tmp_path: Path) -> None:
     write(tmp_path, _dot_x="x", a_dot_txt="y")
     assert [name for _, name in list_files(tmp_path, SourceSettings())] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.jsonl", "train.parquet", "train.json"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match="git lfs pull"):
+            list(read_documents(source))
+
+
+def test_a_table_is_text_and_named(tmp_path: Path) -> None:
+    write(tmp_path, a_dot_csv="x,y", b_dot_txt="z")
+    names, account = read(tmp_path)
+    assert names == ["a.csv", "b.txt"]
+    assert account.as_text == ["a.csv"]
+    assert account.lines() == ["data: read as text, as they are: a.csv"]
