@@ -16,6 +16,7 @@ from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.data.sources.fields import (
     MEANINGFUL,
     Kind,
+    check_message,
     check_record,
     read_context,
     read_masks,
@@ -120,6 +121,7 @@ def _messages(value: object, where: str, settings: SourceSettings) -> tuple[list
         # A turn that only calls a tool has no content; Parquet fills the fields that a message lacks with null.
         if message.get("content") is not None or not any(message.get(name) for name in _CALLS):
             _text(message.get("content"), place, "content")
+        check_message(message, place)
         learns.append(read_weight(message, place))
         found.append(without_weights(message))
     return found, learns

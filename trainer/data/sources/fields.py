@@ -146,6 +146,18 @@ def read_weight(message: Mapping[str, Any], where: str) -> bool | None:
     return found
 
 
+def check_message(message: Mapping[str, Any], where: str) -> None:
+    """Refuse what a message brings and no template gets: media, and what belongs beside the messages.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for field in (*_MEDIA, "tools", "functions", "documents"):
+        if _is_given(message.get(field)):
+            expected = f'"{field}" beside the messages' if field in _CONTEXT else f'messages without "{field}"'
+            raise refuse_field(where, field, expected, f"{field} {_shown(message[field])}")
+
+
 def without_weights(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message without its weights and without what is null, as templates get it."""
     return {str(key): part for key, part in message.items() if part is not None and key not in _MESSAGE_WEIGHTS}

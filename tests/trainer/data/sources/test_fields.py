@@ -99,6 +99,8 @@ def test_masks_in_shards_and_parquet_are_followed(tmp_path: Path) -> None:
         ({"input_ids": IDS, "target_labels": [1, 1, 0, 0]}, "target_labels"),
         ({"messages": CHAT, "response_mask": [1, 1, 0, 0]}, "response_mask"),
         ({"messages": [CHAT[0], {**CHAT[1], "masked": True}]}, "masked"),
+        ({"messages": [{**CHAT[0], "images": ["a.png"]}, CHAT[1]]}, "images"),
+        ({"messages": [{**CHAT[0], "tools": TOOLS}, CHAT[1]]}, "tools"),
         ({"messages": [CHAT[0], {**CHAT[1], "train_detail": []}]}, "train_detail"),
         ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.3}]}, "weight"),
         ({"messages": [CHAT[0], {**CHAT[1], "train": False, "weight": 1}]}, "train"),
