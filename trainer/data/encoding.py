@@ -92,17 +92,18 @@ class DocumentEncoder:
         """
         group: list[Document] = []
         size = 0
-        try:
-            for document in documents:
-                group.append(document)
-                size += document.num_bytes
-                if len(group) >= _GROUP or size >= _GROUP_BYTES:
-                    yield from self._encode_group(group)
-                    group, size = [], 0
-            yield from self._encode_group(group)
-        finally:
-            if self._chat is not None:
-                self._chat.close()
+        for document in documents:
+            group.append(document)
+            size += document.num_bytes
+            if len(group) >= _GROUP or size >= _GROUP_BYTES:
+                yield from self._encode_group(group)
+                group, size = [], 0
+        yield from self._encode_group(group)
+
+    def close(self) -> None:
+        """Let go of what encoding chats took; more documents may follow."""
+        if self._chat is not None:
+            self._chat.close()
 
     def _encode_group(self, group: list[Document]) -> Iterator[Encoded]:
         texts = [document.text for document in group if document.ids is None and document.messages is None]

@@ -140,6 +140,7 @@ def open_data(
         account=account,
         held_out_account=held_out_account,
     )
+    encoder.close()
     windows = Windows(corpus.train, config.seq_len, config.packing)
     order = BatchOrder(windows, sequences_per_step=sequences_per_step, seed=config.seed, path=config.data)
     held_out = Windows(corpus.held_out, config.seq_len, config.packing)

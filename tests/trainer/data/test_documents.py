@@ -172,7 +172,9 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
             self.closed += 1
 
     chats = Chats()
-    found = [part.ids.tolist() for part in DocumentEncoder(encode, 0, chat=chats).encode(given)]
+    encoder = DocumentEncoder(encode, 0, chat=chats)
+    found = [part.ids.tolist() for part in encoder.encode(given)]
+    encoder.close()
     assert chats.closed == 1
     assert found == [[65 + n, 0] if n != 4 else [1] for n in range(8)]
 
