@@ -169,7 +169,7 @@ class ChatTemplate:
         """End the process that renders; the next chat starts another."""
         for renderer in self._renderers.values():
             renderer.close()
-        self._renderers = {}
+        self._renderers, self._ready = {}, {}
 
 
 def _reaching(offsets: npt.NDArray[np.int64], begin: int, end: int) -> npt.NDArray[np.bool_]:
