@@ -73,8 +73,8 @@ def make_cache(
 def _make(
     config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
 ) -> None:
-    assert config.teacher is not None
     config = with_chat_date(config, cache=config.out)
+    assert config.teacher is not None
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))
     rows: int = student.get_output_embeddings().weight.shape[0]

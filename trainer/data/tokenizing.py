@@ -33,7 +33,7 @@ def begin_tokens(tokenizer: Any, setting: str) -> tuple[int, ...]:
         return ()
     bare = tokenizer("x", add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer("x", add_special_tokens=True, verbose=False)["input_ids"]
-    own = next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+    own: list[int] = next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
     if own or setting == "auto":
         return tuple(own)
     if tokenizer.bos_token_id is None:
