@@ -10,6 +10,7 @@ import torch
 
 from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
+from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import check_sources
 from q4kd.trainer.device.allocation import let_segments_grow
 from q4kd.trainer.device.backend import check_device
@@ -26,6 +27,7 @@ from q4kd.trainer.train.memory.out_of_memory import explaining_memory
 from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
 from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
 from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
+from q4kd.trainer.train.run.chat_date import describe_date, with_chat_date
 from q4kd.trainer.train.run.folder import (
     PUBLISHED,
     check_own_paths,
@@ -70,6 +72,7 @@ def distill(
         with wall.phase("open", "inputs opened, memory planned"):
             check_sources(config)
             check_folder(config.student, from_scratch=config.from_scratch)
+            config = with_chat_date(config, resume=resume, cache=config.teacher_cache)
             placement = place_run_teacher(config)
             plan = _check_memory(config, placement, events, is_main)
         with wall.phase("load", "teacher, student and data loaded"), explaining_memory(config, placement, lambda: None):
@@ -128,8 +131,18 @@ def _announce(run: Run) -> None:
         data_sha256=run.data.sha256,
         seed=run.config.seed,
         alpha=run.config.alpha,
+        begin_of_text=list(run.data.begin),
+        chat_date=run.config.chat_date,
     )
+    held_out = run.data.held_out_account
+    run.events.emit("data_read", **run.data.account.to_json(), held_out=held_out.to_json())
     if run.is_main:
+        if said := describe_begin(run.tokenizer, run.data.begin, run.config.begin_of_text, run.source.metadata()):
+            print(said, flush=True)
+        if said := describe_date(run.config, run.tokenizer):
+            print(said, flush=True)
+        for line in (*run.data.account.lines(), *held_out.lines()):
+            print(line, flush=True)
         print(f"data: {run.data.describe(run.config)}", flush=True)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.packing import Windows
+from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import make_encoder, open_data
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.device.placement import place_teacher
@@ -25,6 +26,7 @@ from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, writ
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 from q4kd.trainer.train.guards import check_vocabulary
 from q4kd.trainer.train.memory.out_of_memory import is_out_of_memory
+from q4kd.trainer.train.run.chat_date import describe_date, keep_chat_date, with_chat_date
 from q4kd.trainer.train.run.folder import locked
 
 
@@ -72,6 +74,7 @@ def make_cache(
 def _make(
     config: DistillConfig, k: int, sample_tokens: int, shard_bytes: int, table_ks: Sequence[int], events: EventLog
 ) -> None:
+    config = with_chat_date(config, cache=config.out)
     assert config.teacher is not None
     check_folder(config.student)
     tokenizer = load_tokenizer(config.student)
@@ -85,6 +88,10 @@ def _make(
         expected, remedy = f"at most {rows}, the student's rows", "choose a smaller k"
         raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
     index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
+    for said in (describe_date(config, tokenizer), *data.account.lines()):
+        if said:
+            print(said, flush=True)
+    keep_chat_date(config)
     _say_size(index)
     check_disk(index)
     placement = place_teacher(
@@ -95,6 +102,8 @@ def _make(
         positions=config.batch_size * config.seq_len,
     )
     teacher = load_teacher(placement, events=events)
+    if said := describe_begin(tokenizer, data.begin, config.begin_of_text, teacher.model.metadata):
+        print(said, flush=True)
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
     if sample_tokens and not index.shards:

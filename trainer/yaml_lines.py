@@ -18,6 +18,7 @@ MAX_BYTES = 4 << 20
 MAX_DEPTH = 64
 MAX_NODES = 200_000
 MAX_ALIAS_NODES = 10_000
+_MAX_SCALAR = 400
 _TOO_DEEP = {"expected": f"at most {MAX_DEPTH} levels", "got": "deeper nesting", "remedy": "flatten the document"}
 
 ValuePath: TypeAlias = tuple[str | int, ...]
@@ -94,9 +95,14 @@ def plain_scalar(text: str) -> YamlValue:
 def scalar_of_yaml_1_1(text: str) -> YamlValue:
     """Return the value of an unquoted YAML 1.1 scalar, as ``yaml.safe_load`` reads it: ``yes`` is true.
 
+    A longer text than any number of use is text: ``1:1:1`` is a number to the base 60, and takes the square of its
+    length to read.
+
     Raises:
         yaml.YAMLError: a YAML 1.1 scalar without a value, such as ``=``.
     """
+    if len(text) > _MAX_SCALAR:
+        return text
     loader: Any = yaml.SafeLoader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
     return cast("YamlValue", loader.construct_object(yaml.ScalarNode(tag, text)))

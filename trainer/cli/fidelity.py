@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from q4kd.trainer.data.tokenizing import Encode, file_begin, put_before
 from q4kd.trainer.errors import InputError, for_terminal, unwritable
 
 SCHEMA = "q4kd-fidelity/1"
@@ -62,6 +63,7 @@ def _fidelity(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    from q4kd.trainer.data.sources.account import SourceAccount
     from q4kd.trainer.device.placement import place_teacher
     from q4kd.trainer.events import EventLog
     from q4kd.trainer.export.fidelity import check_comparable, score, summarise
@@ -73,7 +75,11 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     files = {name: open_model(path) for name, path in paths.items()}
     check_comparable(files["a"], files["b"])
     encode, end, begin = _tokenizer(args, files["b"])
-    sample = read_sample(args.data, encode=encode, end=end, tokens=args.tokens, length=args.seq_len)
+    account = SourceAccount()
+    options = {"tokens": args.tokens, "length": args.seq_len, "account": account}
+    sample = read_sample(args.data, encode=encode, end=end, **options)
+    for line in account.lines():
+        _say(line)
     _note_order(files)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     place = functools.partial(place_teacher, device=args.device, dtype=dtype)
@@ -120,14 +126,20 @@ def _as_file(path: Path, temporary: Path) -> Path:
     return temporary
 
 
-def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Callable[[list[str]], list[list[int]]], Any, Any]:
+def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Encode, Any, Any]:
     """Return (encode, id after a document, id before a window): B's own tokenizer, or the one that is named."""
 
     def special(role: str) -> int | None:
         index = model.metadata.get(f"tokenizer.ggml.{role}_token_id")
         return index if isinstance(index, int) and 0 <= index < len(model.tokens) else None
 
-    begin = special("bos") if model.metadata.get("tokenizer.ggml.add_bos_token") is True else None
+    begin = file_begin(model.metadata)
+    if begin is not None and begin >= len(model.tokens):
+        begin = None
+
+    def begun(encode: Encode) -> Encode:  # as distill puts it before every text
+        return lambda texts: [put_before([] if begin is None else [begin], ids) for ids in encode(texts)]
+
     if args.data is not None and args.data.suffix == ".npy":
         return lambda _texts: [], None, begin  # the data are ids already
     if args.tokenizer is not None:
@@ -139,11 +151,12 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Callable[[list[str
                 expected, got = "the models' token at every id", f"{token!r} as {index}"
                 remedy = "name the models' own tokenizer"
                 raise InputError(f"--tokenizer {args.tokenizer}", expected=expected, got=got, remedy=remedy)
-        return encoder(tokenizer), special("eos"), begin
+        return begun(encoder(tokenizer)), special("eos"), begin
     from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
 
     own = read_tokenizer(model)
-    return lambda texts: [own.encode(text, add_special_tokens=False).ids for text in texts], special("eos"), begin
+    encode = begun(lambda texts: [own.encode(text, add_special_tokens=False).ids for text in texts])
+    return encode, special("eos"), begin
 
 
 def _note_order(files: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def read_run_file(path: Path) -> dict[str, object]:
 
 
 def parse_assignment(text: str) -> tuple[str, object]:
-    """Parse ``key=value`` of ``--set``; the value is YAML, or plain text where it is not YAML (``**/*.py``).
+    """Parse ``key=value`` of ``--set``; the value is YAML, or plain text where it is not (``**/*.py``, ``2001-99-99``).
 
     Raises:
         InputError: when there is no ``=``.
@@ -38,9 +38,12 @@ def parse_assignment(text: str) -> tuple[str, object]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise InputError(f"--set {text}", expected="key=value", got=text, remedy="for example --set lr=1e-4")
+    if not value.strip():
+        return key.strip(), None
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        data = value.encode("utf-8", "surrogateescape")
+        return key.strip(), parse_yaml(data, "--set", scalar_of_yaml_1_1).value
+    except InputError:
         return key.strip(), value
 
 
@@ -80,7 +83,8 @@ _JSON_TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number"
 def _property(setting: Setting) -> dict[str, Any]:
     entry: dict[str, Any] = {"description": setting.help + (f" ({setting.unit})" if setting.unit else "")}
     if setting.choices:
-        entry["enum"] = [*setting.choices, *([None] if setting.is_optional else [])]
+        unquoted = [word == "true" for word in setting.choices if word in ("true", "false")]
+        entry["enum"] = [*setting.choices, *unquoted, *([None] if setting.is_optional else [])]
     else:
         name = _JSON_TYPES[setting.kind]
         entry["type"] = [name, "null"] if setting.is_optional else name

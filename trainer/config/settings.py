@@ -5,6 +5,7 @@ documentation and of the checks in ``make_config``.
 """
 
 import dataclasses
+import datetime
 import functools
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from q4kd.trainer.loss.config import Divergence, KDLossConfig, LogitsType, Mode
 LARGE = 1 << 40
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "chat", "tokens"]
 Packing = Literal["documents", "stream", "none"]
+BeginOfText = Literal["auto", "true", "false"]
 StudentDtype = Literal["auto", "float32", "bfloat16"]
 StudentKernels = Literal["torch", "liger"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
@@ -52,6 +54,17 @@ class DistillConfig:
     data_max_bytes: int = _setting(0, "data", "stop reading after this much text; 0 reads all", 0, 1 << 60, "bytes")
     text_field: str = _setting("text", "data", "field of a record that holds its text")
     messages_field: str = _setting("messages", "data", "field of a chat record that holds its messages")
+    begin_of_text: BeginOfText = _setting(
+        "auto",
+        "data",
+        "put the begin-of-text token before every text and prompt; auto: where the student's tokenizer does so itself",
+    )
+    chat_date: str | None = _setting(
+        None, "data", "day that a chat template gets for today, as 2026-11-30; without it that on which the run began"
+    )
+    ignore_fields: str = _setting(
+        "", "data", "fields of records and messages to train without, separated by commas, such as label,images"
+    )
     completion_only: bool = _setting(False, "data", "of chats, only what the assistant says has a label")
     held_out: Path | None = _setting(None, "data", "evaluation data; without it a hash of each document's name decides")
     packing: Packing = _setting(
@@ -231,4 +244,15 @@ def make_config(values: Mapping[str, object]) -> DistillConfig:
         if values.get(name) is None:
             remedy = f"pass --{name} or set it in RUN.yaml"
             raise InputError(f"setting {name}", expected="a path", got="nothing", remedy=remedy)
-    return DistillConfig(**{name: known[name].convert(value) for name, value in values.items()})
+    config = DistillConfig(**{name: known[name].convert(value) for name, value in values.items()})
+    if config.chat_date is not None:
+        _check_date(config.chat_date)
+    return config
+
+
+def _check_date(text: str) -> None:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError as error:
+        expected, remedy = "a day such as 2026-11-30", "write year, month and day"
+        raise InputError("setting chat_date", expected=expected, got=repr(text)[:40], remedy=remedy) from error

@@ -1,6 +1,7 @@
 """One setting: what its field's annotation and metadata say of it, and the check of a value against them."""
 
 import dataclasses
+import datetime
 import types
 import typing
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class Setting:
         """
         if value is None and self.is_optional:
             return None
+        if isinstance(value, bool) and str(value).lower() in self.choices:
+            value = str(value).lower()  # YAML reads true and false as truth values
+        if self.kind is str and type(value) is datetime.date:
+            value = value.isoformat()  # YAML reads 2026-11-30 as a day
         if self.kind is Path:
             accepted, value = isinstance(value, str | Path), Path(str(value))
         elif self.kind is float:

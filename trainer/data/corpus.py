@@ -17,6 +17,7 @@ from q4kd.trainer.data.documents import Document, SourceSettings, is_held_out
 from q4kd.trainer.data.encoding import DocumentEncoder
 from q4kd.trainer.data.packing import Windows
 from q4kd.trainer.data.readers import read_documents
+from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.data.token_set import TokenSet, TokenWriter
 from q4kd.trainer.errors import InputError
 
@@ -52,11 +53,13 @@ def split_rule(documents: Iterator[Document], has_own_file: bool) -> tuple[Itera
     return itertools.chain(first, documents), len(first) > 1 and not has_own_file
 
 
-def refuse_empty(path: Path, settings: SourceSettings) -> InputError:
-    """Return the error for data without a document."""
+def refuse_empty(path: Path, settings: SourceSettings, account: SourceAccount | None = None) -> InputError:
+    """Return the error for data without a document; it names what was left out."""
     expected = f"UTF-8 text files, JSONL, parquet or token shards matching {settings.pattern!r}"
     remedy = "name a folder or file that holds some with --data, or set data_glob to a pattern that their names match"
-    return InputError(str(path), expected=expected, got="no document", remedy=remedy)
+    left_out = [line.removeprefix("data: ") for line in account.lines()] if account is not None else []
+    got = "; ".join(["no document", *left_out])
+    return InputError(str(path), expected=expected, got=got, remedy=remedy)
 
 
 def load_corpus(
@@ -67,6 +70,8 @@ def load_corpus(
     max_bytes: int = 0,
     held_out: Path | None = None,
     folder: Path | None = None,
+    account: SourceAccount | None = None,
+    held_out_account: SourceAccount | None = None,
 ) -> Corpus:
     """Read, split and tokenise, a bounded group of documents at a time.
 
@@ -80,11 +85,14 @@ def load_corpus(
         max_bytes: bytes of text after which reading stops; 0 reads all.
         held_out: file or folder of evaluation data.
         folder: where tokens that do not fit in memory are kept; None keeps all in memory.
+        account: is told what is read of the training data and what is not.
+        held_out_account: is told the same of the evaluation data.
 
     Raises:
         InputError: when a file or record cannot be used, or nothing is left to train on.
     """
-    documents = limit_bytes(read_documents(path, settings=settings), max_bytes)
+    account = account or SourceAccount()
+    documents = limit_bytes(read_documents(path, settings=settings, account=account), max_bytes)
     documents, splits = split_rule(documents, held_out is not None)
     train, held = TokenWriter(folder), TokenWriter(folder)
     # The writer of each document, in the order in which the encoder returns them.
@@ -103,9 +111,9 @@ def load_corpus(
             said = train.num_tokens
             print(f"tokenising: {said} tokens of {found} documents", file=sys.stderr, flush=True)
     if not found:
-        raise refuse_empty(path, settings)
+        raise refuse_empty(path, settings, account)
     if held_out is not None:
-        for encoded in encoder.encode(read_documents(held_out, settings=settings)):
+        for encoded in encoder.encode(read_documents(held_out, settings=settings, account=held_out_account)):
             held.add(encoded)
     return Corpus(train=train.finish(), held_out=held.finish())
 

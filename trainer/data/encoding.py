@@ -1,6 +1,6 @@
 """Documents to tokens, and which of them are learnt."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.data.documents import Document
+from q4kd.trainer.data.tokenizing import Encode, put_before
 from q4kd.trainer.errors import InputError
 
 # At most this many documents, and this many bytes of them, are tokenised at one time.
@@ -33,18 +34,30 @@ class Encoded:
 
 
 class ChatEncoder(Protocol):
-    """An encoder of chats: ``chat.ChatTemplate``."""
+    """An encoder of chats: ``chats.template.ChatTemplate``."""
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], where: str) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        where: str,
+        context: Mapping[str, Any] | None = None,
+        learns: Sequence[bool | None] | None = None,
+    ) -> Encoded:
         """Return a chat's tokens and which are learnt."""
+
+    def prepare(self, documents: Iterable[Document]) -> None:
+        """Begin with several chats that will be encoded next."""
+
+    def close(self) -> None:
+        """Let go of what encoding took; more chats may follow."""
 
 
 class DocumentEncoder:
     """Turns documents into tokens.
 
     A text is ended by the end-of-text token, which is learnt. A prompt and a completion are tokenised apart, so that
-    the border is a border of tokens. Chats end as their template ends them, and pre-tokenised documents are kept as
-    they are.
+    the border is a border of tokens. What begins a text is put before texts and prompts. Chats begin and end as their
+    template writes them, and pre-tokenised documents are kept as they are.
 
     Args:
         encode: function from texts to token ids.
@@ -52,18 +65,23 @@ class DocumentEncoder:
         chat: encoder of chats.
         completion_only: whether prompts are not learnt; a plain text has none, so it is refused.
         vocab_size: number that every id must be below.
+        begin: ids that are put before every text and prompt, once.
+        continue_text: function from completions to token ids; ``encode`` by default.
     """
 
     def __init__(
         self,
-        encode: Callable[[list[str]], list[list[int]]],
+        encode: Encode,
         end_of_text: int,
         *,
         chat: ChatEncoder | None = None,
         completion_only: bool = False,
         vocab_size: int = 1 << 31,
+        begin: Sequence[int] = (),
+        continue_text: Encode | None = None,
     ) -> None:
         self._encode, self._end, self._chat = encode, end_of_text, chat
+        self.begin, self._continue = tuple(begin), continue_text or encode
         self._completion_only, self._vocab_size = completion_only, vocab_size
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
@@ -82,36 +100,49 @@ class DocumentEncoder:
                 group, size = [], 0
         yield from self._encode_group(group)
 
+    def close(self) -> None:
+        """Let go of what encoding chats took; more documents may follow."""
+        if self._chat is not None:
+            self._chat.close()
+
     def _encode_group(self, group: list[Document]) -> Iterator[Encoded]:
-        texts = []
-        for document in group:
-            if document.ids is None and document.messages is None:
-                texts += [document.text] if document.completion is None else [document.text, document.completion]
+        texts = [document.text for document in group if document.ids is None and document.messages is None]
+        completions = [document.completion for document in group if document.completion is not None and document.text]
         ids = iter(self._encode(texts) if texts else [])
+        after = iter(self._continue(completions) if completions else [])
+        if self._chat is not None:
+            self._chat.prepare(document for document in group if document.messages is not None)
         for document in group:
-            found = self._encode_one(document, ids)
+            found = self._encode_one(document, ids, after)
             self._check_range(document, found.ids)
             yield found
 
-    def _encode_one(self, document: Document, texts: Iterator[list[int]]) -> Encoded:
+    def _encode_one(self, document: Document, texts: Iterator[list[int]], completions: Iterator[list[int]]) -> Encoded:
         if document.ids is not None:
             self._check_range(document, document.ids)  # before they become int32
             learnt = None if document.labels is None else document.labels == document.ids
+            if learnt is None and self._completion_only:
+                raise self._all_learnt(document, "token ids without labels")
             return Encoded(document.ids.astype(np.int32), learnt)
         if document.messages is not None:
             if self._chat is None:
                 raise InputError(document.name, expected="texts", got="a chat", remedy="use a tokenizer for chats")
-            return self._chat.encode(document.messages, document.name)
-        prompt = next(texts)
+            return self._chat.encode(document.messages, document.name, document.context, document.learns)
+        prompt = put_before(self.begin, next(texts))
         if document.completion is None:
             if self._completion_only:
-                expected, got = "messages, or a prompt and a completion, for completion_only", "plain text"
-                remedy = "set completion_only to false, or give chats"
-                raise InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
+                raise self._all_learnt(document, "plain text")
             return Encoded.make([*prompt, self._end])
-        completion = next(texts)
+        # Without a prompt there is nothing to go on from.
+        completion = next(completions) if document.text else self._encode([document.completion])[0]
         ids = np.array([*prompt, *completion, self._end], np.int32)
         return Encoded(ids, np.arange(len(ids)) >= len(prompt) if self._completion_only else None)
+
+    @staticmethod
+    def _all_learnt(document: Document, got: str) -> InputError:
+        expected = "messages, a prompt and a completion, or token ids with labels, for completion_only"
+        remedy = "set completion_only to false, or give chats"
+        return InputError(f"document {document.name}", expected=expected, got=got, remedy=remedy)
 
     def _check_range(self, document: Document, ids: npt.NDArray[np.integer[Any]]) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:

@@ -9,7 +9,7 @@ the start up to its step: about the time of reading and tokenising that much, an
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ import numpy as np
 from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.corpus import limit_bytes, refuse_empty, split_rule
 from q4kd.trainer.data.documents import Document, SourceSettings, is_held_out
-from q4kd.trainer.data.encoding import DocumentEncoder
+from q4kd.trainer.data.encoding import DocumentEncoder, Encoded
 from q4kd.trainer.data.packing import Window, pack
 from q4kd.trainer.data.readers import list_files, read_documents
+from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.data.token_set import TokenSet, TokenWriter
 from q4kd.trainer.errors import InputError
 
@@ -63,6 +64,7 @@ class Stream:
         held_out: whether evaluation data has a file of its own.
         buffer: documents in the shuffle buffer.
         seed: seed of the order.
+        account: is told what is read and what is not.
     """
 
     path: Path
@@ -72,14 +74,19 @@ class Stream:
     held_out: bool
     buffer: int
     seed: int
+    account: SourceAccount = field(default_factory=SourceAccount)
 
     def _documents(self, order: list[int] | None = None) -> tuple[Iterator[Document], bool]:
         # With a limit every pass reads by name, so that each reads the same files.
-        files = read_documents(self.path, settings=self.settings, order=None if self.max_bytes else order)
+        chosen = None if self.max_bytes else order
+        files = read_documents(self.path, settings=self.settings, order=chosen, account=self.account)
         return split_rule(limit_bytes(files, self.max_bytes), self.held_out)
 
-    def training_documents(self) -> Iterator[Document]:
+    def training_documents(self, after_pass: Callable[[int], object] = lambda _count: None) -> Iterator[Document]:
         """Yield the training documents of one pass after another, without end.
+
+        Args:
+            after_pass: called after each pass with its number of documents.
 
         Raises:
             InputError: when a pass has no document.
@@ -89,12 +96,13 @@ class Stream:
             files = rng.permutation(len(list_files(self.path, self.settings))).tolist()
             documents, splits = self._documents(files)
             kept = (document for document in documents if not (splits and is_held_out(document.name)))
-            found = False
+            found = 0
             for document in shuffle(kept, self.buffer, rng):
-                found = True
+                found += 1
                 yield document
             if not found:
-                raise refuse_empty(self.path, self.settings)
+                raise refuse_empty(self.path, self.settings, self.account)
+            after_pass(found)
 
     def held_out_tokens(self, count: int) -> TokenSet:
         """Return the tokens of the first held-out documents by name, at least ``count`` where there are so many."""
@@ -164,7 +172,22 @@ def open_stream(
         expected, remedy = "steps: a stream is not counted before it is read", "set steps, or streaming to false"
         raise InputError("streaming", expected=expected, got="epochs alone", remedy=remedy)
 
+    # By itself a document gives a window where it has a token to learn after another; joined, every token counts.
+    least = 2 if packing == "none" else 1
+
     def windows() -> Iterator[Window]:
-        return pack(stream.encoder.encode(stream.training_documents()), seq_len, packing)
+        in_a_pass: list[int] = []
+
+        def useful() -> Iterator[Encoded]:
+            useless = 0
+            for document in stream.encoder.encode(stream.training_documents(in_a_pass.append)):
+                useless = useless + 1 if len(document.ids) < least else 0
+                if in_a_pass and useless > in_a_pass[0]:
+                    expected, got = f"a document of at least {least} tokens", "none in a whole pass"
+                    remedy = "give longer documents, or set packing to documents"
+                    raise InputError(str(stream.path), expected=expected, got=got, remedy=remedy)
+                yield document
+
+        return pack(useful(), seq_len, packing)
 
     return StreamOrder(windows, sequences_per_step=sequences_per_step, steps=steps)

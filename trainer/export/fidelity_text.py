@@ -5,14 +5,16 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.data.documents import is_held_out
 from q4kd.trainer.data.readers import read_documents
+from q4kd.trainer.data.sources.account import SourceAccount
 from q4kd.trainer.demo import data_path
-from q4kd.trainer.errors import InputError
+from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.files import read_bounded
 
 _MAX_IDS_BYTES = 1 << 30
@@ -37,7 +39,13 @@ class Sample:
 
 
 def read_sample(
-    data: Path | None, *, encode: Callable[[list[str]], list[list[int]]], end: int | None, tokens: int, length: int
+    data: Path | None,
+    *,
+    encode: Callable[[list[str]], list[list[int]]],
+    end: int | None,
+    tokens: int,
+    length: int,
+    account: SourceAccount | None = None,
 ) -> Sample:
     """Read about ``tokens`` tokens of text and cut them into windows of ``length``.
 
@@ -48,15 +56,16 @@ def read_sample(
         end: id put after each document; None puts none.
         tokens: reading stops after this many.
         length: tokens of a window.
+        account: is told what is read and what is not.
 
     Raises:
-        InputError: when there is not even one window.
+        InputError: when there is not even one window, or a document is a chat or token ids.
     """
     if data is not None and data.suffix == ".npy":
         name, ids = data.name, read_ids(data).ravel()[:tokens]
     else:
         name = "Python standard library, held out" if data is None else data.name
-        texts = _library() if data is None else (document.text for document in read_documents(data) if document.text)
+        texts = _library() if data is None else _texts(data, account)
         ids = _encode(texts, encode, end, tokens)
     count = len(ids) // length
     if not count:
@@ -75,12 +84,24 @@ def read_ids(path: Path) -> npt.NDArray[np.int64]:
     expected, remedy = "an integer .npy array", "write token ids with numpy.save"
     try:
         ids = np.load(io.BytesIO(read_bounded(path, _MAX_IDS_BYTES)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(str(path), expected=expected, got=str(error)[:100], remedy=remedy) from error
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, MemoryError) as error:
+        raise InputError(str(path), expected=expected, got=first_line(error), remedy=remedy) from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         kind = ids.dtype if isinstance(ids, np.ndarray) else "an archive"
         raise InputError(str(path), expected=expected, got=str(kind), remedy=remedy)
     return ids.astype(np.int64)
+
+
+def _texts(data: Path, account: SourceAccount | None) -> Iterator[str]:
+    for document in read_documents(data, account=account):
+        if document.messages is not None or document.ids is not None:
+            got = "a chat" if document.messages is not None else "token ids"
+            remedy = "name texts, or an .npy of token ids such as a chat template and a tokenizer give"
+            raise InputError(
+                f"document {document.name}", expected="text, or a prompt and completion", got=got, remedy=remedy
+            )
+        if document.text or document.completion:
+            yield document.text + (document.completion or "")
 
 
 def _library() -> Iterator[str]:

@@ -4,6 +4,7 @@ What is expected is worked out here from the texts with the ``tokenizers`` packa
 """
 
 import functools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,9 +17,12 @@ from q4kd.harness.inputs.collect import arm_of
 from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.demo import demo_student, demo_tokenizer, encode_texts
 from q4kd.harness.inputs.training_documents import (
+    CHATS,
+    DOCUMENTS,
     MANY,
     MASKED,
     chat_messages,
+    document_texts,
     many_documents,
     packed_windows,
     prompts_and_completions,
@@ -28,14 +32,16 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
-from q4kd.trainer.files import write_json
+from q4kd.trainer.files import read_json, write_json
 
-SEQ_LEN = 24
+SEQ_LEN, BEGIN = 24, 0
 _SAID = "{{ m['content'] }}</>\n"
 _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
 TEMPLATES = {
     "chat": f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
+    "tools": f"{{% if tools %}}<tools>{{% for t in tools %}}{{{{ t | tojson }}}}{{% endfor %}}</>\n{{% endif %}}"
+    f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
     "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
     f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
 }
@@ -51,14 +57,51 @@ def _chat_student(inputs: Inputs, name: str) -> Path:
     return inputs.file(f"{name}-student", make)
 
 
+def _begin_student(inputs: Inputs) -> Path:
+    """Return the demo student with a tokenizer that puts token 0 before every text."""
+    name = "<|endoftext|>"
+
+    def make(folder: Path) -> None:
+        shutil.copytree(demo_student(inputs), folder)
+        content = read_json(folder / "tokenizer.json")
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {name: {"id": name, "ids": [BEGIN], "tokens": [name]}},
+        }
+        settings = read_json(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer.json", content)
+        write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    return inputs.file("begin-student", make)
+
+
+def _tool(number: int) -> dict[str, object]:
+    """Return a tool of its own for each chat, so that no two windows are alike."""
+    return {"name": f"{number} means", "parameters": {"values": {"type": "array"}}}
+
+
+def _weighed(number: int, chat: list[dict[str, str]]) -> list[dict[str, object]]:
+    """Return a chat, every other one with a first answer that is not to be learnt."""
+    return [{**message, "weight": 0} if n == 1 and number % 2 == 0 else {**message} for n, message in enumerate(chat)]
+
+
 def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
+    with_tools = [
+        {"messages": _weighed(number, chat), "tools": [_tool(number)]} for number, chat in enumerate(chat_messages())
+    ]
+    tools = write_jsonl(inputs, "tools.jsonl", with_tools)
     pairs = write_jsonl(
         inputs, "pairs.jsonl", [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
     )
+    records = [{"prompt": first, "completion": then} for first, then in prompts_and_completions()]
+    records += [{"text": text} for text in document_texts(DOCUMENTS)[2 * CHATS :]]
+    pairs_and_texts = write_jsonl(inputs, "pairs-and-texts.jsonl", records)
     masked = write_jsonl(
-        inputs, "tokens.jsonl", [{"input_ids": ids, "labels": to} for ids, to in _token_documents(inputs)]
+        inputs, "tokens.jsonl", [_padded(n, ids, to) for n, (ids, to) in enumerate(_token_documents(inputs))]
     )
     windows, many = len(packed_windows(inputs, SEQ_LEN)), len(packed_windows(inputs, SEQ_LEN, short_texts()))
     epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
@@ -74,8 +117,10 @@ def _cases(inputs: Inputs) -> Path:
     for name, data, more in (
         ("chat", chats, {"student": str(_chat_student(inputs, "chat")), "completion_only": True}),
         ("marked", chats, {"student": str(_chat_student(inputs, "marked")), "completion_only": True}),
+        ("tools", tools, {"student": str(_chat_student(inputs, "tools")), "completion_only": True}),
         ("completion", pairs, {"completion_only": True}),
         ("tokens", masked, {}),
+        ("begin", pairs_and_texts, {"student": str(_begin_student(inputs))}),
     ):
         steps = len(_labelled(inputs, name))
         changed = run_settings(inputs, data, **own, **more)
@@ -92,11 +137,31 @@ def _token_documents(inputs: Inputs) -> list[tuple[list[int], list[int]]]:
     return [(ids, [token if n // 5 % 2 else MASKED for n, token in enumerate(ids)]) for ids in documents]
 
 
+def _padded(number: int, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
+    """Return a record of tokens: every third with a mask in place of labels, every third with padding and its mask."""
+    if number % 3 == 1:
+        return {"input_ids": ids, "completion_mask": [int(label != MASKED) for label in labels]}
+    if number % 3 == 2:
+        seen = [1] * len(ids) + [0] * 5
+        return {"input_ids": ids + [0] * 5, "labels": labels + [MASKED] * 5, "attention_mask": seen}
+    return {"input_ids": ids, "labels": labels}
+
+
 def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Sequence[bool]]]:
     """Yield the tokens of each document of a form, and whether each is learnt."""
     tokenizer = demo_tokenizer(inputs)
     if form == "tokens":
         yield from ((ids, [label != MASKED for label in labels]) for ids, labels in _token_documents(inputs))
+    elif form == "begin":
+        for prompt, completion in prompts_and_completions():
+            ids = [
+                BEGIN,
+                *tokenizer.encode(prompt, add_special_tokens=False).ids,
+                *encode_texts(inputs, [completion])[0],
+            ]
+            yield ids, [True] * len(ids)
+        for ids in encode_texts(inputs, document_texts(DOCUMENTS)[2 * CHATS :]):
+            yield [BEGIN, *ids], [True] * (len(ids) + 1)
     elif form == "completion":
         for prompt, completion in prompts_and_completions():
             before, (after,) = (
@@ -105,11 +170,12 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             )
             yield [*before, *after], [False] * len(before) + [True] * len(after)
     else:
-        for messages in chat_messages():
-            text, said = "", []
+        for number, messages in enumerate(chat_messages()):
+            text, said = f"<tools>{json.dumps(_tool(number))}</>\n" if form == "tools" else "", []
             for message in messages:
                 text += f"<{message['role']}>"
-                if message["role"] == "assistant":
+                is_weighed = form == "tools" and number % 2 == 0 and message is messages[1]
+                if message["role"] == "assistant" and not is_weighed:
                     said.append((len(text), len(text) + len(message["content"]) + len("</>\n")))
                 text += f"{message['content']}</>\n"
             encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -218,7 +284,7 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
             "epoch": _epoch_table(windows, found["memory-ids"], found["memory-labels"]),
             "many": _many_table(inputs, found),
         }
-        for form in ("chat", "marked", "completion", "tokens"):
+        for form in ("chat", "marked", "tools", "completion", "tokens", "begin"):
             tables[form] = _label_table(_labelled(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
         return {"tables": tables}
     if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 _TEACHER = "q4kd.trainer.teacher.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
 _CUT = "q4kd.trainer.data.packing:Windows._cut"
-_CHAT = "q4kd.trainer.data.chat:ChatTemplate.encode"
+_CHAT = "q4kd.trainer.data.chats.template:ChatTemplate.encode"
 _ENCODE_ONE = "q4kd.trainer.data.encoding:DocumentEncoder._encode_one"
+_BEGIN = "q4kd.trainer.data.tokenizing:begin_tokens"
+_CONTEXT = "q4kd.trainer.data.sources.fields:read_context"
+_WEIGHT = "q4kd.trainer.data.sources.fields:read_weight"
+_MASKS = "q4kd.trainer.data.sources.fields:read_masks"
 _ENCODE_ALL = "q4kd.trainer.data.encoding:DocumentEncoder.encode"
 _PARQUET = "q4kd.trainer.data.shards:read_parquet"
 _READ = "q4kd.trainer.data.readers:read_documents"
@@ -42,6 +46,26 @@ def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", star
 @patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
 def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
     return dataclasses.replace(original(*arguments), learnt=None)
+
+
+@patch("loop", "begin-token-left-out", "texts begin without what the tokenizer puts before them", _BEGIN)
+def _begin_left_out(_original: Call, *_arguments: object) -> tuple[int, ...]:
+    return ()
+
+
+@patch("loop", "tools-dropped", "the template is not given a record's tools", _CONTEXT)
+def _tools_dropped(_original: Call, *_arguments: object) -> dict[str, object]:
+    return {}
+
+
+@patch("loss", "message-weights-ignored", "an answer of weight 0 is learnt", _WEIGHT)
+def _weights_ignored(_original: Call, *_arguments: object) -> None:
+    return None
+
+
+@patch("loss", "token-masks-ignored", "padding is text, and masks of what is learnt are passed over", _MASKS)
+def _masks_ignored(_original: Call, _record: object, count: int, *_arguments: object) -> tuple[slice, None]:
+    return slice(0, count), None
 
 
 def _without_first(encoded: "Encoded") -> "Encoded":

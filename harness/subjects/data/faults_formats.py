@@ -14,30 +14,44 @@ if TYPE_CHECKING:
 _PARQUET = "q4kd.trainer.data.shards:read_parquet"
 _SHARD = "q4kd.trainer.data.shards:read_shard"
 _FILES = "q4kd.trainer.data.readers:list_files"
+_LISTED = "q4kd.trainer.data.sources.listing:list_data_files"
 _DOCUMENT = "q4kd.trainer.data.documents:make_document"
 _Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 
 @patch("loop", "parquet-row-lost", "the first row of a parquet file is taken for its header", _PARQUET)
-def _parquet_row_lost(original: Callable[..., _Rows], path: "Path", columns: tuple[str, ...]) -> _Rows:
-    return (row for row in original(path, columns) if row[0] > 1)
+def _parquet_row_lost(original: Callable[..., _Rows], *arguments: object) -> _Rows:
+    return (row for row in original(*arguments) if row[0] > 1)
 
 
 @patch("loop", "shard-labels-ignored", "every token of a shard has a label", _SHARD)
-def _shard_labels_ignored(original: Callable[["Path"], _Rows], path: "Path") -> _Rows:
-    return ((row, {"input_ids": record["input_ids"]}) for row, record in original(path))
+def _shard_labels_ignored(original: Callable[..., _Rows], *arguments: object) -> _Rows:
+    return ((row, {"input_ids": record["input_ids"]}) for row, record in original(*arguments))
+
+
+@patch("loop", "everything-read", "every file below a folder is read, hidden ones and cards too", _LISTED)
+def _everything_read(
+    _original: Callable[..., list[Any]], folder: "Path", *_arguments: object
+) -> list[tuple["Path", str]]:
+    files = [(file, file.relative_to(folder).as_posix()) for file in folder.rglob("*") if file.is_file()]
+    return sorted(files, key=lambda found: found[1])
+
+
+@patch("loop", "links-skipped", "links are left out, wherever they lead", _LISTED)
+def _links_skipped(original: Callable[..., list[Any]], *arguments: object) -> list[Any]:
+    return [found for found in original(*arguments) if not found[0].is_symlink()]
 
 
 @patch("loop", "files-backwards", "the files of a folder are read from the last to the first", _FILES)
-def _files_backwards(original: Callable[..., list[Any]], path: "Path", settings: object) -> list[Any]:
-    return original(path, settings)[::-1]
+def _files_backwards(original: Callable[..., list[Any]], *arguments: object) -> list[Any]:
+    return original(*arguments)[::-1]
 
 
 @patch(
     "loop", "title-read-as-text", "a record's title is read where it has one, whatever field was asked for", _DOCUMENT
 )
 def _title_read_as_text(
-    original: Call, record: Mapping[str, object], name: str, where: str, settings: "SourceSettings"
+    original: Call, record: Mapping[str, object], name: str, where: str, settings: "SourceSettings", *more: object
 ) -> object:
     asked = "title" if "title" in record else settings.text_field
-    return original(record, name, where, dataclasses.replace(settings, text_field=asked))
+    return original(record, name, where, dataclasses.replace(settings, text_field=asked), *more)

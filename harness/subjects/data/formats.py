@@ -50,6 +50,34 @@ def _write_texts(folder: Path, texts: list[str], _tokens: list[list[int]]) -> No
     (folder / "picture.txt").write_bytes(b"\xff\xd8\xff\xe0")  # no text: such files are passed over
 
 
+def _write_clone(folder: Path, texts: list[str], _tokens: list[list[int]]) -> None:
+    """Write a data set as it is cloned from the hub: records, their card, git's files and the hub client's."""
+    files = {
+        ".git/hooks/pre-commit.sample": "#!/bin/sh\n" * 40,
+        ".git/config": "[core]\n",
+        ".cache/huggingface/download/train.metadata": "0123456789\n",
+        ".gitattributes": "*.parquet filter=lfs\n",
+        "README.md": "# A data set\n" * 20,
+        "dataset_infos.json": "{}",
+        "data/train.jsonl": _lines([{"text": text} for text in texts]),
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    # Links out of the folder are left out.
+    (folder / "data" / "linked.jsonl").symlink_to("../../text.jsonl")
+
+
+def _write_snapshot(folder: Path, texts: list[str], _tokens: list[list[int]]) -> None:
+    """Write a snapshot of a hub cache, whose files are links to its blobs; one file is no link."""
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "snapshots" / "a").mkdir(parents=True)
+    _write_text(folder / "snapshots" / "a" / "own.jsonl", _lines([{"text": text} for text in texts[:15]]))
+    _write_text(folder / "blobs" / "0", _lines([{"text": text} for text in texts[15:]]))
+    (folder / "snapshots" / "a" / "train.jsonl").symlink_to("../../blobs/0")
+
+
 def _write_npy(folder: Path, _texts: list[str], tokens: list[list[int]]) -> None:
     folder.mkdir()
     for number, ids in enumerate(tokens):
@@ -101,6 +129,12 @@ FORMATS: dict[str, tuple[str, _Write, dict[str, object]]] = {
 }
 
 
+FOLDERS: dict[str, tuple[str, _Write, str]] = {
+    "a clone": ("clone", _write_clone, "."),
+    "a snapshot of a cache": ("datasets--it", _write_snapshot, "snapshots/a"),
+}
+
+
 def _expected(inputs: Inputs, *, masked: bool) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each window of the joined documents, in their order."""
     flat = [
@@ -134,6 +168,9 @@ def _cases(inputs: Inputs) -> Path:
         }
         for name, (file, write, changes) in FORMATS.items()
     }
+    for name, (file, write, below) in FOLDERS.items():
+        settings = run_settings(inputs, data(file, write) / below, seq_len=SEQ_LEN)
+        cases[name] = {"settings": settings, "sequences": 1, "steps": steps, "resume": 0}
     return inputs.file("format-cases.json", lambda path: write_json(path, cases))
 
 
@@ -152,8 +189,10 @@ def _collect_formats(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "batches.npz")):
         return {}
     table: dict[str, int | bool] = {"at least 40 windows": len(_expected(inputs, masked=False)) >= 40}
-    for name in FORMATS:
+    folders = dict(table)
+    for name in (*FORMATS, *FOLDERS):
         expected = sorted(_expected(inputs, masked=name in _WITH_LABELS))
-        pairs = zip(found[f"{name}-ids"].tolist(), found[f"{name}-labels"].tolist(), strict=True)
-        table[name] = sum(seen != window for seen, window in zip(sorted(pairs), expected, strict=True))
-    return {"tables": {"formats": table}}
+        pairs = sorted(zip(found[f"{name}-ids"].tolist(), found[f"{name}-labels"].tolist(), strict=True))
+        wrong = sum(seen != window for seen, window in zip(pairs, expected, strict=True))
+        (folders if name in FOLDERS else table)[name] = wrong
+    return {"tables": {"formats": table, "folders": folders}}

@@ -82,3 +82,41 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("lr: 1.0e-4\nsteps: 3\nlr: 1.0\n")
     with pytest.raises(InputError, match=r"RUN.yaml:3: `lr: 1.0`: .*the key 'lr' again \(first on line 1\)"):
         read_run_file(path)
+
+
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2001-99-99", "!!bool x", "!!float x", "!!timestamp x", "!!map x", NINES, "1" + ":1" * 100_000, "[&a [*a]]"],
+)
+def test_whatever_yaml_makes_of_a_value_is_one_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "RUN.yaml"
+    path.write_text(f"student: s\ndata: d\nout: o\nteacher: t\nlr: {value}\n")
+    for values in (lambda: read_run_file(path), lambda: dict([parse_assignment(f"lr={value}")])):
+        with pytest.raises(InputError) as caught:
+            make_config({"student": "s", "data": "d", "out": "o", "teacher": "t", **values()})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    rows = [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    bomb = f"[&a0 [x], {', '.join(rows)}]"
+    (tmp_path / "RUN.yaml").write_text(f"lr: {bomb}\n")
+    with pytest.raises(InputError):
+        read_run_file(tmp_path / "RUN.yaml")
+    with pytest.raises(InputError, match="setting lr"):
+        make_config({"student": "s", "data": "d", "out": "o", "teacher": "t", **dict([parse_assignment(f"lr={bomb}")])})
+
+
+def test_values_of_begin_of_text_and_chat_date_may_be_written_as_yaml_reads_them() -> None:
+    required: dict[str, object] = {"student": "s", "data": "d", "out": "o", "teacher": "t"}
+    for text, wanted in (("true", "true"), ("False", "false"), ("auto", "auto")):
+        found = make_config({**required, **dict([parse_assignment(f"begin_of_text={text}")])})
+        assert found.begin_of_text == wanted
+    assert make_config({**required, **dict([parse_assignment("chat_date=2026-11-30")])}).chat_date == "2026-11-30"
+    for wrong in ("2026-13-01", "yesterday", "[1]"):
+        with pytest.raises(InputError, match="chat_date"):
+            make_config({**required, **dict([parse_assignment(f"chat_date={wrong}")])})

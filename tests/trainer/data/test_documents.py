@@ -15,6 +15,7 @@ from q4kd.trainer.data.documents import Document, SourceSettings
 from q4kd.trainer.data.encoding import DocumentEncoder, Encoded
 from q4kd.trainer.data.readers import read_documents
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.export.fidelity_text import read_ids
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -118,6 +119,17 @@ def test_damaged_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).write_bytes(b"\x93NUMPY\x01\x00" + b"x" * 40)
         with pytest.raises(InputError, match=name):
             read(tmp_path / name)
+    for content in (
+        "{'descr': '<i4', 'shape': (",
+        "{'descr': ",
+        "import os",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1,",
+    ):
+        header = content.encode().ljust(117) + b"\n"
+        (tmp_path / "s.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        for reads in (read, read_ids):
+            with pytest.raises(InputError, match=r"s\.npy"):
+                reads(tmp_path / "s.npy")
     np.save(tmp_path / "d.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(InputError, match=r"d\.npy"):
         read(tmp_path / "d.npy")
@@ -148,10 +160,22 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     given[4] = Document("4", messages=({"role": "user", "content": "x"},))
 
     class Chats:
-        def encode(self, messages: Any, where: str) -> Encoded:
+        closed = 0
+
+        def encode(self, messages: Any, where: str, context: Any = None, learns: Any = None) -> Encoded:
             return Encoded.make([len(messages)])
 
-    found = [part.ids.tolist() for part in DocumentEncoder(encode, 0, chat=Chats()).encode(given)]
+        def prepare(self, documents: Any) -> None:
+            assert all(document.messages for document in documents)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    chats = Chats()
+    encoder = DocumentEncoder(encode, 0, chat=chats)
+    found = [part.ids.tolist() for part in encoder.encode(given)]
+    encoder.close()
+    assert chats.closed == 1
     assert found == [[65 + n, 0] if n != 4 else [1] for n in range(8)]
 
 
@@ -192,3 +216,21 @@ def test_a_folder_of_save_to_disk_is_refused_and_not_its_metadata_read(tmp_path:
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(InputError, match="to_parquet"):
         read(tmp_path)
+
+
+def test_a_long_shard_of_one_document_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_ROW_BYTES", 8)
+    np.save(tmp_path / "a.npy", np.arange(5, dtype=np.uint16))
+    with pytest.raises(InputError, match=r"\[rows, n\]"):
+        read(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.arange(10, dtype=np.uint16).reshape(5, 2))
+    assert len(read(tmp_path / "b.npy")) == 5
+
+
+def test_parquet_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    wrong = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00"), pa.py_buffer(b"\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": wrong}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet"):
+        read(tmp_path / "a.parquet")

@@ -126,3 +126,14 @@ def test_the_digest_sees_names_sizes_and_both_ends(tmp_path: Path, monkeypatch: 
         (folder / name).write_text(text)
         digests.add(make(folder).sha256)
     assert len(digests) == 5
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_a_stream_whose_documents_never_fill_a_window_is_refused(tmp_path: Path, packing: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [3]}\n' * 700)
+    order = open_stream(make(tmp_path), seq_len=6, packing=packing, sequences_per_step=1, steps=4)
+    if packing == "none":
+        with pytest.raises(InputError, match="none in a whole pass"):
+            order.batch(0)
+    else:
+        assert order.batch(2).ids_BT.shape == (1, 6)

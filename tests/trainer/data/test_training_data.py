@@ -85,7 +85,12 @@ def test_what_is_trained_on_and_evaluated_is_said(tokenizer: Any, tmp_path: Path
     trained = f"{found.train_tokens:,} tokens, {steps:,} steps an epoch"
     assert said(data) == f"{trained}; held out: {windows} of {windows} windows evaluated"
     assert said(data, eval_tokens=35) == f"{trained}; held out: 2 of {windows} windows evaluated"
-    assert "no evaluation and no best checkpoint (eval_tokens is less than a window)" in said(data, eval_tokens=15)
+    assert "no evaluation and no best checkpoint (eval_tokens 15 is less than a window of 16)" in said(
+        data, eval_tokens=15
+    )
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "import os"}')
+    assert "tokens fill no window: give more held-out text" in said(data, held_out=short)
     assert "no evaluation and no best checkpoint (--held-out names some)" in said(alone)
     assert said(data, streaming=True, steps=5).startswith("a stream; held out: ")
 
@@ -200,3 +205,32 @@ def test_other_labels_are_other_data(tmp_path: Path, chat_student: Path, capsys:
     data.write_text(json.dumps(record))
     assert run(tmp_path / "run", data, chat_student, "--resume") == 2
     assert "other training data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_what_is_left_out_of_a_folder_is_said_and_in_the_events(
+    tmp_path: Path, chat_student: Path, capsys: pytest.CaptureFixture[str], streaming: str
+) -> None:
+    data = tmp_path / "data"
+    (data / ".git").mkdir(parents=True)
+    (data / ".git" / "config").write_text("[core]")
+    (data / "README.md").write_text("card")
+    (data / "picture.png").write_bytes(b"\x89PNG\xff")
+    write_texts(data / "a.jsonl", 12)
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "a.txt").write_text("def f():\n    return 1\n" * 10)
+    (held / "b.txt.gz").write_bytes(b"x")
+    words = ("--held-out", str(held), "--max-steps", "1", "--set", f"streaming={streaming}")
+    assert run(tmp_path / "run", data, chat_student, *words) == 0
+    said = capsys.readouterr()
+    assert "data: left out, hidden: .git/\n" in said.out
+    assert "data: left out, a data set's description beside its records: README.md\n" in said.out
+    assert "data: left out, not UTF-8 text (convert or remove them): picture.png\n" in said.out + said.err
+    assert "held-out: left out, compressed (unpack them): b.txt.gz\n" in said.out
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (read,) = [event for event in events if event["event"] == "data_read"]
+    assert {".git/", "README.md"} <= set(read["left_out"])
+    assert set(read["held_out"]["left_out"]) == {"b.txt.gz"}
+    (plan,) = [event for event in events if event["event"] == "run_plan"]
+    assert plan["begin_of_text"] == []

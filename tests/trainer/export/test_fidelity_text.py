@@ -76,3 +76,13 @@ def test_too_little_text_and_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_text("no array")
     with pytest.raises(InputError, match=r"integer \.npy"):
         read_ids(tmp_path / "bad.npy")
+
+
+def test_completions_are_text_and_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "ab", "completion": "cd"}\n')
+    assert read_sample(path, encode=letters, end=None, tokens=9, length=4).windows.tolist() == [[97, 98, 99, 100]]
+    for record in ('{"messages": [{"role": "user", "content": "x"}]}', '{"input_ids": [1, 2]}'):
+        path.write_text(record)
+        with pytest.raises(InputError, match=r"a\.jsonl:1: expected text"):
+            read_sample(path, encode=letters, end=None, tokens=9, length=2)

@@ -3,7 +3,7 @@
 Both give a step its signal; every other difference between them is here, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class OnlineSource:
         path = self.teacher.model.path
         return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
+    def metadata(self) -> Mapping[str, Any]:
+        """Return the metadata of the teacher's file."""
+        return self.teacher.model.metadata
+
     def residency(self) -> Residency:
         """Return what the teacher holds in memory."""
         return self.teacher.residency()
@@ -64,6 +68,9 @@ class CachedSource:
     def describe(self, _sha256: str) -> dict[str, str | int]:
         """Return what run.json says of the teacher, of whom the cache keeps the digest."""
         return self.cached.describe()
+
+    def metadata(self) -> None:
+        """Return None: the cache belongs to these very tokens, whatever the teacher's file says."""
 
     def residency(self) -> None:
         """Return None: no teacher is in memory."""

@@ -1,0 +1,77 @@
+"""What was read of a source, and what was not: by file, with the reason."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+_NAMED = 100
+# Python's own caches are in the event alone: every folder of programs has them.
+QUIET = "caches of Python"
+
+
+class SourceAccount:
+    """Counts the files and fields of a source while it is read.
+
+    Args:
+        subject: what the source is, as its lines begin.
+
+    Attributes:
+        announce: is called with a line for whatever is new from now on; None keeps it for ``lines``.
+        read: number of files that were read.
+        left_out: reason by which a file or folder was left out, by its name below the source.
+        as_text: names of tables, and of JSON without records, that were read as plain text.
+        passed_over: fields of records that were not read.
+    """
+
+    def __init__(self, subject: str = "data") -> None:
+        self._subject = subject
+        self.announce: Callable[[str], None] | None = None
+        self.read = 0
+        self.left_out: dict[str, str] = {}
+        self.as_text: list[str] = []
+        self.passed_over: Counter[str] = Counter()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note a file or folder that is not read."""
+        if name not in self.left_out and self.announce is not None and reason != QUIET:
+            self.announce(f"{self._subject}: left out, {reason}: {_some([name])}")
+        self.left_out[name] = reason
+
+    def pass_over(self, fields: Iterable[str]) -> None:
+        """Note fields of one record that are not read."""
+        names = list(fields)
+        new = [name for name in names if name not in self.passed_over]
+        if new and self.announce is not None:
+            self.announce(f"{self._subject}: fields of records that are not read: {_some(sorted(new))}")
+        self.passed_over.update(names)
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return what the event says: at most ``_NAMED`` names of each kind, and how many there are."""
+        return {
+            "files_read": self.read,
+            "left_out": dict(list(self.left_out.items())[:_NAMED]),
+            "num_left_out": len(self.left_out),
+            "read_as_text": self.as_text[:_NAMED],
+            "fields_passed_over": dict(self.passed_over.most_common(_NAMED)),
+        }
+
+    def lines(self) -> list[str]:
+        """Return what a person should know: one line for each kind of thing that is not trained on."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        found = [
+            f"{self._subject}: left out, {reason}: {_some(names)}"
+            for reason, names in by_reason.items()
+            if reason != QUIET
+        ]
+        if self.as_text:
+            found.append(f"{self._subject}: read as text, as they are: {_some(self.as_text)}")
+        if self.passed_over:
+            found.append(f"{self._subject}: fields of records that are not read: {_some(sorted(self.passed_over))}")
+        return found
+
+
+def _some(names: list[str]) -> str:
+    shown = [name if name.isprintable() else ascii(name) for name in names[:5]]
+    return ", ".join(shown) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
