@@ -14,6 +14,7 @@ from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 SETTINGS: dict[str, object] = {
     "teacher": "teacher.gguf", "student": "student", "data": "texts", "out": "run", "data_format": "jsonl",
     "data_glob": "**/*.jsonl", "data_max_bytes": 1 << 60, "text_field": "body", "messages_field": "turns",
+    "begin_of_text": "false", "chat_date": "2026-11-30", "ignore_fields": "label,images",
     "completion_only": True, "held_out": "held-out.jsonl", "packing": "none", "streaming": True, "shuffle_buffer": 1,
     "seq_len": 2, "batch_size": 65536, "accumulation": 65535, "epochs": 0.000001, "steps": 1, "max_steps": 2,
     "lr": 0.000123456789, "schedule": "linear", "warmup_steps": 0, "alpha": 1.0, "temperature": 1000.0,
