@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def foreign_files(*words: str, out: Path) -> None:
 
     The twin is a run over the model of an earlier leg, which it may replace.
     """
+    with tempfile.TemporaryDirectory(prefix="q4kd-foreign-") as root:
+        write_json(out, {"cases": _foreign_cases(words, Path(root))})
+
+
+def _foreign_cases(words: tuple[str, ...], root: Path) -> list[JsonObject]:
     _warm_up()
     student = Path(words[words.index("--student") + 1])
     kept = Path("kept")
@@ -89,7 +95,8 @@ def foreign_files(*words: str, out: Path) -> None:
     shutil.rmtree("whole/checkpoints", ignore_errors=True)  # else it is refused for these
     records: list[JsonObject] = []
     for number, (case, prepare) in enumerate(cases.items()):
-        folder = Path(f"case-{number}")
+        # Not in the folder of the recorded run: a link there would be refused by whoever reads the bundle meanwhile.
+        folder = root / f"case-{number}"
         folder.mkdir()
         argv = [*_replaced(words, out=str(folder)), *prepare(folder)]
         before = _files(folder) | _files(kept)
@@ -98,7 +105,7 @@ def foreign_files(*words: str, out: Path) -> None:
         lost = next((name for name in before if after.get(name) != before[name]), None)
         error = error if lost is None else f"{error or 'exit 0'}, lost {lost}"
         records.append({"case": case, "error": error, "message": "", "twin": "its own model", "twin_error": twin})
-    write_json(out, {"cases": records})
+    return records
 
 
 def _lacking_everything() -> None:
