@@ -87,6 +87,7 @@ class MappedFile(WatchedFile):
 _watched: "weakref.WeakSet[WatchedFile]" = weakref.WeakSet()
 # The address of the handler that was there before ours; 0 is the system's own.
 _before: int | None = None
+_is_ending = False
 
 
 def _explain_bus_errors() -> None:
@@ -104,8 +105,13 @@ def _set_handler(address: int) -> int:
 
 
 def _on_bus_error(_number: int) -> None:
+    global _is_ending
     for file in list(_watched):
         if error := file.change():
+            # Threads meet it together. The others come back here until the first, which is writing, has ended us all.
+            if _is_ending:
+                return
+            _is_ending = True
             _say(str(error))
             os._exit(FileChangedError.exit_code)
     _say("bus error: a file that is read through a memory map was cut, or its disk failed; look at the kernel's log")

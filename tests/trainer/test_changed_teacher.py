@@ -19,7 +19,16 @@ def test_the_run_ends_at_the_next_step_and_goes_on_with_the_file_restored(
     teacher, out, emit = tmp_path / "t.gguf", tmp_path / "run", EventLog.emit
     shutil.copyfile(teacher_path(), teacher)
     settings = {"steps": 4, "seq_len": 32, "batch_size": 2, "threads": 1, "eval_tokens": 64, "checkpoint_every": 1}
-    words = ["distill", "--teacher", str(teacher), "--student", str(student_path()), "--data", str(json.__file__)]
+    words = [
+        "distill",
+        "--teacher",
+        str(teacher),
+        "--student",
+        str(student_path()),
+        "--from-scratch",
+        "--data",
+        str(json.__file__),
+    ]
     words += ["--out", str(out), "--dtype", "float32"]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 

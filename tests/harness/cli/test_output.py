@@ -22,7 +22,16 @@ def _words(out: Path, *more: str) -> list[str]:
     (out.parent / "text.txt").write_text("some words to learn from, again and again\n" * 400)
     settings = ["--set", "batch_size=2", "--set", "eval_tokens=0", "--set", "log_every=1", *more]
     return [
-        *("distill", "--teacher", str(teacher_path()), "--student", str(student_path()), "--out", str(out)),
+        *(
+            "distill",
+            "--teacher",
+            str(teacher_path()),
+            "--student",
+            str(student_path()),
+            "--from-scratch",
+            "--out",
+            str(out),
+        ),
         *("--data", str(out.parent / "text.txt"), "--seq-len", "32", "--dtype", "float32", *settings),
     ]
 

@@ -85,6 +85,7 @@ CHANGES = [
         {
             "damaged-resumes",
             "killed-runs",
+            *("foreign-files", "hostile-folder", "night-in-a-project", "other-inputs"),
             *(name for name in EXPERIMENTS if name.startswith("run-") and name != "run-files"),
         },
     ),

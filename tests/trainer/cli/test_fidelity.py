@@ -1,7 +1,9 @@
 """``q4kd fidelity`` end to end, on a pair made by our quantiser from a small float32 model."""
 
+import argparse
 import json
-import shutil
+import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from exported_models import write_folder
 from q4kd.harness.__main__ import main
 from q4kd.harness.oracles.reference import from_hugging_face, log_softmax, read_gguf, reference_logits
 from q4kd.trainer.demo import teacher_path
+from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, sha256_file
 
 WINDOWS, LENGTH = 4, 24
@@ -122,16 +125,14 @@ def test_bad_input_is_one_line(folder: Path, words: list[str], said: str, capsys
     assert said in err[0]
 
 
-def test_a_tokenizer_with_a_token_more_than_the_models_is_refused_by_that_token(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "tokenizer"
-    shutil.copytree(folder / "model", other)
-    content = read_json(other / "tokenizer.json")
-    rows = read_json(other / "config.json")["vocab_size"]
-    content["model"]["vocab"]["one too many"] = rows
-    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "text.txt").write_text("words " * 300, encoding="utf-8")
-    words = ["--data", str(tmp_path / "text.txt"), "--seq-len", str(LENGTH), "--tokenizer", str(other)]
-    assert main(["fidelity", str(folder / "q4_k_m.gguf"), str(folder / "model"), *words]) == 2
-    assert f"'one too many' as {rows}" in capsys.readouterr().err
+def test_a_tokenizer_with_a_token_more_than_the_models_is_refused_by_that_token(folder: Path) -> None:
+    from q4kd.trainer.cli import fidelity
+    from q4kd.trainer.student.model import load_tokenizer
+
+    vocabulary = load_tokenizer(folder / "model").get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    assert [vocabulary[token] for token in tokens] == list(range(len(tokens)))
+    args = argparse.Namespace(data=folder / "a.txt", tokenizer=folder / "model")
+    fidelity._tokenizer(args, types.SimpleNamespace(metadata={}, tokens=tokens))
+    with pytest.raises(InputError, match=re.escape(f"{tokens[-1]!r} as {len(tokens) - 1}")):
+        fidelity._tokenizer(args, types.SimpleNamespace(metadata={}, tokens=tokens[:-1]))

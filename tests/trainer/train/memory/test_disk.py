@@ -30,7 +30,7 @@ def run(folder: Path, *words: str) -> int:
     data.mkdir(exist_ok=True)
     for name in (json.__file__, shutil.__file__):
         shutil.copy(name, data / f"{len(name)}.py")
-    files = ("--teacher", str(teacher_path()), "--student", str(student_path()), "--data", str(data))
+    files = ("--teacher", str(teacher_path()), "--student", str(student_path()), "--from-scratch", "--data", str(data))
     fixed = ("--seq-len", "32", "--batch-size", "2", "--dtype", "float32", "--eval-tokens", "64")
     return main(["distill", *files, "--out", str(folder / "out"), *fixed, *words])
 
@@ -124,7 +124,15 @@ def test_steps_wait_for_the_writing_where_memory_has_no_room_for_a_copy(
     kinds = [(event["event"], event.get("step")) for event in events if event["event"] in ("step", "checkpoint")]
     assert kinds == [("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3), ("step", 4), ("checkpoint", 4)]
     words = ["--seq-len", "32", "--batch-size", "2", "--dtype", "float32", "--steps", "4"]
-    files = ["--teacher", str(teacher_path()), "--student", str(student_path()), "--data", str(tmp_path / "data")]
+    files = [
+        "--teacher",
+        str(teacher_path()),
+        "--student",
+        str(student_path()),
+        "--from-scratch",
+        "--data",
+        str(tmp_path / "data"),
+    ]
     capsys.readouterr()
     assert main(["plan", *files, "--out", str(tmp_path / "out"), *words]) == 0
     assert "no memory for a copy" in " ".join(capsys.readouterr().out.split())

@@ -36,13 +36,13 @@ def test_a_run_is_resumed_on_the_next_day(
 ) -> None:
     out, teacher = student.parent / "run", ("--teacher", str(teacher_path()), "--set", "steps=2")
     monkeypatch.setattr(chat_date, "_today", lambda: "2026-11-28")
-    assert main(words("distill", student, out, *teacher, "--max-steps", "1")) == 0
+    assert main(words("distill", student, out, "--from-scratch", *teacher, "--max-steps", "1")) == 0
     assert "it writes the date, 2026-11-28 for the whole run" in capsys.readouterr().out
     monkeypatch.setattr(chat_date, "_today", lambda: "2026-11-29")
-    assert main(words("distill", student, out, *teacher, "--resume")) == 0
+    assert main(words("distill", student, out, "--from-scratch", *teacher, "--resume")) == 0
     assert "it writes the date, 2026-11-28 for the whole run" in capsys.readouterr().out
     assert json.loads((out / "run.json").read_text())["config"]["chat_date"] == "2026-11-28"
-    other = words("distill", student, out, *teacher, "--resume", "--chat-date", "2026-11-29")
+    other = words("distill", student, out, "--from-scratch", *teacher, "--resume", "--chat-date", "2026-11-29")
     assert main(other) == 2
     assert "chat_date: '2026-11-28' → '2026-11-29'" in capsys.readouterr().err
 
@@ -54,7 +54,9 @@ def test_a_cache_is_trained_on_on_the_next_day(
     monkeypatch.setattr(chat_date, "_today", lambda: "2026-11-28")
     assert main(words("cache", student, cache, *teacher, "--k", "8", "--sample-tokens", "0")) == 0
     monkeypatch.setattr(chat_date, "_today", lambda: "2026-11-29")
-    cached = words("distill", student, student.parent / "run", "--teacher-cache", str(cache), "--max-steps", "1")
+    cached = words(
+        "distill", student, student.parent / "run", "--from-scratch", "--teacher-cache", str(cache), "--max-steps", "1"
+    )
     assert main(cached) == 0, capsys.readouterr().err
 
 
