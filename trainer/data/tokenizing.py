@@ -86,12 +86,19 @@ def continuing(tokenizer: Any, encode: Encode) -> Encode:
         InputError: from that function, for a tokenizer that merges a text with each of those tried before it.
     """
 
-    def follows(pieces: Sequence[int], text: str) -> bool:
-        return str(tokenizer.decode([*encode(["a"])[0], *pieces])) == f"a{text}"
+    def said(pieces: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(pieces)))
 
-    if all(follows(encode([probe])[0], probe) for probe in _PROBES):
+    # A vocabulary without some character, or a decoder that gives back another text, says nothing of what goes before.
+    base = next((probe for probe in _PROBES if said(encode([probe])[0]).lstrip(" ") == probe), "")
+    probes = [probe for probe in _PROBES if base and said(encode([base + probe])[0]).lstrip(" ") == base + probe]
+
+    def follows(pieces: Sequence[int], text: str) -> bool:
+        return said([*encode([base])[0], *pieces]) == f"{base}{text}"
+
+    if all(follows(encode([probe])[0], probe) for probe in probes):
         return encode
-    leads = [lead for lead in _LEADS if all(follows(_after(encode, lead, p) or (), p) for p in _PROBES)]
+    leads = [lead for lead in _LEADS if all(follows(_after(encode, lead, p) or (), p) for p in probes)]
 
     def encode_continuations(texts: list[str]) -> list[list[int]]:
         return [_continue(encode, leads, text) for text in texts]

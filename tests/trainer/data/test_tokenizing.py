@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from q4kd.trainer.data.documents import Document
@@ -92,6 +92,18 @@ def test_no_space_is_put_before_a_completion(prompt: str, completion: str) -> No
 
 def test_a_byte_level_tokenizer_is_asked_as_it_is() -> None:
     tokenizer = load_tokenizer(student_path())
+    encode = encoder(tokenizer)
+    assert continuing(tokenizer, encode) is encode
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_a_vocabulary_of_few_letters_is_asked_as_it_is(decodes: bool) -> None:
+    """What it cannot say, or does not give back, is no sign that it puts something before a text."""
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate("abmpo")}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if decodes:
+        letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="a")
     encode = encoder(tokenizer)
     assert continuing(tokenizer, encode) is encode
 
