@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from q4kd.harness.runs.faults import Call, fault, patch, replace
+from q4kd.trainer.files import write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -117,13 +118,15 @@ def _quiet_early_exit() -> None:
     _at_step(KILL_STEP, lambda: os._exit(0))
 
 
-@patch("checkpoint", "checkpoint-not-written", "checkpoints are announced and not written", _SAVE)
+@patch("checkpoint", "checkpoint-not-written", "checkpoints are announced, and hold no tensor", _SAVE)
 def _checkpoint_not_written(
     _original: Call, run: Path, _tensors: object, state: "CheckpointState", *_rest: object
 ) -> Path:
-    folder = run / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    return folder / f"step-{state.step:06d}"
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The evaluation of its step is added to the state, which must be there for that.
+    write_json(folder / "state.json", {**vars(state), "sha256": {}})
+    return folder
 
 
 @fault("loop", "steps-not-taken", "every second step is reported without updating the student", _STEP)
