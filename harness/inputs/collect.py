@@ -103,7 +103,8 @@ def checkpoint_facts(run_dir: Path) -> dict[str, int | bool] | None:
     from safetensors.torch import load_file
 
     folders = sorted((run_dir / "run" / "checkpoints").glob("step-*"))
-    if not folders:
+    parts = ("state.json", "optimizer.safetensors", "model.safetensors")
+    if not folders or not all((folders[-1] / name).is_file() for name in parts):
         return None
     state = read_json(folders[-1] / "state.json")
     optimizer = load_file(folders[-1] / "optimizer.safetensors")
