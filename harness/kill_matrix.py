@@ -26,7 +26,7 @@ from q4kd.harness.judging.kills import Kills, judge_faulted, recorded_seconds, r
 from q4kd.harness.judging.mutations import WatchedRun
 from q4kd.harness.judging.results import KillOutcome, KillStatus
 from q4kd.harness.records.raw_run import RawRun
-from q4kd.harness.runs.ahead import stop
+from q4kd.harness.runs.ahead import settle_imports, stop
 from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.runs.faults import Fault, MissingTarget, get_fault
 from q4kd.harness.runs.runner import ExperimentRunner, HarnessError, Isolation, prune
@@ -156,6 +156,7 @@ def kill_matrix(
 
     # Those that wait for the accelerator keep nobody from the cores.
     waiting = sum("cuda" in get_experiment(name).needs for name, _ in groups)
+    settle_imports()
     with ThreadPoolExecutor(runner.cores.total + waiting) as pool:
         futures = {pool.submit(run, group): group for group in sorted(groups, key=lambda group: runner.rank(group[0]))}
         try:

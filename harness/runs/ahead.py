@@ -1,14 +1,26 @@
 """Experiments run ahead of whoever asks for them: all that is planned at once, as far as there are cores."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from q4kd.harness.runs.cores import Cores
 from q4kd.harness.runs.supervise import end_all
 
 _MAX_THREADS = 256  # a thread that waits for cores costs next to nothing
+
+
+def settle_imports() -> None:
+    """Import what several threads may ask for, before there are several.
+
+    transformers exchanges its module for another while it is imported: of two threads that import it for the first time
+    at once, one finds names missing (``cannot import name 'AutoConfig'``).
+    """
+    with suppress(ImportError):
+        importlib.import_module("transformers")
 
 
 class Ahead:
@@ -21,6 +33,8 @@ class Ahead:
 
     def __init__(self, cores: Cores, jobs: Mapping[str, Callable[[], None]]) -> None:
         self._cores = cores
+        if len(jobs) > 1:
+            settle_imports()
         self._pool = ThreadPoolExecutor(min(_MAX_THREADS, max(1, len(jobs))), thread_name_prefix="ahead")
         self._futures: dict[str, Future[None]] = {name: self._pool.submit(job) for name, job in jobs.items()}
 
