@@ -9,7 +9,7 @@ from fakeworld.plugin import install
 from filelock import FileLock
 
 from q4kd.harness.judging.results import ClaimResult
-from q4kd.harness.runs import ahead
+from q4kd.harness.runs import ahead as module
 from q4kd.harness.runs.ahead import Ahead
 from q4kd.harness.runs.cores import Closed, Cores
 from q4kd.harness.runs.experiment import Arm, Experiment, Inputs, register
@@ -146,7 +146,7 @@ def test_runs_that_a_stop_killed_show_nothing_of_their_claims(tmp_path):
 @pytest.mark.parametrize(("jobs", "settled"), [(1, 0), (2, 1)])
 def test_what_threads_may_import_is_imported_before_there_are_several(monkeypatch, jobs, settled):
     order = []
-    monkeypatch.setattr(ahead, "settle_imports", lambda: order.append("import"))
+    monkeypatch.setattr(module, "settle_imports", lambda: order.append("import"))
     jobs = {str(number): lambda: order.append("job") for number in range(jobs)}
     started = Ahead(Cores(2), jobs)
     for name in jobs:
