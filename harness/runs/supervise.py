@@ -112,7 +112,8 @@ def run_supervised(
         assert process.stdout is not None and process.stderr is not None
         logs = [_LogCopy(process.stdout, run_dir / "stdout.log"), _LogCopy(process.stderr, run_dir / "stderr.log")]
         try:
-            limits = timeout_s, stall_s, interval_s
+            # Where another process takes the samples, this one only follows which processes there are.
+            limits = timeout_s, stall_s, interval_s if sampler is None else max(interval_s, _LOOK_EVERY_S / 4)
             action = _watch(process, run_dir / "events.jsonl", started, limits, memory, counter, clock)
         finally:
             _UNDER_WAY.discard(process)

@@ -1,8 +1,8 @@
 """Experiments on training on a CUDA device: runs that are stopped and resumed, and the memory that a plan foresees."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from q4kd.harness.inputs.arrays import Floats
 from q4kd.harness.inputs.collect import Comparators, Event, read_events, run_terms, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, named_run, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_student, demo_teacher
+from q4kd.harness.inputs.samples import read_samples
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.training.guards import EXACT_STUDENT, EXACT_TEACHER, padded_teacher
@@ -160,8 +161,8 @@ def _planned_argv(inputs: Inputs) -> list[str]:
 
 def _grown(run_dir: Path, plan: Event, last: Event) -> int | None:
     """Return by how much the driver's figure for the process rose from the plan to the last step, as seen outside."""
-    samples = [json.loads(line) for line in (run_dir / "memory.jsonl").read_text().splitlines()]
-    during = [sample.get("gpu_bytes") for sample in samples if plan["t"] <= sample["t"] <= last["t"]]
+    samples = [sample for sample in read_samples(run_dir) if plan["t"] <= sample["t"] <= last["t"]]
+    during: list[Any] = [sample.get("gpu_bytes") for sample in samples]
     return max(during) - during[0] if during and all(size is not None for size in during) else None
 
 
