@@ -19,9 +19,9 @@ from q4kd.harness.records.redact import redact
 from q4kd.harness.runs.supervise import INSTRUCTION_LIMITS
 
 PACKAGES = (
-    "q4kd", "accelerate", "bitsandbytes", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema", "numpy",
-    "nvidia-ml-py", "psutil", "pytest", "pytest-xdist", "pyyaml", "safetensors", "tokenizers", "torch",
-    "transformers", "triton",
+    "q4kd", "accelerate", "bitsandbytes", "cupy-cuda12x", "cupy-cuda13x", "gguf", "jsonschema",
+    "llama-cpp-python", "numpy", "nvidia-ml-py", "psutil", "pytest", "pytest-xdist", "pyyaml", "safetensors",
+    "tokenizers", "torch", "transformers", "triton",
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _LEVEL = re.compile(r"[A-Za-z0-9_]{1,32}")

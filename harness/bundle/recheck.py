@@ -13,7 +13,7 @@ from q4kd.harness.claims.contract import parse_contract
 from q4kd.harness.claims.folder import contract_files
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan
-from q4kd.harness.claims.profile import EXTRAS, profile_bytes
+from q4kd.harness.claims.profile import EXTRA_PACKAGES, EXTRAS, profile_bytes
 from q4kd.harness.claims.waivers import expired_lines
 from q4kd.harness.judging.kill_records import KillRecord, read_kill_records
 from q4kd.harness.judging.results import Findings, KillOutcome, KillStatus
@@ -146,7 +146,7 @@ def extras_lines(plan: Plan, environment: JsonRecord) -> tuple[list[str], list[s
     names = gpu.get("names", []) if isinstance(gpu, dict) else []
     has = {
         "two_gpus": isinstance(names, list) and len(names) >= 2,
-        "bitsandbytes": isinstance(packages, dict) and "bitsandbytes" in packages,
+        **{extra: isinstance(packages, dict) and name in packages for extra, name in EXTRA_PACKAGES.items()},
         "no_gpu": not names,
         "real_files": set(plan.given) == set(ROLES),
     }

@@ -26,9 +26,12 @@ CAPABILITIES = frozenset({"cpu", "cuda", "unified"})
 EXTRAS: Mapping[str, str] = {
     "two_gpus": "this machine has fewer than two GPUs that CUDA may use",
     "bitsandbytes": "bitsandbytes is not installed (pip install 'q4kd[bnb]')",
+    "llama_cpp": "llama.cpp is not installed (pip install llama-cpp-python, which builds for minutes)",
     "no_gpu": "this machine has a GPU, on which the same is claimed",
     "real_files": "no files were given (--teacher, --student and --data; see nox -s real)",
 }
+# The extras that are packages, and the distribution of each.
+EXTRA_PACKAGES: Mapping[str, str] = {"bitsandbytes": "bitsandbytes", "llama_cpp": "llama-cpp-python"}
 _GPU_PROFILES = {"GB10": "gb10", "H200": "h200", "H100": "h200"}
 _MAX_BYTES = 1 << 20
 _ROOFLINE: JsonObject = {
@@ -191,9 +194,11 @@ def find_extras(
     names = (probe or probe_gpu)().names
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = len(names) if shown is None else min(len(names), len([part for part in shown.split(",") if part.strip()]))
-    has = {"two_gpus": gpus >= 2, "bitsandbytes": False, "no_gpu": not names, "real_files": set(given) == set(ROLES)}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        has["bitsandbytes"] = bool(importlib.metadata.version("bitsandbytes"))
+    has = {"two_gpus": gpus >= 2, "no_gpu": not names, "real_files": set(given) == set(ROLES)}
+    for extra, package in EXTRA_PACKAGES.items():
+        has[extra] = False
+        with suppress(importlib.metadata.PackageNotFoundError):
+            has[extra] = bool(importlib.metadata.version(package))
     return frozenset(name for name in EXTRAS if has[name])
 
 

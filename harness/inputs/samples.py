@@ -1,7 +1,7 @@
 """What experiments read of the samples of memory that the supervisor took of a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +23,20 @@ def sample_at(samples: Sequence[dict[str, Any]], mark: float) -> dict[str, Any] 
     before = [sample for sample in samples if mark - _NEAR_S <= sample["t"] <= mark]
     after = [sample for sample in samples if mark < sample["t"] <= mark + _NEAR_S]
     return before[-1] if before else after[0] if after else None
+
+
+def growth(run_dir: Path, field: str, begin: float, end: float, at_least: int = 1) -> int | None:
+    """Return by how many bytes a field of the samples grew from ``begin`` to its largest value until ``end``.
+
+    None where no sample is near the beginning, or fewer than ``at_least`` lie between the two times.
+    """
+    samples = read_samples(run_dir)
+    first = sample_at(samples, begin)
+    during = [int(sample[field]) for sample in samples if begin <= sample["t"] <= end]
+    return None if first is None or len(during) < at_least else max(during) - int(first[field])
+
+
+def planned_bytes(plan: Mapping[str, Any]) -> int:
+    """Return the peak of a ``memory_plan`` event without the item of what the allocator keeps beside it."""
+    kept = sum(int(item["bytes"]) for item in plan["items"] if item["name"] == "allocator")
+    return int(plan["peak_bytes"]) - kept

@@ -8,7 +8,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import random_ids, read_array, seeded_columns
 from q4kd.harness.inputs.collect import arm_of, collect_probe, read_events, save_pairs
-from q4kd.harness.inputs.samples import read_samples, sample_at
+from q4kd.harness.inputs.samples import growth
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.trainer.bench.synthetic import write_large_teacher
 
@@ -54,11 +54,9 @@ def _held(run_dir: Path, inputs: Inputs) -> Facts:
     if not all(marks):
         return {}
     begin, end = (found[0]["t"] for found in marks)
-    every = read_samples(run_dir)
-    before, during = sample_at(every, begin), [sample for sample in every if begin <= sample["t"] <= end]
-    if before is None or len(during) < 3:
+    grown = growth(run_dir, "rss_anon", begin, end, at_least=3)
+    if grown is None:
         return {}
-    grown = max(sample["rss_anon"] for sample in during) - before["rss_anon"]
     decoded = sum(4 * int(np.prod(tensor.shape)) for tensor in gguf.GGUFReader(_teacher(inputs)).tensors)
     table = {"holds decoded weights": grown >= 0.9 * decoded, "holds no decoded weights": grown <= 0.4 * decoded}
     return {"tables": {"held": table}, "anonymous_bytes": grown, "decoded_bytes": decoded}

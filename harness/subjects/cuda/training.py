@@ -89,32 +89,45 @@ WALL_STEPS, WALL_EVERY = 1000, 100
 
 
 def _wall_argv(inputs: Inputs) -> list[str]:
-    shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
-    student = changed_student(inputs, "student-0.5b", {**shape, "vocab_size": EXACT_STUDENT})
+    given = inputs.given
+    teacher, student, data = given.teacher, given.student, given.data
+    if teacher is None or student is None or data is None:
+        shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
+        teacher, data = padded_teacher(inputs, EXACT_TEACHER), argparse_documents(inputs)
+        student = changed_student(inputs, "student-wall", {**shape, "vocab_size": EXACT_STUDENT})
     settings: dict[str, object] = {"steps": WALL_STEPS, "batch_size": 32, "seq_len": 512, "lr": 1e-5}
     settings |= {"eval_every": WALL_EVERY, "checkpoint_every": WALL_EVERY, "device": "cuda"}
-    teacher = padded_teacher(inputs, EXACT_TEACHER)
-    return distill_words(teacher, student, argparse_documents(inputs), "--dtype", "auto", *set_words(settings))
+    return distill_words(teacher, student, data, "--dtype", "auto", *set_words(settings))
 
 
 @experiment(
     "cuda-wall",
-    f"{WALL_STEPS} steps on the GPU with an evaluation and a checkpoint of 0.5 B weights every {WALL_EVERY}",
+    f"{WALL_STEPS} steps on the GPU with an evaluation and a checkpoint of the student, 0.5 B weights or given, "
+    f"every {WALL_EVERY}",
     Arm(None, _wall_argv, timeout_s=900, stall_s=300),
     needs=_CUDA,
     exclusive=True,
     measures=("time",),
 )
 def collect_wall(run_dir: Path, _inputs: Inputs) -> Facts:
-    """Compare the time of the whole process, and that of all but the first steps, with the steps' own times."""
-    steps = read_events(run_dir, "step")
-    if len(steps) != WALL_STEPS or not (run_dir / "exit.json").is_file():
+    """Compare the time of the whole process, and that of all but the first steps, with the steps' own times.
+
+    The figures say when the first step was over, and where the wall time went.
+    """
+    steps, path = read_events(run_dir, "step"), run_dir / "exit.json"
+    if len(steps) != WALL_STEPS or not path.is_file():
         return {"comparators": {}}
+    process = read_json(path)
     taken = np.array([step["seconds"] + step["data_s"] for step in steps])
     later = steps[-1]["t"] - steps[WALL_EVERY - 1]["t"]
-    wall = np.array([[read_json(run_dir / "exit.json")["wall_s"]], [later]])
+    wall = np.array([[process["wall_s"]], [later]])
     pair = {"wall": (wall, np.array([[taken.sum()], [taken[WALL_EVERY:].sum()]]))}
-    return {"comparators": save_pairs(run_dir, pair, ("time from outside", "sum of the steps' times"))}
+    comparators = save_pairs(run_dir, pair, ("time from outside", "sum of the steps' times"))
+    figures = {
+        "seconds from the start to the first step": steps[0]["t"] - taken[0] - process["start_t"],
+        "summary": read_json(run_dir / "run" / "summary.json"),
+    }
+    return {"comparators": comparators, "figures": figures}
 
 
 # --- cuda-planned-runs: what the plan counts on the GPU, beside what torch and the driver say was taken ---

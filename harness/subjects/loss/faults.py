@@ -83,3 +83,11 @@ for _name, _title, _place in (
     ("device-half-value", "the divergence is halved on the device", 3),
 ):
     declare("loss", _name, _title, functools.partial(_device_knob, _place, 0.5), _KNOBS)
+declare(
+    "loss",
+    "device-no-gradient",
+    "the divergence has no gradient on the device",
+    functools.partial(_device_knob, 2, 0.0),
+    _KNOBS,
+    arms=("kd-seed1", "kd-seed2", "kd-seed3"),
+)

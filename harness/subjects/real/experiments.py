@@ -14,7 +14,7 @@ from q4kd.harness.inputs.arrays import Array, random_ids, read_array, seeded_col
 from q4kd.harness.inputs.collect import Event, arm_of, read_events, run_terms, save_pairs
 from q4kd.harness.inputs.command_lines import named_run, probe_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, demo_teacher
-from q4kd.harness.inputs.samples import read_samples, sample_at
+from q4kd.harness.inputs.samples import growth, planned_bytes
 from q4kd.harness.oracles.reference import log_softmax
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.export.experiments import live_student
@@ -58,16 +58,16 @@ def _ids(inputs: Inputs) -> Path:
 
 def _logits_argv(arm: str, inputs: Inputs) -> list[str]:
     teacher, ids = _pair(inputs)[0], _ids(inputs)
-    if arm == "transformers":
-        return probe_words("transformers-logits", model=teacher, ids=ids, out="logits.npy")
+    if arm != "q4kd":
+        return probe_words(f"{arm}-logits", model=teacher, ids=ids, out="logits.npy")
     words = ["--ids", str(ids), "--out", "logits.npy", "--dtype", "float32", "--events", "events.jsonl"]
     return ["logits", str(teacher), *words]
 
 
-def _collect_logits(run_dir: Path, inputs: Inputs) -> Facts:
+def _collect_logits(experiment: str, other_arm: str, run_dir: Path, inputs: Inputs) -> Facts:
     """Compare both where the second has run: every position and a seeded choice of columns."""
-    other = run_dir.parent / "real-logits.transformers" / "logits.npy"
-    if arm_of(run_dir) == "transformers" or not (other.is_file() and (run_dir / "logits.npy").is_file()):
+    other = run_dir.parent / f"{experiment}.{other_arm}" / "logits.npy"
+    if arm_of(run_dir) == other_arm or not (other.is_file() and (run_dir / "logits.npy").is_file()):
         return {"comparators": {}}
     ours, theirs = read_array(run_dir / "logits.npy"), read_array(other)
     if ours.shape != theirs.shape:
@@ -75,19 +75,24 @@ def _collect_logits(run_dir: Path, inputs: Inputs) -> Facts:
     columns = seeded_columns(ours.shape[1], COLUMNS)
     pair = {"logits": (ours[:, columns], theirs[:, columns])}
     top = {"positions": len(ours), "with another first token": int((ours.argmax(1) != theirs.argmax(1)).sum())}
-    comparators = save_pairs(run_dir, pair, ("q4kd logits", "transformers over the decoded file"))
-    return {"comparators": comparators, "tables": {"first tokens": top}}
+    products = (ours.astype(np.float64) * theirs).sum(1)
+    cosines = products / (np.linalg.norm(ours, axis=1).astype(np.float64) * np.linalg.norm(theirs, axis=1))
+    tables = {
+        "first tokens": top,
+        "directions": {"positions": len(ours), "with a cosine below 0.999": int((cosines < 0.999).sum())},
+    }
+    comparators = save_pairs(run_dir, pair, ("q4kd logits", f"{other_arm} over the same file"))
+    return {"comparators": comparators, "tables": tables, "figures": {"least cosine": float(cosines.min())}}
 
 
-declare(
-    "real-logits",
-    f"the teacher's logits at {POSITIONS} positions beside transformers, which decodes the file itself",
-    *(
-        Arm(arm, functools.partial(_logits_argv, arm), timeout_s=900, env=ONE_THREAD)
-        for arm in ("transformers", "q4kd")
-    ),
-    collect=_collect_logits,
-)
+# transformers decodes the file itself; llama.cpp computes with it packed, its activations rounded to 8 bits.
+for _name, _arm in (("real-logits", "transformers"), ("real-llamacpp", "llamacpp")):
+    declare(
+        _name,
+        f"the teacher's logits at {POSITIONS} positions beside {_arm}",
+        *(Arm(arm, functools.partial(_logits_argv, arm), timeout_s=900, env=ONE_THREAD) for arm in (_arm, "q4kd")),
+        collect=functools.partial(_collect_logits, _name, _arm),
+    )
 
 
 # --- real-pair, cuda-real-pair: planned, trained, stopped and resumed, exported and compared ---
@@ -130,14 +135,11 @@ def _pair_argv(device: str, inputs: Inputs) -> list[str]:
     return probe_words("commands", cases=cases, out="commands.json")
 
 
-def _taken(run_dir: Path, device: str, plan: Event, last: Event, measured: Mapping[str, int]) -> float | None:
+def _taken(run_dir: Path, device: str, plan: Event, last: Event, measured: Mapping[str, int]) -> int | None:
     """Return what the whole run took: by torch's allocator on a GPU, else by the growth that the supervisor saw."""
     if device == "cuda":
         return measured.get("allocated")
-    samples = read_samples(run_dir)
-    first = sample_at(samples, plan["t"])
-    during = [sample["rss"] for sample in samples if plan["t"] <= sample["t"] <= last["t"]]
-    return max(during) - first["rss"] if first is not None and during else None
+    return growth(run_dir, "rss", plan["t"], last["t"])
 
 
 def _distance(run_dir: Path, inputs: Inputs) -> tuple[float, float]:
@@ -171,8 +173,7 @@ def _collect_pair(device: str, run_dir: Path, inputs: Inputs) -> Facts:
     pairs: dict[str, tuple[Array, Array]] = {}
     taken = _taken(run_dir, device, plan, steps[-1], commands["whole"])
     if taken is not None:
-        kept = sum(item["bytes"] for item in plan["items"] if item["name"] == "allocator")
-        pairs["plan"] = (np.array([[float(plan["peak_bytes"] - kept)]]), np.array([[float(taken)]]))
+        pairs["plan"] = (np.array([[float(planned_bytes(plan))]]), np.array([[float(taken)]]))
     stop = size["steps"] // 2
     whole, part = run_terms(run_dir, "whole"), run_terms(run_dir, "part")
     wanted = whole[stop : stop + AFTER_STOP]

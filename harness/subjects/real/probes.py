@@ -1,4 +1,4 @@
-"""A measurement beside q4kd: the logits of transformers over a GGUF that it decodes itself."""
+"""Measurements beside q4kd: the logits of transformers and of llama.cpp over a GGUF that they read themselves."""
 
 from pathlib import Path
 from typing import Any
@@ -23,3 +23,15 @@ def transformers_logits(model: Path, ids: Path, out: Path) -> None:
     with torch.inference_mode():
         logits_TV = loaded(torch.from_numpy(read_array(ids)).long().unsqueeze(0)).logits[0]
     np.save(out, logits_TV.numpy())
+
+
+@probe("llamacpp-logits")
+def llamacpp_logits(model: Path, ids: Path, out: Path) -> None:
+    """Write llama.cpp's logits over ``model``, float32 ``[T, V]``, for int ids ``[T]``, on the CPU."""
+    import llama_cpp
+
+    tokens = [int(token) for token in read_array(ids)]
+    sizes = {"n_ctx": len(tokens), "n_batch": len(tokens), "n_threads": 1, "n_gpu_layers": 0}
+    engine = llama_cpp.Llama(str(model), logits_all=True, verbose=False, **sizes)
+    engine.eval(tokens)
+    np.save(out, np.array(engine.scores[: len(tokens)], np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 from q4kd.harness.inputs.collect import arm_of, read_events, save_pairs
 from q4kd.harness.inputs.command_lines import distill_words, set_words
 from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_teacher
-from q4kd.harness.inputs.samples import read_samples, sample_at
+from q4kd.harness.inputs.samples import growth, planned_bytes
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
@@ -38,13 +38,9 @@ def _planned_and_grown(run_dir: Path) -> tuple[int, int] | None:
     if not all(marks.values()):
         return None
     plan, over = marks["memory_plan"][0], marks["step"][-1]["t"]
-    every = read_samples(run_dir)
-    # At the plan, and no later: 0.1 s after it the student is half loaded.
-    first, during = sample_at(every, plan["t"]), [sample for sample in every if plan["t"] <= sample["t"] <= over]
-    if first is None or not during:
-        return None
-    kept = sum(item["bytes"] for item in plan["items"] if item["name"] == "allocator")
-    return plan["peak_bytes"] - kept, max(sample["rss"] for sample in during) - first["rss"]
+    # From the plan, and no later: 0.1 s after it the student is half loaded.
+    grown = growth(run_dir, "rss", plan["t"], over)
+    return None if grown is None else (planned_bytes(plan), grown)
 
 
 @experiment(
