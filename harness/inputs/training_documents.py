@@ -69,8 +69,12 @@ def prompts_and_completions() -> list[tuple[str, str]]:
 
 
 def chat_messages() -> list[list[dict[str, str]]]:
-    """Return chats of two turns each."""
+    """Return chats of two turns each; in every third the answer begins with a character that the tokenizer merges.
+
+    A newline makes one token with the end of the role before it, which then belongs to both.
+    """
     texts = document_texts(4 * CHATS)
+    texts[1::12] = ["\n" + text for text in texts[1::12]]
     roles = ("user", "assistant", "user", "assistant")
     return [
         [{"role": role, "content": text} for role, text in zip(roles, texts[4 * n : 4 * n + 4], strict=True)]

@@ -13,6 +13,7 @@ from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_s
 from q4kd.harness.inputs.samples import read_samples
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.runs.user_inputs import ROLES
 from q4kd.harness.subjects.training.guards import EXACT_STUDENT, EXACT_TEACHER, padded_teacher
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
@@ -85,7 +86,12 @@ def collect_resumed(run_dir: Path, _inputs: Inputs) -> Facts:
 
 # --- cuda-wall: what a run takes beside its steps ---
 
-WALL_STEPS, WALL_EVERY = 1000, 100
+# Steps of the pair that is made, and of one that was given.
+WALL_STEPS, GIVEN_STEPS, WALL_EVERY = 300, 1000, 100
+
+
+def _wall_steps(inputs: Inputs) -> int:
+    return GIVEN_STEPS if {role for role, _ in inputs.given.paths()} == set(ROLES) else WALL_STEPS
 
 
 def _wall_argv(inputs: Inputs) -> list[str]:
@@ -95,27 +101,27 @@ def _wall_argv(inputs: Inputs) -> list[str]:
         shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
         teacher, data = padded_teacher(inputs, EXACT_TEACHER), argparse_documents(inputs)
         student = changed_student(inputs, "student-wall", {**shape, "vocab_size": EXACT_STUDENT})
-    settings: dict[str, object] = {"steps": WALL_STEPS, "batch_size": 32, "seq_len": 512, "lr": 1e-5}
+    settings: dict[str, object] = {"steps": _wall_steps(inputs), "batch_size": 32, "seq_len": 512, "lr": 1e-5}
     settings |= {"eval_every": WALL_EVERY, "checkpoint_every": WALL_EVERY, "device": "cuda"}
     return distill_words(teacher, student, data, "--dtype", "auto", *set_words(settings))
 
 
 @experiment(
     "cuda-wall",
-    f"{WALL_STEPS} steps on the GPU with an evaluation and a checkpoint of the student, 0.5 B weights or given, "
-    f"every {WALL_EVERY}",
+    f"{WALL_STEPS} steps on the GPU, {GIVEN_STEPS} of a given pair, with an evaluation and a checkpoint of the student "
+    f"(0.5 B weights where none is given) every {WALL_EVERY}",
     Arm(None, _wall_argv, timeout_s=900, stall_s=300),
     needs=_CUDA,
     exclusive=True,
     measures=("time",),
 )
-def collect_wall(run_dir: Path, _inputs: Inputs) -> Facts:
+def collect_wall(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare the time of the whole process, and that of all but the first steps, with the steps' own times.
 
     The figures say when the first step was over, and where the wall time went.
     """
     steps, path = read_events(run_dir, "step"), run_dir / "exit.json"
-    if len(steps) != WALL_STEPS or not path.is_file():
+    if len(steps) != _wall_steps(inputs) or not path.is_file():
         return {"comparators": {}}
     process = read_json(path)
     taken = np.array([step["seconds"] + step["data_s"] for step in steps])

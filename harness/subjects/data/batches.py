@@ -179,13 +179,10 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
                     said.append((len(text), len(text) + len(message["content"]) + len("</>\n")))
                 text += f"{message['content']}</>\n"
             encoding = tokenizer.encode(text, add_special_tokens=False)
-            # Where the template marks what is said, transformers takes a token that reaches into it from before, too.
+            # A token that reaches into what is said from before holds a part of it; transformers takes it, too.
             yield (
                 encoding.ids,
-                [
-                    any(first < end and (last > begin if form == "marked" else first >= begin) for begin, end in said)
-                    for first, last in encoding.offsets
-                ],
+                [any(first < end and last > begin for begin, end in said) for first, last in encoding.offsets],
             )
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from q4kd.harness.runs.faults import Call, fault, patch, replace
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from q4kd.trainer.data.corpus import BatchOrder
     from q4kd.trainer.data.encoding import Encoded
     from q4kd.trainer.data.packing import Window, Windows
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 _TEACHER = "q4kd.trainer.teacher.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
 _CUT = "q4kd.trainer.data.packing:Windows._cut"
+_REACHING = "q4kd.trainer.data.chats.template:_reaching"
 _CHAT = "q4kd.trainer.data.chats.template:ChatTemplate.encode"
 _ENCODE_ONE = "q4kd.trainer.data.encoding:DocumentEncoder._encode_one"
 _BEGIN = "q4kd.trainer.data.tokenizing:begin_tokens"
@@ -82,6 +86,13 @@ def _without_first(encoded: "Encoded") -> "Encoded":
 @patch("loss", "completion-first-unlabelled", "the first token of a completion has no label", _ENCODE_ONE)
 def _first_unlabelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
     return _without_first(original(*arguments))
+
+
+@patch("loss", "turn-border-unlabelled", "a token that also holds what stands before a turn has no label", _REACHING)
+def _border_unlabelled(
+    original: Callable[..., "npt.NDArray[np.bool_]"], offsets: "npt.NDArray[np.int64]", begin: int, end: int
+) -> "npt.NDArray[np.bool_]":
+    return original(offsets, begin, end) & (offsets[:, 0] >= begin)
 
 
 @patch("loop", "second-group-lost", "the second 512 documents are not tokenised", _ENCODE_ALL)

@@ -25,7 +25,7 @@ def _control_argv(arm: str, seed: int, inputs: Inputs) -> list[str]:
         settings |= {"steps": 120, "batch_size": 8, "seq_len": 64, "lr": 3e-3, "warmup_steps": 10, "eval_tokens": 8192}
         settings |= {"data_glob": "**/*.py", "data_max_bytes": 2_500_000}
     else:
-        settings |= {"steps": 400, "batch_size": 16, "seq_len": 512, "lr": 2e-5, "warmup_steps": 20}
+        settings |= {"steps": 200, "batch_size": 16, "seq_len": 512, "lr": 2e-5, "warmup_steps": 20}
         settings |= {"eval_tokens": 65_536}
     return distill_words(teacher, student, data, "--dtype", "auto", *set_words(settings))
 
