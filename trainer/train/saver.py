@@ -58,6 +58,7 @@ class CheckpointSaver:
         self._is_cuda = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._given: list[tuple[int, Future[None]]] = []
+        self._is_broken = False
         self._steps = {int(path.name.removeprefix("step-")) for path in list_checkpoints(config.out)}
         self._best = best_value(config.out, config.best_metric)
 
@@ -182,7 +183,17 @@ class CheckpointSaver:
             raise RunFolderError(f"step {step}: {said}; {kept(self._config.out)}") from error
 
     def _give(self, step: int, work: Callable[[], None]) -> None:
-        self._given.append((step, self._thread.submit(work)))
+        self._given.append((step, self._thread.submit(self._do, work)))
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Do what was given; nothing after a failure, because what follows builds on what is not there."""
+        if self._is_broken:
+            return
+        try:
+            work()
+        except BaseException:
+            self._is_broken = True
+            raise
 
     def _note(self, figures: Mapping[str, float]) -> None:
         if self.is_better(figures):

@@ -95,6 +95,15 @@ def test_what_fails_there_is_raised_here(tmp_path: Path, monkeypatch: pytest.Mon
         save(saver, 4, torch.ones(3))
 
 
+def test_figures_of_a_checkpoint_that_failed_do_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(RunFolderError, match=r"step 4: .* \(No space left"), make_saver(tmp_path) as saver:
+        save(saver, 4, torch.ones(3))
+        saver.record(4, {"kl": 0.5, "loss": 1.0, "agreement": 0.5})
+        saver.settle()
+        saver.check()
+
+
 def test_an_error_waits_for_the_checkpoint_and_stays_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
