@@ -1,5 +1,6 @@
 """Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
 
+import argparse
 import functools
 import multiprocessing
 import os
@@ -206,7 +207,29 @@ def refused_settings(out: Path) -> None:
             except InputError as error:
                 outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
         records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
-    write_json(out, {"cases": records, "tables": {"bounds": _at_the_bounds(), "loss": _loss_settings()}})
+    write_json(
+        out, {"cases": records, "tables": {"bounds": _at_the_bounds() | _cache_options(), "loss": _loss_settings()}}
+    )
+
+
+def _cache_options() -> JsonObject:
+    """Return which numbers at and outside the bounds of its options ``q4kd cache`` takes or refuses wrongly."""
+    from q4kd.trainer.cli import cache
+    from q4kd.trainer.config.settings import make_config
+
+    config = make_config({"teacher": "t", "student": "s", "data": "d", "out": "o"})
+    good = {"k": 32, "sample_tokens": 4096, "shard_mb": 64}
+    wrong: list[str] = []
+    for name, low, high in (("k", 1, 4096), ("sample_tokens", 0, 1 << 24), ("shard_mb", 1, 1000)):
+        for value in (low - 1, low, high, high + 1):
+            try:
+                cache._check_arguments(argparse.Namespace(**{**good, name: value}), config)
+                taken = True
+            except InputError:
+                taken = False
+            if taken != (low <= value <= high):
+                wrong.append(f"{name}: {value} is {'taken' if taken else 'refused'}")
+    return {"options of q4kd cache, taken or refused wrongly": ", ".join(wrong) or "none"}
 
 
 def _loss_settings() -> JsonObject:
