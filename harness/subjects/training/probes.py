@@ -14,7 +14,7 @@ import numpy as np
 from q4kd.harness.inputs.arrays import Arrays, save_arrays
 from q4kd.harness.records.json_types import JsonObject
 from q4kd.harness.runs.probes import probe
-from q4kd.harness.subjects.training.following import Passes, recorded_compiler, tracked
+from q4kd.harness.subjects.runs.following import Passes, recorded_compiler, tracked
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_json
 
