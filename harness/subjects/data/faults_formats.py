@@ -17,6 +17,7 @@ _SHARD = "q4kd.trainer.data.shards:read_shard"
 _FILES = "q4kd.trainer.data.readers:list_files"
 _LISTED = "q4kd.trainer.data.sources.listing:list_data_files"
 _DOCUMENT = "q4kd.trainer.data.documents:make_document"
+_KIND = "q4kd.trainer.data.documents:_kind"
 _SETTINGS = "q4kd.trainer.config.settings:make_config"
 _Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
@@ -57,6 +58,11 @@ def _title_read_as_text(
 ) -> object:
     asked = "title" if "title" in record else settings.text_field
     return original(record, name, where, dataclasses.replace(settings, text_field=asked), *more)
+
+
+@patch("loop", "chat-before-named-field", "messages are trained on where a field of texts was asked for by name", _KIND)
+def _chat_before_named_field(original: Call, given: Mapping[str, object], *more: object) -> object:
+    return "chat" if "messages" in given else original(given, *more)
 
 
 def _ignore(setting: str) -> None:

@@ -63,9 +63,15 @@ def _records(name: str, make: Callable[[], list[dict[str, object]]]) -> Callable
     return lambda inputs: write_jsonl(inputs, f"settings-{name}.jsonl", make())
 
 
+_DECOY = [{"role": "user", "content": "not this chat"}]
+
+
 def _turns() -> list[dict[str, object]]:
-    decoy = [{"role": "user", "content": "not this chat"}]
-    return [{"turns": messages, "messages": decoy} for messages in chat_messages()]
+    return [{"turns": messages, "messages": _DECOY} for messages in chat_messages()]
+
+
+def _bodies() -> list[dict[str, object]]:
+    return [{"body": text, "messages": _DECOY} for text in _texts()]
 
 
 def _with_tools() -> list[dict[str, object]]:
@@ -95,6 +101,12 @@ def _first_bytes(inputs: Inputs) -> _Tokens:
 
 
 CASES: Mapping[str, _Case] = {
+    "text_field": _Case(
+        _records("bodies", _bodies),
+        lambda inputs: encode_texts(inputs, _texts()),
+        {"text_field": "body"},
+        lambda inputs: chat_student(inputs, "chat"),
+    ),
     "messages_field": _Case(
         _records("turns", _turns), _chats, {"messages_field": "turns"}, lambda inputs: chat_student(inputs, "chat")
     ),

@@ -208,7 +208,8 @@ def refused_settings(out: Path) -> None:
                 outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
         records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
     write_json(
-        out, {"cases": records, "tables": {"bounds": _at_the_bounds() | _cache_options(), "loss": _loss_settings()}}
+        out,
+        {"cases": records, "tables": {"bounds": {**_at_the_bounds(), **_cache_options()}, "loss": _loss_settings()}},
     )
 
 
