@@ -9,7 +9,7 @@ Letters in shapes: B sequences, T positions, N query heads, K key-value heads, D
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,12 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from q4kd.harness.oracles.adapters import Adapters, Drop, is_adapter, keep_all, multiply, seeded_dropout
 from q4kd.harness.oracles.windows import MASKED, Windows, chosen_windows
 
 Floats = NDArray[np.float64]
 Weights = Mapping[str, Tensor]
-# A mask of dropout [B, N, T, T], already scaled.
-Drop = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,9 @@ class Recipe:
     epochs: float
     steps: int | None
     rounds_weights: bool
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,21 @@ def _rotated(x_BNTD: Tensor, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _attention(weights: Weights, at: str, config: Mapping[str, Any], x_BTH: Tensor, seen: Tensor, drop: Drop) -> Tensor:
+def _attention(
+    weights: Weights,
+    at: str,
+    config: Mapping[str, Any],
+    x_BTH: Tensor,
+    seen: Tensor,
+    drop: Drop,
+    adapters: Adapters | None,
+) -> Tensor:
     heads = {"q": int(config["num_attention_heads"])}
     heads |= dict.fromkeys("kv", int(config["num_key_value_heads"]))
     base = float((config.get("rope_parameters") or config)["rope_theta"])
 
     def projected(name: str) -> Tensor:
-        out = x_BTH @ weights[f"{at}{name}_proj.weight"].T + weights[f"{at}{name}_proj.bias"]
+        out = multiply(x_BTH, weights, f"{at}{name}_proj", adapters) + weights[f"{at}{name}_proj.bias"]
         return out.view(*out.shape[:-1], heads[name], -1).transpose(1, 2)
 
     query, key = (_rotated(projected(name), base) for name in "qk")
@@ -120,10 +130,12 @@ def _attention(weights: Weights, at: str, config: Mapping[str, Any], x_BTH: Tens
     scores = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).masked_fill(~seen, -math.inf)
     shares = scores.softmax(-1)
     mixed = (shares * drop(tuple(shares.shape))) @ value
-    return mixed.transpose(1, 2).flatten(-2) @ weights[f"{at}o_proj.weight"].T
+    return multiply(mixed.transpose(1, 2).flatten(-2), weights, f"{at}o_proj", adapters)
 
 
-def logits_of(weights: Weights, config: Mapping[str, Any], windows: Windows, drop: Drop) -> Tensor:
+def logits_of(
+    weights: Weights, config: Mapping[str, Any], windows: Windows, drop: Drop, adapters: Adapters | None = None
+) -> Tensor:
     """Return float64 logits ``[B, T, V]`` of a qwen2 with a tied head; no position sees another document.
 
     Args:
@@ -131,6 +143,7 @@ def logits_of(weights: Weights, config: Mapping[str, Any], windows: Windows, dro
         config: what config.json says of layers, heads, RMSNorm and RoPE.
         windows: ids, and the number of each position's document.
         drop: masks of the attention's dropout, one call a layer.
+        adapters: what those among the weights add to products.
     """
     documents, length = torch.from_numpy(windows.documents), windows.ids.shape[1]
     behind = torch.arange(length)[:, None] >= torch.arange(length)
@@ -140,26 +153,11 @@ def logits_of(weights: Weights, config: Mapping[str, Any], windows: Windows, dro
     for layer in range(int(config["num_hidden_layers"])):
         at = f"model.layers.{layer}."
         normed = _norm(x, weights[f"{at}input_layernorm.weight"], eps)
-        x = x + _attention(weights, f"{at}self_attn.", config, normed, seen, drop)
+        x = x + _attention(weights, f"{at}self_attn.", config, normed, seen, drop, adapters)
         normed = _norm(x, weights[f"{at}post_attention_layernorm.weight"], eps)
-        gate, up = (normed @ weights[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (gate * gate.sigmoid() * up) @ weights[f"{at}mlp.down_proj.weight"].T
+        gate, up = (multiply(normed, weights, f"{at}mlp.{name}_proj", adapters) for name in ("gate", "up"))
+        x = x + multiply(gate * gate.sigmoid() * up, weights, f"{at}mlp.down_proj", adapters)
     return _norm(x, weights["model.norm.weight"], eps) @ embedding.T
-
-
-def keep_all(_shape: tuple[int, ...]) -> Tensor:
-    """Drop nothing."""
-    return torch.ones((), dtype=torch.float64)
-
-
-def seeded_dropout(probability: float, seed: int) -> Drop:
-    """Return masks drawn as torch's dropout draws them from a generator of that seed: float32, one call a layer."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape).bernoulli_(1 - probability, generator=generator).double() / (1 - probability)
-
-    return draw if probability else keep_all
 
 
 # --- the loss ---
@@ -187,11 +185,13 @@ def _labelled(logits: Tensor, half: Half, chosen: Sequence[int]) -> tuple[Tensor
     return logits[kept], torch.from_numpy(half.teacher[chosen])[kept], labels[kept]
 
 
-def _evaluate(weights: Weights, config: Mapping[str, Any], half: Half, count: int) -> tuple[float, ...]:
+def _evaluate(
+    weights: Weights, config: Mapping[str, Any], half: Half, count: int, adapters: Adapters
+) -> tuple[float, ...]:
     """Return loss, perplexity, KL at temperature 1, agreement and tokens of the first ``count`` windows."""
     chosen = range(count)
     with torch.no_grad():
-        logits = logits_of(weights, config, half.windows.take(np.arange(count)), keep_all)
+        logits = logits_of(weights, config, half.windows.take(np.arange(count)), keep_all, adapters)
         student, teacher, labels = _labelled(logits, half, chosen)
         log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
         loss = -float(log_q[torch.arange(len(labels)), labels].mean())
@@ -252,7 +252,8 @@ def replay(
     Args:
         recipe: its settings.
         config: config.json of the qwen2 student, with a tied head.
-        start: the student's weights before the first step, by their Hugging Face names.
+        start: the student's weights before the first step, by their Hugging Face names. With adapters among them (see
+            ``adapters.py``) these alone are trained.
         train: what it learns from.
         held_out: what it is evaluated on; ``eval_tokens`` of whole windows are.
     """
@@ -261,17 +262,26 @@ def replay(
     steps = recipe.steps or math.ceil(recipe.epochs * (len(train.windows) // per_step))
     evaluated = min(len(held_out.windows), recipe.eval_tokens // held_out.windows.ids.shape[1])
     drop = seeded_dropout(float(config.get("attention_dropout") or 0.0), recipe.seed)
-    optimizer = _AdamW({name: torch.from_numpy(np.array(value, np.float64)) for name, value in start.items()}, recipe)
+    tensors = {name: torch.from_numpy(np.array(value, np.float64)) for name, value in start.items()}
+    frozen = {} if not recipe.lora_rank else {name: value for name, value in tensors.items() if not is_adapter(name)}
+    optimizer = _AdamW({name: value for name, value in tensors.items() if name not in frozen}, recipe)
+    scale = recipe.lora_alpha / max(1, recipe.lora_rank)
+    whole = Adapters(scale, keep_all)
+    dropped = Adapters(scale, seeded_dropout(recipe.lora_dropout, recipe.seed))
+
+    def evaluate() -> tuple[float, ...]:
+        return _evaluate({**frozen, **_used(optimizer.masters, recipe)}, config, held_out, evaluated, whole)
+
     for step in range(steps):
         if step == 0 or (recipe.eval_every and step % recipe.eval_every == 0):
-            found.evaluations[step] = _evaluate(_used(optimizer.masters, recipe), config, held_out, evaluated)
+            found.evaluations[step] = evaluate()
         rate = rate_of(recipe, step, steps)
         weights = _used(optimizer.masters, recipe)
         chosen = chosen_windows(len(train.windows), per_step, recipe.seed, step)
         targets = max(1, int((train.windows.labels[chosen] != MASKED).sum()))
         ce_sum = kd_sum = torch.zeros((), dtype=torch.float64)
         for part in np.split(chosen, recipe.accumulation):
-            logits = logits_of(weights, config, train.windows.take(part), drop)
+            logits = logits_of({**frozen, **weights}, config, train.windows.take(part), drop, dropped)
             student, teacher, labels = _labelled(logits, train, part.tolist())
             ce_sum = ce_sum - student.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
             kd_sum = kd_sum + divergences(student, teacher, recipe).sum()
@@ -279,10 +289,10 @@ def replay(
         loss = recipe.alpha * ce + (1 - recipe.alpha) * kd
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-        scale = min(1.0, recipe.clip / norm)
-        optimizer.update({name: gradient * scale for name, gradient in gradients.items()}, rate)
+        share = min(1.0, recipe.clip / norm)
+        optimizer.update({name: gradient * share for name, gradient in gradients.items()}, rate)
         found.steps.append((loss.item(), ce.item(), kd.item(), norm, rate))
-        found.clipped.append(scale < 1)
-    found.evaluations[steps] = _evaluate(_used(optimizer.masters, recipe), config, held_out, evaluated)
+        found.clipped.append(share < 1)
+    found.evaluations[steps] = evaluate()
     found.weights = {name: master.numpy() for name, master in optimizer.masters.items()}
     return found

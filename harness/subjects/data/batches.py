@@ -34,7 +34,7 @@ from q4kd.harness.inputs.training_documents import (
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import read_json, write_json
 
-SEQ_LEN, BEGIN = 24, 0
+SEQ_LEN, BEGIN, BUFFER = 24, 0, 9
 _SAID = "{{ m['content'] }}</>\n"
 _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -42,6 +42,7 @@ TEMPLATES = {
     "chat": f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
     "tools": f"{{% if tools %}}<tools>{{% for t in tools %}}{{{{ t | tojson }}}}{{% endfor %}}</>\n{{% endif %}}"
     f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
+    "dated": f"<day>{{{{ strftime_now('%d %B %Y') }}}}</>\n{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
     "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
     f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
 }
@@ -49,7 +50,9 @@ TEMPLATES = {
 _Windows = dict[tuple[int, ...], list[int]]
 
 
-def _chat_student(inputs: Inputs, name: str) -> Path:
+def chat_student(inputs: Inputs, name: str) -> Path:
+    """Return the demo student with the chat template of that name."""
+
     def make(folder: Path) -> None:
         shutil.copytree(demo_student(inputs), folder)
         (folder / "chat_template.jinja").write_text(TEMPLATES[name])
@@ -57,7 +60,7 @@ def _chat_student(inputs: Inputs, name: str) -> Path:
     return inputs.file(f"{name}-student", make)
 
 
-def _begin_student(inputs: Inputs) -> Path:
+def begin_student(inputs: Inputs) -> Path:
     """Return the demo student with a tokenizer that puts token 0 before every text."""
     name = "<|endoftext|>"
 
@@ -77,7 +80,7 @@ def _begin_student(inputs: Inputs) -> Path:
     return inputs.file("begin-student", make)
 
 
-def _tool(number: int) -> dict[str, object]:
+def tool(number: int) -> dict[str, object]:
     """Return a tool of its own for each chat, so that no two windows are alike."""
     return {"name": f"{number} means", "parameters": {"values": {"type": "array"}}}
 
@@ -91,7 +94,7 @@ def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
     with_tools = [
-        {"messages": _weighed(number, chat), "tools": [_tool(number)]} for number, chat in enumerate(chat_messages())
+        {"messages": _weighed(number, chat), "tools": [tool(number)]} for number, chat in enumerate(chat_messages())
     ]
     tools = write_jsonl(inputs, "tools.jsonl", with_tools)
     pairs = write_jsonl(
@@ -106,7 +109,7 @@ def _cases(inputs: Inputs) -> Path:
     windows, many = len(packed_windows(inputs, SEQ_LEN)), len(packed_windows(inputs, SEQ_LEN, short_texts()))
     epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
     settings = functools.partial(run_settings, inputs, seq_len=SEQ_LEN)
-    stream = {"streaming": True, "shuffle_buffer": 9}
+    stream = {"streaming": True, "shuffle_buffer": BUFFER}
     cases = {
         "memory": {"settings": settings(texts), **epoch},
         "stream": {"settings": settings(texts, **stream), **epoch},
@@ -115,12 +118,12 @@ def _cases(inputs: Inputs) -> Path:
     }
     own = {"packing": "none", "seq_len": SEQ_LEN}
     for name, data, more in (
-        ("chat", chats, {"student": str(_chat_student(inputs, "chat")), "completion_only": True}),
-        ("marked", chats, {"student": str(_chat_student(inputs, "marked")), "completion_only": True}),
-        ("tools", tools, {"student": str(_chat_student(inputs, "tools")), "completion_only": True}),
+        ("chat", chats, {"student": str(chat_student(inputs, "chat")), "completion_only": True}),
+        ("marked", chats, {"student": str(chat_student(inputs, "marked")), "completion_only": True}),
+        ("tools", tools, {"student": str(chat_student(inputs, "tools")), "completion_only": True}),
         ("completion", pairs, {"completion_only": True}),
         ("tokens", masked, {}),
-        ("begin", pairs_and_texts, {"student": str(_begin_student(inputs))}),
+        ("begin", pairs_and_texts, {"student": str(begin_student(inputs))}),
     ):
         steps = len(_labelled(inputs, name))
         changed = run_settings(inputs, data, **own, **more)
@@ -171,7 +174,7 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             yield [*before, *after], [False] * len(before) + [True] * len(after)
     else:
         for number, messages in enumerate(chat_messages()):
-            text, said = f"<tools>{json.dumps(_tool(number))}</>\n" if form == "tools" else "", []
+            text, said = f"<tools>{json.dumps(tool(number))}</>\n" if form == "tools" else "", []
             for message in messages:
                 text += f"<{message['role']}>"
                 is_weighed = form == "tools" and number % 2 == 0 and message is messages[1]
@@ -248,7 +251,8 @@ def _many_table(inputs: Inputs, found: dict[str, Array]) -> dict[str, int | bool
     wanted, flat = Counter(map(tuple, documents)), found["many-stream-ids"].ravel().tolist()
     # A stream joins documents in an order of its own: they are told by the end-of-text token.
     ends = [place + 1 for place, token in enumerate(flat) if token == documents[0][-1]]
-    whole = Counter(tuple(flat[start:stop]) for start, stop in zip([0, *ends], ends, strict=False))
+    pieces = [tuple(flat[start:stop]) for start, stop in zip([0, *ends], ends, strict=False)]
+    whole = Counter(pieces)
     lost = sum(len(document) * count for document, count in (wanted - whole).items())
     # What is behind the last window is not seen, nor the rest of a document that it cuts.
     tail = sum(map(len, documents)) - len(flat) + max(map(len, documents))
@@ -258,7 +262,18 @@ def _many_table(inputs: Inputs, found: dict[str, Array]) -> dict[str, int | bool
         "parquet: windows invented": epoch["windows invented"],
         "stream: tokens lost before the tail": max(0, lost - tail),
         "stream: documents invented": sum((whole - wanted).values()),
+        "stream: documents from beyond the buffer": _from_beyond(pieces, documents),
     }
+
+
+def _from_beyond(drawn: Iterable[tuple[int, ...]], documents: list[list[int]]) -> int:
+    """Return how many documents of a stream come sooner than a buffer of that size can have held them."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, document in reversed(list(enumerate(documents))):
+        places.setdefault(tuple(document), []).append(place)
+    # Of documents that are alike the first is taken first.
+    found = (places[piece].pop() if places.get(piece) else 0 for piece in drawn)
+    return sum(place > number + BUFFER for number, place in enumerate(found))
 
 
 def _argv(arm: str, inputs: Inputs) -> list[str]:

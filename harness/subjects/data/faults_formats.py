@@ -1,10 +1,11 @@
 """Faults in single formats of training data: rows, labels, fields and the order of files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from q4kd.harness.runs.faults import Call, patch
+from q4kd.harness.runs.faults import Call, declare, patch, replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,8 @@ _SHARD = "q4kd.trainer.data.shards:read_shard"
 _FILES = "q4kd.trainer.data.readers:list_files"
 _LISTED = "q4kd.trainer.data.sources.listing:list_data_files"
 _DOCUMENT = "q4kd.trainer.data.documents:make_document"
+_KIND = "q4kd.trainer.data.documents:_kind"
+_SETTINGS = "q4kd.trainer.config.settings:make_config"
 _Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 
@@ -55,3 +58,23 @@ def _title_read_as_text(
 ) -> object:
     asked = "title" if "title" in record else settings.text_field
     return original(record, name, where, dataclasses.replace(settings, text_field=asked), *more)
+
+
+@patch("loop", "chat-before-named-field", "messages are trained on where a field of texts was asked for by name", _KIND)
+def _chat_before_named_field(original: Call, given: Mapping[str, object], *more: object) -> object:
+    return "chat" if "messages" in given else original(given, *more)
+
+
+def _ignore(setting: str) -> None:
+    def make(original: Call) -> Call:
+        return lambda values: original({key: value for key, value in values.items() if key != setting})
+
+    replace(_SETTINGS, make)
+
+
+for _setting in (
+    "data_glob", "data_format", "data_max_bytes", "messages_field", "ignore_fields", "chat_date", "begin_of_text",
+    "shuffle_buffer",
+):  # fmt: skip
+    _title = f"the setting {_setting} is read and not used"
+    declare("loop", f"{_setting}-ignored", _title, functools.partial(_ignore, _setting), _SETTINGS)

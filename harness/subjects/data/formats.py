@@ -16,6 +16,7 @@ from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.inputs.demo import encode_texts
 from q4kd.harness.inputs.training_documents import DOCUMENTS, MASKED, document_texts, run_settings
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.subjects.data.settings import settings_cases, settings_table
 from q4kd.trainer.files import write_json
 
 SEQ_LEN = 24
@@ -48,6 +49,12 @@ def _write_texts(folder: Path, texts: list[str], _tokens: list[list[int]]) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     (folder / "picture.txt").write_bytes(b"\xff\xd8\xff\xe0")  # no text: such files are passed over
+
+
+def _write_more_texts(folder: Path, texts: list[str], tokens: list[list[int]]) -> None:
+    """Write the same files and one beside them that the pattern leaves out."""
+    _write_texts(folder, texts, tokens)
+    (folder / "notes.txt").write_text(texts[0], encoding="utf-8")
 
 
 def _write_clone(folder: Path, texts: list[str], _tokens: list[list[int]]) -> None:
@@ -116,7 +123,7 @@ FORMATS: dict[str, tuple[str, _Write, dict[str, object]]] = {
     ),
     "parquet": ("text.parquet", _write_parquet, {}),
     "text files": ("texts", _write_texts, {}),
-    "text files by a pattern": ("more-texts", _write_texts, {"data_glob": "part-*/*.txt", "data_format": "text"}),
+    "text files by a pattern": ("more-texts", _write_more_texts, {"data_glob": "part-*/*.txt", "data_format": "text"}),
     "ids, npy": ("ids-npy", _write_npy, {}),
     "ids and labels, JSONL": (
         "ids.jsonl",
@@ -171,12 +178,13 @@ def _cases(inputs: Inputs) -> Path:
     for name, (file, write, below) in FOLDERS.items():
         settings = run_settings(inputs, data(file, write) / below, seq_len=SEQ_LEN)
         cases[name] = {"settings": settings, "sequences": 1, "steps": steps, "resume": 0}
+    cases |= settings_cases(inputs)
     return inputs.file("format-cases.json", lambda path: write_json(path, cases))
 
 
 @experiment(
     "data-formats",
-    "one epoch on the same documents in ten formats",
+    "one epoch on the same documents in ten formats, and under each setting of how data is read",
     Arm(
         None,
         lambda inputs: probe_words("training-batches", cases=_cases(inputs), out="batches.npz"),
@@ -195,4 +203,4 @@ def _collect_formats(run_dir: Path, inputs: Inputs) -> Facts:
         pairs = sorted(zip(found[f"{name}-ids"].tolist(), found[f"{name}-labels"].tolist(), strict=True))
         wrong = sum(seen != window for seen, window in zip(pairs, expected, strict=True))
         (folders if name in FOLDERS else table)[name] = wrong
-    return {"tables": {"formats": table, "folders": folders}}
+    return {"tables": {"formats": table, "folders": folders, "settings": settings_table(inputs, found)}}

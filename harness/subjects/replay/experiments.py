@@ -9,6 +9,7 @@ from q4kd.harness.inputs.arrays import Array, Arrays, Floats
 from q4kd.harness.inputs.collect import Comparators, collect_probe, read_events, save_pairs
 from q4kd.harness.inputs.command_lines import probe_words
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.subjects.replay.adapters import compare_merged
 from q4kd.harness.subjects.replay.recipes import LEGS, Leg, command_lines, replayed
 from q4kd.trainer.files import read_json, write_json
 
@@ -61,10 +62,21 @@ def _trained(run_dir: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _plain(tensors: dict[str, Any], names: list[str]) -> Arrays:
-    """Return tensors by the start's names, float64; what is missing is NaN, which no comparison accepts."""
-    nan = np.full(_ROW, np.nan)
-    return {f"weight:{name}": tensors[name].double().numpy() if name in tensors else nan for name in names}
+def _adapters(run_dir: Path, name: str) -> dict[str, Any]:
+    """Return the adapters that a run wrote, by the replay's names."""
+    from q4kd.harness.oracles.adapters import by_module
+
+    return by_module(_tensors(run_dir / name / "adapter" / "adapter_model.safetensors"))
+
+
+def _plain(tensors: dict[str, Any], start: Arrays) -> Arrays:
+    """Return tensors by the start's names, float64; what is missing, or of another shape, is NaN, no equal."""
+
+    def plain(name: str, like: Array) -> Array:
+        found = tensors[name].double().numpy() if name in tensors else None
+        return np.full_like(like, np.nan) if found is None or found.shape != like.shape else found
+
+    return {f"weight:{name}": plain(name, like) for name, like in start.items()}
 
 
 def _model_table(run_dir: Path, name: str, leg: Leg, names: list[str]) -> dict[str, int | bool]:
@@ -80,8 +92,8 @@ def _model_table(run_dir: Path, name: str, leg: Leg, names: list[str]) -> dict[s
     }
 
 
-def _best_table(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> dict[str, bool]:
-    """Say whether the best checkpoint is the one whose replayed figures are best, among others that are not."""
+def _best_table(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> dict[str, bool | str]:
+    """Say whether the best checkpoint is the one whose replayed figures are best, and which were written and kept."""
     metric = str(leg.more["best_metric"])
     sign = -1 if metric == "agreement" else 1
     values = sign * expected["evaluations"][1:, _FIGURES.index(metric)]
@@ -89,22 +101,28 @@ def _best_table(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> dict[st
     best, path = int(steps[values.argmin()]), run_dir / name / "checkpoints" / "best.json"
     named = read_json(path) if path.is_file() else {}
     # A step's checkpoint, or where that is not among the newest, its weights.
-    name = str(named.get("checkpoint"))
-    return {
-        "best.json names it": name in (f"step-{best:06d}", f"best-{best:06d}"),
+    kept = str(named.get("checkpoint"))
+    table: dict[str, bool | str] = {
+        "best.json names it": kept in (f"step-{best:06d}", f"best-{best:06d}"),
         "by its metric": named.get("metric") == metric,
-        "it is kept": (path.parent / name / "model.safetensors").is_file(),
-        # The weights of a fresh student are those of a version of transformers: which step is its best is theirs.
-        **({} if leg.is_fresh else {"it is the last": best == int(steps[-1])}),
+        "it is kept": (path.parent / kept / "model.safetensors").is_file(),
     }
+    # The weights of a fresh student are those of a version of transformers: which step is its best is theirs.
+    if not leg.is_fresh:
+        written = read_events(run_dir, "checkpoint", f"{name}.jsonl")
+        table["it is the last"] = best == int(steps[-1])
+        table["it can be resumed"] = (path.parent / kept / "optimizer.safetensors").is_file()
+        table["written"] = ", ".join(sorted((str(line["path"]) for line in written), key=lambda path: path[5:]))
+        table["left"] = ", ".join(sorted(folder.name for folder in path.parent.glob("*-*")))
+    return table
 
 
 def _compare(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> tuple[Comparators, dict[str, object]]:
     steps = _logged(run_dir, name, "step", _TERMS)
     if not len(steps):
         return {}, {}
-    names = [key.removeprefix("start:") for key in expected if key.startswith("start:")]
-    trained = _plain(_trained(run_dir, name), names)
+    start = {key.removeprefix("start:"): value for key, value in expected.items() if key.startswith("start:")}
+    trained = _plain(_adapters(run_dir, name) if leg.targets else _trained(run_dir, name), start)
     figures, replayed_figures = _logged(run_dir, name, "eval", _FIGURES), expected["evaluations"]
     moved = [_movement(weights, expected) for weights in (trained, expected)]
     if leg.rounds_weights:
@@ -119,11 +137,14 @@ def _compare(run_dir: Path, name: str, leg: Leg, expected: Arrays) -> tuple[Comp
         f"{name}-evaluations": (_column(figures), _column(replayed_figures)),
         f"{name}-weights": (moved[0], moved[1]),
     }
-    tables = {
-        f"{name}-model": _model_table(run_dir, name, leg, names),
+    comparators = save_pairs(run_dir, pairs, _SOURCES)
+    if leg.targets:
+        merged, tables = compare_merged(run_dir, name, leg, expected)
+        return comparators | merged, tables
+    return comparators, {
+        f"{name}-model": _model_table(run_dir, name, leg, list(start)),
         f"{name}-best": _best_table(run_dir, name, leg, expected),
     }
-    return save_pairs(run_dir, pairs, _SOURCES), dict(tables)
 
 
 @experiment(

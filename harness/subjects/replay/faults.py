@@ -27,6 +27,7 @@ _RATE = "q4kd.trainer.train.step:learning_rate"
 _LOSS = "q4kd.trainer.loss.fused:kd_loss"
 _LOSS_SETTINGS = "q4kd.trainer.config.settings:DistillConfig.loss"
 _SETTINGS = "q4kd.trainer.config.settings:make_config"
+_ADAPT = "q4kd.trainer.student.lora:add_adapters"
 _OPTIMIZER = "q4kd.trainer.train.optimizer:MasterWeightOptimizer"
 _MAKE = "q4kd.trainer.train.optimizer:make_optimizer"
 _RESTORE = "q4kd.trainer.train.checkpoint:restore_checkpoint"
@@ -103,9 +104,17 @@ def _ignore(setting: str) -> None:
     replace(_SETTINGS, make)
 
 
-for _setting in ("seed", "epochs", "beta2", "eps"):
+for _setting in (
+    "seed", "epochs", "beta2", "eps", "lora_alpha", "lora_dropout", "lora_targets", "keep", "checkpoint_every",
+    "best_resumable",
+):  # fmt: skip
     _title = f"the setting {_setting} is read and not used"
     declare("loop", f"{_setting}-ignored", _title, functools.partial(_ignore, _setting), _SETTINGS)
+
+
+@patch("loop", "lora_rank-doubled", "adapters have twice the rank of the settings", _ADAPT)
+def _lora_rank_doubled(original: Call, student: object, config: "DistillConfig") -> object:
+    return original(student, dataclasses.replace(config, lora_rank=2 * config.lora_rank))
 
 
 def _settle(setting: str, value: object) -> None:

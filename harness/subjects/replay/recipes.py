@@ -89,6 +89,11 @@ class Leg:
         return bool(self.more.get("completion_only", True))
 
     @property
+    def targets(self) -> list[str]:
+        """Names of the modules that have adapters; none where all weights are trained."""
+        return str(self.more["lora_targets"]).split(",") if self.settings.get("lora_rank") else []
+
+    @property
     def rounds_weights(self) -> bool:
         """Whether the student is bfloat16."""
         return self.more.get("student_dtype") == "bfloat16"
@@ -114,12 +119,18 @@ LEGS: Mapping[str, Leg] = {
         # The rate is too high on purpose: agreement falls from 26 of 320 tokens to 4 in the last step, so that the best
         # checkpoint is not the last by far more than the tokens that another processor decides otherwise.
         {"seed": 6, "lr": 0.3, "divergence": "reverse_kl", "schedule": "linear", **_THREE_LARGE_STEPS},
-        {"packing": "stream", "completion_only": False, "chunk_tokens": 50, "best_metric": "agreement", "keep": 1},
+        {"packing": "stream", "completion_only": False, "chunk_tokens": 50, "best_metric": "agreement", "keep": 1}
+        | {"best_resumable": True},
     ),
     "jsd": Leg(
         {"seed": 15, "divergence": "jsd", "beta": 0.3, "schedule": "constant", "warmup_steps": 0, "epochs": 0.3},
         {"packing": "none", "loss_mode": "low", "best_metric": "kl", "keep": 1},
         is_fresh=True,
+    ),
+    "adapters": Leg(
+        {"seed": 16, "steps": 4, "schedule": "constant", "warmup_steps": 0, "lr": 0.02, "eval_every": 0, "clip": 1e9}
+        | {"lora_rank": 3, "lora_alpha": 7.5, "lora_dropout": 0.25},
+        {"lora_targets": "q_proj,down_proj"},
     ),
 }
 
@@ -159,6 +170,8 @@ def _start_weights(inputs: Inputs, leg: Leg) -> Arrays:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from q4kd.harness.oracles.adapters import fresh_adapters
+
     folder = _student(inputs, leg)
     if leg.is_fresh:
         torch.manual_seed(leg.settings["seed"])
@@ -169,14 +182,18 @@ def _start_weights(inputs: Inputs, leg: Leg) -> Arrays:
         tensors = load_file(folder / "model.safetensors")
     # A student is loaded in its dtype, and its masters begin there.
     dtype = torch.bfloat16 if leg.rounds_weights else torch.float32
-    return {name: value.to(dtype).double().numpy() for name, value in tensors.items()}
+    start = {name: value.to(dtype).double().numpy() for name, value in tensors.items()}
+    if leg.targets:
+        start |= fresh_adapters(folder, leg.settings["seed"], leg.settings["lora_rank"], leg.targets)
+    return start
 
 
 def _teach(inputs: Inputs, windows: Windows) -> Floats:
     """Return the teacher's logits of the student's rows ``[N, T, V]``, its weights decoded by the gguf package."""
     import torch
 
-    from q4kd.harness.oracles.training import keep_all, logits_of
+    from q4kd.harness.oracles.adapters import keep_all
+    from q4kd.harness.oracles.training import logits_of
 
     model = read_gguf(small_teacher(inputs))
     config = {

@@ -91,6 +91,8 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> Facts:
         "final model": (out / "model").exists(),
     }
     said = ended["said"]
+    # Each is a setting, its value, and "(saves 96.5 MB)".
+    helps = said.partition("what helps: ")[2].partition(";")[0]
     kinds = {
         "not-finite": {
             "files of the batch": len([path for path in saved if path.suffix == ".npz"]),
@@ -107,7 +109,7 @@ def _collect_ended(run_dir: Path, _inputs: Inputs) -> Facts:
         "memory": {
             "says what was asked": re.search(r"on cpu: asked for \d", said) is not None,
             "says what is held": "; held: host" in said,
-            "says what helps": "what helps: batch_size" in said and "(saves " in said,
+            "what helps": ", ".join(part.split()[0] for part in helps.split("), ") if "(saves " in part),
         },
         "disk": {
             "says so": "the checkpoint cannot be written" in said,

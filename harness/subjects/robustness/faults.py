@@ -35,6 +35,7 @@ _WATCH = "q4kd.trainer.train.hang_watchdog:HangWatchdog._watch"
 _DUMP = "q4kd.trainer.train.hang_watchdog:_dump"
 _HEAR = "q4kd.trainer.train.stop_request:StopRequest._hear"
 _AGREED = "q4kd.trainer.train.stop_request:StopRequest.agreed"
+_RELIEFS = "q4kd.trainer.train.memory.plan:reliefs"
 _MEMORY = "q4kd.trainer.train.memory.out_of_memory:is_out_of_memory"
 
 
@@ -90,6 +91,11 @@ def _signal_ignored(_original: Call, _self: object, _accelerator: object) -> int
 @patch("memory", "memory-not-explained", "an allocation that fails is an internal error", _MEMORY)
 def _memory_not_explained(_original: Call, _error: object) -> bool:
     return False
+
+
+@patch("memory", "relief-forgotten", "that gradient checkpointing takes less memory is not thought of", _RELIEFS)
+def _relief_forgotten(original: Callable[..., list[tuple[str, object]]], config: object) -> list[tuple[str, object]]:
+    return [found for found in original(config) if found[0] != "gradient_checkpointing"]
 
 
 # --- checkpoints and resume ---

@@ -1,20 +1,24 @@
-"""Faults in where settings come from: other defaults and bounds, a run file read or printed in another way."""
+"""Faults in settings: other defaults and bounds, a run file read or printed in another way, settings passed over."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from q4kd.harness.runs.faults import Call, patch
+from q4kd.harness.runs.faults import Call, declare, patch, replace
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from q4kd.trainer.config.settings import DistillConfig
     from q4kd.trainer.config.value import Setting
 
 _OF = "q4kd.trainer.config.value:Setting.of"
 _CONVERT = "q4kd.trainer.config.value:Setting.convert"
 _READ = "q4kd.trainer.config.run_file:read_run_file"
 _SCALAR = "q4kd.trainer.config.run_file:_scalar"
+_SETTINGS = "q4kd.trainer.config.settings:make_config"
+_PUBLIC = "q4kd.trainer.train.run.tracking:public_settings"
 _PLAIN = "q4kd.trainer.yaml_lines:scalar_of_yaml_1_1"
 
 
@@ -48,3 +52,22 @@ def _printed_numbers_rounded(original: Callable[[object], str], value: object) -
 @patch("dispatch", "octal-read-as-decimal", "an integer with a leading zero is read to the base of ten", _PLAIN)
 def _octal_read_as_decimal(original: Call, text: str) -> Any:
     return int(text) if text.isdigit() else original(text)
+
+
+@patch("logging", "trackers-told-folders", "trackers are told paths whole, with the names of folders", _PUBLIC)
+def _trackers_told_folders(original: Callable[..., dict[str, object]], config: "DistillConfig") -> dict[str, object]:
+    return original(config) | {"teacher": str(config.teacher)}
+
+
+def _ignore(setting: str) -> None:
+    def make(original: Call) -> Call:
+        return lambda values: original({key: value for key, value in values.items() if key != setting})
+
+    replace(_SETTINGS, make)
+
+
+for _setting in (
+    "gradient_checkpointing", "compile", "student_kernels", "trackers", "loss_logits", "loss_mode", "chunk_tokens",
+):  # fmt: skip
+    _title = f"the setting {_setting} is read and not used"
+    declare("loop", f"{_setting}-ignored", _title, functools.partial(_ignore, _setting), _SETTINGS)

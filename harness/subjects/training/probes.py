@@ -1,5 +1,6 @@
 """Measurements of the student: the trainer's own step under other settings, and its command line on two processes."""
 
+import argparse
 import functools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import numpy as np
 from q4kd.harness.inputs.arrays import Arrays, save_arrays
 from q4kd.harness.records.json_types import JsonObject
 from q4kd.harness.runs.probes import probe
+from q4kd.harness.subjects.runs.following import Passes, recorded_compiler, tracked
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_json
 
@@ -56,6 +58,7 @@ class _Trained:
         self.student = loaded
         self.before = {name: value.detach().clone() for name, value in self.student.named_parameters()}
         model, optimizer, self.adapted = run.prepare_student(config, accelerator, self.student)
+        self.passes = Passes(self.student.base_model.layers[0].mlp)
         rng = np.random.default_rng(3)
         self.losses = []
         model.train()
@@ -83,7 +86,10 @@ def student_steps(teacher: Path, student: Path, out: Path, facts: Path) -> None:
     from q4kd.trainer.train.distributed import whole_state
 
     loaded = load_teacher(place_teacher(teacher, dtype="float32"), events=EventLog(None), announce=lambda _line: None)
-    arrays: Arrays = {name: np.array(_Trained(student, loaded, settings).losses) for name, settings in VARIANTS.items()}
+    trained = {name: _Trained(student, loaded, settings) for name, settings in VARIANTS.items()}
+    arrays: Arrays = {name: np.array(variant.losses) for name, variant in trained.items()}
+    with recorded_compiler() as compiled:
+        through = _Trained(student, loaded, {"compile": True}).student
     lora = _Trained(student, loaded, {"lora_rank": 4})
     after = {name.replace(".base_layer.", "."): value for name, value in lora.student.named_parameters()}
     frozen = [name for name in lora.before if torch.equal(lora.before[name], after[name])]
@@ -107,6 +113,13 @@ def student_steps(teacher: Path, student: Path, out: Path, facts: Path) -> None:
             "of them moved": sum(bool(value.abs().max() > 0) for value in adapters),
         },
         "masters": _tiny_updates(),
+        "passes": {
+            "of a layer": trained["whole"].passes.count,
+            "of a layer, recomputed, in twice as many micro-batches": trained["recomputed"].passes.count,
+            "of the layers, compiled": sum(module is through.base_model for module in compiled),
+            "of anything else, compiled": sum(module is not through.base_model for module in compiled),
+        },
+        "tracked": tracked(),
     }
     write_json(facts, {"tables": tables})
 
@@ -168,8 +181,10 @@ def distill_ranks(kind: Literal["copies", "shards"], /, *words: str) -> int:
 
 @probe("refused-settings")
 def refused_settings(out: Path) -> None:
-    """Give settings that do not exist, or exist under a name that is nearly theirs, beside their valid twins."""
+    """Give settings that do not exist, or that cannot be followed here, beside their valid twins."""
     from q4kd.trainer.config.settings import make_config
+    from q4kd.trainer.student.model import set_up_student
+    from q4kd.trainer.train.run.tracking import tracker_names
 
     base: dict[str, object] = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
     cases: list[tuple[str, dict[str, object], dict[str, object], str]] = [
@@ -177,18 +192,58 @@ def refused_settings(out: Path) -> None:
         ("rank", {"lora_rnk": 8}, {"lora_rank": 8}, "did you mean lora_rank?"),
         ("nothing like it", {"zzzzzzzz": 1}, {"steps": 1}, "use one of"),
         ("range", {"clip": -1.0}, {"clip": 1.0}, "q4kd distill --help"),
+        ("kernels", {"student_kernels": "liger"}, {"student_kernels": "torch"}, "use student_kernels torch"),
+        ("tracker", {"trackers": "tensorbord"}, {"trackers": ""}, "did you mean tensorboard?"),
     ]
     records: list[JsonObject] = []
     for name, wrong, right, remedy in cases:
         outcomes: list[str | None] = []
         for values in (wrong, right):
             try:
-                make_config(base | values)
+                config = make_config(base | values)
+                tracker_names(config)
+                set_up_student(None, config)
                 outcomes.append(None)
             except InputError as error:
                 outcomes.append(type(error).__name__ if remedy in str(error) else "another message")
         records.append({"case": name, "error": outcomes[0], "twin": f"{name}, valid", "twin_error": outcomes[1]})
-    write_json(out, {"cases": records, "tables": {"bounds": _at_the_bounds()}})
+    write_json(
+        out,
+        {"cases": records, "tables": {"bounds": {**_at_the_bounds(), **_cache_options()}, "loss": _loss_settings()}},
+    )
+
+
+def _cache_options() -> JsonObject:
+    """Return which numbers at and outside the bounds of its options ``q4kd cache`` takes or refuses wrongly."""
+    from q4kd.trainer.cli import cache
+    from q4kd.trainer.config.settings import make_config
+
+    config = make_config({"teacher": "t", "student": "s", "data": "d", "out": "o"})
+    good = {"k": 32, "sample_tokens": 4096, "shard_mb": 64}
+    wrong: list[str] = []
+    for name, low, high in (("k", 1, 4096), ("sample_tokens", 0, 1 << 24), ("shard_mb", 1, 1000)):
+        for value in (low - 1, low, high, high + 1):
+            try:
+                cache._check_arguments(argparse.Namespace(**{**good, name: value}), config)
+                taken = True
+            except InputError:
+                taken = False
+            if taken != (low <= value <= high):
+                wrong.append(f"{name}: {value} is {'taken' if taken else 'refused'}")
+    return {"options of q4kd cache, taken or refused wrongly": ", ".join(wrong) or "none"}
+
+
+def _loss_settings() -> JsonObject:
+    """Return what the loss gets of settings of which none is at its default."""
+    from q4kd.trainer.config.settings import make_config
+
+    given = {
+        "alpha": 0.25, "temperature": 3.0, "divergence": "jsd", "beta": 0.75, "loss_mode": "low", "chunk_tokens": 77,
+        "loss_logits": "bfloat16",
+    }  # fmt: skip
+    config = make_config({"teacher": "t", "student": "s", "data": "d", "out": "o", **given})
+    names = ("alpha", "temperature", "divergence", "beta", "mode", "chunk_tokens", "logits")
+    return {name: str(getattr(config.loss, name)) for name in names}
 
 
 def _at_the_bounds() -> JsonObject:

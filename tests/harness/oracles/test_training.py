@@ -8,15 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from q4kd.harness.inputs.small_pair import completion_documents, small_student, small_teacher  # noqa: E402
+from q4kd.harness.oracles.adapters import keep_all, seeded_dropout  # noqa: E402
 from q4kd.harness.oracles.reference import from_hugging_face, reference_logits, reference_loss  # noqa: E402
 from q4kd.harness.oracles.training import (  # noqa: E402
     Recipe,
     _AdamW,
     divergences,
-    keep_all,
     logits_of,
     rate_of,
-    seeded_dropout,
 )
 from q4kd.harness.oracles.windows import cut_windows  # noqa: E402
 from q4kd.harness.runs.experiment import Inputs  # noqa: E402

@@ -170,3 +170,8 @@ def test_the_file_is_named_in_the_refusal(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"num_heads 4, got 3 in other\.gguf|num_heads \d+, got 3 in other\.gguf"):
         check_comparable(other, model)
+
+
+def test_the_error_of_an_agreement_of_two_tokens_is_theirs() -> None:
+    scores = Scores(np.ones(2), np.ones(2), np.full(2, 2.0), np.array([True, False]), np.array([0, 1]))
+    assert summarise(scores)["top1_agreement"] == {"mean": 0.5, "error": 0.5}

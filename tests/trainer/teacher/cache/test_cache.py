@@ -203,20 +203,36 @@ def test_a_student_that_says_what_the_cache_does_is_refused(
     from q4kd.trainer.train.guards import check_cached_not_degenerate
 
     model = DistillationModel(load_student(student_path(), 1), KDLossConfig()).eval()
-    ids = torch.arange(SEQ_LEN)[None]
+    ids = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
     with torch.no_grad():
-        logits = model.hidden(ids)[0] @ model.head_weight.T
-    batch = Batch(ids, ids, None, np.array([0]))
-    for scale, name in ((1.0, "same"), (8.0, "other")):
+        logits = model.hidden(ids).flatten(0, 1) @ model.head_weight.T
+    batch = Batch(ids, ids, None, np.array([0, 1]))
+    # The first sequence of the batch decides, whatever is said of the second.
+    for scales, name in (((1.0, 8.0), "same"), ((8.0, 1.0), "other")):
         (tmp_path / name).mkdir()
-        index = CacheIndex(tmp_path / name, CacheKey("", "", "", VOCAB, SEQ_LEN, 1, "none"), 8, {})
-        index.write_shard(0, take_top(logits * scale, 8))
+        index = CacheIndex(tmp_path / name, CacheKey("", "", "", VOCAB, SEQ_LEN, 2, "none"), 8, {})
+        index.write_shard(0, take_top(logits * torch.tensor(scales).repeat_interleave(SEQ_LEN)[:, None], 8))
         cached = CachedTeacher(index)
-        if scale == 1:
+        if name == "same":
             with pytest.raises(DegenerateDistillationError, match="over the cached tokens"):
                 check_cached_not_degenerate(cached, model, batch)
         else:
             assert check_cached_not_degenerate(cached, model, batch) > 1e-3
+
+
+@pytest.mark.parametrize(("every_s", "lines"), [(0.0, 3), (1e6, 0)])
+def test_progress_is_said_now_and_then(
+    every_s: float, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from q4kd.trainer.teacher.cache.store import CacheIndex, CacheKey
+
+    monkeypatch.setattr(cache_writer, "_SAY_EVERY_S", every_s)
+    say = cache_writer._progress(CacheIndex(tmp_path, CacheKey("", "", "", VOCAB, SEQ_LEN, 9, "none"), 8, {}), 9)
+    for _ in range(3):
+        say(2)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    assert not said or said[-1].startswith("cache: 6 of 9 windows")
 
 
 def test_a_killed_writer_loses_one_shard_and_resumes_to_the_same_bytes(
