@@ -14,6 +14,7 @@ import numpy.typing as npt
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import save_pairs
 from q4kd.harness.inputs.demo import demo_teacher, golden_teacher
+from q4kd.harness.inputs.split_models import THREE, shards, write_split
 from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 
@@ -54,6 +55,15 @@ def _files(inputs: Inputs) -> list[Path]:
     return [demo_teacher(inputs), golden_teacher(inputs), inputs.file("models/every-kind.gguf", make)]
 
 
+def _named_shards(inputs: Inputs) -> list[Path]:
+    """Return a shard of each of two splits of the demo's file: a last one, and a first one that has no tensors."""
+    named = []
+    for name, is_empty, index in (("split", False, -1), ("split-empty-first", True, 0)):
+        make = functools.partial(write_split, source=demo_teacher(inputs), tensors=THREE, empty_first=is_empty)
+        named.append(shards(inputs.file(f"models/demo-{name}", make))[index])
+    return named
+
+
 def _package_rows(path: Path) -> npt.NDArray[np.uint8]:
     reader = gguf.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -65,7 +75,8 @@ def _package_rows(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _argv(inputs: Inputs) -> list[str]:
-    return ["probe", "read-headers", "--out", "rows.npz", "--models", *map(str, _files(inputs))]
+    files = ["--models", *map(str, _files(inputs)), "--shards", *map(str, _named_shards(inputs))]
+    return ["probe", "read-headers", "--out", "rows.npz", *files]
 
 
 @experiment(
@@ -76,6 +87,8 @@ def _argv(inputs: Inputs) -> list[str]:
 def _collect_headers(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "rows.npz")):
         return {"comparators": {}}
-    theirs = np.concatenate([_package_rows(path) for path in _files(inputs)])
-    pair = {"headers": (found["rows"], theirs)}
-    return {"comparators": save_pairs(run_dir, pair, ("q4kd's own reader", "the gguf package"))}
+    theirs = [_package_rows(path) for path in _files(inputs)]
+    pairs = {"headers": (found["rows"], np.concatenate(theirs))}
+    # Every split is of the first model, which the package reads whole.
+    pairs["split"] = (found["shards"], np.concatenate(theirs[:1] * len(_named_shards(inputs))))
+    return {"comparators": save_pairs(run_dir, pairs, ("q4kd's own reader", "the gguf package"))}

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, check_tensors, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
-from q4kd.trainer.formats.gguf.header import Header, TensorEntry, read_header
+from q4kd.trainer.formats.gguf.header import Header, TensorEntry
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
+from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
-from q4kd.trainer.mapped import MappedFile
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
@@ -46,25 +46,26 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def open_gguf(path: Path) -> ModelFile:
-    """Open and check a GGUF teacher.
+    """Open and check a GGUF teacher; any shard of a split one stands for all of them.
 
     Raises:
         InputError: as ``open_model``.
     """
-    mapped = MappedFile(path)
-    header = read_header(path, mapped.data)
-    metadata = header.metadata
-    _refuse_split(path, metadata)
+    shards = open_shards(path)
+    path, metadata = shards[0].path, model_metadata(shards)
     _refuse_companion(path, metadata)
     architecture = check_architecture(path, metadata.get("general.architecture"))
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     _refuse_unsupported(path, architecture, values)
-    if not header.tensors:
+    tensors: dict[str, PackedTensor] = {}
+    for shard in shards:
+        header, data = shard.header, shard.mapped.data
+        tensors |= {entry.name: _packed(shard.path, entry, header, data) for entry in header.tensors}
+        check_layout(shard.path, header, tensors)
+    if not tensors:
         expected, got, remedy = "a model with weights", "no tensor", "name the model's own file"
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
-    tensors = {entry.name: _packed(path, entry, header, mapped.data) for entry in header.tensors}
-    check_layout(path, header, tensors)
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)
@@ -74,8 +75,7 @@ def open_gguf(path: Path) -> ModelFile:
         tensors=tensors,
         tokens=read_tokens(metadata),
         metadata=metadata,
-        file_bytes=len(mapped.data),
-        mapped=mapped,
+        files=tuple(shard.mapped for shard in shards),
     )
 
 
@@ -106,16 +106,6 @@ def check_layout(path: Path, header: Header, tensors: Mapping[str, PackedTensor]
             expected = f"data that begin where the tensor before it ends, at byte {end}"
             raise InputError(f"{path}: tensor {entry.name}", expected=expected, got=got, remedy=_REMEDY)
         end += -(-tensors[entry.name].num_bytes // header.alignment) * header.alignment
-
-
-def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
-    count = metadata.get("split.count")
-    if isinstance(count, int) and count > 1:
-        number = metadata.get("split.no")
-        got = f"part {number + 1 if isinstance(number, int) else '?'} of {count}"
-        first = f"{path.name.rsplit('-', 3)[0]}-00001-of-{count:05d}.gguf"
-        remedy = f"merge the parts: llama-gguf-split --merge {first} merged.gguf"
-        raise InputError(str(path), expected="a single GGUF file", got=got, remedy=remedy)
 
 
 def _refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ class OnlineSource:
         return {}
 
     def describe(self, sha256: str) -> dict[str, str | int]:
-        """Return what run.json says of the teacher, whose file has this digest."""
-        path = self.teacher.model.path
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+        """Return what run.json says of the teacher, whose files have this digest."""
+        model = self.teacher.model
+        return {"file": model.path.name, "bytes": model.file_bytes, "sha256": sha256}
 
     def metadata(self) -> Mapping[str, Any]:
         """Return the metadata of the teacher's file."""
