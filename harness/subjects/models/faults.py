@@ -100,7 +100,7 @@ for _name, _title, _target in (
     (
         "metadata-unchecked",
         "metadata that change the model are ignored",
-        "q4kd.trainer.formats.gguf.reader:_refuse_unsupported",
+        "q4kd.trainer.formats.gguf.reader:refuse_unsupported",
     ),
     (
         "layout-unchecked",

@@ -37,7 +37,7 @@ def rows(
     return np.stack([np.frombuffer(hashlib.sha256(part).digest(), np.uint8) for part in parts])
 
 
-def _every_kind(writer: gguf.GGUFWriter) -> None:
+def every_kind(writer: gguf.GGUFWriter) -> None:
     """Add metadata of every type, a vocabulary with scores, and another alignment than the usual one."""
     for name, value in _SCALARS.items():
         kind = gguf.GGUFValueType[name]
@@ -51,7 +51,7 @@ def _every_kind(writer: gguf.GGUFWriter) -> None:
 
 def _files(inputs: Inputs) -> list[Path]:
     """Return the demo's file (tokens, types, merges), one of llama.cpp's, and one that holds every type."""
-    make = functools.partial(write_small_model, model=MODELS["mistral"], change=_every_kind)
+    make = functools.partial(write_small_model, model=MODELS["mistral"], change=every_kind)
     return [demo_teacher(inputs), golden_teacher(inputs), inputs.file("models/every-kind.gguf", make)]
 
 

@@ -53,11 +53,11 @@ def open_gguf(path: Path) -> ModelFile:
     """
     shards = open_shards(path)
     path, metadata = shards[0].path, model_metadata(shards)
-    _refuse_companion(path, metadata)
+    refuse_companion(path, metadata)
     architecture = check_architecture(path, metadata.get("general.architecture"))
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    _refuse_unsupported(path, architecture, values)
+    refuse_unsupported(path, architecture, values)
     tensors: dict[str, PackedTensor] = {}
     for shard in shards:
         header, data = shard.header, shard.mapped.data
@@ -108,14 +108,23 @@ def check_layout(path: Path, header: Header, tensors: Mapping[str, PackedTensor]
         end += -(-tensors[entry.name].num_bytes // header.alignment) * header.alignment
 
 
-def _refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse an adapter, a vision projector or an importance matrix: such a file goes with a model but is none."""
+def refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter, a vision projector or an importance matrix: such a file goes with a model but is none.
+
+    Raises:
+        InputError: naming what it is.
+    """
     kind, remedy = metadata.get("general.type", "model"), "name the model's own file"
     if kind != "model":
         raise InputError(f"{path}: general.type", expected="model", got=repr(kind)[:80], remedy=remedy)
 
 
-def _refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any]) -> None:
+def refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any]) -> None:
+    """Refuse metadata that change what a model computes and are not implemented.
+
+    Raises:
+        InputError: naming the first such key.
+    """
     for key, value in values.items():
         if key not in _KNOWN and value not in _NEUTRAL.get(key, ()):
             neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
@@ -148,7 +157,7 @@ def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np
     type_name = GGML_TYPES.get(entry.type_id)
     if type_name is None:
         expected, remedy = f"type {', '.join(FORMATS)}", "quantise the model to Q4_K_M or Q6_K"
-        raise InputError(subject, expected=expected, got=_type_name(entry.type_id), remedy=remedy)
+        raise InputError(subject, expected=expected, got=ggml_type_name(entry.type_id), remedy=remedy)
     row_bytes = FORMATS[type_name].row_bytes(shape[-1])
     needed = math.prod(shape[:-1]) * row_bytes
     start = header.data_start + entry.offset
@@ -159,7 +168,7 @@ def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np
     return PackedTensor(entry.name, type_name, shape, data[start : start + needed].reshape(-1, row_bytes))
 
 
-def _type_name(type_id: int) -> str:
+def ggml_type_name(type_id: int) -> str:
     """Return the name of a type that is not supported, as far as the gguf package knows it."""
     import gguf
 

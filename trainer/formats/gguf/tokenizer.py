@@ -1,6 +1,6 @@
 """Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf/vocabulary.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import gguf
@@ -24,20 +24,17 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     Raises:
         InputError: when the file holds none, or one whose way of splitting text is not known here.
     """
-    kind, pre = model.metadata.get("tokenizer.ggml.model"), model.metadata.get("tokenizer.ggml.pre")
     types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
+    check_kind(subject, model.metadata)
     if not _is_array(types) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
     used = enumerate(zip(model.tokens, types, strict=True))
     vocab = {token: index for index, (token, of_token) in used if of_token != gguf.TokenType.UNUSED}
     try:
-        if kind == SENTENCEPIECE and model.tokens:
+        if model.metadata["tokenizer.ggml.model"] == SENTENCEPIECE:
             tokenizer = _sentencepiece(model, vocab, types)
-        elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
-            tokenizer = _byte_level(model, vocab, str(pre))
         else:
-            expected = f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama"
-            raise InputError(subject, expected=expected, got=f"{kind!r} with {pre!r}", remedy=_OTHERWISE)
+            tokenizer = _byte_level(model, vocab, model.metadata["tokenizer.ggml.pre"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         expected = "tokens and merges that fit together"
         raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
@@ -47,6 +44,19 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
         # All at once: the library goes over every added token at each call.
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     return tokenizer
+
+
+def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer of a kind, or with a pre-tokenizer, that is not known here, and a file without one.
+
+    Raises:
+        InputError: naming both.
+    """
+    kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
+    if not ((kind == SENTENCEPIECE and tokens) or (kind == "gpt2" and pre in _PRE_TOKENIZERS)):
+        expected = f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama"
+        got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
+        raise InputError(subject, expected=expected, got=got, remedy=_OTHERWISE)
 
 
 def _is_array(value: object) -> TypeGuard[Sequence[Any]]:
