@@ -14,7 +14,7 @@ from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import make_encoder, open_data
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.device.placement import place_teacher
-from q4kd.trainer.errors import InputError, OutOfMemoryError
+from q4kd.trainer.errors import InputError, OutOfMemoryError, is_out_of_memory
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.student.folder import check_folder, has_weights
@@ -25,7 +25,6 @@ from q4kd.trainer.teacher.cache.truncation_error import CacheError, format_error
 from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, write_cache
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 from q4kd.trainer.train.guards import check_vocabulary
-from q4kd.trainer.train.memory.out_of_memory import is_out_of_memory
 from q4kd.trainer.train.run.chat_date import describe_date, keep_chat_date, with_chat_date
 from q4kd.trainer.train.run.folder import locked
 

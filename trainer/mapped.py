@@ -19,7 +19,14 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from q4kd.trainer.errors import FileChangedError, InputError, for_terminal, unreadable
+from q4kd.trainer.errors import (
+    FileChangedError,
+    InputError,
+    OutOfMemoryError,
+    for_terminal,
+    is_out_of_memory,
+    unreadable,
+)
 
 
 class WatchedFile:
@@ -33,6 +40,7 @@ class WatchedFile:
 
     Raises:
         InputError: for a file that cannot be read.
+        OutOfMemoryError: for one that cannot be mapped.
     """
 
     def __init__(self, path: Path, sha256: str | None = None) -> None:
@@ -43,6 +51,8 @@ class WatchedFile:
                 self._found = os.fstat(file.fileno())
                 self._opened(file)
         except OSError as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"{path}: no room to map it; raise this shell's limit (ulimit -v)") from error
             raise unreadable(path, error, "a readable model file") from error
         _watched.add(self)
         _explain_bus_errors()
