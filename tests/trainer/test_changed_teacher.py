@@ -49,7 +49,7 @@ def test_a_resumed_run_knows_all_shards_of_its_teacher(tmp_path: Path, capsys: p
     assert "expected the teacher of that run, sha256" in capsys.readouterr().err
     data[-2] ^= 1
     paths[-1].write_bytes(data)
-    assert main([*_words(paths[0], tmp_path / "run"), "--resume"]) == 0
+    assert main([*_words(paths[1], tmp_path / "run"), "--resume"]) == 0
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4096, None])

@@ -56,7 +56,8 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1, sort_keys=True))
         return 0
     name = for_terminal(args.model)
-    print(f"{name}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
+    held = f"{model.file_bytes:,} bytes" + (f" of {len(model.files)} shards" if len(model.files) > 1 else "")
+    print(f"{name}: {model.config.architecture}, {held} ({model.tensor_bytes:,} in tensors)")
     for key, value in facts["config"].items():
         print(f"  {key:<16} {value}")
     for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):

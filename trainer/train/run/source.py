@@ -29,8 +29,8 @@ class OnlineSource:
         return self.teacher.signal(batch)
 
     def settings(self) -> dict[str, str]:
-        """Return what a resumed run must find again beside its settings: nothing."""
-        return {}
+        """Return what a resumed run must find again: of a split teacher the first shard, whichever was named."""
+        return {"teacher": str(self.teacher.model.path)}
 
     def describe(self, sha256: str) -> dict[str, str | int]:
         """Return what run.json says of the teacher, whose files have this digest."""
