@@ -91,6 +91,16 @@ def _shards_left_out(original: Callable[..., Any], path: object) -> Any:
     return tuple(shard for shard in original(path) if shard.path == path)
 
 
+@patch(
+    "dispatch",
+    "first-reason-only",
+    "inspect names the first part of a file that is not supported, and no other",
+    "q4kd.trainer.formats.gguf.unsupported:find_unsupported",
+)
+def _first_reason_only(original: Callable[..., list[Any]], path: object) -> list[Any]:
+    return original(path)[:1]
+
+
 def _unchecked(target: str, answer: object) -> None:
     replace(target, lambda _original: lambda *_arguments, **_options: answer)
 

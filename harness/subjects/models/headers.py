@@ -15,8 +15,9 @@ from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import save_pairs
 from q4kd.harness.inputs.demo import demo_teacher, golden_teacher
 from q4kd.harness.inputs.split_models import THREE, shards, write_split
-from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
+from q4kd.harness.inputs.synthetic_models import HIDDEN, LAYERS, MODELS, SmallModel, write_small_model
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.trainer.files import read_json
 
 _SCALARS: dict[str, object] = {
     "UINT8": 200, "INT8": -7, "UINT16": 60_000, "INT16": -30_000, "UINT32": 1 << 31, "INT32": -(1 << 31),
@@ -64,6 +65,24 @@ def _named_shards(inputs: Inputs) -> list[Path]:
     return named
 
 
+def _foreign(writer: gguf.GGUFWriter) -> None:
+    """Add what no version of q4kd will know: two types, two settings, two kinds of tensors and a tokenizer."""
+    for layer in range(LAYERS):
+        writer.add_tensor(f"blk.{layer}.never_seen.weight", np.zeros((4, HIDDEN), np.int16))
+    writer.add_tensor("never_seen.weight", np.zeros((4, HIDDEN), np.int8))
+    writer.add_string("brandnew.rope.scaling.type", "never seen")
+    writer.add_uint32("brandnew.never_seen", 1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("never-seen")
+    writer.add_token_list(["a", "b"])
+
+
+def _unsupported(inputs: Inputs) -> Path:
+    """Return a file of an architecture, types, settings, tensors and a tokenizer that are not supported."""
+    model = SmallModel("brandnew", ("Q4_K", "Q6_K"), tied=True)
+    return inputs.file("models/brandnew.gguf", functools.partial(write_small_model, model=model, change=_foreign))
+
+
 def _package_rows(path: Path) -> npt.NDArray[np.uint8]:
     reader = gguf.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -76,7 +95,7 @@ def _package_rows(path: Path) -> npt.NDArray[np.uint8]:
 
 def _argv(inputs: Inputs) -> list[str]:
     files = ["--models", *map(str, _files(inputs)), "--shards", *map(str, _named_shards(inputs))]
-    return ["probe", "read-headers", "--out", "rows.npz", *files]
+    return ["probe", "read-headers", "--out", "rows.npz", *files, "--unsupported", str(_unsupported(inputs))]
 
 
 @experiment(
@@ -91,4 +110,7 @@ def _collect_headers(run_dir: Path, inputs: Inputs) -> Facts:
     pairs = {"headers": (found["rows"], np.concatenate(theirs))}
     # Every split is of the first model, which the package reads whole.
     pairs["split"] = (found["shards"], np.concatenate(theirs[:1] * len(_named_shards(inputs))))
-    return {"comparators": save_pairs(run_dir, pairs, ("q4kd's own reader", "the gguf package"))}
+    comparators = save_pairs(run_dir, pairs, ("q4kd's own reader", "the gguf package"))
+    said = read_json(run_dir / "inspect.json")
+    parts = {part["found"]: part["part"] for part in said["unsupported"]}
+    return {"comparators": comparators, "tables": {"unsupported": parts | {"exit code": said["exit_code"]}}}

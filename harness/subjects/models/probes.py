@@ -1,5 +1,8 @@
 """Measurements on many model files in one child process, through the trainer's own loading functions."""
 
+import contextlib
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -38,13 +41,15 @@ def model_logits(
 
 
 @probe("read-headers")
-def read_headers(out: Path, models: tuple[Path, ...], shards: tuple[Path, ...]) -> None:
+def read_headers(out: Path, models: tuple[Path, ...], shards: tuple[Path, ...], unsupported: Path) -> None:
     """Write ``rows`` and ``shards``: digests of every value and tensor of models as the trainer opens them.
 
-    See ``headers.rows``. A model that is refused has one row of zeros.
+    See ``headers.rows``. A model that is refused has one row of zeros. ``inspect.json`` gets what ``q4kd inspect`` says
+    of an unsupported model, and its exit code.
     """
     import numpy as np
 
+    from q4kd.harness.__main__ import main
     from q4kd.harness.subjects.models.headers import rows
     from q4kd.trainer.errors import InputError
     from q4kd.trainer.formats.open import open_model
@@ -60,6 +65,10 @@ def read_headers(out: Path, models: tuple[Path, ...], shards: tuple[Path, ...]) 
         metadata = {key: plain(value) for key, value in model.metadata.items()}
         return rows(metadata, ((t.name, t.type, t.shape, t.data.tobytes()) for t in model.tensors.values()))
 
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["inspect", str(unsupported), "--json"])
+    said = json.loads(printed.getvalue() or "{}")
+    write_json(Path("inspect.json"), {"exit_code": code, "unsupported": said.get("unsupported", [])})
     save_arrays(out, {name: np.concatenate(list(map(read, of))) for name, of in (("rows", models), ("shards", shards))})
 
 
