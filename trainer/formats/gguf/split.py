@@ -79,6 +79,14 @@ def model_paths(path: Path) -> tuple[Path, ...]:
     return tuple(shard.path for shard in open_shards(path))
 
 
+def shard_names(name: str) -> list[str]:
+    """Return the names of all shards by the name of one, in their order; another name is the only one."""
+    match = _NAME.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]) <= MAX_SHARDS:
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
 def model_metadata(shards: Sequence[Shard]) -> Mapping[str, Any]:
     """Return the metadata of the model itself, the same as if it had never been split."""
     metadata = shards[0].header.metadata

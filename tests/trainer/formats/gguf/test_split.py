@@ -127,6 +127,13 @@ def test_hostile_numbers_are_refused(tmp_path: Path, number: object, count: obje
         open_model(_part(tmp_path / "m.gguf", number, count))
 
 
+def test_the_name_of_a_shard_names_the_others() -> None:
+    wanted = [f"q4/big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert split.shard_names("q4/big-00002-of-00003.gguf") == wanted
+    for name in ("m.gguf", "m-00004-of-00003.gguf", "m-00000-of-00003.gguf", "m-00001-of-99999.gguf", "m-1-of-3.gguf"):
+        assert split.shard_names(name) == [name]
+
+
 def test_one_of_one_is_no_split(tmp_path: Path) -> None:
     for count in (0, 1):
         assert len(open_model(_part(tmp_path / f"m-{count}.gguf", 0, count)).files) == 1
