@@ -1,5 +1,6 @@
 """The errors a user can cause. Each says what was expected, what was found, and what to do next."""
 
+import errno
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -135,6 +136,23 @@ class OutOfMemoryError(TrainingAborted):
     """Host or device has no memory for what was asked."""
 
     exit_code = 75
+
+
+# What torch, NumPy, CuPy and the dynamic loader say, which have no type of their own for it.
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
+_NOT_MAPPED = ("failed to map segment", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that an allocation, or a mapping of a file or library, failed for want of memory."""
+    said = str(error).lower()
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, ImportError):
+        return any(words in said for words in _NOT_MAPPED)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    )
 
 
 class StoppedError(TrainingAborted):

@@ -114,7 +114,12 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # A read makes room for all that it is asked for, so it is asked for no more than the file has.
+            step, parts, left = max(1 << 20, os.fstat(file.fileno()).st_size + 1), [], max_bytes + 1
+            while left and (part := file.read(min(step, left))):
+                parts.append(part)
+                left -= len(part)
+        data = b"".join(parts)
     except OSError as error:
         raise unreadable(path, error) from error
     if len(data) > max_bytes:

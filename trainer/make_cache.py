@@ -14,9 +14,9 @@ from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import make_encoder, open_data
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.device.placement import place_teacher
-from q4kd.trainer.errors import InputError, OutOfMemoryError
+from q4kd.trainer.errors import InputError, OutOfMemoryError, is_out_of_memory
 from q4kd.trainer.events import EventLog
-from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.student.folder import check_folder, has_weights
 from q4kd.trainer.student.model import DistillationModel, encoder, load_student, load_tokenizer, student_dtype
 from q4kd.trainer.teacher.cache.cached_teacher import make_key, training_windows
@@ -25,7 +25,6 @@ from q4kd.trainer.teacher.cache.truncation_error import CacheError, format_error
 from q4kd.trainer.teacher.cache.writer import Pass, check_disk, open_index, write_cache
 from q4kd.trainer.teacher.teacher import Teacher, load_teacher
 from q4kd.trainer.train.guards import check_vocabulary
-from q4kd.trainer.train.memory.out_of_memory import is_out_of_memory
 from q4kd.trainer.train.run.chat_date import describe_date, keep_chat_date, with_chat_date
 from q4kd.trainer.train.run.folder import locked
 
@@ -87,7 +86,8 @@ def _make(
     if k > rows:
         expected, remedy = f"at most {rows}, the student's rows", "choose a smaller k"
         raise InputError(f"--k {k}", expected=expected, got=str(k), remedy=remedy)
-    index = open_index(config.out, make_key(data, tokenizer, rows, sha256_file(config.teacher)), k, shard_bytes)
+    model = open_model(config.teacher)
+    index = open_index(config.out, make_key(data, tokenizer, rows, model.sha256()), k, shard_bytes)
     for said in (describe_date(config, tokenizer), *data.account.lines()):
         if said:
             print(said, flush=True)
@@ -95,7 +95,7 @@ def _make(
     _say_size(index)
     check_disk(index)
     placement = place_teacher(
-        config.teacher,
+        model,
         backend=config.backend,
         device=config.device,
         dtype=config.dtype,

@@ -1,13 +1,16 @@
 """The command line: ``q4kd COMMAND …``, also ``python -m q4kd.harness COMMAND …``.
 
 Exit codes: 0 done · 1 a claim is falsified, or the command's own "no" · 2 bad input, or an inconclusive verdict ·
-3 a defect of q4kd itself · 74 standard output could not be written · 130 interrupted. A run that ends early: see
-``TrainingAborted``, and 124 for a hang. Who reads along changes no code: with `| head` a command does all its work.
+3 a defect of q4kd itself · 74 standard output could not be written · 75 out of memory · 130 interrupted. A run that
+ends early: see ``TrainingAborted``, and 124 for a hang. Who reads along changes no code: with `| head` a command does
+all its work.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
+import mmap
 import os
 import sys
 import traceback
@@ -16,13 +19,21 @@ from typing import NoReturn
 from q4kd.harness.cli.completion import complete
 from q4kd.harness.cli.help import Commands, format_commands
 from q4kd.harness.cli.output import Interrupt, guarded_streams
-from q4kd.trainer.errors import InputError, TrainingAborted, for_terminal
+from q4kd.trainer.errors import (
+    InputError,
+    OutOfMemoryError,
+    TrainingAborted,
+    first_line,
+    for_terminal,
+    is_out_of_memory,
+)
 
 _DESCRIPTION = "Distil a student from a GGUF teacher that stays quantised; try to falsify every claim about it."
 USAGE_EXIT = 2
 DEFECT_EXIT = 3
 OUTPUT_EXIT = 74
 INTERRUPTED_EXIT = 130
+_RESERVE = 32 << 20
 _TRAINER = ("teacher", "distill", "cache", "bench", "fidelity")
 _HARNESS = ("falsify", "nightly", "contracts", "evidence", "completion", "export")
 COMMAND_MODULES = (
@@ -93,6 +104,7 @@ def _run(arguments: list[str], interrupt: Interrupt) -> int:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:cut]
     arguments = [word for word in arguments[:cut] if word != "--debug"] + arguments[cut:]
+    reserve = _keep_back()
     try:
         parser = _CommandLine()
         complete(parser)
@@ -123,7 +135,19 @@ def _run(arguments: list[str], interrupt: Interrupt) -> int:
     except Exception as error:
         if interrupt.came:  # whatever the interruption did to the import or the call that it cut off
             return _report("interrupted", INTERRUPTED_EXIT, debug)
+        if is_out_of_memory(error):
+            if reserve is not None:
+                reserve.close()
+            said = f"out of memory: {first_line(error)}; free some, or raise this shell's limit (ulimit -v)"
+            return _report(said, OutOfMemoryError.exit_code, debug)
         return _report(f"internal error: {type(error).__name__}: {error}", DEFECT_EXIT, debug)
+
+
+def _keep_back() -> mmap.mmap | None:
+    """Return address space, no page of which is touched, for the line that says that there is none left."""
+    with contextlib.suppress(OSError):
+        return mmap.mmap(-1, _RESERVE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    return None
 
 
 def _report(message: str, code: int, debug: bool) -> int:

@@ -1,5 +1,7 @@
 """The harness's own forward pass: float64, NumPy, weights through ``gguf``'s decoder or straight from safetensors.
 
+Headers are read by ``gguf_metadata.py``.
+
 It shares no code with the trainer. Equations as in the Qwen2 report (https://arxiv.org/abs/2407.10671): pre-norm
 blocks, RMSNorm, rotary embedding, grouped-query attention, SwiGLU. What differs between the architectures it reads:
 
@@ -10,6 +12,7 @@ blocks, RMSNorm, rotary embedding, grouped-query attention, SwiGLU. What differs
 Letters in shapes: T positions, H hidden size, N query heads, K key-value heads, D head size, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from q4kd.harness.oracles.gguf_metadata import StoredTensor, read_header
 
 Array = NDArray[np.float64]
 
@@ -45,20 +50,17 @@ class ReferenceModel:
 
 
 def read_gguf(path: Path) -> ReferenceModel:
-    """Read a qwen2, qwen3 or llama GGUF, every tensor decoded by the gguf package."""
-    reader = gguf.GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
+    """Read a qwen2, qwen3 or llama GGUF, not a split one; every tensor is decoded by the gguf package."""
+    metadata, tensors = read_header(path)
+    architecture = metadata["general.architecture"]
     if architecture not in ("qwen2", "qwen3", "llama"):
         raise ValueError(f"no reference for architecture {architecture}")
 
     def value(key: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"{architecture}.{key}")
-        return default if field is None else field.contents()
+        return metadata.get(f"{architecture}.{key}", default)
 
-    weights = {}
-    for tensor in reader.tensors:
-        decoded = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
-        weights[tensor.name] = decoded.reshape(tuple(reversed(tensor.shape.tolist()))).astype(np.float64)
+    data = np.memmap(path, np.uint8, "r")
+    weights = {tensor.name: _decoded(data, tensor) for tensor in tensors}
     heads = int(value("attention.head_count"))
     frequencies = _frequencies(float(value("rope.freq_base", 10000.0)), len(weights["blk.0.attn_q.weight"]) // heads)
     return ReferenceModel(
@@ -69,6 +71,18 @@ def read_gguf(path: Path) -> ReferenceModel:
         frequencies=frequencies / weights.pop("rope_freqs.weight", np.ones_like(frequencies)),
         interleaved=architecture == "llama",
     )
+
+
+def _decoded(data: NDArray[np.uint8], tensor: StoredTensor) -> Array:
+    """Return a tensor's weights, outermost dimension first."""
+    kind, (cols, *outer) = gguf.GGMLQuantizationType(tensor.kind), tensor.shape
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = math.prod(outer)
+    stored = data[tensor.begin : tensor.begin + rows * cols // weights * size].reshape(rows, -1)
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        stored = stored.view(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+    decoded = gguf.quants.dequantize(stored, kind)
+    return np.asarray(decoded.reshape(*reversed(outer), cols).astype(np.float64))
 
 
 # Hugging Face's name of a layer's module → GGUF's.

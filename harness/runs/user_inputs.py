@@ -72,9 +72,11 @@ class GivenFiles:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield a file, or the files of a folder in order (InputError for a folder of more than 10,000)."""
+    """Yield a file with the other shards of its model, or a folder's files in order (InputError for over 10,000)."""
     if path.is_file():
-        yield path
+        from q4kd.trainer.formats.gguf.split import model_paths
+
+        yield from model_paths(path)
         return
     for number, file in enumerate(sorted(path.rglob("*"))):
         if number > _MAX_FILES:
@@ -146,7 +148,11 @@ def _from_hub(role: Role, repository: str, file: str | None) -> Path:
         if role == "student":
             return Path(huggingface_hub.snapshot_download(**options, allow_patterns=list(_STUDENT_FILES)))
         if file is not None:
-            return Path(huggingface_hub.hf_hub_download(**options, filename=file))
+            from q4kd.trainer.formats.gguf.split import shard_names
+
+            # The shards of a split model belong together.
+            paths = {name: huggingface_hub.hf_hub_download(**options, filename=name) for name in shard_names(file)}
+            return Path(paths[file])
         if local:
             folder = Path(huggingface_hub.snapshot_download(**options, allow_patterns=["*.gguf"]))
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]

@@ -33,6 +33,10 @@ def main(monkeypatch):
             "cupy": raising(ModuleNotFoundError("No module named 'cupy'", name="cupy")),
             "module": raising(ModuleNotFoundError("No module named 'q4kd.x'", name="q4kd.x")),
             "defect": raising(ZeroDivisionError("division by zero")),
+            "memory": raising(MemoryError()),
+            "map": raising(OSError(12, "Cannot allocate memory")),
+            "library": raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
+            "disk": raising(OSError(28, "No space left on device")),
             "stop": raising(KeyboardInterrupt()),
             "usage": raising(SystemExit(2)),
         }
@@ -61,6 +65,24 @@ def main(monkeypatch):
             "defect",
             3,
             "q4kd: internal error: ZeroDivisionError: division by zero; run with --debug for the traceback\n",
+        ),
+        ("memory", 75, "q4kd: out of memory: MemoryError: ; free some, or raise this shell's limit (ulimit -v)\n"),
+        (
+            "map",
+            75,
+            "q4kd: out of memory: OSError: [Errno 12] Cannot allocate memory; free some, or raise this shell's limit "
+            "(ulimit -v)\n",
+        ),
+        (
+            "library",
+            75,
+            "q4kd: out of memory: ImportError: libtorch_cpu.so: failed to map segment from shared object; free some, "
+            "or raise this shell's limit (ulimit -v)\n",
+        ),
+        (
+            "disk",
+            3,
+            "q4kd: internal error: OSError: [Errno 28] No space left on device; run with --debug for the traceback\n",
         ),
         ("stop", 130, "q4kd: interrupted\n"),
         ("other", 143, ""),

@@ -2,29 +2,35 @@
 
 ``python tests/support/fuzz_models.py --cases 100000 --out fuzz.json``
 
-Every case is a valid small file with something wrong. It must either be refused with an InputError, or be a model that
-computes; within five seconds and without growing the process by more than 500 MB.
+Every case is a valid small file, or the shards of one, with something wrong. It must either be refused with an
+InputError, or be a model that computes; within five seconds and without growing the process by more than 500 MB. What
+is refused must be explained as ``q4kd inspect`` does, within the same bounds.
 """
 
 import argparse
 import collections
+import dataclasses
 import json
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from teachers import load_quietly
 
 from q4kd.harness.inputs.apr_write import convert_gguf
+from q4kd.harness.inputs.split_models import KEYS, shards, write_split
 from q4kd.harness.inputs.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.split import open_shards
+from q4kd.trainer.formats.open import explain_refusal
 
 MAX_SECONDS = 5.0
 MAX_GROWTH = 500_000_000
@@ -74,6 +80,23 @@ def _grow(data: bytearray, rng: random.Random, header: int) -> bytearray:
 MUTATIONS: tuple[_Mutation, ...] = (_flip, _flip, _flip_anywhere, _extreme, _extreme, _truncate, _drop, _repeat, _grow)
 
 
+def _split_key(data: bytearray, rng: random.Random, header: int) -> bytearray:
+    """Give one of the three numbers of a shard another value, or another type."""
+    key = rng.choice(KEYS).encode()
+    at = data.find(struct.pack("<Q", len(key)) + key)
+    if at < 0:
+        return data
+    at += 8 + len(key)
+    if rng.random() < 0.2:
+        struct.pack_into("<I", data, at, rng.randrange(14))
+    else:
+        struct.pack_into("<H", data, at + 4, rng.choice((*range(6), 512, 513, 0x8000, 0xFFFF)))
+    return data
+
+
+_SHARD_MUTATIONS: tuple[_Mutation, ...] = (*MUTATIONS, *(_split_key,) * 6)
+
+
 def seal_apr(data: bytearray) -> bytearray:
     """Make both checksums of a mutated .apr right again, so that what lies behind them is reached."""
     if len(data) >= 68:
@@ -82,8 +105,25 @@ def seal_apr(data: bytearray) -> bytearray:
     return data
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Files of a mutated model, by name, and the one that is named to the reader."""
+
+    what: str
+    files: Mapping[str, bytes]
+    named: str
+
+    def write(self, folder: Path) -> Path:
+        """Make ``folder`` hold nothing but these files; return the path of the named one."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+        return folder / self.named
+
+
 class Corpus:
-    """Valid small files of both containers, and mutated copies of them."""
+    """Valid small files of both containers, a split one, and mutated copies of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,29 +132,64 @@ class Corpus:
         for name, model in {"tiny": tiny, "llama3": MODELS["llama3"]}.items():
             path = folder / f"{name}.gguf"
             write_small_model(path, model)
-            self._add(path, model)
+            self._add(path)
             if name == "tiny":
                 convert_gguf(path, folder / "tiny.apr")
-                self._add(folder / "tiny.apr", model)
+                self._add(folder / "tiny.apr")
+        write_split(folder / "split", folder / "llama3.gguf", tensors=12)
+        opened = open_shards(shards(folder / "split")[0])
+        self.shards = [(one.path.name, one.path.read_bytes(), one.header.data_start) for one in opened]
 
-    def _add(self, path: Path, model: SmallModel) -> None:
+    def _add(self, path: Path) -> None:
         data = path.read_bytes()
         # The header is what lies before the first weights: a few KB of a file of some hundred KB.
         self.sources.append((path.name, data, 4096 if path.suffix == ".apr" else 3500))
 
-    def mutated(self, rng: random.Random) -> tuple[str, bytes]:
-        """Return a description and the bytes of one case."""
+    def valid(self) -> Iterator[Case]:
+        """Give every model as it is."""
+        for name, data, _header in self.sources:
+            yield Case(name, {name: data}, name)
+        files = {name: data for name, data, _header in self.shards}
+        yield from (Case(name, files, name) for name in files)
+
+    def mutated(self, rng: random.Random) -> Case:
+        """Return one case."""
+        if rng.random() < 0.3:
+            return self._mutated_split(rng)
         name, data, header = rng.choice(self.sources)
-        changed, words = bytearray(data), []
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            mutation = rng.choice(MUTATIONS)
-            words.append(mutation.__name__.strip("_"))
-            if len(changed) > 200:
-                changed = mutation(changed, rng, min(header, len(changed) - 8))
+        changed, words = _mutate(bytearray(data), rng, header, MUTATIONS)
         if name.endswith(".apr") and rng.random() < 0.7:
             changed = seal_apr(changed)
             words.append("sealed")
-        return f"{name}: {', '.join(words)}", bytes(changed)
+        return Case(f"{name}: {', '.join(words)}", {"case.model": bytes(changed)}, "case.model")
+
+    def _mutated_split(self, rng: random.Random) -> Case:
+        """Mutate one shard, lose one, or give two of them the content of one or of each other."""
+        files = {name: data for name, data, _header in self.shards}
+        name, data, header = rng.choice(self.shards)
+        other = rng.choice(self.shards)[0]
+        kind = rng.choice(("mutated",) * 8 + ("lost", "copied", "swapped"))
+        words = [kind]
+        if kind == "mutated":
+            changed, words = _mutate(bytearray(data), rng, header, _SHARD_MUTATIONS)
+            files[name] = bytes(changed)
+        elif kind == "lost":
+            del files[name]
+        else:
+            files[name], files[other] = files[other], files[name if kind == "swapped" else other]
+        return Case(f"{name}: {', '.join(words)}", files, rng.choice(list(files)))
+
+
+def _mutate(
+    changed: bytearray, rng: random.Random, header: int, mutations: Sequence[_Mutation]
+) -> tuple[bytearray, list[str]]:
+    words = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        mutation = rng.choice(mutations)
+        words.append(mutation.__name__.strip("_"))
+        if len(changed) > 200:
+            changed = mutation(changed, rng, min(header, len(changed) - 8))
+    return changed, words
 
 
 def run_case(path: Path) -> str:
@@ -125,6 +200,8 @@ def run_case(path: Path) -> str:
     except InputError as error:
         line = str(error)
         assert "\n" not in line and "expected" in line, line
+        for part in explain_refusal(path):
+            assert part.part and part.found and part.supported, part
         return "refused"
     return "computed"
 
@@ -136,23 +213,21 @@ def fuzz(cases: int, seed: int, folder: Path) -> dict[str, object]:
         AssertionError: naming the case's seed, for anything but a refusal or a computed model, or a bound that broke.
     """
     corpus = Corpus(folder)
-    target = folder / "case.model"
-    for name, data, _ in corpus.sources:
-        target.write_bytes(data)
-        assert run_case(target) == "computed", name
+    target = folder / "case"
+    for valid in corpus.valid():
+        assert run_case(valid.write(target)) == "computed", valid.what
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counts: collections.Counter[str] = collections.Counter()
     slowest = (0.0, "none")
     for case in range(cases):
-        what, data = corpus.mutated(random.Random(seed * 1_000_003 + case))
-        target.write_bytes(data)
+        mutated = corpus.mutated(random.Random(seed * 1_000_003 + case))
+        path, what = mutated.write(target), mutated.what
         started = time.monotonic()
         try:
-            outcome = run_case(target)
+            outcome = run_case(path)
         except Exception as error:
-            kept = folder / f"failed-{seed}-{case}.model"
-            kept.write_bytes(data)
-            raise AssertionError(f"seed {seed}, case {case} ({what}), kept as {kept}: {error!r}") from error
+            kept = shutil.copytree(target, folder / f"failed-{seed}-{case}")
+            raise AssertionError(f"seed {seed}, case {case} ({what}), kept in {kept}: {error!r}") from error
         seconds = time.monotonic() - started
         counts[outcome] += 1
         slowest = max(slowest, (seconds, what))

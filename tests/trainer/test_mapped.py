@@ -1,10 +1,12 @@
 """A file that is changed while it is mapped ends in one line and exit code 66, not in a bus error without a word."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +46,51 @@ def test_a_file_that_is_cut_grown_or_written_is_named(file: Path) -> None:
     with pytest.raises(FileChangedError, match="written since"):
         again.check_unchanged()
     assert again.change().exit_code == 66  # type: ignore[union-attr]
+
+
+def test_a_file_that_was_only_touched_is_the_same_where_its_digest_is_known(file: Path) -> None:
+    mapped, before = MappedFile(file), file.read_bytes()
+    assert mapped.sha256() == hashlib.sha256(before).hexdigest()
+    os.utime(file, ns=(0, 7))
+    mapped.check_unchanged()
+    file.write_bytes(before)  # as cp writes a file over itself
+    mapped.check_unchanged()
+    assert mapped.change() is None  # the new time is the known one, and nothing is read for it again
+    # The time of another second is put back, as rsync and tar do, but one byte differs.
+    file.write_bytes(before[:-1] + b"x")
+    os.utime(file, ns=(0, 8))
+    with pytest.raises(FileChangedError, match="the same number, written since"):
+        mapped.check_unchanged()
+    file.write_bytes(before)
+    os.truncate(file, 5)
+    with pytest.raises(FileChangedError, match="got 5"):
+        mapped.check_unchanged()
+
+
+def test_a_digest_taken_while_the_file_is_written_decides_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped, digest = MappedFile(file), hashlib.file_digest
+
+    def meanwhile(*arguments: Any) -> Any:
+        os.utime(file, ns=(0, 7))
+        return digest(*arguments)
+
+    with monkeypatch.context() as changed:
+        changed.setattr("hashlib.file_digest", meanwhile)
+        mapped.sha256()
+    with pytest.raises(FileChangedError):
+        mapped.check_unchanged()
+
+
+def test_a_file_with_the_name_of_another_is_not_reopened(file: Path) -> None:
+    mapped, before = MappedFile(file), file.read_bytes()
+    with mapped.reopened() as again:
+        assert again.read(9) == before[:9]
+    other = file.with_name("other")
+    other.write_bytes(before[::-1])
+    other.replace(file)
+    assert mapped.sha256() == hashlib.sha256(before).hexdigest()
+    with pytest.raises(FileChangedError, match="got another file"), mapped.reopened():
+        raise AssertionError
 
 
 def test_a_file_that_is_replaced_or_removed_stays_as_it_was_mapped(file: Path) -> None:

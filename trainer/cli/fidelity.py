@@ -90,8 +90,8 @@ def _compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     scores = score(a, b, sample.windows, begin=begin, progress=_progress(sample.windows.size))
     return {
         "schema": SCHEMA,
-        "a": _identity(args.a, paths["a"], files["a"]),
-        "b": _identity(args.b, paths["b"], files["b"]),
+        "a": _identity(args.a, files["a"]),
+        "b": _identity(args.b, files["b"]),
         "data": {"name": sample.name, "sha256": sample.sha256, "windows": len(sample.windows), "length": args.seq_len},
         "device": args.device,
         "dtype": a.dtype,
@@ -165,12 +165,10 @@ def _note_order(files: dict[str, Any]) -> None:
         _say(f"note: A has {bits['a']:.1f} bits per weight and B {bits['b']:.1f}; is A really the quantised one?")
 
 
-def _identity(given: Path, path: Path, model: Any) -> dict[str, Any]:
-    from q4kd.trainer.files import sha256_file
-
+def _identity(given: Path, model: Any) -> dict[str, Any]:
     return {
         "file": given.resolve().name,
-        "sha256": sha256_file(path),
+        "sha256": model.sha256(),
         "bytes": model.file_bytes,
         "tensor_bytes_by_type": dict(sorted(model.bytes_by_type().items())),
         "bits_per_weight": round(8 * model.tensor_bytes / model.num_weights, 3),

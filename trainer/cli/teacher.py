@@ -8,6 +8,8 @@ from typing import Any
 
 from q4kd.trainer.errors import InputError, for_terminal, unwritable
 
+_SHOWN_PARTS, _NAMED_PARTS = 24, 6
+
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the commands; each sets ``run`` to a function from parsed arguments to an exit code."""
@@ -31,7 +33,10 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def _inspect(args: argparse.Namespace) -> int:
     from q4kd.trainer.device.placement import place_teacher
 
-    placement = place_teacher(args.model, backend=args.backend)
+    try:
+        placement = place_teacher(args.model, backend=args.backend)
+    except InputError as error:
+        raise _explain(args.model, error, as_json=args.json) from error
     model, choice = placement.model, placement.choice
     histogram: dict[str, dict[str, int]] = {}
     for tensor in model.tensors.values():
@@ -51,7 +56,8 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1, sort_keys=True))
         return 0
     name = for_terminal(args.model)
-    print(f"{name}: {model.config.architecture}, {model.file_bytes:,} bytes ({model.tensor_bytes:,} in tensors)")
+    held = f"{model.file_bytes:,} bytes" + (f" of {len(model.files)} shards" if len(model.files) > 1 else "")
+    print(f"{name}: {model.config.architecture}, {held} ({model.tensor_bytes:,} in tensors)")
     for key, value in facts["config"].items():
         print(f"  {key:<16} {value}")
     for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):
@@ -60,6 +66,28 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"  {name:<16} {sizes}  {share:>6.1%} {'#' * round(20 * share)}")
     print(f"  {'backend':<16} {choice.backend}: {choice.reason}")
     return 0
+
+
+def _explain(path: Path, error: InputError, *, as_json: bool) -> InputError:
+    """Print every part of a model that is not supported; return the refusal that names them all, or ``error``."""
+    from q4kd.trainer.formats.open import explain_refusal
+
+    parts = explain_refusal(path)
+    if as_json and parts:
+        print(json.dumps({"file": str(path), "unsupported": [vars(part) for part in parts]}, indent=1, sort_keys=True))
+    elif parts:
+        print(f"{for_terminal(path)}: not supported as a teacher")
+        for part in parts[:_SHOWN_PARTS]:
+            print(for_terminal(f"  {part.part:<16} {part.found}; supported: {part.supported}"))
+        if len(parts) > _SHOWN_PARTS:
+            print(f"  and {len(parts) - _SHOWN_PARTS} more; --json lists all")
+    named = [f"{part.part} {part.found}" for part in parts if part.is_refused]
+    if len(named) < 2:
+        return error
+    if len(named) > _NAMED_PARTS:
+        named[_NAMED_PARTS:] = [f"{len(named) - _NAMED_PARTS} more"]
+    remedy = "name a file in which none of these is left; --json lists what would be supported"
+    return InputError(str(path), expected="a supported model", got=" and ".join(named), remedy=remedy)
 
 
 def _logits(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """A teacher file on disk, whatever its container: dimensions, tokens and packed tensors, memory-mapped and checked."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,8 @@ class ModelFile:
     """A checked model file. The tensors are views of a private memory map: nothing is read before it is used.
 
     ``metadata`` of a GGUF hold a ``MetadataArray`` for every array, and ``tokens`` are one: the strings are decoded
-    when the first is asked for. ``mapped`` is the map.
+    when the first is asked for. ``files`` are the maps: one, or those of a split model's shards in their order, and
+    ``path`` is that of the first.
     """
 
     path: Path
@@ -49,8 +51,29 @@ class ModelFile:
     tensors: Mapping[str, PackedTensor]
     tokens: Sequence[str]
     metadata: Mapping[str, Any]
-    file_bytes: int
-    mapped: MappedFile
+    files: tuple[MappedFile, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(len(file.data) for file in self.files)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a file that was changed since it was opened; see ``WatchedFile.check_unchanged``.
+
+        Raises:
+            FileChangedError: naming the file.
+        """
+        for file in self.files:
+            file.check_unchanged()
+
+    def sha256(self) -> str:
+        """Return the model's identity, whatever its files are called; see ``combine_digests``.
+
+        Raises:
+            OSError: when a file cannot be read.
+        """
+        return combine_digests([file.sha256() for file in self.files])
 
     @property
     def tensor_bytes(self) -> int:
@@ -68,3 +91,10 @@ class ModelFile:
         for tensor in self.tensors.values():
             count[tensor.type] += tensor.num_bytes
         return dict(count)
+
+
+def combine_digests(digests: Sequence[str]) -> str:
+    """Return the SHA-256 of the only file, or that of the digests of a split model's shards, a line each, in order."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 from q4kd.trainer.errors import InputError, missing_path_remedy
 from q4kd.trainer.formats.apr.reader import open_apr
 from q4kd.trainer.formats.gguf.reader import open_gguf
+from q4kd.trainer.formats.gguf.unsupported import Unsupported, find_unsupported
 from q4kd.trainer.formats.model_file import ModelFile
 
 _APR_MAGICS = (b"APR\0", b"APR2", b"APRN")
@@ -31,3 +32,16 @@ def open_model(path: Path) -> ModelFile:
             remedy = f"q4kd export {path} --format gguf makes one of a Hugging Face folder"
         raise InputError(str(path), expected="a readable model file", got=str(error.strerror), remedy=remedy) from error
     return open_apr(path) if magic in _APR_MAGICS else open_gguf(path)
+
+
+def explain_refusal(path: Path) -> list[Unsupported]:
+    """Return every part that is not supported of a GGUF that ``open_model`` refused; nothing where that is no reason.
+
+    A file that cannot be read, or is none, has no such parts, and an .apr is not looked at.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return find_unsupported(path)
+    except InputError:
+        return []

@@ -16,6 +16,7 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.student.folder import check_folder, reading_student
 from q4kd.trainer.student.lora import add_adapters
+from q4kd.trainer.student.stored_head import unties_head
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def shape_student(
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
+            if _is_tied(model) and unties_head(folder, model, dtype):
+                config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+                model = make(config, dtype=dtype, trust_remote_code=False)
             counts = _count_weights(model)
             if adapted is not None:
                 add_adapters(model, adapted)
@@ -179,8 +183,13 @@ def _count_weights(model: Any) -> _Counts:
         "largest": max(parameter.numel() for parameter in model.parameters()),
         "vocab": head.weight.shape[0],
         "hidden": head.weight.shape[1],
-        "is_tied": head.weight is model.get_input_embeddings().weight,
+        "is_tied": _is_tied(model),
     }
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return getattr(head, "weight", None) is embedding.weight
 
 
 def _liger_saves(config: Any, tokens: int, size: int) -> int:

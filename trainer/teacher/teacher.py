@@ -104,7 +104,7 @@ class Teacher:
     def _checked_hidden(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         device = self._forward.device
         if device.type == "cpu":  # Elsewhere the weights are a copy.
-            self.model.mapped.check_unchanged()
+            self.model.check_unchanged()
         return self._forward.hidden(ids_BT.to(device), None if starts_BT is None else starts_BT.to(device))
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ def load_teacher(placement: TeacherPlacement, *, events: EventLog, announce: Cal
         announce(f"dequantizing {model.config.num_layers} layers to F32 ({quantised} K-quant tensors)")
     started = time.monotonic()
     teacher = Teacher(placement)
-    model.mapped.check_unchanged()
+    model.check_unchanged()
     held = teacher.residency()
     events.emit("teacher_ready", seconds=time.monotonic() - started, **vars(held))
     announce(

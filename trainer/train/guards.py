@@ -12,6 +12,7 @@ from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import Order
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.student.folder import has_weights
 from q4kd.trainer.student.model import DistillationModel, StudentHead
@@ -147,16 +148,16 @@ def same_weights(teacher: Teacher, model: DistillationModel) -> bool:
     return bool(error < SAME_WEIGHTS_ERROR)
 
 
-def holds_teacher_file(teacher: Path, student: Path) -> bool:
-    """Return whether a student folder with weights holds the teacher's own file, as beside its quantised form.
+def holds_teacher_file(teacher: ModelFile, student: Path) -> bool:
+    """Return whether a student folder with weights holds one of the teacher's own files, beside its quantised form.
 
-    Only digests of GGUF files of the teacher's size are compared.
+    Only digests of GGUF files of their sizes are compared.
     """
     if not has_weights(student):
         return False
-    size = teacher.stat().st_size
-    same_size = [path for path in student.glob("*.gguf") if path.is_file() and path.stat().st_size == size]
-    return bool(same_size) and sha256_file(teacher) in {sha256_file(path) for path in same_size}
+    sizes = {len(file.data) for file in teacher.files}
+    same_size = [path for path in student.glob("*.gguf") if path.is_file() and path.stat().st_size in sizes]
+    return bool(same_size) and not {file.sha256() for file in teacher.files}.isdisjoint(map(sha256_file, same_size))
 
 
 @torch.no_grad()
@@ -189,7 +190,7 @@ def check_not_degenerate(
             file by digest, or the KL is under the floor.
     """
     kl = step_zero_kl(teacher, model, ids_BT, starts_BT)
-    same = same_weights(teacher, getattr(model, "module", model)) or holds_teacher_file(teacher.model.path, folder)
+    same = same_weights(teacher, getattr(model, "module", model)) or holds_teacher_file(teacher.model, folder)
     if same or kl < KL_FLOOR:
         raise _degenerate(f"{'the same weights, ' if same else ''}KL {kl:.2e}")
     return kl

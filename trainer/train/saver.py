@@ -5,7 +5,9 @@ index and no digests. Here one thread does what it is given, in order. There is 
 begins when the one before it is on the disk.
 """
 
+import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -54,6 +56,8 @@ class CheckpointSaver:
 
     def __init__(self, config: DistillConfig, events: EventLog, device: torch.device, *, copies: bool) -> None:
         self._config, self._events, self._copies = config, events, copies
+        # Only the main process writes; another one may run where this folder is not.
+        self._folder = os.open(config.out, os.O_RDONLY) if config.out.is_dir() else None
         self._snapshot = HostSnapshot(device) if copies else None
         self._is_cuda = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -75,6 +79,8 @@ class CheckpointSaver:
             print(f"q4kd: {error}", file=sys.stderr, flush=True)
         finally:
             self._thread.shutdown()
+            if self._folder is not None:
+                os.close(self._folder)
 
     def has(self, step: int) -> bool:
         """Return whether a checkpoint of this step is written or being written."""
@@ -210,15 +216,35 @@ class CheckpointSaver:
     ) -> None:
         if copied is not None:
             copied.synchronize()
-        begun, figures, out = time.monotonic(), WriteFigures(), self._config.out
+        begun, figures, out = time.monotonic(), WriteFigures(), self._find_folder()
         if kind == "weights":
             path = save_best_weights(out, held["model"], state, figures)
         else:
             tensors = CheckpointTensors(held["model"], held["optimizer"], random)
             path = save_checkpoint(out, tensors, state, figures)
+        if out != self._config.out:
+            said = f"{self._config.out} was renamed to {out} while the run wrote to it; {path.name} is there"
+            raise RunFolderError(f"{said}: continue with --resume --out {out}")
         self._prune()
         seconds = time.monotonic() - begun
         self._events.emit("checkpoint", step=state.step, path=path.name, **lost, **vars(figures), seconds=seconds)
+
+    def _find_folder(self) -> Path:
+        """Return where the run's folder is by now, whatever was done with its name.
+
+        Raises:
+            RunFolderError: when it was removed.
+        """
+        out = self._config.out
+        if self._folder is None:
+            return out
+        held = os.fstat(self._folder)
+        # Linux says where an open folder is; elsewhere the name is all there is.
+        for path in (out, Path(f"/proc/self/fd/{self._folder}")):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), held) and held.st_nlink:
+                    return out if path == out else path.readlink()
+        raise RunFolderError(f"{out} was removed or replaced while the run wrote to it; {kept(out)}")
 
     def _record(self, step: int, figures: Mapping[str, float]) -> None:
         path: Path = checkpoint_path(self._config.out, step)

@@ -11,6 +11,7 @@ from q4kd.harness.inputs.apr_write import Names, convert_gguf
 from q4kd.harness.inputs.arrays import Array, arrays_input, read_arrays, rows_around, seeded_columns
 from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
 from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
+from q4kd.harness.inputs.split_models import BROKEN_SPLITS, ELSEWHERE, THREE, shards, write_broken_split, write_split
 from q4kd.harness.inputs.synthetic_models import (
     BROKEN_GGUF,
     MODELS,
@@ -140,6 +141,15 @@ def _cases(inputs: Inputs) -> list[tuple[str, Path, Path]]:
     add("shifted tensor", "shifted.gguf", functools.partial(write_moved, source=twin, name=up, to=up, by=32), twin)
     add("NaN scale", "nan-scale.gguf", functools.partial(write_nan_scale, source=twin), twin)
     add("a folder", "folder.gguf", lambda path: path.mkdir(), twin)
+    whole = small_model(inputs, "llama3")
+    split, elsewhere = (
+        inputs.file(f"models/split-{tensors}", functools.partial(write_split, source=whole, tensors=tensors))
+        for tensors in (THREE, ELSEWHERE)
+    )
+    for case in BROKEN_SPLITS:
+        broken = functools.partial(write_broken_split, split=split, elsewhere=elsewhere, case=case)
+        folder = inputs.file(f"models/broken/split-{case.replace(' ', '-')}", broken)
+        found.append((f"split: {case}", shards(folder)[0], shards(split)[1]))
     apr = small_apr(inputs, "qwen2")
     for case in BROKEN_APR:
         make = functools.partial(write_broken_apr, source=apr, case=case)

@@ -81,6 +81,26 @@ def _data_shifted(original: Callable[..., Any], *arguments: object) -> Any:
     return dataclasses.replace(header, data_start=header.data_start - 8)
 
 
+@patch(
+    "dispatch",
+    "shards-left-out",
+    "of a split model only the file that was named is read",
+    "q4kd.trainer.formats.gguf.split:open_shards",
+)
+def _shards_left_out(original: Callable[..., Any], path: object) -> Any:
+    return tuple(shard for shard in original(path) if shard.path == path)
+
+
+@patch(
+    "dispatch",
+    "first-reason-only",
+    "inspect names the first part of a file that is not supported, and no other",
+    "q4kd.trainer.formats.gguf.unsupported:find_unsupported",
+)
+def _first_reason_only(original: Callable[..., list[Any]], path: object) -> list[Any]:
+    return original(path)[:1]
+
+
 def _unchecked(target: str, answer: object) -> None:
     replace(target, lambda _original: lambda *_arguments, **_options: answer)
 
@@ -90,7 +110,7 @@ for _name, _title, _target in (
     (
         "metadata-unchecked",
         "metadata that change the model are ignored",
-        "q4kd.trainer.formats.gguf.reader:_refuse_unsupported",
+        "q4kd.trainer.formats.gguf.reader:refuse_unsupported",
     ),
     (
         "layout-unchecked",
@@ -98,6 +118,16 @@ for _name, _title, _target in (
         "q4kd.trainer.formats.gguf.reader:check_layout",
     ),
     ("scales-unchecked", "NaN scales are loaded like any other", "q4kd.trainer.formats.blocks.scales:check_scales"),
+    (
+        "split-total-unchecked",
+        "shards are taken together however many tensors they hold",
+        "q4kd.trainer.formats.gguf.split:check_total",
+    ),
+    (
+        "split-model-unchecked",
+        "what a later shard says of its model is not compared with the first one",
+        "q4kd.trainer.formats.gguf.split:_check_same_model",
+    ),
     ("footer-unchecked", "the checksum of .apr data is not compared", "q4kd.trainer.formats.apr.header:check_footer"),
 ):
     declare("dispatch", _name, _title, functools.partial(_unchecked, _target, 0), _target)

@@ -1,10 +1,13 @@
 """Measurements on many model files in one child process, through the trainer's own loading functions."""
 
+import contextlib
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from q4kd.harness.inputs.arrays import Arrays, read_arrays, save_arrays
+from q4kd.harness.inputs.arrays import Array, Arrays, read_arrays, save_arrays
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import write_json
 
@@ -38,22 +41,35 @@ def model_logits(
 
 
 @probe("read-headers")
-def read_headers(out: Path, models: tuple[Path, ...]) -> None:
-    """Write ``rows``, a digest of every value and tensor of GGUF files as the trainer opens them; see ``rows``."""
+def read_headers(out: Path, models: tuple[Path, ...], shards: tuple[Path, ...], unsupported: Path) -> None:
+    """Write ``rows`` and ``shards``: digests of every value and tensor of models as the trainer opens them.
+
+    See ``headers.rows``. A model that is refused has one row of zeros. ``inspect.json`` gets what ``q4kd inspect`` says
+    of an unsupported model, and its exit code.
+    """
     import numpy as np
 
+    from q4kd.harness.__main__ import main
     from q4kd.harness.subjects.models.headers import rows
+    from q4kd.trainer.errors import InputError
     from q4kd.trainer.formats.open import open_model
 
     def plain(value: object) -> object:
         return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
-    found = []
-    for model in map(open_model, models):
+    def read(path: Path) -> Array:
+        try:
+            model = open_model(path)
+        except InputError:
+            return np.zeros((1, 32), np.uint8)
         metadata = {key: plain(value) for key, value in model.metadata.items()}
-        tensors = ((t.name, t.type, t.shape, t.data.tobytes()) for t in model.tensors.values())
-        found.append(rows(metadata, tensors))
-    save_arrays(out, {"rows": np.concatenate(found)})
+        return rows(metadata, ((t.name, t.type, t.shape, t.data.tobytes()) for t in model.tensors.values()))
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["inspect", str(unsupported), "--json"])
+    said = json.loads(printed.getvalue() or "{}")
+    write_json(Path("inspect.json"), {"exit_code": code, "unsupported": said.get("unsupported", [])})
+    save_arrays(out, {name: np.concatenate(list(map(read, of))) for name, of in (("rows", models), ("shards", shards))})
 
 
 @probe("open-models")

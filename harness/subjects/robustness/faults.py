@@ -36,7 +36,7 @@ _DUMP = "q4kd.trainer.train.hang_watchdog:_dump"
 _HEAR = "q4kd.trainer.train.stop_request:StopRequest._hear"
 _AGREED = "q4kd.trainer.train.stop_request:StopRequest.agreed"
 _RELIEFS = "q4kd.trainer.train.memory.plan:reliefs"
-_MEMORY = "q4kd.trainer.train.memory.out_of_memory:is_out_of_memory"
+_MEMORY = "q4kd.trainer.errors:is_out_of_memory"
 
 
 # --- during the run ---

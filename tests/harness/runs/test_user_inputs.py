@@ -9,6 +9,7 @@ import pytest
 from q4kd.harness.bundle.recheck import given_differences
 from q4kd.harness.claims.plan import Plan, make_plan
 from q4kd.harness.claims.profile import load_profile
+from q4kd.harness.inputs.split_models import shards, write_split
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs import user_inputs as module
 from q4kd.harness.runs.experiment import Inputs, get_experiment
@@ -126,6 +127,12 @@ def test_a_hub_id_is_found_in_the_local_cache_without_a_network(
     assert found.names()["teacher"] == "big-q4_k_m.gguf"
     assert found.student is not None and (found.student / "tokenizer.json").is_file()
     assert resolve_given("acme/big-gguf:big-q8_0.gguf", None, None).names() == {"teacher": "big-q8_0.gguf"}
+    write_split(tmp_path / "split", teacher_path(), tensors=40)
+    hub_cache(tmp_path, "acme/split-gguf", {path.name: path for path in shards(tmp_path / "split")})
+    given = resolve_given("acme/split-gguf:model-00002-of-00002.gguf", None, None)
+    assert given.names() == {"teacher": "model-00002-of-00002.gguf"}
+    assert list(given.digests()) == [f"given/teacher/model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    assert given.size() == sum(path.stat().st_size for path in shards(tmp_path / "split"))
 
 
 class ConnectError(Exception):

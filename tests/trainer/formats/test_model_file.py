@@ -85,7 +85,7 @@ def _array(key: str, value: list[int]) -> Change:
         (_key("qwen2.rope.freq_base", float("nan")), _key("qwen2.rope.freq_base", 1.0), "rope.freq_base"),
         (_key("general.type", "adapter"), _key("general.type", "model"), "adapter"),
         (_key("general.type", "mmproj"), _key("general.type", "model"), "mmproj"),
-        (_key("split.count", 3), _key("split.count", 1), "llama-gguf-split --merge"),
+        (_key("split.count", 3), _key("split.count", 1), "split.no"),
         (_vectors(("blk.0.attn_q_norm.weight", 16)), _key("general.name", "x"), "attn_q_norm"),
         (_vectors(("rope_freqs.weight", 8)), _key("general.name", "x"), "rope_freqs"),
         (_vectors(("blk.0.attn_output.bias", 64)), _vectors(*_BIASES), "attn_output.bias"),
@@ -126,15 +126,6 @@ def test_metadata_that_contradict_the_tensors_are_refused(
         open_model(write_model(tmp_path / "bad.gguf", change, **keys))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_the_merge_command_names_the_first_part(tmp_path: Path) -> None:
-    def part(writer: gguf.GGUFWriter) -> None:
-        writer.add_key_value("split.count", 3, gguf.GGUFValueType.UINT16)
-        writer.add_key_value("split.no", "first", gguf.GGUFValueType.STRING)  # hostile: not a number
-
-    with pytest.raises(InputError, match=r"--merge big-model-00001-of-00003\.gguf merged\.gguf"):
-        open_model(write_model(tmp_path / "big-model-00002-of-00003.gguf", part))
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, np.inf, np.nan])

@@ -15,7 +15,7 @@ from q4kd.harness.__main__ import main
 from q4kd.harness.inputs.apr_write import convert_gguf
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.formats.apr import reader as apr_file
-from q4kd.trainer.formats.gguf import reader as gguf_file
+from q4kd.trainer.formats.gguf import split
 from q4kd.trainer.teacher.teacher import Teacher
 
 Parses = Callable[..., Counter[str]]
@@ -39,7 +39,7 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> Parses:
 
         monkeypatch.setattr(holder, name, counted)
 
-    count(gguf_file, "read_header", walked)
+    count(split, "read_header", walked)
     count(gguf, "GGUFReader", read)
     count(apr_file, "read_header", walked)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,3 +184,32 @@ def test_the_event_says_what_each_part_took(tmp_path: Path, monkeypatch: pytest.
     assert fields["bytes"] == sum(sizes) > 8000
     assert fields["sync_s"] >= 3 * 0.02 and fields["copy_s"] == 0.5
     assert fields["seconds"] >= fields["sync_s"] + fields["write_s"] > 0 < fields["digest_s"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says where an open folder is")
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_folder_that_is_renamed_gets_the_checkpoint_and_no_twin(tmp_path: Path, is_replaced: bool) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    out.mkdir()
+    words = f"was renamed to {moved} while the run wrote to it; step-000004 is there: continue with --resume --out"
+    with pytest.raises(RunFolderError, match=words) as caught, make_saver(out) as saver:
+        save(saver, 2, torch.ones(3))
+        saver.finish()
+        out.rename(moved)
+        if is_replaced:
+            out.mkdir()
+        save(saver, 4, torch.ones(3))
+        saver.finish()
+    assert caught.value.exit_code == 74
+    assert [read_state(path).step for path in list_checkpoints(moved)] == [2, 4]
+    assert not any(out.iterdir()) if is_replaced else not out.exists()
+
+
+def test_a_folder_that_is_removed_is_not_made_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with pytest.raises(RunFolderError, match="was removed or replaced"), make_saver(out) as saver:
+        out.rmdir()
+        save(saver, 4, torch.ones(3))
+        saver.finish()
+    assert not out.exists()

@@ -42,11 +42,13 @@ def compare_on_cpu(
         if model is None:
             model = Path(folder) / "synthetic.gguf"
             write_large_teacher(model, **DEFAULT_MODEL)
-        vocab_size = open_model(model).config.vocab_size
-        wanted: list[Arm] = [worker_arm(engine, model, threads, dtype) for engine in ("q4k", *engines)]
+        opened = open_model(model)
+        vocab_size = opened.config.vocab_size
+        # Of a split model llama.cpp wants the first shard.
+        wanted: list[Arm] = [worker_arm(engine, opened.path, threads, dtype) for engine in ("q4k", *engines)]
         found: dict[str, Any] = {
             "environment": environment() | {"threads": threads, "dtype": dtype},
-            "file_bytes": model.stat().st_size,
+            "file_bytes": opened.file_bytes,
             "facts": {},
             "not_run": {},
             "shapes": [],

@@ -71,8 +71,7 @@ def _read_model(path: Path, mapped: MappedFile) -> ModelFile:
         tensors=tensors,
         tokens=read_tokens(path, header.metadata),
         metadata=header.metadata,
-        file_bytes=int(data.nbytes),
-        mapped=mapped,
+        files=(mapped,),
     )
 
 

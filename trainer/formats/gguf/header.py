@@ -69,8 +69,8 @@ class Header:
 class _Cursor:
     """A place in the header, and what was read up to there."""
 
-    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
-        self.path, self.array = path, data[:MAX_HEADER_BYTES]
+    def __init__(self, path: Path, data: npt.NDArray[np.uint8], max_bytes: int) -> None:
+        self.path, self.array = path, data[:max_bytes]
         self.data = self.array.data
         self.offset = self.strings = 0
 
@@ -107,17 +107,18 @@ class _Cursor:
         return found
 
 
-def read_header(path: Path, data: npt.NDArray[np.uint8]) -> Header:
+def read_header(path: Path, data: npt.NDArray[np.uint8], max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """Read a header.
 
     Args:
         path: the file, for error lines.
         data: uint8 of the whole file.
+        max_bytes: bytes that the header may have.
 
     Raises:
         InputError: naming the byte at which the header stops making sense.
     """
-    cursor = _Cursor(path, data)
+    cursor = _Cursor(path, data, max_bytes)
     magic = bytes(data[:4])
     if magic != b"GGUF":
         raise InputError(str(path), expected="a GGUF file (magic 'GGUF')", got=repr(magic), remedy="name a .gguf model")

@@ -27,17 +27,22 @@ class MetadataArray(Sequence[Any]):
     Args:
         count: number of entries.
         kind: what they are: "strings", "numbers" or "truth values".
+        stored: uint8 ``[bytes]``, the entries as they lie in the file.
         decode: function that returns them.
     """
 
-    def __init__(self, count: int, kind: str, decode: Callable[[], list[Any]]) -> None:
-        self._count, self._kind, self._decode = count, kind, decode
+    def __init__(self, count: int, kind: str, stored: npt.NDArray[np.uint8], decode: Callable[[], list[Any]]) -> None:
+        self._count, self._kind, self._stored, self._decode = count, kind, stored, decode
         self._decoded: list[Any] | None = None
 
     @property
     def holds_strings(self) -> bool:
         """Return whether the entries are strings."""
         return self._kind == "strings"
+
+    def is_same(self, other: "MetadataArray") -> bool:
+        """Return whether two arrays are stored alike; nothing is decoded."""
+        return (self._count, self._kind) == (other._count, other._kind) and np.array_equal(self._stored, other._stored)
 
     def _entries(self) -> list[Any]:
         if self._decoded is None:
@@ -64,12 +69,13 @@ class MetadataArray(Sequence[Any]):
 def numbers(data: npt.NDArray[np.uint8], start: int, count: int, kind: int) -> MetadataArray:
     """Return the array of ``count`` numbers or truth values of a scalar ``kind`` that begins at ``start``."""
     dtype = _DTYPES[kind]
+    stored = data[start : start + count * dtype.itemsize]
 
     def decode() -> list[Any]:
-        found = data[start : start + count * dtype.itemsize].view(dtype)
+        found = stored.view(dtype)
         return list((found != 0).tolist() if kind == _BOOL else found.tolist())
 
-    return MetadataArray(count, "truth values" if kind == _BOOL else "numbers", decode)
+    return MetadataArray(count, "truth values" if kind == _BOOL else "numbers", stored, decode)
 
 
 def strings(subject: str, data: npt.NDArray[np.uint8], start: int, ends: npt.NDArray[np.uint32]) -> MetadataArray:
@@ -78,16 +84,18 @@ def strings(subject: str, data: npt.NDArray[np.uint8], start: int, ends: npt.NDA
     Decoding raises ``InputError`` for a string that is not UTF-8.
     """
 
+    stored = data[start : int(ends[-1]) if len(ends) else start]
+
     def decode() -> list[Any]:
         stops = ends.tolist()
-        whole, begins = data[start : stops[-1] if stops else start].tobytes(), [start, *stops[:-1]]
+        whole, begins = stored.tobytes(), [start, *stops[:-1]]
         try:
             return [whole[a + 8 - start : b - start].decode() for a, b in zip(begins, stops, strict=False)]
         except UnicodeDecodeError as error:
             remedy = "convert the model again"
             raise InputError(subject, expected="strings in UTF-8", got=str(error.reason), remedy=remedy) from error
 
-    return MetadataArray(len(ends), "strings", decode)
+    return MetadataArray(len(ends), "strings", stored, decode)
 
 
 def string_ends(data: memoryview, start: int, count: int) -> npt.NDArray[np.uint32]:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, check_tensors, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
-from q4kd.trainer.formats.gguf.header import Header, TensorEntry, read_header
+from q4kd.trainer.formats.gguf.header import Header, TensorEntry
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
+from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
-from q4kd.trainer.mapped import MappedFile
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
@@ -46,25 +46,26 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def open_gguf(path: Path) -> ModelFile:
-    """Open and check a GGUF teacher.
+    """Open and check a GGUF teacher; any shard of a split one stands for all of them.
 
     Raises:
         InputError: as ``open_model``.
     """
-    mapped = MappedFile(path)
-    header = read_header(path, mapped.data)
-    metadata = header.metadata
-    _refuse_split(path, metadata)
-    _refuse_companion(path, metadata)
+    shards = open_shards(path)
+    path, metadata = shards[0].path, model_metadata(shards)
+    refuse_companion(path, metadata)
     architecture = check_architecture(path, metadata.get("general.architecture"))
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    _refuse_unsupported(path, architecture, values)
-    if not header.tensors:
+    refuse_unsupported(path, architecture, values)
+    tensors: dict[str, PackedTensor] = {}
+    for shard in shards:
+        header, data = shard.header, shard.mapped.data
+        tensors |= {entry.name: _packed(shard.path, entry, header, data) for entry in header.tensors}
+        check_layout(shard.path, header, tensors)
+    if not tensors:
         expected, got, remedy = "a model with weights", "no tensor", "name the model's own file"
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
-    tensors = {entry.name: _packed(path, entry, header, mapped.data) for entry in header.tensors}
-    check_layout(path, header, tensors)
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)
@@ -74,8 +75,7 @@ def open_gguf(path: Path) -> ModelFile:
         tensors=tensors,
         tokens=read_tokens(metadata),
         metadata=metadata,
-        file_bytes=len(mapped.data),
-        mapped=mapped,
+        files=tuple(shard.mapped for shard in shards),
     )
 
 
@@ -108,24 +108,23 @@ def check_layout(path: Path, header: Header, tensors: Mapping[str, PackedTensor]
         end += -(-tensors[entry.name].num_bytes // header.alignment) * header.alignment
 
 
-def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
-    count = metadata.get("split.count")
-    if isinstance(count, int) and count > 1:
-        number = metadata.get("split.no")
-        got = f"part {number + 1 if isinstance(number, int) else '?'} of {count}"
-        first = f"{path.name.rsplit('-', 3)[0]}-00001-of-{count:05d}.gguf"
-        remedy = f"merge the parts: llama-gguf-split --merge {first} merged.gguf"
-        raise InputError(str(path), expected="a single GGUF file", got=got, remedy=remedy)
+def refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter, a vision projector or an importance matrix: such a file goes with a model but is none.
 
-
-def _refuse_companion(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse an adapter, a vision projector or an importance matrix: such a file goes with a model but is none."""
+    Raises:
+        InputError: naming what it is.
+    """
     kind, remedy = metadata.get("general.type", "model"), "name the model's own file"
     if kind != "model":
         raise InputError(f"{path}: general.type", expected="model", got=repr(kind)[:80], remedy=remedy)
 
 
-def _refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any]) -> None:
+def refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any]) -> None:
+    """Refuse metadata that change what a model computes and are not implemented.
+
+    Raises:
+        InputError: naming the first such key.
+    """
     for key, value in values.items():
         if key not in _KNOWN and value not in _NEUTRAL.get(key, ()):
             neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
@@ -158,7 +157,7 @@ def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np
     type_name = GGML_TYPES.get(entry.type_id)
     if type_name is None:
         expected, remedy = f"type {', '.join(FORMATS)}", "quantise the model to Q4_K_M or Q6_K"
-        raise InputError(subject, expected=expected, got=_type_name(entry.type_id), remedy=remedy)
+        raise InputError(subject, expected=expected, got=ggml_type_name(entry.type_id), remedy=remedy)
     row_bytes = FORMATS[type_name].row_bytes(shape[-1])
     needed = math.prod(shape[:-1]) * row_bytes
     start = header.data_start + entry.offset
@@ -169,7 +168,7 @@ def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np
     return PackedTensor(entry.name, type_name, shape, data[start : start + needed].reshape(-1, row_bytes))
 
 
-def _type_name(type_id: int) -> str:
+def ggml_type_name(type_id: int) -> str:
     """Return the name of a type that is not supported, as far as the gguf package knows it."""
     import gguf
 

@@ -19,6 +19,8 @@ from q4kd.trainer.data.packing import Windows
 from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.gguf.split import model_paths
+from q4kd.trainer.formats.model_file import combine_digests
 from q4kd.trainer.loss.signal import LossOptions
 from q4kd.trainer.loss.sums import LossTerms
 from q4kd.trainer.loss.topk import check_distributions, topk_kd_loss
@@ -138,8 +140,8 @@ def make_key(data: TrainingData, tokenizer: Any, rows: int, teacher_sha256: str)
 def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: Any, rows: int) -> CachedTeacher:
     """Open the cache of a run and check that it belongs to it.
 
-    When a teacher is named as well, as in the RUN.yaml that made the cache, the cache must be of that file. The file is
-    not loaded.
+    When a teacher is named as well, as in the RUN.yaml that made the cache, the cache must be of that file, or of all
+    shards of that model. It is not loaded.
 
     Raises:
         InputError: naming what differs, or what is missing.
@@ -155,7 +157,7 @@ def open_cached_teacher(config: DistillConfig, data: TrainingData, tokenizer: An
 
 def _digest(teacher: Path) -> str:
     try:
-        return sha256_file(teacher)
+        return combine_digests([sha256_file(path) for path in model_paths(teacher)])
     except OSError as error:
         expected, got = "the file that the cache was made from", str(error.strerror)
         remedy = "leave it out: the cache names its teacher by digest"

@@ -54,7 +54,8 @@ class CacheReader:
     def _shard(self, number: int) -> Any:
         if number not in self._open:
             shard = self._load(number)
-            self._open[number] = WatchedFile(self.index.folder / self.index.name(number)), shard
+            name = self.index.name(number)
+            self._open[number] = WatchedFile(self.index.folder / name, self.index.shards[name]["sha256"]), shard
         file, shard = self._open[number]
         file.check_unchanged()
         return shard

@@ -5,6 +5,7 @@ bytes and at most 255 more per tensor. Reading goes through ``preadv`` rather th
 every few KiB would cost more than the copy. Host memory: two pinned buffers of ``CHUNK_BYTES`` per reading thread.
 """
 
+import contextlib
 import mmap
 import os
 import threading
@@ -25,6 +26,7 @@ from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.blocks.scales import FLOATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.kernels.teacher_kernels import Kernels
+from q4kd.trainer.mapped import MappedFile
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
@@ -36,8 +38,9 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class FileChunk:
-    """A run of ``num_bytes`` bytes at ``file_offset`` of the file that goes to ``arena_offset`` of the arena."""
+    """A run of ``num_bytes`` bytes at ``file_offset`` of the ``file``-th file that goes to ``arena_offset``."""
 
+    file: int
     file_offset: int
     arena_offset: int
     num_bytes: int
@@ -52,15 +55,20 @@ def arena_layout(tensors: Mapping[str, PackedTensor]) -> tuple[dict[str, int], i
     return offsets, end
 
 
+def _map_of(array: Any) -> Any:
+    """Return the array of the memory map that an array is a view of, or the array that owns its bytes."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
 def file_offset(tensor: PackedTensor) -> int:
     """Return where a tensor's bytes start in its file, from its place in the memory map.
 
     Raises:
         InputError: when its data is no contiguous view of a memory-mapped file.
     """
-    root: Any = tensor.data
-    while isinstance(root.base, np.ndarray):
-        root = root.base
+    root = _map_of(tensor.data)
     owner: Any = root.base
     if not (isinstance(root, np.memmap) and isinstance(owner, mmap.mmap) and tensor.data.flags.c_contiguous):
         expected = "a view of the file's memory map"
@@ -69,14 +77,16 @@ def file_offset(tensor: PackedTensor) -> int:
 
 
 def file_chunks(model: ModelFile, offsets: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> list[FileChunk]:
-    """Cut all tensors into chunks of at most ``chunk_bytes``, in the order of the file."""
+    """Cut all tensors into chunks of at most ``chunk_bytes``, in the order of the files."""
+    numbers = {id(_map_of(file.data)): number for number, file in enumerate(model.files)}
     chunks = []
     for name, tensor in model.tensors.items():
         start = file_offset(tensor)
+        file = numbers[id(_map_of(tensor.data))]
         for done in range(0, tensor.num_bytes, chunk_bytes):
             size = min(chunk_bytes, tensor.num_bytes - done)
-            chunks.append(FileChunk(start + done, offsets[name] + done, size))
-    return sorted(chunks, key=lambda chunk: chunk.file_offset)
+            chunks.append(FileChunk(file, start + done, offsets[name] + done, size))
+    return sorted(chunks, key=lambda chunk: (chunk.file, chunk.file_offset))
 
 
 class Copier(Protocol):
@@ -139,31 +149,36 @@ def read_into(descriptor: int, chunk: FileChunk, buffer: Tensor) -> Tensor:
     return buffer[: chunk.num_bytes]
 
 
-def fill_arena(path: Path, chunks: Sequence[FileChunk], arena: Tensor, new_copier: Callable[[], Copier]) -> None:
-    """Read every chunk of the file into the uint8 arena, by up to ``MAX_THREADS`` threads with a copier each.
+def fill_arena(
+    files: Sequence[MappedFile], chunks: Sequence[FileChunk], arena: Tensor, new_copier: Callable[[], Copier]
+) -> None:
+    """Read every chunk of the files into the uint8 arena, by up to ``MAX_THREADS`` threads with a copier each.
 
     ``new_copier`` makes a copier; it is called once per thread, on the calling thread.
 
     Raises:
-        InputError: when the file cannot be read as it was when it was opened.
+        InputError: when a file cannot be read as it was when it was opened.
+        FileChangedError: when another file has its name by now.
     """
     threads = max(1, min(MAX_THREADS, os.cpu_count() or 1, len(chunks)))
     queue = iter(chunks)
     lock = threading.Lock()
 
-    def work(descriptor: int, copier: Copier) -> None:
+    def work(descriptors: Sequence[int], copier: Copier) -> None:
         while True:
             with lock:
                 chunk = next(queue, None)
             if chunk is None:
                 break
-            source = read_into(descriptor, chunk, copier.buffer())
+            source = read_into(descriptors[chunk.file], chunk, copier.buffer())
             copier.copy(source, arena[chunk.arena_offset : chunk.arena_offset + chunk.num_bytes])
         copier.finish()
 
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+    with contextlib.ExitStack() as opened:
+        descriptors = [opened.enter_context(file.reopened()).fileno() for file in files]
+        pool = opened.enter_context(ThreadPoolExecutor(threads))
         copiers = [new_copier() for _ in range(threads)]
-        for future in [pool.submit(work, file.fileno(), copier) for copier in copiers]:
+        for future in [pool.submit(work, descriptors, copier) for copier in copiers]:
             future.result()
 
 
@@ -201,7 +216,7 @@ def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copie
         InputError: when the file was changed, or holds a scale that is not finite.
     """
     offsets, _ = arena_layout(model.tensors)
-    fill_arena(model.path, file_chunks(model, offsets), arena, new_copier)
+    fill_arena(model.files, file_chunks(model, offsets), arena, new_copier)
     loaded = {}
     for name, tensor in model.tensors.items():
         packed = arena[offsets[name] : offsets[name] + tensor.num_bytes]

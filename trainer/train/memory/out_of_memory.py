@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.device.memory_report import Residency, measure, sized
 from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.errors import InputError, OutOfMemoryError
+from q4kd.trainer.errors import InputError, OutOfMemoryError, is_out_of_memory
 from q4kd.trainer.train.run.folder import kept
 
 # torch on CUDA: "Tried to allocate 1.50 GiB."; torch on the CPU: "you tried to allocate 4096 bytes"; NumPy: "Unable to
@@ -18,14 +18,6 @@ _ASKED = re.compile(r"(?:tried to allocate|unable to allocate|allocating) ([\d.,
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pib": 1 << 50}
 # Address space kept back for the explanation, which shapes students.
 _RESERVE = 256 << 20
-_SAID = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that an allocation failed; torch on the CPU has no type of its own for it."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID)
 
 
 def bytes_asked(message: str) -> int | None:

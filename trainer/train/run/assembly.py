@@ -176,7 +176,7 @@ def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: 
     # The accelerator comes first, because it chooses this process's GPU among several.
     accelerator = make_accelerator(config.device, **project_options(config))
     announce(describe_processes(accelerator))
-    digests = InputDigests(None if placement is None else config.teacher, config.student)
+    digests = InputDigests(None if placement is None else placement.model, config.student)
     online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
     tokenizer = load_tokenizer(config.student)
     student: Any = load_student(config.student, config.seed, student_dtype(config))

@@ -5,12 +5,13 @@ The digests are taken beside the loading of the run, at the speed of SHA-256 (1.
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.errors import InputError, unreadable
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.model_file import ModelFile
 
 # What a student's folder gives to a run: its shape, its weights, its tokenizer. Other files may come and go.
 _STUDENT_FILES = (
@@ -32,13 +33,13 @@ class InputDigests:
     """SHA-256 of a run's teacher and student, taken in the background from now on.
 
     Args:
-        teacher: file of the teacher; None where a cache, which has an identity of its own, takes its place.
+        teacher: the teacher's open files; None where a cache, which has an identity of its own, takes their place.
         student: folder of the student.
     """
 
-    def __init__(self, teacher: Path | None, student: Path) -> None:
-        self._teacher = None if teacher is None else _Digest(teacher)
-        self._student = _Digest(student)
+    def __init__(self, teacher: ModelFile | None, student: Path) -> None:
+        self._teacher = None if teacher is None else _Digest(teacher.path, teacher.sha256)
+        self._student = _Digest(student, lambda: digest_student(student))
 
     def as_settings(self) -> dict[str, str]:
         """Return the digests by the name under which a checkpoint keeps them; waits for them.
@@ -51,16 +52,16 @@ class InputDigests:
 
 
 class _Digest:
-    """The digest of a file, or of a student's folder, taken in a thread that ends with the program."""
+    """The digest of what lies at a path, taken in a thread that ends with the program."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._found, self._error = path, "", OSError()
+    def __init__(self, path: Path, take: Callable[[], str]) -> None:
+        self._path, self._take_digest, self._found, self._error = path, take, "", OSError()
         self._thread = threading.Thread(target=self._take, name=f"digest of {path.name}", daemon=True)
         self._thread.start()
 
     def _take(self) -> None:
         try:
-            self._found = digest_student(self._path) if self._path.is_dir() else sha256_file(self._path)
+            self._found = self._take_digest()
         except OSError as error:
             self._error = error
 

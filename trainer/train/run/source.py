@@ -29,13 +29,13 @@ class OnlineSource:
         return self.teacher.signal(batch)
 
     def settings(self) -> dict[str, str]:
-        """Return what a resumed run must find again beside its settings: nothing."""
-        return {}
+        """Return what a resumed run must find again: of a split teacher the first shard, whichever was named."""
+        return {"teacher": str(self.teacher.model.path)}
 
     def describe(self, sha256: str) -> dict[str, str | int]:
-        """Return what run.json says of the teacher, whose file has this digest."""
-        path = self.teacher.model.path
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+        """Return what run.json says of the teacher, whose files have this digest."""
+        model = self.teacher.model
+        return {"file": model.path.name, "bytes": model.file_bytes, "sha256": sha256}
 
     def metadata(self) -> Mapping[str, Any]:
         """Return the metadata of the teacher's file."""

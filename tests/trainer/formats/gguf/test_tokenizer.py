@@ -12,6 +12,7 @@ from exported_models import FOLDERS, TEXTS, write_folder
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf import tokenizer
 from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
@@ -82,3 +83,24 @@ def test_the_highest_score_is_joined_first_whatever_the_order_of_ids(folder: Pat
         model, tokens=("<unk>", "a", "b", "c", "bc", "ab"), metadata={**model.metadata, **changes}
     )
     assert read_tokenizer(small).encode("abc").tokens == ["ab", "c"]
+
+
+@pytest.mark.parametrize(
+    ("longest", "words"),
+    [(60, "more than 1,000 merges"), (256, "pieces of 32,896 characters together")],
+)
+def test_hostile_pieces_are_refused_before_their_merges_are_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, longest: int, words: str
+) -> None:
+    """Each of n pieces "aa…a" is made of all shorter ones, so there are n² / 2 merges."""
+    monkeypatch.setattr(tokenizer, "_MAX_MERGES", 1_000)
+    monkeypatch.setattr(tokenizer, "_MAX_CHARACTERS", 10_000)
+    pieces = ["a" * length for length in range(1, longest + 1)]
+    given = {"tokens": pieces, "scores": [0.0] * longest, "token_type": [1] * longest, "model": "llama"}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in given.items()}
+    model = exported(folder, sorted(NAMES)[0])
+    with pytest.raises(InputError, match=words):
+        read_tokenizer(dataclasses.replace(model, tokens=pieces, metadata=metadata))
+    few = {"tokens": pieces[:40], "scores": [0.0] * 40, "token_type": [1] * 40, "model": "llama"}
+    small = {f"tokenizer.ggml.{key}": value for key, value in few.items()}
+    assert read_tokenizer(dataclasses.replace(model, tokens=pieces[:40], metadata=small)).get_vocab_size() == 40

@@ -76,10 +76,10 @@ def test_small_pieces_and_many_threads_give_the_same_bytes(chunk_bytes: int) -> 
     model = open_model(GOLDEN_TEACHER)
     offsets, _ = arena_layout(model.tensors)
     whole, parts = arena_for(model), arena_for(model)
-    fill_arena(model.path, file_chunks(model, offsets), whole, HostCopier)
+    fill_arena(model.files, file_chunks(model, offsets), whole, HostCopier)
     chunks = file_chunks(model, offsets, chunk_bytes)
     assert max(piece.num_bytes for piece in chunks) <= chunk_bytes
-    fill_arena(model.path, chunks, parts, lambda: HostCopier(chunk_bytes))
+    fill_arena(model.files, chunks, parts, lambda: HostCopier(chunk_bytes))
     assert torch.equal(whole, parts)
 
 

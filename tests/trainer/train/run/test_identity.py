@@ -9,6 +9,7 @@ import pytest
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.train.run.identity import InputDigests, digest_student, explain_other_input
 
 
@@ -40,7 +41,7 @@ def test_what_a_run_reads_of_a_student_is_bound(tmp_path: Path, change: Callable
 
 
 def test_the_refusal_names_both_digests_and_the_remedy() -> None:
-    new = InputDigests(teacher_path(), student_path()).as_settings()
+    new = InputDigests(open_model(teacher_path()), student_path()).as_settings()
     assert new["teacher_sha256"] == sha256_file(teacher_path())
     assert explain_other_input(Path("c"), {**new, "lr": 1.0}, new) is None
     error = explain_other_input(Path("c"), {**new, "teacher_sha256": "abc"}, new)
@@ -49,6 +50,22 @@ def test_the_refusal_names_both_digests_and_the_remedy() -> None:
     assert said in str(error)
 
 
-def test_a_file_that_goes_away_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone.gguf: expected a readable file, got No such file"):
-        InputDigests(tmp_path / "gone.gguf", student_path()).as_settings()
+def test_a_teacher_that_is_replaced_is_the_one_that_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "t.gguf"
+    shutil.copyfile(teacher_path(), path)
+    model = open_model(path)
+    (tmp_path / "other").write_bytes(b"another file")
+    (tmp_path / "other").replace(path)
+    assert InputDigests(model, student_path()).as_settings()["teacher_sha256"] == sha256_file(teacher_path())
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(teacher_path(), tmp_path / "t.gguf")
+    model = open_model(tmp_path / "t.gguf")
+
+    def failing(*_arguments: object) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", failing)
+    with pytest.raises(InputError, match=r"t.gguf: expected a readable file, got Input/output error"):
+        InputDigests(model, student_path()).as_settings()
