@@ -37,6 +37,7 @@ MODELS["qwen2-odd"] = (
     Case("qwen2"),
     {"hidden_size": 320, "intermediate_size": 864, "num_attention_heads": 5, "num_key_value_heads": 1},
 )
+OUR_RECIPES = ("q4_k_m", "q6_k", "q8_0", "q5_k_m", "q3_k_m", "q2_k", "iq4_xs", "iq4_nl", "q5_0", "q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_the_odd_model_holds_the_types_llama_cpp_falls_back_to(folder: Path) -> 
     assert {tensor.type for tensor in open_model(path).tensors.values()} == {"F32", "Q5_0", "Q8_0"}
 
 
-@pytest.mark.parametrize("recipe", ["q4_k_m", "q6_k", "q8_0"])
+@pytest.mark.parametrize("recipe", OUR_RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_that_we_quantised(
     folder: Path, name: str, recipe: str, record_parity: Callable[[dict[str, Any]], None]

@@ -67,7 +67,7 @@ def demo_matrices(name: str) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("name", BLOCK)
 def test_our_error_is_within_three_percent_of_llama_cpps(name: str) -> None:
     ratios = {}
     for label, weights in (matrices() | demo_matrices(name)).items():
