@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.oracles.block_spec_low import SPECS
+from q4kd.harness.oracles.block_spec_low import LOW_SPECS
 from q4kd.trainer.bench.synthetic import random_blocks
 
 # The head ends a tile of 1,024 rows that is not full, and a text may be longer than several blocks of attention.
@@ -76,7 +76,7 @@ def _random_low_blocks(
     rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float
 ) -> NDArray[np.uint8]:
     """Return the same of types that the gguf package does not quantise to: random bits, one scale for all blocks."""
-    size, weights, places, _ = SPECS[type_name.lower()]
+    size, weights, places, _ = LOW_SPECS[type_name.lower()]
     blocks = rng.integers(0, 256, (rows * cols // weights, size), dtype=np.uint8)
     for scale in (1.0, None):
         if scale is None:

@@ -77,7 +77,7 @@ def weight_iq4_xs(raw: bytes, index: int) -> _f32:
 
 
 # name -> (bytes of a block, weights of a block, where its float16 numbers lie, decoder of one weight)
-SPECS: dict[str, tuple[int, int, tuple[int, ...], Callable[[bytes, int], _f32]]] = {
+LOW_SPECS: dict[str, tuple[int, int, tuple[int, ...], Callable[[bytes, int], _f32]]] = {
     "q4_1": (20, 32, (0, 2), weight_q4_1),
     "q5_1": (24, 32, (0, 2), weight_q5_1),
     "iq4_nl": (18, 32, (0,), weight_iq4_nl),
@@ -88,9 +88,9 @@ SPECS: dict[str, tuple[int, int, tuple[int, ...], Callable[[bytes, int], _f32]]]
 EXTREMES = (0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0)
 
 
-def decode(name: str, rows: Bytes) -> Floats:
+def decode_low(name: str, rows: Bytes) -> Floats:
     """Decode uint8 ``[R, row_bytes]`` to float32 ``[R, K]``, one weight at a time."""
-    size, weights, _, weight = SPECS[name]
+    size, weights, _, weight = LOW_SPECS[name]
     out = np.empty((len(rows), rows.shape[1] // size, weights), np.float32)
     for at in np.ndindex(out.shape[:2]):
         raw = rows[at[0], at[1] * size : (at[1] + 1) * size].tobytes()
@@ -98,14 +98,14 @@ def decode(name: str, rows: Bytes) -> Floats:
     return out.reshape(len(rows), -1)
 
 
-def sample_rows(seed: int, count: int = 12) -> dict[str, Bytes]:
+def sample_low_rows(seed: int, count: int = 12) -> dict[str, Bytes]:
     """Make rows of 256 random weights of every type, uint8 ``[count, row_bytes]``.
 
     The scales are finite: in the first rows zero, subnormal or the greatest, each beside another, elsewhere ordinary.
     """
     rng = np.random.default_rng(seed)
     samples = {}
-    for name, (size, weights, places, _) in SPECS.items():
+    for name, (size, weights, places, _) in LOW_SPECS.items():
         blocks = rng.integers(0, 256, (count * WEIGHTS // weights, size), dtype=np.uint8)
         extreme = len(EXTREMES) * WEIGHTS // weights
         for place in places:

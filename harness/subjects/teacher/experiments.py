@@ -21,7 +21,8 @@ from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
 from q4kd.harness.inputs.synthetic_models import random_matrix
-from q4kd.harness.oracles import block_spec, block_spec_low
+from q4kd.harness.oracles import block_spec
+from q4kd.harness.oracles.block_spec_low import LOW_SPECS, decode_low, sample_low_rows
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.teacher.probes import ROW_WAYS, ROW_WAYS_BF16
@@ -146,7 +147,7 @@ LOW_COLUMNS = 64
 
 def _make_blocks() -> dict[str, Array]:
     rows = random_matrix(np.random.default_rng(5), "Q4_K", MANY_ROWS, block_spec.WEIGHTS, 0.05)
-    low = {f"low-{name}": sample for name, sample in block_spec_low.sample_rows(seed=4).items()}
+    low = {f"low-{name}": sample for name, sample in sample_low_rows(seed=4).items()}
     return {**block_spec.sample_blocks(seed=3), "rows": rows, **low}
 
 
@@ -198,9 +199,9 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
 def _compare_low_types(run_dir: Path, blocks: Arrays, decoded: Arrays) -> Comparators:
     """Compare seeded columns of the rows of every type of two to five bits, one type after the other."""
     columns = seeded_columns(block_spec.WEIGHTS, LOW_COLUMNS)
-    rows = {name: blocks[f"low-{name}"] for name in block_spec_low.SPECS}
+    rows = {name: blocks[f"low-{name}"] for name in LOW_SPECS}
     ours = np.concatenate([decoded[f"low-{name}"][:, columns] for name in rows])
-    by_spec = {name: block_spec_low.decode(name, packed) for name, packed in rows.items()}
+    by_spec = {name: decode_low(name, packed) for name, packed in rows.items()}
     by_gguf = {
         name: gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()]) for name, packed in rows.items()
     }
