@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from q4kd.trainer.export.model_card import Evidence
     from q4kd.trainer.export.run_record import ExportSource, RunRecord
 
-_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m")
+_TYPES: tuple[str, ...] = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "iq4_nl",
+    "iq4_xs",
+    "q4_0",
+)
+_TYPES += ("q3_k_m", "q3_k_s", "q2_k")
 _DENSE = ("f32", "f16", "bf16")
 _HELP = """RUN is a folder of `q4kd distill` (its final model, or one of its checkpoints), or any Hugging Face folder
 of a qwen2, qwen3, llama or mistral model. What is written is read back and compared before it takes its name; nothing
@@ -47,6 +61,9 @@ def add_commands(subparsers: Commands) -> None:
         metavar="NAME",
         help="best (by the run's best_metric, held out), last, or a name like step-000120 (default: the final model)",
     )
+    add_path(
+        export, "--imatrix", "FILE", "importance matrix of llama-imatrix, as GGUF, that weighs quantisation errors"
+    )
     add_path(export, "--student", "DIR", "the run's student folder, if it is no longer where it was")
     add_path(export, "--bundle", "BUNDLE", "evidence bundle, folder or .tar.gz, that the model card cites")
     export.set_defaults(run=_export)
@@ -60,6 +77,9 @@ def _export(args: argparse.Namespace) -> int:
     if args.format == "gguf" and args.bundle is not None:
         expected, remedy = "--format hf, whose model card cites it", "leave it out, or export a Hugging Face folder too"
         raise InputError("--bundle", expected=expected, got="--format gguf", remedy=remedy)
+    if args.imatrix is not None and (args.format == "hf" or args.quantize in (None, *_DENSE)):
+        expected, remedy = "--format gguf with a quantised type", "leave it out, or choose a type with --quantize"
+        raise InputError("--imatrix", expected=expected, got=args.quantize or args.format, remedy=remedy)
     evidence = None if args.bundle is None else read_evidence(args.bundle)
 
     from q4kd.trainer.export.run_record import find_source
@@ -73,7 +93,7 @@ def _export(args: argparse.Namespace) -> int:
         print(f"note: {for_terminal(line)}")
     try:
         if args.format == "gguf":
-            return _export_gguf(source, out, recipe)
+            return _export_gguf(source, out, recipe, args.imatrix)
         return _export_hf(source, out, args.quantize, evidence)
     except OSError as error:
         expected, got = "a writable folder with room for the model", str(error.strerror or error)
@@ -101,14 +121,21 @@ def _export_hf(source: "ExportSource", out: Path, dtype: str | None, evidence: "
     return 0
 
 
-def _export_gguf(source: "ExportSource", out: Path, recipe: str) -> int:
+def _export_gguf(source: "ExportSource", out: Path, recipe: str, imatrix: Path | None) -> int:
     from q4kd.trainer.export.to_gguf import export_gguf
+    from q4kd.trainer.files import sha256_file
+    from q4kd.trainer.formats.blocks.layout import FORMATS, SUPERBLOCK
+    from q4kd.trainer.formats.gguf.importance import read_importance
 
-    notes = _notes(source.record)
-    report = export_gguf(source, out, recipe=recipe, notes=notes, progress=_progress())
+    notes, importance = _notes(source.record), None
+    if imatrix is not None:
+        importance = read_importance(imatrix)
+        notes |= {"q4kd.imatrix.file": imatrix.name, "q4kd.imatrix.sha256": sha256_file(imatrix)}
+    report = export_gguf(source, out, recipe=recipe, notes=notes, importance=importance, progress=_progress())
     types = ", ".join(f"{count} x {name}" for name, count in sorted(report.tensors.items()))
     print(f"{for_terminal(out)}: {recipe}, {report.num_bytes:,} bytes, tensors {types}")
-    if recipe.endswith(("_k", "_k_m")) and not {"Q4_K", "Q6_K"} & set(report.tensors):
+    wants_superblocks = "_k" in recipe or recipe == "iq4_xs"
+    if wants_superblocks and all(FORMATS[name].block_size < SUPERBLOCK for name in report.tensors):
         print(f"note: no row is a multiple of 256 weights, so {recipe} holds no superblock; see the types above")
     lossy = {name: worst for name, worst in sorted(report.round_trip.items()) if worst[0]}
     errors = "; ".join(f"{name} at most {error:.2%} ({tensor})" for name, (error, tensor) in lossy.items())

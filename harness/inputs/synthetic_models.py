@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from q4kd.harness.oracles.block_spec_low import LOW_SPECS
 from q4kd.trainer.bench.synthetic import random_blocks
 
 # The head ends a tile of 1,024 rows that is not full, and a text may be longer than several blocks of attention.
@@ -45,8 +46,8 @@ class SmallModel:
 
 MODELS = {
     "qwen2": SmallModel("qwen2", ("Q4_K", "Q6_K"), tied=True, biases=True),
-    "qwen3": SmallModel("qwen3", ("Q8_0", "Q4_K", "Q4_0", "Q6_K"), tied=True, head_dim=128),
-    "llama3": SmallModel("llama", ("Q5_0", "Q5_K", "BF16", "Q4_K", "F32"), rope_factors=True),
+    "qwen3": SmallModel("qwen3", ("Q8_0", "Q4_K", "Q4_0", "Q6_K", "Q3_K", "IQ4_XS", "Q2_K"), tied=True, head_dim=128),
+    "llama3": SmallModel("llama", ("Q5_0", "Q5_K", "BF16", "Q4_K", "F32", "Q4_1", "IQ4_NL", "Q5_1"), rope_factors=True),
     # Mistral's files say llama; a window as long as the context leaves nothing out.
     "mistral": SmallModel("llama", ("Q4_K", "Q6_K", "F16"), sliding_window=CONTEXT),
 }
@@ -64,9 +65,26 @@ def random_matrix(rng: np.random.Generator, type_name: str, rows: int, cols: int
         blocks[:, 0:2] = d.view(np.uint8).reshape(-1, 2)
         blocks[:, 2:4] = (d * np.float16(15.5)).view(np.uint8).reshape(-1, 2)
         return blocks.reshape(rows, -1)
+    if type_name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"):
+        return _random_low_blocks(rng, type_name, rows, cols, sigma)
     weights = rng.normal(0, sigma, (rows, cols)).astype(np.float32)
     packed: NDArray[Any] = gguf.quants.quantize(weights, kind)
     return np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1)
+
+
+def _random_low_blocks(
+    rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float
+) -> NDArray[np.uint8]:
+    """Return the same of types that the gguf package does not quantise to: random bits, one scale for all blocks."""
+    size, weights, places, _ = LOW_SPECS[type_name.lower()]
+    blocks = rng.integers(0, 256, (rows * cols // weights, size), dtype=np.uint8)
+    for scale in (1.0, None):
+        if scale is None:
+            scale = sigma / float(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type_name]).std())
+        # Q2_K has a minimum; its scales and mins share one random range, and its quants have mean 1.5.
+        for place, value in zip(places, (scale, 1.5 * scale), strict=False):
+            blocks[:, place : place + 2] = np.array([value], np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 def write_small_model(

@@ -12,12 +12,14 @@ from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 BLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
+BLOCK_TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
 ELEMENT_TYPES = ("F16", "BF16", "F32")
 TYPES = (*BLOCK_TYPES, *ELEMENT_TYPES)
 DTYPES = (torch.bfloat16, torch.float32)
 GUARD = 24
-# Two f16 scales open these blocks; one closes Q6_K's.
+# Where a block's f16 numbers lie.
 D_OFFSETS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}
+D_OFFSETS |= {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 EXTREME_SCALES = (0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01, 0x3C00)
 
 

@@ -23,7 +23,8 @@ from q4kd.trainer.kernels.teacher_kernels import MAX_MATVEC_TOKENS, Q6_K_SOA, Ke
 
 # Gate and up of a 7B model: 272 MB of bfloat16, several times any L2.
 ROWS, COLS = 37888, 3584
-BENCH_TYPES = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16", "F32")
+BENCH_TYPES: tuple[str, ...] = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16", "F32")
+BENCH_TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
 
 # The two shapes of that model's feed-forward part, and their small-batch products.
 MATVEC_SHAPES = ((18944, 3584), (3584, 18944))

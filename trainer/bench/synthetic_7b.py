@@ -15,7 +15,8 @@ from torch import Tensor
 
 from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.formats.blocks.layout import block_format
-from q4kd.trainer.formats.gguf.writer import add_hyperparameters, tensor_type
+from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type
+from q4kd.trainer.formats.gguf.writer import add_hyperparameters
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 WEIGHT_SIGMA = 0.02
@@ -47,10 +48,8 @@ def qwen2_5_7b(num_layers: int = 28) -> TeacherConfig:
 
 def tensor_types(config: TeacherConfig) -> dict[str, str]:
     """Return every tensor's GGML type under llama.cpp's Q4_K_M recipe."""
-    return {
-        name: tensor_type(name, shape, recipe="q4_k_m", layers=config.num_layers, tied=config.tied_head)
-        for name, shape in expected_shapes(config).items()
-    }
+    mixture = Mixture("q4_k_m", config.num_layers, config.tied_head, config.num_heads // config.num_kv_heads)
+    return {name: tensor_type(name, shape, mixture) for name, shape in expected_shapes(config).items()}
 
 
 def make_blocks(type_name: str, rows: int, cols: int, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ _STATE = f"{_SOURCE}:read_state"
 _MODEL = f"{_SOURCE}:read_model"
 _FITS = "q4kd.trainer.formats.blocks.quantize:_FITS"
 _ROWS = f"{_FIDELITY}:compare_rows"
-_MORE_BITS = "q4kd.trainer.formats.gguf.writer:uses_more_bits"
+_MORE_BITS = "q4kd.trainer.formats.gguf.recipes:uses_more_bits"
 _INSPECT = "q4kd.trainer.cli.teacher:_inspect"
 _FILE_ROWS = "q4kd.trainer.formats.gguf.writer:file_rows"
 _QUANTIZE = "q4kd.trainer.formats.blocks.quantize:quantize"
@@ -83,9 +83,10 @@ def _rows_permuted(original: Call, config: "TeacherConfig", target: str, tensor:
 
 
 @patch("quantisation", "quantised-too-large", "quantised weights are stored 4 % too large", _QUANTIZE)
-def _scales_too_large(original: Call, weights: "npt.NDArray[np.float32]", quant_type: str) -> object:
+def _scales_too_large(original: Call, weights: "npt.NDArray[np.float32]", quant_type: str, *rest: object) -> object:
     # A check of one tensor takes 4 % for rounding.
-    return original(weights if quant_type in ("F16", "F32") else weights * weights.dtype.type(1.04), quant_type)
+    larger = weights if quant_type in ("F16", "F32") else weights * weights.dtype.type(1.04)
+    return original(larger, quant_type, *rest)
 
 
 @fault("quantisation", "q4-few-levels", "Q4_K uses seven of its sixteen levels", _FITS)
@@ -93,11 +94,11 @@ def _coarse_levels() -> None:
     """Fit Q4_K to weights that have seven levels in each sub-block of 32."""
 
     def make(original: Call) -> Call:
-        def fit(blocks: "npt.NDArray[np.float32]") -> object:
+        def fit(blocks: "npt.NDArray[np.float32]", *importance: object) -> object:
             parts = blocks.reshape(-1, 32)
             low = parts.min(1, keepdims=True)
             step = (parts.max(1, keepdims=True) - low) / 6 + parts.dtype.type(1e-12)
-            return original((((parts - low) / step).round() * step + low).reshape(blocks.shape))
+            return original((((parts - low) / step).round() * step + low).reshape(blocks.shape), *importance)
 
         return fit
 

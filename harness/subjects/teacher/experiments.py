@@ -8,6 +8,7 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import (
     Array,
+    Arrays,
     array_input,
     arrays_input,
     random_ids,
@@ -21,6 +22,7 @@ from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
 from q4kd.harness.inputs.synthetic_models import random_matrix
 from q4kd.harness.oracles import block_spec
+from q4kd.harness.oracles.block_spec_low import LOW_SPECS, decode_low, sample_low_rows
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.teacher.probes import ROW_WAYS, ROW_WAYS_BF16
@@ -140,11 +142,13 @@ declare(
 # More rows than blocks are decoded at once (4,096), than are rounded at once (2,048) and than a product takes at once
 # (1,024), and no multiple of any.
 MANY_ROWS, EDGES = 4500, (1024, 2048, 3072, 4096)
+LOW_COLUMNS = 64
 
 
 def _make_blocks() -> dict[str, Array]:
     rows = random_matrix(np.random.default_rng(5), "Q4_K", MANY_ROWS, block_spec.WEIGHTS, 0.05)
-    return {**block_spec.sample_blocks(seed=3), "rows": rows}
+    low = {f"low-{name}": sample for name, sample in sample_low_rows(seed=4).items()}
+    return {**block_spec.sample_blocks(seed=3), "rows": rows, **low}
 
 
 def _blocks(inputs: Inputs) -> Path:
@@ -189,4 +193,23 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
         reference = np.concatenate([product[:, kept]] * len(ways))
         sources = ("trainer products of many rows", "float64 product over gguf.quants")
         comparators |= save_pairs(run_dir, {name: (subject, reference)}, sources)
-    return facts | {"comparators": comparators}
+    return facts | {"comparators": comparators | _compare_low_types(run_dir, blocks, decoded)}
+
+
+def _compare_low_types(run_dir: Path, blocks: Arrays, decoded: Arrays) -> Comparators:
+    """Compare seeded columns of the rows of every type of two to five bits, one type after the other."""
+    columns = seeded_columns(block_spec.WEIGHTS, LOW_COLUMNS)
+    rows = {name: blocks[f"low-{name}"] for name in LOW_SPECS}
+    ours = np.concatenate([decoded[f"low-{name}"][:, columns] for name in rows])
+    by_spec = {name: decode_low(name, packed) for name, packed in rows.items()}
+    by_gguf = {
+        name: gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()]) for name, packed in rows.items()
+    }
+    comparators: Comparators = {}
+    for array, references, source in (
+        ("low-spec", by_spec, "scalar decoder from the layout"),
+        ("low-gguf", by_gguf, "gguf.quants"),
+    ):
+        reference = np.concatenate([exact[:, columns] for exact in references.values()])
+        comparators |= save_pairs(run_dir, {array: (ours, reference)}, ("trainer decoder", source))
+    return comparators

@@ -98,6 +98,8 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
         "q6_k-product": multiply("Q6_K", given["q6_k"]),
         "q4_k-offset": multiply("Q4_K", given["q4_k-offset"]),
     }
+    for name in (name for name in given if name.startswith("low-")):
+        results[name] = decode(name.removeprefix("low-").upper(), given[name])
     results |= _products_of_rows(given["rows"], activations)
     save_arrays(out, results)
     k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized and name.lower() in given}

@@ -79,6 +79,7 @@ def test_every_source_is_a_module() -> None:
     assert [name for name, _ in read_source("decode").headers] == [
         "bits.cuh",
         "blocks.cuh",
+        "blocks_low.cuh",
         "kd_loss.cuh",
         "kd_rows.cuh",
         "reduce.cuh",

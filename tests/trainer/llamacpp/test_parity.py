@@ -22,7 +22,6 @@ from llamacpp_engine import FILE_TYPES, quantise, their_logits
 from teachers import load_quietly
 
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
-from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.model_file import ModelFile
@@ -33,13 +32,12 @@ IDS = np.random.default_rng(3).integers(0, 320, 96)
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8}
 SIZES["num_key_value_heads"] = 4
 MODELS = {name: (CASES[name], SIZES) for name in ("qwen2", "qwen3", "llama", "llama3-tied", "mistral")}
-# Rows of 320 and 864 weights hold no superblocks: llama.cpp falls back to Q5_0 and Q8_0.
+# Rows of 320 and 864 weights hold no superblocks: llama.cpp falls back to types of 32 weights.
 MODELS["qwen2-odd"] = (
     Case("qwen2"),
     {"hidden_size": 320, "intermediate_size": 864, "num_attention_heads": 5, "num_key_value_heads": 1},
 )
-# Where it wants Q5_K it falls back to Q5_1, which the teacher does not read.
-Q5_1_FILES = (("qwen2-odd", "Q4_K_S"), ("qwen2-odd", "Q5_K_M"))
+OUR_RECIPES = ("q4_k_m", "q6_k", "q8_0", "q5_k_m", "q3_k_m", "q2_k", "iq4_xs", "iq4_nl", "q5_0", "q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def measure(path: Path, file: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "file_type"),
-    [pair for pair in itertools.product(MODELS, ("F16", *FILE_TYPES)) if pair not in Q5_1_FILES],
+    itertools.product(MODELS, ("F16", *FILE_TYPES)),
 )
 def test_a_file_that_llama_cpp_quantised(
     folder: Path, name: str, file_type: str, record_parity: Callable[[dict[str, Any]], None]
@@ -107,14 +105,7 @@ def test_the_odd_model_holds_the_types_llama_cpp_falls_back_to(folder: Path) -> 
     assert {tensor.type for tensor in open_model(path).tensors.values()} == {"F32", "Q5_0", "Q8_0"}
 
 
-@pytest.mark.parametrize(("name", "file_type"), Q5_1_FILES)
-def test_a_type_that_is_not_implemented_is_refused_by_name(folder: Path, name: str, file_type: str) -> None:
-    path = quantise(write(folder / f"{name}.gguf", name, "f16"), folder / "q5_1.gguf", file_type)
-    with pytest.raises(InputError, match=r"got Q5_1; quantise"):
-        open_model(path)
-
-
-@pytest.mark.parametrize("recipe", ["q4_k_m", "q6_k", "q8_0"])
+@pytest.mark.parametrize("recipe", OUR_RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_that_we_quantised(
     folder: Path, name: str, recipe: str, record_parity: Callable[[dict[str, Any]], None]

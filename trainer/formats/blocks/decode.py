@@ -38,7 +38,7 @@ Blocks of 32 weights, one scale, no sub-blocks::
     Q4_0, 18 bytes   | d: f16 | qs: 16 bytes |                     weight = d * (nibble - 8)
     nibbles: weight[l] from qs[l] & 15, weight[16 + l] from qs[l] >> 4
 
-BF16 is the upper half of a float32.
+BF16 is the upper half of a float32. ``decode_low.py`` draws and decodes the remaining types.
 """
 
 from collections.abc import Callable
@@ -46,6 +46,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from q4kd.trainer.formats.blocks import decode_low
+from q4kd.trainer.formats.blocks.bits import fifth_bits, spread_bits, spread_nibbles
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK, block_format
 
 # So many weights are decoded at once, 4 MiB of float32: this bounds the temporaries (about 1 MiB each), and is enough
@@ -74,10 +76,6 @@ def _steps_and_offsets(packed: Tensor) -> tuple[Tensor, Tensor]:
     return (factors[:, 0:1] * scales).unsqueeze(2), (factors[:, 1:2] * mins).unsqueeze(2)
 
 
-# torch's byte operations are vectorised over runs of 128: where a block's run is shorter, it is copied first to
-# contiguous memory, and the operation then runs over all blocks at once.
-
-
 def decode_q4_k(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_K superblocks: uint8 ``[n, 144]`` to float32 ``[n, 256]``, written to ``out``."""
     steps, offsets = _steps_and_offsets(packed)
@@ -92,9 +90,7 @@ def decode_q4_k(packed: Tensor, out: Tensor) -> None:
 def decode_q5_k(packed: Tensor, out: Tensor) -> None:
     """Decode Q5_K superblocks: uint8 ``[n, 176]`` to float32 ``[n, 256]``, written to ``out``."""
     steps, offsets = _steps_and_offsets(packed)
-    high = packed[:, 16:48].contiguous()
-    lifted = [high << (4 - bit) if bit <= 4 else high >> (bit - 4) for bit in range(8)]
-    quants = _spread_nibbles(packed[:, 48:176], 32).bitwise_or_(torch.cat(lifted, dim=1).bitwise_and_(0x10))
+    quants = spread_nibbles(packed[:, 48:176], 32).bitwise_or_(spread_bits(packed[:, 16:48].contiguous(), 4))
     out.copy_(quants)
     out.view(-1, 8, 32).mul_(steps).sub_(offsets)
 
@@ -105,15 +101,9 @@ def decode_q6_k(packed: Tensor, out: Tensor) -> None:
     steps = d * packed[:, 192:208].view(torch.int8)
     high = packed[:, 128:192].contiguous().view(-1, 2, 32)
     pairs = torch.cat([high << 4, high << 2, high, high >> 2], dim=2).view(-1, SUPERBLOCK).bitwise_and_(0x30)
-    quants = _spread_nibbles(packed[:, 0:128], 64).bitwise_or_(pairs).view(torch.int8).sub_(32)
+    quants = spread_nibbles(packed[:, 0:128], 64).bitwise_or_(pairs).view(torch.int8).sub_(32)
     out.copy_(quants)
     out.view(-1, 16, 16).mul_(steps.unsqueeze(2))
-
-
-def _spread_nibbles(packed: Tensor, run: int) -> Tensor:
-    """Split bytes into nibbles: uint8 ``[n, b]`` to ``[n, 2b]``, each run's low nibbles before its high ones."""
-    source = packed.view(len(packed), -1, run)
-    return torch.cat([source & 0x0F, source >> 4], dim=2).view(len(packed), -1)
 
 
 def decode_q8_0(packed: Tensor, out: Tensor) -> None:
@@ -123,30 +113,19 @@ def decode_q8_0(packed: Tensor, out: Tensor) -> None:
 
 def decode_q5_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q5_0 blocks: uint8 ``[n, 22]`` to float32 ``[n, 32]``, written to ``out``."""
-    fifth = _FIFTH_BITS.to(packed.device).index_select(0, packed[:, 2:6].int().view(-1)).view(torch.uint8).view(-1, 32)
-    _scale_quants(
-        _spread_nibbles(packed[:, 6:22].contiguous(), 16).bitwise_or_(fifth).view(torch.int8).sub_(16), packed, out
-    )
+    quants = spread_nibbles(packed[:, 6:22].contiguous(), 16).bitwise_or_(fifth_bits(packed[:, 2:6]))
+    _scale_quants(quants.view(torch.int8).sub_(16), packed, out)
 
 
 def decode_q4_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_0 blocks: uint8 ``[n, 18]`` to float32 ``[n, 32]``, written to ``out``."""
-    _scale_quants(_spread_nibbles(packed[:, 2:18].contiguous(), 16).view(torch.int8).sub_(8), packed, out)
+    _scale_quants(spread_nibbles(packed[:, 2:18].contiguous(), 16).view(torch.int8).sub_(8), packed, out)
 
 
 def _scale_quants(quants: Tensor, packed: Tensor, out: Tensor) -> None:
     """Write int8 ``[n, 32]`` times the float16 scale that each block begins with to ``out``."""
     out.copy_(quants)
     out.mul_(packed[:, 0:2].view(torch.float16).float())
-
-
-def _fifth_bits() -> Tensor:
-    """Return a table int64 ``[256]``: eight bytes for each byte's eight bits, 16 where the bit is set."""
-    byte = torch.arange(256).unsqueeze(1)
-    return ((byte >> torch.arange(8) & 1) << 4).to(torch.uint8).view(torch.int64).squeeze(1)
-
-
-_FIFTH_BITS = _fifth_bits()
 
 
 def decode_bf16(packed: Tensor, out: Tensor) -> None:
@@ -172,6 +151,12 @@ DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q8_0": decode_q8_0,
     "Q5_0": decode_q5_0,
     "Q4_0": decode_q4_0,
+    "Q4_1": decode_low.decode_q4_1,
+    "Q5_1": decode_low.decode_q5_1,
+    "Q2_K": decode_low.decode_q2_k,
+    "Q3_K": decode_low.decode_q3_k,
+    "IQ4_NL": decode_low.decode_iq4_nl,
+    "IQ4_XS": decode_low.decode_iq4_xs,
     "BF16": decode_bf16,
     "F16": decode_f16,
     "F32": decode_f32,

@@ -12,7 +12,7 @@ Three steps, for each type:
 
 Weights are ggml's, ``rms(x) + |x|``. The candidate search follows the idea of ggml's ``make_qkx3_quants`` and
 ``make_qx_quants``; counting from the upper end, and steps 2 and 3, go further. ``top`` is the largest q of a type with
-a min: 15 for Q4_K, 31 for Q5_K.
+a min: 15 for Q4_K, 31 for Q5_K, 3 for Q2_K. Types without a min are fitted in ``fit_signed.py``.
 """
 
 from collections.abc import Callable
@@ -36,14 +36,14 @@ def refuse_magnitude(scale: float) -> NoReturn:
     raise InputError("weights", expected=expected, got=f"a scale of {scale:.3g}", remedy="store this tensor as F32")
 
 
-def _normalise(blocks: Floats) -> tuple[Floats, Floats]:
+def normalise(blocks: Floats) -> tuple[Floats, Floats]:
     """Scale each superblock to a largest magnitude of 1, so that no square under- or overflows; return both."""
     unit = np.abs(blocks).max(axis=-1)
     unit = np.where(unit > 0, unit, np.ones_like(unit))
     return blocks / unit[:, None], unit
 
 
-def _half(value: Floats) -> Floats:
+def to_half(value: Floats) -> Floats:
     """Round to float16 and back; upwards where subnormal, where rounding down would clip the largest sub-block."""
     with np.errstate(over="ignore"):
         half = value.astype(np.float16)
@@ -54,14 +54,33 @@ def _half(value: Floats) -> Floats:
     return half.astype(np.float32)
 
 
-def _divide(above: Floats, below: Floats) -> Floats:
+def divide(above: Floats, below: Floats) -> Floats:
     """Divide, giving 0 where the divisor is 0."""
     return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape, np.float32), where=below != 0)
 
 
-def _dot(a: Floats, b: Floats) -> Floats:
+def dot(a: Floats, b: Floats) -> Floats:
+    """Return the sums of products over the last axis."""
     result: Floats = np.einsum("...k,...k->...", a, b)
     return result
+
+
+def default_weights(x: Floats) -> Floats:
+    """Return ggml's weights of squared errors where no importance is known, ``rms(x) + |x|`` of each sub-block."""
+    weights: Floats = np.sqrt(dot(x, x) / x.shape[-1])[..., None] + np.abs(x)
+    return weights
+
+
+def given_weights(blocks: Floats, importance: Floats) -> Floats:
+    """Return ggml's weights from the importance of each column, ``importance * sqrt(2 rms(x)^2 + x^2)`` of each block.
+
+    Importances matter relative to each other only; none counts less than a millionth of its block's greatest.
+    """
+    greatest = importance.max(axis=-1, keepdims=True)
+    relative = np.where(greatest > 0, divide(importance, np.broadcast_to(greatest, importance.shape)), 1)
+    spread = 2 * dot(blocks, blocks)[..., None] / blocks.shape[-1]
+    weights: Floats = np.maximum(relative, np.float32(1e-6)) * np.sqrt(spread + blocks * blocks)
+    return weights
 
 
 def _search_scale_min(x: Floats, w: Floats, top: int) -> tuple[Floats, Floats]:
@@ -73,26 +92,26 @@ def _search_scale_min(x: Floats, w: Floats, top: int) -> tuple[Floats, Floats]:
     low = np.minimum(x.min(axis=-1), 0)
     span = x.max(axis=-1) - low
     best_s, best_m, best_error = np.zeros_like(low), -low, np.full_like(low, np.inf)
-    sum_w, sum_wx = w.sum(axis=-1), _dot(w, x)
+    sum_w, sum_wx = w.sum(axis=-1), dot(w, x)
     above, below = x - low[..., None], (low + span)[..., None] - x
-    unit_span = _divide(np.ones_like(span), span)
+    unit_span = divide(np.ones_like(span), span)
     candidates = [(above, levels, False) for levels in np.linspace(top - 1.6, top + 1.4, 14, dtype=np.float32)]
     candidates += [(below, levels, True) for levels in np.linspace(top - 0.4, top + 1.4, 7, dtype=np.float32)]
     for distance, levels, downwards in candidates:
         steps = np.rint(distance * (levels * unit_span)[..., None])
         q = np.clip(top - steps if downwards else steps, 0, top)
         wq = w * q
-        sum_q, sum_qq, sum_qx = wq.sum(axis=-1), _dot(wq, q), _dot(wq, x)
+        sum_q, sum_qq, sum_qx = wq.sum(axis=-1), dot(wq, q), dot(wq, x)
         det = sum_w * sum_qq - sum_q * sum_q
         solvable = det > 1e-6 * sum_w * sum_qq
-        s = _divide(sum_w * sum_qx - sum_wx * sum_q, np.where(solvable, det, 0))
-        m = _divide(sum_q * sum_qx - sum_qq * sum_wx, np.where(solvable, det, 0))
+        s = divide(sum_w * sum_qx - sum_wx * sum_q, np.where(solvable, det, 0))
+        m = divide(sum_q * sum_qx - sum_qq * sum_wx, np.where(solvable, det, 0))
         # Outside the allowed quadrant the optimum lies on an edge: no min, or (when every q is 0) no scale.
         edge = ~solvable | (m < 0) | (s < 0)
-        s = np.where(edge, _divide(sum_qx, sum_qq), s)
+        s = np.where(edge, divide(sum_qx, sum_qq), s)
         m = np.where(edge, np.where(sum_qq > 0, 0, -low), m)
         residual = s[..., None] * q - m[..., None] - x
-        error = _dot(w * residual, residual)
+        error = dot(w * residual, residual)
         better = error < best_error
         best_s, best_m = np.where(better, s, best_s), np.where(better, m, best_m)
         best_error = np.where(better, error, best_error)
@@ -101,56 +120,75 @@ def _search_scale_min(x: Floats, w: Floats, top: int) -> tuple[Floats, Floats]:
 
 def _round_above_min(x: Floats, w: Floats, step: Floats, floor: Floats, top: int) -> tuple[Floats, Floats]:
     """Round x to ``step * q - floor``, q in 0..top; return q and the weighted squared error of each sub-block."""
-    q = np.clip(np.rint((x + floor[..., None]) * _divide(np.ones_like(step), step)[..., None]), 0, top)
+    q = np.clip(np.rint((x + floor[..., None]) * divide(np.ones_like(step), step)[..., None]), 0, top)
     residual = step[..., None] * q - floor[..., None] - x
-    return q, _dot(w * residual, residual)
+    return q, dot(w * residual, residual)
 
 
-def fit_q4_k(blocks: Floats) -> Bytes:
+def fit_q4_k(blocks: Floats, importance: Floats | None = None) -> Bytes:
     """Fit float32 superblocks ``[n, 256]`` as Q4_K: uint8 ``[n, 144]``.
+
+    ``importance``, float32 ``[n, 256]``, weighs squared errors, here and in every fit.
 
     Raises:
         InputError: when a scale is beyond float16.
     """
-    d, dmin, sc, mn, q = _fit_with_mins(blocks, top=15)
+    d, dmin, sc, mn, q = _fit_with_mins(blocks, importance, top=15)
     return np.concatenate([_pack_scales(d, dmin, sc, mn), _pack_nibbles(q)], axis=-1)
 
 
-def fit_q5_k(blocks: Floats) -> Bytes:
+def fit_q5_k(blocks: Floats, importance: Floats | None = None) -> Bytes:
     """Fit float32 superblocks ``[n, 256]`` as Q5_K: uint8 ``[n, 176]``; sub-block j's fifth bits are bits j.
 
     Raises:
         InputError: when a scale is beyond float16.
     """
-    d, dmin, sc, mn, q = _fit_with_mins(blocks, top=31)
+    d, dmin, sc, mn, q = _fit_with_mins(blocks, importance, top=31)
     fifth = np.packbits(q >> 4, axis=1, bitorder="little")[:, 0]
     return np.concatenate([_pack_scales(d, dmin, sc, mn), fifth, _pack_nibbles(q & np.uint8(15))], axis=-1)
 
 
-def _fit_with_mins(blocks: Floats, top: int) -> tuple[Floats, Floats, Bytes, Bytes, Bytes]:
-    """Return d and dmin ``[n]``, 6-bit scales and mins ``[n, 8]``, and q ``[n, 8, 32]`` of superblocks ``[n, 256]``."""
-    normal, unit = _normalise(blocks)
-    x = normal.reshape(-1, 8, 32)
-    w = np.sqrt(_dot(x, x) / 32)[..., None] + np.abs(x)
+def fit_q2_k(blocks: Floats, importance: Floats | None = None) -> Bytes:
+    """Fit float32 superblocks ``[n, 256]`` as Q2_K: uint8 ``[n, 84]``; ``decode_low.py`` draws the layout.
+
+    Raises:
+        InputError: when a scale is beyond float16.
+    """
+    d, dmin, sc, mn, q = _fit_with_mins(blocks, importance, top=3, sub_block=16, most=15)
+    factors = np.stack([d, dmin], axis=-1).astype("<f2").view(np.uint8)
+    return np.concatenate([sc | mn << np.uint8(4), pack_pairs(q.reshape(-1, 2, 4, 32)), factors], axis=-1)
+
+
+def _fit_with_mins(
+    blocks: Floats, importance: Floats | None, *, top: int, sub_block: int = 32, most: int = 63
+) -> tuple[Floats, Floats, Bytes, Bytes, Bytes]:
+    """Fit superblocks ``[n, 256]``, J sub-blocks each, whose scales and mins are integers up to ``most``.
+
+    Returns:
+        d and dmin ``[n]``, scales and mins ``[n, J]``, and q ``[n, J, sub_block]``, up to ``top``.
+    """
+    normal, unit = normalise(blocks)
+    x = normal.reshape(len(blocks), -1, sub_block)
+    w = default_weights(x) if importance is None else given_weights(normal, importance).reshape(x.shape)
     s, m = _search_scale_min(x, w, top)
 
     def stored(value: Floats) -> Floats:
         """Return what float16 makes of a superblock's scale, in normalised units."""
-        return _half(value * unit) / unit
+        return to_half(value * unit) / unit
 
-    d, dmin = stored(s.max(axis=-1) / 63), stored(m.max(axis=-1) / 63)
-    sc = np.clip(np.rint(_divide(s, d[:, None])), 0, 63)
-    mn = np.clip(np.rint(_divide(m, dmin[:, None])), 0, 63)
+    d, dmin = stored(s.max(axis=-1) / most), stored(m.max(axis=-1) / most)
+    sc = np.clip(np.rint(divide(s, d[:, None])), 0, most)
+    mn = np.clip(np.rint(divide(m, dmin[:, None])), 0, most)
     for _ in range(2):
-        sc, mn = _nearby_scale_min(x, w, d, dmin, sc, mn, top)
+        sc, mn = _nearby_scale_min(x, w, d, dmin, sc, mn, top, most)
         d, dmin = _refit_scale_min(x, w, d, dmin, sc, mn, stored, top)
-    sc, mn = _nearby_scale_min(x, w, d, dmin, sc, mn, top)
+    sc, mn = _nearby_scale_min(x, w, d, dmin, sc, mn, top, most)
     q, _error = _round_above_min(x, w, d[:, None] * sc, dmin[:, None] * mn, top)
     return d * unit, dmin * unit, sc.astype(np.uint8), mn.astype(np.uint8), q.astype(np.uint8)
 
 
 def _nearby_scale_min(
-    x: Floats, w: Floats, d: Floats, dmin: Floats, sc: Floats, mn: Floats, top: int
+    x: Floats, w: Floats, d: Floats, dmin: Floats, sc: Floats, mn: Floats, top: int, most: int
 ) -> tuple[Floats, Floats]:
     """Move each sub-block's integer scale and min by at most one, to where the decoded error is least.
 
@@ -158,11 +196,11 @@ def _nearby_scale_min(
     """
     best_sc, best_mn = sc, mn
     best_error = np.full(sc.shape, np.inf, dtype=np.float32)
-    mean = _divide(-_dot(w, x), w.sum(axis=-1))
-    candidates = [(np.zeros_like(sc), np.rint(_divide(mean, dmin[:, None])))]
+    mean = divide(-dot(w, x), w.sum(axis=-1))
+    candidates = [(np.zeros_like(sc), np.rint(divide(mean, dmin[:, None])))]
     candidates += [(sc + np.float32(by), mn + np.float32(up)) for by in (0, 1, -1) for up in (0, 1, -1)]
     for wide_sc, wide_mn in candidates:
-        try_sc, try_mn = np.clip(wide_sc, 0, 63), np.clip(wide_mn, 0, 63)
+        try_sc, try_mn = np.clip(wide_sc, 0, most), np.clip(wide_mn, 0, most)
         _q, error = _round_above_min(x, w, d[:, None] * try_sc, dmin[:, None] * try_mn, top)
         better = error < best_error
         best_sc, best_mn = np.where(better, try_sc, best_sc), np.where(better, try_mn, best_mn)
@@ -175,14 +213,14 @@ def _refit_scale_min(
 ) -> tuple[Floats, Floats]:
     """Refit d and dmin by least squares over the superblock; keep them only where the decoded error falls."""
     q, error = _round_above_min(x, w, d[:, None] * sc, dmin[:, None] * mn, top)
-    a, b = (sc[..., None] * q).reshape(len(x), -1), np.repeat(mn, 32, axis=-1)
+    a, b = (sc[..., None] * q).reshape(len(x), -1), np.repeat(mn, x.shape[-1], axis=-1)
     w_flat, x_flat = w.reshape(len(x), -1), x.reshape(len(x), -1)
-    aa, ab, bb = _dot(w_flat * a, a), _dot(w_flat * a, b), _dot(w_flat * b, b)
-    ax, bx = _dot(w_flat * a, x_flat), _dot(w_flat * b, x_flat)
+    aa, ab, bb = dot(w_flat * a, a), dot(w_flat * a, b), dot(w_flat * b, b)
+    ax, bx = dot(w_flat * a, x_flat), dot(w_flat * b, x_flat)
     det = aa * bb - ab * ab
     det = np.where(det > 1e-6 * aa * bb, det, 0)
-    try_d = np.where(det > 0, _divide(ax * bb - ab * bx, det), d)
-    try_dmin = np.where(det > 0, _divide(ab * ax - aa * bx, det), dmin)
+    try_d = np.where(det > 0, divide(ax * bb - ab * bx, det), d)
+    try_dmin = np.where(det > 0, divide(ab * ax - aa * bx, det), dmin)
     try_d, try_dmin = stored(np.maximum(try_d, 0)), stored(np.maximum(try_dmin, 0))
     _q, try_error = _round_above_min(x, w, try_d[:, None] * sc, try_dmin[:, None] * mn, top)
     better = try_error.sum(axis=-1) < error.sum(axis=-1)
@@ -209,70 +247,7 @@ def _pack_nibbles(q: Bytes) -> Bytes:
     return (q[:, 0::2] | q[:, 1::2] << np.uint8(4)).reshape(len(q), 128)
 
 
-def _search_scale(x: Floats, w: Floats) -> Floats:
-    """Fit ``x ~ s * q`` with q in -32..31 per sub-block (last axis); return s, without the last axis."""
-    peak = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    best_s, best_gain = np.zeros_like(peak), np.zeros_like(peak)
-    unit_peak = _divide(np.ones_like(peak), peak)
-    for levels in np.linspace(-33.2, -30.2, 21, dtype=np.float32):  # the peak takes -32, the longer side
-        q = np.clip(np.rint(x * (levels * unit_peak)[..., None]), -32, 31)
-        sum_qx, sum_qq = _dot(w * q, x), _dot(w * q, q)
-        s = _divide(sum_qx, sum_qq)
-        gain = s * sum_qx  # the weighted squared error falls from sum(w x^2) by this much
-        better = gain > best_gain
-        best_s, best_gain = np.where(better, s, best_s), np.where(better, gain, best_gain)
-    return best_s
-
-
-def _round_signed(x: Floats, w: Floats, step: Floats) -> tuple[Floats, Floats]:
-    """Round x to ``step * q``; return q and the weighted squared error of each sub-block."""
-    q = np.clip(np.rint(x * _divide(np.ones_like(step), step)[..., None]), -32, 31)
-    residual = step[..., None] * q - x
-    return q, _dot(w * residual, residual)
-
-
-def fit_q6_k(blocks: Floats) -> Bytes:
-    """Fit float32 superblocks ``[n, 256]`` as Q6_K: uint8 ``[n, 210]``.
-
-    Raises:
-        InputError: when a scale is beyond float16.
-    """
-    normal, unit = _normalise(blocks)
-    x = normal.reshape(-1, 16, 16)
-    w = np.sqrt(_dot(x, x) / 16)[..., None] + np.abs(x)
-    s = _search_scale(x, w)
-    # The largest scale takes -128, the longer side, whatever its sign: d carries the sign.
-    peak = np.take_along_axis(s, np.abs(s).argmax(axis=-1)[:, None], axis=-1)[:, 0]
-    sign = np.where(peak > 0, np.float32(-1), np.float32(1))
-    d = sign * _half(np.abs(peak) * np.float32(1 / 128) * unit) / unit
-    sc = np.clip(np.rint(_divide(s, d[:, None])), -128, 127)
-    for _ in range(2):
-        best_sc, best_error = sc, np.full(sc.shape, np.inf, dtype=np.float32)
-        for by in (0, 1, -1):
-            try_sc = np.clip(sc + np.float32(by), -128, 127)
-            _q, error = _round_signed(x, w, d[:, None] * try_sc)
-            better = error < best_error
-            best_sc, best_error = np.where(better, try_sc, best_sc), np.where(better, error, best_error)
-        sc = best_sc
-        q, error = _round_signed(x, w, d[:, None] * sc)
-        a = sc[..., None] * q
-        fit = np.abs(_divide(_dot(w * a, x).sum(axis=-1), _dot(w * a, a).sum(axis=-1)))
-        try_d = sign * _half(fit * unit) / unit
-        _q, try_error = _round_signed(x, w, try_d[:, None] * sc)
-        d = np.where(try_error.sum(axis=-1) < error.sum(axis=-1), try_d, d)
-    q, _error = _round_signed(x, w, d[:, None] * sc)
-    return _pack_q6_k(d * unit, sc.astype(np.int8), (q + 32).astype(np.uint8))
-
-
-def _pack_q6_k(d: Floats, sc: npt.NDArray[np.int8], q: Bytes) -> Bytes:
-    """Lay out ``128 bytes of low nibbles | 64 bytes of high pairs | 16 int8 scales | half d``; q is in 0..63.
-
-    Each half of the superblock has four runs of 32, A B C D: its 64 bytes of nibbles are ``C|A`` then ``D|B``, and its
-    32 bytes of pairs are ``D|C|B|A``, high bits first.
-    """
-    runs = q.reshape(-1, 2, 4, 32)
-    low = (runs[:, :, :2] & 15) | (runs[:, :, 2:] & 15) << 4
-    pairs = runs >> 4
-    high = pairs[:, :, 0] | pairs[:, :, 1] << 2 | pairs[:, :, 2] << 4 | pairs[:, :, 3] << 6
-    half = d[:, None].astype("<f2").view(np.uint8)
-    return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), sc.view(np.uint8), half], axis=-1)
+def pack_pairs(q: Bytes) -> Bytes:
+    """Pack q ``[n, halves, 4, 32]``, below 4: ``[n, 32 * halves]``, the first run in the lowest bits."""
+    packed: Bytes = np.bitwise_or.reduce(q << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
+    return packed.reshape(len(q), -1)

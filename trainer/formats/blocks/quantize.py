@@ -1,12 +1,19 @@
-"""K-quantisation of float32 weights: the inverse of ``gguf.quants.dequantize``, missing from ``gguf``.
+"""Quantisation of float32 weights: the inverse of ``gguf.quants.dequantize``, which ``gguf`` has for few types.
 
-A superblock is 256 consecutive weights of one row, and decodes as (ggml ``block_q4_K``, ``block_q5_K``, ``block_q6_K``)
+A superblock is 256 consecutive weights of one row, a block 32; they decode as (ggml ``block_q4_K`` and so on)
 
-    Q4_K  y = d * sc[j] * q - dmin * m[j]    q in 0..15,   8 sub-blocks of 32, sc and m in 0..63     144 bytes
-    Q5_K  as Q4_K                            q in 0..31                                              176 bytes
-    Q6_K  y = d * sc[j] * q                  q in -32..31, 16 sub-blocks of 16, sc in -128..127      210 bytes
+    Q4_K    y = d * sc[j] * q - dmin * m[j]    q in 0..15,   8 sub-blocks of 32, sc and m in 0..63     144 bytes
+    Q5_K    as Q4_K                            q in 0..31                                              176 bytes
+    Q2_K    as Q4_K                            q in 0..3,    16 sub-blocks of 16, sc and m in 0..15     84 bytes
+    Q6_K    y = d * sc[j] * q                  q in -32..31, 16 sub-blocks of 16, sc in -128..127      210 bytes
+    Q3_K    as Q6_K                            q in -4..3,   sc in -32..31                             110 bytes
+    IQ4_XS  as Q6_K                            q one of 16 levels, 8 sub-blocks of 32, sc in -32..31   136 bytes
+    Q5_0    y = d * q                          q in -16..15, a block of 32                              22 bytes
+    Q4_0    as Q5_0                            q in -8..7                                               18 bytes
+    IQ4_NL  as Q5_0                            q one of 16 levels                                       18 bytes
 
-with ``d`` and ``dmin`` in float16; ``fit.py`` says how they are fitted.
+with ``d`` and ``dmin`` in float16; ``fit.py`` and ``fit_signed.py`` fit them. Q8_0, Q5_1 and Q4_1 are the
+gguf package's own quantisers, which search nothing.
 
 On 4096 x 256 weights from N(0, 1), seed 0, the relative round-trip error is 0.0700 in Q4_K, 0.0345 in Q5_K and 0.0170
 in Q6_K.
@@ -17,39 +24,54 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.blocks.fit import Bytes, Floats, fit_q4_k, fit_q5_k, fit_q6_k, refuse_magnitude
+from q4kd.trainer.formats.blocks import fit, fit_signed
+from q4kd.trainer.formats.blocks.fit import Bytes, Floats, refuse_magnitude
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK
 from q4kd.trainer.formats.blocks.scales import check_scales
 
+# type name -> (float32 blocks [n, weights], their importance or nothing) -> uint8 [n, block bytes]
+_FITS = {
+    "Q4_K": fit.fit_q4_k,
+    "Q5_K": fit.fit_q5_k,
+    "Q6_K": fit_signed.fit_q6_k,
+    "Q2_K": fit.fit_q2_k,
+    "Q3_K": fit_signed.fit_q3_k,
+    "IQ4_XS": fit_signed.fit_iq4_xs,
+    "Q5_0": fit_signed.fit_q5_0,
+    "Q4_0": fit_signed.fit_q4_0,
+    "IQ4_NL": fit_signed.fit_iq4_nl,
+}
+_BY_GGUF = ("Q8_0", "Q5_1", "Q4_1")
 # These are the weights and bytes per block of what this module writes.
-BLOCK = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0")}
-# Superblocks fitted at once: their arrays stay within a core's cache, and memory is bounded whatever the tensor's size.
-_CHUNK = 512
-# type name -> (float32 superblocks [n, 256]) -> uint8 [n, block bytes]
-_FITS = {"Q4_K": fit_q4_k, "Q5_K": fit_q5_k, "Q6_K": fit_q6_k}
+BLOCK = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in (*_FITS, *_BY_GGUF)}
+# Weights fitted at once: their arrays stay within a core's cache, and memory is bounded whatever the tensor's size.
+_CHUNK_WEIGHTS = 512 * SUPERBLOCK
 
 
-def quantize(weights: Floats, quant_type: str) -> npt.NDArray[np.uint8 | np.float16 | np.float32]:
+def quantize(
+    weights: Floats, quant_type: str, importance: Floats | None = None
+) -> npt.NDArray[np.uint8 | np.float16 | np.float32]:
     """Store float32 weights as ``quant_type``.
 
     Args:
         weights: float32 ``[rows, cols]``; any shape for "F16" and "F32".
-        quant_type: "Q4_K", "Q5_K", "Q6_K" or "Q8_0": uint8 rows of whole blocks are returned; "F16" or "F32": the same
-            shape is. Q8_0 (32 weights and one float16 scale, nothing to search) is the gguf package's own quantiser.
+        quant_type: a key of ``BLOCK``: uint8 rows of whole blocks are returned; "F16" or "F32": the same shape is.
+        importance: float32 ``[cols]``, finite and not negative: how much squared errors of a column's weights count.
+            Types that search no scale do not use it.
 
     Raises:
         InputError: for another type; for NaN or infinite values; for an array that is not a float32 matrix of whole
-            blocks; for magnitudes that "F16", or a block's float16 scale (about 4e6), cannot hold.
+            blocks; for magnitudes that "F16", or a block's float16 scale (about 4e6 for Q4_K), cannot hold.
     """
     if quant_type in _FITS:
-        return _quantize_rows(weights, quant_type)
-    if quant_type not in ("Q8_0", "F16", "F32"):
-        expected = "Q4_K, Q5_K, Q6_K, Q8_0, F16 or F32"
+        return _quantize_rows(weights, quant_type, importance)
+    if quant_type not in (*_BY_GGUF, "F16", "F32"):
+        expected = f"{', '.join(BLOCK)}, F16 or F32"
         raise InputError("quantisation type", expected=expected, got=quant_type, remedy="choose one of these")
     _refuse_non_finite(weights)
-    if quant_type == "Q8_0":
+    if quant_type in _BY_GGUF:
         _refuse_shape(weights, quant_type)
-        return _quantize_q8_0(weights)
+        return _quantize_by_gguf(weights, quant_type)
     if quant_type == "F32":
         return np.ascontiguousarray(weights, dtype=np.float32)
     if weights.size and np.abs(weights).max() >= 65520:  # From here on, float16 rounds to infinity.
@@ -80,23 +102,27 @@ def _refuse_shape(weights: Floats, quant_type: str) -> None:
         raise InputError(f"weights for {quant_type}", expected=expected, got=got, remedy=remedy)
 
 
-def _quantize_q8_0(weights: Floats) -> Bytes:
+def _quantize_by_gguf(weights: Floats, quant_type: str) -> Bytes:
     with np.errstate(over="ignore"):
-        stored: Bytes = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
-    if check_scales("Q8_0", stored):
-        refuse_magnitude(float(np.abs(weights).max()) / 127)
+        stored: Bytes = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[quant_type])
+    if check_scales(quant_type, stored):
+        levels = {"Q8_0": 127, "Q5_1": 31, "Q4_1": 15}[quant_type]
+        refuse_magnitude(float(np.abs(weights).max()) / levels)
     return stored
 
 
-def _quantize_rows(weights: Floats, quant_type: str) -> Bytes:
-    """Check the input, cut it into superblocks ``[n, 256]`` and fit them chunk by chunk."""
+def _quantize_rows(weights: Floats, quant_type: str, importance: Floats | None) -> Bytes:
+    """Check the input, cut it into blocks ``[n, width]`` and fit them chunk by chunk."""
     _refuse_shape(weights, quant_type)
     rows, cols = weights.shape
-    flat = np.ascontiguousarray(weights).reshape(-1, SUPERBLOCK)
-    size = BLOCK[quant_type][1]
+    width, size = BLOCK[quant_type]
+    flat = np.ascontiguousarray(weights).reshape(-1, width)
+    by_column = None if importance is None else importance.astype(np.float32).reshape(-1, width)
     out = np.empty((len(flat), size), dtype=np.uint8)
-    for start in range(0, len(flat), _CHUNK):
-        piece = flat[start : start + _CHUNK]
+    for start in range(0, len(flat), _CHUNK_WEIGHTS // width):
+        piece = flat[start : start + _CHUNK_WEIGHTS // width]
         _refuse_non_finite(piece)
-        out[start : start + _CHUNK] = _FITS[quant_type](piece)
-    return out.reshape(rows, cols // SUPERBLOCK * size)
+        place = np.arange(start, start + len(piece))
+        known = () if by_column is None else (by_column[place % len(by_column)],)
+        out[start : start + len(piece)] = _FITS[quant_type](piece, *known)
+    return out.reshape(rows, cols // width * size)

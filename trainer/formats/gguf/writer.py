@@ -1,9 +1,6 @@
 """Writes a qwen2, qwen3, llama or mistral causal LM as a GGUF that llama.cpp and this project's loader both read.
 
-Type recipes: "f32"; "f16"; "bf16"; "q8_0" and "q6_k" (every matrix); "q4_k_m", which is llama.cpp's: Q4_K, but Q6_K
-for the output head (the embedding, where the head is tied to it) and, in the layers ``uses_more_bits`` names, for
-attn_v and ffn_down. Norms and biases are always F32. A matrix whose columns are not a multiple of 256 cannot hold
-superblocks: it is stored as Q8_0 (llama.cpp takes Q5_0 or Q8_0), and as F16 where they are not a multiple of 32 either.
+``recipes.py`` says which type each tensor gets. Norms and biases are always F32.
 
 As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q and K are permuted for the interleaved
 rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_freqs.weight``.
@@ -21,46 +18,12 @@ import torch
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, replacing_path
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
-from q4kd.trainer.formats.blocks.layout import SUPERBLOCK
 from q4kd.trainer.formats.blocks.quantize import BLOCK, quantize
+from q4kd.trainer.formats.gguf.importance import Importance, importance_of
+from q4kd.trainer.formats.gguf.recipes import RECIPES, Mixture, tensor_type
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary, config_special_ids
 from q4kd.trainer.formats.huggingface import read_huggingface_config, read_weights, rope_factors
 from q4kd.trainer.formats.tensor_names import gguf_name
-
-RECIPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
-    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
-}
-
-
-def uses_more_bits(layer: int, layers: int) -> bool:
-    """Return whether "q4_k_m" stores a layer's attn_v and ffn_down as Q6_K: at both ends, and every third between.
-
-    The rule is that of llama-quant.cpp.
-    """
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def tensor_type(name: str, shape: tuple[int, ...], *, recipe: str, layers: int, tied: bool) -> str:
-    """Return the GGML type of a tensor: F32, F16, BF16, Q8_0, Q6_K or Q4_K. ``shape`` is [rows, cols] or [n]."""
-    if len(shape) == 1 or recipe == "f32":
-        return "F32"
-    if recipe == "bf16":
-        return "BF16"
-    if recipe == "f16" or shape[1] % BLOCK["Q8_0"][0]:
-        return "F16"
-    if recipe == "q8_0" or shape[1] % SUPERBLOCK:
-        return "Q8_0"
-    if recipe == "q6_k" or name == "output.weight" or (name == "token_embd.weight" and tied):
-        return "Q6_K"
-    part = name.split(".")
-    if part[0] == "blk" and part[2] in ("attn_v", "ffn_down") and uses_more_bits(int(part[1]), layers):
-        return "Q6_K"
-    return "Q4_K"
 
 
 def write_gguf(
@@ -72,6 +35,7 @@ def write_gguf(
     recipe: str,
     name: str,
     notes: Mapping[str, str | int] | None = None,
+    importance: Importance | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -86,6 +50,7 @@ def write_gguf(
         recipe: a key of ``RECIPES``.
         name: general.name.
         notes: further metadata on where the model comes from, under keys that begin with ``q4kd.``.
+        importance: how much squared errors of each column count, by the tensor's GGUF name; see ``read_importance``.
         check: function called with the complete file before it takes its name; if it raises, nothing is left behind.
         progress: function called with (bytes done, all bytes) after each tensor.
 
@@ -102,6 +67,9 @@ def write_gguf(
         tokenizer = Vocabulary(content=tokenizer, special_ids=config_special_ids(settings))
     tensors = with_rope_factors(settings, state)
     sources = plan_tensors(dimensions, tensors)
+    if importance is not None and not importance.keys() & sources.keys():
+        got, remedy = f"none, but {next(iter(importance), 'nothing')!r}"[:80], "use the importance matrix of this model"
+        raise InputError("importance matrix", expected="tensors of this model", got=got, remedy=remedy)
 
     with replacing_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, dimensions.architecture)
@@ -116,7 +84,7 @@ def write_gguf(
                     writer.add_uint64(key, value)
             add_hyperparameters(writer, dimensions)
             add_vocabulary(writer, tokenizer, dimensions.vocab_size)
-            _write_tensors(writer, dimensions, tensors, sources, recipe, progress)
+            _write_tensors(writer, dimensions, tensors, sources, recipe, importance, progress)
         finally:
             for file in writer.fout or ():
                 file.close()
@@ -130,14 +98,16 @@ def _write_tensors(
     tensors: Mapping[str, torch.Tensor],
     sources: Mapping[str, str],
     recipe: str,
+    importance: Importance | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Announce every tensor, write the header, then convert and write one tensor at a time."""
     types, sizes = {}, {}
+    groups = dimensions.num_heads // dimensions.num_kv_heads
+    mixture = Mixture(recipe, dimensions.num_layers, dimensions.tied_head, groups, importance is not None)
     for target, source in sources.items():
         shape = tuple(tensors[source].shape)
-        layers, tied = dimensions.num_layers, dimensions.tied_head
-        types[target] = kind = tensor_type(target, shape, recipe=recipe, layers=layers, tied=tied)
+        types[target] = kind = tensor_type(target, shape, mixture)
         stored_shape, dtype = _stored(shape, kind)
         sizes[target] = int(np.prod(stored_shape)) * dtype.itemsize
         writer.add_tensor_info(target, stored_shape, dtype, sizes[target], gguf.GGMLQuantizationType[kind])
@@ -147,7 +117,8 @@ def _write_tensors(
     done = 0
     for target, source in sources.items():
         rows = file_rows(dimensions, target, tensors[source])
-        writer.write_tensor_data(_convert(source, rows, types[target]))
+        known = importance_of(importance, target, rows.shape[-1])
+        writer.write_tensor_data(_convert(source, rows, types[target], known))
         done += sizes[target]
         if progress:
             progress(done, sum(sizes.values()))
@@ -229,7 +200,9 @@ def _stored(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], np.dtyp
     return shape, np.dtype(np.float16 if kind == "F16" else np.float32)
 
 
-def _convert(source: str, tensor: torch.Tensor, kind: str) -> npt.NDArray[Any]:
+def _convert(
+    source: str, tensor: torch.Tensor, kind: str, importance: npt.NDArray[np.float32] | None
+) -> npt.NDArray[Any]:
     if kind == "BF16":
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
         if not torch.isfinite(rounded).all():
@@ -237,7 +210,7 @@ def _convert(source: str, tensor: torch.Tensor, kind: str) -> npt.NDArray[Any]:
             raise InputError(source, expected="finite values", got=got, remedy=remedy)
         return rounded.view(torch.uint8).numpy()
     try:
-        return quantize(tensor.detach().to("cpu", torch.float32).numpy(), kind)
+        return quantize(tensor.detach().to("cpu", torch.float32).numpy(), kind, importance)
     except InputError as error:
         subject = f"{source}: {error.subject}"
         raise InputError(subject, expected=error.expected, got=error.got, remedy=error.remedy) from error

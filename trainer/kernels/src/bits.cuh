@@ -100,6 +100,18 @@ Q4KD_INLINE u32 join_words(u32 low, u32 high, int shift) {
     return (u32)((((unsigned long long)high << 32) | low) >> shift);
 }
 
+// Four of the eight bytes of two words: a selector's lowest three bits in each of the low four nibbles of `selectors`.
+Q4KD_INLINE u32 select_bytes(u32 low, u32 high, u32 selectors) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(low, high, selectors & 0x7777u);
+#else
+    unsigned long long both = ((unsigned long long)high << 32) | low;
+    u32 selected = 0;
+    for (int i = 0; i < 4; i++) selected |= ((u32)(both >> (8 * ((selectors >> (4 * i)) & 7u))) & 0xFFu) << (8 * i);
+    return selected;
+#endif
+}
+
 // a / b for a >= 0, b > 0. A 64-bit division is a call of about a hundred instructions; sizes rarely need it.
 Q4KD_INLINE i64 quotient(i64 a, i64 b) {
     if (((a | b) >> 32) == 0) return (i64)((u32)a / (u32)b);

@@ -16,11 +16,13 @@ struct Blocks {
     i64 count;
 };
 
-// Eight bytes in two words, from an address aligned to 8 or only to 2.
+// Eight bytes in two words, from an address aligned to 8, to 4 or only to 2.
 template <int alignment>
 Q4KD_INLINE uint2 load_eight(const u8* address) {
     if constexpr (alignment == 8) {
         return load<uint2>(address);
+    } else if constexpr (alignment == 4) {
+        return uint2{load<u32>(address), load<u32>(address + 4)};
     } else {
         return uint2{load<u16>(address) | ((u32)load<u16>(address + 2) << 16),
                      load<u16>(address + 4) | ((u32)load<u16>(address + 6) << 16)};

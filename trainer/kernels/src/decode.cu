@@ -2,7 +2,7 @@
 //
 // Sixteen threads a superblock, sixteen weights a thread: one 8-byte load of quants (coalesced across the warp), the
 // block's header as a broadcast, two 16-byte stores of bf16. Every element of the output range is written.
-#include "blocks.cuh"
+#include "blocks_low.cuh"
 
 template <class Format, class Out>
 Q4KD_DEVICE void decode_task(Blocks blocks, i64 block, int task, Out* out_of_block) {
@@ -143,6 +143,12 @@ BOTH(BLOCK_KERNELS, q8_0, Q8_0)
 BOTH(RUN_KERNEL, q8_0, Q8_0)
 BOTH(BLOCK_KERNELS, q4_0, Q4_0)
 BOTH(BLOCK_KERNELS, q5_0, Q5_0)
+BOTH(BLOCK_KERNELS, q4_1, Q4_1)
+BOTH(BLOCK_KERNELS, q5_1, Q5_1)
+BOTH(BLOCK_KERNELS, q2_k, Q2_K)
+BOTH(BLOCK_KERNELS, q3_k, Q3_K)
+BOTH(BLOCK_KERNELS, iq4_nl, IQ4_NL)
+BOTH(BLOCK_KERNELS, iq4_xs, IQ4_XS)
 BOTH(ELEMENT_KERNELS, f16, F16)
 BOTH(ELEMENT_KERNELS, bf16, BF16)
 BOTH(ELEMENT_KERNELS, f32, F32)

@@ -9,15 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from q4kd.harness.oracles import block_spec
+from q4kd.harness.oracles import block_spec, block_spec_low
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks import decode as quant
+from q4kd.trainer.formats.blocks import decode_low
 from q4kd.trainer.formats.blocks.decode import DECODERS, decode_rows
 from q4kd.trainer.formats.blocks.layout import FORMATS
 
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q4_0", "BF16", "F16", "F32")
+TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
 # Where a block's float16 numbers lie.
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q5_0": (0,), "Q4_0": (0,)}
+HALVES |= {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 # Zero, the least and the greatest subnormal, the least normal, the greatest finite number, some between; both signs.
 EXTREMES = [
     sign | bits for bits in (0x0000, 0x0001, 0x03FF, 0x0400, 0x7BFF, 0x3C00, 0x1E66, 0x0155) for sign in (0, 0x8000)
@@ -155,6 +158,32 @@ def test_scalar_reference_agrees_with_gguf() -> None:
     for name in ("q4_k", "q6_k"):
         blocks = np.asarray(samples[name], np.uint8)
         assert same_bits(block_spec.DECODERS[name](blocks), by_gguf(name.upper(), blocks))
+
+
+@pytest.mark.parametrize("name", block_spec_low.LOW_SPECS)
+def test_low_types_decode_as_the_layout_says(name: str) -> None:
+    rows = block_spec_low.sample_low_rows(seed=13)[name]
+    expected = block_spec_low.decode_low(name, rows)
+    assert np.isfinite(expected).all()
+    assert np.abs(expected).max() > 65504
+    assert np.array_equal(decode(name.upper(), rows).view(np.uint32), expected.view(np.uint32))
+    assert np.array_equal(by_gguf(name.upper(), rows).view(np.uint32), expected.view(np.uint32))
+
+
+def test_every_scale_of_q3_k_and_of_iq4_xs_is_bit_equal_in_every_sub_block() -> None:
+    scales = (np.arange(64)[:, None] + 5 * np.arange(16)) % 64
+    rng = np.random.default_rng(14)
+    q3, iq4 = (rng.integers(0, 256, (64, FORMATS[name].block_bytes), dtype=np.uint8) for name in ("Q3_K", "IQ4_XS"))
+    q3[:, 108:110] = iq4[:, 0:2] = np.array([-0.0123], np.float16).view(np.uint8)
+    q3[:, 96:104] = (scales[:, :8] & 15) | (scales[:, 8:] & 15) << 4
+    q3[:, 104:108] = sum((scales[:, 4 * part : 4 * part + 4] >> 4) << 2 * part for part in range(4))
+    assert np.array_equal(decode_low.unpack_q3_k_scales(torch.from_numpy(q3[:, 96:108])).numpy(), scales - 32)
+    few = scales[:, :8]
+    iq4[:, 4:8] = (few[:, 0::2] & 15) | (few[:, 1::2] & 15) << 4
+    high = sum((few[:, part] >> 4) << 2 * part for part in range(8)).astype("<u2")
+    iq4[:, 2:4] = high.view(np.uint8).reshape(-1, 2)
+    for name, packed in (("Q3_K", q3), ("IQ4_XS", iq4)):
+        assert np.array_equal(decode(name, packed).view(np.uint32), by_gguf(name, packed).view(np.uint32))
 
 
 def test_formats_match_ggml() -> None:

@@ -23,13 +23,18 @@ def test_the_count_is_that_of_the_blocks_that_decode_to_something_else_than_numb
 
 @pytest.mark.parametrize(
     ("name", "offset"),
-    [("Q4_K", 0), ("Q4_K", 2), ("Q5_K", 0), ("Q5_K", 2), ("Q6_K", 208), ("Q8_0", 0), ("Q5_0", 0), ("Q4_0", 0)],
+    [
+        (name, offset)
+        for name, (offsets, *_) in scales.FLOATS.items()
+        if FORMATS[name].is_quantized
+        for offset in offsets
+    ],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_one_bad_scale_is_found_and_the_greatest_finite_one_is_not(name: str, offset: int, value: float) -> None:
     size = FORMATS[name].block_bytes
     packed = np.full((10, 4, size), 255, np.uint8)  # all ones everywhere but in the scales
-    for half in {offset, 0, 2} if name in ("Q4_K", "Q5_K") else {offset}:
+    for half in scales.FLOATS[name][0]:
         packed[:, :, half : half + 2] = np.array([-65504], np.float16).view(np.uint8)
     assert check_scales(name, packed.reshape(10, -1)) == 0
     packed[7, 2, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)

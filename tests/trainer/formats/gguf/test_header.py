@@ -233,8 +233,8 @@ def test_tensors_in_another_order_than_their_data_are_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("type_id", "words"),
     [
-        (10, "Q2_K"),
-        (3, "Q4_1"),
+        (9, "Q8_1"),
+        (15, "Q8_K"),
         (26, "I32"),
         (42, "type number 42, which is newer"),
         (4, "type number 4, which is newer"),

@@ -9,8 +9,9 @@ transformers = pytest.importorskip("transformers")
 
 from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.files import write_json  # noqa: E402
+from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type, uses_more_bits  # noqa: E402
 from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, pre_tokenizer_name  # noqa: E402
-from q4kd.trainer.formats.gguf.writer import tensor_type, uses_more_bits, write_gguf, write_gguf_from_folder  # noqa: E402
+from q4kd.trainer.formats.gguf.writer import write_gguf, write_gguf_from_folder  # noqa: E402
 from q4kd.trainer.formats.huggingface import rope_factors  # noqa: E402
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -187,7 +188,7 @@ def test_the_28_layer_recipe_is_llama_cpps():
     assert [layer for layer in range(28) if uses_more_bits(layer, 28)] == more
     for part in ("attn_v", "ffn_down"):
         kinds = [
-            tensor_type(f"blk.{layer}.{part}.weight", (512, 3584), recipe="q4_k_m", layers=28, tied=False)
+            tensor_type(f"blk.{layer}.{part}.weight", (512, 3584), Mixture("q4_k_m", 28, tied=False))
             for layer in range(28)
         ]
         assert [layer for layer, kind in enumerate(kinds) if kind == "Q6_K"] == more

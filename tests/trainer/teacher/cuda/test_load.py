@@ -12,6 +12,7 @@ from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.bench.synthetic_7b import make_blocks, make_tensors, qwen2_5_7b, tensor_types, write_gguf
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.decode import decode_rows
+from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.teacher.cpu.forward import CpuForward
@@ -129,13 +130,19 @@ def test_scale_fields_of_every_type_are_where_the_decoder_reads_them() -> None:
         ("Q8_0", 34, 1),
         ("Q5_0", 22, 1),
         ("Q4_0", 18, 1),
+        ("Q4_1", 20, 2),
+        ("Q5_1", 24, 2),
+        ("Q2_K", 84, 2),
+        ("Q3_K", 110, 1),
+        ("IQ4_NL", 18, 1),
+        ("IQ4_XS", 136, 1),
     ):
         fields = scale_fields(type_name, torch.full((3, block_bytes), 0x22, dtype=torch.uint8))
         assert fields.shape == (3, count)
         for column in range(count):
             packed = torch.full((3, block_bytes), 0x22, dtype=torch.uint8)
             scale_fields(type_name, packed)[1, column] = float("nan")
-            out = decode_rows(type_name, packed, torch.empty(3, 256 if block_bytes > 100 else 32))
+            out = decode_rows(type_name, packed, torch.empty(3, block_format(type_name).block_size))
             assert out[1].isnan().all()
             assert out[[0, 2]].isfinite().all()
 
