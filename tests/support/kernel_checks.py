@@ -12,12 +12,15 @@ from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 BLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
+BLOCK_TYPES += ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 ELEMENT_TYPES = ("F16", "BF16", "F32")
 TYPES = (*BLOCK_TYPES, *ELEMENT_TYPES)
 DTYPES = (torch.bfloat16, torch.float32)
 GUARD = 24
 # Two f16 scales open these blocks; one closes Q6_K's.
 D_OFFSETS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}
+D_OFFSETS |= {name: (0,) for name in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S")}
+D_OFFSETS |= {"TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}  # all bytes of the last are scales
 EXTREME_SCALES = (0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01, 0x3C00)
 
 

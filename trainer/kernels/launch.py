@@ -66,7 +66,9 @@ def _current_stream_of() -> Callable[[int], int]:
     return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
-# The first word of a kernel's name tells the module that it is in; all others are elementwise.
+# The first word of a kernel's name tells the module that it is in; all others are elementwise. Those that decode one of
+# these types, the second word, are in a module beside.
+_IQ_MODULE = frozenset(("iq1", "iq2", "iq3", "mxfp4", "nvfp4", "tq1", "tq2"))
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
 
 
@@ -74,7 +76,9 @@ def module_of(kernel: str) -> str:
     """Return the name of the module that a kernel is in."""
     if kernel.startswith("loss_"):
         return next(name for name in LOSS_MODULES if f"_{name.removeprefix('loss_')}_" in kernel)
-    return _MODULE_OF.get(kernel.partition("_")[0], "elementwise")
+    first, second, *_ = kernel.split("_")
+    module = _MODULE_OF.get(first, "elementwise")
+    return "decode_iq" if module == "decode" and second in _IQ_MODULE else module
 
 
 class CudaLauncher:

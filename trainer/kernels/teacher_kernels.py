@@ -20,6 +20,7 @@ _ANY = tuple(DTYPES)
 _BF16, _F32 = (torch.bfloat16,), (torch.float32,)
 # Types without blocks go sixteen elements at a time where rows allow it: weights of one such step, threads it takes.
 _STEPS = {"F16": (16, 1), "BF16": (16, 1), "F32": (16, 1), "Q8_0": (32, 2), "Q4_0": (32, 2), "Q5_0": (32, 2)}
+_STEPS |= {"MXFP4": (32, 2), "NVFP4": (64, 4)}
 _SUPERBLOCK_STEP = (SUPERBLOCK, 16)
 _ALIGNED_TYPES = ("Q4_K", "Q5_K", Q6_K_SOA)
 _Q6_K_BYTES = block_format("Q6_K").block_bytes

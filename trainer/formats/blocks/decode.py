@@ -38,7 +38,8 @@ Blocks of 32 weights, one scale, no sub-blocks::
     Q4_0, 18 bytes   | d: f16 | qs: 16 bytes |                     weight = d * (nibble - 8)
     nibbles: weight[l] from qs[l] & 15, weight[16 + l] from qs[l] >> 4
 
-BF16 is the upper half of a float32.
+BF16 is the upper half of a float32. ``decode_iq.py`` draws the IQ types but IQ4, ``decode_small_floats.py`` MXFP4, NVFP4,
+TQ1_0 and TQ2_0.
 """
 
 from collections.abc import Callable
@@ -46,6 +47,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from q4kd.trainer.formats.blocks.decode_iq import IQ_DECODERS
+from q4kd.trainer.formats.blocks.decode_small_floats import SMALL_DECODERS
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK, block_format
 
 # So many weights are decoded at once, 4 MiB of float32: this bounds the temporaries (about 1 MiB each), and is enough
@@ -176,6 +179,8 @@ DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "F16": decode_f16,
     "F32": decode_f32,
 }
+DECODERS |= IQ_DECODERS
+DECODERS |= SMALL_DECODERS
 
 
 def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
