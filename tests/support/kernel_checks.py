@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 GUARD = 24
 # Two f16 scales open these blocks; one closes Q6_K's.
 D_OFFSETS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}
-D_OFFSETS |= {name: (0,) for name in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S")}
+D_OFFSETS |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), (0,))
 D_OFFSETS |= {"TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}  # all bytes of the last are scales
 EXTREME_SCALES = (0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01, 0x3C00)
 
@@ -44,6 +44,8 @@ def random_blocks(name: str, rows: int, cols: int, seed: int, *, extreme: bool =
             chosen = np.ones(len(blocks), bool)
             values = (rng.normal(0.0, 2.0**-6, len(blocks))).astype(np.float16).view(np.uint16)
         scales[chosen] = values[chosen, None].view(np.uint8)
+    if extreme and name in ("MXFP4", "NVFP4"):  # scales that are subnormal, infinite with some quants, or no number
+        blocks[::3, 0] = np.resize(np.array([0, 1, 2, 0x7F, 0xFD, 0xFF], np.uint8), len(blocks[::3]))
     return packed
 
 

@@ -38,8 +38,7 @@ Blocks of 32 weights, one scale, no sub-blocks::
     Q4_0, 18 bytes   | d: f16 | qs: 16 bytes |                     weight = d * (nibble - 8)
     nibbles: weight[l] from qs[l] & 15, weight[16 + l] from qs[l] >> 4
 
-BF16 is the upper half of a float32. ``decode_iq.py`` draws the IQ types but IQ4, ``decode_small_floats.py`` MXFP4, NVFP4,
-TQ1_0 and TQ2_0.
+BF16 is the upper half of a float32. ``decode_iq.py`` draws IQ1 to IQ3, ``decode_small_floats.py`` MXFP4, NVFP4 and TQ.
 """
 
 from collections.abc import Callable
@@ -183,8 +182,10 @@ DECODERS |= IQ_DECODERS
 DECODERS |= SMALL_DECODERS
 
 
-def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
+def decode_rows(type_name: str, packed: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """Decode whole rows: uint8 ``[rows, row_bytes]`` to float32 ``[rows, cols]``, both contiguous; return ``out``.
+
+    ``scale`` is a factor of the whole tensor, as NVFP4 has one.
 
     Raises:
         InputError: when the type has no decoder.
@@ -194,5 +195,8 @@ def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
     blocks, weights = packed.view(-1, form.block_bytes), out.view(-1, form.block_size)
     step = _WEIGHTS_AT_ONCE // form.block_size
     for start in range(0, len(blocks), step):
-        decode(blocks[start : start + step], weights[start : start + step])
+        piece = weights[start : start + step]
+        decode(blocks[start : start + step], piece)
+        if scale != 1.0:
+            piece.mul_(scale)
     return out

@@ -1,9 +1,10 @@
 """Decode the IQ types: every eight weights are a point of a grid, or two of four, with signs and a block's scale.
 
 Layouts are those of llama.cpp's ``ggml-common.h``; all blocks hold 256 weights. Weights are counted in *octets* of
-eight, o = 0..31; ``b = o / 4`` is their sub-block of 32, ``g = o / 2`` their group of 16, ``l = o % 4``. ``nibble(x, i)``
-is four bits of byte ``i / 2``, the low ones where i is even. ``even(s)`` is s with an eighth bit that makes the number
-of ones even. Bit i of an octet's signs says that its weight i is negative. The grids are in ``grids.py``.
+eight, o = 0..31; ``b = o / 4`` is their sub-block of 32, ``g = o / 2`` their group of 16, ``l = o % 4``.
+``nibble(x, i)`` is four bits of byte ``i / 2``, the low ones where i is even. ``even(s)`` is s with an eighth bit that
+makes the number of ones even. Bit i of an octet's signs says that its weight i is negative. The grids are in
+``grids.py``.
 
 IQ3_S, 110 bytes (3.4375 bits a weight)::
 

@@ -1,7 +1,7 @@
 """Decode blocks of four-bit floats (MXFP4, NVFP4) and of ternary weights (TQ1_0, TQ2_0).
 
-Layouts are those of llama.cpp's ``ggml-common.h``. A four-bit float E2M1 has one of the magnitudes 0, 1/2, 1, 3/2, 2, 3,
-4 and 6, and its fourth bit is the sign; tables hold twice that, scales half of theirs. Minus zero reads as zero.
+Layouts are those of llama.cpp's ``ggml-common.h``. A four-bit float E2M1 has one of the magnitudes 0, 1/2, 1, 3/2, 2,
+3, 4 and 6, and its fourth bit is the sign; ``E`` is twice that, and scales are halved. Minus zero reads as zero.
 
 MXFP4, 17 bytes for 32 weights (4.25 bits a weight)::
 
@@ -63,7 +63,7 @@ _E8M0_HALVES = _e8m0_halves()
 
 
 def _e2m1(packed: Tensor, run: int) -> Tensor:
-    """Return twice the floats of nibbles, int8 ``[n, 2b]``: of each run of bytes the low nibbles before the high ones."""
+    """Return twice the floats of nibbles, int8 ``[n, 2b]``: each run's low nibbles before its high ones."""
     runs = packed.reshape(-1, run)
     nibbles = torch.cat([runs & 15, runs >> 4], dim=1).view(torch.int16).view(-1).int()
     return _PAIRS.to(packed.device).index_select(0, nibbles).view(torch.int8).view(len(packed), -1)

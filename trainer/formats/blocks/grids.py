@@ -33,7 +33,7 @@ class Grid:
         """Return the points' values, int8 ``[points, 16 / width]``."""
         shifts = np.arange(0, 16, self.width, dtype=np.uint16)
         chosen = self.codes()[:, None] >> shifts & ((1 << self.width) - 1)
-        return np.array(self.levels, np.int8)[chosen]
+        return np.asarray(np.array(self.levels, np.int8)[chosen])
 
 
 _IQ2_LEVELS = (8, 25, 43)

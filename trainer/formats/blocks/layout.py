@@ -38,8 +38,13 @@ class BlockFormat:
 # type name: (weights, bytes) of a block
 _SIZES = {"Q4_K": (SUPERBLOCK, 144), "Q5_K": (SUPERBLOCK, 176), "Q6_K": (SUPERBLOCK, 210)}
 _SIZES |= {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_0": (32, 18), "BF16": (1, 2), "F16": (1, 2), "F32": (1, 4)}
-_SIZES |= {"IQ3_S": (SUPERBLOCK, 110), "IQ3_XXS": (SUPERBLOCK, 98), "IQ2_S": (SUPERBLOCK, 82), "IQ2_XS": (SUPERBLOCK, 74)}
-_SIZES |= {"IQ2_XXS": (SUPERBLOCK, 66), "IQ1_S": (SUPERBLOCK, 50), "IQ1_M": (SUPERBLOCK, 56)}
+_SIZES |= {"IQ3_S": (SUPERBLOCK, 110), "IQ3_XXS": (SUPERBLOCK, 98), "IQ2_S": (SUPERBLOCK, 82)}
+_SIZES |= {
+    "IQ2_XS": (SUPERBLOCK, 74),
+    "IQ2_XXS": (SUPERBLOCK, 66),
+    "IQ1_S": (SUPERBLOCK, 50),
+    "IQ1_M": (SUPERBLOCK, 56),
+}
 _SIZES |= {"MXFP4": (32, 17), "NVFP4": (64, 36), "TQ1_0": (SUPERBLOCK, 54), "TQ2_0": (SUPERBLOCK, 66)}
 # The numbers that GGUF files give to these types.
 GGML_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}

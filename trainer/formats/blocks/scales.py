@@ -27,10 +27,10 @@ FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
     "F16": ((0,), np.uint16, 0x7C00),
     "F32": ((0,), np.uint32, 0x7F800000),
 }
-FLOATS |= {name: ((0,), np.uint16, 0x7C00) for name in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S")}
+FLOATS |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), ((0,), np.uint16, 0x7C00))
 FLOATS |= {"TQ1_0": ((52,), np.uint16, 0x7C00), "TQ2_0": ((64,), np.uint16, 0x7C00)}
-# Types whose scales are no plain floats: which blocks, uint8 ``[n, block_bytes]`` of NumPy or torch, hold one that makes
-# a weight NaN or infinite. IQ1_M's float16 lies in four parts, its exponent in the last two. MXFP4's scale is
+# Types whose scales are no plain floats: which blocks, uint8 ``[n, block_bytes]`` of NumPy or torch, hold one that can
+# make a weight NaN or infinite. IQ1_M's float16 lies in four parts, its exponent in the last two. MXFP4's scale is
 # 2^(e - 128), and its largest quant 12. NVFP4 has none: its scales end at 240, and its only NaN reads as zero.
 BAD_BLOCKS: dict[str, Callable[[Any], Any]] = {
     "IQ1_M": lambda blocks: (blocks[:, 53] & 0xC0 == 0xC0) & (blocks[:, 55] & 0x70 == 0x70),

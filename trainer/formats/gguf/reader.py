@@ -13,6 +13,7 @@ from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, 
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
 from q4kd.trainer.formats.gguf.header import Header, TensorEntry, read_header
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
+from q4kd.trainer.formats.gguf.scales import take_scales
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.mapped import MappedFile
 
@@ -65,6 +66,7 @@ def open_gguf(path: Path) -> ModelFile:
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
     tensors = {entry.name: _packed(path, entry, header, mapped.data) for entry in header.tensors}
     check_layout(path, header, tensors)
+    tensors = take_scales(path, tensors)
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)

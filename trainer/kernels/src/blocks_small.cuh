@@ -45,9 +45,11 @@ struct MXFP4 {
 };
 
 // NVFP4, 36 bytes for 64 weights:  | d: 4 x UE4M3 | qs: 32 bytes |     sub-block s of 16: d[s], qs[8s .. 8s + 7]
-// weight[16s + j], weight[16s + 8 + j] = d[s] / 2 * twice E2M1 of the low, the high nibble of qs[8s + j]
+// weight[16s + j], weight[16s + 8 + j] = d[s] / 2 * twice E2M1 of the low, the high nibble of qs[8s + j], times the
+// tensor's own scale, which lies beside it in the file
 struct NVFP4 {
     static constexpr int weights = 64, bytes = 36, tasks = 4;
+    float tensor_scale;
 
     // Half of 1 + m / 8 times 2^(exponent - 7), or of m / 8 times 2^-6: seven bits moved to float32's places leave the
     // exponent 120 too low, and multiplying by 2^119 corrects that, halves it and normalises. 0x7F is zero.
@@ -55,12 +57,14 @@ struct NVFP4 {
         if (byte == 0x7Fu) return 0.0f;
         return multiply(as_float((byte & 0x7Fu) << 20), as_float((119u + 127u) << 23));
     }
-    static Q4KD_INLINE Octets decode(Blocks blocks, i64 block, int task) {
+    Q4KD_INLINE Octets decode(Blocks blocks, i64 block, int task) const {
         const u8* base = blocks.packed + block * bytes;
         Octets out;
         out.first = 16 * task;
         out.second = out.first + 8;
         scale_e2m1(out, load_eight<2>(base + 4 + 8 * task), scale(load<u8>(base + task)));
+#pragma unroll
+        for (int i = 0; i < 16; i++) out.values[i] = multiply(out.values[i], tensor_scale);
         return out;
     }
 };

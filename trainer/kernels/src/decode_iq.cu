@@ -27,6 +27,17 @@ Q4KD_DEVICE Format with_grid(uint4* shared) {
         gather_blocks(with_grid<Format>(grid), Blocks{packed, blocks}, blocks_per_row, ids, count, out);             \
     }
 
+// No embedding has a scale of its own, so rows by id take none.
+#define NVFP4_KERNELS(name, Format, suffix, Out)                                                                     \
+    KERNEL decode_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 first_block, i64 count,           \
+                                    Out* __restrict__ out, float scale) {                                            \
+        decode_blocks(Format{scale}, Blocks{packed, blocks}, first_block, count, out);                               \
+    }                                                                                                                \
+    KERNEL gather_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 blocks_per_row,                   \
+                                    const i64* __restrict__ ids, i64 count, Out* __restrict__ out) {                 \
+        gather_blocks(Format{1.0f}, Blocks{packed, blocks}, blocks_per_row, ids, count, out);                        \
+    }
+
 BOTH(GRID_KERNELS, iq3_s, IQ3_S)
 BOTH(GRID_KERNELS, iq3_xxs, IQ3_XXS)
 BOTH(GRID_KERNELS, iq2_s, IQ2_S)
@@ -35,6 +46,6 @@ BOTH(GRID_KERNELS, iq2_xxs, IQ2_XXS)
 BOTH(GRID_KERNELS, iq1_s, IQ1_S)
 BOTH(GRID_KERNELS, iq1_m, IQ1_M)
 BOTH(BLOCK_KERNELS, mxfp4, MXFP4)
-BOTH(BLOCK_KERNELS, nvfp4, NVFP4)
+BOTH(NVFP4_KERNELS, nvfp4, NVFP4)
 BOTH(BLOCK_KERNELS, tq1_0, TQ1_0)
 BOTH(BLOCK_KERNELS, tq2_0, TQ2_0)

@@ -178,7 +178,7 @@ def scale_fields(type_name: str, packed: Tensor) -> Tensor:
 
 
 def all_finite(type_name: str, packed: Tensor) -> Tensor:
-    """Return whether every scale, or every weight of a type without blocks, is a finite number: a bool tensor ``[]``."""
+    """Return whether every scale, or every weight of a type without blocks, is finite: a bool tensor ``[]``."""
     if type_name in BAD_BLOCKS:
         bad: Tensor = BAD_BLOCKS[type_name](packed.view(-1, block_format(type_name).block_bytes))
         return ~bad.any()
@@ -214,7 +214,7 @@ def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copie
     for name, tensor in model.tensors.items():
         packed = arena[offsets[name] : offsets[name] + tensor.num_bytes]
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        loaded[name] = DeviceTensor(name, tensor.type, tensor.shape, packed.view(rows, -1))
+        loaded[name] = DeviceTensor(name, tensor.type, tensor.shape, packed.view(rows, -1), tensor.scale)
     check_finite(model.path, loaded)
     return loaded
 

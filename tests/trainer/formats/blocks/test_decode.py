@@ -19,7 +19,7 @@ TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q4_0", "BF16", "F16", "F32")
 TYPES += ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 # Where a block's float16 numbers lie.
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q5_0": (0,), "Q4_0": (0,)}
-HALVES |= {name: (0,) for name in ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S")}
+HALVES |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), (0,))
 HALVES |= {"TQ1_0": (52,), "TQ2_0": (64,)}
 # Zero, the least and the greatest subnormal, the least normal, the greatest finite number, some between; both signs.
 EXTREMES = [
