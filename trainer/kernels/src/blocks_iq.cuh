@@ -3,8 +3,8 @@
 // A task decodes octets `task` and 16 + `task` of a block of 256 weights, eight each, so that the sixteen tasks of a
 // block write 256 bytes side by side. Octet o is in sub-block o / 4 of 32 weights and in group o / 2 of 16.
 //
-// A grid lies in shared memory as in grids.cuh, 16 bits a point, which arithmetic spreads: a look-up reads two bytes for
-// eight weights (four in IQ3), and the largest grid takes 4 KiB. The bit layouts, all fields aligned to 2:
+// A grid lies in shared memory as in grids.cuh, 16 bits a point, which arithmetic spreads: a look-up reads two bytes
+// for eight weights (four in IQ3), and the largest grid takes 4 KiB. The bit layouts, all fields aligned to 2:
 //
 //          0    2                  34               66          74                106         110
 // IQ3_S    | d  | qs: 64 bytes                      | qh: 8     | signs: 32 bytes | scales: 4 |
@@ -50,13 +50,26 @@ Q4KD_INLINE u32 even_signs(u32 seven) {
     return seven | ((parity & 1u) << 7);
 }
 
+// Byte `index` of two words plus 2^23 as float32, in one instruction on the device.
+Q4KD_INLINE float biased_byte(uint2 words, int index) {
+#ifdef __CUDA_ARCH__
+    return as_float(__byte_perm(index < 4 ? words.x : words.y, 0x4B000000u, 0x7440u | (index & 3)));
+#else
+    return as_float(0x4B000000u | byte_of(words, index));
+#endif
+}
+
+// Four magnitudes below 64, a byte each, to 64 plus or minus them: minus where one of four bits is set.
+Q4KD_INLINE u32 sign_bytes(u32 magnitudes, u32 signs) {
+    u32 mask = ((signs * 0x00204081u) & 0x01010101u) * 0xFFu;  // bit i to all of byte i
+    return 0x40404040u + magnitudes - 2u * (magnitudes & mask);
+}
+
 // scale * magnitude, negative where a bit of `signs` is set.
 Q4KD_INLINE void scale_signed(float* values, uint2 magnitudes, float scale, u32 signs) {
+    uint2 biased = {sign_bytes(magnitudes.x, signs & 15u), sign_bytes(magnitudes.y, (signs >> 4) & 15u)};
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float value = multiply(scale, small_to_float(byte_of(magnitudes, i), 0));
-        values[i] = as_float(as_bits(value) ^ ((signs << (31 - i)) & 0x80000000u));
-    }
+    for (int i = 0; i < 8; i++) values[i] = multiply(scale, subtract(biased_byte(biased, i), 8388608.0f + 64.0f));
 }
 
 // scale / 8 * (8 point + shift): IQ1's points are -1, 0 or 1, shifted by an eighth, down where `down` is 1.
@@ -64,8 +77,7 @@ Q4KD_INLINE void scale_shifted(float* values, u32 code, float scale, u32 down) {
     uint2 eighths = {8u * spread_pairs(code & 0xFFu), 8u * spread_pairs(code >> 8)};
     float offset = 8388608.0f + (down ? 9.0f : 7.0f), eighth = multiply(scale, 0.125f);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        values[i] = multiply(eighth, subtract(as_float(0x4B000000u | byte_of(eighths, i)), offset));
+    for (int i = 0; i < 8; i++) values[i] = multiply(eighth, subtract(biased_byte(eighths, i), offset));
 }
 
 Q4KD_INLINE float odd_scale(float d, u32 scale) { return multiply(d, small_to_float(2u * scale + 1u, 0)); }
