@@ -98,10 +98,11 @@ def write_small_model(
         nonlocal dealt
         type_name = model.types[dealt % len(model.types)]
         dealt += 1
-        scale = TENSOR_SCALE if type_name == "NVFP4" else 1.0
+        scaled = type_name == "NVFP4" and name != "token_embd.weight"
+        scale = TENSOR_SCALE if scaled else 1.0
         data = random_matrix(rng, type_name, rows, cols, 0.8 / np.sqrt(cols) / scale)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_name])
-        if type_name == "NVFP4":
+        if scaled:
             writer.add_tensor(name.replace(".weight", ".scale"), np.array([scale], np.float32))
             writer.add_tensor(name.replace(".weight", ".input_scale"), np.array([3.0], np.float32))
 

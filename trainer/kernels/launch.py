@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from q4kd.trainer.kernels.compile import LOSS_MODULES, MODULES, architecture, load_cubin, nvrtc_version
+from q4kd.trainer.kernels.compile import LAZY_MODULES, LOSS_MODULES, MODULES, architecture, load_cubin, nvrtc_version
 
 THREADS = 256  # a block, for every kernel
 
@@ -105,7 +105,7 @@ class CudaLauncher:
         with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
             for name in MODULES:
-                if name not in LOSS_MODULES:  # a teacher by itself has no use for them: loaded at their first launch
+                if name not in LAZY_MODULES:  # the others are loaded at their first launch
                     self._module(name)
             # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
             self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))
