@@ -14,9 +14,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
 from q4kd.harness.oracles.block_spec_low import LOW_SPECS
 from q4kd.trainer.bench.synthetic import random_blocks
 
+TENSOR_SCALE = 0.0123  # beside NVFP4 matrices, about that of real files
 # The head ends a tile of 1,024 rows that is not full, and a text may be longer than several blocks of attention.
 LAYERS, HIDDEN, FFN, VOCAB, CONTEXT = 3, 256, 512, 1100, 640
 
@@ -46,7 +48,12 @@ class SmallModel:
 
 MODELS = {
     "qwen2": SmallModel("qwen2", ("Q4_K", "Q6_K"), tied=True, biases=True),
-    "qwen3": SmallModel("qwen3", ("Q8_0", "Q4_K", "Q4_0", "Q6_K", "Q3_K", "IQ4_XS", "Q2_K"), tied=True, head_dim=128),
+    "qwen3": SmallModel(
+        "qwen3",
+        ("IQ3_S", "Q8_0", "Q4_K", "Q4_0", *CODE_TYPES[1:], "Q6_K", "Q3_K", "IQ4_XS", "Q2_K"),
+        tied=True,
+        head_dim=128,
+    ),
     "llama3": SmallModel("llama", ("Q5_0", "Q5_K", "BF16", "Q4_K", "F32", "Q4_1", "IQ4_NL", "Q5_1"), rope_factors=True),
     # Mistral's files say llama; a window as long as the context leaves nothing out.
     "mistral": SmallModel("llama", ("Q4_K", "Q6_K", "F16"), sliding_window=CONTEXT),
@@ -58,6 +65,9 @@ def random_matrix(rng: np.random.Generator, type_name: str, rows: int, cols: int
     if type_name in ("Q4_K", "Q6_K"):
         return random_blocks(rng, type_name, rows, cols, sigma)
     kind = gguf.GGMLQuantizationType[type_name]
+    if type_name in CODE_TYPES:
+        count = rows * cols // gguf.GGML_QUANT_SIZES[kind][0]
+        return random_code_blocks(rng, type_name, count, sigma).reshape(rows, -1)
     if type_name == "Q5_K":
         blocks = rng.integers(0, 256, (rows * cols // 256, 176), dtype=np.uint8)
         # The layout is Q4_K's, with quants of mean 15.5.
@@ -111,8 +121,13 @@ def write_small_model(
         nonlocal dealt
         type_name = model.types[dealt % len(model.types)]
         dealt += 1
-        data = random_matrix(rng, type_name, rows, cols, 0.8 / np.sqrt(cols))
+        scaled = type_name == "NVFP4" and name != "token_embd.weight"
+        scale = TENSOR_SCALE if scaled else 1.0
+        data = random_matrix(rng, type_name, rows, cols, 0.8 / np.sqrt(cols) / scale)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_name])
+        if scaled:
+            writer.add_tensor(name.replace(".weight", ".scale"), np.array([scale], np.float32))
+            writer.add_tensor(name.replace(".weight", ".input_scale"), np.array([3.0], np.float32))
 
     def vector(name: str, size: int, low: float, high: float) -> None:
         writer.add_tensor(name, rng.uniform(low, high, size).astype(np.float32))

@@ -61,6 +61,11 @@ def read_gguf(path: Path) -> ReferenceModel:
 
     data = np.memmap(path, np.uint8, "r")
     weights = {tensor.name: _decoded(data, tensor) for tensor in tensors}
+    # NVFP4 matrices have a factor beside them. What activations would be divided by to be quantised takes no part.
+    for name in [name for name in weights if name.endswith((".scale", ".input_scale"))]:
+        scale = weights.pop(name)
+        if name.endswith(".scale"):
+            weights[name.replace(".scale", ".weight")] *= scale
     heads = int(value("attention.head_count"))
     frequencies = _frequencies(float(value("rope.freq_base", 10000.0)), len(weights["blk.0.attn_q.weight"]) // heads)
     return ReferenceModel(

@@ -129,7 +129,8 @@ class Corpus:
         self.folder = folder
         self.sources: list[tuple[str, bytes, int]] = []
         tiny = SmallModel("qwen2", ("Q4_K", "Q6_K"), tied=True, biases=True)
-        for name, model in {"tiny": tiny, "llama3": MODELS["llama3"]}.items():
+        codes = SmallModel("qwen2", ("NVFP4", "IQ3_S", "MXFP4", "IQ1_M"))
+        for name, model in {"tiny": tiny, "llama3": MODELS["llama3"], "codes": codes}.items():
             path = folder / f"{name}.gguf"
             write_small_model(path, model)
             self._add(path)

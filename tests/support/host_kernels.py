@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from q4kd.trainer.kernels.grids_header import GRIDS_HEADER, grids_header
 from q4kd.trainer.kernels.launch import Argument
 
 SUPPORT = Path(__file__).resolve().parent
@@ -30,7 +31,8 @@ def build(folder: Path, kernels: Path = KERNELS) -> Path:
     compiler = host_compiler()
     assert compiler is not None
     library = folder / "libq4kd_host_kernels.so"
-    includes = [f"-I{SUPPORT}", f"-I{kernels}"]
+    (folder / GRIDS_HEADER).write_text(grids_header())
+    includes = [f"-I{SUPPORT}", f"-I{kernels}", f"-I{folder}"]
     command = [compiler, *FLAGS, *includes, "-x", "c++", str(SUPPORT / "host_kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
     return library

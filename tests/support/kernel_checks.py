@@ -13,6 +13,7 @@ from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 BLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")
 BLOCK_TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
+BLOCK_TYPES += ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 ELEMENT_TYPES = ("F16", "BF16", "F32")
 TYPES = (*BLOCK_TYPES, *ELEMENT_TYPES)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -20,6 +21,8 @@ GUARD = 24
 # Where a block's f16 numbers lie.
 D_OFFSETS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}
 D_OFFSETS |= {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+D_OFFSETS |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), (0,))
+D_OFFSETS |= {"TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}  # all bytes of the last are scales
 EXTREME_SCALES = (0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01, 0x3C00)
 
 
@@ -43,6 +46,8 @@ def random_blocks(name: str, rows: int, cols: int, seed: int, *, extreme: bool =
             chosen = np.ones(len(blocks), bool)
             values = (rng.normal(0.0, 2.0**-6, len(blocks))).astype(np.float16).view(np.uint16)
         scales[chosen] = values[chosen, None].view(np.uint8)
+    if extreme and name in ("MXFP4", "NVFP4"):  # scales that are subnormal, infinite with some quants, or no number
+        blocks[::3, 0] = np.resize(np.array([0, 1, 2, 0x7F, 0xFD, 0xFF], np.uint8), len(blocks[::3]))
     return packed
 
 

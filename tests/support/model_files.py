@@ -6,6 +6,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
+from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE
+
 
 def write_model(
     path: Path,
@@ -51,7 +54,8 @@ def write_model(
 def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Path:
     """Copy a GGUF, storing each F32 tensor as ``types(name)`` where that is a type and not None.
 
-    Q5_K, which the gguf package cannot quantise to, gets random blocks of about the tensor's standard deviation.
+    Q5_K and the types of codes, which the gguf package cannot quantise to, get random blocks of about the tensor's
+    standard deviation; NVFP4 matrices but the embedding get a scale of their own beside them.
     """
     reader = gguf.GGUFReader(source)
     rng = np.random.default_rng(0)
@@ -66,7 +70,14 @@ def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Pa
             writer.add_tensor(tensor.name, data)
             continue
         kind = gguf.GGMLQuantizationType[name]
-        packed = random_q5_k(rng, data) if name == "Q5_K" else gguf.quants.quantize(data, kind)
+        if name in CODE_TYPES:
+            scale = TENSOR_SCALE if name == "NVFP4" and tensor.name != "token_embd.weight" else 1.0
+            count = data.size // gguf.GGML_QUANT_SIZES[kind][0]
+            packed = random_code_blocks(rng, name, count, float(data.std()) / scale).reshape(len(data), -1)
+            if scale != 1.0:
+                writer.add_tensor(tensor.name.replace(".weight", ".scale"), np.array([scale], np.float32))
+        else:
+            packed = random_q5_k(rng, data) if name == "Q5_K" else gguf.quants.quantize(data, kind)
         writer.add_tensor(tensor.name, packed.view(np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -32,6 +32,7 @@ def device_tensors(model: ModelFile) -> dict[str, DeviceTensor]:
             tensor.type,
             tensor.shape,
             torch.from_numpy(tensor.data.copy()).view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1),
+            tensor.scale,
         )
         for name, tensor in model.tensors.items()
     }
@@ -49,12 +50,14 @@ class ReferenceKernels:
         out = torch.empty(packed.shape[0], cols)
         return decode_rows(type_name, packed.contiguous(), out)
 
-    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> None:
+    def decode(
+        self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor, scale: float = 1.0
+    ) -> None:
         self.calls.append("decode")
         assert 0 <= row_start < row_stop <= packed.shape[0]
         assert out.shape == (row_stop - row_start, cols)
         assert out.is_contiguous() and packed.is_contiguous()
-        out.copy_(self._rows(type_name, packed[row_start:row_stop], cols))
+        out.copy_(self._rows(type_name, packed[row_start:row_stop], cols) * scale)
 
     def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> None:
         assert ids.dtype == torch.int64 and ids.dim() == 1 and out.shape == (len(ids), cols)

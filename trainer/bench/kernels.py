@@ -25,6 +25,7 @@ from q4kd.trainer.kernels.teacher_kernels import MAX_MATVEC_TOKENS, Q6_K_SOA, Ke
 ROWS, COLS = 37888, 3584
 BENCH_TYPES: tuple[str, ...] = ("Q4_K", "Q5_K", "Q6_K", Q6_K_SOA, "Q8_0", "Q4_0", "Q5_0", "F16", "BF16", "F32")
 BENCH_TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
+BENCH_TYPES += ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 
 # The two shapes of that model's feed-forward part, and their small-batch products.
 MATVEC_SHAPES = ((18944, 3584), (3584, 18944))

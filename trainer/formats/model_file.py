@@ -24,12 +24,14 @@ class PackedTensor:
         type: GGML type name, such as ``Q4_K``.
         shape: outermost dimension first: ``(rows, cols)`` or ``(length,)``.
         data: uint8 ``[rows, row_bytes]``, a view of the memory map.
+        scale: a factor of all its weights, which files hold beside NVFP4 matrices.
     """
 
     name: str
     type: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+    scale: float = 1.0
 
     @property
     def num_bytes(self) -> int:

@@ -19,9 +19,12 @@ from pathlib import Path
 from q4kd.trainer import wall
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import write_atomic
+from q4kd.trainer.kernels.grids_header import GRIDS_HEADER, grids_header
 
 LOSS_MODULES = ("loss_ce", "loss_forward_kl", "loss_jsd", "loss_reverse_kl")
-MODULES = ("decode", "elementwise", "matvec", *LOSS_MODULES)
+# A teacher by itself has no use for those of the loss, and few have types of decode_iq.
+LAZY_MODULES = ("decode_iq", *LOSS_MODULES)
+MODULES = ("decode", "decode_iq", "elementwise", "matvec", *LOSS_MODULES)
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "sm_121")
 OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 _DIGEST_BYTES = 32
@@ -57,14 +60,12 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @cache
 def read_source(name: str) -> Source:
-    """Read a kernel module and every header beside it from the package."""
+    """Read a kernel module and every header beside it from the package, and the one that is made."""
     folder = resources.files("q4kd.trainer.kernels.src")
-    headers = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".cuh"))
-    return Source(
-        name,
-        folder.joinpath(f"{name}.cu").read_text(encoding="utf-8"),
-        tuple((header, folder.joinpath(header).read_text(encoding="utf-8")) for header in headers),
-    )
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".cuh"))
+    headers = [(header, folder.joinpath(header).read_text(encoding="utf-8")) for header in names]
+    text = folder.joinpath(f"{name}.cu").read_text(encoding="utf-8")
+    return Source(name, text, (*headers, (GRIDS_HEADER, grids_header())))
 
 
 def nvrtc_version() -> tuple[int, int]:

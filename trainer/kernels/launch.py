@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from q4kd.trainer.kernels.compile import LOSS_MODULES, MODULES, architecture, load_cubin, nvrtc_version
+from q4kd.trainer.kernels.compile import LAZY_MODULES, LOSS_MODULES, MODULES, architecture, load_cubin, nvrtc_version
 
 THREADS = 256  # a block, for every kernel
 
@@ -66,7 +66,9 @@ def _current_stream_of() -> Callable[[int], int]:
     return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
 
 
-# The first word of a kernel's name tells the module that it is in; all others are elementwise.
+# The first word of a kernel's name tells the module that it is in; all others are elementwise. Those that decode one of
+# these types, the second word, are in a module beside.
+_IQ_MODULE = frozenset(("iq1", "iq2", "iq3", "mxfp4", "nvfp4", "tq1", "tq2"))
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
 
 
@@ -74,7 +76,9 @@ def module_of(kernel: str) -> str:
     """Return the name of the module that a kernel is in."""
     if kernel.startswith("loss_"):
         return next(name for name in LOSS_MODULES if f"_{name.removeprefix('loss_')}_" in kernel)
-    return _MODULE_OF.get(kernel.partition("_")[0], "elementwise")
+    first, second, *_ = kernel.split("_")
+    module = _MODULE_OF.get(first, "elementwise")
+    return "decode_iq" if module == "decode" and second in _IQ_MODULE else module
 
 
 class CudaLauncher:
@@ -101,7 +105,7 @@ class CudaLauncher:
         with torch.cuda.device(self._index):
             torch.cuda.current_stream().synchronize()  # makes torch's context current before the modules go into it
             for name in MODULES:
-                if name not in LOSS_MODULES:  # a teacher by itself has no use for them: loaded at their first launch
+                if name not in LAZY_MODULES:  # the others are loaded at their first launch
                     self._module(name)
             # A thread's first launch binds the device's context to it, as setting the device does since CUDA 12.
             self._buffers = _ThreadBuffers(lambda: cupy.cuda.runtime.setDevice(self._index))

@@ -21,6 +21,7 @@ _BF16, _F32 = (torch.bfloat16,), (torch.float32,)
 # Types without blocks go sixteen elements at a time where rows allow it: weights of one such step, threads it takes.
 _STEPS = {"F16": (16, 1), "BF16": (16, 1), "F32": (16, 1), "Q8_0": (32, 2), "Q4_0": (32, 2), "Q5_0": (32, 2)}
 _STEPS |= {"Q4_1": (32, 2), "Q5_1": (32, 2), "IQ4_NL": (32, 2)}
+_STEPS |= {"MXFP4": (32, 2), "NVFP4": (64, 4)}
 _SUPERBLOCK_STEP = (SUPERBLOCK, 16)
 _ALIGNED_TYPES = ("Q4_K", "Q5_K", Q6_K_SOA, "Q4_1", "Q5_1", "Q2_K", "IQ4_XS")
 _Q6_K_BYTES = block_format("Q6_K").block_bytes
@@ -35,7 +36,17 @@ class Kernels(KernelSet):
     """
 
     @kernel
-    def decode(self, type_name: str, packed: Tensor, row_start: int, row_stop: int, cols: int, out: Tensor) -> Launch:
+    def decode(
+        self,
+        type_name: str,
+        packed: Tensor,
+        row_start: int,
+        row_stop: int,
+        cols: int,
+        out: Tensor,
+        *,
+        scale: float = 1.0,
+    ) -> Launch:
         """Decode rows ``row_start`` to ``row_stop``, in float32, rounded once if ``out`` is bfloat16.
 
         Args:
@@ -44,6 +55,7 @@ class Kernels(KernelSet):
             row_start, row_stop: 0 to R.
             cols: K.
             out: bfloat16 or float32 ``[row_stop - row_start, K]``, contiguous; every element is written.
+            scale: factor of every weight; only NVFP4 has one.
 
         Raises:
             InputError: for a type that is not supported.
@@ -51,6 +63,7 @@ class Kernels(KernelSet):
         rows = self._packed_rows(type_name, packed, cols)
         require(0 <= row_start <= row_stop <= rows, f"rows {row_start}:{row_stop} of {rows}")
         self._check("out", out, _ANY, row_stop - row_start, cols)
+        require(scale == 1.0 or type_name == "NVFP4", f"scale {scale} of {type_name}: expected 1")
         weights, tasks = _STEPS.get(type_name, _SUPERBLOCK_STEP)
         name, suffix = f"decode_{type_name.lower()}", DTYPES[out.dtype]
         if _by_elements(weights, cols, packed, out):
@@ -60,7 +73,9 @@ class Kernels(KernelSet):
         first, count = row_start * steps, (row_stop - row_start) * steps
         if type_name == "Q8_0" and first % 8 == 0 and count % 8 == 0 and offset(packed) == 0:
             return Launch(f"{name}_run_{suffix}", blocks(count), [packed, first, count, out], [out])
-        return Launch(f"{name}_{suffix}", blocks(count * tasks), [packed, rows * steps, first, count, out], [out])
+        arguments: list[Argument] = [packed, rows * steps, first, count, out]
+        arguments += [float(scale)] if type_name == "NVFP4" else []
+        return Launch(f"{name}_{suffix}", blocks(count * tasks), arguments, [out])
 
     @kernel
     def gather(self, type_name: str, packed: Tensor, cols: int, ids: Tensor, out: Tensor) -> Launch:

@@ -6,7 +6,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from q4kd.harness.inputs.arrays import Arrays, arrays_input, random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.arrays import Array, Arrays, arrays_input, random_ids, read_array, read_arrays, seeded_columns
+from q4kd.harness.inputs.code_blocks import CODE_TYPES
 from q4kd.harness.inputs.collect import Comparators, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
@@ -19,7 +20,7 @@ from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.formats.blocks.layout import FORMATS
 
 _CUDA = ("cuda",)
-COLUMNS = 256
+COLUMNS, CODE_COLUMNS = 256, 64
 
 # --- cuda-decode: every type's decoder on random rows ---
 
@@ -40,10 +41,18 @@ def _rows(inputs: Inputs) -> Path:
 )
 def _collect_decode(run_dir: Path, inputs: Inputs) -> Facts:
     decoded, comparators = read_arrays(run_dir / "decoded.npz"), Comparators()
+    pairs: dict[str, tuple[Array, Array]] = {}
     for name, rows in read_arrays(_rows(inputs)).items() if decoded else ():
         exact = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name.upper()])
-        pair = {name: (decoded[name], exact.reshape(len(rows), -1))}
-        comparators |= save_pairs(run_dir, pair, ("decoder on the device", "gguf.quants"))
+        pairs[name] = decoded[name], exact.reshape(len(rows), -1)
+    # Those of codes are one array, of which a seeded choice of columns is kept.
+    codes = [pairs.pop(name.lower()) for name in CODE_TYPES if pairs]
+    if codes:
+        chosen = seeded_columns(1024, CODE_COLUMNS)
+        subject, exact = (np.concatenate([pair[side] for pair in codes])[:, chosen] for side in (0, 1))
+        pairs["codes"] = subject, exact
+    for name, pair in pairs.items():
+        comparators |= save_pairs(run_dir, {name: pair}, ("decoder on the device", "gguf.quants"))
     return {"comparators": comparators}
 
 

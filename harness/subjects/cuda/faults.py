@@ -17,9 +17,17 @@ _HELD: list["Tensor"] = []
 
 @patch("quantisation", "device-half-decode", "weights are decoded through float16 on the device", f"{_KERNELS}.decode")
 def _half_decode(
-    original: Call, self: object, type_name: str, packed: object, start: int, stop: int, cols: int, out: "Tensor"
+    original: Call,
+    self: object,
+    type_name: str,
+    packed: object,
+    start: int,
+    stop: int,
+    cols: int,
+    out: "Tensor",
+    **scale: object,
 ) -> None:
-    original(self, type_name, packed, start, stop, cols, out)
+    original(self, type_name, packed, start, stop, cols, out, **scale)
     out.copy_(out.half())  # eleven bits, and infinity beyond 65504
 
 

@@ -17,6 +17,7 @@ from q4kd.harness.inputs.arrays import (
     rows_around,
     seeded_columns,
 )
+from q4kd.harness.inputs.code_blocks import decode, sample_code_blocks
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
@@ -141,6 +142,7 @@ declare(
 
 # More rows than blocks are decoded at once (4,096), than are rounded at once (2,048) and than a product takes at once
 # (1,024), and no multiple of any.
+CODE_COLUMNS = 64  # kept of the types whose weights are codes of a table
 MANY_ROWS, EDGES = 4500, (1024, 2048, 3072, 4096)
 LOW_COLUMNS = 64
 
@@ -148,7 +150,8 @@ LOW_COLUMNS = 64
 def _make_blocks() -> dict[str, Array]:
     rows = random_matrix(np.random.default_rng(5), "Q4_K", MANY_ROWS, block_spec.WEIGHTS, 0.05)
     low = {f"low-{name}": sample for name, sample in sample_low_rows(seed=4).items()}
-    return {**block_spec.sample_blocks(seed=3), "rows": rows, **low}
+    codes = {f"code-{name}": blocks for name, blocks in sample_code_blocks(seed=4).items()}
+    return {**block_spec.sample_blocks(seed=3), "rows": rows, **low, **codes}
 
 
 def _blocks(inputs: Inputs) -> Path:
@@ -181,6 +184,12 @@ def _collect_superblock(run_dir: Path, inputs: Inputs) -> Facts:
         compare(f"{name}-gguf", name, by_gguf, "trainer decoder", "gguf.quants")
         compare(f"{name}-spec", name, by_spec, "trainer decoder", "scalar decoder from the layout")
         compare(f"{name}-product", f"{name}-product", product, "trainer product", "float64 product over gguf.quants")
+    codes = [name for name in blocks if name.startswith("code-")]
+    chosen = seeded_columns(block_spec.WEIGHTS, CODE_COLUMNS)
+    subject = np.concatenate([decoded[name].reshape(-1, block_spec.WEIGHTS) for name in codes])
+    by_gguf = np.concatenate([decode(name[5:], blocks[name]).reshape(-1, block_spec.WEIGHTS) for name in codes])
+    pair = {"codes-gguf": (subject[:, chosen], by_gguf[:, chosen])}
+    comparators |= save_pairs(run_dir, pair, ("trainer decoders", "gguf.quants"))
     zero = np.zeros_like(decoded["q6_k-zero"])
     compare("q6_k-zero", "q6_k-zero", zero, "trainer decoder at q = 32", "zero")
     sums = block_spec.offset_product(blocks["q4_k-offset"], blocks["activations"])

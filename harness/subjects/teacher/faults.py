@@ -71,8 +71,8 @@ def _last_tile_left_out(original: Call, self: object, x: "Tensor", out: "Tensor"
 @patch(
     "quantisation", "last-blocks-not-decoded", "what is left after 4,096 blocks is not decoded", f"{_QUANT}:decode_rows"
 )
-def _last_blocks_not_decoded(original: Call, name: str, packed: "Tensor", out: "Tensor") -> object:
-    decoded: Tensor = original(name, packed, out)  # type: ignore[assignment]
+def _last_blocks_not_decoded(original: Call, name: str, packed: "Tensor", out: "Tensor", *scale: object) -> object:
+    decoded: Tensor = original(name, packed, out, *scale)  # type: ignore[assignment]
     decoded.view(-1)[4096 * 256 :] = 0
     return decoded
 

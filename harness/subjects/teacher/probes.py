@@ -82,6 +82,10 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
         decoded = torch.full((len(packed), SUPERBLOCK), torch.nan)
         return decode_rows(name, torch.from_numpy(packed), decoded).numpy()
 
+    def decode_codes(name: str, packed: Array) -> Array:
+        decoded = torch.full((len(packed), FORMATS[name].block_size), torch.nan)
+        return decode_rows(name, torch.from_numpy(packed), decoded).numpy()
+
     def matrix(name: str, packed: Array) -> "PackedMatrix":
         # A scratch of 20 rows makes the product run over several tiles, the last one short.
         tensor = PackedTensor("probe", name, (len(packed), SUPERBLOCK), packed)
@@ -101,6 +105,7 @@ def superblock(blocks: Path, out: Path, facts: Path) -> None:
     for name in (name for name in given if name.startswith("low-")):
         results[name] = decode(name.removeprefix("low-").upper(), given[name])
     results |= _products_of_rows(given["rows"], activations)
+    results |= {key: decode_codes(key.removeprefix("code-"), given[key]) for key in given if key.startswith("code-")}
     save_arrays(out, results)
     k_quants = {name: form for name, form in FORMATS.items() if form.is_quantized and name.lower() in given}
     tables = {

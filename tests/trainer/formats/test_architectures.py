@@ -17,6 +17,7 @@ from architecture_models import CASES, make_model, make_tokenizer, row_errors, s
 from model_files import retype  # noqa: E402
 from teachers import load_quietly  # noqa: E402
 
+from q4kd.harness.inputs.code_blocks import CODE_TYPES  # noqa: E402
 from q4kd.harness.oracles.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
 from q4kd.trainer.formats.architecture import ROPE_FACTORS  # noqa: E402
 from q4kd.trainer.formats.gguf.writer import write_gguf  # noqa: E402
@@ -68,7 +69,10 @@ def test_the_teacher_is_the_model_that_transformers_runs(folder: Path, case: str
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [*(("llama", kind) for kind in ("Q8_0", "Q5_K", "Q5_0", "Q4_0", "BF16", "F16")), ("qwen3-tied", "mixed")],
+    [
+        *(("llama", kind) for kind in ("Q8_0", "Q5_K", "Q5_0", "Q4_0", "BF16", "F16", *CODE_TYPES)),
+        ("qwen3-tied", "mixed"),
+    ],
 )
 def test_every_type_is_within_1e_5_of_float64(tmp_path: Path, folder: Path, case: str, kind: str) -> None:
     cycle = iter(["Q8_0", "Q5_K", "Q5_0", "Q4_0", "BF16", "F16"] * 20)

@@ -62,6 +62,7 @@ def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
     assert cubin[:4] == b"\x7fELF"
     kernel = {
         "decode": "decode_q4_k_bf16",
+        "decode_iq": "gather_iq3_s_f32",
         "elementwise": "rope_split_bf16_v8",
         "matvec": "matvec_q4_k_r1_t1_f32",
         "loss_ce": "loss_fused_ce_f32_bf16_v8",
@@ -79,10 +80,14 @@ def test_every_source_is_a_module() -> None:
     assert [name for name, _ in read_source("decode").headers] == [
         "bits.cuh",
         "blocks.cuh",
+        "blocks_iq.cuh",
         "blocks_low.cuh",
+        "blocks_small.cuh",
+        "decode.cuh",
         "kd_loss.cuh",
         "kd_rows.cuh",
         "reduce.cuh",
+        "grids.cuh",
     ]
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import kernel_checks as checks
+import numpy as np
 import pytest
 import torch
 from host_kernels import KERNELS, HostLauncher, build, host_launcher
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.kernels.launch import Argument, ArgumentBuffer
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 
@@ -35,7 +37,7 @@ def kernels(launcher: HostLauncher) -> Kernels:
 @pytest.mark.parametrize("name", checks.TYPES)
 def test_decode_equals_gguf(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
     checks.decode_rows_match(kernels, name, 7, 768, dtype, seed=1)
-    if checks.FORMATS[name].block_size < 256:
+    if FORMATS[name].block_size <= 32:
         checks.decode_rows_match(kernels, name, 5, 96, dtype, seed=2)
     if name in checks.ELEMENT_TYPES:
         checks.decode_rows_match(kernels, name, 5, 13, dtype, seed=3)
@@ -84,6 +86,17 @@ def test_gather_takes_rows_and_refuses_others(kernels: Kernels, name: str, dtype
     checks.gather_matches(kernels, name, 5, 512, dtype, seed=6)
     if name in checks.ELEMENT_TYPES:
         checks.gather_matches(kernels, name, 5, 13, dtype, seed=7)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_nvfp4_takes_the_scale_of_its_tensor(kernels: Kernels, dtype: torch.dtype) -> None:
+    packed = torch.from_numpy(checks.random_blocks("NVFP4", 3, 128, seed=19))
+    out, buffer = checks.poisoned((3, 128), dtype, kernels.device)
+    kernels.decode("NVFP4", packed, 0, 3, 128, out, scale=0.0123)
+    checks.assert_same_bits(out, checks.expected("NVFP4", packed.numpy()) * np.float32(0.0123))
+    checks.assert_guarded(buffer)
+    with pytest.raises(ValueError, match="expected 1"):
+        kernels.decode("MXFP4", torch.zeros(3, 68, dtype=torch.uint8), 0, 3, 128, out, scale=2.0)
 
 
 def test_rounding_to_bfloat16(kernels: Kernels) -> None:
@@ -245,10 +258,12 @@ def test_argument_buffer_holds_what_the_driver_reads() -> None:
 FAULTS = [
     ("blocks.cuh", "int chunk = task >> 2", "int chunk = task >> 1", "Q4_K"),
     ("bits.cuh", "bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits + 0x8000u", "Q4_0"),
-    ("decode.cu", "if (block >= count) return;", "", "Q4_K"),
+    ("decode.cuh", "if (block >= count) return;", "", "Q4_K"),
     ("decode.cu", "16 * odd), join", "0), join", "Q8_0"),
     ("decode.cu", "word < blocks * Q8_0::bytes / 16", "word < words", "Q8_0"),
     ("decode.cu", "__syncwarp();", "", "Q8_0"),
+    ("decode_iq.cu", "__syncthreads();", "", "IQ3_S"),
+    ("blocks_small.cuh", "if (byte == 0x7Fu) return 0.0f;", "", "NVFP4"),
 ]
 
 

@@ -19,8 +19,10 @@ pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity b
 
 from architecture_models import CASES, Case, make_model, make_tokenizer, row_errors
 from llamacpp_engine import FILE_TYPES, quantise, their_logits
+from model_files import retype
 from teachers import load_quietly
 
+from q4kd.harness.inputs.code_blocks import CODE_TYPES
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
 from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.gguf.writer import write_gguf
@@ -111,6 +113,18 @@ def test_a_file_that_we_quantised(
     folder: Path, name: str, recipe: str, record_parity: Callable[[dict[str, Any]], None]
 ) -> None:
     row = measure(write(folder / f"{name}-{recipe}.gguf", name, recipe), f"{name} our {recipe}")
+    record_parity(row)
+    assert row["error"] <= ERROR
+    assert row["cosine"] >= COSINE
+
+
+@pytest.mark.parametrize("type_name", CODE_TYPES)
+def test_a_file_of_random_codes(folder: Path, type_name: str, record_parity: Callable[[dict[str, Any]], None]) -> None:
+    source = write(folder / "llama-f32.gguf", "llama", "f32")
+    path = folder / f"llama-{type_name}.gguf"
+    retype(source, path, lambda name: None if "norm" in name or name == ROPE_FACTORS else type_name)
+    assert {tensor.type for tensor in open_model(path).tensors.values()} == {"F32", type_name}
+    row = measure(path, f"llama {type_name}")
     record_parity(row)
     assert row["error"] <= ERROR
     assert row["cosine"] >= COSINE

@@ -103,7 +103,7 @@ class TransformersArm(_InProcessArm):
         torch.set_num_threads(self._threads)
         model = open_model(self._model)
         tensors = {
-            name: DeviceTensor(name, tensor.type, tensor.shape, torch.from_numpy(tensor.data))
+            name: DeviceTensor(name, tensor.type, tensor.shape, torch.from_numpy(tensor.data), tensor.scale)
             for name, tensor in model.tensors.items()
         }
         tensors.setdefault("output.weight", tensors["token_embd.weight"])

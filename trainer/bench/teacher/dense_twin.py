@@ -58,7 +58,7 @@ def decode_tensor(tensor: DeviceTensor, out: Tensor) -> None:
     for start in range(0, rows, step):
         packed = tensor.packed[start : start + step]
         tile = torch.empty(len(packed), cols, dtype=torch.float32, device=out.device)
-        flat[start : start + step].copy_(decode_rows(tensor.type, packed, tile))
+        flat[start : start + step].copy_(decode_rows(tensor.type, packed, tile, tensor.scale))
 
 
 def to_nf4(model: Any) -> None:

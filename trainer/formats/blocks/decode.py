@@ -38,7 +38,8 @@ Blocks of 32 weights, one scale, no sub-blocks::
     Q4_0, 18 bytes   | d: f16 | qs: 16 bytes |                     weight = d * (nibble - 8)
     nibbles: weight[l] from qs[l] & 15, weight[16 + l] from qs[l] >> 4
 
-BF16 is the upper half of a float32. ``decode_low.py`` draws and decodes the remaining types.
+BF16 is the upper half of a float32. ``decode_low.py`` draws Q2_K, Q3_K, Q4_1, Q5_1 and IQ4, ``decode_iq.py`` IQ1 to IQ3,
+``decode_small_floats.py`` MXFP4, NVFP4 and TQ.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,8 @@ from torch import Tensor
 
 from q4kd.trainer.formats.blocks import decode_low
 from q4kd.trainer.formats.blocks.bits import fifth_bits, spread_bits, spread_nibbles
+from q4kd.trainer.formats.blocks.decode_iq import IQ_DECODERS
+from q4kd.trainer.formats.blocks.decode_small_floats import SMALL_DECODERS
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK, block_format
 
 # So many weights are decoded at once, 4 MiB of float32: this bounds the temporaries (about 1 MiB each), and is enough
@@ -161,10 +164,14 @@ DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "F16": decode_f16,
     "F32": decode_f32,
 }
+DECODERS |= IQ_DECODERS
+DECODERS |= SMALL_DECODERS
 
 
-def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
+def decode_rows(type_name: str, packed: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """Decode whole rows: uint8 ``[rows, row_bytes]`` to float32 ``[rows, cols]``, both contiguous; return ``out``.
+
+    ``scale`` is a factor of the whole tensor, as NVFP4 has one.
 
     Raises:
         InputError: when the type has no decoder.
@@ -174,5 +181,8 @@ def decode_rows(type_name: str, packed: Tensor, out: Tensor) -> Tensor:
     blocks, weights = packed.view(-1, form.block_bytes), out.view(-1, form.block_size)
     step = _WEIGHTS_AT_ONCE // form.block_size
     for start in range(0, len(blocks), step):
-        decode(blocks[start : start + step], weights[start : start + step])
+        piece = weights[start : start + step]
+        decode(blocks[start : start + step], piece)
+        if scale != 1.0:
+            piece.mul_(scale)
     return out

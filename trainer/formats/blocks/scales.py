@@ -4,6 +4,10 @@ Only the scales' own bytes are read, and nothing is decoded. A weight is finite 
 largest product of a float16 scale, a stored integer scale and a quant is below 1e9.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,6 +33,16 @@ FLOATS: dict[str, tuple[tuple[int, ...], type[np.unsignedinteger], int]] = {
     "F16": ((0,), np.uint16, 0x7C00),
     "F32": ((0,), np.uint32, 0x7F800000),
 }
+FLOATS |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), ((0,), np.uint16, 0x7C00))
+FLOATS |= {"TQ1_0": ((52,), np.uint16, 0x7C00), "TQ2_0": ((64,), np.uint16, 0x7C00)}
+# Types whose scales are no plain floats: which blocks, uint8 ``[n, block_bytes]`` of NumPy or torch, hold one that can
+# make a weight NaN or infinite. IQ1_M's float16 lies in four parts, its exponent in the last two. MXFP4's scale is
+# 2^(e - 128), and its largest quant 12. NVFP4 has none: its scales end at 240, and its only NaN reads as zero.
+BAD_BLOCKS: dict[str, Callable[[Any], Any]] = {
+    "IQ1_M": lambda blocks: (blocks[:, 53] & 0xC0 == 0xC0) & (blocks[:, 55] & 0x70 == 0x70),
+    "MXFP4": lambda blocks: blocks[:, 0] >= 253,
+    "NVFP4": lambda blocks: blocks[:, 0] > 0xFF,
+}
 
 
 def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
@@ -40,13 +54,16 @@ def check_scales(type_name: str, packed: npt.NDArray[np.uint8]) -> int:
         InputError: when the type is not supported.
     """
     size = block_format(type_name).block_bytes
-    offsets, storage, exponent = FLOATS[type_name]
     blocks = packed.reshape(-1, size)
+    find = BAD_BLOCKS.get(type_name) or functools.partial(_bad_floats, *FLOATS[type_name])
+    step = _CHUNK_BYTES // size
+    return sum(int(np.count_nonzero(find(blocks[start : start + step]))) for start in range(0, len(blocks), step))
+
+
+def _bad_floats(
+    offsets: tuple[int, ...], storage: type[np.unsignedinteger], exponent: int, blocks: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    """Return which blocks have an exponent of all ones, that of an infinity or a NaN."""
     width = np.dtype(storage).itemsize
-    count, step = 0, _CHUNK_BYTES // size
-    for start in range(0, len(blocks), step):
-        piece = blocks[start : start + step]
-        # An exponent of all ones is an infinity or a NaN.
-        bad = [(piece[:, at : at + width].view(storage)[:, 0] & exponent) == exponent for at in offsets]
-        count += int(np.count_nonzero(bad[0] if len(bad) == 1 else np.logical_or(*bad)))
-    return count
+    bad = [(blocks[:, at : at + width].view(storage)[:, 0] & exponent) == exponent for at in offsets]
+    return np.asarray(bad[0] if len(bad) == 1 else np.logical_or(*bad))

@@ -13,6 +13,7 @@ from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, 
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
 from q4kd.trainer.formats.gguf.header import Header, TensorEntry
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
+from q4kd.trainer.formats.gguf.scales import take_scales
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 
@@ -66,6 +67,7 @@ def open_gguf(path: Path) -> ModelFile:
     if not tensors:
         expected, got, remedy = "a model with weights", "no tensor", "name the model's own file"
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
+    tensors = take_scales(path, tensors)
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)

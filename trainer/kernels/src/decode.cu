@@ -3,44 +3,7 @@
 // Sixteen threads a superblock, sixteen weights a thread: one 8-byte load of quants (coalesced across the warp), the
 // block's header as a broadcast, two 16-byte stores of bf16. Every element of the output range is written.
 #include "blocks_low.cuh"
-
-template <class Format, class Out>
-Q4KD_DEVICE void decode_task(Blocks blocks, i64 block, int task, Out* out_of_block) {
-    Octets octets = Format::decode(blocks, block, task);
-    write_floats<8>(out_of_block + octets.first, octets.values);
-    write_floats<8>(out_of_block + octets.second, octets.values + 8);
-}
-
-template <class Format, class Out>
-Q4KD_DEVICE void decode_blocks(Blocks blocks, i64 first_block, i64 count, Out* out) {
-    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    i64 block = item / Format::tasks;
-    if (block >= count) return;
-    decode_task<Format>(blocks, first_block + block, (int)(item % Format::tasks), out + block * Format::weights);
-}
-
-// Quiet NaN for rows that do not exist: an id out of range must be seen, not read out of bounds.
-Q4KD_INLINE float missing() { return as_float(0x7FC00000u); }
-
-template <class Format, class Out>
-Q4KD_DEVICE void gather_blocks(Blocks blocks, i64 blocks_per_row, const i64* ids, i64 count, Out* out) {
-    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    i64 target = item / Format::tasks;
-    i64 slot = quotient(target, blocks_per_row);
-    if (slot >= count) return;
-    int task = (int)(item % Format::tasks);
-    i64 id = load<i64>(ids + slot);
-    Out* out_of_block = out + target * Format::weights;
-    if (id < 0 || id >= quotient(blocks.count, blocks_per_row)) {
-        constexpr int share = Format::weights / Format::tasks;
-        for (int i = 0; i < share; i++) {
-            float value = missing();
-            write_floats<1>(out_of_block + task * share + i, &value);
-        }
-        return;
-    }
-    decode_task<Format>(blocks, id * blocks_per_row + (target - slot * blocks_per_row), task, out_of_block);
-}
+#include "decode.cuh"
 
 // Q8_0 blocks are 34 bytes: alone, they can only be read two bytes at a time. A warp instead copies a run of 32 blocks,
 // which is 68 words of 16 bytes, to shared memory, all its loads in flight at once, and decodes it from there, eight
@@ -104,18 +67,6 @@ Q4KD_DEVICE void gather_elements(const u8* packed, i64 rows, i64 cols, const i64
     write_floats<1>(out + item, &value);
 }
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(256)
-
-#define BLOCK_KERNELS(name, Format, suffix, Out)                                                                     \
-    KERNEL decode_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 first_block, i64 count,           \
-                                    Out* __restrict__ out) {                                                         \
-        decode_blocks<Format>(Blocks{packed, blocks}, first_block, count, out);                                      \
-    }                                                                                                                \
-    KERNEL gather_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 blocks_per_row,                   \
-                                    const i64* __restrict__ ids, i64 count, Out* __restrict__ out) {                 \
-        gather_blocks<Format>(Blocks{packed, blocks}, blocks_per_row, ids, count, out);                              \
-    }
-
 #define ELEMENT_KERNELS(name, Element, suffix, Out)                                                                  \
     BLOCK_KERNELS(name, Element, suffix, Out)                                                                        \
     KERNEL decode_##name##_elements_##suffix(const u8* __restrict__ packed, i64 first, i64 count,                    \
@@ -132,8 +83,6 @@ Q4KD_DEVICE void gather_elements(const u8* packed, i64 rows, i64 cols, const i64
                                         Out* __restrict__ out) {                                                     \
         decode_##name##_run(packed, first_block, count, out);                                                        \
     }
-
-#define BOTH(MACRO, name, Format) MACRO(name, Format, bf16, bf16) MACRO(name, Format, f32, float)
 
 BOTH(BLOCK_KERNELS, q4_k, Q4_K)
 BOTH(BLOCK_KERNELS, q5_k, Q5_K)

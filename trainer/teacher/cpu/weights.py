@@ -70,7 +70,7 @@ class PackedMatrix:
     def __init__(self, tensor: PackedTensor, scratch: Scratch) -> None:
         self.source_type = self.held_as = tensor.type
         self.rows, self.cols = tensor.shape
-        self._packed = torch.from_numpy(tensor.data)
+        self._packed, self._scale = torch.from_numpy(tensor.data), tensor.scale
         self._scratch = scratch
 
     @property
@@ -99,10 +99,10 @@ class PackedMatrix:
         """Return rows ``start`` to ``stop`` in the scratch; bfloat16 is rounded once from the float32 values."""
         packed = self._packed[start:stop]
         if dtype == torch.float32:
-            return decode_rows(self.source_type, packed, self._scratch.tile(stop - start, self.cols))
+            return decode_rows(self.source_type, packed, self._scratch.tile(stop - start, self.cols), self._scale)
         tile_RK, run = self._scratch.halves(stop - start, self.cols)
         for part, target in zip(torch.split(packed, len(run)), torch.split(tile_RK, len(run)), strict=True):
-            target.copy_(decode_rows(self.source_type, part, run[: len(part)]))
+            target.copy_(decode_rows(self.source_type, part, run[: len(part)], self._scale))
         return tile_RK
 
     def decode(self, start: int, stop: int, out_RK: Tensor) -> None:
@@ -114,7 +114,7 @@ class PackedMatrix:
     def gather(self, row_ids: Tensor) -> Tensor:
         """Decode only the rows asked for: int64 ``[n]`` to float32 ``[n, K]``."""
         out = torch.empty(len(row_ids), self.cols, dtype=torch.float32)
-        return decode_rows(self.source_type, self._packed[row_ids], out)
+        return decode_rows(self.source_type, self._packed[row_ids], out, self._scale)
 
 
 class DenseMatrix:
@@ -133,7 +133,7 @@ class DenseMatrix:
         packed = torch.from_numpy(tensor.data)
         step = max(1, _RUN_WEIGHTS // self.cols)
         for part, target in zip(torch.split(packed, step), torch.split(self._weight_RK, step), strict=True):
-            target.copy_(decode_rows(tensor.type, part, torch.empty(target.shape)))
+            target.copy_(decode_rows(tensor.type, part, torch.empty(target.shape), tensor.scale))
 
     @property
     def resident_bytes(self) -> int:

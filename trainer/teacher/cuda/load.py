@@ -23,7 +23,7 @@ from q4kd.trainer.device.allocation import allocate_bytes
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.layout import block_format
-from q4kd.trainer.formats.blocks.scales import FLOATS
+from q4kd.trainer.formats.blocks.scales import BAD_BLOCKS, FLOATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.mapped import MappedFile
@@ -192,6 +192,14 @@ def scale_fields(type_name: str, packed: Tensor) -> Tensor:
     return blocks[:, offsets[0] : offsets[-1] + 2].view(torch.float16)
 
 
+def all_finite(type_name: str, packed: Tensor) -> Tensor:
+    """Return whether every scale, or every weight of a type without blocks, is finite: a bool tensor ``[]``."""
+    if type_name in BAD_BLOCKS:
+        bad: Tensor = BAD_BLOCKS[type_name](packed.view(-1, block_format(type_name).block_bytes))
+        return ~bad.any()
+    return scale_fields(type_name, packed).isfinite().all()
+
+
 def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
     """Refuse a file with a block scale or weight that is NaN or infinite: it would poison every output.
 
@@ -199,7 +207,7 @@ def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
         InputError: naming the first such tensor.
     """
     names = list(tensors)
-    finite = [scale_fields(tensor.type, tensor.packed).isfinite().all() for tensor in tensors.values()]
+    finite = [all_finite(tensor.type, tensor.packed) for tensor in tensors.values()]
     bad = (~torch.stack(finite)).nonzero().flatten().tolist()  # one answer for all: a single wait for the device
     if bad:
         subject, got = f"{path}: tensor {names[bad[0]]}", f"NaN or infinity in {len(bad)} tensors"
@@ -221,7 +229,7 @@ def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copie
     for name, tensor in model.tensors.items():
         packed = arena[offsets[name] : offsets[name] + tensor.num_bytes]
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        loaded[name] = DeviceTensor(name, tensor.type, tensor.shape, packed.view(rows, -1))
+        loaded[name] = DeviceTensor(name, tensor.type, tensor.shape, packed.view(rows, -1), tensor.scale)
     check_finite(model.path, loaded)
     return loaded
 

@@ -30,6 +30,7 @@ class DeviceTensor:
     type: str  # GGML type name
     shape: tuple[int, ...]  # (rows, cols) or (length,)
     packed: Tensor  # uint8 [rows, row_bytes], contiguous; one row for a vector
+    scale: float = 1.0  # of the whole tensor; only NVFP4 has one
 
 
 class CudaMatrix:
@@ -44,6 +45,7 @@ class CudaMatrix:
         self.is_dense = False
         self._kernels, self._layout = kernels, tensor.type
         self._data = tensor.packed
+        self._scale = {} if tensor.scale == 1.0 else {"scale": tensor.scale}
         if tensor.type == "Q6_K":
             # Copied back over the file's bytes: the allocation stays the same, the copy is freed at once.
             self._data.view(-1).copy_(kernels.repack_q6_k(self._data).view(-1))
@@ -69,7 +71,7 @@ class CudaMatrix:
         if self.is_dense:
             out.copy_(self._data[start:stop])
         else:
-            self._kernels.decode(self._layout, self._data, start, stop, self.cols, out)
+            self._kernels.decode(self._layout, self._data, start, stop, self.cols, out, **self._scale)
 
     def gather(self, row_ids: Tensor, out: Tensor) -> None:
         """Write the rows of int64 ids ``[n]`` to ``out``, float32 ``[n, K]``."""

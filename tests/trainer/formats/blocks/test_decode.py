@@ -18,9 +18,12 @@ from q4kd.trainer.formats.blocks.layout import FORMATS
 
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q4_0", "BF16", "F16", "F32")
 TYPES += ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
+TYPES += ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 # Where a block's float16 numbers lie.
 HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q5_0": (0,), "Q4_0": (0,)}
 HALVES |= {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+HALVES |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), (0,))
+HALVES |= {"TQ1_0": (52,), "TQ2_0": (64,)}
 # Zero, the least and the greatest subnormal, the least normal, the greatest finite number, some between; both signs.
 EXTREMES = [
     sign | bits for bits in (0x0000, 0x0001, 0x03FF, 0x0400, 0x7BFF, 0x3C00, 0x1E66, 0x0155) for sign in (0, 0x8000)
@@ -83,7 +86,7 @@ def test_extreme_scales_with_every_kind_of_quants_are_bit_equal(name: str) -> No
     # The cases really are extreme: a negative zero, a step that only a subnormal scale gives, the greatest scale.
     assert (theirs.view(np.uint32) == 0x80000000).any()
     assert 0 < np.abs(theirs[theirs != 0]).min() < 2.0**-20
-    assert np.abs(theirs).max() >= 65504 * 7
+    assert np.abs(theirs).max() >= 65504 * (1 if name.startswith("TQ") else 7)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])

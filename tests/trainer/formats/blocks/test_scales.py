@@ -17,7 +17,7 @@ def test_the_count_is_that_of_the_blocks_that_decode_to_something_else_than_numb
     packed = np.random.default_rng(1).integers(0, 256, (64, 32 * form.block_bytes), dtype=np.uint8)
     decoded = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name]).reshape(-1, form.block_size)
     expected = int((~np.isfinite(decoded)).any(axis=1).sum())
-    assert 0 < expected < 64 * 32
+    assert (expected == 0) if name == "NVFP4" else (0 < expected < 64 * 32)
     assert check_scales(name, packed) == expected
 
 
@@ -46,7 +46,7 @@ def test_pieces_do_not_change_the_count(name: str, monkeypatch: pytest.MonkeyPat
     packed = np.random.default_rng(2).integers(0, 256, (7, 512 * FORMATS[name].block_bytes), dtype=np.uint8)
     whole = check_scales(name, packed)
     monkeypatch.setattr(scales, "_CHUNK_BYTES", 1000)
-    assert check_scales(name, packed) == whole > 0
+    assert check_scales(name, packed) == whole >= (name != "NVFP4")
 
 
 def test_an_empty_tensor_has_none_and_an_unknown_type_is_refused() -> None:

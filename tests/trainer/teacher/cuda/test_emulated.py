@@ -11,6 +11,7 @@ from reference_kernels import ReferenceKernels
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, GOLDEN_TEACHER
+from q4kd.harness.inputs.synthetic_models import MODELS, model_ids, write_small_model
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.open import open_model
@@ -60,6 +61,15 @@ def test_other_architectures_are_within_1e_5_of_float64(tmp_path: Path, case: st
     reference = read_gguf(path)
     for row in range(2):
         assert row_errors(found[row], reference_logits(reference, ids[row].numpy())).max() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["q4k", "dense"])
+def test_types_of_codes_and_the_scale_of_a_tensor_are_within_1e_5_of_float64(tmp_path: Path, backend: str) -> None:
+    path, ids = tmp_path / "model.gguf", torch.from_numpy(model_ids(40))
+    write_small_model(path, MODELS["qwen3"])
+    assert any(tensor.scale != 1.0 for tensor in open_model(path).tensors.values())
+    found = logits_of(build(path=path, backend=backend, dtype=torch.float32), ids[None])[0]
+    assert row_errors(found, reference_logits(read_gguf(path), ids.numpy())).max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.bench.synthetic_7b import make_blocks, make_tensors, qwen2_5_7b, tensor_types, write_gguf
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.decode import decode_rows
-from q4kd.trainer.formats.blocks.layout import block_format
+from q4kd.trainer.formats.blocks.layout import FORMATS, block_format
+from q4kd.trainer.formats.blocks.scales import check_scales
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.teacher.cpu.forward import CpuForward
 from q4kd.trainer.teacher.cuda.load import (
     ALIGNMENT,
     CHUNK_BYTES,
+    all_finite,
     arena_layout,
     file_chunks,
     file_offset,
@@ -120,6 +122,20 @@ def test_a_scale_that_is_no_number_is_refused_by_name(tmp_path: Path, type_name:
     model = open_model(path)
     with pytest.raises(InputError, match=r"tensor .*finite scales"):
         load_tensors(model, arena_for(model), HostCopier)
+
+
+def test_blocks_whose_scales_are_no_plain_floats_are_looked_through_too() -> None:
+    for name, at, bad, good in (("MXFP4", 0, 0xFD, 0xFC), ("IQ1_M", 53, 0xCF, 0x8F), ("NVFP4", 0, None, 0x7F)):
+        packed = torch.zeros(3, 4 * FORMATS[name].block_bytes, dtype=torch.uint8)
+        blocks = packed.view(-1, FORMATS[name].block_bytes)
+        if name == "IQ1_M":
+            blocks[7, 55] = 0x70  # the upper bits of the exponent; the lower two are in byte 53
+        blocks[7, at] = good
+        assert all_finite(name, packed)
+        if bad is not None:
+            blocks[7, at] = bad
+            assert not all_finite(name, packed)
+            assert check_scales(name, packed.numpy()) == 1
 
 
 def test_scale_fields_of_every_type_are_where_the_decoder_reads_them() -> None:
