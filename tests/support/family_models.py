@@ -94,8 +94,8 @@ def _long_rope(original: int, factors: int = 8, **numbers: Any) -> dict[str, Any
     )
 
 
-def _long_keys(original: int) -> dict[str, Any]:
-    gain = float(np.sqrt(1 + np.log(CONTEXT / original) / np.log(original)))
+def _long_keys(original: int, context: int = CONTEXT) -> dict[str, Any]:
+    gain = float(np.sqrt(1 + np.log(context / original) / np.log(original)))
     return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": gain}
 
 
@@ -206,11 +206,12 @@ CASES = {
         {
             "sliding_window": None,
             "tie_word_embeddings": True,
-            "original_max_position_embeddings": 128,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
             "partial_rotary_factor": 0.75,
-            **_long_rope(128, 6, partial_rotary_factor=0.75),
+            **_long_rope(256, 6, partial_rotary_factor=0.75),
         },
-        _long_keys(128) | {"rope.dimension_count": 12},
+        _long_keys(256, 1024) | {"rope.dimension_count": 12},
         tensors={name: factors[:6] for name, factors in _LONG_FACTORS.items()},
     ),
     "smollm3": FamilyCase("SmolLM3", "smollm3", {"no_rope_layer_interval": 4}, is_permuted=True),
@@ -262,8 +263,8 @@ def make_family(case: FamilyCase, *, seed: int = 0) -> Any:
     return model
 
 
-def write_family(path: Path, case: FamilyCase, model: Any, *, kind: str = "F32") -> Path:
-    """Write the model as a GGUF whose matrices are of one type."""
+def write_family(path: Path, case: FamilyCase, model: Any, *, vocabulary: bool = False) -> Path:
+    """Write the model as a GGUF of float32 tensors; llama.cpp wants a ``vocabulary``, if only to hear of none."""
     config = model.config
     writer = gguf.GGUFWriter(path, case.architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -273,6 +274,9 @@ def write_family(path: Path, case: FamilyCase, model: Any, *, kind: str = "F32")
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if vocabulary:
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_vocab_size(config.vocab_size)
     for key, value in case.keys.items():
         add_key(writer, f"{case.architecture}.{key}", value)
     for name, factors in case.tensors.items():
@@ -281,11 +285,7 @@ def write_family(path: Path, case: FamilyCase, model: Any, *, kind: str = "F32")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         data = _as_stored(case, name, tensor, config).float().numpy()
-        if data.ndim == 1 or kind == "F32":
-            writer.add_tensor(_gguf_name(case, name), data)
-        else:
-            stored = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(_gguf_name(case, name), gguf.quants.quantize(data, stored), raw_dtype=stored)
+        writer.add_tensor(_gguf_name(case, name), data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
