@@ -75,7 +75,7 @@ def causal_attention(
     is_long = _OWN_PRODUCTS and length >= _LONG
     if 0 < window < length:
         starts_BT = window_starts(length, window, starts_BT).expand(batch, -1)
-        is_long |= length >= window + _LONG
+        is_long |= length >= _LONG
     if is_long or cap:
         return blocked_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT, scale=scale, cap=cap)
     return whole_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT, scale=scale)

@@ -11,11 +11,31 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.kernels.attention import window_starts
 from q4kd.trainer.kernels.numerics import attention, attention_bias
 
 # Capped scores are held for so many queries at a time, and in so many bytes.
 _BLOCK, _SCORE_BYTES = 256, 256 << 20
+
+
+def attention_bytes(config: TeacherConfig, batch: int, length: int, size: int) -> int:
+    """Return the bytes that attention takes at its peak beside its inputs and output, where it is none of torch's own.
+
+    Args:
+        config: the model's dimensions.
+        batch, length: B and T.
+        size: bytes of an element of queries, keys and values.
+    """
+    tokens = batch * length
+    if config.attention_cap:
+        scores = 4 * batch * config.num_heads * length * min(_BLOCK, length)
+        return 2 * min(_SCORE_BYTES, scores) + 4 * tokens * (config.q_size + 2 * config.kv_size)
+    windows = {window for window in config.windows if 0 < window < length}
+    blocks = [window for window in windows if 2 * window < length]
+    # Keys and values are copied twice over, for every query head; each window has a mask.
+    copies = 2 * 2 * tokens * config.q_size * size if blocks else 0
+    return copies + sum(tokens * (2 * window if window in blocks else length) * size for window in windows)
 
 
 class Reach:

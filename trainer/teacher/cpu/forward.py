@@ -243,17 +243,16 @@ class CpuForward:
             out_BNTD = part_MA.view(work.batch, -1, count, config.head_dim).transpose(1, 2)
             return out_BNTD if norm is None else rms_norm(out_BNTD, norm, config.rms_eps)
 
-        q_MA, k_MC, v_MC = self._qkv(layer, x_MH)
-        q_BNTD = heads(q_MA, layer.q_norm, config.num_heads)
-        k_BKTD = heads(k_MC, layer.k_norm, config.num_kv_heads)
-        v_BKTD = heads(v_MC, None, config.num_kv_heads).contiguous()
-        if tables is None:
-            q_BNTD, k_BKTD = q_BNTD.contiguous(), k_BKTD.contiguous()
-        else:
-            q_BNTD = rotate(q_BNTD, *tables, config.rope_layout)
-            k_BKTD = rotate(k_BKTD, *tables, config.rope_layout)
+        def turned(x_BNTD: Tensor) -> Tensor:
+            return x_BNTD.contiguous() if tables is None else rotate(x_BNTD, *tables, config.rope_layout)
+
+        # Projections are dropped one by one, as soon as there are heads of them.
+        parts = self._qkv(layer, x_MH)
+        v_BKTD = heads(parts.pop(), None, config.num_kv_heads).contiguous()
+        k_BKTD = turned(heads(parts.pop(), layer.k_norm, config.num_kv_heads))
+        q_BNTD = turned(heads(parts.pop(), layer.q_norm, config.num_heads))
         if work.query_scales_BT is not None:
-            q_BNTD = q_BNTD * work.query_scales_BT[:, None, :, None]
+            q_BNTD *= work.query_scales_BT[:, None, :, None]
         mixed_BTND = causal_attention(
             q_BNTD,
             k_BKTD,
