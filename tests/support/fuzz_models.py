@@ -23,6 +23,7 @@ import torch
 from teachers import load_quietly
 
 from q4kd.harness.inputs.apr_write import convert_gguf
+from q4kd.harness.inputs.synthetic_families import FAMILIES, write_family_model
 from q4kd.harness.inputs.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
 
@@ -92,12 +93,17 @@ class Corpus:
         for name, model in {"tiny": tiny, "llama3": MODELS["llama3"]}.items():
             path = folder / f"{name}.gguf"
             write_small_model(path, model)
-            self._add(path, model)
+            self._add(path)
             if name == "tiny":
                 convert_gguf(path, folder / "tiny.apr")
-                self._add(folder / "tiny.apr", model)
+                self._add(folder / "tiny.apr")
 
-    def _add(self, path: Path, model: SmallModel) -> None:
+        for name in ("olmo3", "phi3-long", "ministral3", "granite"):
+            path = folder / f"{name}.gguf"
+            write_family_model(path, FAMILIES[name])
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
         data = path.read_bytes()
         # The header is what lies before the first weights: a few KB of a file of some hundred KB.
         self.sources.append((path.name, data, 4096 if path.suffix == ".apr" else 3500))

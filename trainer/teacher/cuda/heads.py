@@ -105,7 +105,7 @@ class Heads:
         if bias is not None:
             x_MA = x_MA + bias
         if norm is not None:
-            x_MA = F.rms_norm(x_MA.view(-1, len(norm)), (len(norm),), norm, self._config.rms_eps)
+            x_MA = F.rms_norm(x_MA.reshape(-1, len(norm)), (len(norm),), norm, self._config.rms_eps)
         wide_MND = x_MA.view(x_MND.shape)
         if self._is_plain:
             positions = len(tables[0])
