@@ -61,10 +61,11 @@ def predict_footprint(
     groups = config.num_heads // config.num_kv_heads
     block = min(SCORE_BLOCK, max(1, SCORE_FLOATS // (groups * length)), length)
     scores = _FLOAT * length * (groups * block + config.head_dim)
-    # One product of Q, K and V lives until the last of them is copied; halves of one of gate and up are copied too.
+    # One product of Q, K and V lives until the last of them is copied; halves of one of gate and up are copied too, and
+    # GELU is not computed in place.
     fused = queries + 2 * keys if config.family.fused_qkv else 0
     attention = stream + normed + 3 * queries + 2 * keys + fused + scores
-    widths = 4 if config.family.fused_gate_up else 2
+    widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
     # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
     # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
