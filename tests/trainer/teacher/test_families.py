@@ -21,7 +21,6 @@ from teachers import load_quietly  # noqa: E402
 
 import q4kd.trainer.kernels.attention as attention_module  # noqa: E402
 from q4kd.harness.oracles.families import family_logits, read_family  # noqa: E402
-from q4kd.trainer.formats.open import open_model  # noqa: E402
 from q4kd.trainer.teacher.cuda.forward import CudaForward  # noqa: E402
 
 BOUND = 1e-5
@@ -116,8 +115,3 @@ def test_a_long_window_visits_its_own_keys_only(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(attention_module, "_BLOCK", 16)
     load_quietly(path).hidden(torch.from_numpy(IDS))
     assert max(seen) == 16 + WINDOW - 1
-
-
-def test_every_case_says_what_it_is_in_its_config(made: Made) -> None:
-    config = open_model(made.path).config
-    assert config.num_layers * bool(config.windows) == len(config.windows)
