@@ -180,7 +180,7 @@ BROKEN_GGUF: dict[str, Callable[[gguf.GGUFWriter], None]] = {
     "experts": lambda writer: writer.add_expert_count(8),
     "rope scaling": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
     "partial rotary": lambda writer: writer.add_rope_dimension_count(32),
-    "sliding window": lambda writer: writer.add_sliding_window(CONTEXT // 2),
+    "sliding window": lambda writer: writer.add_sliding_window_pattern(2),
     "split file": lambda writer: writer.add_uint16("split.count", 3),
     "logit softcapping": lambda writer: writer.add_float32("llama.final_logit_softcapping", 30.0),
     "adapter": lambda writer: writer.add_type("adapter"),

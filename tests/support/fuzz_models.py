@@ -27,6 +27,7 @@ from teachers import load_quietly
 
 from q4kd.harness.inputs.apr_write import convert_gguf
 from q4kd.harness.inputs.split_models import KEYS, shards, write_split
+from q4kd.harness.inputs.synthetic_families import FAMILIES, write_family_model
 from q4kd.harness.inputs.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.split import open_shards
@@ -140,6 +141,11 @@ class Corpus:
         write_split(folder / "split", folder / "llama3.gguf", tensors=12)
         opened = open_shards(shards(folder / "split")[0])
         self.shards = [(one.path.name, one.path.read_bytes(), one.header.data_start) for one in opened]
+
+        for name in ("olmo3", "phi3-long", "ministral3", "granite"):
+            path = folder / f"{name}.gguf"
+            write_family_model(path, FAMILIES[name])
+            self._add(path)
 
     def _add(self, path: Path) -> None:
         data = path.read_bytes()

@@ -290,6 +290,10 @@ def swiglu_matches(kernels: Kernels, tokens: int, ffn: int, dtype: torch.dtype) 
     kernels.swiglu(gate_up.to(kernels.device), out)
     within_rounding(out, gate * torch.sigmoid(gate) * up)
     assert_guarded(buffer)
+    kernels.geglu(gate_up.to(kernels.device), out)
+    wide = 1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    within_rounding(out, 0.5 * gate * wide * up)
+    assert_guarded(buffer)
 
 
 def bias_matches(kernels: Kernels, tokens: int, columns: int, offset: int, dtype: torch.dtype) -> None:

@@ -8,9 +8,9 @@ gives nonsense.
 import torch
 from torch import Tensor
 
-from q4kd.trainer.formats.architecture import RopeLayout
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.blocks.layout import FORMATS
+from q4kd.trainer.formats.families import RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.teacher.cpu.forward import rotate
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
@@ -116,3 +116,8 @@ class ReferenceKernels:
         assert gate_up.is_contiguous() and out.is_contiguous() and gate_up.shape == (len(out), 2 * out.shape[1])
         gate, up = gate_up.float().chunk(2, 1)
         out.copy_(torch.nn.functional.silu(gate) * up)
+
+    def geglu(self, gate_up: Tensor, out: Tensor) -> None:
+        assert gate_up.is_contiguous() and out.is_contiguous() and gate_up.shape == (len(out), 2 * out.shape[1])
+        gate, up = gate_up.float().chunk(2, 1)
+        out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)

@@ -1,8 +1,10 @@
 """The commands that look at a teacher: ``q4kd inspect`` and ``q4kd logits``."""
 
 import argparse
+import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def _inspect(args: argparse.Namespace) -> int:
         "file": str(args.model),
         "file_bytes": model.file_bytes,
         "tensor_bytes": model.tensor_bytes,
-        "config": vars(model.config),
+        "config": dataclasses.asdict(model.config),
         "types": dict(sorted(histogram.items())),
         "backend": {"name": choice.backend, "reason": choice.reason},
     }
@@ -56,10 +58,13 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1, sort_keys=True))
         return 0
     name = for_terminal(args.model)
+    defaults = {field.name: field.default for field in dataclasses.fields(model.config)}
+    always = {name for name, default in defaults.items() if default is dataclasses.MISSING}
     held = f"{model.file_bytes:,} bytes" + (f" of {len(model.files)} shards" if len(model.files) > 1 else "")
     print(f"{name}: {model.config.architecture}, {held} ({model.tensor_bytes:,} in tensors)")
     for key, value in facts["config"].items():
-        print(f"  {key:<16} {value}")
+        if key in always or value != defaults[key]:
+            print(f"  {key:<16} {_described(key, value)}")
     for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):
         share = entry["bytes"] / max(1, model.tensor_bytes)
         sizes = f"{entry['tensors']:>4} tensors  {entry['weights']:>15,} weights  {entry['bytes']:>15,} bytes"
@@ -88,6 +93,16 @@ def _explain(path: Path, error: InputError, *, as_json: bool) -> InputError:
         named[_NAMED_PARTS:] = [f"{len(named) - _NAMED_PARTS} more"]
     remedy = "name a file in which none of these is left; --json lists what would be supported"
     return InputError(str(path), expected="a supported model", got=" and ".join(named), remedy=remedy)
+
+
+def _described(key: str, value: Any) -> str:
+    """Return a value of the config in a few words: windows counted, a scaling's settings side by side."""
+    if key == "windows":
+        counts = Counter(value)
+        return ", ".join(
+            f"{window or 'none'} in {count} layers" for window, count in sorted(counts.items(), reverse=True)
+        )
+    return " ".join(f"{name}={part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _logits(args: argparse.Namespace) -> int:

@@ -1,28 +1,31 @@
-"""Architectures that the teacher implements: dimensions, the tensors that each may hold, and what is refused by name.
+"""What a teacher computes, read from its file: dimensions, windows, rotary embedding, multipliers, and its tensors.
 
-All are decoder-only transformers with RMSNorm, rotary embedding, grouped-query attention and SwiGLU:
-
-    qwen2   biases on Q, K and V; split-halves rotary embedding
-    qwen3   RMSNorm on each query and key head, a head size of its own; split halves
-    llama   interleaved rotary embedding (llama.cpp's converter permutes Q and K rows), optional ``rope_freqs``
-            divisors (Llama 3.1 and later); Mistral files carry this name too
+``families.py`` says what each architecture does; anything that neither says is refused by name.
 
 Letters in shapes: V vocabulary, H hidden size, F feed-forward size, N query heads, K key-value heads, D head size.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.families import FAMILIES, Family, RopeLayout
+from q4kd.trainer.formats.particulars import (
+    TWO_SIZES,
+    read_rotary_dim,
+    read_scales,
+    read_window_rope_base,
+    read_windows,
+)
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS, RopeScaling, read_rope_scaling
+from q4kd.trainer.formats.values import CONVERT, Values
 
-RopeLayout = Literal["split_halves", "interleaved"]
-ROPE_LAYOUTS: dict[str, RopeLayout] = {"qwen2": "split_halves", "qwen3": "split_halves", "llama": "interleaved"}
 VECTOR_TYPES = ("F16", "BF16", "F32")
 ROPE_FACTORS = "rope_freqs.weight"
 _MAX_DIMENSION = 1 << 22
-_CONVERT = "convert the model again"
 _DOWNLOAD = "download the file again"
 
 
@@ -36,6 +39,17 @@ class TeacherConfig:
         qk_norm: whether query and key heads are normalised before they are rotated.
         vocab_size: rows of the embedding, whatever the metadata say.
         tied_head: whether the output head is the embedding.
+        windows: for each layer, how many keys a query reads, its own among them; 0 for all, no entries where no layer
+            has a window.
+        rotary_dim: elements of a head that are rotated, its first ones; 0 for all.
+        rope_scaling: what extends the rotary embedding to longer texts.
+        window_rope_base: rotary base of the layers with a window, which are never scaled; 0 for that of all layers.
+        no_rope_step: each so many layers, one has no rotary embedding; 0 for none.
+        attention_scale: what products of queries and keys are multiplied by; 0 for ``1 / sqrt(D)``.
+        attention_cap, logit_cap: c of ``c tanh(x / c)``, taken of attention scores and of logits; 0 for none.
+        temperature_scale: queries at position p are multiplied by ``1 + scale * ln(1 + floor(p / original_context))``.
+        embedding_scale, residual_scale, logit_scale: what embeddings, the outputs of attention and feed-forward, and
+            logits before their cap are multiplied by.
     """
 
     architecture: str
@@ -52,6 +66,36 @@ class TeacherConfig:
     context_length: int
     vocab_size: int
     tied_head: bool
+    windows: tuple[int, ...] = ()
+    rotary_dim: int = 0
+    rope_scaling: RopeScaling | None = None
+    window_rope_base: float = 0.0
+    no_rope_step: int = 0
+    attention_scale: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    temperature_scale: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def family(self) -> Family:
+        """What the models of this architecture have in common."""
+        return FAMILIES[self.architecture]
+
+    @property
+    def query_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_scale or 1 / math.sqrt(self.head_dim)
+
+    def window(self, layer: int) -> int:
+        """Return how many keys a query of a layer reads; 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def is_rotated(self, layer: int) -> bool:
+        """Return whether a layer has rotary embedding."""
+        return not self.no_rope_step or (layer + 1) % self.no_rope_step != 0
 
     @property
     def q_size(self) -> int:
@@ -71,14 +115,14 @@ class _Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def check_architecture(path: Path, architecture: object) -> str:
+def check_architecture(path: Path, architecture: object, supported: Iterable[str] = FAMILIES) -> str:
     """Return the architecture's name.
 
     Raises:
         InputError: when it is not implemented.
     """
-    if not isinstance(architecture, str) or architecture not in ROPE_LAYOUTS:
-        expected, got = f"architecture {', '.join(ROPE_LAYOUTS)}", repr(architecture)[:80]
+    if not isinstance(architecture, str) or architecture not in tuple(supported):
+        expected, got = f"architecture {', '.join(supported)}", repr(architecture)[:80]
         raise InputError(str(path), expected=expected, got=got, remedy="use a teacher of a supported architecture")
     return architecture
 
@@ -97,49 +141,43 @@ def read_dimensions(
     Raises:
         InputError: for a value that is missing, of another type, or out of bounds.
     """
-
-    def refuse(key: str, expected: str, got: str, remedy: str = _CONVERT) -> InputError:
-        return InputError(f"{path}: {architecture}.{key}", expected=expected, got=got, remedy=remedy)
-
-    def number(key: str, low: float, high: float, default: float | None = None) -> float:
-        value = values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise refuse(key, f"a number from {low:g} to {high:g}", "nothing" if value is None else repr(value)[:80])
-        return value
-
-    def integer(key: str, high: int, default: int | None = None) -> int:
-        value = number(key, 1, high, default)
-        if value != int(value):
-            raise refuse(key, "a whole number", str(value))
-        return int(value)
-
+    found, family = Values(path, architecture, values), FAMILIES[architecture]
+    number, integer = found.number, found.integer
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         got = "none" if embedding is None else f"shape {embedding.shape}"
-        raise InputError(str(path), expected="a matrix token_embd.weight", got=got, remedy=_CONVERT)
+        raise InputError(str(path), expected="a matrix token_embd.weight", got=got, remedy=CONVERT)
     hidden = integer("embedding_length", _MAX_DIMENSION)
     heads = integer("attention.head_count", 4096)
     head_dim = integer("attention.key_length", 4096, max(1, hidden // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if integer(key, 4096, head_dim) != head_dim:
-            remedy = "use another teacher; partial rotary embedding and heads of two sizes are not implemented"
-            raise refuse(key, f"the head size {head_dim}", str(values[key]), remedy)
+    if integer("attention.value_length", 4096, head_dim) != head_dim:
+        got = str(found.get("attention.value_length"))
+        raise found.refusal("attention.value_length", f"the head size {head_dim}", got, TWO_SIZES)
+    layers, context = integer("block_count", 1024), integer("context_length", 1 << 24)
+    windows = read_windows(found, family, layers, context)
+    scaling = read_rope_scaling(found, family, context, tensors)
+    base = float(number("rope.freq_base", 1.0, 1e12, 10_000.0))
     return TeacherConfig(
         architecture=architecture,
-        num_layers=integer("block_count", 1024),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_size=integer("feed_forward_length", _MAX_DIMENSION),
         num_heads=heads,
         num_kv_heads=integer("attention.head_count_kv", heads, heads),
         head_dim=head_dim,
         rms_eps=float(number("attention.layer_norm_rms_epsilon", 1e-12, 1e-1)),
-        rope_base=float(number("rope.freq_base", 1.0, 1e12, 10_000.0)),
-        rope_layout=ROPE_LAYOUTS[architecture],
-        qk_norm=architecture == "qwen3",
-        context_length=integer("context_length", 1 << 24),
+        rope_base=base,
+        rope_layout=family.rope_layout,
+        qk_norm=family.head_norms != "none",
+        context_length=context,
         vocab_size=int(embedding.shape[0]),
         tied_head="output.weight" not in tensors,
+        windows=windows,
+        rotary_dim=read_rotary_dim(found, family, head_dim),
+        rope_scaling=scaling,
+        window_rope_base=read_window_rope_base(found, family, base) if windows else 0.0,
+        no_rope_step=family.no_rope_step,
+        **read_scales(found, architecture, layers, hidden, heads),
     )
 
 
@@ -152,24 +190,40 @@ def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     }
     if not config.tied_head:
         shapes["output.weight"] = (config.vocab_size, hidden)
-    if config.architecture == "llama":
-        shapes[ROPE_FACTORS] = (config.head_dim // 2,)
-    rows_cols = {
-        "attn_q": (config.q_size, hidden),
-        "attn_k": (config.kv_size, hidden),
-        "attn_v": (config.kv_size, hidden),
-        "attn_output": (hidden, config.q_size),
-        "ffn_gate": (config.ffn_size, hidden),
-        "ffn_up": (config.ffn_size, hidden),
-        "ffn_down": (hidden, config.ffn_size),
-    }
+    half = (config.rotary_dim or config.head_dim) // 2
+    if config.rope_scaling is not None and config.rope_scaling.kind == "long":
+        shapes |= {LONG_FACTORS: (half,), SHORT_FACTORS: (half,)}
+    elif config.family.rope_factors:
+        shapes[ROPE_FACTORS] = (half,)
     for layer in range(config.num_layers):
-        prefix = f"blk.{layer}."
-        shapes |= {f"{prefix}{name}.weight": shape for name, shape in rows_cols.items()}
-        shapes |= {f"{prefix}{name}.bias": rows_cols[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
-        shapes |= {f"{prefix}attn_norm.weight": (hidden,), f"{prefix}ffn_norm.weight": (hidden,)}
-        if config.qk_norm:
-            shapes |= {f"{prefix}{name}.weight": (config.head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()}
+    return shapes
+
+
+def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the tensors of one layer."""
+    hidden, family = config.hidden_size, config.family
+    qkv = {"attn_q": config.q_size, "attn_k": config.kv_size, "attn_v": config.kv_size}
+    gate_up = {"ffn_gate": config.ffn_size, "ffn_up": config.ffn_size}
+    rows_cols = {name: (rows, hidden) for name, rows in qkv.items()}
+    if family.fused_qkv:
+        rows_cols = {"attn_qkv": (sum(qkv.values()), hidden)}
+    rows_cols["attn_output"] = (hidden, config.q_size)
+    if family.fused_gate_up:
+        gate_up = {"ffn_up": sum(gate_up.values())}
+    rows_cols |= {name: (rows, hidden) for name, rows in gate_up.items()}
+    rows_cols["ffn_down"] = (hidden, config.ffn_size)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows_cols.items()}
+    if family.biases:
+        shapes |= {f"{name}.bias": (count,) for name, count in qkv.items()}
+    if family.pre_norms:
+        shapes |= {"attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,)}
+    if family.post_norms:
+        shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if family.head_norms == "each":
+        shapes |= {f"{name}.weight": (config.head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
+    elif family.head_norms == "all":
+        shapes |= {"attn_q_norm.weight": (config.q_size,), "attn_k_norm.weight": (config.kv_size,)}
     return shapes
 
 
@@ -182,7 +236,7 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
     if config.num_heads % config.num_kv_heads or config.head_dim % 2:
         expected = "query heads a multiple of key-value heads and an even head size"
         got = f"{config.num_heads}, {config.num_kv_heads} and {config.head_dim}"
-        raise InputError(str(path), expected=expected, got=got, remedy=_CONVERT)
+        raise InputError(str(path), expected=expected, got=got, remedy=CONVERT)
     if config.num_layers > len(tensors):
         expected = f"the tensors of {config.num_layers} layers"
         raise InputError(str(path), expected=expected, got=f"{len(tensors)} tensors", remedy=_DOWNLOAD)
@@ -194,10 +248,10 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
             expected = f"only the tensors of {config.architecture}"
             raise InputError(subject, expected=expected, got="a tensor that would be ignored", remedy=remedy)
         if tensor.shape != shapes[name]:
-            remedy = f"{_CONVERT}: its metadata and tensors disagree"
+            remedy = f"{CONVERT}: its metadata and tensors disagree"
             raise InputError(subject, expected=f"shape {shapes[name]}", got=f"{tensor.shape}", remedy=remedy)
         if len(tensor.shape) == 1 and tensor.type not in VECTOR_TYPES:
-            raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=_CONVERT)
+            raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=CONVERT)
     # Either all biases are there or none is: a file that lost one would be silently wrong.
     optional = (ROPE_FACTORS,) if any(name.endswith(".bias") for name in tensors) else (ROPE_FACTORS, ".bias")
     missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
-from q4kd.trainer.formats.architecture import ROPE_LAYOUTS, TeacherConfig
+from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.formats.families import ROPE_LAYOUTS
 
 if TYPE_CHECKING:
     import torch

@@ -44,14 +44,24 @@ def attention_bias(starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
-def attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
-    """Return grouped-query attention, ``[B * T, N * D]``, causal or as the bias of ``attention_bias`` says."""
+def attention(
+    q_BNTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    bias_B1TT: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Return grouped-query attention, ``[B * T, N * D]``, causal or as the bias of ``attention_bias`` says.
+
+    Scores are multiplied by ``scale``; None stands for ``1 / sqrt(D)``.
+    """
     if bias_B1TT is not None or q_BNTD.dtype == torch.float32:
         # Flash attention takes no float32 and no bias, and the memory-efficient kernel no groups.
         groups = q_BNTD.shape[1] // k_BKTD.shape[1]
         k_BKTD, v_BKTD = k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1)
     grouped = q_BNTD.shape[1] != k_BKTD.shape[1]
     mixed_BNTD = F.scaled_dot_product_attention(
-        q_BNTD, k_BKTD, v_BKTD, attn_mask=bias_B1TT, is_causal=bias_B1TT is None, enable_gqa=grouped
+        q_BNTD, k_BKTD, v_BKTD, attn_mask=bias_B1TT, is_causal=bias_B1TT is None, scale=scale, enable_gqa=grouped
     )
     return mixed_BNTD.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -266,12 +266,12 @@ class Kernels(KernelSet):
             gate_up: bfloat16 or float32 ``[M, 2F]``, contiguous: gate columns, then up columns.
             out_MF: same type, ``[M, F]``, contiguous.
         """
-        self._check("out", out_MF, _ANY, None, None)
-        tokens, ffn = out_MF.shape
-        self._check("gate_up", gate_up, [out_MF.dtype], tokens, 2 * ffn)
-        width = 8 if ffn % 8 == 0 and is_wide(gate_up, out_MF) else 1
-        name = f"swiglu_{DTYPES[out_MF.dtype]}_v{width}"
-        return Launch(name, blocks(tokens * ffn // width), [gate_up, tokens, ffn, out_MF], [out_MF])
+        return self._gated("swiglu", gate_up, out_MF)
+
+    @kernel
+    def geglu(self, gate_up: Tensor, out_MF: Tensor) -> Launch:
+        """Write ``gelu(gate) * up`` (by the tanh formula); tensors as ``swiglu``."""
+        return self._gated("geglu", gate_up, out_MF)
 
     @kernel
     def add_bias(self, x_MC: Tensor, bias_C: Tensor) -> Launch:
@@ -282,6 +282,14 @@ class Kernels(KernelSet):
         width = 8 if columns % 8 == 0 and is_wide(x_MC, bias_C) else 1
         name = f"add_bias_{DTYPES[x_MC.dtype]}_v{width}"
         return Launch(name, blocks(tokens * columns // width), [x_MC, x_MC.stride(0), bias_C, tokens, columns], [x_MC])
+
+    def _gated(self, name: str, gate_up: Tensor, out_MF: Tensor) -> Launch:
+        self._check("out", out_MF, _ANY, None, None)
+        tokens, ffn = out_MF.shape
+        self._check("gate_up", gate_up, [out_MF.dtype], tokens, 2 * ffn)
+        width = 8 if ffn % 8 == 0 and is_wide(gate_up, out_MF) else 1
+        entry = f"{name}_{DTYPES[out_MF.dtype]}_v{width}"
+        return Launch(entry, blocks(tokens * ffn // width), [gate_up, tokens, ffn, out_MF], [out_MF])
 
     def _packed_rows(self, type_name: str, packed: Tensor, cols: int) -> int:
         """Check packed bytes and return how many rows of ``cols`` weights they are."""

@@ -120,10 +120,14 @@ def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[T
     Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
     """
     decoded = head.decoded() if isinstance(head, TeacherHead) else None
-    if decoded is None:
+    if decoded is None or not isinstance(head, TeacherHead):
         return lambda hidden_CH: head(hidden_CH)[:, :vocab]
-    weight_VH = decoded[:vocab]
-    return lambda hidden_CH: multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH)
+    weight_VH, last_step = decoded[:vocab], head.last_step
+
+    def logits(hidden_CH: Tensor) -> Tensor:
+        return apply_last_step(multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH), last_step)
+
+    return logits
 
 
 def _chunk_terms(

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from q4kd.trainer.loss.config import LastStep
+
 
 @runtime_checkable
 class TeacherHead(Protocol):
@@ -21,6 +23,10 @@ class TeacherHead(Protocol):
     def dtype(self) -> torch.dtype:
         """Type of the decoded weights, and of the hidden states in their products."""
 
+    @property
+    def last_step(self) -> LastStep:
+        """What its products are still to go through before they are logits; a call has done it."""
+
     def __call__(self, hidden_MH: Tensor) -> Tensor:
         """Return logits ``[M, V]``."""
 
@@ -32,7 +38,9 @@ class TeacherHead(Protocol):
 
 
 class DenseHead:
-    """A head that is held as a float matrix ``[V, H]``."""
+    """A head that is held as a float matrix ``[V, H]``; its products are the logits."""
+
+    last_step = LastStep()
 
     def __init__(self, weight_VH: Tensor) -> None:
         self._weight_VH = weight_VH.detach()

@@ -95,6 +95,8 @@ class _Walks:
         if self.teacher_PH is None or tile.teacher is None:
             return student_CR, None
         teacher_CR = multiply(self.teacher_PH[chunk].contiguous(), tile.teacher).to(student_CR.dtype)
+        if self.teacher_head is not None:
+            apply_last_step(teacher_CR, self.teacher_head.last_step)
         return student_CR, teacher_CR.div_(self.config.temperature)
 
     def inside(self, tile: _Tile, chunk: slice) -> tuple[Tensor, Tensor]:

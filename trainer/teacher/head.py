@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from q4kd.trainer.loss.config import LastStep
 from q4kd.trainer.teacher.forward import Forward
 
 
@@ -24,6 +25,8 @@ class PackedHead:
     def __init__(self, logits: Callable[[Tensor], Tensor], forward: Forward, rows: int, dtype: torch.dtype) -> None:
         self._logits, self._forward = logits, forward
         self.rows, self.dtype = rows, dtype
+        # A scale of the logits is in the hidden states already.
+        self.last_step = LastStep(cap=forward.config.logit_cap)
 
     def __call__(self, hidden_MH: Tensor) -> Tensor:
         """Return float32 logits ``[M, V]``, detached."""

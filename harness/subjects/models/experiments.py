@@ -12,15 +12,18 @@ from q4kd.harness.inputs.arrays import Array, arrays_input, read_arrays, rows_ar
 from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
 from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
 from q4kd.harness.inputs.split_models import BROKEN_SPLITS, ELSEWHERE, THREE, shards, write_broken_split, write_split
+from q4kd.harness.inputs.synthetic_families import FAMILIES, OTHERS, SCALINGS, WINDOWS, write_family_model
 from q4kd.harness.inputs.synthetic_models import (
     BROKEN_GGUF,
     MODELS,
+    VOCAB,
     model_ids,
     write_moved,
     write_nan_scale,
     write_small_model,
     write_truncated,
 )
+from q4kd.harness.oracles.families import family_logits, read_family
 from q4kd.harness.oracles.reference import ReferenceModel, read_gguf, reference_logits
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare, experiment
 
@@ -28,6 +31,9 @@ from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 POSITIONS, BLOCK, TILE = 600, 128, 1024
 COLUMNS = 64
 CASES = ("one", "documents")
+# Evidence of sabotaged runs stays for good: of the families, few positions and columns are kept.
+FAMILY_ROWS, FAMILY_COLUMNS = 8, 24
+FAMILY_CLAIMS = {"windows": WINDOWS, "scalings": SCALINGS, "multipliers": OTHERS}
 # These models also exist as .apr, with the tensor names of that convention.
 APR_NAMES: dict[str, Names] = {"qwen2": "huggingface", "mistral": "gguf"}
 
@@ -57,8 +63,14 @@ def _files(inputs: Inputs) -> dict[str, Path]:
     return found | {f"{name}-apr": small_apr(inputs, name) for name in APR_NAMES}
 
 
+def family_model(inputs: Inputs, name: str) -> Path:
+    """Return one of the small models of the dense families, made once."""
+    make = functools.partial(write_family_model, model=FAMILIES[name])
+    return inputs.file(f"models/family-{name}.gguf", make)
+
+
 def _models_argv(inputs: Inputs) -> list[str]:
-    paths = [str(path) for path in _files(inputs).values()]
+    paths = [str(path) for path in (*_files(inputs).values(), *(family_model(inputs, name) for name in FAMILIES))]
     return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *paths]
 
 
@@ -112,10 +124,29 @@ def _collect_models(run_dir: Path, inputs: Inputs) -> Facts:
     for name in MODELS:
         pair = {f"{name}-float64": (logits[name], exact_logits(read_gguf(small_model(inputs, name)), ids, CASES))}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name}", "float64 forward over gguf"))
+    for claim, names in FAMILY_CLAIMS.items():
+        pair = {f"{claim}-float64": _family_pair(found, inputs, ids, names)}
+        comparators |= save_pairs(run_dir, pair, (f"q4kd, {claim}", "float64 forward over gguf"))
     for name in APR_NAMES:
         pair = {f"{name}-apr": (logits[f"{name}-apr"], logits[name])}
         comparators |= save_pairs(run_dir, pair, (f"q4kd, {name} as .apr", f"q4kd, {name} as GGUF"))
     return {"comparators": comparators}
+
+
+def _family_pair(
+    found: Mapping[str, Array], inputs: Inputs, ids: Mapping[str, Array], names: Iterable[str]
+) -> tuple[Array, Array]:
+    """Return logits of families, of packed documents, and what they are, at few positions and columns."""
+    ours, exact = [], []
+    columns = seeded_columns(VOCAB, FAMILY_COLUMNS)
+    for name in names:
+        model = read_family(family_model(inputs, name))
+        documents = np.split(ids["documents"][0], np.flatnonzero(np.diff(ids["documents-starts"][0])) + 1)
+        alone = np.concatenate([family_logits(model, part) for part in documents])
+        rows = rows_around(len(alone), *range(BLOCK, len(alone), BLOCK), others=FAMILY_ROWS)
+        ours.append(found[f"family-{name}-documents"][0][rows][:, columns])
+        exact.append(alone[rows][:, columns].astype(np.float32))
+    return np.concatenate(ours), np.concatenate(exact)
 
 
 # --- refused-models: files that must be refused, each beside its valid twin ---

@@ -35,7 +35,7 @@ def _one_scale_a_pass(original: Call, x: "Tensor", *rest: object) -> object:
 
 @patch("loop", "later-positions-seen", "queries attend to the positions behind them too", _CPU_ATTENTION)
 def _later_positions_seen(
-    _original: Call, q: "Tensor", k: "Tensor", v: "Tensor", _starts: "Tensor | None" = None
+    _original: Call, q: "Tensor", k: "Tensor", v: "Tensor", _starts: "Tensor | None" = None, **_options: object
 ) -> "Tensor":
     import torch.nn.functional as F  # noqa: N812 - torch's own convention
 

@@ -61,10 +61,11 @@ def _array(key: str, value: list[int]) -> Change:
     ("change", "twin", "words"),
     [
         (_key("qwen2.expert_count", 8), _key("qwen2.expert_count", 0), "expert_count"),
-        (_key("qwen2.rope.scaling.type", "yarn"), _key("qwen2.rope.scaling.type", "none"), "rope.scaling.type"),
-        # llama.cpp applies a factor that comes without a type.
-        (_key("qwen2.rope.scaling.factor", 4.0), _key("qwen2.rope.scaling.factor", 1.0), "rope.scaling.factor"),
-        (_key("qwen2.rope.scale_linear", 2.0), _key("qwen2.rope.scaling.type", "linear"), "rope.scale_linear"),
+        (_key("qwen2.rope.scaling.type", "yarn"), _key("qwen2.rope.scaling.type", "none"), "rope.scaling.factor"),
+        (_key("qwen2.rope.scaling.type", "dynamic"), _key("qwen2.rope.scaling.type", ""), "rope.scaling.type"),
+        (_key("qwen2.rope.scaling.type", "longrope"), _key("qwen2.rope.scaling.factor", 4.0), "rope_factors_long"),
+        (_key("qwen2.rope.scaling.factor", -4.0), _key("qwen2.rope.scaling.type", "linear"), "rope.scaling.factor"),
+        (_key("qwen2.rope.scale_linear", "2"), _key("qwen2.rope.scale_linear", 2.0), "rope.scale_linear"),
         (_key("qwen2.rope.scaling.attn_factor", 0.5), _key("qwen2.rope.scaling.attn_factor", 1.0), "attn_factor"),
         (_key("qwen2.rope.dimension_count", 8), _key("qwen2.rope.dimension_count", 16), "partial rotary"),
         (_key("qwen2.attention.value_length", 8), _key("qwen2.attention.value_length", 16), "value_length"),

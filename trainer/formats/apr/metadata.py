@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import ROPE_LAYOUTS, RopeLayout, check_architecture
+from q4kd.trainer.formats.architecture import check_architecture
+from q4kd.trainer.formats.families import ROPE_LAYOUTS, RopeLayout
 
 # Each key of GGUF has these names (paiml/aprender, header_impl.rs: canonicalize_hf_aliases), aprender's own first.
 _INTEGERS = {
@@ -55,7 +56,7 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
             stated[key] = _SAME_ARCHITECTURE.get(plain, plain)
         elif value not in (None, ""):
             raise _wrong(path, key, "a name", value)
-    architecture = check_architecture(path, next(iter(stated.values()), None))
+    architecture = check_architecture(path, next(iter(stated.values()), None), ROPE_LAYOUTS)
     # model_type is left out: aprender fills it with a default where it does not know.
     for key in _ARCHITECTURE_NAMES[:-1]:
         other = stated.get(key, architecture)

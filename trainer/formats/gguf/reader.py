@@ -11,18 +11,20 @@ import numpy.typing as npt
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, check_tensors, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
+from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf.header import Header, TensorEntry
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
 from q4kd.trainer.formats.gguf.scales import take_scales
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
 _KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_length", "pooling_type", "vocab_size"}
 _KNOWN |= {"attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"}
-_KNOWN |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.sliding_window"}
-_KNOWN |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+_KNOWN |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
+_KNOWN |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length"}
 _KNOWN |= {"tensor_data_layout"}
 # These metadata are not implemented; at the values given they change nothing. Any further key is refused too.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -32,6 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.factor": (0.0, 1.0),  # 0 means not set; a factor without a type is applied
     "rope.scaling.attn_factor": (1.0,),
     "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.finetuned": (True,),
     "attention.scale": (0.0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -127,31 +130,33 @@ def refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any])
     Raises:
         InputError: naming the first such key.
     """
-    for key, value in values.items():
-        if key not in _KNOWN and value not in _NEUTRAL.get(key, ()):
-            neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
-            remedy = "use another teacher: leaving this out would make it silently wrong"
-            subject, expected = f"{path}: {architecture}.{key}", neutral or "a model without it"
-            raise InputError(subject, expected=expected, got=repr(value)[:80], remedy=remedy)
     window, context = values.get("attention.sliding_window"), values.get("context_length")
     # A window as long as the context leaves nothing out.
-    if window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
-        subject, got = f"{path}: {architecture}.attention.sliding_window", f"{str(window)[:80]} of {context} positions"
-        remedy = "use another teacher: attention beyond the window would be silently wrong"
-        raise InputError(subject, expected="full attention", got=got, remedy=remedy)
+    is_whole = not window or (isinstance(window, int) and isinstance(context, int) and window >= context)
+    # Of an architecture that is not known, `inspect` asks which settings would have to go in any case.
+    families = [FAMILIES[architecture]] if architecture in FAMILIES else FAMILIES.values()
+    known = _KNOWN.union(*(family.metadata_keys for family in families))
+    if architecture != "granite":  # for which false means no rotary embedding
+        known |= {"rope.scaling.finetuned"}
+    for key, value in values.items():
+        if key in known or value in _NEUTRAL.get(key, ()) or (key == "attention.sliding_window" and is_whole):
+            continue
+        neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
+        remedy = "use another teacher: leaving this out would make it silently wrong"
+        subject, expected = f"{path}: {architecture}.{key}", neutral or "a model without it"
+        raise InputError(subject, expected=expected, got=repr(value)[:80], remedy=remedy)
 
 
 def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None:
     """Refuse rotary factors that are not positive: frequencies are divided by them."""
-    if ROPE_FACTORS not in tensors:
-        return
-    tensor = tensors[ROPE_FACTORS]
     import gguf
 
-    factors = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
-    if not (np.isfinite(factors) & (factors > 0)).all():
-        got = f"{factors.min():g} to {factors.max():g}"
-        raise InputError(f"{path}: tensor {ROPE_FACTORS}", expected="positive numbers", got=got, remedy=_REMEDY)
+    for name in tensors.keys() & {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}:
+        tensor = tensors[name]
+        factors = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            got = f"{factors.min():g} to {factors.max():g}"
+            raise InputError(f"{path}: tensor {name}", expected="positive numbers", got=got, remedy=_REMEDY)
 
 
 def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np.uint8]) -> PackedTensor:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import ROPE_LAYOUTS, check_architecture, expected_shapes, read_dimensions
+from q4kd.trainer.formats.architecture import check_architecture, expected_shapes, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
+from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf import reader
 from q4kd.trainer.formats.gguf.header import TensorEntry
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
@@ -98,7 +99,7 @@ def _tensors(
     Where the architecture is not known, a tensor that any known one has is passed over.
     """
     taken: set[str] = set()
-    for name in [architecture] if architecture in ROPE_LAYOUTS else ROPE_LAYOUTS:
+    for name in [architecture] if architecture in FAMILIES else FAMILIES:
         try:
             taken |= expected_shapes(read_dimensions(path, name, values, tensors)).keys()
         except InputError as error:
@@ -107,7 +108,7 @@ def _tensors(
     counts = Counter(_LAYER.sub("blk.N.", name) for name in tensors if name not in taken)
     for name, count in counts.items() if taken else ():
         found = name if count == 1 else f"{name} in {count} layers"
-        yield Unsupported("tensor", found, f"only the tensors of {' or '.join(ROPE_LAYOUTS)}")
+        yield Unsupported("tensor", found, f"only the tensors of {' or '.join(FAMILIES)}")
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Iterator[Unsupported]:

@@ -1,4 +1,4 @@
-// Norms, rotary embedding, SwiGLU and bias: bf16 (or float32) in and out, float32 arithmetic, one rounding at the end.
+// Norms, rotary embedding, gated activations and bias: bf16 (or float32) in and out, float32 arithmetic, one rounding at the end.
 //
 // Each comes eight elements at a time (16-byte accesses; `_v8`) and one at a time for sizes and strides that are not
 // multiples of eight (`_v1`). Letters: M tokens, H hidden size, F feed-forward size, D head dimension.
@@ -218,8 +218,13 @@ Q4KD_INLINE float silu(float x) {
     return x / (1.0f + expf(-x));
 }
 
-// out = silu(gate) * up, from rows [gate | up] of 2F.
-template <int width, class T>
+// GELU by its tanh formula: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
+Q4KD_INLINE float gelu(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
+// out = silu(gate) * up, or gelu(gate) * up, from rows [gate | up] of 2F.
+template <int width, bool is_gelu, class T>
 Q4KD_DEVICE void gate_rows(const T* gate_up, i64 M, i64 F, T* out) {
     i64 item = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * width;
     if (item >= M * F) return;
@@ -228,7 +233,7 @@ Q4KD_DEVICE void gate_rows(const T* gate_up, i64 M, i64 F, T* out) {
     read_floats<width>(gate_up + row * 2 * F + column, gates);
     read_floats<width>(gate_up + row * 2 * F + F + column, ups);
 #pragma unroll
-    for (int i = 0; i < width; i++) gates[i] = silu<T>(gates[i]) * ups[i];
+    for (int i = 0; i < width; i++) gates[i] = (is_gelu ? gelu(gates[i]) : silu<T>(gates[i])) * ups[i];
     write_floats<width>(out + item, gates);
 }
 
@@ -248,7 +253,12 @@ Q4KD_DEVICE void add_to_columns(T* x, i64 stride, const float* bias, i64 M, i64 
 }
 
 #define GATE_AND_BIAS(width, type, T)                                                                                \
-    KERNEL swiglu_##type##_v##width(const T* gate_up, i64 M, i64 F, T* out) { gate_rows<width>(gate_up, M, F, out); } \
+    KERNEL swiglu_##type##_v##width(const T* gate_up, i64 M, i64 F, T* out) {                                        \
+        gate_rows<width, false>(gate_up, M, F, out);                                                                 \
+    }                                                                                                                \
+    KERNEL geglu_##type##_v##width(const T* gate_up, i64 M, i64 F, T* out) {                                         \
+        gate_rows<width, true>(gate_up, M, F, out);                                                                  \
+    }                                                                                                                \
     KERNEL add_bias_##type##_v##width(T* x, i64 stride, const float* bias, i64 M, i64 columns) {                     \
         add_to_columns<width>(x, stride, bias, M, columns);                                                          \
     }

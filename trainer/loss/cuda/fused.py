@@ -103,6 +103,7 @@ def _run_fast(given: LossTensors, sums: LossSums, kernels: LossKernels) -> None:
                     teacher.copy_(given.teacher_head(given.teacher_hidden[rows])[:, :vocab])
                 else:
                     project(given.teacher_hidden[rows], decoded[:vocab], teacher)
+                    apply_last_step(teacher, given.teacher_head.last_step)
             student = grad_SV if student_SV is None else student_SV[: stop - start]
             project(given.hidden[rows], given.weight, student)
             softmax(rows, apply_last_step(student, last_step), teacher, grad_SV)

@@ -65,6 +65,7 @@ class _Tiles:
             return student_CR, None
         teacher_CR = self._teacher.view(-1)[: shape[0] * shape[1]].view(shape)
         project(given.teacher_hidden[rows], self._teacher_tile[: shape[1]], teacher_CR)
+        apply_last_step(teacher_CR, given.teacher_head.last_step)
         return student_CR, teacher_CR
 
 

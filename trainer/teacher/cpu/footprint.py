@@ -61,13 +61,19 @@ def predict_footprint(
     groups = config.num_heads // config.num_kv_heads
     block = min(SCORE_BLOCK, max(1, SCORE_FLOATS // (groups * length)), length)
     scores = _FLOAT * length * (groups * block + config.head_dim)
-    attention = stream + normed + 3 * queries + 2 * keys + scores
-    feed_forward = stream + normed + 2 * size * tokens * config.ffn_size + part
+    # One product of Q, K and V lives until the last of them is copied; halves of one of gate and up are copied too, and
+    # GELU is not computed in place.
+    fused = queries + 2 * keys if config.family.fused_qkv else 0
+    attention = stream + normed + 3 * queries + 2 * keys + fused + scores
+    widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
+    feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
     # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
     # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
     kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
     head = stream + normed + _FLOAT * tokens * config.vocab_size + max(part, kept) if logits else 0
-    tables = 3 * _FLOAT * length * config.head_dim
+    tables = 3 * _FLOAT * length * config.head_dim * (2 if config.window_rope_base else 1)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "long":
+        tables *= batch  # documents differ in their divisors
     tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, config.ffn_size, config.q_size))
     scratch = tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
     return Footprint(max(attention, feed_forward, head) + tables, scratch)

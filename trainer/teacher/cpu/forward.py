@@ -1,5 +1,7 @@
 """The forward pass on the CPU: packed weights decoded a tile at a time into one bounded scratch.
 
+What the families do differently is data: ``formats/families.py`` and ``TeacherConfig``.
+
 Products are float32 or bfloat16 (accumulated in float32); embedding, norms, rotary embedding, attention, the residual
 stream and the logits are float32 in either case.
 
@@ -16,11 +18,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, RopeLayout, TeacherConfig
+from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.families import Activation, RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
 from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
+from q4kd.trainer.teacher.rope import Rope, RopeFactors
 
 # Decoded heads up to this size in bytes are held for the duration of a loss.
 MAX_HEAD_BYTES = 1_300_000_000
@@ -28,20 +33,38 @@ MAX_HEAD_BYTES = 1_300_000_000
 
 @dataclass(frozen=True)
 class _Layer:
-    attn_norm: Tensor
-    attn_q: Matrix
-    attn_k: Matrix
-    attn_v: Matrix
+    """Weights of one block; norms that its family has not are None."""
+
+    attn_norm: Tensor | None
+    qkv: tuple[Matrix, ...]  # three, or one that holds their rows
     attn_output: Matrix
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
     q_norm: Tensor | None
     k_norm: Tensor | None
-    ffn_norm: Tensor
-    ffn_gate: Matrix
-    ffn_up: Matrix
+    attn_post_norm: Tensor | None
+    ffn_norm: Tensor | None
+    gate_up: tuple[Matrix, ...]  # two, or one that holds their rows
     ffn_down: Matrix
+    ffn_post_norm: Tensor | None
+    window: int  # keys that a query reads; 0 for all
+    is_rotated: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What all layers of one pass share: its shape, where documents begin, and how positions turn."""
+
+    batch: int
+    starts_BT: Tensor | None
+    tables: tuple[Tensor, Tensor]
+    window_tables: tuple[Tensor, Tensor] | None
+    query_scales_BT: Tensor | None
+
+    def tables_of(self, layer: _Layer) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin of a layer; None where it has no rotary embedding."""
+        if not layer.is_rotated:
+            return None
+        return self.window_tables if layer.window and self.window_tables is not None else self.tables
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,33 +72,42 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def rope_tables(positions: int, head_dim: int, base: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, float32 ``[positions, head_dim / 2]``, computed in float64.
+def rotate(x_BNTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, layout: RopeLayout) -> Tensor:
+    """Apply rotary embedding, pairing elements ``(i, i + R/2)`` or ``(2i, 2i + 1)`` of the first R of a head.
 
-    ``factors``, float32 ``[head_dim / 2]``, divide the frequencies (``rope_freqs`` of Llama 3.1).
-    """
-    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if factors is not None:
-        frequency = frequency / factors.double().cpu()
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, layout: RopeLayout) -> Tensor:
-    """Apply rotary embedding, pairing elements ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
+    Args:
+        x_BNTD: float32, of any strides.
+        cos_TR, sin_TR: float32 ``[T, R / 2]`` or ``[B, T, R / 2]``.
+        layout: which elements are a pair.
 
     Returns:
         float32 ``[B, N, T, D]``, new and contiguous whatever the strides of ``x_BNTD``.
     """
-    out_BNTD = torch.empty(x_BNTD.shape, dtype=torch.float32)
+    out_BNTD = torch.empty(x_BNTD.shape, dtype=torch.float32, device=x_BNTD.device)
+    rotated = 2 * cos_TR.shape[-1]
+    if rotated < x_BNTD.shape[-1]:
+        out_BNTD[..., rotated:] = x_BNTD[..., rotated:]
+    if cos_TR.dim() == 3:
+        cos_TR, sin_TR = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
+    x_BNTR, out_BNTR = x_BNTD[..., :rotated], out_BNTD[..., :rotated]
     if layout == "split_halves":
-        (first, second), (out_first, out_second) = x_BNTD.chunk(2, dim=-1), out_BNTD.chunk(2, dim=-1)
+        (first, second), (out_first, out_second) = x_BNTR.chunk(2, dim=-1), out_BNTR.chunk(2, dim=-1)
     else:
-        first, second = x_BNTD[..., 0::2], x_BNTD[..., 1::2]
-        out_first, out_second = out_BNTD[..., 0::2], out_BNTD[..., 1::2]
-    torch.mul(first, cos_TD, out=out_first).addcmul_(second, sin_TD, value=-1)
-    torch.mul(second, cos_TD, out=out_second).addcmul_(first, sin_TD)
+        first, second = x_BNTR[..., 0::2], x_BNTR[..., 1::2]
+        out_first, out_second = out_BNTR[..., 0::2], out_BNTR[..., 1::2]
+    torch.mul(first, cos_TR, out=out_first).addcmul_(second, sin_TR, value=-1)
+    torch.mul(second, cos_TR, out=out_second).addcmul_(first, sin_TR)
     return out_BNTD
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Make x ``cap * tanh(x / cap)``, in place; return it (Gemma 2, https://arxiv.org/abs/2408.00118, section 2)."""
+    return x.div_(cap).tanh_().mul_(cap)
+
+
+def activate(gate: Tensor, activation: Activation) -> Tensor:
+    """Return the gate's activation: SiLU, in place, or GELU by its tanh formula (https://arxiv.org/abs/1606.08415)."""
+    return F.silu(gate, inplace=True) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 class CpuForward:
@@ -98,9 +130,11 @@ class CpuForward:
         self.vector_bytes: Counter[str] = Counter()
         self._embedding = self._matrix("token_embd.weight")
         self._layers = [self._load_layer(index) for index in range(self.config.num_layers)]
-        self._output_norm = self._vector("output_norm.weight")
+        # A scale of the logits is one of the states that the head reads.
+        self._output_norm = self._vector("output_norm.weight") * self.config.logit_scale
         self._head = self._embedding if self.config.tied_head else self._matrix("output.weight")
-        self._rope_factors = self._optional(ROPE_FACTORS)
+        names = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+        self._rope = Rope(self.config, RopeFactors(*map(self._optional, names)))
 
     def _matrix(self, name: str) -> Matrix:
         self.matrices[name] = build_matrix(self._backend, self._model.tensors[name], self.scratch, self.dtype)
@@ -115,22 +149,34 @@ class CpuForward:
         return self._vector(name) if name in self._model.tensors else None
 
     def _load_layer(self, index: int) -> _Layer:
-        prefix = f"blk.{index}."
+        prefix, config, family = f"blk.{index}.", self.config, self.config.family
+        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        gate_up = ("ffn_up",) if family.fused_gate_up else ("ffn_gate", "ffn_up")
+
+        def matrices(names: tuple[str, ...]) -> tuple[Matrix, ...]:
+            return tuple(self._matrix(f"{prefix}{name}.weight") for name in names)
+
+        def norm(name: str) -> Tensor | None:
+            return self._optional(f"{prefix}{name}.weight")
+
         return _Layer(
-            attn_norm=self._vector(prefix + "attn_norm.weight"),
-            attn_q=self._matrix(prefix + "attn_q.weight"),
-            attn_k=self._matrix(prefix + "attn_k.weight"),
-            attn_v=self._matrix(prefix + "attn_v.weight"),
+            attn_norm=norm("attn_norm"),
+            qkv=matrices(qkv),
             attn_output=self._matrix(prefix + "attn_output.weight"),
-            q_bias=self._optional(prefix + "attn_q.bias"),
-            k_bias=self._optional(prefix + "attn_k.bias"),
-            v_bias=self._optional(prefix + "attn_v.bias"),
-            q_norm=self._optional(prefix + "attn_q_norm.weight"),
-            k_norm=self._optional(prefix + "attn_k_norm.weight"),
-            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            ffn_gate=self._matrix(prefix + "ffn_gate.weight"),
-            ffn_up=self._matrix(prefix + "ffn_up.weight"),
+            biases=(
+                self._optional(prefix + "attn_q.bias"),
+                self._optional(prefix + "attn_k.bias"),
+                self._optional(prefix + "attn_v.bias"),
+            ),
+            q_norm=norm("attn_q_norm"),
+            k_norm=norm("attn_k_norm"),
+            attn_post_norm=norm("post_attention_norm"),
+            ffn_norm=norm("ffn_norm"),
+            gate_up=matrices(gate_up),
             ffn_down=self._matrix(prefix + "ffn_down.weight"),
+            ffn_post_norm=norm("post_ffw_norm"),
+            window=config.window(index),
+            is_rotated=config.is_rotated(index),
         )
 
     def embed(self, row_ids: Tensor) -> Tensor:
@@ -144,44 +190,84 @@ class CpuForward:
         embedding sees differences of positions only, so positions go on counting across documents.
         """
         batch, length = ids_BT.shape
-        cos_TD, sin_TD = rope_tables(length, self.config.head_dim, self.config.rope_base, self._rope_factors)
+        work = _Pass(
+            batch,
+            starts_BT,
+            self._rope.tables(length, starts_BT),
+            self._rope.window_tables(length) if self.config.window_rope_base else None,
+            self._rope.query_scales(length, starts_BT),
+        )
         x_MH = self.embed(ids_BT.reshape(-1))
+        if self.config.embedding_scale != 1:
+            x_MH *= self.config.embedding_scale
         for layer in self._layers:
-            x_MH += self._attend(layer, self._norm(x_MH, layer.attn_norm), batch, cos_TD, sin_TD, starts_BT)
-            x_MH += self._feed_forward(layer, self._norm(x_MH, layer.ffn_norm))
+            self._add(x_MH, self._attend(layer, self._norm(x_MH, layer.attn_norm), work), layer.attn_post_norm)
+            self._add(x_MH, self._feed_forward(layer, self._norm(x_MH, layer.ffn_norm)), layer.ffn_post_norm)
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
 
-    def _norm(self, x_MH: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x_MH, weight, self.config.rms_eps).to(self.dtype)
+    def _norm(self, x_MH: Tensor, weight: Tensor | None) -> Tensor:
+        return (x_MH if weight is None else rms_norm(x_MH, weight, self.config.rms_eps)).to(self.dtype)
+
+    def _add(self, x_MH: Tensor, delta_MH: Tensor, post_norm: Tensor | None) -> None:
+        """Add the output of attention or feed-forward to the residual stream, in place."""
+        if post_norm is not None:
+            delta_MH = rms_norm(delta_MH.float(), post_norm, self.config.rms_eps)
+        x_MH.add_(delta_MH, alpha=self.config.residual_scale)
 
     def _feed_forward(self, layer: _Layer, x_MH: Tensor) -> Tensor:
-        gated_MF = F.silu(layer.ffn_gate.product(x_MH), inplace=True)
-        gated_MF *= layer.ffn_up.product(x_MH)
+        family = self.config.family
+        if family.fused_gate_up:
+            gate_MF, up_MF = layer.gate_up[0].product(x_MH).chunk(2, dim=-1)
+            return layer.ffn_down.product(activate(gate_MF.contiguous(), family.activation).mul_(up_MF))
+        gated_MF = activate(layer.gate_up[0].product(x_MH), family.activation)
+        gated_MF *= layer.gate_up[1].product(x_MH)
         return layer.ffn_down.product(gated_MF)
 
-    def _attend(
-        self, layer: _Layer, x_MH: Tensor, batch: int, cos_TD: Tensor, sin_TD: Tensor, starts_BT: Tensor | None
-    ) -> Tensor:
-        config = self.config
-
-        def heads(matrix: Matrix, bias: Tensor | None, norm: Tensor | None, count: int) -> Tensor:
-            out = matrix.product(x_MH).float()
+    def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
+        """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
+        sizes = [self.config.q_size, self.config.kv_size, self.config.kv_size]
+        parts = [matrix.product(x_MH).float() for matrix in layer.qkv]
+        if len(parts) == 1:
+            parts = list(torch.split(parts[0], sizes, dim=-1))
+        for part, bias in zip(parts, layer.biases, strict=True):
             if bias is not None:
-                out += bias
-            out_BNTD = out.view(batch, -1, count, config.head_dim).transpose(1, 2)
+                part += bias
+        return parts
+
+    def _attend(self, layer: _Layer, x_MH: Tensor, work: _Pass) -> Tensor:
+        config, tables = self.config, work.tables_of(layer)
+
+        def heads(part_MA: Tensor, norm: Tensor | None, count: int) -> Tensor:
+            if norm is not None and len(norm) != config.head_dim:
+                part_MA, norm = rms_norm(part_MA, norm, config.rms_eps), None
+            out_BNTD = part_MA.view(work.batch, -1, count, config.head_dim).transpose(1, 2)
             return out_BNTD if norm is None else rms_norm(out_BNTD, norm, config.rms_eps)
 
-        q_BNTD = heads(layer.attn_q, layer.q_bias, layer.q_norm, config.num_heads)
-        k_BKTD = heads(layer.attn_k, layer.k_bias, layer.k_norm, config.num_kv_heads)
-        v_BKTD = heads(layer.attn_v, layer.v_bias, None, config.num_kv_heads).contiguous()
-        q_BNTD = rotate(q_BNTD, cos_TD, sin_TD, config.rope_layout)
-        k_BKTD = rotate(k_BKTD, cos_TD, sin_TD, config.rope_layout)
-        mixed_MA = causal_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT).view(x_MH.shape[0], -1)
-        return layer.attn_output.product(mixed_MA.to(self.dtype))
+        def turned(x_BNTD: Tensor) -> Tensor:
+            return x_BNTD.contiguous() if tables is None else rotate(x_BNTD, *tables, config.rope_layout)
+
+        # Projections are dropped one by one, as soon as there are heads of them.
+        parts = self._qkv(layer, x_MH)
+        v_BKTD = heads(parts.pop(), None, config.num_kv_heads).contiguous()
+        k_BKTD = turned(heads(parts.pop(), layer.k_norm, config.num_kv_heads))
+        q_BNTD = turned(heads(parts.pop(), layer.q_norm, config.num_heads))
+        if work.query_scales_BT is not None:
+            q_BNTD *= work.query_scales_BT[:, None, :, None]
+        mixed_BTND = causal_attention(
+            q_BNTD,
+            k_BKTD,
+            v_BKTD,
+            work.starts_BT,
+            window=layer.window,
+            scale=config.query_scale,
+            cap=config.attention_cap,
+        )
+        return layer.attn_output.product(mixed_BTND.view(x_MH.shape[0], -1).to(self.dtype))
 
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:
         """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``: in ``out_MV`` if given, else new."""
-        return self._head.project(hidden_MH.to(self.dtype), out_MV)
+        logits_MV = self._head.project(hidden_MH.to(self.dtype), out_MV)
+        return soft_cap(logits_MV, self.config.logit_cap) if self.config.logit_cap else logits_MV
 
     def decoded_head(self) -> Tensor | None:
         """Return the head ``[V, H]`` decoded to the compute dtype, new; None if that is over ``MAX_HEAD_BYTES``."""

@@ -1,8 +1,9 @@
 """The forward pass on a CUDA device: packed weights decoded into a bounded scratch, cuBLAS, fused kernels, torch SDPA.
 
 Arithmetic in the default dtype: weights are decoded in float32 and rounded once to bfloat16; products take bfloat16 and
-accumulate in float32; norms, rotary embedding and SwiGLU compute in float32; the residual stream and the logits are
-float32. In float32 (for comparisons) everything is float32 and TF32 is off. Nothing but token ids comes from the host.
+accumulate in float32; norms, rotary embedding and the gate's activation compute in float32; the residual stream and the
+logits are float32. In float32 (for comparisons) everything is float32 and TF32 is off. Nothing but token ids comes from
+the host.
 
 Bytes for M tokens, bfloat16, with S = ``MLP_TOKENS`` (the feed-forward part runs S tokens at a time)::
 
@@ -25,9 +26,11 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import TeacherConfig
-from q4kd.trainer.kernels.numerics import attention, attention_bias, multiply, pinned_numerics
-from q4kd.trainer.teacher.cpu.forward import rope_tables
+from q4kd.trainer.kernels.numerics import multiply, pinned_numerics
+from q4kd.trainer.kernels.windowed import Reach
+from q4kd.trainer.teacher.cpu.forward import soft_cap
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
+from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
 from q4kd.trainer.teacher.cuda.layers import Layer, ModelWeights
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
@@ -42,7 +45,6 @@ OVERLAP_MIN_TOKENS = 512
 GRAPH_MAX_TOKENS = 1024
 # Decoded heads of more bytes go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
-_KERNEL_LAYOUTS = {"split_halves": "split", "interleaved": "interleaved"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class CudaForward:
             passes, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
         )
         self.scratch = ScratchBytes(self._stream)
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._heads = Heads(config, self._weights.rope_factors, kernels, self.device)
         self._graphs = PassGraphs(self._run) if graphs else None
 
     def embed(self, row_ids: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class CudaForward:
     def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states of checked int64 ids ``[B, T]``.
 
-        With ``starts_BT`` (checked int64, the first position of each position's document), attention takes a bias and
+        With ``starts_BT`` (checked int64, the first position of each position's document), attention takes a mask and
         the pass is not replayed as a graph.
 
         Returns:
@@ -135,37 +137,48 @@ class CudaForward:
         self.scratch.head = None
         ids_BT = ids_BT.to(self.device)
         if starts_BT is not None:
-            return self._run(ids_BT, attention_bias(starts_BT.to(self.device), self._dtype))
+            return self._run(ids_BT, starts_BT.to(self.device))
         if self._graphs is not None and ids_BT.numel() <= GRAPH_MAX_TOKENS:
             return self._graphs(ids_BT)
         return self._run(ids_BT)
 
-    def _run(self, ids_BT: Tensor, bias_B1TT: Tensor | None = None) -> Tensor:
+    def _run(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         batch, length = ids_BT.shape
-        config, kernels = self.config, self._kernels
-        tables = self._rope(length)
+        config, kernels, layers = self.config, self._kernels, self._weights.layers
+        heads = self._heads.begin(length, starts_BT)
+        reach = Reach(batch, length, starts_BT, self._dtype, self.device)
         self._stream.begin(look_ahead=batch * length >= max(OVERLAP_MIN_TOKENS, FUSED_MAX_TOKENS + 1))
         with pinned_numerics():
-            buffers = self._activations(self.embed(ids_BT.reshape(-1)))
-            residual, normed = buffers.residual, buffers.normed
-            kernels.rms_norm(residual, self._weights.layers[0].attn_norm, config.rms_eps, normed)
-            following = [layer.attn_norm for layer in self._weights.layers[1:]] + [self._weights.output_norm]
-            for layer, next_norm in zip(self._weights.layers, following, strict=True):
-                self._attend(layer, buffers, batch, tables, bias_B1TT)
-                kernels.add_rms_norm(residual, buffers.delta, layer.ffn_norm, config.rms_eps, normed)
+            embedded = self.embed(ids_BT.reshape(-1))
+            if config.embedding_scale != 1:
+                embedded *= config.embedding_scale
+            buffers = self._activations(embedded)
+            if layers[0].attn_norm is None:
+                buffers.normed.copy_(embedded)
+            else:
+                kernels.rms_norm(embedded, layers[0].attn_norm, config.rms_eps, buffers.normed)
+            following = [layer.attn_norm for layer in layers[1:]] + [self._weights.output_norm]
+            for layer, next_norm in zip(layers, following, strict=True):
+                self._attend(layer, buffers, batch, heads, reach)
+                self._add(buffers, layer.attn_post_norm, layer.ffn_norm)
                 self._feed_forward(layer, buffers)
-                kernels.add_rms_norm(residual, buffers.delta, next_norm, config.rms_eps, normed)
-        return normed.view(batch, length, -1)
+                self._add(buffers, layer.ffn_post_norm, next_norm)
+        return buffers.normed.view(batch, length, -1)
 
-    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        # There is one table for each power of two, and none is dropped: captured passes go on reading them.
-        positions = 1 << (length - 1).bit_length()
-        if positions not in self._tables:
-            config = self.config
-            cos_TD, sin_TD = rope_tables(positions, config.head_dim, config.rope_base, self._weights.rope_factors)
-            self._tables[positions] = cos_TD.to(self.device), sin_TD.to(self.device)
-        cos_TD, sin_TD = self._tables[positions]
-        return cos_TD[:length], sin_TD[:length]
+    def _add(self, buffers: _Activations, post_norm: Tensor | None, next_norm: Tensor | None) -> None:
+        """Add a part's output, normalised where there is a norm for it, and normalise the sum for the next part."""
+        eps, scale, kernels = self.config.rms_eps, self.config.residual_scale, self._kernels
+        residual, delta, normed = buffers.residual, buffers.delta, buffers.normed
+        if post_norm is not None:
+            kernels.rms_norm(delta, post_norm, eps, delta)
+        if next_norm is not None and scale == 1:
+            kernels.add_rms_norm(residual, delta, next_norm, eps, normed)
+            return
+        residual.add_(delta, alpha=scale)
+        if next_norm is None:
+            normed.copy_(residual)
+        else:
+            kernels.rms_norm(residual, next_norm, eps, normed)
 
     def _activations(self, residual_MH: Tensor) -> _Activations:
         tokens, hidden = residual_MH.shape
@@ -195,48 +208,35 @@ class CudaForward:
         for rows, weight_RK in self._stream.decoded(group):
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
-    def _attend(
-        self, layer: Layer, buffers: _Activations, batch: int, tables: tuple[Tensor, Tensor], bias_B1TT: Tensor | None
-    ) -> None:
+    def _attend(self, layer: Layer, buffers: _Activations, batch: int, heads: HeadsPass, reach: Reach) -> None:
         config = self.config
         self._product(layer.qkv, buffers.normed, buffers.qkv)
         q_end, k_end = config.q_size, config.q_size + config.kv_size
         q_MND = buffers.qkv[:, :q_end].view(-1, config.num_heads, config.head_dim)
         k_MKD = buffers.qkv[:, q_end:k_end].view(-1, config.num_kv_heads, config.head_dim)
         v_flat = buffers.qkv[:, k_end:]
-        self._kernels.rope(
-            q_MND,
-            k_MKD,
-            *tables,
-            _KERNEL_LAYOUTS[config.rope_layout],
-            q_bias=layer.q_bias,
-            k_bias=layer.k_bias,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=config.rms_eps,
-        )
+        heads.prepare(layer, q_MND, k_MKD, batch)
         if layer.v_bias is not None:
             self._kernels.add_bias(v_flat, layer.v_bias)
         v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
-        q_BNTD, k_BKTD, v_BKTD = (
-            part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD)
-        )
-        mixed_MH = attention(q_BNTD, k_BKTD, v_BKTD, bias_B1TT)
+        parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
+        mixed_MH = reach.attend(*parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap)
         self._product(layer.attn_output, mixed_MH, buffers.delta)
 
     def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
         x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
         tokens, step = len(x_MH), len(gate_up)
+        gated = self._kernels.swiglu if self.config.family.activation == "silu" else self._kernels.geglu
         if step == tokens:
             self._product(layer.gate_up, x_MH, gate_up)
-            self._kernels.swiglu(gate_up, gated_MF)
+            gated(gate_up, gated_MF)
         else:
             for _, weight_RK in self._stream.decoded(layer.gate_up):
                 for start in range(0, tokens, step):
                     stop = min(start + step, tokens)
                     part = gate_up[: stop - start]
                     multiply(x_MH[start:stop], weight_RK, part)
-                    self._kernels.swiglu(part, gated_MF[start:stop])
+                    gated(part, gated_MF[start:stop])
         self._product(layer.ffn_down, gated_MF, buffers.delta)
 
     @torch.no_grad()
@@ -259,7 +259,7 @@ class CudaForward:
                 self._stream.begin(look_ahead=True)
                 for rows, weight_RK in self._stream.decoded(self._head):
                     multiply(x_MH, weight_RK, out_MV[:, rows])
-        return out_MV
+        return soft_cap(out_MV, self.config.logit_cap) if self.config.logit_cap else out_MV
 
     def _decoded_head(self) -> Tensor:
         if self._head.resident is not None:

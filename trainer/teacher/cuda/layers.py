@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
+from q4kd.trainer.teacher.rope import RopeFactors
 
 if TYPE_CHECKING:
     from q4kd.trainer.kernels.teacher_kernels import Kernels
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block: matrices by the input they share, vectors in float32."""
+    """One transformer block: matrices by the input they share, vectors in float32; norms it has not are None."""
 
-    attn_norm: Tensor
+    attn_norm: Tensor | None
     qkv: Group
     attn_output: Group
     q_bias: Tensor | None
@@ -27,9 +29,13 @@ class Layer:
     v_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    ffn_norm: Tensor
+    attn_post_norm: Tensor | None
+    ffn_norm: Tensor | None
     gate_up: Group
     ffn_down: Group
+    ffn_post_norm: Tensor | None
+    window: int  # keys that a query reads; 0 for all
+    is_rotated: bool
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -56,15 +62,16 @@ class ModelWeights:
         kernels: "Kernels",
         dtype: torch.dtype,
     ) -> None:
-        self._tensors, self._kernels = tensors, kernels
+        self._tensors, self._kernels, self._config = tensors, kernels, config
         self._dense = dtype if backend == "dense" else None
         self.matrices: dict[str, CudaMatrix] = {}
         self.vector_bytes: Counter[str] = Counter()
         self.embedding = self._group("token_embd.weight")
-        self.layers = [self._layer(f"blk.{index}.") for index in range(config.num_layers)]
-        self.output_norm = self._vector("output_norm.weight")
+        self.layers = [self._layer(index) for index in range(config.num_layers)]
+        # A scale of the logits is one of the states that the head reads.
+        self.output_norm = self._vector("output_norm.weight") * config.logit_scale
         self.head = self.embedding if config.tied_head else self._group("output.weight")
-        self.rope_factors = self._optional(ROPE_FACTORS)
+        self.rope_factors = RopeFactors(*map(self._optional, (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)))
         del self._tensors
 
     def _group(self, *names: str) -> Group:
@@ -85,17 +92,28 @@ class ModelWeights:
     def _optional(self, name: str) -> Tensor | None:
         return self._vector(name) if name in self._tensors else None
 
-    def _layer(self, prefix: str) -> Layer:
+    def _layer(self, index: int) -> Layer:
+        prefix, family = f"blk.{index}.", self._config.family
+        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        gate_up = ("ffn_up",) if family.fused_gate_up else ("ffn_gate", "ffn_up")
+
+        def norm(name: str) -> Tensor | None:
+            return self._optional(f"{prefix}{name}.weight")
+
         return Layer(
-            attn_norm=self._vector(prefix + "attn_norm.weight"),
-            qkv=self._group(*(f"{prefix}attn_{name}.weight" for name in "qkv")),
+            attn_norm=norm("attn_norm"),
+            qkv=self._group(*(f"{prefix}{name}.weight" for name in qkv)),
             attn_output=self._group(prefix + "attn_output.weight"),
             q_bias=self._optional(prefix + "attn_q.bias"),
             k_bias=self._optional(prefix + "attn_k.bias"),
             v_bias=self._optional(prefix + "attn_v.bias"),
-            q_norm=self._optional(prefix + "attn_q_norm.weight"),
-            k_norm=self._optional(prefix + "attn_k_norm.weight"),
-            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            gate_up=self._group(prefix + "ffn_gate.weight", prefix + "ffn_up.weight"),
+            q_norm=norm("attn_q_norm"),
+            k_norm=norm("attn_k_norm"),
+            attn_post_norm=norm("post_attention_norm"),
+            ffn_norm=norm("ffn_norm"),
+            gate_up=self._group(*(f"{prefix}{name}.weight" for name in gate_up)),
             ffn_down=self._group(prefix + "ffn_down.weight"),
+            ffn_post_norm=norm("post_ffw_norm"),
+            window=self._config.window(index),
+            is_rotated=self._config.is_rotated(index),
         )

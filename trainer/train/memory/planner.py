@@ -118,6 +118,7 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         pass_ = predict_footprint(dims, config.batch_size, config.seq_len, dtype=placement.dtype.name, logits=False)
         scratch, activations = pass_.scratch, pass_.activations
     else:
+        from q4kd.trainer.kernels.windowed import attention_bytes
         from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES
 
         size = place.dense_weight_bytes
@@ -125,6 +126,7 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         buffers = 3 * dims.ffn_size * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
         activations = tokens * size * (3 * dims.ffn_size + 4 * dims.hidden_size)
+        activations += attention_bytes(dims, config.batch_size, config.seq_len, size)
     return TeacherShape(
         config=dims,
         weight_bytes=model.tensor_bytes if packed else placement.dense_bytes,

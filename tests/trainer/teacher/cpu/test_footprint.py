@@ -1,5 +1,6 @@
 """Predicted memory against what a process really takes, measured from its own kernel counters."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from q4kd.trainer.bench.synthetic import write_large_teacher
+from q4kd.trainer.bench.synthetic_7b import qwen2_5_7b
 from q4kd.trainer.formats.blocks import decode as quant
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels import attention, gemm
@@ -58,6 +60,16 @@ def test_a_process_takes_the_file_and_what_was_predicted(model: Path, dtype: str
     assert found["taken"] <= 1.25 * found["file"] + predicted.total
     # Not vacuous: what is left when the file and the scratch are taken away is at least half of the prediction.
     assert found["taken"] - found["file"] - predicted.scratch >= 0.5 * predicted.activations
+
+
+def test_what_a_family_copies_is_counted() -> None:
+    plain = qwen2_5_7b(2)
+    as_family = {name: dataclasses.replace(plain, architecture=name) for name in ("qwen2", "gemma2", "phi3")}
+    own = {name: predict_footprint(config, 1, 4096, logits=False).activations for name, config in as_family.items()}
+    assert own["gemma2"] - own["qwen2"] == 4 * 4096 * plain.ffn_size
+    assert own["phi3"] - own["qwen2"] == 2 * 4 * 4096 * plain.ffn_size
+    bases = predict_footprint(dataclasses.replace(plain, window_rope_base=1e4), 1, 4096, logits=False).activations
+    assert bases - own["qwen2"] == 3 * 4 * 4096 * plain.head_dim
 
 
 def test_the_constants_are_those_of_the_code() -> None:

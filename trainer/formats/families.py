@@ -1,0 +1,157 @@
+"""The families of dense decoders that the teacher implements, as data: what each does that the others do not.
+
+All are decoder-only transformers with RMSNorm, rotary embedding, grouped-query attention and a gated feed-forward.
+What a file's own metadata say (windows, scalings, multipliers) is in ``architecture.TeacherConfig``. The facts are
+those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tests compare with.
+
+    qwen2     biases on Q, K and V
+    qwen3     RMSNorm on each query and key head, a head size of its own
+    llama     interleaved rotary embedding (llama.cpp's converter permutes Q and K rows); Mistral files say llama too
+    mistral3  as llama; queries of far positions are scaled
+    granite   as llama; four multipliers
+    smollm3   as llama; every fourth layer has no rotary embedding
+    phi3      Q, K and V are one matrix, gate and up another; Phi-4 files say phi3 too
+    glm4      interleaved, on a part of each head; gate and up are one matrix; norms behind attention and feed-forward
+    gemma2    GELU, embeddings times sqrt(H), norms behind both parts, windows on every other layer, soft caps
+    gemma3    as gemma2 with norms on heads and windows on five layers of six, which have a rotary base of their own
+    olmo2     norms behind both parts and none before; Q and K are normalised over all heads; Olmo 3 has windows
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+RopeLayout = Literal["split_halves", "interleaved"]
+Activation = Literal["silu", "gelu_tanh"]
+ScalingKind = Literal["linear", "yarn", "long"]
+
+_ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear")
+_YARN = ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
+_WINDOW = ("attention.sliding_window",)
+_PATTERN = ("attention.sliding_window_pattern", "rope.freq_base_swa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the models of one architecture have in common.
+
+    Attributes:
+        rope_layout: which elements of a head are rotated together: ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
+        biases: whether Q, K and V may have biases.
+        head_norms: whether queries and keys are normalised before they are rotated: each head, or all heads at once.
+        pre_norms: whether attention and feed-forward read normalised states.
+        post_norms: whether their outputs are normalised before they are added.
+        fused_qkv: whether Q, K and V are one matrix, rows in this order.
+        fused_gate_up: whether gate and up are one matrix, rows in this order.
+        scaled_embedding: whether embeddings are multiplied by the root of the hidden size.
+        has_partial_rotary: whether a file may rotate only the first elements of each head.
+        rope_factors: whether a file may hold divisors of the rotary frequencies (Llama 3.1).
+        scalings: kinds of rotary scaling that a file may ask for.
+        window: which layers have a sliding window: none, all, or those that a pattern says.
+        window_step: each so many layers, one has no window; for a pattern that the file does not state.
+        window_length: keys of a window where the file does not say; 0 for none.
+        window_rope_base: rotary base of the layers with a window; None for that of the others.
+        no_rope_step: each so many layers, one has no rotary embedding; 0 for none.
+        keys: metadata that only this family reads.
+    """
+
+    rope_layout: RopeLayout
+    biases: bool = False
+    head_norms: Literal["none", "each", "all"] = "none"
+    pre_norms: bool = True
+    post_norms: bool = False
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    activation: Activation = "silu"
+    scaled_embedding: bool = False
+    has_partial_rotary: bool = False
+    rope_factors: bool = False
+    scalings: tuple[ScalingKind, ...] = ("linear", "yarn")
+    window: Literal["none", "all", "pattern"] = "none"
+    window_step: int = 0
+    window_length: int = 0
+    window_rope_base: float | Literal["same"] | None = None
+    no_rope_step: int = 0
+    keys: tuple[str, ...] = ()
+
+    @property
+    def metadata_keys(self) -> frozenset[str]:
+        """Metadata beside the dimensions that are read for this family."""
+        keys = set(self.keys)
+        if self.scalings:
+            keys.update(_ROPE_SCALING)
+        if "yarn" in self.scalings:
+            keys.update(f"rope.scaling.yarn_{name}" for name in _YARN)
+        if self.window != "none":
+            keys.update(_WINDOW)
+        if self.window == "pattern":
+            keys.update(_PATTERN)
+        return frozenset(keys)
+
+
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(rope_layout="split_halves", biases=True),
+    "qwen3": Family(rope_layout="split_halves", biases=True, head_norms="each"),
+    "llama": Family(
+        rope_layout="interleaved",
+        biases=True,
+        rope_factors=True,
+        scalings=("linear", "yarn", "long"),
+        window="all",
+    ),
+    "mistral3": Family(
+        rope_layout="interleaved", biases=True, rope_factors=True, keys=("attention.temperature_scale",)
+    ),
+    "granite": Family(
+        rope_layout="interleaved",
+        biases=True,
+        rope_factors=True,
+        keys=("embedding_scale", "residual_scale", "attention.scale", "logit_scale"),
+    ),
+    "smollm3": Family(rope_layout="interleaved", biases=True, no_rope_step=4),
+    "phi3": Family(
+        rope_layout="split_halves",
+        fused_qkv=True,
+        fused_gate_up=True,
+        has_partial_rotary=True,
+        scalings=("long",),
+        window="all",
+    ),
+    "glm4": Family(
+        rope_layout="interleaved", biases=True, fused_gate_up=True, has_partial_rotary=True, post_norms=True
+    ),
+    "gemma2": Family(
+        rope_layout="split_halves",
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        scalings=(),
+        window="pattern",
+        window_step=2,
+        window_length=4096,
+        keys=_CAPS,
+    ),
+    "gemma3": Family(
+        rope_layout="split_halves",
+        head_norms="each",
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        scalings=("linear",),
+        window="pattern",
+        window_step=6,
+        window_rope_base=10_000.0,
+        keys=("final_logit_softcapping",),
+    ),
+    "olmo2": Family(
+        rope_layout="split_halves",
+        head_norms="all",
+        pre_norms=False,
+        post_norms=True,
+        window="pattern",
+        window_step=4,
+        window_rope_base="same",
+    ),
+}
+# These are also read from .apr files, and written as GGUF.
+ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

@@ -1,0 +1,78 @@
+"""Reads from a file's metadata what sets its family apart: windows, partial rotary embedding, multipliers and caps."""
+
+import math
+from collections.abc import Sequence
+
+from q4kd.trainer.formats.families import FAMILIES, Family
+from q4kd.trainer.formats.values import Values
+
+TWO_SIZES = "use another teacher; partial rotary embedding and heads of two sizes are not implemented"
+# The 27B models of Gemma 2 and 3 scale by H / N and not by D; no key says so, and llama.cpp too goes by their layers.
+_WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
+
+
+def read_rotary_dim(found: Values, family: Family, head_dim: int) -> int:
+    """Return how many elements of a head are rotated; 0 for all."""
+    key = "rope.dimension_count"
+    size = found.integer(key, 4096, head_dim)
+    if size != head_dim and not family.has_partial_rotary:
+        raise found.refusal(key, f"the head size {head_dim}", str(size), TWO_SIZES)
+    if size > head_dim or size % 2:
+        raise found.refusal(key, f"an even number up to the head size {head_dim}", str(size))
+    return size if size < head_dim else 0
+
+
+def read_windows(found: Values, family: Family, layers: int, context: int) -> tuple[int, ...]:
+    """Return the window of each layer; nothing where no layer has one."""
+    if family.window == "none":
+        return ()
+    window = found.integer("attention.sliding_window", 1 << 24, family.window_length, low=0)
+    if not window or (family.window == "all" and window >= context):
+        return ()
+    if family.window == "all":
+        return (window,) * layers
+    key = "attention.sliding_window_pattern"
+    pattern = found.get(key, family.window_step)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and 1 <= pattern <= layers * 1024:
+        return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(layers))
+    # Written one by one, a layer with a window is true.
+    stated = list(pattern)[: layers + 1] if isinstance(pattern, Sequence) and not isinstance(pattern, str) else []
+    if len(stated) != layers or not all(isinstance(has, bool) for has in stated):
+        raise found.refusal(key, f"a whole number, or {layers} booleans", repr(pattern)[:80])
+    return tuple(window if has else 0 for has in stated)
+
+
+def read_window_rope_base(found: Values, family: Family, base: float) -> float:
+    """Return the rotary base of the layers with a window; 0 for that of all layers."""
+    if family.window != "pattern":
+        return 0.0
+    default = base if family.window_rope_base == "same" else family.window_rope_base or 0.0
+    return float(found.number("rope.freq_base_swa", 0.0, 1e12, default))
+
+
+def read_scales(found: Values, architecture: str, layers: int, hidden: int, heads: int) -> dict[str, float]:
+    """Return the multipliers and caps that the metadata state; those of other families are refused elsewhere."""
+
+    def positive(key: str, default: float = 1.0) -> float:
+        return float(found.number(key, 1e-9, 1e9, default))
+
+    def cap(key: str, default: float) -> float:
+        return float(found.number(key, 0.0, 1e9, default))
+
+    scales: dict[str, float] = {}
+    if FAMILIES[architecture].scaled_embedding:
+        scales["embedding_scale"] = math.sqrt(hidden)
+    if architecture == "granite":
+        scales = {"embedding_scale": positive("embedding_scale"), "residual_scale": positive("residual_scale")}
+        scales["logit_scale"] = 1 / positive("logit_scale")
+        scales["attention_scale"] = cap("attention.scale", 0.0)
+    if (architecture, layers) in _WIDE_QUERIES:
+        scales["attention_scale"] = 1 / math.sqrt(hidden // heads)
+    if architecture == "gemma2":
+        scales["attention_cap"] = cap("attn_logit_softcapping", 50.0)
+        scales["logit_cap"] = cap("final_logit_softcapping", 30.0)
+    if architecture == "gemma3":
+        scales["logit_cap"] = cap("final_logit_softcapping", 0.0)
+    if architecture == "mistral3":
+        scales["temperature_scale"] = cap("attention.temperature_scale", 0.0)
+    return scales
