@@ -38,8 +38,8 @@ Blocks of 32 weights, one scale, no sub-blocks::
     Q4_0, 18 bytes   | d: f16 | qs: 16 bytes |                     weight = d * (nibble - 8)
     nibbles: weight[l] from qs[l] & 15, weight[16 + l] from qs[l] >> 4
 
-BF16 is the upper half of a float32. ``decode_low.py`` draws Q2_K, Q3_K, Q4_1, Q5_1 and IQ4, ``decode_iq.py`` IQ1 to IQ3,
-``decode_small_floats.py`` MXFP4, NVFP4 and TQ.
+BF16 is the upper half of a float32. Other modules draw the rest: ``decode_low.py`` Q2_K, Q3_K, Q4_1, Q5_1 and IQ4,
+``decode_iq.py`` IQ1 to IQ3, ``decode_small_floats.py`` MXFP4, NVFP4 and TQ.
 """
 
 from collections.abc import Callable
