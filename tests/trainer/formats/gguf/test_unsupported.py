@@ -12,8 +12,8 @@ from model_files import write_model
 from q4kd.harness.__main__ import main
 from q4kd.harness.inputs.split_models import shards, write_split
 from q4kd.trainer.demo import teacher_path
-from q4kd.trainer.formats.architecture import ROPE_LAYOUTS
 from q4kd.trainer.formats.blocks.layout import FORMATS
+from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf.unsupported import find_unsupported
 
 
@@ -40,7 +40,7 @@ def foreign(tmp_path: Path) -> Path:
 def test_every_part_is_named_with_what_would_be_taken(foreign: Path) -> None:
     found = {(part.part, part.found): part.supported for part in find_unsupported(foreign)}
     types = ", ".join(FORMATS)
-    assert found.pop(("architecture", "'brandnew'")) == ", ".join(ROPE_LAYOUTS)
+    assert found.pop(("architecture", "'brandnew'")) == ", ".join(FAMILIES)
     assert found.pop(("tensor type", "I16 in 2 tensors")) == found.pop(("tensor type", "I8 in 1 tensor")) == types
     assert "none" in found.pop(("setting", "brandnew.rope.scaling.type 'yarn'"))
     assert found.pop(("setting", "brandnew.final_logit_softcapping 30.0")) == "0.0"
