@@ -116,14 +116,12 @@ def _cases(inputs: Inputs) -> Path:
         "many-stream": {"settings": settings(lines, **stream), "sequences": 1, "steps": many, "resume": many},
     }
     data = {
-        **{
-            "chat": chats,
-            "marked": chats,
-            "tools": tools,
-            "completion": pairs,
-            "tokens": masked,
-            "begin": pairs_and_texts,
-        },
+        "chat": chats,
+        "marked": chats,
+        "tools": tools,
+        "completion": pairs,
+        "tokens": masked,
+        "begin": pairs_and_texts,
         **{name: rewritten_chats(inputs, name) for name in REWRITING},
     }
     for name, source in data.items():
