@@ -87,7 +87,8 @@ def pieces(name: str) -> dict[str, Any]:
     trainer = trainers.BpeTrainer(vocab_size=_VOCAB, limit_alphabet=200, show_progress=False)
     tokenizer.train_from_iterator(hard_lines(_TEXTS, 5), trainer=trainer)
     ids = tokenizer.get_vocab()
-    learnt = [token for token in sorted(ids, key=ids.__getitem__) if not token.startswith("<")]
+    # No piece looks like a part of a byte's name; its letters are pieces.
+    learnt = [piece for piece in sorted(ids, key=ids.__getitem__) if len(piece) == 1 or not {*"<>"} & {*piece}]
     # An id says nothing of a score.
     tokens = dict.fromkeys(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), _SPACE, *learnt[::-1]])
     vocab = {token: index for index, token in enumerate(tokens)}

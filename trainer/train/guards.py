@@ -12,6 +12,7 @@ from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import Order
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.gguf.vocabulary import is_same_token
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.student.architecture import check_layers
 from q4kd.trainer.student.folder import has_weights
@@ -64,8 +65,8 @@ def check_vocabulary(
     if not teacher_tokens:
         raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
     for token, index in student_ids.items():
-        if index >= len(teacher_tokens) or teacher_tokens[index] != token:
-            other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+        other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+        if index >= len(teacher_tokens) or not is_same_token(other, token):
             raise _wrong_vocabulary(
                 f"the same token at every id (student: id {index} is {token!r})",
                 f"{other!r} in the teacher",

@@ -130,7 +130,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
     if pre == SENTENCEPIECE:
         kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _BYTE.fullmatch(token)}
-    for added in tokenizer.get("added_tokens", ()):
+    for added in added_tokens(tokenizer, rows):
         _check_added(added)
         by_id[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
@@ -158,6 +158,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     if vocabulary.chat_templates:
         templates = vocabulary.chat_templates.items()
         writer.add_chat_template([{"name": name, "template": template} for name, template in templates])
+
+
+def is_same_token(written: str, token: str) -> bool:
+    """Return whether a GGUF's string is a token: llama.cpp's converter writes user-defined pieces with plain spaces."""
+    return token in (written, written.replace(" ", SPACE))
+
+
+def added_tokens(tokenizer: Mapping[str, Any], rows: int) -> list[Mapping[str, Any]]:
+    """Return the added tokens of tokenizer.json, without special ones past the embedding's ``rows``.
+
+    Gemma 3 has one for pictures, which its models of texts alone have no row for.
+    """
+    return [added for added in tokenizer.get("added_tokens", ()) if not added["special"] or added["id"] < rows]
 
 
 def _check_added(added: Mapping[str, Any]) -> None:

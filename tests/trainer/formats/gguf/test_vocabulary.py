@@ -82,6 +82,17 @@ def test_an_added_token_that_takes_spaces_is_refused_by_name(tmp_path, flag):
         written(tmp_path, Vocabulary(content=tokenizer))
 
 
+def test_a_special_token_past_the_rows_is_left_out(tmp_path):
+    tokenizer = content("qwen2")
+    rows = max(*tokenizer["model"]["vocab"].values(), *(added["id"] for added in tokenizer["added_tokens"])) + 1
+    picture = {**tokenizer["added_tokens"][-1], "id": rows, "content": "<image>"}
+    tokenizer["added_tokens"].append(picture)
+    assert "<image>" not in written(tmp_path, Vocabulary(content=tokenizer), rows)["ggml.tokens"]
+    picture["special"] = False
+    with pytest.raises(InputError, match=f"ids below vocab_size {rows}"):
+        written(tmp_path, Vocabulary(content=tokenizer), rows)
+
+
 def test_a_unigram_is_refused_by_name():
     with pytest.raises(InputError, match="model Unigram"):
         pre_tokenizer_name({"model": {"type": "Unigram", "byte_fallback": True}})
