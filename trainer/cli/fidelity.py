@@ -143,12 +143,11 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Encode, Any, Any]:
     if args.data is not None and args.data.suffix == ".npy":
         return lambda _texts: [], None, begin  # the data are ids already
     if args.tokenizer is not None:
-        from q4kd.trainer.data.tokenizing import tokens_with_rows
         from q4kd.trainer.formats.gguf.vocabulary import is_same_token
         from q4kd.trainer.student.model import encoder, load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
-        for token, index in tokens_with_rows(tokenizer, len(model.tokens)).items():
+        for token, index in tokenizer.get_vocab().items():
             if index >= len(model.tokens) or not is_same_token(model.tokens[index], token):
                 expected, got = "the models' token at every id", f"{token!r} as {index}"
                 remedy = "name the models' own tokenizer"

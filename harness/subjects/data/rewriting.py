@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from q4kd.harness.inputs.chat_templates import GEMMA4, GPT_OSS, QWEN3
+from q4kd.harness.inputs.published.chat_templates import GEMMA4, GPT_OSS, QWEN3
 from q4kd.harness.inputs.training_documents import chat_messages, write_jsonl
 from q4kd.harness.runs.experiment import Inputs
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, read_arrays
 from q4kd.harness.inputs.command_lines import probe_words
-from q4kd.harness.inputs.hard_text import hard_lines
-from q4kd.harness.inputs.published_tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
+from q4kd.harness.inputs.published.hard_text import hard_lines
+from q4kd.harness.inputs.published.tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import read_json, write_json
 

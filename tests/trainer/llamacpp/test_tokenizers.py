@@ -12,8 +12,8 @@ llama_cpp: Any = pytest.importorskip("llama_cpp")
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from q4kd.harness.inputs.hard_text import hard_lines  # noqa: E402
-from q4kd.harness.inputs.published_tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces  # noqa: E402
+from q4kd.harness.inputs.published.hard_text import hard_lines  # noqa: E402
+from q4kd.harness.inputs.published.tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces  # noqa: E402
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary  # noqa: E402
 
 LINES = 10_000

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from q4kd.harness.inputs.chat_templates import DEEPSEEK_R1, GEMMA4, GLM47, GPT_OSS, QWEN3, QWEN35
+from q4kd.harness.inputs.published.chat_templates import DEEPSEEK_R1, GEMMA4, GLM47, GPT_OSS, QWEN3, QWEN35
 from q4kd.trainer.data.chats.renderer import ChatRenderer, RenderError
 from q4kd.trainer.data.chats.template import ChatTemplate
 from q4kd.trainer.data.corpus import load_corpus

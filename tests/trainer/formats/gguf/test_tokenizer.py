@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 from exported_models import FOLDERS, TEXTS, write_folder
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.inputs.hard_text import hard_lines
-from q4kd.harness.inputs.published_tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
+from q4kd.harness.inputs.published.hard_text import hard_lines
+from q4kd.harness.inputs.published.tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
 from q4kd.trainer.formats.gguf.vocabulary import SPACE, Vocabulary, add_vocabulary

@@ -6,7 +6,7 @@ The steps are those of the models' own tokenizer.json, written out here: nothing
 import json
 from typing import Any
 
-from q4kd.harness.inputs.hard_text import hard_lines
+from q4kd.harness.inputs.published.hard_text import hard_lines
 
 _CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _QWEN2 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
