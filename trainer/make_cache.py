@@ -10,7 +10,7 @@ import torch
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.packing import Windows
-from q4kd.trainer.data.tokenizing import describe_begin
+from q4kd.trainer.data.tokenizing import describe_begin, tokens_with_rows
 from q4kd.trainer.data.training_data import make_encoder, open_data
 from q4kd.trainer.device.memory_report import sized
 from q4kd.trainer.device.placement import place_teacher
@@ -104,7 +104,7 @@ def _make(
     teacher = load_teacher(placement, events=events)
     if said := describe_begin(tokenizer, data.begin, config.begin_of_text, teacher.model.metadata):
         print(said, flush=True)
-    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokens_with_rows(tokenizer, rows), rows)
     how = Pass(config.batch_size, config.loss.chunk_for(teacher.vocab_size), torch.device(config.device))
     if sample_tokens and not index.shards:
         ks = sorted({k, *(other for other in table_ks if other <= rows)})

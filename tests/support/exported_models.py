@@ -11,7 +11,8 @@ from architecture_models import CASES, make_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SPACE
+from q4kd.trainer.formats.gguf.pre_tokenizers import LLAMA3_SPLIT, QWEN2_SPLIT
+from q4kd.trainer.formats.gguf.vocabulary import SPACE
 from q4kd.trainer.student.model import quiet_transformers
 
 VOCAB = 640

@@ -257,6 +257,11 @@ def test_vocabularies_are_compared_token_by_token() -> None:
         check_vocabulary(tokens, 4, {"a": 0, "b": 1, "c": 2}, 2)
     with pytest.raises(InputError, match="token strings"):
         check_vocabulary([], 4, {"a": 0}, 4)
+    # A converter wrote Gemma's runs of spaces plainly; a space is no other letter.
+    check_vocabulary(["a", "  "], 2, {"a": 0, "▁▁": 1}, 2)
+    for token in ("▁", "▁a"):
+        with pytest.raises(InputError, match="id 1 is"):
+            check_vocabulary(["a", "  "], 2, {"a": 0, token: 1}, 2)
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, corpus: Path) -> None:

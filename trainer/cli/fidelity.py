@@ -143,11 +143,12 @@ def _tokenizer(args: argparse.Namespace, model: Any) -> tuple[Encode, Any, Any]:
     if args.data is not None and args.data.suffix == ".npy":
         return lambda _texts: [], None, begin  # the data are ids already
     if args.tokenizer is not None:
+        from q4kd.trainer.formats.gguf.vocabulary import is_same_token
         from q4kd.trainer.student.model import encoder, load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
         for token, index in tokenizer.get_vocab().items():
-            if index >= len(model.tokens) or model.tokens[index] != token:
+            if index >= len(model.tokens) or not is_same_token(model.tokens[index], token):
                 expected, got = "the models' token at every id", f"{token!r} as {index}"
                 remedy = "name the models' own tokenizer"
                 raise InputError(f"--tokenizer {args.tokenizer}", expected=expected, got=got, remedy=remedy)

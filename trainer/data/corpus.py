@@ -105,15 +105,21 @@ def load_corpus(
 
     said = found = 0
     for encoded in encoder.encode(assigned()):
-        found += 1
-        order.pop(0).add(encoded)
+        number, parts = encoded.part
+        found += number == 0
+        account.count_example(encoded)
+        order[0].add(encoded)
+        if number == parts - 1:
+            order.pop(0)
         if train.num_tokens - said >= _SAY_EVERY_TOKENS:
             said = train.num_tokens
             print(f"tokenising: {said} tokens of {found} documents", file=sys.stderr, flush=True)
     if not found:
         raise refuse_empty(path, settings, account)
     if held_out is not None:
+        held_out_account = held_out_account or SourceAccount("held-out")
         for encoded in encoder.encode(read_documents(held_out, settings=settings, account=held_out_account)):
+            held_out_account.count_example(encoded)
             held.add(encoded)
     return Corpus(train=train.finish(), held_out=held.finish())
 

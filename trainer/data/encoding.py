@@ -22,15 +22,19 @@ class Encoded:
     Attributes:
         ids: int32 ``[n]``.
         learnt: bool ``[n]``, whether a token is a label where it is the next one; None where all are.
+        part: which example of its document this is, counted from 0, and how many there are.
     """
 
     ids: npt.NDArray[np.int32]
     learnt: npt.NDArray[np.bool_] | None = None
+    part: tuple[int, int] = (0, 1)
 
     @classmethod
-    def make(cls, ids: Sequence[int], learnt: npt.NDArray[np.bool_] | None = None) -> "Encoded":
+    def make(
+        cls, ids: Sequence[int], learnt: npt.NDArray[np.bool_] | None = None, part: tuple[int, int] = (0, 1)
+    ) -> "Encoded":
         """Return the tokens of a document from plain integers."""
-        return cls(np.asarray(ids, np.int32), learnt)
+        return cls(np.asarray(ids, np.int32), learnt, part)
 
 
 class ChatEncoder(Protocol):
@@ -42,8 +46,8 @@ class ChatEncoder(Protocol):
         where: str,
         context: Mapping[str, Any] | None = None,
         learns: Sequence[bool | None] | None = None,
-    ) -> Encoded:
-        """Return a chat's tokens and which are learnt."""
+    ) -> Sequence[Encoded]:
+        """Return the examples of a chat: tokens and which are learnt."""
 
     def prepare(self, documents: Iterable[Document]) -> None:
         """Begin with several chats that will be encoded next."""
@@ -87,6 +91,8 @@ class DocumentEncoder:
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """Yield the tokens of each document, in order, tokenising a bounded group of them at a time.
 
+        A chat may be several examples, one after another (``Encoded.part``).
+
         Raises:
             InputError: for a document that cannot be encoded, or an id outside the vocabulary.
         """
@@ -113,9 +119,17 @@ class DocumentEncoder:
         if self._chat is not None:
             self._chat.prepare(document for document in group if document.messages is not None)
         for document in group:
-            found = self._encode_one(document, ids, after)
-            self._check_range(document, found.ids)
-            yield found
+            for found in self._encode_chat(document) or [self._encode_one(document, ids, after)]:
+                self._check_range(document, found.ids)
+                yield found
+
+    def _encode_chat(self, document: Document) -> Sequence[Encoded]:
+        """Return the examples of a chat; none of another document."""
+        if document.messages is None:
+            return ()
+        if self._chat is None:
+            raise InputError(document.name, expected="texts", got="a chat", remedy="use a tokenizer for chats")
+        return self._chat.encode(document.messages, document.name, document.context, document.learns)
 
     def _encode_one(self, document: Document, texts: Iterator[list[int]], completions: Iterator[list[int]]) -> Encoded:
         if document.ids is not None:
@@ -124,10 +138,6 @@ class DocumentEncoder:
             if learnt is None and self._completion_only:
                 raise self._all_learnt(document, "token ids without labels")
             return Encoded(document.ids.astype(np.int32), learnt)
-        if document.messages is not None:
-            if self._chat is None:
-                raise InputError(document.name, expected="texts", got="a chat", remedy="use a tokenizer for chats")
-            return self._chat.encode(document.messages, document.name, document.context, document.learns)
         prompt = put_before(self.begin, next(texts))
         if document.completion is None:
             if self._completion_only:

@@ -181,7 +181,8 @@ def open_stream(
         def useful() -> Iterator[Encoded]:
             useless = 0
             for document in stream.encoder.encode(stream.training_documents(in_a_pass.append)):
-                useless = useless + 1 if len(document.ids) < least else 0
+                useless = useless + (document.part[0] == 0) if len(document.ids) < least else 0
+                stream.account.count_example(document)
                 if in_a_pass and useless > in_a_pass[0]:
                     expected, got = f"a document of at least {least} tokens", "none in a whole pass"
                     remedy = "give longer documents, or set packing to documents"

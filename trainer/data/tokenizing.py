@@ -42,6 +42,16 @@ def begin_tokens(tokenizer: Any, setting: str) -> tuple[int, ...]:
     return (tokenizer.bos_token_id,)
 
 
+def tokens_with_rows(tokenizer: Any, rows: int) -> dict[str, int]:
+    """Return the token → id map of a tokenizer without special tokens that were added past the ``rows`` of a head.
+
+    Gemma 3 has one for pictures, which its models of texts alone have no row for; a text that spells it is refused.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    past = {str(token) for index, token in added.items() if index >= rows and getattr(token, "special", False)}
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in past}
+
+
 def put_before(begin: Sequence[int], ids: Sequence[int]) -> list[int]:
     """Return ``ids`` after ``begin``, which is not put twice where a text spells it."""
     begun = list(ids[: len(begin)]) == list(begin)

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from q4kd.trainer.data.documents import is_held_out
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.gguf.vocabulary import QWEN2_SPLIT
+from q4kd.trainer.formats.gguf.pre_tokenizers import QWEN2_SPLIT
 
 END_OF_TEXT = "<|endoftext|>"
 SKIPPED_FOLDERS = frozenset(

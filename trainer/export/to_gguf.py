@@ -16,7 +16,7 @@ from q4kd.trainer.export.source_model import read_model, read_vocabulary
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.gguf.importance import Importance
-from q4kd.trainer.formats.gguf.vocabulary import Vocabulary
+from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, added_tokens
 from q4kd.trainer.formats.gguf.writer import file_rows, plan_tensors, with_rope_factors, write_gguf
 from q4kd.trainer.formats.huggingface import read_huggingface_config
 from q4kd.trainer.formats.model_file import PackedTensor
@@ -103,7 +103,7 @@ def check_file(
         _demand(f"{role} token", index, model.metadata.get(f"tokenizer.ggml.{key}_token_id"))
     _demand("chat template", vocabulary.chat_templates.get("default"), model.metadata.get("tokenizer.chat_template"))
     by_id = {index: token for token, index in vocabulary.content["model"]["vocab"].items()}
-    by_id |= {added["id"]: added["content"] for added in vocabulary.content.get("added_tokens", ())}
+    by_id |= {added["id"]: added["content"] for added in added_tokens(vocabulary.content, len(model.tokens))}
     for index, token in by_id.items():
         _demand(f"token {index}", token, model.tokens[index])
 

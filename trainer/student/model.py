@@ -21,6 +21,7 @@ from q4kd.trainer.loss.config import KDLossConfig, LastStep
 from q4kd.trainer.loss.last_step import apply_last_step
 from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
 from q4kd.trainer.loss.sums import LossTerms
+from q4kd.trainer.student.architecture import check_head_kind
 from q4kd.trainer.student.folder import check_folder, reading_student, refuse_student
 from q4kd.trainer.student.loaded import check_finite, check_head, check_loaded, without_report
 from q4kd.trainer.student.logits import find_last_step
@@ -214,9 +215,7 @@ class DistillationModel(nn.Module):
         self.window = sliding_window(student.config)
         # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
-        if getattr(student.get_output_embeddings(), "bias", None) is not None:
-            expected, remedy = "an output head without bias", "use another student"
-            raise InputError("student", expected=expected, got="one with bias", remedy=remedy)
+        check_head_kind(student)
         self.config = dataclasses.replace(config, last_step=find_last_step(student, self.hidden))
 
     @property

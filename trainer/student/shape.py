@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line
+from q4kd.trainer.student.architecture import check_head_kind, check_layers
 from q4kd.trainer.student.folder import check_folder, reading_student
+from q4kd.trainer.student.loaded import without_report
 from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.stored_head import unties_head
 
@@ -105,18 +107,21 @@ def shape_student(
     what is saved for the gradients of weights is not kept for frozen ones. Parameters are counted without adapters.
 
     Raises:
-        InputError: when the folder is not a causal LM, has fewer positions, takes no mask where one is needed, or its
-            code cannot be followed without values.
+        InputError: when the folder is not a causal LM, has fewer positions, a head that the loss cannot multiply by,
+            or layers that no mask keeps apart where one is needed, or its code cannot be followed without values.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(folder)
-    with reading_student(folder):
+    with reading_student(folder), without_report():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_positions(config.get_text_config(), length)
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
+            check_head_kind(model)
+            if is_masked:
+                check_layers(model, length)
             if _is_tied(model) and unties_head(folder, model, dtype):
                 config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
                 model = make(config, dtype=dtype, trust_remote_code=False)

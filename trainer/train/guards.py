@@ -12,8 +12,10 @@ from q4kd.trainer.data.batch import Batch
 from q4kd.trainer.data.training_data import Order
 from q4kd.trainer.errors import DegenerateDistillationError, InputError
 from q4kd.trainer.files import sha256_file
+from q4kd.trainer.formats.gguf.vocabulary import is_same_token
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.student.architecture import check_layers
 from q4kd.trainer.student.folder import has_weights
 from q4kd.trainer.student.model import DistillationModel, StudentHead
 from q4kd.trainer.teacher.teacher import Teacher
@@ -64,8 +66,8 @@ def check_vocabulary(
     if not teacher_tokens:
         raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
     for token, index in student_ids.items():
-        if index >= len(teacher_tokens) or teacher_tokens[index] != token:
-            other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+        other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
+        if index >= len(teacher_tokens) or not is_same_token(other, token):
             raise _wrong_vocabulary(
                 f"the same token at every id (student: id {index} is {token!r})",
                 f"{other!r} in the teacher",
@@ -107,12 +109,7 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     Raises:
         InputError: when one of them does, or only some of the layers have a window that is shorter than a sequence.
     """
-    window = getattr(student_config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(student_config, "layer_types", None) or ())
-    if slides and window is not None and window < seq_len:
-        expected = f"attention over all {seq_len} positions for packing: documents"
-        got = f"a sliding window of {window}"
-        raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")
+    check_layers(getattr(model, "module", model).student, seq_len)
     first, dtype = min(4, seq_len // 2), getattr(model, "module", model).student.dtype
     positions = torch.arange(seq_len, device=device)
     ids_1T = (positions % vocab_size)[None]

@@ -32,9 +32,10 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
+from q4kd.harness.subjects.data.rewriting import REWRITING, rewritten_chats, rewritten_texts
 from q4kd.trainer.files import read_json, write_json
 
-SEQ_LEN, BEGIN, BUFFER = 24, 0, 9
+SEQ_LEN, WHOLE, BEGIN, BUFFER = 24, 512, 0, 9
 _SAID = "{{ m['content'] }}</>\n"
 _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -46,6 +47,7 @@ TEMPLATES = {
     "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
     f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
 }
+TEMPLATES |= REWRITING
 # Labels of a window, by its ids.
 _Windows = dict[tuple[int, ...], list[int]]
 
@@ -116,17 +118,23 @@ def _cases(inputs: Inputs) -> Path:
         "many": {"settings": settings(parquet), "sequences": 1, "steps": many, "resume": many},
         "many-stream": {"settings": settings(lines, **stream), "sequences": 1, "steps": many, "resume": many},
     }
-    own = {"packing": "none", "seq_len": SEQ_LEN}
-    for name, data, more in (
-        ("chat", chats, {"student": str(chat_student(inputs, "chat")), "completion_only": True}),
-        ("marked", chats, {"student": str(chat_student(inputs, "marked")), "completion_only": True}),
-        ("tools", tools, {"student": str(chat_student(inputs, "tools")), "completion_only": True}),
-        ("completion", pairs, {"completion_only": True}),
-        ("tokens", masked, {}),
-        ("begin", pairs_and_texts, {"student": str(begin_student(inputs))}),
-    ):
+    data = {
+        "chat": chats,
+        "marked": chats,
+        "tools": tools,
+        "completion": pairs,
+        "tokens": masked,
+        "begin": pairs_and_texts,
+        **{name: rewritten_chats(inputs, name) for name in REWRITING},
+    }
+    for name, source in data.items():
+        more: dict[str, object] = {"completion_only": True} if name in ("completion", *TEMPLATES) else {}
+        if name in TEMPLATES:
+            more["student"] = str(chat_student(inputs, name))
+        elif name == "begin":
+            more["student"] = str(begin_student(inputs))
         steps = len(_labelled(inputs, name))
-        changed = run_settings(inputs, data, **own, **more)
+        changed = run_settings(inputs, source, packing="none", seq_len=_length(name), **more)
         cases[name] = {"settings": changed, "sequences": 1, "steps": steps, "resume": steps}
     return inputs.file("batch-cases.json", lambda path: write_json(path, cases))
 
@@ -172,6 +180,10 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
                 encode_texts(inputs, [completion]),
             )
             yield [*before, *after], [False] * len(before) + [True] * len(after)
+    elif form in REWRITING:
+        for text, learnt in rewritten_texts(form):
+            found = tokenizer.encode(text, add_special_tokens=False)
+            yield found.ids, [any(a < end and z > begin for begin, end in learnt) for a, z in found.offsets]
     else:
         for number, messages in enumerate(chat_messages()):
             text, said = f"<tools>{json.dumps(tool(number))}</>\n" if form == "tools" else "", []
@@ -189,13 +201,18 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             )
 
 
+def _length(form: str) -> int:
+    # Examples of one chat begin alike, so each is a window by itself.
+    return WHOLE if form in REWRITING else SEQ_LEN
+
+
 def _labelled(inputs: Inputs, form: str) -> _Windows:
     """Return the windows of a form's documents, each document cut by itself."""
     windows: _Windows = {}
     for ids, learnt in _documents_of(inputs, form):
         labels = [token if learns else MASKED for token, learns in zip(ids, learnt, strict=True)]
-        for start in range(0, len(labels) - 1, SEQ_LEN):
-            stop = min(start + SEQ_LEN, len(labels) - 1)
+        for start in range(0, len(labels) - 1, _length(form)):
+            stop = min(start + _length(form), len(labels) - 1)
             windows[tuple(ids[start:stop])] = labels[start + 1 : stop + 1]
     return windows
 
@@ -204,12 +221,12 @@ def _label_table(wanted: _Windows, ids: Array, labels: Array) -> dict[str, int |
     counts: Counter[str] = Counter()
     seen = set()
     for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
-        key = next((tuple(row[:n]) for n in range(SEQ_LEN, 0, -1) if tuple(row[:n]) in wanted), None)
+        key = next((tuple(row[:n]) for n in range(len(row), 0, -1) if tuple(row[:n]) in wanted), None)
         if key is None:
             counts["unknown windows"] += 1
             continue
         seen.add(key)
-        expected = wanted[key] + [MASKED] * (SEQ_LEN - len(key))
+        expected = wanted[key] + [MASKED] * (len(row) - len(key))
         before = MASKED
         for found, right in zip(label, expected, strict=True):
             counts["labelled and not to be learnt"] += right == MASKED != found
@@ -296,7 +313,7 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
             "epoch": _epoch_table(windows, found["memory-ids"], found["memory-labels"]),
             "many": _many_table(inputs, found),
         }
-        for form in ("chat", "marked", "tools", "completion", "tokens", "begin"):
+        for form in ("chat", "marked", "tools", "completion", "tokens", "begin", *REWRITING):
             tables[form] = _label_table(_labelled(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
         return {"tables": tables}
     if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from q4kd.harness.runs.faults import Call, fault, patch, replace
 
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from q4kd.trainer.data.packing import Window, Windows
     from q4kd.trainer.data.stream import StreamOrder
 
+_Reply = dict[str, Any]
+
 _TEACHER = "q4kd.trainer.teacher.teacher:Teacher._checked_hidden"
 _STUDENT = "q4kd.trainer.student.model:DistillationModel.hidden"
 _CUT = "q4kd.trainer.data.packing:Windows._cut"
 _REACHING = "q4kd.trainer.data.chats.template:_reaching"
 _CHAT = "q4kd.trainer.data.chats.template:ChatTemplate.encode"
+_CHECKED = "q4kd.trainer.data.chats.renderer:checked"
 _ENCODE_ONE = "q4kd.trainer.data.encoding:DocumentEncoder._encode_one"
 _BEGIN = "q4kd.trainer.data.tokenizing:begin_tokens"
 _CONTEXT = "q4kd.trainer.data.sources.fields:read_context"
@@ -48,8 +51,8 @@ def _border_labels_kept(original: Callable[..., "Window"], self: "Windows", star
 
 
 @patch("loss", "prompt-labelled", "prompts are learnt too in spite of completion_only", _CHAT)
-def _prompt_labelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
-    return dataclasses.replace(original(*arguments), learnt=None)
+def _prompt_labelled(original: Callable[..., "list[Encoded]"], *arguments: object) -> "list[Encoded]":
+    return [dataclasses.replace(encoded, learnt=None) for encoded in original(*arguments)]
 
 
 @patch("loop", "begin-token-left-out", "texts begin without what the tokenizer puts before them", _BEGIN)
@@ -83,6 +86,10 @@ def _without_first(encoded: "Encoded") -> "Encoded":
 
 
 @patch("loss", "turn-first-unlabelled", "the first token of what the assistant says has no label", _CHAT)
+def _first_of_turn_unlabelled(original: Callable[..., "list[Encoded]"], *arguments: object) -> "list[Encoded]":
+    return [_without_first(encoded) for encoded in original(*arguments)]
+
+
 @patch("loss", "completion-first-unlabelled", "the first token of a completion has no label", _ENCODE_ONE)
 def _first_unlabelled(original: Callable[..., "Encoded"], *arguments: object) -> "Encoded":
     return _without_first(original(*arguments))
@@ -93,6 +100,36 @@ def _border_unlabelled(
     original: Callable[..., "npt.NDArray[np.bool_]"], offsets: "npt.NDArray[np.int64]", begin: int, end: int
 ) -> "npt.NDArray[np.bool_]":
     return original(offsets, begin, end) & (offsets[:, 0] >= begin)
+
+
+@patch("loop", "last-turn-alone-learnt", "of a chat that is several examples only the last is kept", _CHAT)
+def _last_turn_alone(original: Callable[..., "list[Encoded]"], *arguments: object) -> "list[Encoded]":
+    return [dataclasses.replace(encoded, part=(0, 1)) for encoded in original(*arguments)[-1:]]
+
+
+@patch("loop", "history-as-first-written", "earlier turns are kept as they were learnt, and not written anew", _CHECKED)
+def _history_as_written(original: Callable[..., _Reply], reply: _Reply) -> _Reply:
+    """Join the examples of a chat: before each answer stands what was learnt before it."""
+    joined: _Reply = {}
+    for example in original(reply).get("examples", ()):
+        if not joined:
+            joined = {**example}
+            continue
+        begin = example["spans"][0][0]
+        # The question after an answer is what follows the last end of a turn of another.
+        asked = example["text"].rindex("user", 0, begin)
+        text, move = example["text"][asked:], len(joined["text"]) - asked
+        joined["text"] += text
+        joined["spans"] = [*joined["spans"], *((first + move, last + move) for first, last in example["spans"])]
+        joined["turns"] = [*joined["turns"], *example["turns"]]
+    return {"examples": [joined]} if joined else reply
+
+
+@patch("loss", "history-learnt-again", "answers are learnt again where they are the history of others", _CHECKED)
+def _history_learnt_again(original: Callable[..., _Reply], reply: _Reply) -> _Reply:
+    first, *more = original(reply).get("examples") or [{}]
+    again = [{**one, "spans": [(0, one["spans"][-1][1])], "turns": [0]} for one in more]
+    return {"examples": [first, *again]} if first else reply
 
 
 @patch("loop", "second-group-lost", "the second 512 documents are not tokenised", _ENCODE_ALL)

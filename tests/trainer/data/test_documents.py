@@ -162,8 +162,8 @@ def test_groups_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     class Chats:
         closed = 0
 
-        def encode(self, messages: Any, where: str, context: Any = None, learns: Any = None) -> Encoded:
-            return Encoded.make([len(messages)])
+        def encode(self, messages: Any, where: str, context: Any = None, learns: Any = None) -> list[Encoded]:
+            return [Encoded.make([len(messages)])]
 
         def prepare(self, documents: Any) -> None:
             assert all(document.messages for document in documents)

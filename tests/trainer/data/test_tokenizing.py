@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from q4kd.trainer.data.documents import Document
 from q4kd.trainer.data.encoding import DocumentEncoder
-from q4kd.trainer.data.tokenizing import begin_tokens, continuing, describe_begin, file_begin
+from q4kd.trainer.data.tokenizing import begin_tokens, continuing, describe_begin, file_begin, tokens_with_rows
 from q4kd.trainer.demo import student_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.student.model import encoder, load_tokenizer
@@ -134,3 +134,15 @@ def test_it_is_said_where_tokenizer_and_teacher_differ() -> None:
     assert "teacher's file wants none" in describe_begin(tokenizer, [1], "auto", {"tokenizer.ggml.model": "gpt2"})
     assert not describe_begin(tokenizer, [], "auto", None)
     assert "begin_of_text false" in describe_begin(tokenizer, [], "false", None)
+
+
+def test_special_tokens_past_the_rows_are_left_out_and_texts_with_one_refused() -> None:
+    tokenizer = load_tokenizer(student_path())
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_tokens(["<plain>"])
+    assert set(tokenizer.get_vocab()) - set(tokens_with_rows(tokenizer, rows)) == {"<image>"}
+    assert tokens_with_rows(tokenizer, rows + 2) == tokenizer.get_vocab()
+    documents = DocumentEncoder(encoder(tokenizer), 0, vocab_size=rows)
+    with pytest.raises(InputError, match=f"token ids from 0 to {rows - 1}"):
+        list(documents.encode([Document("d:1", "see <image>")]))

@@ -1,8 +1,9 @@
 """The program that renders chats. A template comes with a model, so it gets bounded processor time and memory.
 
-It is started by its path and imports nothing of this package. Requests and replies are lines of JSON; the first request
-sets it up. The environment is that of transformers (utils/chat_template_utils.py) but for three things: the date is
-one that was chosen, random filters start from the same seed, and ``{% generation %}`` leaves marks in the text.
+It is started by its path and imports nothing of this package but ``turns``. Requests and replies are lines of JSON; the
+first request sets it up. The environment is that of transformers (utils/chat_template_utils.py) but for three things:
+the date is one that was chosen, random filters start from the same seed, and ``{% generation %}`` leaves marks in the
+text.
 """
 
 import datetime
@@ -13,24 +14,17 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
-MAX_TEXT = 64 << 20
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-# Two contents that share no letter: what is written of both before they differ is what opens a turn.
-_FIRST, _SECOND = "Qx7", "Zk3"
-
-Message = dict[str, Any]
-Render = Callable[..., str]
-
-
-class _Refused(Exception):  # noqa: N818 - not an error of the template's
-    """Says why a chat has no text, in a few words."""
-
-
-class _Rewritten(Exception):  # noqa: N818 - not an error of the template's
-    """A message, counted from 1, whose text depends on those after it."""
+from q4kd.trainer.data.chats.turns import (
+    MAX_TEXT,
+    REASONING,
+    Example,
+    Message,
+    Refused,
+    Rewritten,
+    find_examples,
+)
 
 
 def _environment(date: datetime.datetime, marks: tuple[str, str]) -> Any:
@@ -77,7 +71,7 @@ def _environment(date: datetime.datetime, marks: tuple[str, str]) -> Any:
 
 
 def _with_reasoning(message: Message) -> Message:
-    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
@@ -99,7 +93,7 @@ class Renderer:
         self._undefined: type[Exception] = jinja2.exceptions.UndefinedError
 
     def reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the text of a chat; see ``_reply``.
+        """Return the examples of a chat; see ``_reply``.
 
         A message without content (a call of a tool) is given as it is, then with null, then with an empty text, until
         the template takes it: templates differ in which they can read.
@@ -116,23 +110,24 @@ class Renderer:
                 if fill == "":
                     raise
                 continue
-            if not (lacks and "None" in found["text"] and "None" not in written):
+            says_none = any("None" in example["text"] for example in found["examples"])
+            if not (lacks and says_none and "None" not in written):
                 return found
-        raise _Refused("a template that writes None for a message without content")
+        raise Refused("a template that writes None for a message without content")
 
     def _reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``text`` of a chat and ``spans``: characters ``[begin, end)`` of each message asked for in ``turns``.
+        """Return the ``examples`` of a chat, as ``turns.find_examples`` does for ``turns`` and ``whole``.
 
-        With ``marked`` they are what the template marks itself, in order.
+        With ``marked`` their spans are what the template marks itself.
         """
         options = {**request.get("variables", {}), "tools": request.get("tools"), "documents": request.get("documents")}
 
         def marked(messages: Sequence[Message], **more: Any) -> str:
             random.seed(0)
-            known = {**self._special, "add_generation_prompt": False, **options, **more, "messages": messages}
+            known = {**self._special, "add_generation_prompt": False, **more, **options, "messages": messages}
             text = self._template.render(known)
             if len(text) > MAX_TEXT:
-                raise _Refused(f"a text of {len(text)} characters")
+                raise Refused(f"a text of {len(text)} characters")
             return str(text)
 
         def render(messages: Sequence[Message], **more: Any) -> str:
@@ -142,38 +137,27 @@ class Renderer:
             return text
 
         messages = [_with_reasoning(message) for message in request["messages"]]
-        if request.get("marked"):
-            return self._without_marks(marked(messages))
-        text = render(messages)
-        return {"text": text, "spans": [_span(render, messages, index, text) for index in request.get("turns", ())]}
+        if not request.get("marked"):
+            turns, whole = request.get("turns", ()), request.get("whole", False)
+            return {"examples": find_examples(render, messages, turns, whole=whole)}
+        examples = find_examples(render, messages, (), whole=True, as_written=True)
+        for example in examples:
+            self._find_marks(example, marked(messages[: example["last"] + 1]), messages)
+        return {"examples": examples}
 
-    def _without_marks(self, text: str) -> dict[str, Any]:
-        spans, parts, length = [], [], 0
+    def _find_marks(self, example: Example, text: str, messages: Sequence[Message]) -> None:
+        """Set the spans of an example to those that are marked in its text and new in it, and ``turns`` if they fit."""
         head, *pieces = text.split(self._marks[0])
-        parts.append(head)
-        length += len(head)
+        parts, length, spans = [head], len(head), []
         for piece in pieces:
             said, _, after = piece.partition(self._marks[1])
-            spans.append((length, length + len(said)))
+            if length + len(said) > example["fresh"]:
+                spans.append((length, length + len(said)))
             parts += [said, after]
             length += len(said) + len(after)
-        return {"text": "".join(parts), "spans": spans}
-
-
-def _span(render: Render, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-    """Return the characters of a message: all from its opened turn to its end."""
-    upto = text if index == len(messages) - 1 else render(messages[: index + 1])
-    if index == 0:
-        role = messages[0]["role"]
-        tries = [render([{"role": role, "content": content}]) for content in (_FIRST, _SECOND)]
-        before = commonprefix([*tries, upto])  # noqa: RUF071 - of texts, not of paths
-    elif messages[index]["role"] == "assistant":
-        before = render(messages[:index], add_generation_prompt=True)
-    else:
-        before = render(messages[:index])
-    if not upto.startswith(before) or not text.startswith(upto):
-        raise _Rewritten(index + 1)
-    return len(before), len(upto)
+        indices = range(example["first"], example["last"] + 1)
+        answers = [index for index in indices if messages[index]["role"] == "assistant"]
+        example |= {"text": "".join(parts), "spans": spans, "turns": answers if len(answers) == len(spans) else None}
 
 
 def _reason(error: Exception) -> str:
@@ -183,7 +167,7 @@ def _reason(error: Exception) -> str:
     # Messages of the template's own come as they are.
     return (
         said[:160]
-        if type(error).__name__ in ("TemplateError", "_Refused") and said
+        if type(error).__name__ in ("TemplateError", "Refused") and said
         else (f"{type(error).__name__}: {said}"[:160])
     )
 
@@ -193,7 +177,7 @@ def _answer(renderer: Renderer, request: Mapping[str, Any], seconds: float) -> d
     signal.setitimer(signal.ITIMER_PROF, seconds + 0.01 * len(request["messages"]))
     try:
         return renderer.reply(request)
-    except _Rewritten as error:
+    except Rewritten as error:
         return {"rewrites": error.args[0]}
     except Exception as error:
         return {"error": _reason(error)}

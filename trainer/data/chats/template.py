@@ -2,7 +2,7 @@
 
 Where the template marks generation (``{% generation %}``), what it marks is what the assistant said. Otherwise two
 texts are rendered for a message: all up to its opened turn, and all up to its end; what the second adds is the message.
-Both must be prefixes of the whole text, which is checked for each chat: some templates rewrite earlier turns.
+A chat whose template writes earlier turns anew is several examples (see ``turns.py``).
 """
 
 import datetime
@@ -54,8 +54,10 @@ class ChatTemplate:
         where: str,
         context: Mapping[str, Any] | None = None,
         learns: Sequence[bool | None] | None = None,
-    ) -> Encoded:
-        """Return a chat's tokens and which are learnt.
+    ) -> list[Encoded]:
+        """Return the examples of a chat: tokens and which are learnt.
+
+        Every message is learnt in one example at most; one is enough unless the template rewrites earlier turns.
 
         Args:
             messages: messages with ``role`` and ``content``.
@@ -65,7 +67,7 @@ class ChatTemplate:
 
         Raises:
             InputError: naming ``where`` when there is no template, it refuses the chat, does not write what the chat
-                brings, rewrites earlier turns, or takes too much time or memory.
+                brings, opens an answer so that this one does not go on from there, or takes too much time or memory.
         """
         template = getattr(self._tokenizer, "chat_template", None)
         if not isinstance(template, str):
@@ -73,22 +75,23 @@ class ChatTemplate:
             raise _refuse(where, expected, got, "add chat_template.jinja to the student's folder")
         _check_written(template, messages, context or {}, where)
         asked = [index for index, flag in enumerate(learns or ()) if flag is not None]
-        if (self._completion_only or asked) and not self._tokenizer.is_fast:
+        request = self._request(template, messages, context, learns)
+        examples = self._render(template, request, where, self._ready.pop(id(messages), None))["examples"]
+        if not self._completion_only and not asked and len(examples) == 1:
+            text = examples[0]["text"]
+            return [Encoded.make(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])]
+        if not self._tokenizer.is_fast:
             expected = "a fast tokenizer, for labels on a part of a chat"
             raise _refuse(where, expected, type(self._tokenizer).__name__, "save the tokenizer as tokenizer.json")
-        request = self._request(template, messages, context, learns)
-        reply = self._render(template, request, where, self._ready.pop(id(messages), None))
-        if not self._completion_only and not asked:
-            return Encoded.make(self._tokenizer(reply["text"], add_special_tokens=False, verbose=False)["input_ids"])
-        turns, spans = request.get("turns"), reply["spans"]
-        if turns is None:
-            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if asked and (len(spans) != len(turns) or not set(asked) <= set(turns)):
-                expected, got = "a marked turn for each message that has a weight", f"{len(spans)} marked turns"
+        if asked and request.get("marked"):
+            marked = [index for example in examples for index in example["turns"] or ()]
+            if None in [example["turns"] for example in examples] or not set(asked) <= set(marked):
+                expected, got = "a marked turn for each message that has a weight", "other marked turns"
                 raise _refuse(where, expected, got, "give weights to the assistant's messages alone")
-        # What is asked for is learnt unless its message says otherwise.
-        flags = [not learns or learns[index] is not False for index in turns] if asked else [True] * len(spans)
-        return self._with_labels(reply["text"], spans, flags)
+        return [
+            self._with_labels(example, learns if asked else None, (n, len(examples)))
+            for n, example in enumerate(examples)
+        ]
 
     def _request(
         self,
@@ -100,13 +103,11 @@ class ChatTemplate:
         """Return what the renderer is asked for a chat, with the messages whose characters are to be found."""
         request: dict[str, Any] = {**(context or {}), "messages": [dict(message) for message in messages]}
         asked = {index for index, flag in enumerate(learns or ()) if flag is not None}
-        if not self._completion_only and not asked:
-            return request
-        if _MARKED.search(template):
+        if (self._completion_only or asked) and _MARKED.search(template):
             return {**request, "marked": True}
         if self._completion_only:
             asked |= {index for index, message in enumerate(messages) if message["role"] == "assistant"}
-        return {**request, "turns": sorted(asked)}
+        return {**request, "turns": sorted(asked), "whole": not self._completion_only}
 
     def prepare(self, documents: Iterable[Document]) -> None:
         """Render several chats at once; each is refused when it is encoded."""
@@ -132,14 +133,20 @@ class ChatTemplate:
             replies = self._renderer(template).render_all([request for _, request in group])
             self._ready.update(zip([key for key, _ in group], replies, strict=False))
 
-    def _with_labels(self, text: str, spans: Sequence[tuple[int, int]], flags: Sequence[bool]) -> Encoded:
-        """Return the tokens of a text; those that reach into a span are learnt or not as its flag says."""
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    def _with_labels(
+        self, example: Mapping[str, Any], learns: Sequence[bool | None] | None, part: tuple[int, int]
+    ) -> Encoded:
+        """Return the tokens of an example.
+
+        Those that reach into a span are learnt unless ``learns`` says otherwise of its message, and what is before
+        ``fresh`` was learnt in an earlier example.
+        """
+        found = self._tokenizer(example["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-        learnt = np.full(len(offsets), not self._completion_only)
-        for (begin, end), flag in zip(spans, flags, strict=True):
-            learnt[_reaching(offsets, begin, end)] = flag
-        return Encoded.make(found["input_ids"], learnt)
+        learnt = (offsets[:, 0] >= example["fresh"]) & (not self._completion_only)
+        for number, (begin, end) in enumerate(example["spans"]):
+            learnt[_reaching(offsets, begin, end)] = learns is None or learns[example["turns"][number]] is not False
+        return Encoded.make(found["input_ids"], learnt, part)
 
     def _renderer(self, template: str) -> ChatRenderer:
         if template not in self._renderers:
@@ -153,7 +160,8 @@ class ChatTemplate:
     ) -> dict[str, Any]:
         try:
             reply = self._renderer(template).render(request) if ready is None else checked(ready)
-            reply["text"].encode()
+            for example in reply["examples"]:
+                example["text"].encode()
         except UnicodeEncodeError as error:
             raise _refuse(where, "Unicode text", "half a surrogate pair", "mend or remove the record") from error
         except RewritingError as error:

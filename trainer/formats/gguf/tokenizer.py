@@ -1,6 +1,7 @@
 """Makes a tokenizer of the ``tokenizers`` library from what a GGUF holds: the inverse of ``gguf/vocabulary.py``."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -9,16 +10,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
-from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, SENTENCEPIECE, SPACE
+from q4kd.trainer.formats.gguf.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, PreTokenizer
+from q4kd.trainer.formats.gguf.vocabulary import SENTENCEPIECE, SPACE
 from q4kd.trainer.formats.model_file import ModelFile
 
 _OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
-_SPLITS = {"qwen2": QWEN2_SPLIT, "llama-bpe": LLAMA3_SPLIT}
 # Longer pieces, in characters, are not taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
 _MAX_PIECE = 256
 # Gemma's 262,144 pieces have 1.5 million characters and are made by 513,511 merges. 1.7 million took 11 s and 0.9 GB.
 _MAX_CHARACTERS, _MAX_MERGES = 8_000_000, 2_000_000
-_PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
+# Gemma's runs of spaces are user-defined, and merged from single ones all the same.
+_MERGED = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)
 
 
 def read_tokenizer(model: ModelFile) -> Tokenizer:
@@ -29,21 +31,27 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     """
     types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
     check_kind(subject, model.metadata)
+    is_sentencepiece = model.metadata["tokenizer.ggml.model"] == SENTENCEPIECE
     if not _is_array(types) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
     used = enumerate(zip(model.tokens, types, strict=True))
     vocab = {token: index for index, (token, of_token) in used if of_token != gguf.TokenType.UNUSED}
     try:
-        if model.metadata["tokenizer.ggml.model"] == SENTENCEPIECE:
+        if is_sentencepiece:
             tokenizer = _sentencepiece(model, vocab, types)
         else:
-            tokenizer = _byte_level(model, vocab, model.metadata["tokenizer.ggml.pre"])
+            tokenizer = _byte_level(model, vocab, BY_NAME[str(model.metadata["tokenizer.ggml.pre"])])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         expected = "tokens and merges that fit together"
         raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
-    for kind_of_token, is_special in ((gguf.TokenType.CONTROL, True), (gguf.TokenType.USER_DEFINED, False)):
-        chosen = [token for token, of_token in zip(model.tokens, types, strict=True) if of_token == kind_of_token]
-        added = [AddedToken(token, special=is_special, normalized=False) for token in chosen if token]
+    special = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
+    for kinds, is_special in ((special, True), ((gguf.TokenType.USER_DEFINED,), False)):
+        chosen = [token for token, of_token in zip(model.tokens, types, strict=True) if of_token in kinds]
+        added = [
+            AddedToken(token, special=is_special, normalized=False)
+            for token in chosen
+            if token and not (is_sentencepiece and _is_run(token, gguf.TokenType.USER_DEFINED))
+        ]
         # All at once: the library goes over every added token at each call.
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     return tokenizer
@@ -56,10 +64,15 @@ def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
         InputError: naming both.
     """
     kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
-    if not ((kind == SENTENCEPIECE and tokens) or (kind == "gpt2" and pre in _PRE_TOKENIZERS)):
-        expected = f"gpt2 with pre-tokenizer {', '.join(_PRE_TOKENIZERS)}, or llama"
+    if not ((kind == SENTENCEPIECE and tokens) or (kind == "gpt2" and str(pre) in BY_NAME)):
+        expected = f"gpt2 with pre-tokenizer {', '.join(one.name for one in PRE_TOKENIZERS)}, or llama"
         got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
         raise InputError(subject, expected=expected, got=got, remedy=_OTHERWISE)
+
+
+def _is_run(token: str, of_token: int) -> bool:
+    """Return whether a token is several spaces, which SentencePiece has as one of its pieces."""
+    return bool(of_token == gguf.TokenType.USER_DEFINED and len(token) > 1 and not token.strip(" "))
 
 
 def _is_array(value: object) -> TypeGuard[Sequence[Any]]:
@@ -67,21 +80,20 @@ def _is_array(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple | MetadataArray)
 
 
-def _byte_level(model: ModelFile, vocab: dict[str, int], pre: str) -> Tokenizer:
+def _byte_level(model: ModelFile, vocab: dict[str, int], pre: PreTokenizer) -> Tokenizer:
     listed = model.metadata.get("tokenizer.ggml.merges")
     pairs = [str(merge).partition(" ")[::2] for merge in listed] if _is_array(listed) else []
     merges = [(left, right) for left, right in pairs if {left, right, left + right} <= vocab.keys()]
     if len(merges) < len(pairs) or not merges:
         raise ValueError(f"{len(pairs) - len(merges)} of {len(pairs)} merges name no tokens")
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
     steps: list[Any] = []
-    if pre in _SPLITS:
-        steps.append(pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated", invert=False))
-    elif pre == "smollm":
+    if pre.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pre == "qwen2":
+    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated", invert=False) for split in pre.splits]
+    if pre.composes:
         tokenizer.normalizer = normalizers.NFC()
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -92,12 +104,22 @@ def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: Sequence[int]
     scores = model.metadata.get("tokenizer.ggml.scores")
     if not _is_array(scores) or len(scores) != len(model.tokens):
         raise ValueError("no score for each token")
-    normal = {token: index for token, index in vocab.items() if types[index] == gguf.TokenType.NORMAL}
-    pieces = [(token, index) for token, index in normal.items() if len(token) <= _MAX_PIECE]
-    if (count := sum(len(token) for token, _index in pieces)) > _MAX_CHARACTERS:
+    # llama.cpp's converter writes runs of spaces as they are, without their scores: they come before everything else.
+    runs = {token.replace(" ", SPACE): index for token, index in vocab.items() if _is_run(token, types[index])}
+    vocab = {token: index for token, index in vocab.items() if not _is_run(token, types[index])} | runs
+    normal = {token: index for token, index in vocab.items() if types[index] in _MERGED}
+    ranks = {token: -math.inf if token in runs else -scores[index] for token, index in normal.items()}
+    pieces = [(token, rank) for token, rank in ranks.items() if len(token) <= _MAX_PIECE]
+    if (count := sum(len(token) for token, _rank in pieces)) > _MAX_CHARACTERS:
         raise ValueError(f"pieces of {count:,} characters together")
     every = (
-        (-scores[index], normal[token[:cut]], normal[token[cut:]], token[:cut], token[cut:])
+        (
+            -math.inf if token in runs else -scores[index],
+            normal[token[:cut]],
+            normal[token[cut:]],
+            token[:cut],
+            token[cut:],
+        )
         for token, index in pieces
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal

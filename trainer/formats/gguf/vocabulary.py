@@ -2,29 +2,26 @@
 
 llama.cpp has names for two kinds of tokenizer, and for how each cuts text before it merges pieces:
 
-    "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split: gpt-2, qwen2, llama-bpe, smollm
+    "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split, one of ``pre_tokenizers.py``
     "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
              neighbours whose union has the highest score, SentencePiece's score is minus the rank of the merge, and
              tokenizer.json keeps the ranks, so the scores come back from them
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, find_pre_tokenizers, merges_reach, steps
 
-# The split expressions of Qwen2's and Llama 3's own tokenizers, which llama.cpp calls "qwen2" and "llama-bpe".
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPACE = "\u2581"  # SentencePiece writes a space as this character.
 SENTENCEPIECE = "llama"
 SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
+_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _BYTE = re.compile("<0x..>", re.DOTALL)
 
 
@@ -55,47 +52,30 @@ def config_special_ids(settings: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of tokenizer.json, sequences (whose members are under ``inner``) flattened."""
-    if part and part.get("type") == "Sequence":
-        for step in part[inner]:
-            yield from steps(step, inner)
-    elif part:
-        yield part
-
-
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for how tokenizer.json splits text: one of the splits above, or ``SENTENCEPIECE``.
+    """Return llama.cpp's name for how tokenizer.json splits text, or ``SENTENCEPIECE``, by what its steps do.
 
     Raises:
         InputError: for any other, since a wrong name tokenises wrongly without an error.
     """
     model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer")
-    cuts = list(steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    kinds = [step.get("type") for step in cuts]
-    plain = not any(step.get("add_prefix_space", False) for step in cuts)
+    kinds = [step.get("type") for step in steps(tokenizer.get("pre_tokenizer"), "pretokenizers")]
     whole_words = bool(model.get("ignore_merges", False))
     if model.get("type") == "BPE" and model.get("byte_fallback"):
         if _space_prefix(tokenizer) is not None and not whole_words:
             return SENTENCEPIECE
-    elif model.get("type") == "BPE" and plain:
-        if kinds == ["ByteLevel"] and cuts[0].get("use_regex", True) and not normalizer and not whole_words:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and cuts[0].get("individual_digits") and cuts[1].get("use_regex", True):
-            if not normalizer and not whole_words:
-                return "smollm"
-        elif kinds == ["Split", "ByteLevel"] and not cuts[1].get("use_regex", True):
-            pattern = cuts[0].get("pattern")
-            # NFC is Qwen2's own; llama.cpp leaves it out, and for composed text it changes nothing.
-            composed = (normalizer or {"type": "NFC"}).get("type") == "NFC"
-            if pattern == {"Regex": QWEN2_SPLIT} and composed and not whole_words:
-                return "qwen2"
-            # llama.cpp takes a word that is a token before it looks at any merge, as ignore_merges says.
-            if pattern == {"Regex": LLAMA3_SPLIT} and not normalizer and whole_words:
-                return "llama-bpe"
+    elif model.get("type") == "BPE" and (found := find_pre_tokenizers(tokenizer)):
+        # llama.cpp takes a word that is a token before it looks at any merge, or it does not, as the name says.
+        if found[0].whole_words == whole_words:
+            return found[0].name
+        added = {token["content"] for token in tokenizer.get("added_tokens", ())}
+        if merges_reach(model["vocab"], merge_pairs(tokenizer), added):
+            return found[0].name
+        kinds.append("ignore_merges" if whole_words else "no ignore_merges")
+    names = ", ".join(one.name for one in PRE_TOKENIZERS)
     raise InputError(
         "tokenizer.json",
-        expected="a byte-level BPE that splits as GPT-2, Qwen2, Llama 3 or SmolLM does, or a SentencePiece BPE",
+        expected=f"a byte-level BPE that splits as {names}, or a SentencePiece BPE",
         got=f"model {model.get('type')}, normalizer {(normalizer or {}).get('type')}, pre-tokenizer {kinds}",
         remedy="export this model with llama.cpp's convert_hf_to_gguf.py",
     )
@@ -108,7 +88,8 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
     """
     cuts = list(steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     normalizers = list(steps(tokenizer.get("normalizer"), "normalizers"))
-    if not cuts:
+    # Gemma cuts at spaces when its normaliser has left none.
+    if not cuts or (normalizers and cuts == [_AT_SPACES]):
         replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         prepended = {"type": "Prepend", "prepend": SPACE}
         known = {1: ([replaced], False), 2: ([prepended, replaced], True)}
@@ -149,7 +130,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
     if pre == SENTENCEPIECE:
         kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _BYTE.fullmatch(token)}
-    for added in tokenizer.get("added_tokens", ()):
+    for added in added_tokens(tokenizer, rows):
+        _check_added(added)
         by_id[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if pre == SENTENCEPIECE and "unk" in vocabulary.special_ids:
@@ -176,6 +158,28 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     if vocabulary.chat_templates:
         templates = vocabulary.chat_templates.items()
         writer.add_chat_template([{"name": name, "template": template} for name, template in templates])
+
+
+def is_same_token(written: str, token: str) -> bool:
+    """Return whether a GGUF's string is a token: llama.cpp's converter writes user-defined pieces with plain spaces."""
+    return token in (written, written.replace(" ", SPACE))
+
+
+def added_tokens(tokenizer: Mapping[str, Any], rows: int) -> list[Mapping[str, Any]]:
+    """Return the added tokens of tokenizer.json, without special ones past the embedding's ``rows``.
+
+    Gemma 3 has one for pictures, which its models of texts alone have no row for.
+    """
+    return [added for added in tokenizer.get("added_tokens", ()) if not added["special"] or added["id"] < rows]
+
+
+def _check_added(added: Mapping[str, Any]) -> None:
+    """Refuse an added token that takes spaces with it or is none within a word: a GGUF has no place for that."""
+    for flag in ("lstrip", "rstrip", "single_word"):
+        if added.get(flag):
+            subject, got = "tokenizer.json", f"added token {added['content'][:40]!r} with {flag}"
+            remedy = f"set {flag} to false if the model does without, or export with llama.cpp's convert_hf_to_gguf.py"
+            raise InputError(subject, expected=f"added tokens without {flag}", got=got, remedy=remedy)
 
 
 def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.tokenizing import tokens_with_rows
 from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.device.memory_report import Residency
 from q4kd.trainer.loss.signal import TeacherSignal
@@ -90,7 +91,7 @@ def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Call
         InputError: as ``check_vocabulary``.
     """
     teacher = source.teacher
-    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokens_with_rows(tokenizer, rows), rows)
     announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
 
 

@@ -88,9 +88,9 @@ def test_a_chat_is_refused_and_the_next_one_is_rendered() -> None:
     renderer = ChatRenderer("{{ 1 / (messages | length - 2) }}", {}, "2026-11-30")
     with pytest.raises(RenderError, match="ZeroDivision"):
         renderer.render({"messages": CHAT})
-    assert renderer.render({"messages": CHAT[:1]})["text"] == "-1.0"
+    assert renderer.render({"messages": CHAT[:1]})["examples"][0]["text"] == "-1.0"
     renderer.close()
-    assert renderer.render({"messages": CHAT[:1]})["text"] == "-1.0"
+    assert renderer.render({"messages": CHAT[:1]})["examples"][0]["text"] == "-1.0"
     renderer.close()
 
 
@@ -105,7 +105,9 @@ def test_a_process_ends_with_its_renderer() -> None:
 
 def test_the_date_is_the_one_that_was_chosen_and_nothing_is_random() -> None:
     template = "{{ strftime_now('%d %b %Y') }} {{ range(1000) | random }} {{ lipsum(n=1) }}"
-    first = [ChatRenderer(template, {}, "2026-11-30").render({"messages": CHAT})["text"] for _ in range(2)]
+    first = [
+        ChatRenderer(template, {}, "2026-11-30").render({"messages": CHAT})["examples"][0]["text"] for _ in range(2)
+    ]
     assert first[0] == first[1]
     assert first[0].startswith("30 Nov 2026 ")
 
@@ -129,7 +131,7 @@ def test_the_text_is_that_of_transformers(tokenizer: Any, template: str) -> None
     tools = [{"name": "é", "parameters": {"b": 1, "a": 2}}]
     wanted = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
     renderer = ChatRenderer(template, tokenizer.special_tokens_map, "2026-11-30")
-    assert renderer.render({"messages": chat, "tools": tools})["text"] == wanted
+    assert renderer.render({"messages": chat, "tools": tools})["examples"][0]["text"] == wanted
     renderer.close()
 
 
@@ -140,7 +142,7 @@ def test_chats_that_are_rendered_together_are_those_rendered_alone(tokenizer: An
     alone = ChatTemplate(tokenizer, completion_only=False)
     together = DocumentEncoder(lambda texts: [], 0, chat=ChatTemplate(tokenizer, completion_only=False))
     good = [document for document in documents if document.name != "2"]
-    wanted = [alone.encode(document.messages or (), document.name).ids.tolist() for document in good]
+    wanted = [alone.encode(document.messages or (), document.name)[0].ids.tolist() for document in good]
     assert [found.ids.tolist() for found in together.encode(good)] == wanted
     with pytest.raises(InputError, match=r"chat 2: .*ZeroDivision"):
         list(together.encode(documents))

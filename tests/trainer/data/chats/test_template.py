@@ -17,11 +17,6 @@ MARKED = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</>\n"
     "{% endgeneration %}{% else %}{{ m['content'] }}</>\n{% endif %}{% endfor %}"
 )
-# Earlier assistant turns are cut when a user turn follows, as templates of reasoning models do.
-REWRITING = (
-    "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' and not loop.last %}-{% else %}"
-    "{{ m['content'] }}{% endif %};{% endfor %}"
-)
 CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "def mean(values):"},
     {"role": "assistant", "content": "return sum(values) / len(values)"},
@@ -37,7 +32,7 @@ def tokenizer() -> Any:
 
 def said(tokenizer: Any, template: str) -> str:
     tokenizer.chat_template = template
-    encoded = ChatTemplate(tokenizer, completion_only=True).encode(CHAT, "c:1")
+    (encoded,) = ChatTemplate(tokenizer, completion_only=True).encode(CHAT, "c:1")
     assert encoded.learnt is not None
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(encoded.ids) == whole
@@ -52,15 +47,9 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer: Any, template: str) -
 
 def test_everything_is_learnt_without_completion_only(tokenizer: Any) -> None:
     tokenizer.chat_template = PLAIN
-    encoded = ChatTemplate(tokenizer, completion_only=False).encode(CHAT, "c:1")
+    (encoded,) = ChatTemplate(tokenizer, completion_only=False).encode(CHAT, "c:1")
     assert encoded.learnt is None
     assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
-
-
-def test_a_template_that_rewrites_turns_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(InputError, match=r"chat c:1.*two ways") as caught:
-        said(tokenizer, REWRITING)
-    assert "message 2" in str(caught.value)
 
 
 def test_no_template_and_refused_chats_are_one_line(tokenizer: Any) -> None:
@@ -94,7 +83,7 @@ CALLS = (
 def learnt(tokenizer: Any, template: str, chat: list[dict[str, Any]], *more: Any, only: bool = True) -> str:
     tokenizer.chat_template = template
     encoder = ChatTemplate(tokenizer, completion_only=only)
-    encoded = encoder.encode(chat, "c:1", *more)
+    (encoded,) = encoder.encode(chat, "c:1", *more)
     encoder.close()
     assert encoded.learnt is not None
     return str(tokenizer.decode(encoded.ids[encoded.learnt]))
@@ -114,7 +103,7 @@ def test_of_a_first_turn_only_what_is_said_is_learnt(tokenizer: Any, template: s
 
 def test_tools_are_written_or_the_chat_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = WITH_TOOLS
-    encoded = ChatTemplate(tokenizer, completion_only=False).encode(CHAT, "c:1", {"tools": TOOLS})
+    (encoded,) = ChatTemplate(tokenizer, completion_only=False).encode(CHAT, "c:1", {"tools": TOOLS})
     assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(CHAT, tools=TOOLS, tokenize=False)
     assert learnt(tokenizer, WITH_TOOLS, CHAT, {"tools": TOOLS}).count("</>") == 2
     tokenizer.chat_template = PLAIN

@@ -1,19 +1,27 @@
 """The tokenizer that a GGUF holds gives the ids of the one that was written into it."""
 
 import dataclasses
+import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gguf
 import pytest
+from tokenizers import Tokenizer
 
 pytest.importorskip("transformers")
 
 from exported_models import FOLDERS, TEXTS, write_folder
 
 from q4kd.harness.__main__ import main
+from q4kd.harness.inputs.published.hard_text import hard_lines
+from q4kd.harness.inputs.published.tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf import tokenizer
 from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
+from q4kd.trainer.formats.gguf.vocabulary import SPACE, Vocabulary, add_vocabulary
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.student.model import load_tokenizer
@@ -47,7 +55,7 @@ def test_ids_survive_the_file(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tokenizer.ggml.pre": "tekken"},
+        {"tokenizer.ggml.pre": "superbpe"},
         {"tokenizer.ggml.pre": None},
         {"tokenizer.ggml.model": "t5"},
         {"tokenizer.ggml.model": None},
@@ -104,3 +112,48 @@ def test_hostile_pieces_are_refused_before_their_merges_are_made(
     few = {"tokens": pieces[:40], "scores": [0.0] * 40, "token_type": [1] * 40, "model": "llama"}
     small = {f"tokenizer.ggml.{key}": value for key, value in few.items()}
     assert read_tokenizer(dataclasses.replace(model, tokens=pieces[:40], metadata=small)).get_vocab_size() == 40
+
+
+def test_an_unknown_token_is_recognised_and_runs_of_spaces_are_merged_first(folder: Path) -> None:
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": [0.0, 0.0, -1.0, -2.0, -1000.0, -1000.0],
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 4, 4],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    model = exported(folder, "llama")
+    tokens = ("<unk>", SPACE, "a", f"{SPACE}a", "  ", "   ")
+    spaced = dataclasses.replace(model, tokens=tokens, metadata={**model.metadata, **changes})
+    read = read_tokenizer(spaced)
+    assert read.encode("a   a a<unk>").ids == [2, 5, 2, 3, 0]
+    assert read.encode(f"a{SPACE}  a").ids == [2, 5, 2]
+
+
+def write_vocabulary(path: Path, content: dict[str, Any]) -> Any:
+    writer = gguf.GGUFWriter(path, "llama")
+    rows = 1 + max(*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"]))
+    add_vocabulary(writer, Vocabulary(content=content), rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = {key: part.contents() for key, part in gguf.GGUFReader(path).fields.items()}
+    return SimpleNamespace(path=path, metadata=metadata, tokens=tuple(metadata["tokenizer.ggml.tokens"]))
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, *PIECES])
+def test_ids_of_hard_text_are_those_of_the_models_own_tokenizer(tmp_path: Path, name: str) -> None:
+    content = byte_level(name) if name in BYTE_LEVEL else pieces(name)
+    own, read = Tokenizer.from_str(json.dumps(content)), read_tokenizer(write_vocabulary(tmp_path / "v.gguf", content))
+    lines = hard_lines(2000, 23)
+    wanted = [encoding.ids for encoding in own.encode_batch(lines, add_special_tokens=False)]
+    assert [encoding.ids for encoding in read.encode_batch(lines)] == wanted
+
+
+def test_other_names_of_one_split_read_the_same(tmp_path: Path) -> None:
+    model = write_vocabulary(tmp_path / "v.gguf", byte_level("dbrx"))
+    line = "0123456789 naïve"
+    wanted = read_tokenizer(model).encode(line).ids
+    for name in ("glm4", "chatglm-bpe"):
+        model.metadata["tokenizer.ggml.pre"] = name
+        assert read_tokenizer(model).encode(line).ids == wanted

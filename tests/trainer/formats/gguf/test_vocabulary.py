@@ -65,6 +65,34 @@ def test_other_treatments_of_spaces_are_refused(changes):
         pre_tokenizer_name(sentencepiece(**changes))
 
 
+def test_gemmas_cut_at_spaces_that_are_gone_is_none():
+    cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    assert pre_tokenizer_name(sentencepiece(normalizer=replace, pre_tokenizer=cut)) == "llama"
+    for changes in ({"normalizer": None}, {"pre_tokenizer": cut | {"behavior": "Isolated"}}):
+        with pytest.raises(InputError, match=r"tokenizer\.json"):
+            pre_tokenizer_name(sentencepiece(**({"normalizer": replace, "pre_tokenizer": cut} | changes)))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_an_added_token_that_takes_spaces_is_refused_by_name(tmp_path, flag):
+    tokenizer = content("qwen2")
+    tokenizer["added_tokens"][-1][flag] = True
+    with pytest.raises(InputError, match=f"'<pad>' with {flag}"):
+        written(tmp_path, Vocabulary(content=tokenizer))
+
+
+def test_a_special_token_past_the_rows_is_left_out(tmp_path):
+    tokenizer = content("qwen2")
+    rows = max(*tokenizer["model"]["vocab"].values(), *(added["id"] for added in tokenizer["added_tokens"])) + 1
+    picture = {**tokenizer["added_tokens"][-1], "id": rows, "content": "<image>"}
+    tokenizer["added_tokens"].append(picture)
+    assert "<image>" not in written(tmp_path, Vocabulary(content=tokenizer), rows)["ggml.tokens"]
+    picture["special"] = False
+    with pytest.raises(InputError, match=f"ids below vocab_size {rows}"):
+        written(tmp_path, Vocabulary(content=tokenizer), rows)
+
+
 def test_a_unigram_is_refused_by_name():
     with pytest.raises(InputError, match="model Unigram"):
         pre_tokenizer_name({"model": {"type": "Unigram", "byte_fallback": True}})

@@ -9,8 +9,9 @@ transformers = pytest.importorskip("transformers")
 
 from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.files import write_json  # noqa: E402
+from q4kd.trainer.formats.gguf.pre_tokenizers import LLAMA3_SPLIT, QWEN2_SPLIT  # noqa: E402
 from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type, uses_more_bits  # noqa: E402
-from q4kd.trainer.formats.gguf.vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, pre_tokenizer_name  # noqa: E402
+from q4kd.trainer.formats.gguf.vocabulary import pre_tokenizer_name  # noqa: E402
 from q4kd.trainer.formats.gguf.writer import write_gguf, write_gguf_from_folder  # noqa: E402
 from q4kd.trainer.formats.huggingface import rope_factors  # noqa: E402
 
@@ -317,7 +318,14 @@ def test_pre_tokenizer_names():
     split = QWEN2["pretokenizers"][0] | {"pattern": {"Regex": LLAMA3_SPLIT}}
     llama3 = make_tokenizer() | {"pre_tokenizer": QWEN2 | {"pretokenizers": [split, QWEN2["pretokenizers"][1]]}}
     assert pre_tokenizer_name(llama3 | {"model": model}) == "llama-bpe"
-    for wrong in (llama3, llama3 | {"model": model, "normalizer": {"type": "NFC"}}, qwen2 | {"model": model}):
+    assert pre_tokenizer_name(llama3) == "dbrx"
+    # Where merges make every token, taking whole words changes nothing; where they do not, the name would be wrong.
+    assert pre_tokenizer_name(qwen2 | {"model": model}) == "qwen2"
+    word = model["vocab"] | {"unreached": len(model["vocab"])}
+    for wrong in (
+        llama3 | {"model": model, "normalizer": {"type": "NFC"}},
+        qwen2 | {"model": model | {"vocab": word}},
+    ):
         with pytest.raises(InputError):
             pre_tokenizer_name(wrong)
     other = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "."}}, GPT2]}

@@ -1,0 +1,1 @@
+"""Chat templates and tokenizers of the kinds that published models have, and text on which they differ."""
