@@ -113,14 +113,8 @@ def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: Sequence[int]
     if (count := sum(len(token) for token, _rank in pieces)) > _MAX_CHARACTERS:
         raise ValueError(f"pieces of {count:,} characters together")
     every = (
-        (
-            -math.inf if token in runs else -scores[index],
-            normal[token[:cut]],
-            normal[token[cut:]],
-            token[:cut],
-            token[cut:],
-        )
-        for token, index in pieces
+        (rank, normal[token[:cut]], normal[token[cut:]], token[:cut], token[cut:])
+        for token, rank in pieces
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     )
