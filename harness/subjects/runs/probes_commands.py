@@ -2,12 +2,16 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from q4kd.harness.runs.probes import probe
 from q4kd.trainer.files import read_json, write_json
+
+# In the place of a command: RUN, ANOTHER and STEP, for a copy of a run's folder as it was after a step.
+REWIND = "rewind"
 
 
 @probe("commands")
@@ -34,12 +38,29 @@ def commands(cases: Path, out: Path, deterministic: bool = False) -> int:
     code = 0
     for name, argv in read_json(cases)["commands"]:
         before = _held()
-        code = main(argv)
+        code = _rewind(*argv[1:]) if argv[0] == REWIND else main(argv)
         found[name] = {"exit code": code, **_peaks(before)}
         write_json(out, {"commands": found})
         if code:
             break
     return code
+
+
+def _rewind(run: str, another: str, step: str) -> int:
+    """Copy a run's folder, by hard links, without what came after a step: a run that was stopped there.
+
+    A run that is stopped has taken steps of its own, which on a GPU differ from another's by more than a resumption
+    does; of a copy every difference is the resumption's.
+    """
+    kept = f"step-{int(step):06}"
+
+    def later(folder: str, names: list[str]) -> set[str]:
+        if Path(folder).name == "checkpoints":
+            return {name for name in names if name != kept}
+        return {name for name in names if name in ("model", "summary.json", ".lock")}
+
+    shutil.copytree(run, another, ignore=later, copy_function=os.link)
+    return 0
 
 
 def _held() -> dict[str, int]:
