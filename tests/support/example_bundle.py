@@ -17,7 +17,7 @@ from q4kd.harness.checks import Judgement
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.model import Claim
 from q4kd.harness.claims.plan import make_plan
-from q4kd.harness.claims.profile import load_profile
+from q4kd.harness.claims.profile import find_extras, load_profile
 from q4kd.harness.claims.waivers import Waiver
 from q4kd.harness.judging.judge import JUDGE_VERSION, judge_claim
 from q4kd.harness.judging.kills import apply_kill_rule
@@ -192,7 +192,7 @@ def build(
     contracts.mkdir(parents=True)
     (contracts / "demo-v1.yaml").write_text(text)
     loaded = load_contracts(contracts)
-    plan = make_plan(loaded, load_profile("cpu", contracts), select, waivers=waivers)
+    plan = make_plan(loaded, load_profile("cpu", contracts), select, waivers=waivers, extras=find_extras(given=()))
     folder = root / "bundle"
     bundle.open_bundle(folder, contracts, "cpu", plan, {"teacher.gguf": {"sha256": "ab" * 32, "bytes": 5}})
     environment = json.loads((folder / "environment.json").read_text())

@@ -21,11 +21,12 @@ from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
-_KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_length", "pooling_type", "vocab_size"}
-_KNOWN |= {"attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"}
-_KNOWN |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
-_KNOWN |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length"}
-_KNOWN |= {"tensor_data_layout"}
+# Metadata that every model may have.
+PLAIN_KEYS = {"block_count", "context_length", "embedding_length", "feed_forward_length", "pooling_type", "vocab_size"}
+PLAIN_KEYS |= {"attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"}
+PLAIN_KEYS |= {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
+PLAIN_KEYS |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length"}
+PLAIN_KEYS |= {"tensor_data_layout"}
 # These metadata are not implemented; at the values given they change nothing. Any further key is refused too.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
@@ -133,18 +134,20 @@ def refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any])
     window, context = values.get("attention.sliding_window"), values.get("context_length")
     # A window as long as the context leaves nothing out.
     is_whole = not window or (isinstance(window, int) and isinstance(context, int) and window >= context)
-    # Of an architecture that is not known, `inspect` asks which settings would have to go in any case.
-    families = [FAMILIES[architecture]] if architecture in FAMILIES else FAMILIES.values()
-    known = _KNOWN.union(*(family.metadata_keys for family in families))
+    # `inspect` asks about architectures that are not known, too: of these nothing special is.
+    known = PLAIN_KEYS | (FAMILIES[architecture].metadata_keys if architecture in FAMILIES else frozenset())
     if architecture != "granite":  # for which false means no rotary embedding
         known |= {"rope.scaling.finetuned"}
     for key, value in values.items():
         if key in known or value in _NEUTRAL.get(key, ()) or (key == "attention.sliding_window" and is_whole):
             continue
+        subject, got = f"{path}: {architecture}.{key}", repr(value)[:80]
+        if key == "attention.sliding_window":
+            remedy = "use another teacher: attention beyond the window would be silently wrong"
+            raise InputError(subject, expected="full attention", got=f"{got} of {context} positions", remedy=remedy)
         neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
         remedy = "use another teacher: leaving this out would make it silently wrong"
-        subject, expected = f"{path}: {architecture}.{key}", neutral or "a model without it"
-        raise InputError(subject, expected=expected, got=repr(value)[:80], remedy=remedy)
+        raise InputError(subject, expected=neutral or "a model without it", got=got, remedy=remedy)
 
 
 def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None:

@@ -99,6 +99,8 @@ def _tensors(
     Where the architecture is not known, a tensor that any known one has is passed over.
     """
     taken: set[str] = set()
+    if architecture not in FAMILIES:  # What only some families have is named as a setting, and not looked into here.
+        values = {key: value for key, value in values.items() if key in reader.PLAIN_KEYS}
     for name in [architecture] if architecture in FAMILIES else FAMILIES:
         try:
             taken |= expected_shapes(read_dimensions(path, name, values, tensors)).keys()

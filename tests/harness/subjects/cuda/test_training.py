@@ -136,14 +136,18 @@ def test_the_wall_of_a_run_is_laid_beside_its_steps(tmp_path: Path) -> None:
     experiment, inputs = EXPERIMENTS["cuda-wall"], Inputs(tmp_path / "inputs", "cpu")
     (arm,) = experiment.arms
     words = arm.argv(inputs)
-    assert words[0] == "distill" and {"steps=1000", "eval_every=100", "checkpoint_every=100"} <= set(words)
+    assert words[0] == "distill" and {"steps=300", "eval_every=100", "checkpoint_every=100"} <= set(words)
     (tmp_path / "arrays").mkdir()
     # A step ends every 0.2 s, of which it took 0.16 s with its data; the process took 20 s more.
-    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 1001)]
+    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 301)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert experiment.collect(tmp_path, inputs) == {"comparators": {}}
-    write_json(tmp_path / "exit.json", {"wall_s": 220.0})
-    assert set(experiment.collect(tmp_path, inputs)["comparators"]) == {"wall"}
+    write_json(tmp_path / "exit.json", {"wall_s": 80.0, "start_t": 90.0})
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "summary.json", {"wall_seconds": 79.0})
+    facts = experiment.collect(tmp_path, inputs)
+    assert set(facts["comparators"]) == {"wall"} and facts["figures"]["summary"] == {"wall_seconds": 79.0}
+    assert facts["figures"]["seconds from the start to the first step"] == pytest.approx(10.04)
     with np.load(tmp_path / "arrays" / "wall.npz") as arrays:
-        np.testing.assert_allclose(arrays["subject"], [[220.0], [0.2 * 900]])
-        np.testing.assert_allclose(arrays["reference"], [[160.0], [0.16 * 900]])
+        np.testing.assert_allclose(arrays["subject"], [[80.0], [0.2 * 200]])
+        np.testing.assert_allclose(arrays["reference"], [[48.0], [0.16 * 200]])
