@@ -356,6 +356,6 @@ def test_an_unknown_recipe_and_too_many_tokens_are_refused(tmp_path):
     with pytest.raises(InputError, match="q4_k_m"):
         write(tmp_path / "m.gguf", make_model(), recipe="q3_k")
     tokenizer = make_tokenizer()
-    tokenizer["added_tokens"].append({"id": VOCAB, "content": "<x>", "special": True})
+    tokenizer["added_tokens"].append({"id": VOCAB, "content": "<x>", "special": False})
     with pytest.raises(InputError, match="vocab_size"):
         write(tmp_path / "m.gguf", make_model(), tokenizer=tokenizer)
