@@ -16,6 +16,7 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.student.folder import check_folder, reading_student
 from q4kd.trainer.student.lora import add_adapters
+from q4kd.trainer.student.packing import has_layer_types, packed_inputs, sliding_window
 from q4kd.trainer.student.stored_head import unties_head
 
 
@@ -219,10 +220,10 @@ def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) 
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    packed: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
     if mask is not None:  # ``DistillationModel.hidden`` makes them so.
-        packed["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=mask, device="meta")
-        packed["position_ids"] = ids
+        window, by_kind = sliding_window(model.config), has_layer_types(model.config)
+        packed = packed_inputs(ids, mask, window, by_kind=by_kind)
     with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.base_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
     sizes = [storage.nbytes() for storage in kept.values()]
