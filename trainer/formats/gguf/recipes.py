@@ -12,12 +12,12 @@ more bits where it pays:
     q2_k     Q2_K; attn_v Q4_K with four query heads or more to a key head, else Q3_K; ffn_down and attn_output Q3_K
     iq4_xs, iq4_nl   attn_v Q5_K with four query heads or more to a key head; ffn_down Q5_K in the first eighth, unless
              importances are known
-    q3_k_m, q4_k_m, q5_k_m   attn_qkv, where Q, K and V are one matrix, Q4_K, Q5_K and Q6_K
     q3_k_s, q5_0, q4_0   no exceptions, but for ffn_down in the first eighth (Q5_1, Q4_1) where importances are known
 
-Norms and biases are always F32. A matrix whose columns are no multiple of 256 cannot hold superblocks: it gets the type
-of 32 weights that llama.cpp falls back to, Q8_0 for Q6_K, Q5_1 for Q5_K, Q5_0 for Q4_K, IQ4_NL for IQ4_XS, Q4_0 for
-Q3_K and Q2_K. "q4_k_m" takes Q8_0 there, always. Where columns are no multiple of 32 either, F16 is left.
+Where Q, K and V are one matrix, it is stored as attn_v. Norms and biases are always F32. A matrix whose columns are no
+multiple of 256 cannot hold superblocks: it gets the type of 32 weights that llama.cpp falls back to, Q8_0 for Q6_K,
+Q5_1 for Q5_K, Q5_0 for Q4_K, IQ4_NL for IQ4_XS, Q4_0 for Q3_K and Q2_K. "q4_k_m" takes Q8_0 there, always. Where
+columns are no multiple of 32 either, F16 is left.
 """
 
 from dataclasses import dataclass
@@ -95,12 +95,10 @@ def _layer_type(name: str, base: str, mixture: Mixture) -> str:
     if part[0] != "blk":
         return base
     layer = int(part[1])
-    if part[2] == "attn_v":
+    if part[2] in ("attn_v", "attn_qkv"):
         return _value_type(layer, base, mixture)
     if part[2] == "ffn_down":
         return _down_type(layer, base, mixture)
-    if part[2] == "attn_qkv":
-        return {"q3_k_m": "Q4_K", "q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}.get(mixture.recipe, base)
     if part[2] == "attn_output":
         return {"q2_k": "Q3_K", "q3_k_m": "Q4_K"}.get(mixture.recipe, base)
     return base
