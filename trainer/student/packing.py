@@ -29,16 +29,18 @@ def sliding_window(config: Any) -> int | None:
     # An architecture without windows keeps what its config says of one, and does nothing with it.
     is_known = hasattr(kind, "sliding_window") or "sliding_window" in inspect.signature(kind.__init__).parameters
     is_used = is_known and getattr(text, "use_sliding_window", True)
-    kinds = getattr(text, "layer_types", None)
-    return int(window) if is_used and window is not None and (not kinds or SLIDING in kinds) else None
+    is_said = not getattr(text, "layer_types", None) or has_layer_types(config)
+    return int(window) if is_used and window is not None and is_said else None
 
 
 def has_layer_types(config: Any) -> bool:
-    """Return whether ``layer_types`` gives some layers a window and others none.
+    """Return whether ``layer_types`` gives some layers a window, and the others attention over everything.
 
-    transformers' models that have it (Gemma 2 and 3, OLMo 3, gpt-oss, Cohere 2, Qwen) take a mask for each kind.
+    transformers' models that have it (Gemma 2 and 3, OLMo 3, gpt-oss, Cohere 2, Qwen) take a mask for each kind. What
+    layers of a third kind take is not known here; ``check_isolation`` judges them by numbers.
     """
-    return SLIDING in (getattr(config.get_text_config(), "layer_types", None) or ())
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    return SLIDING in kinds and kinds <= {FULL, SLIDING}
 
 
 def packed_inputs(

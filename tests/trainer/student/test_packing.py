@@ -65,6 +65,8 @@ def test_a_window_that_is_left_out_is_seen_by_numbers(dtype: torch.dtype, monkey
 
 
 def test_windows() -> None:
+    from transformers import AutoConfig
+
     def window(kind: str, **changes: object) -> int | None:
         return packing.sliding_window(make(kind, **changes).student.config)
 
@@ -74,6 +76,13 @@ def test_windows() -> None:
     assert window("qwen2", use_sliding_window=False) is None
     assert window("gemma2") == window("gemma3_text") == WINDOW
     assert window("gemma3_text", layer_types=["full_attention"] * 2) is None
+    kinds = ["full_attention", "sliding_attention"]
+    llama = AutoConfig.for_model("llama", sliding_window=WINDOW, num_hidden_layers=2, layer_types=kinds)
+    assert packing.sliding_window(llama) is None  # It does nothing with a window, whatever its config says.
+    gemma = AutoConfig.for_model("gemma3_text", sliding_window=WINDOW, num_hidden_layers=2)
+    gemma.layer_types = ["sliding_attention", "linear_attention"]
+    assert not packing.has_layer_types(gemma)
+    assert packing.sliding_window(gemma) is None
 
 
 @pytest.mark.parametrize("kind", LAYERED)
