@@ -34,8 +34,8 @@ _TYPES: tuple[str, ...] = (
 _TYPES += ("q3_k_m", "q3_k_s", "q2_k")
 _DENSE = ("f32", "f16", "bf16")
 _HELP = """RUN is a folder of `q4kd distill` (its final model, or one of its checkpoints), or any Hugging Face folder
-of a qwen2, qwen3, llama or mistral model. What is written is read back and compared before it takes its name; nothing
-that is already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k_m.gguf RUN/model` answers.
+of a dense family that q4kd reads. What is written is read back and compared before it takes its name; nothing that is
+already there is replaced. Does quantising hurt? `q4kd fidelity RUN-q4_k_m.gguf RUN/model` answers.
 """
 
 

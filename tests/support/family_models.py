@@ -15,7 +15,7 @@ import torch
 import transformers
 
 CONTEXT, LENGTH, WINDOW = 256, 72, 7
-_SIZES = {
+SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -244,7 +244,7 @@ CASES = {
 def make_family(case: FamilyCase, *, seed: int = 0) -> Any:
     """Return a float64 model, alive in every part: each weight changes the logits."""
     suffix = "TextConfig" if case.name == "Gemma3" else "Config"
-    config = getattr(transformers, case.name + suffix)(**(_SIZES | _rope() | case.config))
+    config = getattr(transformers, case.name + suffix)(**(SIZES | _rope() | case.config))
     model = getattr(transformers, case.name + "ForCausalLM")(config).eval().double()
     generator = torch.Generator().manual_seed(seed)
     is_gemma = case.name.startswith("Gemma")

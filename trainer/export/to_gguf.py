@@ -1,11 +1,13 @@
 """``q4kd export --format gguf``: write the file, read it back with the teacher's own reader, then give it its name."""
 
+import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ ROUND_TRIP = {"F32": 0.0, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.05, "Q6_K": 0.1, 
 ROUND_TRIP |= {"Q5_K": 0.2, "Q5_0": 0.2, "Q5_1": 0.2, "Q4_0": 0.3, "Q4_1": 0.3, "IQ4_NL": 0.3, "IQ4_XS": 0.3}
 ROUND_TRIP |= {"Q3_K": 0.5, "Q2_K": 0.7}
 _PIECE_WEIGHTS = 1 << 22
+_FLOAT32 = 2.0**-22  # relative; four roundings
 
 
 @dataclass
@@ -96,8 +99,9 @@ def check_file(
             than its type explains.
     """
     model, wanted = open_model(path), read_huggingface_config(settings)
-    for name, value in vars(wanted).items():
-        _demand(name, _float32(value), _float32(getattr(model.config, name)))
+    stated, found = (dict(_flat(dataclasses.asdict(config))) for config in (wanted, model.config))
+    for name in {**stated, **found}:
+        _demand(name, stated.get(name), found.get(name))
     for role, index in vocabulary.special_ids.items():
         key = {"unk": "unknown", "pad": "padding"}.get(role, role)
         _demand(f"{role} token", index, model.metadata.get(f"tokenizer.ggml.{key}_token_id"))
@@ -134,12 +138,19 @@ def _round_trip(tensor: PackedTensor, weights: Tensor) -> float:
     return math.sqrt(squares / total) if total else math.sqrt(squares)
 
 
-def _float32(value: object) -> object:
-    """Return a float as a GGUF stores it."""
-    return float(torch.tensor(value, dtype=torch.float32)) if isinstance(value, float) else value
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every setting of a config by name, those within others (a rotary scaling's) too."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _demand(what: str, expected: object, got: object) -> None:
+    """Refuse another value. A GGUF holds float32, and some settings are reciprocals of what it holds."""
+    if isinstance(expected, float) and isinstance(got, float) and math.isclose(expected, got, rel_tol=_FLOAT32):
+        return
     if expected != got:
         raise _other_file(what, repr(expected)[:80], repr(got)[:80])
 

@@ -45,6 +45,9 @@ class Family:
         scaled_embedding: whether embeddings are multiplied by the root of the hidden size.
         has_partial_rotary: whether a file may rotate only the first elements of each head.
         rope_factors: whether a file may hold divisors of the rotary frequencies (Llama 3.1).
+        is_permuted: whether rows of Q and K lie in another order in a file than in a Hugging Face folder, which rotates
+            ``(i, i + D/2)`` together.
+        norm_offset: what is added to a Hugging Face folder's norm weights in a file.
         scalings: kinds of rotary scaling that a file may ask for.
         window: which layers have a sliding window: none, all, or those that a pattern says.
         window_step: each so many layers, one has no window; for a pattern that the file does not state.
@@ -65,6 +68,8 @@ class Family:
     scaled_embedding: bool = False
     has_partial_rotary: bool = False
     rope_factors: bool = False
+    is_permuted: bool = False
+    norm_offset: float = 0.0
     scalings: tuple[ScalingKind, ...] = ("linear", "yarn")
     window: Literal["none", "all", "pattern"] = "none"
     window_step: int = 0
@@ -96,19 +101,25 @@ FAMILIES: dict[str, Family] = {
         rope_layout="interleaved",
         biases=True,
         rope_factors=True,
+        is_permuted=True,
         scalings=("linear", "yarn", "long"),
         window="all",
     ),
     "mistral3": Family(
-        rope_layout="interleaved", biases=True, rope_factors=True, keys=("attention.temperature_scale",)
+        rope_layout="interleaved",
+        biases=True,
+        rope_factors=True,
+        is_permuted=True,
+        keys=("attention.temperature_scale",),
     ),
     "granite": Family(
         rope_layout="interleaved",
         biases=True,
         rope_factors=True,
+        is_permuted=True,
         keys=("embedding_scale", "residual_scale", "attention.scale", "logit_scale"),
     ),
-    "smollm3": Family(rope_layout="interleaved", biases=True, no_rope_step=4),
+    "smollm3": Family(rope_layout="interleaved", biases=True, is_permuted=True, no_rope_step=4),
     "phi3": Family(
         rope_layout="split_halves",
         fused_qkv=True,
@@ -124,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         rope_layout="split_halves",
         post_norms=True,
         activation="gelu_tanh",
+        norm_offset=1.0,
         scaled_embedding=True,
         scalings=(),
         window="pattern",
@@ -136,6 +148,7 @@ FAMILIES: dict[str, Family] = {
         head_norms="each",
         post_norms=True,
         activation="gelu_tanh",
+        norm_offset=1.0,
         scaled_embedding=True,
         scalings=("linear",),
         window="pattern",
@@ -153,5 +166,5 @@ FAMILIES: dict[str, Family] = {
         window_rope_base="same",
     ),
 }
-# These are also read from .apr files, and written as GGUF.
+# These are also read from .apr files.
 ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder: the dimensions of a causal LM from its config.json, in the teacher's terms, and weights.
 
-A setting that a GGUF cannot express is refused. The model types qwen2, qwen3 and llama keep their names; mistral
-becomes llama, as in llama.cpp's converter.
+A setting that a GGUF cannot express is refused. ``ARCHITECTURES`` are the model types, and what llama.cpp's converter
+calls them.
 """
 
 import math
@@ -14,13 +14,42 @@ import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
-from q4kd.trainer.formats.architecture import TeacherConfig
-from q4kd.trainer.formats.families import ROPE_LAYOUTS
+from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.families import FAMILIES
+from q4kd.trainer.formats.huggingface_settings import (
+    positive,
+    read_factors,
+    read_rope,
+    read_rope_scaling,
+    read_rotary_dim,
+    read_scales,
+    read_window_rope_base,
+    read_windows,
+    refusal,
+    refuse_unsupported,
+    rope_kind,
+    size,
+)
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 
 if TYPE_CHECKING:
     import torch
 
-_ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
+ARCHITECTURES = {
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "llama": "llama",
+    "mistral": "llama",
+    "ministral3": "mistral3",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "phi3": "phi3",
+    "glm4": "glm4",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+}
 _QWEN3_HEAD_DIM = 128  # This is Qwen3Config's default, which config.json may leave out.
 
 
@@ -28,32 +57,56 @@ def read_huggingface_config(settings: Mapping[str, Any]) -> TeacherConfig:
     """Return the dimensions of a model from its config.json.
 
     Raises:
-        InputError: for another model_type or activation, a size that is missing or not positive, a sliding window
-            shorter than the context, partial rotary embedding, or a rope scaling that its GGUF cannot express.
+        InputError: for another model_type or activation, a size that is missing or not positive, or a window, a rotary
+            embedding or a multiplier that its GGUF cannot express.
     """
     model_type = settings.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise _refusal("model_type", " or ".join(_ARCHITECTURES), model_type)
-    architecture = _ARCHITECTURES[model_type]
-    _refuse_unsupported(settings, architecture)
-    hidden, heads = _size(settings, "hidden_size"), _size(settings, "num_attention_heads")
-    head_dim = _QWEN3_HEAD_DIM if architecture == "qwen3" else hidden // heads
+    if model_type not in ARCHITECTURES:
+        raise refusal("model_type", " or ".join(ARCHITECTURES), model_type)
+    architecture = ARCHITECTURES[model_type]
+    family, layers = FAMILIES[architecture], size(settings, "num_hidden_layers")
+    refuse_unsupported(settings, architecture, layers)
+    hidden, heads = size(settings, "hidden_size"), size(settings, "num_attention_heads")
+    default = _QWEN3_HEAD_DIM if architecture == "qwen3" else hidden // heads
+    head_dim, context = size(settings, "head_dim", default), size(settings, "max_position_embeddings")
+    windows, base = read_windows(settings, family, layers, context), positive(read_rope(settings), "rope_theta")
     return TeacherConfig(
         architecture=architecture,
-        num_layers=_size(settings, "num_hidden_layers"),
+        num_layers=layers,
         hidden_size=hidden,
-        ffn_size=_size(settings, "intermediate_size"),
+        ffn_size=size(settings, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=_size(settings, "num_key_value_heads", heads),
-        head_dim=_size(settings, "head_dim", head_dim),
-        rms_eps=_positive(settings, "rms_norm_eps"),
-        rope_base=_positive({**settings, **_rope(settings)}, "rope_theta"),
-        rope_layout=ROPE_LAYOUTS[architecture],
-        qk_norm=architecture == "qwen3",
-        context_length=_size(settings, "max_position_embeddings"),
-        vocab_size=_size(settings, "vocab_size"),
+        num_kv_heads=size(settings, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        rms_eps=positive(settings, "rms_norm_eps"),
+        rope_base=base,
+        rope_layout=family.rope_layout,
+        qk_norm=family.head_norms != "none",
+        context_length=context,
+        vocab_size=size(settings, "vocab_size"),
         tied_head=bool(settings.get("tie_word_embeddings", False)),
+        windows=windows,
+        rotary_dim=read_rotary_dim(settings, family, head_dim),
+        rope_scaling=read_rope_scaling(settings, family, context),
+        window_rope_base=read_window_rope_base(settings, architecture, base) if windows else 0.0,
+        no_rope_step=family.no_rope_step,
+        **read_scales(settings, architecture, layers, hidden, heads, head_dim),
     )
+
+
+def rope_tensors(settings: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the divisors of the rotary frequencies that a file holds, float32 ``[D / 2]``, by GGUF name.
+
+    Raises:
+        InputError: as ``rope_factors``, and for lists that are no positive numbers.
+    """
+    rope, factors = read_rope(settings), rope_factors(settings)
+    if factors is not None:
+        return {ROPE_FACTORS: factors}
+    if rope_kind(rope) not in ("longrope", "su"):
+        return {}
+    keys = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
+    return {name: np.array(read_factors(rope, key), np.float32) for name, key in keys.items()}
 
 
 def rope_factors(settings: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
@@ -66,14 +119,14 @@ def rope_factors(settings: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
     Raises:
         InputError: when one of the four numbers is missing or meaningless.
     """
-    rope = _rope(settings)
-    if _rope_type(rope) != "llama3":
+    rope = read_rope(settings)
+    if rope_kind(rope) != "llama3":
         return None
     config = read_huggingface_config(settings)
-    factor, low, high = (_positive(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _positive(rope, "original_max_position_embeddings")
+    factor, low, high = (positive(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = positive(rope, "original_max_position_embeddings")
     if high <= low:
-        raise _refusal("rope high_freq_factor", f"more than low_freq_factor {low:g}", high)
+        raise refusal("rope high_freq_factor", f"more than low_freq_factor {low:g}", high)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     wavelength = 2 * math.pi * config.rope_base**exponents
     keep = np.clip((original / wavelength - low) / (high - low), 0, 1)
@@ -107,52 +160,3 @@ def read_weights(model: Path) -> dict[str, "torch.Tensor"]:
             got = str(error).splitlines()[0][:120]
             raise InputError(str(model / name), expected="weights as safetensors", got=got, remedy=remedy) from error
     return state
-
-
-def _refusal(key: str, expected: str, got: object) -> InputError:
-    remedy = "use the config.json that the model was saved with, or another model"
-    return InputError(f"config {key}", expected=expected, got=repr(got)[:80], remedy=remedy)
-
-
-def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = settings.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _refusal(key, "a positive integer", value)
-    return value
-
-
-def _positive(settings: Mapping[str, Any], key: str) -> float:
-    value = settings.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise _refusal(key, "a positive number", value)
-    return float(value)
-
-
-def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise _refusal("rope_parameters", "a mapping", rope)
-    return rope
-
-
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type", rope.get("type", "default")))
-
-
-def _refuse_unsupported(settings: Mapping[str, Any], architecture: str) -> None:
-    """Refuse settings that no key of a GGUF expresses: the GGUF would compute something else."""
-    rope = _rope(settings)
-    if settings.get("hidden_act", "silu") != "silu":
-        raise _refusal("hidden_act", "silu", settings["hidden_act"])
-    kinds = ("default", "llama3") if architecture == "llama" else ("default",)
-    if _rope_type(rope) not in kinds:
-        raise _refusal("rope type", " or ".join(kinds), _rope_type(rope))
-    partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise _refusal("partial_rotary_factor", "1", partial)
-    context, window = _size(settings, "max_position_embeddings"), settings.get("sliding_window")
-    if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or ()):
-        raise _refusal("use_sliding_window", "full attention", True)
-    if settings.get("model_type") == "mistral" and window is not None and _size(settings, "sliding_window") < context:
-        raise _refusal("sliding_window", f"none, or at least the context of {context}", window)

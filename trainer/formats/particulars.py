@@ -8,7 +8,7 @@ from q4kd.trainer.formats.values import Values
 
 TWO_SIZES = "use another teacher; partial rotary embedding and heads of two sizes are not implemented"
 # The 27B models of Gemma 2 and 3 scale by H / N and not by D; no key says so, and llama.cpp too goes by their layers.
-_WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
+WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
 
 
 def read_rotary_dim(found: Values, family: Family, head_dim: int) -> int:
@@ -66,7 +66,7 @@ def read_scales(found: Values, architecture: str, layers: int, hidden: int, head
         scales = {"embedding_scale": positive("embedding_scale"), "residual_scale": positive("residual_scale")}
         scales["logit_scale"] = 1 / positive("logit_scale")
         scales["attention_scale"] = cap("attention.scale", 0.0)
-    if (architecture, layers) in _WIDE_QUERIES:
+    if (architecture, layers) in WIDE_QUERIES:
         scales["attention_scale"] = 1 / math.sqrt(hidden // heads)
     if architecture == "gemma2":
         scales["attention_cap"] = cap("attn_logit_softcapping", 50.0)

@@ -23,11 +23,11 @@ def check_head_kind(model: Any) -> None:
         raise InputError("student", expected=expected, got=f"{name}, whose head has one", remedy=remedy)
 
 
-def check_layers(model: Any, length: int) -> None:
-    """Refuse an architecture that packed documents of ``length`` positions would change, as far as its config says it.
+def check_layers(model: Any) -> None:
+    """Refuse an architecture that packed documents would change, as far as its config says it.
 
     Raises:
-        InputError: where layers keep a state, or some of them, and not all, have a window that is shorter.
+        InputError: where layers keep a state.
     """
     text, name = model.config.get_text_config(), type(model).__name__
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
@@ -37,8 +37,3 @@ def check_layers(model: Any, length: int) -> None:
         expected = "layers that keep nothing from one document to the next, for packing: documents"
         got = f"{name}, whose {f'{others[0]} ' if others else ''}layers keep a state"
         raise InputError("student", expected=expected, got=got, remedy="set packing to none")
-    window = getattr(text, "sliding_window", None)
-    if "sliding_attention" in kinds and window is not None and window < length:
-        expected = f"attention over all {length} positions for packing: documents"
-        got = f"{name} with a sliding window of {window}"
-        raise InputError("student", expected=expected, got=got, remedy="set packing to none, or a smaller seq_len")

@@ -26,7 +26,7 @@ from q4kd.trainer.student.folder import check_folder, reading_student, refuse_st
 from q4kd.trainer.student.loaded import check_finite, check_head, check_loaded, without_report
 from q4kd.trainer.student.logits import find_last_step
 from q4kd.trainer.student.lora import effective_weight
-from q4kd.trainer.student.packing import packed_inputs, sliding_window, without_packing_search
+from q4kd.trainer.student.packing import has_layer_types, packed_inputs, sliding_window, without_packing_search
 from q4kd.trainer.student.step_clock import StepClock
 
 _LIGER = "setting student_kernels liger"
@@ -212,7 +212,7 @@ class DistillationModel(nn.Module):
         self.student = student
         # The clock is told where the student ends and the loss begins; whoever times steps sets it.
         self.clock: StepClock | None = None
-        self.window = sliding_window(student.config)
+        self.window, self._by_kind = sliding_window(student.config), has_layer_types(student.config)
         # FSDP shards the student's own layers as units; the head stays in the root unit, whole in ``forward``.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
         check_head_kind(student)
@@ -239,9 +239,9 @@ class DistillationModel(nn.Module):
         its document, nor further back than a sliding window, and positions count from its start, for students whose
         position embeddings are absolute.
         """
-        packed: dict[str, Tensor] = {}
+        packed: dict[str, Any] = {}
         if starts_BT is not None:
-            packed = packed_inputs(starts_BT, self.head_weight.dtype, self.window)
+            packed = packed_inputs(starts_BT, self.head_weight.dtype, self.window, by_kind=self._by_kind)
         with without_packing_search() if starts_BT is None else contextlib.nullcontext():
             outputs = self.student.base_model(input_ids=ids_BT, use_cache=False, **packed)
         hidden: Tensor = outputs.last_hidden_state

@@ -18,6 +18,7 @@ from q4kd.trainer.student.architecture import check_head_kind, check_layers
 from q4kd.trainer.student.folder import check_folder, reading_student
 from q4kd.trainer.student.loaded import without_report
 from q4kd.trainer.student.lora import add_adapters
+from q4kd.trainer.student.packing import has_layer_types, packed_inputs, sliding_window
 from q4kd.trainer.student.stored_head import unties_head
 
 
@@ -121,7 +122,7 @@ def shape_student(
             model = make(config, dtype=dtype, trust_remote_code=False)
             check_head_kind(model)
             if is_masked:
-                check_layers(model, length)
+                check_layers(model)
             if _is_tied(model) and unties_head(folder, model, dtype):
                 config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
                 model = make(config, dtype=dtype, trust_remote_code=False)
@@ -224,10 +225,10 @@ def _count_saved(model: Any, batch: int, length: int, mask: torch.dtype | None) 
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-    packed: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
     if mask is not None:  # ``DistillationModel.hidden`` makes them so.
-        packed["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=mask, device="meta")
-        packed["position_ids"] = ids
+        window, by_kind = sliding_window(model.config), has_layer_types(model.config)
+        packed = packed_inputs(ids, mask, window, by_kind=by_kind)
     with _ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.base_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
     sizes = [storage.nbytes() for storage in kept.values()]

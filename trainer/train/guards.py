@@ -107,9 +107,9 @@ def check_isolation(model: Any, student_config: Any, vocab_size: int, seq_len: i
     was in, and ``student_config`` the student's Hugging Face config.
 
     Raises:
-        InputError: when one of them does, or only some of the layers have a window that is shorter than a sequence.
+        InputError: when one of them does, or layers keep a state.
     """
-    check_layers(getattr(model, "module", model).student, seq_len)
+    check_layers(getattr(model, "module", model).student)
     first, dtype = min(4, seq_len // 2), getattr(model, "module", model).student.dtype
     positions = torch.arange(seq_len, device=device)
     ids_1T = (positions % vocab_size)[None]

@@ -30,6 +30,7 @@ _FOLDER = "q4kd.trainer.student.folder:check_folder"
 _LOADED = "q4kd.trainer.student.loaded:check_loaded"
 _OTHERS = "q4kd.trainer.student.folder:_looks_like_weights"
 _WINDOW = "q4kd.trainer.student.packing:sliding_window"
+_LAYER_TYPES = "q4kd.trainer.student.packing:has_layer_types"
 _CONFIG = "q4kd.trainer.config.settings:make_config"
 _RANKS = (None, "copies", "shards")
 _State = Mapping[str, "Tensor"]
@@ -158,6 +159,11 @@ def _other_weights_overlooked(_original: Call, _name: object) -> bool:
 @patch("loop", "window-left-out", "the mask of packed documents takes the place of a sliding window", _WINDOW)
 def _window_left_out(_original: Call, _config: object) -> None:
     return None
+
+
+@patch("loop", "windows-on-every-layer", "a window of some layers is put into the mask of all of them", _LAYER_TYPES)
+def _windows_on_every_layer(_original: Call, _config: object) -> bool:
+    return False
 
 
 @patch("checkpoint", "transposed-merged-untransposed", "square transposed layers get the update of plain ones", _MERGE)

@@ -31,9 +31,17 @@ _STUDENTS: dict[str, dict[str, object]] = {
     "scaled": {"model_type": "granite", "logits_scaling": _SCALING},
     "capped": {"model_type": "gemma2", "final_logit_softcapping": _CAP},
 }
-# A window shorter than the documents, and layers that keep their weight transposed, some of them square.
+# Windows shorter than the documents, on every layer or on some, and layers that keep their weight transposed, some of
+# them square.
 _OTHERS: dict[str, dict[str, object]] = {
     "windowed": {"model_type": "mistral", "sliding_window": 5},
+    "layered": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 8,
+    },
     "transposed": {
         "model_type": "gpt2",
         "n_embd": 32,

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 @probe("student-logits")
-def student_logits(arrays: Path, windowed: Path, transposed: Path, out: Path, /, *folders: str) -> None:
+def student_logits(arrays: Path, windowed: Path, layered: Path, transposed: Path, out: Path, /, *folders: str) -> None:
     """Take the loss of each student in both modes, and its evaluation, against given teacher logits.
 
-    Beside them, the logits of packed documents in the ``windowed`` student and those of each document alone, and what
-    adapters do to the logits of the ``transposed`` one, as they are and merged.
+    Beside them, the logits of packed documents in the ``windowed`` and ``layered`` students and those of each document
+    alone, and what adapters do to the logits of the ``transposed`` one, as they are and merged.
 
     ``arrays`` holds ids int ``[T]``, labels int ``[T]`` and teacher float ``[T, V]``. Saved for each folder, by its
     name: ``terms`` (loss, ce, kd of fast and of low, then the evaluation's loss), ``gradient`` of the head in fast,
@@ -44,7 +44,9 @@ def student_logits(arrays: Path, windowed: Path, transposed: Path, out: Path, /,
                 hidden_MH, weight_VH, labels_M, teacher_hidden=teacher, teacher_head=identity, **options
             )
 
-    found: Arrays = {**_packed(windowed, ids), **_adapted(transposed, ids)}
+    found: Arrays = _adapted(transposed, ids)
+    packed = [_packed(folder, ids) for folder in (windowed, layered)]
+    found |= {name: np.concatenate([arrays[name] for arrays in packed]) for name in ("packed", "alone")}
     for folder in map(Path, folders):
         student = load_student(folder, seed=1)
         terms: list[float] = []

@@ -140,14 +140,6 @@ def test_a_student_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPa
         check(model)
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
-    model = DistillationModel(load_student(student_path(), seed=1), KDLossConfig())
-    model.student.config.layer_types = ["sliding_attention"]
-    model.student.config.sliding_window = 16
-    with pytest.raises(InputError, match="a sliding window of 16"):
-        check(model)
-
-
 @pytest.fixture(scope="module")
 def chat_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "student"

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
-from architecture_models import CASES, make_model, make_tokenizer
+from architecture_models import CASES, Case, make_model, make_tokenizer
 from llamacpp_engine import FILE_TYPES, quantise
 
 from q4kd.trainer.formats.gguf.recipes import RECIPES, Mixture, tensor_type
@@ -16,6 +16,7 @@ from q4kd.trainer.formats.gguf.writer import write_gguf
 LAYERS = 17  # an eighth of them is two layers, a sixteenth one
 # Query heads to a key head, columns of most matrices, and whether the head is tied.
 MODELS = {"shared": (4, 256, "qwen2"), "pairs": (2, 256, "qwen2-tied"), "odd": (2, 320, "qwen2")}
+MODELS["fused"] = (4, 256, "phi3")  # Q, K and V are one matrix
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for name, (groups, hidden, case) in MODELS.items():
         model = make_model(
-            CASES[case],
+            CASES.get(case, Case(case)),
             hidden_size=hidden,
             intermediate_size=hidden,
             num_hidden_layers=LAYERS,

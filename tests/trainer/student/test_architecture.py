@@ -53,12 +53,6 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path, kind: str, packed: bool) 
             {**LINEAR, "layer_types": ["linear_attention", "full_attention"]},
             "whose linear_attention layers keep a state",
         ),
-        ("gpt_oss", {**EXPERTS, "sliding_window": 12}, "GptOssForCausalLM with a sliding window of 12"),
-        (
-            "gemma3_text",
-            {"head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
-            "with a sliding window of 12",
-        ),
         ("bloom", {}, "BloomForCausalLM"),
         ("falcon", {"alibi": True}, "FalconForCausalLM"),
     ],
@@ -82,7 +76,11 @@ def test_documents_that_a_mask_cannot_keep_apart_are_refused_and_trained_one_by_
         ("falcon", SIZES),
         ("gpt_neox", WIDE),
         ("qwen3_moe", {**WIDE, **EXPERTS}),
-        ("gpt_oss", {**WIDE, **EXPERTS, "sliding_window": 16}),
+        ("gpt_oss", {**WIDE, **EXPERTS, "sliding_window": 12}),
+        (
+            "gemma3_text",
+            {**WIDE, "head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
         ("lfm2", {**WIDE, "layer_types": ["full_attention", "full_attention"]}),
     ],
 )

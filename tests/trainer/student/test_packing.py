@@ -25,6 +25,8 @@ SIZES = {
     "initializer_range": 0.3,
 }
 KINDS = ("mistral", "phi3", "starcoder2", "mixtral", "qwen3_moe")
+# These have layers of two kinds, and take a mask for each.
+LAYERED = ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, **changes: object) -> DistillationModel:
@@ -41,7 +43,7 @@ def check(model: DistillationModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + LAYERED)
 def test_documents_of_a_window_are_transformers_own(kind: str, dtype: torch.dtype) -> None:
     model = make(kind, dtype)
     check(model)
@@ -63,6 +65,8 @@ def test_a_window_that_is_left_out_is_seen_by_numbers(dtype: torch.dtype, monkey
 
 
 def test_windows() -> None:
+    from transformers import AutoConfig
+
     def window(kind: str, **changes: object) -> int | None:
         return packing.sliding_window(make(kind, **changes).student.config)
 
@@ -70,10 +74,29 @@ def test_windows() -> None:
     assert window("mistral", sliding_window=None) is None
     assert window("llama") is None
     assert window("qwen2", use_sliding_window=False) is None
-    # Its layers differ, so that one mask cannot say it.
-    assert window("gemma2") is None
-    with pytest.raises(InputError, match=f"a sliding window of {WINDOW}"):
-        check(make("gemma2"))
+    assert window("gemma2") == window("gemma3_text") == WINDOW
+    assert window("gemma3_text", layer_types=["full_attention"] * 2) is None
+    kinds = ["full_attention", "sliding_attention"]
+    llama = AutoConfig.for_model("llama", sliding_window=WINDOW, num_hidden_layers=2, layer_types=kinds)
+    assert packing.sliding_window(llama) is None  # It does nothing with a window, whatever its config says.
+    gemma = AutoConfig.for_model("gemma3_text", sliding_window=WINDOW, num_hidden_layers=2)
+    gemma.layer_types = ["sliding_attention", "linear_attention"]
+    assert not packing.has_layer_types(gemma)
+    assert packing.sliding_window(gemma) is None
+
+
+@pytest.mark.parametrize("kind", LAYERED)
+def test_one_mask_for_layers_that_differ_is_seen_by_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all layers had the window, and as if none had."""
+    model = make(kind, num_hidden_layers=6)
+    assert set(model.student.config.layer_types) == {"sliding_attention", "full_attention"}
+    check(model)
+    monkeypatch.setattr(model, "_by_kind", False)
+    with pytest.raises(InputError, match="packed documents are not what they are alone"):
+        check(model)
+    monkeypatch.setattr(model, "window", None)
+    with pytest.raises(InputError, match="packed documents are not what they are alone"):
+        check(model)
 
 
 def test_a_window_that_is_longer_than_a_sequence_is_nothing() -> None:

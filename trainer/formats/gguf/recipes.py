@@ -14,9 +14,10 @@ more bits where it pays:
              importances are known
     q3_k_s, q5_0, q4_0   no exceptions, but for ffn_down in the first eighth (Q5_1, Q4_1) where importances are known
 
-Norms and biases are always F32. A matrix whose columns are no multiple of 256 cannot hold superblocks: it gets the type
-of 32 weights that llama.cpp falls back to, Q8_0 for Q6_K, Q5_1 for Q5_K, Q5_0 for Q4_K, IQ4_NL for IQ4_XS, Q4_0 for
-Q3_K and Q2_K. "q4_k_m" takes Q8_0 there, always. Where columns are no multiple of 32 either, F16 is left.
+Where Q, K and V are one matrix, it is stored as attn_v. Norms and biases are always F32. A matrix whose columns are no
+multiple of 256 cannot hold superblocks: it gets the type of 32 weights that llama.cpp falls back to, Q8_0 for Q6_K,
+Q5_1 for Q5_K, Q5_0 for Q4_K, IQ4_NL for IQ4_XS, Q4_0 for Q3_K and Q2_K. "q4_k_m" takes Q8_0 there, always. Where
+columns are no multiple of 32 either, F16 is left.
 """
 
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def _layer_type(name: str, base: str, mixture: Mixture) -> str:
     if part[0] != "blk":
         return base
     layer = int(part[1])
-    if part[2] == "attn_v":
+    if part[2] in ("attn_v", "attn_qkv"):
         return _value_type(layer, base, mixture)
     if part[2] == "ffn_down":
         return _down_type(layer, base, mixture)

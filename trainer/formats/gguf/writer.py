@@ -1,9 +1,10 @@
-"""Writes a qwen2, qwen3, llama or mistral causal LM as a GGUF that llama.cpp and this project's loader both read.
+"""Writes a causal LM of a known family as a GGUF that llama.cpp and this project's loader both read.
 
 ``recipes.py`` says which type each tensor gets. Norms and biases are always F32.
 
-As in llama.cpp's converter, mistral is written as llama, the rows of llama's Q and K are permuted for the interleaved
-rotary embedding, and Llama 3.1's frequency scaling becomes the tensor ``rope_freqs.weight``.
+As in llama.cpp's converter, mistral is written as llama, the rows of Q and K of llama and its relatives are permuted
+for the interleaved rotary embedding, Gemma's norms are stored as 1 + w, and the divisors of rotary frequencies (Llama
+3.1's and those of long texts) become tensors.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +20,15 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, replacing_path
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.formats.blocks.quantize import BLOCK, quantize
+from q4kd.trainer.formats.family_metadata import family_metadata
 from q4kd.trainer.formats.gguf.importance import Importance, importance_of
 from q4kd.trainer.formats.gguf.recipes import RECIPES, Mixture, tensor_type
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary, config_special_ids
-from q4kd.trainer.formats.huggingface import read_huggingface_config, read_weights, rope_factors
+from q4kd.trainer.formats.huggingface import read_huggingface_config, read_weights, rope_tensors
+from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.formats.tensor_names import gguf_name
+
+_ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 def write_gguf(
@@ -43,7 +48,7 @@ def write_gguf(
 
     Args:
         path: file to write; an existing one is replaced.
-        config: a transformers config (qwen2, qwen3, llama, mistral) or its dict.
+        config: a transformers config of one of ``huggingface.ARCHITECTURES``, or its dict.
         state: the model's state dict, with Hugging Face names and of any float dtype. With a tied head,
             ``lm_head.weight`` may be there only if it equals the embedding.
         tokenizer: a vocabulary, or the content of tokenizer.json, whose special ids are then those of ``config``.
@@ -125,9 +130,8 @@ def _write_tensors(
 
 
 def with_rope_factors(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file: the model's, and the divisors of Llama 3.1's rotary embedding."""
-    factors = rope_factors(settings)
-    return dict(state) if factors is None else {**state, ROPE_FACTORS: torch.from_numpy(factors)}
+    """Return the tensors of a file: the model's, and the divisors of its rotary frequencies."""
+    return {**state, **{name: torch.from_numpy(factors) for name, factors in rope_tensors(settings).items()}}
 
 
 def write_gguf_from_folder(path: Path, *, model: Path, recipe: str, name: str) -> None:
@@ -150,21 +154,29 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: TeacherConfig) -> None:
     if config.head_dim * config.num_heads != config.hidden_size:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if config.architecture == "llama":
-        writer.add_rope_dimension_count(config.head_dim)
+    for key, value in family_metadata(config).items():
+        key = f"{config.architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_array(key, value)
 
 
 def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return ``{GGUF name: name in tensors}`` in file order, having checked names and shapes against the config."""
+    sources = {gguf_name(source, config.architecture): source for source in tensors}
+    sources = {target: source for target, source in sources.items() if target != source or source in _ROPE_TENSORS}
     wanted = {
         name: shape
         for name, shape in expected_shapes(config).items()
-        # Only Qwen2 has biases; only Llama 3.1's rotary embedding has factors.
-        if (config.architecture == "qwen2" or not name.endswith(".bias"))
+        if (_has_biases(config, sources) or not name.endswith(".bias"))
         and (name != ROPE_FACTORS or ROPE_FACTORS in tensors)
     }
-    sources = {gguf_name(source): source for source in tensors if source == ROPE_FACTORS or gguf_name(source) != source}
-    unknown = {source for source in tensors if sources.get(gguf_name(source)) != source}
+    unknown = {source for source in tensors if sources.get(gguf_name(source, config.architecture)) != source}
     unknown |= {source for target, source in sources.items() if target not in wanted}
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tied_head and head is not None and embedding is not None and torch.equal(head, embedding):
@@ -182,10 +194,26 @@ def plan_tensors(config: TeacherConfig, tensors: Mapping[str, torch.Tensor]) -> 
     return {target: sources[target] for target in wanted}
 
 
+def _has_biases(config: TeacherConfig, sources: Mapping[str, str]) -> bool:
+    """Return whether Q, K and V have biases: Qwen2's always, GLM-4's where they are stored.
+
+    Other models that have them have one of the attention's output too, which no family takes.
+    """
+    stored = any(target.endswith(".bias") for target in sources)
+    return config.architecture == "qwen2" or (config.architecture == "glm4" and stored)
+
+
 def file_rows(config: TeacherConfig, target: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with rows in the file's order: Hugging Face pairs ``(i, i + D/2)``, llama ``(2i, 2i + 1)``."""
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(target.split(".")[-2])
-    if heads is None or config.rope_layout == "split_halves":
+    """Return a tensor as the file holds it.
+
+    Hugging Face rotates rows ``(i, i + D/2)`` of Q and K, llama and its relatives ``(2i, 2i + 1)``; Gemma's norms are
+    stored as 1 + w, float32.
+    """
+    part = target.split(".")[-2]
+    if part.endswith("norm") and config.family.norm_offset:
+        return tensor.float() + config.family.norm_offset
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
+    if heads is None or not config.family.is_permuted:
         return tensor
     return tensor.reshape(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
 

@@ -196,6 +196,15 @@ def test_the_28_layer_recipe_is_llama_cpps():
         assert set(kinds) == {"Q4_K", "Q6_K"}
 
 
+def test_one_matrix_of_q_k_and_v_is_stored_as_v():
+    for recipe in ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q8_0", "iq4_xs"):
+        mixture = Mixture(recipe, 28, tied=False)
+        for layer in range(28):
+            kinds = {tensor_type(f"blk.{layer}.{part}.weight", (512, 512), mixture) for part in ("attn_v", "attn_qkv")}
+            assert len(kinds) == 1
+    assert tensor_type("blk.0.attn_qkv.weight", (512, 512), Mixture("q4_k_m", 28, tied=False)) == "Q6_K"
+
+
 def test_columns_without_superblocks_fall_back(tmp_path):
     model = make_model(hidden=96, intermediate_size=520)
     for recipe in ("q4_k_m", "q6_k", "q8_0"):
