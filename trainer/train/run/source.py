@@ -83,14 +83,16 @@ class CachedSource:
 RunSource = OnlineSource | CachedSource
 
 
-def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Callable[[str], None]) -> None:
-    """Check that each of the student's tokens has its id in the teacher; the first ``rows`` rows are compared.
+def check_tokens(
+    source: OnlineSource, vocabulary: Mapping[str, int], rows: int, announce: Callable[[str], None]
+) -> None:
+    """Check that each token of a student's vocabulary has its id in the teacher; the first ``rows`` rows are compared.
 
     Raises:
         InputError: as ``check_vocabulary``.
     """
     teacher = source.teacher
-    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokenizer.get_vocab(), rows)
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, vocabulary, rows)
     announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
 
 
