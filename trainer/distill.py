@@ -80,10 +80,10 @@ def distill(
                 config = with_chat_date(config, resume=resume, cache=config.teacher_cache)
             with wall.phase("open", "teacher opened"):
                 placement = place_run_teacher(config)
-            # The digests are taken beside all that follows.
-            digests = InputDigests(None if placement is None else placement.model, config.student)
             with wall.phase("open", "transformers imported"):
                 import_transformers()
+            # The digests are taken beside all that follows. Imports, before, have no core to spare on a small machine.
+            digests = InputDigests(None if placement is None else placement.model, config.student)
             with wall.phase("open", "memory planned"):
                 plan = _check_memory(config, placement, events, is_main)
             with explaining_memory(config, placement, lambda: None):
