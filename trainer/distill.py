@@ -19,14 +19,16 @@ from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.files import write_json
 from q4kd.trainer.made import MadeThings
+from q4kd.trainer.starting import without_collection
 from q4kd.trainer.student.folder import check_folder
+from q4kd.trainer.student.model import import_transformers
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
 from q4kd.trainer.train.memory.out_of_memory import explaining_memory
 from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
-from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run
-from q4kd.trainer.train.run.assembly import Progress, Run, assemble, restore, write_model, write_run_file
+from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run, student_shape
+from q4kd.trainer.train.run.assembly import Run, assemble, restore, write_model, write_run_file
 from q4kd.trainer.train.run.chat_date import describe_date, with_chat_date
 from q4kd.trainer.train.run.folder import (
     PUBLISHED,
@@ -35,6 +37,8 @@ from q4kd.trainer.train.run.folder import (
     explaining_full_disk,
     locked,
 )
+from q4kd.trainer.train.run.identity import InputDigests
+from q4kd.trainer.train.run.state import Progress
 
 
 def distill(
@@ -52,7 +56,7 @@ def distill(
         InputError: when an input cannot be used; nothing has been trained then.
         TrainingAborted: when the run ends before its last step; the subclass says why.
     """
-    clock = wall.start(begun)
+    clock = wall.start(begun, imported="program and torch imported")
     from accelerate import PartialState
 
     if config.device == "cuda":
@@ -69,15 +73,22 @@ def distill(
         events.start()
         events.emit("imports_done")
         clock.listener = functools.partial(_say_phase, events, is_main)
-        with wall.phase("open", "inputs opened, memory planned"):
-            check_sources(config)
-            check_folder(config.student, from_scratch=config.from_scratch)
-            config = with_chat_date(config, resume=resume, cache=config.teacher_cache)
-            placement = place_run_teacher(config)
-            plan = _check_memory(config, placement, events, is_main)
-        with wall.phase("load", "teacher, student and data loaded"), explaining_memory(config, placement, lambda: None):
-            run = assemble(config, placement, events, is_main)
-            run = dataclasses.replace(run, copies_checkpoints=plan.copies_checkpoints)
+        with without_collection():
+            with wall.phase("open", "inputs checked"):
+                check_sources(config)
+                check_folder(config.student, from_scratch=config.from_scratch)
+                config = with_chat_date(config, resume=resume, cache=config.teacher_cache)
+            with wall.phase("open", "teacher opened"):
+                placement = place_run_teacher(config)
+            with wall.phase("open", "transformers imported"):
+                import_transformers()
+            # The digests are taken beside all that follows. Imports, before, have no core to spare on a small machine.
+            digests = InputDigests(None if placement is None else placement.model, config.student)
+            with wall.phase("open", "memory planned"):
+                plan = _check_memory(config, placement, events, is_main)
+            with explaining_memory(config, placement, lambda: None):
+                run = assemble(config, placement, events, is_main, digests, student_shape(config).vocab)
+                run = dataclasses.replace(run, copies_checkpoints=plan.copies_checkpoints)
         with explaining_memory(config, placement, run.source.residency):
             _train(run, resume)
             # Processes end together, because Gloo's threads must not outlive the interpreter, nor a process its peer's
@@ -112,6 +123,8 @@ def _train(run: Run, resume: bool) -> None:
         _announce(run)
         _check_packing(run)
         progress = restore(run) if resume else _begin(run)
+    with wall.phase("load", "digests of the inputs waited for"):
+        run.digests.as_settings()
         if run.is_main:
             write_run_file(run)
             MadeThings(run.config.out).remove(*PUBLISHED)  # what an earlier leg left is not this one's
@@ -191,6 +204,7 @@ def _summary(run: Run, progress: Progress) -> dict[str, Any]:
         "steps_of_full_run": run.total_steps,
         "wall_seconds": sum(phases.values()),
         "wall": phases,
+        "wall_parts": wall.clock().parts(),
         "training_seconds": progress.training_seconds,
         "tokens_per_second": run.tokens_per_step / max(per_step, 1e-9),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -100,6 +100,12 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use by its affinity."""
+    # Linux alone knows a process's own.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file, read piece by piece."""
     with path.open("rb") as file:

@@ -23,18 +23,21 @@ class WallClock:
     def __init__(self, begun: float, listener: Listener | None = None) -> None:
         self._begun = self._last = begun
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._running = ["other"]
+        self._parts: dict[str, dict[str, float]] = {name: {} for name in PHASES}
+        self._running = [("other", "")]
         self._entered = dict.fromkeys(PHASES, 0)
         self.listener = listener
         self._lock = threading.Lock()
 
     def _count(self) -> None:
-        now = time.monotonic()
-        self._seconds[self._running[-1]] += now - self._last
+        now, (name, what) = time.monotonic(), self._running[-1]
+        self._seconds[name] += now - self._last
+        if what:
+            self._parts[name][what] = self._parts[name].get(what, 0.0) + now - self._last
         self._last = now
 
-    def enter(self, name: str) -> None:
-        """Begin a phase inside the one that runs.
+    def enter(self, name: str, what: str = "") -> None:
+        """Begin a phase inside the one that runs, or what it does by name.
 
         Raises:
             KeyError: for a name that is not one of ``PHASES``.
@@ -43,7 +46,7 @@ class WallClock:
             self._count()
             if name not in self._seconds:
                 raise KeyError(name)
-            self._running.append(name)
+            self._running.append((name, what))
             self._entered[name] += 1
 
     def leave(self) -> None:
@@ -52,11 +55,18 @@ class WallClock:
             self._count()
             self._running.pop()
 
+    def spend(self, name: str, what: str) -> None:
+        """Give the time that nothing has got yet, until now, to what a phase did."""
+        with self._lock:
+            self._running.append((name, what))
+            self._count()
+            self._running.pop()
+
     @contextmanager
     def phase(self, name: str, what: str = "") -> Iterator[None]:
         """Give the body's time to a phase; ``what`` it did is told to the listener at its end, when it is given."""
         begun = time.monotonic()
-        self.enter(name)
+        self.enter(name, what)
         try:
             yield
         finally:
@@ -67,7 +77,7 @@ class WallClock:
     @property
     def current(self) -> str:
         """The phase that runs now."""
-        return self._running[-1]
+        return self._running[-1][0]
 
     @property
     def entered(self) -> dict[str, int]:
@@ -80,14 +90,25 @@ class WallClock:
             self._count()
             return dict(self._seconds)
 
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Return the seconds until now of what each phase did by name, without those of phases inside it."""
+        with self._lock:
+            self._count()
+            return {name: dict(parts) for name, parts in self._parts.items() if parts}
+
 
 _clock = WallClock(time.monotonic())
 
 
-def start(begun: float | None = None, listener: Listener | None = None) -> WallClock:
-    """Set this process's clock going, from ``begun`` (of ``time.monotonic``) or from now on; return it."""
+def start(begun: float | None = None, listener: Listener | None = None, *, imported: str = "") -> WallClock:
+    """Set this process's clock going, from ``begun`` (of ``time.monotonic``) or from now on; return it.
+
+    With ``imported``, the time from ``begun`` until now belongs to the phase "open", in which that was done.
+    """
     global _clock
     _clock = WallClock(time.monotonic() if begun is None else begun, listener)
+    if imported:
+        _clock.spend("open", imported)
     return _clock
 
 

@@ -103,11 +103,12 @@ def checkpoint_facts(run_dir: Path) -> dict[str, int | bool] | None:
     from safetensors.torch import load_file
 
     folders = sorted((run_dir / "run" / "checkpoints").glob("step-*"))
-    parts = ("state.json", "optimizer.safetensors", "model.safetensors")
-    if not folders or not all((folders[-1] / name).is_file() for name in parts):
+    # A large state of the optimiser is in several files.
+    states = sorted(folders[-1].glob("optimizer*.safetensors")) if folders else []
+    if not states or not all((folders[-1] / name).is_file() for name in ("state.json", "model.safetensors")):
         return None
     state = read_json(folders[-1] / "state.json")
-    optimizer = load_file(folders[-1] / "optimizer.safetensors")
+    optimizer = {name: tensor for path in states for name, tensor in load_file(path).items()}
     model = load_file(folders[-1] / "model.safetensors")
     counters = [int(value) for name, value in optimizer.items() if name.endswith("|step")]
     return {

@@ -39,6 +39,7 @@ def test_an_inner_phase_is_not_counted_in_the_outer_one(now: list[float]) -> Non
     assert {name: value for name, value in seconds.items() if value} == expected
     assert sum(seconds.values()) == now[0] - 90.0
     assert told == [("compile", "the student", 4.0)]
+    assert clock.parts() == {"compile": {"the student": 4.0}}
     assert clock.entered == {**dict.fromkeys(PHASES, 0), "train": 1, "compile": 1, "save": 1}
     assert describe(seconds).startswith("wall 25.0 s: open 0.0, load 0.0, compile 4.0, train 8.0")
     with pytest.raises(KeyError):
@@ -66,3 +67,18 @@ def test_a_new_start_forgets_the_run_before(now: list[float]) -> None:
     assert wall.clock().seconds()["other"] == 50
     assert sum(wall.start().seconds().values()) == 0
     assert json.dumps(wall.clock().seconds())
+
+
+def test_what_is_done_by_name_adds_up_to_its_phase(now: list[float]) -> None:
+    clock = wall.start(98.0, imported="torch imported")
+    now[0] += 1
+    with clock.phase("open", "header read"):
+        now[0] += 3
+        with clock.phase("compile"):
+            now[0] += 4
+    for _ in range(2):
+        with clock.phase("load", "teacher"):
+            now[0] += 5
+    assert clock.parts() == {"open": {"torch imported": 2.0, "header read": 3.0}, "load": {"teacher": 10.0}}
+    seconds = {name: value for name, value in clock.seconds().items() if value}
+    assert seconds == {"open": 5.0, "compile": 4.0, "load": 10.0, "other": 1.0}

@@ -33,8 +33,13 @@ def _distill(args: argparse.Namespace) -> int:
         print(format_config(config), end="")
         return 0
 
-    from q4kd.trainer.distill import distill
+    from q4kd.trainer.starting import wake_gpu, without_collection
     from q4kd.trainer.wall import process_began
+
+    if config.device == "cuda":
+        wake_gpu()
+    with without_collection():
+        from q4kd.trainer.distill import distill
 
     distill(config, resume=args.resume, events_path=args.events, begun=process_began())
     return 0

@@ -1,5 +1,6 @@
 """Documents to tokens, and which of them are learnt."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,10 @@ from q4kd.trainer.errors import InputError
 
 # At most this many documents, and this many bytes of them, are tokenised at one time.
 _GROUP, _GROUP_BYTES = 512, 8 << 20
+
+
+class EncodingStoppedError(Exception):
+    """Somebody no longer wants the tokens; it is raised to whoever asked for them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class DocumentEncoder:
         self._encode, self._end, self._chat = encode, end_of_text, chat
         self.begin, self._continue = tuple(begin), continue_text or encode
         self._completion_only, self._vocab_size = completion_only, vocab_size
+        self._is_stopped = threading.Event()
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """Yield the tokens of each document, in order, tokenising a bounded group of them at a time.
@@ -95,16 +101,26 @@ class DocumentEncoder:
 
         Raises:
             InputError: for a document that cannot be encoded, or an id outside the vocabulary.
+            EncodingStoppedError: after ``stop``.
         """
         group: list[Document] = []
         size = 0
         for document in documents:
+            self._check_stopped()
             group.append(document)
             size += document.num_bytes
             if len(group) >= _GROUP or size >= _GROUP_BYTES:
                 yield from self._encode_group(group)
                 group, size = [], 0
         yield from self._encode_group(group)
+
+    def stop(self) -> None:
+        """Have ``encode`` end with an error at the next document, in whatever thread it runs."""
+        self._is_stopped.set()
+
+    def _check_stopped(self) -> None:
+        if self._is_stopped.is_set():
+            raise EncodingStoppedError
 
     def close(self) -> None:
         """Let go of what encoding chats took; more documents may follow."""
@@ -119,6 +135,7 @@ class DocumentEncoder:
         if self._chat is not None:
             self._chat.prepare(document for document in group if document.messages is not None)
         for document in group:
+            self._check_stopped()
             for found in self._encode_chat(document) or [self._encode_one(document, ids, after)]:
                 self._check_range(document, found.ids)
                 yield found

@@ -31,7 +31,7 @@ _SYNC_BYTES = 256 << 20
 
 @dataclass
 class WriteFigures:
-    """What writing took so far, seconds of each part.
+    """What writing took so far, seconds of each part; those of files that are written at one time are added, too.
 
     Attributes:
         bytes: bytes written.
@@ -44,6 +44,13 @@ class WriteFigures:
     digest_s: float = 0.0
     write_s: float = 0.0
     sync_s: float = 0.0
+
+    def add(self, other: "WriteFigures") -> None:
+        """Add what another file took."""
+        self.bytes += other.bytes
+        self.digest_s += other.digest_s
+        self.write_s += other.write_s
+        self.sync_s += other.sync_s
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], figures: WriteFigures | None = None) -> str:

@@ -40,6 +40,11 @@ def quiet_transformers() -> None:
     quiet()
 
 
+def import_transformers() -> None:
+    """Import what every student needs of transformers: its models' base takes most of its start."""
+    import transformers.modeling_utils  # noqa: F401
+
+
 def student_dtype(config: DistillConfig) -> torch.dtype:
     """Return the dtype of the student's weights and products that the settings mean."""
     by_device = "bfloat16" if config.device == "cuda" else "float32"
@@ -176,7 +181,8 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """Return a function from texts to token ids, without special tokens and without length warnings."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        ids: list[list[int]] = tokenizer(texts, verbose=False, **options)["input_ids"]
         return ids
 
     return encode

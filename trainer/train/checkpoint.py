@@ -1,15 +1,17 @@
 """Checkpoints: a folder per step, written whole or not at all, without pickle, verified when read.
 
 ``checkpoints/step-000120/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` (the states
-of the random number generators) and ``state.json``. ``checkpoints/best-000120/`` holds the weights of the best
-evaluation alone, which a run cannot be continued from. Each is written under a temporary name and renamed when every
-byte is on disk, so a folder with the final name is complete. ``checkpoints/best.json`` names the one with the best
-evaluation.
+of the random number generators) and ``state.json``. A large state of the optimiser is cut into several files, as
+``optimizer-00001-of-00004.safetensors``; files are written and hashed beside each other. ``checkpoints/best-000120/``
+holds the weights of the best evaluation alone, which a run cannot be continued from. Each is written under a temporary
+name and renamed when every byte is on disk, so a folder with the final name is complete. ``checkpoints/best.json``
+names the one with the best evaluation.
 """
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from q4kd.trainer.errors import InputError, first_line
-from q4kd.trainer.files import FieldKind, check_fields, read_json, sha256_file, sync_folder, write_json
+from q4kd.trainer.files import FieldKind, check_fields, read_json, sha256_file, sync_folder, usable_cores, write_json
 from q4kd.trainer.formats.safetensors_writer import WriteFigures, write_tensors
+from q4kd.trainer.train.checkpoint_files import cut, file_name, part_files
 from q4kd.trainer.train.distributed import load_trained_tensors
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer
 
@@ -30,6 +33,8 @@ _NAME = re.compile(r"(step|best)-(\d{6,12})")
 _LEFT_OVER = re.compile(r"\.(step|best)-\d{6,12}(\.old)?\.tmp")
 # What a folder holds, by the first part of its name. Weights alone can be exported, and not trained on.
 _PARTS = {"step": ("model", "optimizer", "random"), "best": ("model",)}
+# Files that are written, or read and hashed, at one time: each has a thread that hashes beside one that writes.
+FILES_AT_ONCE = max(1, min(4, usable_cores() // 2))
 _STATE_FIELDS: dict[str, FieldKind] = {
     "version": STATE_VERSION, "step": int, "config": dict, "data_sha256": str, "evaluation": dict | None, "sha256": dict
 }  # fmt: skip
@@ -104,13 +109,12 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def file_name(part: str) -> str:
-    """Return the name of the file that holds a part's tensors."""
-    return f"{part}.safetensors"
-
-
 def save_checkpoint(
-    run: Path, tensors: CheckpointTensors, state: CheckpointState, figures: WriteFigures | None = None
+    run: Path,
+    tensors: CheckpointTensors,
+    state: CheckpointState,
+    figures: WriteFigures | None = None,
+    threads: int | None = None,
 ) -> Path:
     """Write a checkpoint and return its folder. A complete one that is there already is left as it is.
 
@@ -118,12 +122,14 @@ def save_checkpoint(
         run: folder of the run.
         tensors: of any device; nobody may change them until this returns.
         state: what is not a tensor.
-        figures: where the times of the parts are added up.
+        figures: where the times of the files are added up.
+        threads: files that are written at one time; by default as many as there are cores for. Of each, two tensors of
+            another device are on the host.
 
     Raises:
         OSError: when it cannot be written; earlier checkpoints are then untouched.
     """
-    return _save(checkpoint_path(run, state.step), vars(tensors), state, figures)
+    return _save(checkpoint_path(run, state.step), vars(tensors), state, figures, threads or FILES_AT_ONCE)
 
 
 def save_best_weights(
@@ -133,11 +139,15 @@ def save_best_weights(
 
     Weights of that step that are there already are replaced: a run that was killed may have come to it before.
     """
-    return _save(run / "checkpoints" / f"best-{state.step:06d}", {"model": model}, state, figures)
+    return _save(run / "checkpoints" / f"best-{state.step:06d}", {"model": model}, state, figures, 1)
 
 
 def _save(
-    final: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: CheckpointState, figures: WriteFigures | None
+    final: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: CheckpointState,
+    figures: WriteFigures | None,
+    threads: int,
 ) -> Path:
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,14 +157,25 @@ def _save(
     temporary = folder / f".{final.name}.tmp"
     temporary.mkdir()
     try:
-        digests = {
-            file_name(part): write_tensors(temporary / file_name(part), held, figures) for part, held in tensors.items()
-        }
+        files = {name: own for part, held in tensors.items() for name, own in cut(part, held).items()}
+        digests = _write_files(temporary, files, figures or WriteFigures(), threads)
         complete_folder(temporary, final, {"version": STATE_VERSION, **vars(state), "sha256": digests})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], figures: WriteFigures, threads: int
+) -> dict[str, str]:
+    """Write files of tensors beside each other and return their digests; all have ended when one fails."""
+    own = {name: WriteFigures() for name in files}
+    with ThreadPoolExecutor(threads, "file") as pool:
+        writing = {name: pool.submit(write_tensors, folder / name, held, own[name]) for name, held in files.items()}
+    for one in own.values():
+        figures.add(one)
+    return {name: digest.result() for name, digest in writing.items()}
 
 
 def complete_folder(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
@@ -196,10 +217,27 @@ def read_state(path: Path) -> CheckpointState:
     name = _NAME.fullmatch(path.name)
     if name is None or int(name[2]) != fields["step"]:
         raise _refuse(path, f"state.json of the step in the folder's name, {path.name}", f"step {fields['step']}")
-    for part in map(file_name, _PARTS[name[1]]):
-        if not (path / part).is_file() or sha256_file(path / part) != fields["sha256"].get(part):
-            raise _refuse(path, f"{part} with the digest in state.json", "a missing or changed file")
+    _check_digests(path, _PARTS[name[1]], fields["sha256"])
     return CheckpointState(fields["step"], fields["config"], fields["data_sha256"], fields["evaluation"])
+
+
+def _check_digests(path: Path, parts: Iterable[str], digests: Mapping[str, Any]) -> None:
+    """Refuse a folder that lacks a file of a part, or whose bytes are not those that were written."""
+    names: list[str] = []
+    for part in parts:
+        found = part_files(part, digests)
+        if not found:
+            raise _refuse(path, f"{file_name(part)} with the digest in state.json", "a state.json that has none")
+        names += found
+    with ThreadPoolExecutor(FILES_AT_ONCE, "digest") as pool:
+        found_digests = list(pool.map(_digest, [path / name for name in names]))
+    for name, digest in zip(names, found_digests, strict=True):
+        if digest is None or digest != digests[name]:
+            raise _refuse(path, f"{name} with the digest in state.json", "a missing or changed file")
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
 
 
 def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOptimizer, accelerator: Any) -> None:
@@ -209,8 +247,8 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         InputError: when the tensors do not fit this student.
     """
     try:
-        load_trained_tensors(model, _finite(path, "model").items())
-        optimizer.load(_finite(path, "optimizer").items())
+        load_trained_tensors(model, _finite(path / file_name("model")).items())
+        optimizer.load(_optimizer_state(path))
         random = load_file(path / file_name("random"))
     except (RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
         raise _refuse(path, "tensors of this student", first_line(error)) from error
@@ -222,12 +260,18 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizer: MasterWeightOpti
         raise _refuse(path, "states of random number generators", first_line(error)) from error
 
 
-def _finite(path: Path, part: str) -> dict[str, Tensor]:
+def _optimizer_state(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the optimiser's tensors of a folder that ``read_state`` has verified."""
+    for name in part_files("optimizer", read_json(path / "state.json")["sha256"]):
+        yield from _finite(path / name).items()
+
+
+def _finite(file: Path) -> dict[str, Tensor]:
     """Read a file of tensors; refuse numbers that are not finite, which no intact run goes on from."""
-    tensors = load_file(path / file_name(part))
+    tensors = load_file(file)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise _refuse(path, f"finite numbers in {file_name(part)}", f"NaN or infinity in {name[:100]}")
+            raise _refuse(file.parent, f"finite numbers in {file.name}", f"NaN or infinity in {name[:100]}")
     return tensors
 
 

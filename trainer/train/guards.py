@@ -16,7 +16,7 @@ from q4kd.trainer.formats.gguf.vocabulary import is_same_token
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.loss.config import KDLossConfig
 from q4kd.trainer.student.architecture import check_layers
-from q4kd.trainer.student.folder import has_weights
+from q4kd.trainer.student.folder import has_weights, refuse_student
 from q4kd.trainer.student.model import DistillationModel, StudentHead
 from q4kd.trainer.teacher.teacher import Teacher
 from q4kd.trainer.train.distributed import reshard, whole
@@ -65,6 +65,7 @@ def check_vocabulary(
         )
     if not teacher_tokens:
         raise _wrong_vocabulary("token strings in the teacher's file", "none", "convert it with its tokenizer")
+    teacher_tokens = list(teacher_tokens)  # Asking a file's array for each of 151,936 tokens took 0.3 s.
     for token, index in student_ids.items():
         other = teacher_tokens[index] if index < len(teacher_tokens) else "nothing"
         if index >= len(teacher_tokens) or not is_same_token(other, token):
@@ -73,6 +74,17 @@ def check_vocabulary(
                 f"{other!r} in the teacher",
                 "choose a student with the teacher's tokenizer; equal widths are not enough",
             )
+
+
+def check_rows(folder: Path, student: Any, rows: int) -> None:
+    """Refuse a student whose head has not the rows by which its run was planned and its data are read.
+
+    Raises:
+        InputError: naming both.
+    """
+    found = student.get_output_embeddings().weight.shape[0]
+    if found != rows:
+        raise refuse_student(folder, f"a head of {rows} rows, as its config says", str(found), "save the model again")
 
 
 def check_labels(order: Order, path: Path) -> None:

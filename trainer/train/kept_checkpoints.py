@@ -11,11 +11,11 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
 from q4kd.trainer.train.checkpoint import (
     complete_folder,
-    file_name,
     list_best_weights,
     list_checkpoints,
     remove_left_overs,
 )
+from q4kd.trainer.train.checkpoint_files import file_name
 
 BEST_FILE = "best.json"
 # The best evaluation is the one whose metric times its sign is lowest.

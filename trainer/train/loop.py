@@ -16,9 +16,10 @@ from q4kd.trainer.train.checkpoint import CheckpointState, checkpoint_path, rand
 from q4kd.trainer.train.distributed import gather, is_sharded, trained_tensors
 from q4kd.trainer.train.evaluate import evaluate
 from q4kd.trainer.train.hang_watchdog import HangWatchdog
-from q4kd.trainer.train.run.assembly import Progress, Run
+from q4kd.trainer.train.run.assembly import Run
 from q4kd.trainer.train.run.folder import kept, save_step
 from q4kd.trainer.train.run.progress import Reporter
+from q4kd.trainer.train.run.state import Progress
 from q4kd.trainer.train.saver import CheckpointSaver, Kind, Part
 from q4kd.trainer.train.step import StepResult, learning_rate, train_step
 from q4kd.trainer.train.stop_request import StopRequest

@@ -221,7 +221,8 @@ class CheckpointSaver:
             path = save_best_weights(out, held["model"], state, figures)
         else:
             tensors = CheckpointTensors(held["model"], held["optimizer"], random)
-            path = save_checkpoint(out, tensors, state, figures)
+            # Where the host has no room for a copy, it has none for tensors of several files either.
+            path = save_checkpoint(out, tensors, state, figures, None if self._copies else 1)
         if out != self._config.out:
             said = f"{self._config.out} was renamed to {out} while the run wrote to it; {path.name} is there"
             raise RunFolderError(f"{said}: continue with --resume --out {out}")

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from q4kd.trainer.train.checkpoint import CheckpointState
     from q4kd.trainer.train.optimizer import MasterWeightOptimizer
-    from q4kd.trainer.train.run.assembly import Progress, Run
+    from q4kd.trainer.train.run.assembly import Run
+    from q4kd.trainer.train.run.state import Progress
 
 _CHECKPOINT = "q4kd.trainer.train.checkpoint"
 _SAVE = f"{_CHECKPOINT}:save_checkpoint"

@@ -87,8 +87,8 @@ def _wall_from_training(original: Call, *arguments: object, **options: object) -
 
 
 @patch("logging", "loading-told-as-training", "the time of loading is given to the steps", f"{_CLOCK}.enter")
-def _loading_told_as_training(original: Call, self: object, name: str) -> object:
-    return original(self, "train" if name == "load" else name)
+def _loading_told_as_training(original: Call, self: object, name: str, *rest: object) -> object:
+    return original(self, "train" if name == "load" else name, *rest)
 
 
 # --- smoke runs ---

@@ -3,17 +3,20 @@
 import errno
 import os
 import stat
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import q4kd.trainer.train.checkpoint as checkpoint
+import q4kd.trainer.train.checkpoint_files as checkpoint_files
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import read_json, write_json
+from q4kd.trainer.files import read_json, sha256_file, write_json
 from q4kd.trainer.train.checkpoint import (
     CheckpointState,
     CheckpointTensors,
@@ -69,6 +72,52 @@ def test_weights_moments_and_dropout_continue_where_they_were(tmp_path: Path) ->
     pair = trained(2)
     torch.manual_seed(99)
     assert step(*pair) != expected[0]  # the seed matters: dropout draws from it
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_large_state_is_cut_into_files_and_read_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "FILES_AT_ONCE", at_once)
+    model, optimizer = trained()
+    whole = save(tmp_path / "whole", 2, model, optimizer)
+    monkeypatch.setattr(checkpoint_files, "CUT_BYTES", 100)
+    path = save(tmp_path / "cut", 2, model, optimizer)
+    names = [file.name for file in sorted(path.glob("optimizer*"))]
+    assert names == [f"optimizer-{number:05d}-of-{len(names):05d}.safetensors" for number in range(1, len(names) + 1)]
+    assert len(names) > 1 and len(read_state(path).config) == 1
+    found = {name: tensor for file in names for name, tensor in load_file(path / file).items()}
+    expected = load_file(whole / "optimizer.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert sha256_file(path / "model.safetensors") == sha256_file(whole / "model.safetensors")
+    after = [step(model, optimizer) for _ in range(2)]
+    again, other = trained(0)
+    restore_checkpoint(path, again, other, ALONE)
+    assert [step(again, other) for _ in range(2)] == after
+    (path / names[-1]).rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{names[-1]} with the digest"):
+        read_state(path)
+    state = read_json(path / "state.json")
+    del state["sha256"][names[-1]]
+    write_json(path / "state.json", state)
+    with pytest.raises(InputError, match=r"optimizer\.safetensors with the digest in state\.json"):
+        read_state(path)
+
+
+def test_a_file_that_fails_beside_others_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILES_AT_ONCE", 3)
+    write = checkpoint.write_tensors
+
+    def fails(file: Path, *rest: Any) -> str:
+        if file.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.2)  # The others are being written when it fails.
+        return write(file, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fails)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, *trained())
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_every_process_gets_its_own_random_state_back(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> Memor
     """
     place = placement.place if placement is not None else find_place(config.device)
     teacher = _teacher_shape(config, placement) if placement is not None else None
-    student = _shape(config)
+    student = student_shape(config)
     if config.device == "cpu":
         loss = cpu_loss_shape(config, student)
     else:
@@ -96,7 +96,12 @@ def savings(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement
     return {name: plan.needed - plan_run(changed, placement).needed for name, changed in reliefs(config)}
 
 
-def _shape(config: DistillConfig) -> StudentShape:
+def student_shape(config: DistillConfig) -> StudentShape:
+    """Return the sizes of a run's student, found once.
+
+    Raises:
+        InputError: as ``shape_student``.
+    """
     dtype, is_masked = student_dtype(config), config.packing == "documents"
     adapted = config if config.lora_rank else None
     sizes = config.student, config.batch_size, config.seq_len, dtype

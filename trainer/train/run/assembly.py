@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
-from q4kd.trainer.data.training_data import TrainingData, make_encoder, open_data
+from q4kd.trainer.data.training_data import TrainingData, make_encoder
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError, RunFolderError, for_terminal
 from q4kd.trainer.events import EventLog
@@ -38,11 +39,13 @@ from q4kd.trainer.train.distributed import (
     whole_state,
     will_shard,
 )
-from q4kd.trainer.train.guards import check_labels
+from q4kd.trainer.train.guards import check_labels, check_rows
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
+from q4kd.trainer.train.run.data_reading import reading_data
 from q4kd.trainer.train.run.folder import DRAFTS, kept
 from q4kd.trainer.train.run.identity import InputDigests, explain_other_input
 from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
+from q4kd.trainer.train.run.state import Progress
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
 RUN_FILE_VERSION = 1
@@ -54,33 +57,6 @@ RESUMABLE = frozenset((
 ))  # fmt: skip
 # The product of these is the number of sequences of a step. Other factors make the same steps to rounding.
 SPLIT = ("batch_size", "accumulation", "processes")
-
-
-@dataclass
-class Progress:
-    """How far a run is: all that changes while it trains, beside weights and optimizer.
-
-    Attributes:
-        done: steps that are taken.
-        is_evaluated: whether the state after them is evaluated.
-        leg_steps: steps since the run was started or resumed.
-        training_seconds: seconds of these steps and of their data.
-        first_step_seconds: seconds of the first of them, which loads and compiles what the others find ready.
-    """
-
-    done: int = 0
-    is_evaluated: bool = False
-    leg_steps: int = 0
-    training_seconds: float = 0.0
-    first_step_seconds: float = 0.0
-
-    def count_step(self, seconds: float) -> None:
-        """Count a step that took so long, with its data."""
-        self.done += 1
-        self.leg_steps += 1
-        self.is_evaluated = False
-        self.first_step_seconds = self.first_step_seconds or seconds
-        self.training_seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -166,32 +142,59 @@ class Run:
             yield batch.to(self.accelerator.device)
 
 
-def assemble(config: DistillConfig, placement: TeacherPlacement | None, events: EventLog, is_main: bool) -> Run:
+def assemble(
+    config: DistillConfig,
+    placement: TeacherPlacement | None,
+    events: EventLog,
+    is_main: bool,
+    digests: InputDigests,
+    rows: int,
+) -> Run:
     """Load teacher, student and data, and prepare the student for this process.
+
+    The data are read and tokenised while the student is loaded.
+
+    Args:
+        config: settings of the run.
+        placement: what was decided about the teacher; None for a run that reads a cache.
+        events: receives what is loaded.
+        is_main: whether this process says so, too.
+        digests: of teacher and student.
+        rows: rows of the student's head, as the run was planned.
 
     Raises:
         InputError: for whatever cannot be used, or does not fit together.
     """
     announce: Callable[[str], None] = functools.partial(print, flush=True) if is_main else lambda _line: None
     # The accelerator comes first, because it chooses this process's GPU among several.
-    accelerator = make_accelerator(config.device, **project_options(config))
-    announce(describe_processes(accelerator))
-    digests = InputDigests(None if placement is None else placement.model, config.student)
-    online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
-    tokenizer = load_tokenizer(config.student)
-    student: Any = load_student(config.student, config.seed, student_dtype(config))
-    if config.from_scratch:
-        announce(f"student: fresh weights, drawn from seed {config.seed}")
-    rows: int = student.get_output_embeddings().weight.shape[0]
-    if online is not None:
-        check_tokens(online, tokenizer, rows, announce)
+    with wall.phase("load", "processes joined"):
+        accelerator = make_accelerator(config.device, **project_options(config))
+        announce(describe_processes(accelerator))
+    with wall.phase("load", "teacher loaded"):
+        # It comes before the tokenizer and the data, so that what is said of memory then is the teacher's.
+        online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
+    with wall.phase("load", "tokenizer read"):
+        tokenizer = load_tokenizer(config.student)
+        vocabulary = tokens_with_rows(tokenizer, rows)
+        documents = make_encoder(config, tokenizer, encoder(tokenizer), rows)
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
-    data = open_data(config, make_encoder(config, tokenizer, encoder(tokenizer), rows), sequences, config.out)
-    check_labels(data.order, config.data)
-    source = online or open_cached(config, data, tokenizer, rows, announce)
-    total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
-    start_trackers(accelerator, config, events)
-    model, optimizer, adapted = prepare_student(config, accelerator, student)
+    with reading_data(config, documents, sequences) as wait_for_data:
+        with wall.phase("load", "student loaded"):
+            student: Any = load_student(config.student, config.seed, student_dtype(config))
+            check_rows(config.student, student, rows)
+        if config.from_scratch:
+            announce(f"student: fresh weights, drawn from seed {config.seed}")
+        with wall.phase("load", "vocabularies compared"):
+            if online is not None:
+                check_tokens(online, vocabulary, rows, announce)
+        with wall.phase("load", "data waited for"):
+            data = wait_for_data()
+    with wall.phase("load", "student prepared"):
+        check_labels(data.order, config.data)
+        source = online or open_cached(config, data, tokenizer, rows, announce)
+        total = config.steps or max(1, math.ceil(config.epochs * data.order.steps_per_epoch))
+        start_trackers(accelerator, config, events)
+        model, optimizer, adapted = prepare_student(config, accelerator, student)
     last_step = accelerator.unwrap_model(model).config.last_step
     if last_step != LastStep():
         announce(f"student: its logits are {last_step}, z its head's products")

@@ -10,7 +10,6 @@ from typing import Any
 
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
-from q4kd.trainer.data.tokenizing import tokens_with_rows
 from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.device.memory_report import Residency
 from q4kd.trainer.loss.signal import TeacherSignal
@@ -84,14 +83,16 @@ class CachedSource:
 RunSource = OnlineSource | CachedSource
 
 
-def check_tokens(source: OnlineSource, tokenizer: Any, rows: int, announce: Callable[[str], None]) -> None:
-    """Check that each of the student's tokens has its id in the teacher; the first ``rows`` rows are compared.
+def check_tokens(
+    source: OnlineSource, vocabulary: Mapping[str, int], rows: int, announce: Callable[[str], None]
+) -> None:
+    """Check that each token of a student's vocabulary has its id in the teacher; the first ``rows`` rows are compared.
 
     Raises:
         InputError: as ``check_vocabulary``.
     """
     teacher = source.teacher
-    check_vocabulary(teacher.model.tokens, teacher.vocab_size, tokens_with_rows(tokenizer, rows), rows)
+    check_vocabulary(teacher.model.tokens, teacher.vocab_size, vocabulary, rows)
     announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
 
 
