@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from q4kd.harness.inputs.demo import demo_student
-from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
-from q4kd.harness.inputs.synthetic_models import VOCAB as TEACHER_ROWS
+from q4kd.harness.inputs.models.synthetic_models import MODELS, write_small_model
+from q4kd.harness.inputs.models.synthetic_models import VOCAB as TEACHER_ROWS
 from q4kd.harness.inputs.synthetic_students import (
     student_shape,
     write_live_student,

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.inputs.apr_write import huggingface_name
+from q4kd.harness.inputs.models.apr_write import huggingface_name
 from q4kd.trainer.files import read_json
 
 TOKENS_KEY = "tokenizer.ggml.tokens"

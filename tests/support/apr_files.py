@@ -1,6 +1,7 @@
 """A small .apr writer for tests: a well-formed file of one qwen2 layer, or one with any field forged.
 
-Written from the format's description alone; it shares nothing with the reader nor with ``harness/inputs/apr_write.py``.
+Written from the format's description alone; it shares nothing with the reader, nor with the harness's own writer of
+``harness/inputs/models/apr_write.py``.
 """
 
 import json

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from teachers import load_quietly
 
-from q4kd.harness.inputs.apr_write import convert_gguf
-from q4kd.harness.inputs.split_models import KEYS, shards, write_split
-from q4kd.harness.inputs.synthetic_families import FAMILIES, write_family_model
-from q4kd.harness.inputs.synthetic_models import MODELS, SmallModel, write_small_model
+from q4kd.harness.inputs.models.apr_write import convert_gguf
+from q4kd.harness.inputs.models.split_models import KEYS, shards, write_split
+from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model
+from q4kd.harness.inputs.models.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.split import open_shards
 from q4kd.trainer.formats.open import explain_refusal

@@ -6,8 +6,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
-from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE
+from q4kd.harness.inputs.models.code_blocks import CODE_TYPES, random_code_blocks
+from q4kd.harness.inputs.models.synthetic_models import TENSOR_SCALE
 
 
 def write_model(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.inputs.split_models import shards, write_split
+from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.events import EventLog
 

@@ -7,12 +7,12 @@ import gguf
 import numpy as np
 
 from q4kd.harness.inputs.arrays import Array, Arrays, arrays_input, random_ids, read_array, read_arrays, seeded_columns
-from q4kd.harness.inputs.code_blocks import CODE_TYPES
 from q4kd.harness.inputs.collect import Comparators, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import gguf_facts, golden_ids, golden_teacher, teacher_7b
-from q4kd.harness.inputs.synthetic_models import MODELS, random_matrix
-from q4kd.harness.inputs.synthetic_models import VOCAB as SMALL_VOCAB
+from q4kd.harness.inputs.models.code_blocks import CODE_TYPES
+from q4kd.harness.inputs.models.synthetic_models import MODELS, random_matrix
+from q4kd.harness.inputs.models.synthetic_models import VOCAB as SMALL_VOCAB
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, declare, experiment
 from q4kd.harness.subjects.models.experiments import exact_logits, kept_logits, small_model, with_documents

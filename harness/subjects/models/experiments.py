@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from q4kd.harness.inputs.apr_write import Names, convert_gguf
 from q4kd.harness.inputs.arrays import Array, arrays_input, read_arrays, rows_around, seeded_columns
-from q4kd.harness.inputs.broken_apr import BROKEN_APR, write_broken_apr
 from q4kd.harness.inputs.collect import Comparators, collect_probe, save_pairs
-from q4kd.harness.inputs.split_models import BROKEN_SPLITS, ELSEWHERE, THREE, shards, write_broken_split, write_split
-from q4kd.harness.inputs.synthetic_families import FAMILIES, OTHERS, SCALINGS, WINDOWS, write_family_model
-from q4kd.harness.inputs.synthetic_models import (
+from q4kd.harness.inputs.models.apr_write import Names, convert_gguf
+from q4kd.harness.inputs.models.broken_apr import BROKEN_APR, write_broken_apr
+from q4kd.harness.inputs.models.split_models import (
+    BROKEN_SPLITS,
+    ELSEWHERE,
+    THREE,
+    shards,
+    write_broken_split,
+    write_split,
+)
+from q4kd.harness.inputs.models.synthetic_families import FAMILIES, OTHERS, SCALINGS, WINDOWS, write_family_model
+from q4kd.harness.inputs.models.synthetic_models import (
     BROKEN_GGUF,
     MODELS,
     VOCAB,

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.inputs.collect import save_pairs
 from q4kd.harness.inputs.demo import demo_teacher, golden_teacher
-from q4kd.harness.inputs.split_models import THREE, shards, write_split
-from q4kd.harness.inputs.synthetic_models import HIDDEN, LAYERS, MODELS, SmallModel, write_small_model
+from q4kd.harness.inputs.models.split_models import THREE, shards, write_split
+from q4kd.harness.inputs.models.synthetic_models import HIDDEN, LAYERS, MODELS, SmallModel, write_small_model
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
 from q4kd.trainer.files import read_json
 

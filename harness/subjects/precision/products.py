@@ -8,7 +8,7 @@ import numpy as np
 from q4kd.harness.inputs.arrays import Arrays, arrays_input, read_arrays
 from q4kd.harness.inputs.collect import Comparators, save_pairs
 from q4kd.harness.inputs.command_lines import probe_words
-from q4kd.harness.inputs.synthetic_models import random_matrix
+from q4kd.harness.inputs.models.synthetic_models import random_matrix
 from q4kd.harness.runs.experiment import Arm, Facts, Inputs, experiment
 from q4kd.harness.subjects.precision.probes import FUSED_TOKENS
 

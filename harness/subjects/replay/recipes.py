@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from q4kd.harness.inputs.apr_write import huggingface_name
 from q4kd.harness.inputs.arrays import Arrays, Floats, arrays_input, read_arrays
 from q4kd.harness.inputs.command_lines import scratch_words, set_words
+from q4kd.harness.inputs.models.apr_write import huggingface_name
 from q4kd.harness.inputs.small_pair import (
     ROWS,
     completion_documents,

@@ -17,11 +17,11 @@ from q4kd.harness.inputs.arrays import (
     rows_around,
     seeded_columns,
 )
-from q4kd.harness.inputs.code_blocks import decode, sample_code_blocks
 from q4kd.harness.inputs.collect import Comparators, arm_of, collect_probe, save_pairs
 from q4kd.harness.inputs.command_lines import logits_words, probe_words
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, demo_teacher, gguf_facts, golden_ids, golden_teacher
-from q4kd.harness.inputs.synthetic_models import random_matrix
+from q4kd.harness.inputs.models.code_blocks import decode, sample_code_blocks
+from q4kd.harness.inputs.models.synthetic_models import random_matrix
 from q4kd.harness.oracles import block_spec
 from q4kd.harness.oracles.block_spec_low import LOW_SPECS, decode_low, sample_low_rows
 from q4kd.harness.oracles.reference import read_gguf, reference_logits

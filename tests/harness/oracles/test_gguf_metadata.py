@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
+from q4kd.harness.inputs.models.synthetic_models import MODELS, write_small_model
 from q4kd.harness.oracles import gguf_metadata
 from q4kd.harness.oracles.gguf_metadata import read_header, read_metadata
 from q4kd.harness.subjects.models.headers import every_kind

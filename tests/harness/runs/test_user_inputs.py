@@ -9,7 +9,7 @@ import pytest
 from q4kd.harness.bundle.recheck import given_differences
 from q4kd.harness.claims.plan import Plan, make_plan
 from q4kd.harness.claims.profile import load_profile
-from q4kd.harness.inputs.split_models import shards, write_split
+from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.harness.records.redact import redact
 from q4kd.harness.runs import user_inputs as module
 from q4kd.harness.runs.experiment import Inputs, get_experiment

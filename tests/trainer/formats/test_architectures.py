@@ -17,7 +17,7 @@ from architecture_models import CASES, make_model, make_tokenizer, row_errors, s
 from model_files import retype  # noqa: E402
 from teachers import load_quietly  # noqa: E402
 
-from q4kd.harness.inputs.code_blocks import CODE_TYPES  # noqa: E402
+from q4kd.harness.inputs.models.code_blocks import CODE_TYPES  # noqa: E402
 from q4kd.harness.oracles.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
 from q4kd.trainer.formats.architecture import ROPE_FACTORS  # noqa: E402
 from q4kd.trainer.formats.gguf.writer import write_gguf  # noqa: E402

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from q4kd.harness.inputs.synthetic_families import FAMILIES, ORIGINAL, WINDOW, write_family_model
+from q4kd.harness.inputs.models.synthetic_families import FAMILIES, ORIGINAL, WINDOW, write_family_model
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.open import open_model

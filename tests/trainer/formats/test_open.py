@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.inputs.apr_write import convert_gguf
+from q4kd.harness.inputs.models.apr_write import convert_gguf
 from q4kd.trainer.demo import student_path, teacher_path
 from q4kd.trainer.formats.apr import reader as apr_file
 from q4kd.trainer.formats.gguf import split

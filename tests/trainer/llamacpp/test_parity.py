@@ -22,7 +22,7 @@ from llamacpp_engine import FILE_TYPES, quantise, their_logits
 from model_files import retype
 from teachers import load_quietly
 
-from q4kd.harness.inputs.code_blocks import CODE_TYPES
+from q4kd.harness.inputs.models.code_blocks import CODE_TYPES
 from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
 from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.gguf.writer import write_gguf

@@ -13,6 +13,7 @@ from torch import nn
 from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
+from q4kd.trainer.data.tokenizing import tokens_with_rows
 from q4kd.trainer.data.training_data import TrainingData, make_encoder
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError, RunFolderError, for_terminal

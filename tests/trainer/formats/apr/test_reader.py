@@ -10,8 +10,8 @@ import pytest
 from apr_checks import opened, refusal
 from apr_files import FFN, HEAD, HIDDEN, ROW_MAJOR, Entry, tiny_metadata, tiny_model
 
-from q4kd.harness.inputs.apr_write import Names, convert_gguf, huggingface_name
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
+from q4kd.harness.inputs.models.apr_write import Names, convert_gguf, huggingface_name
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.formats.tensor_names import gguf_name
 

@@ -12,7 +12,7 @@ import pytest
 from model_files import write_model
 
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
-from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
+from q4kd.harness.inputs.models.synthetic_models import MODELS, write_small_model
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.header import MAX_STRINGS, Header, read_header

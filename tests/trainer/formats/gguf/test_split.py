@@ -13,8 +13,8 @@ from model_files import write_model
 from teachers import load_quietly
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.inputs.split_models import BROKEN_SPLITS, shards, write_split
-from q4kd.harness.inputs.synthetic_models import MODELS, write_small_model
+from q4kd.harness.inputs.models.split_models import BROKEN_SPLITS, shards, write_split
+from q4kd.harness.inputs.models.synthetic_models import MODELS, write_small_model
 from q4kd.trainer.errors import FileChangedError, InputError
 from q4kd.trainer.files import sha256_file
 from q4kd.trainer.formats.gguf import split

@@ -10,7 +10,7 @@ import pytest
 from model_files import write_model
 
 from q4kd.harness.__main__ import main
-from q4kd.harness.inputs.split_models import shards, write_split
+from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.trainer.demo import teacher_path
 from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.families import FAMILIES

@@ -11,7 +11,7 @@ from reference_kernels import ReferenceKernels
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, GOLDEN_TEACHER
-from q4kd.harness.inputs.synthetic_models import MODELS, model_ids, write_small_model
+from q4kd.harness.inputs.models.synthetic_models import MODELS, model_ids, write_small_model
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.open import open_model

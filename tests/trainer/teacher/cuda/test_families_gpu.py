@@ -11,8 +11,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from q4kd.harness.inputs.synthetic_families import FAMILIES, write_family_model  # noqa: E402
-from q4kd.harness.inputs.synthetic_models import VOCAB  # noqa: E402
+from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model  # noqa: E402
+from q4kd.harness.inputs.models.synthetic_models import VOCAB  # noqa: E402
 from q4kd.harness.oracles.families import family_logits, read_family  # noqa: E402
 from q4kd.trainer.formats.open import open_model  # noqa: E402
 from q4kd.trainer.kernels.attention import blocked_attention, window_starts  # noqa: E402

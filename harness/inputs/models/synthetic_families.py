@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from q4kd.harness.inputs.synthetic_models import CONTEXT, VOCAB
+from q4kd.harness.inputs.models.synthetic_models import CONTEXT, VOCAB
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 4, 2, 16
 # Documents of 37 and 91 positions are shorter than the context before scaling, those of 322 and 150 longer.

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
+from q4kd.harness.inputs.models.code_blocks import CODE_TYPES, random_code_blocks
 from q4kd.harness.oracles.block_spec_low import LOW_SPECS
 from q4kd.trainer.bench.synthetic import random_blocks
 
