@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 
 from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
-from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE
+from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE, random_matrix
 
 
 def write_model(
@@ -54,8 +54,8 @@ def write_model(
 def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Path:
     """Copy a GGUF, storing each F32 tensor as ``types(name)`` where that is a type and not None.
 
-    Q5_K and the types of codes, which the gguf package cannot quantise to, get random blocks of about the tensor's
-    standard deviation; NVFP4 matrices but the embedding get a scale of their own beside them.
+    The types that the gguf package cannot quantise to get random blocks of about the tensor's standard deviation; NVFP4
+    matrices but the embedding get a scale of their own beside them.
     """
     reader = gguf.GGUFReader(source)
     rng = np.random.default_rng(0)
@@ -77,22 +77,13 @@ def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Pa
             if scale != 1.0:
                 writer.add_tensor(tensor.name.replace(".weight", ".scale"), np.array([scale], np.float32))
         else:
-            packed = random_q5_k(rng, data) if name == "Q5_K" else gguf.quants.quantize(data, kind)
+            try:
+                packed = gguf.quants.quantize(data, kind)
+            except NotImplementedError:
+                packed = random_matrix(rng, name, *data.shape, float(data.std()))
         writer.add_tensor(tensor.name, packed.view(np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return target
-
-
-def random_q5_k(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
-    """Return random Q5_K rows, uint8, for a float32 ``[rows, cols]``: the same shape and standard deviation."""
-    blocks = rng.integers(0, 256, (like.size // 256, 176), dtype=np.uint8)
-    for scale in (1.0, None):
-        if scale is None:
-            scale = float(like.std() / gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q5_K).std())
-        # Scales and mins share one random range; q has mean 15.5: this min centres the weights.
-        blocks[:, 0:2] = np.array([scale], np.float16).view(np.uint8)
-        blocks[:, 2:4] = np.array([15.5 * scale], np.float16).view(np.uint8)
-    return blocks.reshape(len(like), -1)
