@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 
 from q4kd.harness.inputs.code_blocks import CODE_TYPES, random_code_blocks
-from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE, random_matrix
+from q4kd.harness.inputs.synthetic_models import TENSOR_SCALE
+from q4kd.trainer.formats.blocks.quantize import quantize
 
 
 def write_model(
@@ -51,11 +52,14 @@ def write_model(
     return path
 
 
-def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Path:
+def retype(
+    source: Path, target: Path, types: Callable[[str], str | None], unscaled: tuple[str, ...] = ("token_embd",)
+) -> Path:
     """Copy a GGUF, storing each F32 tensor as ``types(name)`` where that is a type and not None.
 
-    The types that the gguf package cannot quantise to get random blocks of about the tensor's standard deviation; NVFP4
-    matrices but the embedding get a scale of their own beside them.
+    What the gguf package cannot quantise to, our quantiser writes; the types of codes get random blocks of about the
+    tensor's standard deviation. NVFP4 matrices get a scale of their own beside them, but those whose names
+    hold one of ``unscaled``.
     """
     reader = gguf.GGUFReader(source)
     rng = np.random.default_rng(0)
@@ -71,7 +75,8 @@ def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Pa
             continue
         kind = gguf.GGMLQuantizationType[name]
         if name in CODE_TYPES:
-            scale = TENSOR_SCALE if name == "NVFP4" and tensor.name != "token_embd.weight" else 1.0
+            is_scaled = name == "NVFP4" and not any(part in tensor.name for part in unscaled)
+            scale = TENSOR_SCALE if is_scaled else 1.0
             count = data.size // gguf.GGML_QUANT_SIZES[kind][0]
             packed = random_code_blocks(rng, name, count, float(data.std()) / scale).reshape(len(data), -1)
             if scale != 1.0:
@@ -80,7 +85,7 @@ def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Pa
             try:
                 packed = gguf.quants.quantize(data, kind)
             except NotImplementedError:
-                packed = random_matrix(rng, name, *data.shape, float(data.std()))
+                packed = quantize(data, name)
         writer.add_tensor(tensor.name, packed.view(np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
