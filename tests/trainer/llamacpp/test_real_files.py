@@ -1,9 +1,9 @@
 """Files that people download, as they are and decoded to F32 by llama.cpp: why it is further off than its bound.
 
 ``nox -s parity -- --parity-file FILE.gguf``; skipped without files or without llama.cpp. Random models keep a cosine of
-0.999; in a trained one a few channels are so large that 8 bits for a block of activations cost its other channels most
-of theirs. Three measurements say that this is all: the same weights without blocks, which are multiplied with float32
-activations, give our logits; float64 is where we are; and float64 with llama.cpp's rounding is as far off as llama.cpp.
+0.999; trained ones fall below it, for llama.cpp rounds activations to 8 bits. Three measurements say that this is all:
+the same weights without blocks, which are multiplied with float32 activations, give our logits; float64 is where we
+are; and float64 with llama.cpp's rounding is as far off as llama.cpp.
 """
 
 from collections.abc import Callable
