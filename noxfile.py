@@ -197,7 +197,8 @@ def real(session: nox.Session) -> None:
 def parity(session: nox.Session) -> None:
     """Beside llama.cpp, file by file: build it once (about 11 minutes on two cores; the wheel is kept), run both.
 
-    Options after ``--`` go to pytest, such as ``--parity-out evidence/logs/parity/x86_64.json``.
+    Options after ``--`` go to pytest, such as ``--parity-out evidence/logs/parity/x86_64.json``, and
+    ``--parity-file FILE.gguf`` for files of yours, which it also runs decoded to F32.
     """
     folder = environment(session)
     pip, wheels = str(folder / "pip"), Path(session.cache_dir) / "wheels"

@@ -1,7 +1,8 @@
 """Options of the tests.
 
-The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved where ``--parity-out`` says. And
-``--as-if FLAG``: the automatic dtype chooses as on a processor with that flag.
+The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved where ``--parity-out`` says;
+``--parity-file`` adds files of yours to it. And ``--as-if FLAG``: the automatic dtype chooses as on a processor with
+that flag.
 """
 
 import json
@@ -20,11 +21,14 @@ _ROWS = pytest.StashKey[list[dict[str, Any]]]()
 _COLUMNS = ("file", "types", "cosine", "error", "their_error", "top1", "kl")
 _LEGEND = """cosine: worst position, ours and llama.cpp's logits
 error, their_error: worst relative Frobenius error of a position against float64 of the same file, ours and llama.cpp's
-top1: positions of equal arg max; kl: mean KL(llama.cpp || ours), nats"""
+top1: positions of equal arg max; kl: mean KL(llama.cpp || ours), nats
+particulars: what the family and its file have of their own"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-out", type=Path, metavar="FILE.json", help="save the table of the parity tests")
+    also = "a GGUF of yours for the parity tests, which also decode it to F32; may be given several times"
+    parser.addoption("--parity-file", type=Path, action="append", default=[], metavar="FILE.gguf", help=also)
     choose = "choose the automatic dtype as on a processor with this flag, bfloat16 at every size"
     parser.addoption("--as-if", choices=("amx_bf16", "avx512_bf16"), help=choose)
 
@@ -51,12 +55,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("parity with llama.cpp")
     terminalreporter.write_line(_LEGEND + "\n")
-    terminalreporter.write_line("{:<24} {:<24} {:>9} {:>9} {:>11} {:>6} {:>9}".format(*_COLUMNS))
+    terminalreporter.write_line("{:<34} {:<24} {:>9} {:>9} {:>11} {:>6} {:>9}".format(*_COLUMNS))
     for row in rows:
         terminalreporter.write_line(
-            "{file:<24} {types:<24} {cosine:>9.6f} {error:>9.1e} {their_error:>11.1e} {top1:>6.3f} {kl:>9.1e}".format(
-                **row
-            )
+            "{file:<34} {types:<24} {cosine:>9.6f} {error:>9.1e} {their_error:>11.1e} {top1:>6.3f} {kl:>9.1e}"
+            "  {particulars}".format(**{"particulars": ""} | row)
         )
 
 

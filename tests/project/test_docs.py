@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from q4kd.harness.__main__ import build_parser, main
+from q4kd.trainer.formats.blocks.layout import FORMATS
+from q4kd.trainer.formats.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -234,3 +236,25 @@ def test_files_and_what_is_looked_for_in_them_are_there() -> None:
 def test_help_of_a_command_is_reachable_from_its_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distil"]) == 2
     assert "--help" in capsys.readouterr().err
+
+
+_TYPE = re.compile(r"\b(?:I?Q\d|TQ\d|MXFP|NVFP|BF1|F\d)\w*")
+
+
+def test_the_documented_types_and_families_are_those_that_are_read() -> None:
+    """README and the page of teachers list the registries: nothing less, nothing more, and how large a type is."""
+    page = (ROOT / "docs/how-to/teachers.md").read_text(encoding="utf-8").partition("## How right they are")[0]
+    rows = [re.findall(r"[^|]+", line) for line in page.splitlines() if line.startswith("|")]
+    families = {cells[0].strip(): cells[1] for cells in rows[2:] if len(cells) == 3}
+    assert sorted(name for names in families for name in names.split(", ")) == sorted(FAMILIES)
+    told = {}
+    for cells in (cells for cells in rows if len(cells) == 6):
+        for names, bits in zip(cells[::2], cells[1::2], strict=True):
+            if found := _TYPE.findall(names):
+                told |= dict(zip(found, map(float, bits.split(",")), strict=True))
+    assert told == {name: 8 * form.block_bytes / form.block_size for name, form in FORMATS.items()}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sentence = text[text.index("A teacher is a GGUF file of") :].partition("What would give")[0]
+    assert sorted(_TYPE.findall(sentence)) == sorted(FORMATS)
+    makers = set(re.findall(r"[A-Z][A-Za-z]+", " ".join(families.values())))
+    assert makers == {name for name in makers if name in sentence}

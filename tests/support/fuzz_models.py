@@ -3,8 +3,9 @@
 ``python tests/support/fuzz_models.py --cases 100000 --out fuzz.json``
 
 Every case is a valid small file, or the shards of one, with something wrong. It must either be refused with an
-InputError, or be a model that computes; within five seconds and without growing the process by more than 500 MB. What
-is refused must be explained as ``q4kd inspect`` does, within the same bounds.
+InputError, or be a model that computes (an importance matrix: that quantises); within five seconds, without growing the
+process by more than 500 MB and without a warning of NumPy's. What is refused must be explained as ``q4kd inspect``
+does, within the same bounds.
 """
 
 import argparse
@@ -18,84 +19,30 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
+from model_mutations import MUTATIONS, SHARD_MUTATIONS, mutate
 from teachers import load_quietly
 
 from q4kd.harness.inputs.models.apr_write import convert_gguf
-from q4kd.harness.inputs.models.split_models import KEYS, shards, write_split
+from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model
 from q4kd.harness.inputs.models.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.blocks.quantize import quantize
+from q4kd.trainer.formats.gguf.importance import read_importance
 from q4kd.trainer.formats.gguf.split import open_shards
 from q4kd.trainer.formats.open import explain_refusal
 
 MAX_SECONDS = 5.0
 MAX_GROWTH = 500_000_000
-_EXTREMES = (0, 1, 3, 255, *(2**power - 1 for power in (16, 31, 32, 63, 64)), 2**31, 2**40, 2**48, 2**63, 2**64 - 64)
-_Mutation = Callable[[bytearray, random.Random, int], bytearray]
-
-
-def _flip(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    for _ in range(rng.randint(1, 8)):
-        at = rng.randrange(header)
-        data[at] ^= 1 << rng.randrange(8)
-    return data
-
-
-def _flip_anywhere(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    return _flip(data, rng, len(data))
-
-
-def _extreme(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    form = rng.choice("HIQ")
-    at = rng.randrange(header - 8)
-    struct.pack_into(f"<{form}", data, at, rng.choice(_EXTREMES) % (1 << 8 * struct.calcsize(form)))
-    return data
-
-
-def _truncate(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    return data[: rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(header)]
-
-
-def _drop(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    at = rng.randrange(header)
-    del data[at : at + rng.randint(1, 64)]
-    return data
-
-
-def _repeat(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    start = rng.randrange(header)
-    piece = data[start : start + rng.randint(1, 256)]
-    at = rng.randrange(header)
-    return data[:at] + piece * rng.choice((1, 2, 50)) + data[at:]
-
-
-def _grow(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    return data + rng.randbytes(rng.randint(1, 4096))
-
-
-MUTATIONS: tuple[_Mutation, ...] = (_flip, _flip, _flip_anywhere, _extreme, _extreme, _truncate, _drop, _repeat, _grow)
-
-
-def _split_key(data: bytearray, rng: random.Random, header: int) -> bytearray:
-    """Give one of the three numbers of a shard another value, or another type."""
-    key = rng.choice(KEYS).encode()
-    at = data.find(struct.pack("<Q", len(key)) + key)
-    if at < 0:
-        return data
-    at += 8 + len(key)
-    if rng.random() < 0.2:
-        struct.pack_into("<I", data, at, rng.randrange(14))
-    else:
-        struct.pack_into("<H", data, at + 4, rng.choice((*range(6), 512, 513, 0x8000, 0xFFFF)))
-    return data
-
-
-_SHARD_MUTATIONS: tuple[_Mutation, ...] = (*MUTATIONS, *(_split_key,) * 6)
+IMPORTANCE = "imatrix.gguf"
 
 
 def seal_apr(data: bytearray) -> bytearray:
@@ -142,15 +89,17 @@ class Corpus:
         opened = open_shards(shards(folder / "split")[0])
         self.shards = [(one.path.name, one.path.read_bytes(), one.header.data_start) for one in opened]
 
-        for name in ("olmo3", "phi3-long", "ministral3", "granite"):
+        for name, family in FAMILIES.items():
             path = folder / f"{name}.gguf"
-            write_family_model(path, FAMILIES[name])
+            write_family_model(path, family)
             self._add(path)
+        self._add(write_importance(folder / IMPORTANCE))
 
     def _add(self, path: Path) -> None:
         data = path.read_bytes()
         # The header is what lies before the first weights: a few KB of a file of some hundred KB.
-        self.sources.append((path.name, data, 4096 if path.suffix == ".apr" else 3500))
+        header = 4096 if path.suffix == ".apr" else 3500
+        self.sources.append((path.name, data, min(header, len(data) - 8)))
 
     def valid(self) -> Iterator[Case]:
         """Give every model as it is."""
@@ -164,11 +113,12 @@ class Corpus:
         if rng.random() < 0.3:
             return self._mutated_split(rng)
         name, data, header = rng.choice(self.sources)
-        changed, words = _mutate(bytearray(data), rng, header, MUTATIONS)
+        changed, words = mutate(bytearray(data), rng, header, MUTATIONS)
         if name.endswith(".apr") and rng.random() < 0.7:
             changed = seal_apr(changed)
             words.append("sealed")
-        return Case(f"{name}: {', '.join(words)}", {"case.model": bytes(changed)}, "case.model")
+        named = name if name == IMPORTANCE else "case.model"
+        return Case(f"{name}: {', '.join(words)}", {named: bytes(changed)}, named)
 
     def _mutated_split(self, rng: random.Random) -> Case:
         """Mutate one shard, lose one, or give two of them the content of one or of each other."""
@@ -178,7 +128,7 @@ class Corpus:
         kind = rng.choice(("mutated",) * 8 + ("lost", "copied", "swapped"))
         words = [kind]
         if kind == "mutated":
-            changed, words = _mutate(bytearray(data), rng, header, _SHARD_MUTATIONS)
+            changed, words = mutate(bytearray(data), rng, header, SHARD_MUTATIONS)
             files[name] = bytes(changed)
         elif kind == "lost":
             del files[name]
@@ -187,20 +137,10 @@ class Corpus:
         return Case(f"{name}: {', '.join(words)}", files, rng.choice(list(files)))
 
 
-def _mutate(
-    changed: bytearray, rng: random.Random, header: int, mutations: Sequence[_Mutation]
-) -> tuple[bytearray, list[str]]:
-    words = []
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        mutation = rng.choice(mutations)
-        words.append(mutation.__name__.strip("_"))
-        if len(changed) > 200:
-            changed = mutation(changed, rng, min(header, len(changed) - 8))
-    return changed, words
-
-
 def run_case(path: Path) -> str:
     """Load and use one file; return ``refused`` or ``computed``. Whatever else comes out is a defect."""
+    if path.name == IMPORTANCE:
+        return _run_importance(path)
     try:
         teacher = load_quietly(path, dtype="float32")
         teacher.logits(torch.tensor([[0, 1, 2]]))
@@ -210,6 +150,41 @@ def run_case(path: Path) -> str:
         for part in explain_refusal(path):
             assert part.part and part.found and part.supported, part
         return "refused"
+    return "computed"
+
+
+def write_importance(path: Path) -> Path:
+    """Write an importance matrix of three matrices as llama-imatrix does."""
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["text.txt"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    for name, cols in (("blk.0.attn_q", 256), ("blk.0.attn_v", 256), ("blk.0.ffn_down", 512)):
+        values = np.random.default_rng(cols).chisquare(1, (1, cols)).astype(np.float32)
+        writer.add_tensor(f"{name}.weight.in_sum2", values)
+        writer.add_tensor(f"{name}.weight.counts", np.full((1, 1), 8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _run_importance(path: Path) -> str:
+    """Read importances and quantise by them: what is not refused gives finite weights, near those that were given."""
+    try:
+        found = read_importance(path)
+    except InputError as error:
+        line = str(error)
+        assert "\n" not in line and "expected" in line, line
+        return "refused"
+    for values in list(found.values())[:2]:
+        if values.size % 256 == 0 and values.size <= 4096:
+            weights = np.random.default_rng(0).standard_normal((1, values.size)).astype(np.float32)
+            for name in ("Q4_K", "Q3_K", "IQ4_XS"):
+                stored = quantize(weights, name, values)
+                decoded = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
+                assert np.abs(decoded - weights).max() < 4, name
     return "computed"
 
 
@@ -231,7 +206,9 @@ def fuzz(cases: int, seed: int, folder: Path) -> dict[str, object]:
         path, what = mutated.write(target), mutated.what
         started = time.monotonic()
         try:
-            outcome = run_case(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                outcome = run_case(path)
         except Exception as error:
             kept = shutil.copytree(target, folder / f"failed-{seed}-{case}")
             raise AssertionError(f"seed {seed}, case {case} ({what}), kept in {kept}: {error!r}") from error

@@ -34,17 +34,38 @@ llama_cpp.llama_log_set(_discard, ctypes.c_void_p(0))
 
 def quantise(source: Path, target: Path, file_type: str) -> Path:
     """Let llama.cpp quantise an F16 or F32 GGUF, with its defaults and no importance matrix."""
+    return _convert(source, target, FILE_TYPES[file_type])
+
+
+def decode(source: Path, target: Path) -> Path:
+    """Let llama.cpp decode every tensor of a quantised GGUF to F32: the same weights, no blocks."""
+    return _convert(source, target, llama_cpp.LLAMA_FTYPE_ALL_F32)
+
+
+def _convert(source: Path, target: Path, file_type: int) -> Path:
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FILE_TYPES[file_type], 2
+    params.ftype, params.nthread, params.allow_requantize = file_type, 2, True
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
-    assert code == 0, f"llama.cpp could not quantise {source.name} to {file_type}"
+    assert code == 0, f"llama.cpp could not write {source.name} as {target.name}"
     return target
 
 
-def their_logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    """Return llama.cpp's logits, float32 ``[T, V]``, of integer ids ``[T]``."""
-    engine = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, verbose=False)
+def their_logits(path: Path, ids: np.ndarray, *, exact_cache: bool = False) -> np.ndarray:
+    """Return llama.cpp's logits, float32 ``[T, V]``, of integer ids ``[T]``.
+
+    Its cache of keys and values is float16, unless ``exact_cache``: then it is float32.
+    """
+    kinds = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if exact_cache else {}
+    engine = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, verbose=False, **kinds)
     engine.eval([int(token) for token in ids])
     logits = np.array(engine.scores[: len(ids)], np.float32)
     engine.close()
     return logits
+
+
+def tokenise(path: Path, text: str) -> np.ndarray:
+    """Return the ids of a text, int64 ``[T]``, with what the file says of a token that begins a text."""
+    engine = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    ids = engine.tokenize(text.encode(), add_bos=True, special=False)
+    engine.close()
+    return np.array(ids, np.int64)

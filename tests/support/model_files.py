@@ -8,6 +8,7 @@ import numpy as np
 
 from q4kd.harness.inputs.models.code_blocks import CODE_TYPES, random_code_blocks
 from q4kd.harness.inputs.models.synthetic_models import TENSOR_SCALE
+from q4kd.trainer.formats.blocks.quantize import quantize
 
 
 def write_model(
@@ -51,11 +52,14 @@ def write_model(
     return path
 
 
-def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Path:
+def retype(
+    source: Path, target: Path, types: Callable[[str], str | None], unscaled: tuple[str, ...] = ("token_embd",)
+) -> Path:
     """Copy a GGUF, storing each F32 tensor as ``types(name)`` where that is a type and not None.
 
-    Q5_K and the types of codes, which the gguf package cannot quantise to, get random blocks of about the tensor's
-    standard deviation; NVFP4 matrices but the embedding get a scale of their own beside them.
+    What the gguf package cannot quantise to, our quantiser writes; the types of codes get random blocks of about the
+    tensor's standard deviation. NVFP4 matrices get a scale of their own beside them, but those whose names
+    hold one of ``unscaled``.
     """
     reader = gguf.GGUFReader(source)
     rng = np.random.default_rng(0)
@@ -71,28 +75,20 @@ def retype(source: Path, target: Path, types: Callable[[str], str | None]) -> Pa
             continue
         kind = gguf.GGMLQuantizationType[name]
         if name in CODE_TYPES:
-            scale = TENSOR_SCALE if name == "NVFP4" and tensor.name != "token_embd.weight" else 1.0
+            is_scaled = name == "NVFP4" and not any(part in tensor.name for part in unscaled)
+            scale = TENSOR_SCALE if is_scaled else 1.0
             count = data.size // gguf.GGML_QUANT_SIZES[kind][0]
             packed = random_code_blocks(rng, name, count, float(data.std()) / scale).reshape(len(data), -1)
             if scale != 1.0:
                 writer.add_tensor(tensor.name.replace(".weight", ".scale"), np.array([scale], np.float32))
         else:
-            packed = random_q5_k(rng, data) if name == "Q5_K" else gguf.quants.quantize(data, kind)
+            try:
+                packed = gguf.quants.quantize(data, kind)
+            except NotImplementedError:
+                packed = quantize(data, name)
         writer.add_tensor(tensor.name, packed.view(np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return target
-
-
-def random_q5_k(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
-    """Return random Q5_K rows, uint8, for a float32 ``[rows, cols]``: the same shape and standard deviation."""
-    blocks = rng.integers(0, 256, (like.size // 256, 176), dtype=np.uint8)
-    for scale in (1.0, None):
-        if scale is None:
-            scale = float(like.std() / gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q5_K).std())
-        # Scales and mins share one random range; q has mean 15.5: this min centres the weights.
-        blocks[:, 0:2] = np.array([scale], np.float16).view(np.uint8)
-        blocks[:, 2:4] = np.array([15.5 * scale], np.float16).view(np.uint8)
-    return blocks.reshape(len(like), -1)

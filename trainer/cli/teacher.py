@@ -102,7 +102,10 @@ def _described(key: str, value: Any) -> str:
         return ", ".join(
             f"{window or 'none'} in {count} layers" for window, count in sorted(counts.items(), reverse=True)
         )
-    return " ".join(f"{name}={part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_described(name, part)}" for name, part in value.items())
+    # Files hold float32, which has seven digits: 1e-06 would otherwise be 9.999999974752427e-07.
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def _logits(args: argparse.Namespace) -> int:

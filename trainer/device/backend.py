@@ -53,7 +53,8 @@ def choose_backend(
         return BackendChoice(override, f"asked for by override '{override}', {where}")
     quantised = sorted(name for name in set(types) if name in FORMATS and FORMATS[name].is_quantized)
     if quantised:
-        return BackendChoice("q4k", f"the file holds {' and '.join(quantised)} tensors, which stay packed {where}")
+        held = " and ".join([", ".join(quantised[:-1]), quantised[-1]] if len(quantised) > 1 else quantised)
+        return BackendChoice("q4k", f"the file holds {held} tensors, which stay packed {where}")
     if dense_fits:
         return BackendChoice("dense", f"the file holds no quantised tensor, {where}")
     return BackendChoice("q4k", f"decoded weights would not fit {where}; they stay in the file's own types")

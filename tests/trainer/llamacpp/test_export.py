@@ -15,11 +15,12 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="the independent engine; nox
 from exported_models import FOLDERS, TEXTS, write_folder  # noqa: E402
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: E402
 from llamacpp_engine import their_logits  # noqa: E402
+from parity_rows import parity_row  # noqa: E402
 from teachers import load_quietly  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from q4kd.harness.__main__ import main  # noqa: E402
-from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits  # noqa: E402
+from q4kd.harness.oracles.reference import read_gguf, reference_logits  # noqa: E402
 
 COSINE, ERROR = 0.999, 1e-5
 IDS = np.random.default_rng(4).integers(5, 620, 96)
@@ -47,29 +48,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return export
 
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-
-
-def row_errors(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
-
-
-def record(file: str, ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
-    log_p, log_q = log_softmax(theirs.astype(np.float64)), log_softmax(ours.astype(np.float64))
-    return {
-        "file": file,
-        "types": "",
-        "positions": len(IDS),
-        "cosine": float(cosines(ours, theirs).min()),
-        "error": float(row_errors(ours, exact).max()),
-        "their_error": float(row_errors(theirs, exact).max()),
-        "top1": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-        "kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-    }
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_llama_cpp_has_the_logits_of_the_hugging_face_export(
     exported: Callable[..., Path], name: str, record_parity: Callable[[dict[str, Any]], None]
@@ -79,7 +57,7 @@ def test_llama_cpp_has_the_logits_of_the_hugging_face_export(
         theirs = model(torch.from_numpy(IDS)[None]).logits[0].numpy()
     assert theirs.std(axis=-1).min() > 0.3, "flat logits would agree whatever is computed"
     path = exported(name, "f16")
-    row = record(f"{name} f16 export", theirs, their_logits(path, IDS), reference_logits(read_gguf(path), IDS))
+    row = parity_row(f"{name} f16 export", "", theirs, their_logits(path, IDS), reference_logits(read_gguf(path), IDS))
     record_parity(row)
     assert row["cosine"] >= COSINE
     assert row["top1"] >= 0.97
@@ -95,7 +73,7 @@ def test_llama_cpp_has_our_logits_of_the_same_file(
     path = exported(name, form)
     teacher = load_quietly(path, dtype="float32")
     ours = teacher.logits(torch.from_numpy(IDS)[None])[0].numpy()
-    row = record(f"{name} {form} export", ours, their_logits(path, IDS), reference_logits(read_gguf(path), IDS))
+    row = parity_row(f"{name} {form} export", "", ours, their_logits(path, IDS), reference_logits(read_gguf(path), IDS))
     record_parity(row)
     assert row["error"] <= ERROR
     assert row["cosine"] >= COSINE

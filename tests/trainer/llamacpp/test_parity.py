@@ -17,13 +17,12 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
-from architecture_models import CASES, Case, make_model, make_tokenizer, row_errors
+from architecture_models import CASES, Case, make_model, make_tokenizer
 from llamacpp_engine import FILE_TYPES, quantise, their_logits
-from model_files import retype
+from parity_rows import cosines, parity_row
 from teachers import load_quietly
 
-from q4kd.harness.inputs.models.code_blocks import CODE_TYPES
-from q4kd.harness.oracles.reference import log_softmax, read_gguf, reference_logits
+from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.model_file import ModelFile
@@ -63,32 +62,18 @@ def our_logits(model: ModelFile) -> np.ndarray:
     return teacher.logits(torch.from_numpy(IDS)[None])[0].numpy().astype(np.float64)
 
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-
-
 def measure(path: Path, file: str) -> dict[str, Any]:
     """Run a file three times: llama.cpp, ours, float64."""
     model = open_model(path)
     ours, theirs, exact = our_logits(model), their_logits(path, IDS), reference_logits(read_gguf(path), IDS)
-    assert exact.std(axis=-1).min() > 0.3, "flat logits would agree whatever is computed"
-    log_p, log_q = log_softmax(theirs.astype(np.float64)), log_softmax(ours)
     types = Counter(tensor.type for tensor in model.tensors.values() if len(tensor.shape) == 2)
-    return {
-        "file": file,
-        "types": " ".join(f"{count}x{name}" for name, count in sorted(types.items())),
-        "positions": len(IDS),
-        "cosine": float(cosines(ours, theirs).min()),
-        "error": float(row_errors(ours, exact).max()),
-        "their_error": float(row_errors(theirs, exact).max()),
-        "top1": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-        "kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-    }
+    words = " ".join(f"{count}x{name}" for name, count in sorted(types.items()))
+    return parity_row(file, words, ours, theirs, exact)
 
 
 @pytest.mark.parametrize(
     ("name", "file_type"),
-    itertools.product(MODELS, ("F16", *FILE_TYPES)),
+    list(itertools.product(MODELS, ("F16", *FILE_TYPES))),
 )
 def test_a_file_that_llama_cpp_quantised(
     folder: Path, name: str, file_type: str, record_parity: Callable[[dict[str, Any]], None]
@@ -113,18 +98,6 @@ def test_a_file_that_we_quantised(
     folder: Path, name: str, recipe: str, record_parity: Callable[[dict[str, Any]], None]
 ) -> None:
     row = measure(write(folder / f"{name}-{recipe}.gguf", name, recipe), f"{name} our {recipe}")
-    record_parity(row)
-    assert row["error"] <= ERROR
-    assert row["cosine"] >= COSINE
-
-
-@pytest.mark.parametrize("type_name", CODE_TYPES)
-def test_a_file_of_random_codes(folder: Path, type_name: str, record_parity: Callable[[dict[str, Any]], None]) -> None:
-    source = write(folder / "llama-f32.gguf", "llama", "f32")
-    path = folder / f"llama-{type_name}.gguf"
-    retype(source, path, lambda name: None if "norm" in name or name == ROPE_FACTORS else type_name)
-    assert {tensor.type for tensor in open_model(path).tensors.values()} == {"F32", type_name}
-    row = measure(path, f"llama {type_name}")
     record_parity(row)
     assert row["error"] <= ERROR
     assert row["cosine"] >= COSINE

@@ -46,9 +46,10 @@ def read_importance(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             if counts is None or math.prod(counts.shape) != 1 or math.prod(entry.shape) != entry.shape[-1]:
                 expected, got = "one row of sums and one count", "none" if counts is None else f"{entry.shape}"
                 raise InputError(f"{path}: {matrix}", expected=expected, got=got, remedy="use a dense model's matrix")
-            count = float(_values(path, counts, header, data)[0])
-            sums = _values(path, entry, header, data)
-            found[matrix] = sums / np.float32(count) if count > 0 else np.ones_like(sums)
+            count, sums = _values(path, counts, header, data), _values(path, entry, header, data)
+            _refuse_values(f"{path}: count of {matrix}", count)
+            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused as not finite
+                found[matrix] = sums / count if count[0] > 0 else np.ones_like(sums)
             _refuse_values(f"{path}: {matrix}", found[matrix])
     if not found:
         raise InputError(str(path), expected=f"tensors that end in {_SUMS}", got="none", remedy=_REMEDY)
