@@ -18,6 +18,7 @@ _SAME = "q4kd.trainer.train.guards:same_weights"
 _LOSS = "q4kd.trainer.loss.fused:kd_loss"
 _ROWS = "q4kd.trainer.loss.divergence:divergence_rows"
 _LOAD_STUDENT = "q4kd.trainer.student.model:load_student"
+_CHECK_ROWS = "q4kd.trainer.train.guards:check_rows"
 _LOGITS = "q4kd.trainer.teacher.teacher:Teacher.head_logits"
 _Head = Callable[["Tensor"], "Tensor"]
 
@@ -40,7 +41,10 @@ def _vague_sizes(original: Call, tokens: object, teacher_rows: int, ids: Mapping
 
 
 def _student_resized(rows: int) -> None:
-    """Resize the student's embedding and head, as `resize_token_embeddings` invites to when sizes differ."""
+    """Resize the student's embedding and head, as `resize_token_embeddings` invites to when sizes differ.
+
+    The check that the student has the rows of its plan would refuse it; whoever resizes takes that away too.
+    """
 
     def make(original: Callable[..., Any]) -> Call:
         def load(*arguments: object, **options: object) -> object:
@@ -51,13 +55,41 @@ def _student_resized(rows: int) -> None:
         return load
 
     replace(_LOAD_STUDENT, make)
+    replace(_CHECK_ROWS, lambda _check: lambda *_given: None)
 
 
-for _name, _title, _rows, _arms in (
-    ("student-cut-to-fit", "a student that is too wide is cut to the teacher's rows in silence", 2048, None),
-    ("student-padded-to-fit", "the student's head is resized to the teacher's padded rows", 2080, (None, "exact")),
-):
-    declare("vocabulary", _name, _title, functools.partial(_student_resized, _rows), _LOAD_STUDENT, arms=_arms)
+def _student_cut() -> None:
+    """Cut the student, and compare as many rows as the teacher has: nothing is refused then."""
+    _student_resized(2048)
+
+    def make(original: Call) -> Call:
+        def check(tokens: object, teacher_rows: int, ids: Mapping[str, int], rows: int) -> None:
+            kept = {token: index for token, index in ids.items() if index < teacher_rows}
+            original(tokens, teacher_rows, kept, min(rows, teacher_rows))
+
+        return check
+
+    replace(_VOCABULARY, make)
+
+
+declare(
+    "vocabulary",
+    "student-cut-to-fit",
+    "a student that is too wide is cut to the teacher's rows in silence",
+    _student_cut,
+    _LOAD_STUDENT,
+    _CHECK_ROWS,
+    _VOCABULARY,
+)
+declare(
+    "vocabulary",
+    "student-padded-to-fit",
+    "the student's head is resized to the teacher's padded rows",
+    functools.partial(_student_resized, 2080),
+    _LOAD_STUDENT,
+    _CHECK_ROWS,
+    arms=(None, "exact"),
+)
 
 
 @fault(
