@@ -18,12 +18,12 @@ _SIZES: dict[str, object] = {
     "max_position_embeddings": 64,
     "head_dim": 8,
 }
-_WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
 # Each case: its name, its config, and what of a valid run is other.
 _CASES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
     ("a head with a bias", {"model_type": "phi"}, {"config": {"model_type": "gpt_neox"}}),
     ("layers that keep a state", {"model_type": "mamba", "state_size": 4}, {"packed": False}),
-    ("a window in some layers", {"model_type": "gemma3_text", **_WINDOW}, {"length": 12}),
+    ("convolutions in some layers", {"model_type": "lfm2", **_CONVOLUTIONS}, {"packed": False}),
 )
 
 
