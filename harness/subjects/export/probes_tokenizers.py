@@ -6,7 +6,6 @@ from typing import Any
 
 from q4kd.harness.inputs.arrays import Arrays, save_arrays
 from q4kd.harness.runs.probes import probe
-from q4kd.harness.subjects.export.tokenizers import id_digests, tokenizer_lines
 from q4kd.trainer.files import read_json, write_json
 
 
@@ -15,6 +14,8 @@ def tokenizer_files(contents: Path, out: Path, facts: Path) -> None:
     """Write each tokenizer into a GGUF, read it back, and save checksums of the ids it gives; say how it is named."""
     import gguf
 
+    # It brings what makes inputs, which no other probe has to load.
+    from q4kd.harness.subjects.export.tokenizers import id_digests, tokenizer_lines
     from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
     from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from q4kd.harness.records.json_types import JsonObject
 
@@ -33,6 +32,8 @@ def recorded_compiler() -> Iterator[list[object]]:
 
     Code is compiled only when it is first called, so what must be known is which function goes through the compiler.
     """
+    from unittest import mock  # which brings asyncio; whoever verifies a bundle loads this module too
+
     calls: list[object] = []
 
     def note(function: Callable[..., object], **_options: object) -> Callable[..., object]:

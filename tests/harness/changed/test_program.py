@@ -76,6 +76,7 @@ def test_one_operator_runs_what_depends_on_it_and_a_comment_runs_nothing(copied:
 
     edit(copied, "trainer/export/to_gguf.py", "if expected != got:", "if expected == got:")
     exporting = {"exported-models", "refused-exports", "fidelity", "cuda-fidelity", "real-pair", "cuda-real-pair"}
+    exporting |= {"exported-families"}
     assert changed_between(before, found_by(copied)) == exporting
 
     edit(copied, "trainer/teacher/cache/store.py", "start + self.windows_per_shard", "start - self.windows_per_shard")
