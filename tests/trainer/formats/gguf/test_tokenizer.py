@@ -4,10 +4,7 @@ import dataclasses
 import json
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import gguf
 import pytest
 from tokenizers import Tokenizer
 
@@ -18,10 +15,11 @@ from exported_models import FOLDERS, TEXTS, write_folder
 from q4kd.harness.__main__ import main
 from q4kd.harness.inputs.published.hard_text import hard_lines
 from q4kd.harness.inputs.published.tokenizers import BYTE_LEVEL, PIECES, byte_level, pieces
+from q4kd.harness.subjects.export.probes_tokenizers import write_vocabulary
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf import tokenizer
 from q4kd.trainer.formats.gguf.tokenizer import read_tokenizer
-from q4kd.trainer.formats.gguf.vocabulary import SPACE, Vocabulary, add_vocabulary
+from q4kd.trainer.formats.gguf.vocabulary import SPACE
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.student.model import load_tokenizer
@@ -127,18 +125,6 @@ def test_an_unknown_token_is_recognised_and_runs_of_spaces_are_merged_first(fold
     read = read_tokenizer(spaced)
     assert read.encode("a   a a<unk>").ids == [2, 5, 2, 3, 0]
     assert read.encode(f"a{SPACE}  a").ids == [2, 5, 2]
-
-
-def write_vocabulary(path: Path, content: dict[str, Any]) -> Any:
-    writer = gguf.GGUFWriter(path, "llama")
-    rows = 1 + max(*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"]))
-    add_vocabulary(writer, Vocabulary(content=content), rows)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    metadata = {key: part.contents() for key, part in gguf.GGUFReader(path).fields.items()}
-    return SimpleNamespace(path=path, metadata=metadata, tokens=tuple(metadata["tokenizer.ggml.tokens"]))
 
 
 @pytest.mark.parametrize("name", [*BYTE_LEVEL, *PIECES])
