@@ -42,6 +42,12 @@ class GivenFiles:
         role = REPLACES.get(name)
         return None if role is None else self._paths()[role]
 
+    def pair(self) -> tuple[Path, Path, Path] | None:
+        """Return teacher, student and data where all three were given, else None."""
+        if self.teacher is None or self.student is None or self.data is None:
+            return None
+        return self.teacher, self.student, self.data
+
     def paths(self) -> list[tuple[Role, Path]]:
         """Return what was given, in the order of the roles."""
         return [(role, path) for role, path in self._paths().items() if path is not None]

@@ -13,7 +13,6 @@ from q4kd.harness.inputs.demo import argparse_documents, changed_student, demo_s
 from q4kd.harness.inputs.samples import read_samples
 from q4kd.harness.inputs.synthetic_students import student_shape
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
-from q4kd.harness.runs.user_inputs import ROLES
 from q4kd.harness.subjects.training.guards import EXACT_STUDENT, EXACT_TEACHER, padded_teacher
 from q4kd.trainer.files import read_json, sha256_file, write_json
 
@@ -91,16 +90,16 @@ WALL_STEPS, GIVEN_STEPS, WALL_EVERY = 300, 1000, 100
 
 
 def _wall_steps(inputs: Inputs) -> int:
-    return GIVEN_STEPS if {role for role, _ in inputs.given.paths()} == set(ROLES) else WALL_STEPS
+    return WALL_STEPS if inputs.given.pair() is None else GIVEN_STEPS
 
 
 def _wall_argv(inputs: Inputs) -> list[str]:
-    given = inputs.given
-    teacher, student, data = given.teacher, given.student, given.data
-    if teacher is None or student is None or data is None:
+    if (given := inputs.given.pair()) is None:
         shape = student_shape(hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2)
         teacher, data = padded_teacher(inputs, EXACT_TEACHER), argparse_documents(inputs)
         student = changed_student(inputs, "student-wall", {**shape, "vocab_size": EXACT_STUDENT})
+    else:
+        teacher, student, data = given
     settings: dict[str, object] = {"steps": _wall_steps(inputs), "batch_size": 32, "seq_len": 512, "lr": 1e-5}
     settings |= {"eval_every": WALL_EVERY, "checkpoint_every": WALL_EVERY, "device": "cuda"}
     return distill_words(teacher, student, data, "--dtype", "auto", *set_words(settings))

@@ -1,6 +1,7 @@
 """Distillation of a pair beside cross-entropy alone, on the same tokens: what the teacher is worth."""
 
 import functools
+import shutil
 from pathlib import Path
 
 from q4kd.harness.inputs.collect import read_events
@@ -17,14 +18,13 @@ _METRICS = ("kl", "loss", "agreement")
 
 def _control_argv(arm: str, seed: int, inputs: Inputs) -> list[str]:
     """Return a run of the given pair, or of the demo's, whose student is small, where none was given."""
-    given = inputs.given
-    teacher, student, data = given.teacher, given.student, given.data
     settings: dict[str, object] = {"alpha": ALPHA[arm], "seed": seed, "device": "cuda", "eval_every": 0}
-    if teacher is None or student is None or data is None:
+    if (given := inputs.given.pair()) is None:
         teacher, student, data = demo_teacher(inputs), demo_student(inputs), data_path()
         settings |= {"steps": 120, "batch_size": 8, "seq_len": 64, "lr": 3e-3, "warmup_steps": 10, "eval_tokens": 8192}
         settings |= {"data_glob": "**/*.py", "data_max_bytes": 2_500_000}
     else:
+        teacher, student, data = given
         settings |= {"steps": 200, "batch_size": 16, "seq_len": 512, "lr": 2e-5, "warmup_steps": 20}
         settings |= {"eval_tokens": 65_536}
     return distill_words(teacher, student, data, "--dtype", "auto", *set_words(settings))
@@ -43,6 +43,7 @@ def _control_argv(arm: str, seed: int, inputs: Inputs) -> list[str]:
 )
 def collect_control(run_dir: Path, _inputs: Inputs) -> Facts:
     """State, with the last arm, what every arm reached on held-out text, and by how much distillation is ahead."""
+    shutil.rmtree(run_dir / "run", ignore_errors=True)  # six runs of a large pair would fill the disk
     experiment_name, _, arm = run_dir.name.partition(".")
     if arm != f"{list(ALPHA)[-1]}-seed{SEEDS[-1]}":
         return {}

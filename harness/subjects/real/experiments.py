@@ -18,7 +18,7 @@ from q4kd.harness.inputs.samples import growth, planned_bytes
 from q4kd.harness.oracles.reference import log_softmax
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.export.experiments import live_student
-from q4kd.harness.subjects.runs.probes_commands import REWIND
+from q4kd.harness.subjects.runs.probes_commands import FORGET, REWIND
 from q4kd.trainer.files import read_json, write_json
 
 POSITIONS, COLUMNS = 64, 128
@@ -34,10 +34,9 @@ AFTER_STOP = 4
 
 def _pair(inputs: Inputs) -> tuple[Path, Path, Path, bool]:
     """Return teacher, student and data, and whether all three were given."""
-    given = inputs.given
-    if given.teacher is None or given.student is None or given.data is None:
+    if (given := inputs.given.pair()) is None:
         return demo_teacher(inputs), live_student(inputs), argparse_documents(inputs), False
-    return given.teacher, given.student, given.data, True
+    return *given, True
 
 
 def _size(inputs: Inputs, device: str) -> dict[str, int]:
@@ -125,7 +124,7 @@ for _name, _arm, _of in (("real-logits", "transformers", _ids), ("real-llamacpp"
 
 
 def _commands(device: str, inputs: Inputs) -> list[tuple[str, list[str]]]:
-    """Return the commands by name, as they follow each other."""
+    """Return the commands by name, as they follow each other; what has no name only makes room on the disk."""
     teacher, student, data, _ = _pair(inputs)
     size = _size(inputs, device)
     stop = size["steps"] // 2
@@ -150,7 +149,9 @@ def _commands(device: str, inputs: Inputs) -> list[tuple[str, list[str]]]:
         ("whole", named_run("whole", words)),
         ("stopped", [REWIND, "whole", "part", str(stop)]),
         ("resumed", [*named_run("part", words), "--resume", "--max-steps", str(stop + AFTER_STOP)]),
+        ("", [FORGET, "whole", "part"]),
         ("smaller", [*named_run("smaller", words), *small, "--max-steps", "2"]),
+        ("", [FORGET, "smaller"]),
         ("export", export),
         ("fidelity", ["fidelity", "back.gguf", "whole/model", *tokens, "--device", device, "--out", "fidelity.json"]),
         ("back", ["logits", "back.gguf", *ids]),
@@ -192,9 +193,10 @@ def _collect_pair(device: str, run_dir: Path, inputs: Inputs) -> Facts:
     """Lay plan beside need, the steps after the stop beside those of the whole run, and the export beside the model."""
     size, path = _size(inputs, device), run_dir / "commands.json"
     commands = read_json(path)["commands"] if path.is_file() else {}
-    codes = {name: commands[name]["exit code"] for name, _ in _commands(device, inputs) if name in commands}
+    names = [name for name, _ in _commands(device, inputs) if name]
+    codes = {name: commands[name]["exit code"] for name in names if name in commands}
     facts: Facts = {"comparators": {}, "tables": {"commands": codes}}
-    if codes != {name: 0 for name, _ in _commands(device, inputs)}:
+    if codes != dict.fromkeys(names, 0):
         return facts
     pairs: dict[str, tuple[Array, Array]] = {}
     plans = {name: read_events(run_dir, "memory_plan", f"{name}.jsonl")[0] for name in ("whole", "smaller")}

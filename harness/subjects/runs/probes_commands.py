@@ -12,6 +12,8 @@ from q4kd.trainer.files import read_json, write_json
 
 # In the place of a command: RUN, ANOTHER and STEP, for a copy of a run's folder as it was after a step.
 REWIND = "rewind"
+# FORGET and RUNs, for removing their checkpoints, which can be as large as the disk: no later command reads them.
+FORGET = "forget"
 
 
 @probe("commands")
@@ -37,6 +39,10 @@ def commands(cases: Path, out: Path, deterministic: bool = False) -> int:
     found: dict[str, Mapping[str, int]] = {}
     code = 0
     for name, argv in read_json(cases)["commands"]:
+        if argv[0] == FORGET:
+            for run in argv[1:]:
+                shutil.rmtree(Path(run) / "checkpoints")
+            continue
         before = _held()
         code = _rewind(*argv[1:]) if argv[0] == REWIND else main(argv)
         found[name] = {"exit code": code, **_peaks(before)}
