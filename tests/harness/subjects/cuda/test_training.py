@@ -12,6 +12,7 @@ import pytest
 from q4kd.harness.__main__ import build_parser
 from q4kd.harness.inputs.arrays import read_arrays
 from q4kd.harness.runs.experiment import EXPERIMENTS, Inputs
+from q4kd.harness.runs.user_inputs import GivenFiles
 from q4kd.harness.subjects.cuda import training
 from q4kd.trainer.cli.arguments import read_run_arguments
 from q4kd.trainer.files import read_json, write_json
@@ -136,10 +137,10 @@ def test_the_wall_of_a_run_is_laid_beside_its_steps(tmp_path: Path) -> None:
     experiment, inputs = EXPERIMENTS["cuda-wall"], Inputs(tmp_path / "inputs", "cpu")
     (arm,) = experiment.arms
     words = arm.argv(inputs)
-    assert words[0] == "distill" and {"steps=300", "eval_every=100", "checkpoint_every=100"} <= set(words)
+    assert words[0] == "distill" and {"steps=200", "eval_every=100", "checkpoint_every=100"} <= set(words)
     (tmp_path / "arrays").mkdir()
     # A step ends every 0.2 s, of which it took 0.16 s with its data; the process took 20 s more.
-    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 301)]
+    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 201)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert experiment.collect(tmp_path, inputs) == {"comparators": {}}
     write_json(tmp_path / "exit.json", {"wall_s": 80.0, "start_t": 90.0})
@@ -149,5 +150,22 @@ def test_the_wall_of_a_run_is_laid_beside_its_steps(tmp_path: Path) -> None:
     assert set(facts["comparators"]) == {"wall"} and facts["figures"]["summary"] == {"wall_seconds": 79.0}
     assert facts["figures"]["seconds from the start to the first step"] == pytest.approx(10.04)
     with np.load(tmp_path / "arrays" / "wall.npz") as arrays:
-        np.testing.assert_allclose(arrays["subject"], [[80.0], [0.2 * 200]])
-        np.testing.assert_allclose(arrays["reference"], [[48.0], [0.16 * 200]])
+        np.testing.assert_allclose(arrays["subject"], [[0.2 * 199 + 0.16], [0.2 * 100]])
+        np.testing.assert_allclose(arrays["reference"], [[32.0], [0.16 * 100]])
+
+
+def test_the_wall_of_a_given_pair_is_that_of_its_process(tmp_path: Path) -> None:
+    given = GivenFiles(teacher=tmp_path / "t.gguf", student=tmp_path / "student", data=tmp_path / "text.txt")
+    experiment, inputs = EXPERIMENTS["cuda-wall"], Inputs(tmp_path / "inputs", "cpu", given=given)
+    (arm,) = experiment.arms
+    assert {"steps=1000", str(tmp_path / "t.gguf")} <= set(arm.argv(inputs))
+    (tmp_path / "arrays").mkdir()
+    steps = [{"event": "step", "t": 100 + 0.2 * n, "step": n, "seconds": 0.15, "data_s": 0.01} for n in range(1, 1001)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    write_json(tmp_path / "exit.json", {"wall_s": 240.0, "start_t": 90.0})
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "summary.json", {"wall_seconds": 239.0})
+    experiment.collect(tmp_path, inputs)
+    with np.load(tmp_path / "arrays" / "wall.npz") as arrays:
+        np.testing.assert_allclose(arrays["subject"], [[240.0], [0.2 * 900]])
+        np.testing.assert_allclose(arrays["reference"], [[160.0], [0.16 * 900]])
