@@ -118,8 +118,8 @@ def _wall_argv(inputs: Inputs) -> list[str]:
 def collect_wall(run_dir: Path, inputs: Inputs) -> Facts:
     """Compare the time of the whole run, and that of all but the first steps, with the steps' own times.
 
-    A given pair's run lasts from the process's start to its end, a made one's from the beginning of the first step to the
-    end of the last.
+    A given pair's run lasts from the process's start to its end, a made one's from the beginning of the first step
+    to the end of the last.
 
     The figures say when the first step was over, and where the wall time went.
     """
