@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from q4kd.harness.__main__ import main
 from q4kd.trainer.bench.interleave import Ids, Series, Shape, compare, interleave, make_ids
 from q4kd.trainer.bench.synthetic import LAYER_TYPES, random_layer_blocks, write_large_teacher
 from q4kd.trainer.bench.teacher.comparison import agree, compare_on_cpu, least_cosine, table
@@ -164,3 +165,14 @@ def test_processor_seconds_do_not_count_waiting(model: Path, monkeypatch: pytest
 
     monkeypatch.setattr(arm._teacher, "logits", slow)
     assert 0 < arm.run(make_ids(Shape(1, 4), 256)) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--type", "Q9"], "use one of Q4_0"), (["--type", "Q3_K", "--model", "x.gguf"], "leave out --model, or --type")],
+)
+def test_a_type_is_one_that_the_synthetic_model_can_have(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "teacher", *words]) == 2
+    assert said in capsys.readouterr().err
