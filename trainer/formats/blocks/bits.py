@@ -11,8 +11,8 @@ from torch import Tensor
 
 # The low nibble, the lowest pair and the third bit of each byte of a word.
 NIBBLES, PAIRS, THIRDS = 0x0F0F0F0F0F0F0F0F, 0x0303030303030303, 0x0404040404040404
-# Short runs are moved as elements of this size. torch.cat copies each run by a call of its own: nibbles of Q4_0, in runs
-# of 16 bytes, took 0.39 ns a weight instead of 0.31, those of Q6_K, in runs of 64, 0.12 instead of 0.16.
+# Short runs are moved as elements of this size. torch.cat copies each run by a call of its own: nibbles of Q4_0, in
+# runs of 16 bytes, took 0.39 ns a weight instead of 0.31, those of Q6_K, in runs of 64, 0.12 instead of 0.16.
 _ELEMENT, _ELEMENT_BYTES = torch.complex128, 16
 
 
