@@ -10,8 +10,25 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-_TYPES = {"Q4_K": gguf.GGMLQuantizationType.Q4_K, "Q6_K": gguf.GGMLQuantizationType.Q6_K}
 HEAD_DIM = 64
+# Other types of the layers: the byte of the scale d and, of those with a minimum, its byte and how many d centre it.
+LAYER_TYPES: dict[str, tuple[int, int | None, float]] = {
+    "Q4_0": (0, None, 0),
+    "Q4_1": (0, 2, -7.5),
+    "Q5_0": (0, None, 0),
+    "Q5_1": (0, 2, -15.5),
+    "Q8_0": (0, None, 0),
+    "Q2_K": (80, 82, 1.5),
+    "Q3_K": (108, None, 0),
+    "Q5_K": (0, 2, 15.5),
+    "IQ4_NL": (0, None, 0),
+    "IQ4_XS": (0, None, 0),
+    "IQ3_S": (0, None, 0),
+    "IQ3_XXS": (0, None, 0),
+    "IQ2_S": (0, None, 0),
+    "IQ2_XS": (0, None, 0),
+    "IQ2_XXS": (0, None, 0),
+}
 
 
 def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float) -> NDArray[np.uint8]:
@@ -33,6 +50,28 @@ def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int
     return blocks.reshape(rows, -1)
 
 
+def random_layer_blocks(
+    rng: np.random.Generator, type_name: str, rows: int, cols: int, sigma: float
+) -> NDArray[np.uint8]:
+    """Return the same of a type in ``LAYER_TYPES``; a block's bits are uniform but for its scale and its minimum."""
+    kind, (scale_at, minimum_at, centre) = gguf.GGMLQuantizationType[type_name], LAYER_TYPES[type_name]
+    size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows * cols // size, num_bytes), dtype=np.uint8)
+
+    def set_half(at: int, value: np.float16) -> None:
+        blocks[:, at : at + 2] = np.frombuffer(value.tobytes(), np.uint8)
+
+    def scale_blocks(d: np.float16) -> None:
+        set_half(scale_at, d)
+        if minimum_at is not None:
+            set_half(minimum_at, d * np.float16(centre))
+
+    scale_blocks(np.float16(1))
+    unit_sigma = gguf.quants.dequantize(blocks[:4096], kind).std()
+    scale_blocks(np.float16(sigma / unit_sigma))
+    return blocks.reshape(rows, -1)
+
+
 def write_large_teacher(
     path: Path,
     *,
@@ -43,12 +82,14 @@ def write_large_teacher(
     kv_heads: int = 4,
     tied: bool = False,
     seed: int = 0,
+    layer_type: str | None = None,
 ) -> None:
     """Write a qwen2 GGUF with random K-quant weights (about 94 MB with the defaults: 155 M weights).
 
     Types are those of a Q4_K_M file: Q4_K, but Q6_K for the output head and, in half of the layers, for the value and
     down projections. Heads have 64 elements, so ``kv_heads`` divides ``hidden / 64``; ``hidden`` and ``ffn`` are
-    multiples of 256. With ``tied`` the embedding is the head too.
+    multiples of 256. With ``tied`` the embedding is the head too. With a ``layer_type`` of ``LAYER_TYPES`` all matrices
+    of the layers are of that type.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -66,8 +107,13 @@ def write_large_teacher(
     writer.add_tokenizer_model("none")
 
     def packed(name: str, type_name: str, rows: int, cols: int, gain: float = 1.0) -> None:
-        data = random_blocks(rng, type_name, rows, cols, 0.7 * gain / np.sqrt(cols))
-        writer.add_tensor(name, data, raw_dtype=_TYPES[type_name])
+        sigma = 0.7 * gain / np.sqrt(cols)
+        if layer_type is not None and name.startswith("blk."):
+            type_name, make = layer_type, random_layer_blocks
+        else:
+            make = random_blocks
+        data = make(rng, type_name, rows, cols, sigma)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_name])
 
     def constant(name: str, value: float, size: int) -> None:
         writer.add_tensor(name, np.full(size, value, np.float32))

@@ -19,11 +19,13 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     commands = bench.add_subparsers(dest="bench_command", required=True, metavar="WHAT")
     teacher = commands.add_parser("teacher", help="prefill with logits at every position")
     teacher.add_argument("--model", type=Path, metavar="FILE", help="GGUF (default: a synthetic one, 129 M weights)")
+    teacher.add_argument("--type", metavar="NAME", help="GGML type of the synthetic one's layers (CPU)")
     teacher.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     teacher.add_argument("--tokens", default="1024", metavar="N,…", help="positions of a sequence, a comparison each")
     teacher.add_argument("--pairs", type=int, default=9, metavar="N", help="counted rounds")
     teacher.add_argument("--threads", type=int, default=2, metavar="N", help="of every CPU engine")
     teacher.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the CPU engines that have a choice")
+    teacher.add_argument("--clock", choices=("wall", "processor"), default="wall", help="seconds of the CPU engines")
     teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
     teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
     teacher.set_defaults(run=_teacher)
@@ -149,13 +151,27 @@ def _teacher(args: argparse.Namespace) -> int:
     rounds = count("--pairs", str(args.pairs), _MAX_ROUNDS)
     threads = count("--threads", str(args.threads), 1024)
 
+    from q4kd.trainer.bench.synthetic import LAYER_TYPES
     from q4kd.trainer.bench.teacher.comparison import compare_on_cpu, table
     from q4kd.trainer.device.dtypes import choose_dtype
 
+    if args.type is not None and args.type not in LAYER_TYPES:
+        raise unknown_name(f"--type {args.type[:40]}", args.type, LAYER_TYPES, "type")
+    if args.type is not None and args.model is not None:
+        expected, remedy = "a synthetic model, whose layers have it", "leave out --model, or --type"
+        raise InputError("--type", expected=expected, got="--model too", remedy=remedy)
     dtype = choose_dtype(args.dtype, "cpu", min(lengths))
     print(f"dtype: {dtype.name} ({dtype.reason})")
     found = compare_on_cpu(
-        args.model, engines, lengths, rounds=rounds, threads=threads, dtype=dtype.name, announce=print
+        args.model,
+        engines,
+        lengths,
+        rounds=rounds,
+        threads=threads,
+        dtype=dtype.name,
+        announce=print,
+        layer_type=args.type,
+        clock=args.clock,
     )
     if args.out:
         _write(args.out, "bench.json", found)

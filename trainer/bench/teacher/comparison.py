@@ -29,11 +29,14 @@ def compare_on_cpu(
     threads: int,
     dtype: str,
     announce: Callable[[str], None],
+    layer_type: str | None = None,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Time ``q4k`` against other engines on a GGUF file, or on a synthetic one of ``DEFAULT_MODEL``.
 
     The engines are names in ``cpu.ENGINES`` without ``q4k``; ``dtype`` is that of those which have a choice. Each of
     ``lengths``, the positions of one sequence, makes a comparison of its own. ``announce`` receives progress lines.
+    ``layer_type`` is that of the synthetic model's layers (``synthetic.LAYER_TYPES``), ``clock`` one of ``cpu.CLOCKS``.
 
     Returns:
         JSON-able: environment, facts of each arm, agreement, series and ratios.
@@ -41,13 +44,14 @@ def compare_on_cpu(
     with tempfile.TemporaryDirectory(prefix="q4kd-bench-") as folder:
         if model is None:
             model = Path(folder) / "synthetic.gguf"
-            write_large_teacher(model, **DEFAULT_MODEL)
+            write_large_teacher(model, **DEFAULT_MODEL, layer_type=layer_type)
         opened = open_model(model)
         vocab_size = opened.config.vocab_size
         # Of a split model llama.cpp wants the first shard.
-        wanted: list[Arm] = [worker_arm(engine, opened.path, threads, dtype) for engine in ("q4k", *engines)]
+        wanted: list[Arm] = [worker_arm(engine, opened.path, threads, dtype, clock) for engine in ("q4k", *engines)]
         found: dict[str, Any] = {
-            "environment": environment() | {"threads": threads, "dtype": dtype},
+            "environment": environment() | {"threads": threads, "dtype": dtype, "clock": clock},
+            "layer_type": layer_type,
             "file_bytes": opened.file_bytes,
             "facts": {},
             "not_run": {},

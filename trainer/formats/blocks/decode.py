@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.formats.blocks import decode_low
-from q4kd.trainer.formats.blocks.bits import fifth_bits, spread_bits, spread_nibbles
+from q4kd.trainer.formats.blocks.bits import fifth_bits, halves, spread_bits, spread_nibbles
 from q4kd.trainer.formats.blocks.decode_iq import IQ_DECODERS
 from q4kd.trainer.formats.blocks.decode_small_floats import SMALL_DECODERS
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK, block_format
@@ -100,8 +100,7 @@ def decode_q5_k(packed: Tensor, out: Tensor) -> None:
 
 def decode_q6_k(packed: Tensor, out: Tensor) -> None:
     """Decode Q6_K superblocks: uint8 ``[n, 210]`` to float32 ``[n, 256]``, written to ``out``."""
-    d = packed[:, 208:210].view(torch.float16).float()
-    steps = d * packed[:, 192:208].view(torch.int8)
+    steps = halves(packed, 208) * packed[:, 192:208].view(torch.int8)
     high = packed[:, 128:192].contiguous().view(-1, 2, 32)
     pairs = torch.cat([high << 4, high << 2, high, high >> 2], dim=2).view(-1, SUPERBLOCK).bitwise_and_(0x30)
     quants = spread_nibbles(packed[:, 0:128], 64).bitwise_or_(pairs).view(torch.int8).sub_(32)
@@ -116,19 +115,19 @@ def decode_q8_0(packed: Tensor, out: Tensor) -> None:
 
 def decode_q5_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q5_0 blocks: uint8 ``[n, 22]`` to float32 ``[n, 32]``, written to ``out``."""
-    quants = spread_nibbles(packed[:, 6:22].contiguous(), 16).bitwise_or_(fifth_bits(packed[:, 2:6]))
+    quants = spread_nibbles(packed[:, 6:22], 16).bitwise_or_(fifth_bits(packed[:, 2:6]))
     _scale_quants(quants.view(torch.int8).sub_(16), packed, out)
 
 
 def decode_q4_0(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_0 blocks: uint8 ``[n, 18]`` to float32 ``[n, 32]``, written to ``out``."""
-    _scale_quants(spread_nibbles(packed[:, 2:18].contiguous(), 16).view(torch.int8).sub_(8), packed, out)
+    _scale_quants(spread_nibbles(packed[:, 2:18], 16).view(torch.int8).sub_(8), packed, out)
 
 
 def _scale_quants(quants: Tensor, packed: Tensor, out: Tensor) -> None:
     """Write int8 ``[n, 32]`` times the float16 scale that each block begins with to ``out``."""
     out.copy_(quants)
-    out.mul_(packed[:, 0:2].view(torch.float16).float())
+    out.mul_(halves(packed, 0))
 
 
 def decode_bf16(packed: Tensor, out: Tensor) -> None:

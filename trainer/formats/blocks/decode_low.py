@@ -37,27 +37,35 @@ IQ4_XS, 136 bytes (4.25 bits a weight), eight sub-blocks of 32::
 import torch
 from torch import Tensor
 
-from q4kd.trainer.formats.blocks.bits import fifth_bits, spread_bits, spread_nibbles, spread_pairs
+from q4kd.trainer.formats.blocks.bits import (
+    PAIRS,
+    THIRDS,
+    fifth_bits,
+    halves,
+    in_words,
+    join_runs,
+    spread_nibbles,
+    spread_pairs,
+)
 from q4kd.trainer.formats.blocks.layout import IQ4_LEVELS
 
 
 def decode_q4_1(packed: Tensor, out: Tensor) -> None:
     """Decode Q4_1 blocks: uint8 ``[n, 20]`` to float32 ``[n, 32]``, written to ``out``."""
-    _scale_and_raise(spread_nibbles(packed[:, 4:20].contiguous(), 16), packed, out)
+    _scale_and_raise(spread_nibbles(packed[:, 4:20], 16), packed, out)
 
 
 def decode_q5_1(packed: Tensor, out: Tensor) -> None:
     """Decode Q5_1 blocks: uint8 ``[n, 24]`` to float32 ``[n, 32]``, written to ``out``."""
-    quants = spread_nibbles(packed[:, 8:24].contiguous(), 16)
+    quants = spread_nibbles(packed[:, 8:24], 16)
     _scale_and_raise(quants.bitwise_or_(fifth_bits(packed[:, 4:8])), packed, out)
 
 
 def _scale_and_raise(quants: Tensor, packed: Tensor, out: Tensor) -> None:
     """Write uint8 ``[n, 32]`` times the first of the two float16 that open each block, plus the second, to ``out``."""
-    factors = packed[:, 0:4].view(torch.float16).float()
     out.copy_(quants)
     # Product and sum are rounded one after the other, as in the scalar reference: no fused multiply-add.
-    out.mul_(factors[:, 0:1]).add_(factors[:, 1:2])
+    out.mul_(halves(packed, 0)).add_(halves(packed, 2))
 
 
 def decode_q2_k(packed: Tensor, out: Tensor) -> None:
@@ -65,31 +73,38 @@ def decode_q2_k(packed: Tensor, out: Tensor) -> None:
     factors = packed[:, 80:84].view(torch.float16).float()
     scales = packed[:, 0:16].contiguous()
     steps, offsets = factors[:, 0:1] * (scales & 15), factors[:, 1:2] * (scales >> 4)
-    out.copy_(spread_pairs(packed[:, 16:80].contiguous(), 32))
+    out.copy_(spread_pairs(packed[:, 16:80], 32))
     out.view(-1, 16, 16).mul_(steps.unsqueeze(2)).sub_(offsets.unsqueeze(2))
 
 
 def unpack_q3_k_scales(packed: Tensor) -> Tensor:
-    """Unpack the 12 scale bytes of Q3_K: uint8 ``[n, 12]`` to int8 ``[n, 16]``, -32 to 31."""
-    low, high = packed[:, 0:8].contiguous(), packed[:, 8:12].contiguous()
-    scales = spread_nibbles(low, 8).bitwise_or_(spread_pairs(high, 4).bitwise_left_shift_(4))
-    return scales.view(torch.int8).sub_(32)
+    """Unpack the 12 scale bytes of Q3_K: uint8 ``[n, 12]`` to int8 ``[n, 16]``, -32 to 31.
+
+    Two bytes of all blocks are taken at a time, so that every operation runs over whole vectors.
+    """
+    words = packed.view(torch.int16).t().contiguous()
+    low, high = words[0:4], words[4:6]
+    scales = torch.cat([low, low >> 4]).bitwise_and_(0x0F0F)
+    scales.bitwise_or_(torch.cat([high << 4, high << 2, high, high >> 2]).bitwise_and_(0x3030))
+    return scales.t().contiguous().view(torch.int8).sub_(32)
 
 
 def decode_q3_k(packed: Tensor, out: Tensor) -> None:
     """Decode Q3_K superblocks: uint8 ``[n, 110]`` to float32 ``[n, 256]``, written to ``out``."""
-    steps = packed[:, 108:110].view(torch.float16).float() * unpack_q3_k_scales(packed[:, 96:108])
-    high = spread_bits(packed[:, 0:32].contiguous(), 2)
-    quants = spread_pairs(packed[:, 32:96].contiguous(), 32).bitwise_or_(high).view(torch.int8).sub_(4)
-    out.copy_(quants)
+    steps = halves(packed, 108) * unpack_q3_k_scales(packed[:, 96:108])
+    mask = in_words(packed[:, 0:32])
+    # Bit 2 + r of a byte is the third bit of quarter r, in each half.
+    thirds = torch.cat([mask << 2, mask >> 2], dim=1)
+    pairs = in_words(packed[:, 32:96])
+    quarters = [(pairs >> 2 * r).bitwise_and_(PAIRS).bitwise_or_((thirds >> r).bitwise_and_(THIRDS)) for r in range(4)]
+    out.copy_(join_runs(quarters, 32).view(torch.int8).sub_(4))
     out.view(-1, 16, 16).mul_(steps.unsqueeze(2))
 
 
 def _level_pairs() -> Tensor:
-    """Return a table int32 ``[256]``: a byte's two levels as bfloat16, the low nibble's in the lower half."""
-    bits = torch.tensor(IQ4_LEVELS, dtype=torch.float32).view(torch.int32)
-    byte = torch.arange(256)
-    return (bits[byte & 15] >> 16 & 0xFFFF) | bits[byte >> 4]
+    """Return a table int64 ``[4096]``: for two nibbles, one a byte, their levels as two float32."""
+    both, levels = torch.arange(16 << 8), torch.tensor(IQ4_LEVELS, dtype=torch.float32)
+    return torch.stack([levels[both & 15], levels[both >> 8]], dim=1).view(torch.int64)[:, 0]
 
 
 _LEVEL_PAIRS = _level_pairs()
@@ -98,18 +113,16 @@ _LEVEL_PAIRS = _level_pairs()
 def _look_up_levels(quants: Tensor, out: Tensor) -> None:
     """Write the levels of the nibbles of uint8 ``[m, 16]`` to float32 ``[m, 32]``, the low nibbles' first.
 
-    bfloat16 holds every level exactly, and is the upper half of the float32: one look-up serves two weights.
+    One look-up serves two weights and writes them where they stay.
     """
-    pairs = _LEVEL_PAIRS.to(quants.device).index_select(0, quants.int().view(-1)).view(-1, 16)
-    halves = out.view(torch.int32).view(-1, 2, 16)
-    torch.bitwise_left_shift(pairs, 16, out=halves[:, 0])
-    torch.bitwise_and(pairs, -65536, out=halves[:, 1])
+    pairs = spread_nibbles(quants, 16).view(torch.int16).view(-1).int()
+    torch.index_select(_LEVEL_PAIRS.to(quants.device), 0, pairs, out=out.view(torch.int64).view(-1))
 
 
 def decode_iq4_nl(packed: Tensor, out: Tensor) -> None:
     """Decode IQ4_NL blocks: uint8 ``[n, 18]`` to float32 ``[n, 32]``, written to ``out``."""
     _look_up_levels(packed[:, 2:18], out)
-    out.mul_(packed[:, 0:2].view(torch.float16).float())
+    out.mul_(halves(packed, 0))
 
 
 def decode_iq4_xs(packed: Tensor, out: Tensor) -> None:
@@ -117,6 +130,6 @@ def decode_iq4_xs(packed: Tensor, out: Tensor) -> None:
     low = spread_nibbles(packed[:, 4:8].contiguous(), 1)
     high = spread_pairs(packed[:, 2:4].contiguous(), 1)
     scales = low.bitwise_or_(high.bitwise_left_shift_(4)).view(torch.int8).sub_(32)
-    steps = packed[:, 0:2].view(torch.float16).float() * scales
+    steps = halves(packed, 0) * scales
     _look_up_levels(packed[:, 8:136].reshape(-1, 16), out.view(-1, 32))
     out.view(-1, 8, 32).mul_(steps.unsqueeze(2))

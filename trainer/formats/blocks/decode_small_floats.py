@@ -32,13 +32,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from q4kd.trainer.formats.blocks.bits import spread_nibbles
+
 _E2M1_TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 
 
 def _pairs() -> Tensor:
-    """Return int16 ``[4096]``: for two nibbles, one a byte, twice their floats as two int8."""
-    both = torch.arange(16 << 8)
-    return torch.stack([_E2M1_TWICE[both & 15], _E2M1_TWICE[both >> 8]], dim=1).view(torch.int16)[:, 0]
+    """Return int64 ``[4096]``: for two nibbles, one a byte, twice their floats as two float32."""
+    both, floats = torch.arange(16 << 8), _E2M1_TWICE.float()
+    return torch.stack([floats[both & 15], floats[both >> 8]], dim=1).view(torch.int64)[:, 0]
 
 
 def _ue4m3_halves() -> Tensor:
@@ -62,22 +64,24 @@ def _e8m0_halves() -> Tensor:
 _E8M0_HALVES = _e8m0_halves()
 
 
-def _e2m1(packed: Tensor, run: int) -> Tensor:
-    """Return twice the floats of nibbles, int8 ``[n, 2b]``: each run's low nibbles before its high ones."""
-    runs = packed.reshape(-1, run)
-    nibbles = torch.cat([runs & 15, runs >> 4], dim=1).view(torch.int16).view(-1).int()
-    return _PAIRS.to(packed.device).index_select(0, nibbles).view(torch.int8).view(len(packed), -1)
+def _e2m1(packed: Tensor, run: int, out: Tensor) -> None:
+    """Write twice the floats of nibbles ``[n, b]`` to float32 ``[n, 2b]``: each run's low nibbles before its high ones.
+
+    One look-up serves two weights and writes them where they stay.
+    """
+    nibbles = spread_nibbles(packed, run).view(torch.int16).view(-1).int()
+    torch.index_select(_PAIRS.to(packed.device), 0, nibbles, out=out.view(torch.int64).view(-1))
 
 
 def decode_mxfp4(packed: Tensor, out: Tensor) -> None:
     """Decode MXFP4 blocks: uint8 ``[n, 17]`` to float32 ``[n, 32]``, written to ``out``."""
-    out.copy_(_e2m1(packed[:, 1:17], 16))
+    _e2m1(packed[:, 1:17], 16, out)
     out.mul_(_E8M0_HALVES.to(packed.device).index_select(0, packed[:, 0].int()).unsqueeze(1))
 
 
 def decode_nvfp4(packed: Tensor, out: Tensor) -> None:
     """Decode NVFP4 blocks: uint8 ``[n, 36]`` to float32 ``[n, 64]``, written to ``out``."""
-    out.copy_(_e2m1(packed[:, 4:36], 8))
+    _e2m1(packed[:, 4:36].contiguous(), 8, out)
     scales = _UE4M3_HALVES.to(packed.device).index_select(0, packed[:, 0:4].reshape(-1).int())
     out.view(-1, 16).mul_(scales.unsqueeze(1))
 

@@ -27,7 +27,7 @@ class Scratch:
     """
 
     def __init__(self, num_bytes: int = DEFAULT_SCRATCH_BYTES) -> None:
-        self._buffer = torch.empty(num_bytes // 4, dtype=torch.float32)
+        self._buffer = _huge_floats(num_bytes // 4)
 
     @property
     def num_bytes(self) -> int:
@@ -55,8 +55,13 @@ class Scratch:
 
     def _floats(self, count: int) -> Tensor:
         if count > self._buffer.numel():
-            self._buffer = torch.empty(count, dtype=torch.float32)
+            self._buffer = _huge_floats(count)
         return self._buffer[:count]
+
+
+def _huge_floats(count: int) -> Tensor:
+    """Return uninitialised float32 ``[count]`` in huge pages: small ones cost a tile more look-ups of addresses."""
+    return empty_huge(1, count)[0]
 
 
 class PackedMatrix:

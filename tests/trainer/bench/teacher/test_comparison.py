@@ -1,16 +1,19 @@
 """The comparison's own arithmetic and its worker processes; the engines' speed is no test's business."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from q4kd.harness.__main__ import main
 from q4kd.trainer.bench.interleave import Ids, Series, Shape, compare, interleave, make_ids
-from q4kd.trainer.bench.synthetic import write_large_teacher
+from q4kd.trainer.bench.synthetic import LAYER_TYPES, random_layer_blocks, write_large_teacher
 from q4kd.trainer.bench.teacher.comparison import agree, compare_on_cpu, least_cosine, table
-from q4kd.trainer.bench.teacher.cpu import worker_arm
+from q4kd.trainer.bench.teacher.cpu import TeacherArm, worker_arm
 from q4kd.trainer.bench.teacher.worker import ArmFailed, WorkerArm
+from q4kd.trainer.formats.open import open_model
 
 
 class Recorded:
@@ -129,3 +132,47 @@ def test_a_worker_gets_its_threads_and_is_gone_after_close(model: Path) -> None:
     assert process.args[0] == sys.executable
     arm.close()
     assert process.poll() == 0
+
+
+def test_layers_of_every_type_are_centred_and_of_one_size() -> None:
+    import gguf
+
+    for name in LAYER_TYPES:
+        packed = random_layer_blocks(np.random.default_rng(3), name, 256, 512, 0.02)
+        weights = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+        assert weights.shape == (256, 512)
+        assert weights.std() == pytest.approx(0.02, rel=0.05), name
+        assert abs(weights.mean()) < 0.003, name
+
+
+def test_a_synthetic_teacher_has_layers_of_the_type_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "typed.gguf"
+    write_large_teacher(path, layers=1, hidden=256, ffn=256, vocab=256, kv_heads=2, tied=True, layer_type="Q3_K")
+    tensors = open_model(path).tensors
+    matrices = {name: tensor.type for name, tensor in tensors.items() if len(tensor.shape) == 2}
+    assert matrices.pop("token_embd.weight") == "Q6_K"
+    assert set(matrices.values()) == {"Q3_K"}
+
+
+def test_processor_seconds_do_not_count_waiting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = TeacherArm("q4k", model, 1, "float32", "processor")
+    arm.prepare()
+    logits = arm._teacher.logits
+
+    def slow(*args: object, **kwargs: object) -> object:
+        time.sleep(0.5)
+        return logits(*args, **kwargs)
+
+    monkeypatch.setattr(arm._teacher, "logits", slow)
+    assert 0 < arm.run(make_ids(Shape(1, 4), 256)) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--type", "Q9"], "use one of Q4_0"), (["--type", "Q3_K", "--model", "x.gguf"], "leave out --model, or --type")],
+)
+def test_a_type_is_one_that_the_synthetic_model_can_have(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "teacher", *words]) == 2
+    assert said in capsys.readouterr().err
