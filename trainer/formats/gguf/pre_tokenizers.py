@@ -124,3 +124,30 @@ def merges_reach(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], bu
 
     bpe = models.BPE(vocab=dict(vocab), merges=list(merges))
     return all(token in but or len(bpe.tokenize(token)) == 1 for token in vocab)
+
+
+def scores_join_alike(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], but: set[str]) -> bool:
+    """Return whether a BPE's merges join the text of every token as SentencePiece does with the scores of a GGUF.
+
+    That joins the two neighbours whose union is a token, the one first that the earliest merge makes, whichever two they
+    are; a token that no merge makes comes before all others.
+
+    Args:
+        vocab: ids by token.
+        merges: pairs, first to last.
+        but: tokens that are looked for in a text before it is cut.
+    """
+    from tokenizers import models
+
+    rank = {left + right: number for number, (left, right) in reversed([*enumerate(merges, start=1)])}
+    found = [
+        (rank.get(token, 0), vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
+        for token in vocab
+        if token not in but
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    own = models.BPE(vocab=dict(vocab), merges=list(merges))
+    scored = models.BPE(vocab=dict(vocab), merges=[(left, right) for *_key, left, right in sorted(found)])
+    ids = [[[part.id for part in bpe.tokenize(token)] for token in vocab if token not in but] for bpe in (own, scored)]
+    return ids[0] == ids[1]
