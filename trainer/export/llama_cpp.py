@@ -25,7 +25,7 @@ def differences(config: TeacherConfig, tokenizer: Mapping[str, Any]) -> list[str
     cuts = steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     if any(cut.get("type") == "Metaspace" and cut.get("prepend_scheme") == "first" for cut in cuts):
         found.append(
-            "a GGUF puts a space before the text after every special token, this tokenizer only where a text begins: ids "
-            "differ behind special tokens"
+            "a GGUF puts a space before the text after every special token, this tokenizer only where a text begins: "
+            "ids differ behind special tokens"
         )
     return found

@@ -1,6 +1,6 @@
 """Added tokens and the spaces beside them: what tokenizer.json says, and what llama.cpp does.
 
-A GGUF has no place for the flags of an added token, and llama.cpp goes by the name of the model instead (``general.name``;
+A GGUF has no place for the flags of an added token. llama.cpp goes by the name of the model instead (``general.name``;
 src/llama-vocab.cpp, the end of ``llama_vocab::impl::load``). It finds added tokens in a text as it came, also within a
 word. Those of a model that is named Phi-3 take the spaces after them, all but three; those of any other take none.
 What is a space differs: llama.cpp takes those of ASCII, and the tokenizers library all that Unicode has.
@@ -30,7 +30,7 @@ def takes_spaces_after(metadata: Mapping[str, Any], tokens: Sequence[str]) -> bo
     """
     if _PHI3.search(str(metadata.get("general.name"))):
         return True
-    return metadata.get("general.architecture") == "phi3" and _ONLY_PHI3 <= {*tokens}
+    return metadata.get("general.architecture") == "phi3" and {*tokens} >= _ONLY_PHI3
 
 
 def name_for(title: str, tokenizer: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def check_added(tokenizer: Mapping[str, Any], added: Sequence[Mapping[str, Any]]
     """
     texts = {one["content"] for one in added}
     taking = {one["content"] for one in added if one.get("rstrip")}
-    is_phi3 = _OF_PHI3 <= texts and taking == texts - KEEP_SPACES
+    is_phi3 = texts >= _OF_PHI3 and taking == texts - KEEP_SPACES
     for one in added:
         for flag in ("lstrip", "single_word", *(() if is_phi3 else ("rstrip",))):
             if one.get(flag):

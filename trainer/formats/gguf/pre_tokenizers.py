@@ -129,8 +129,8 @@ def merges_reach(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], bu
 def scores_join_alike(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], but: set[str]) -> bool:
     """Return whether a BPE's merges join the text of every token as SentencePiece does with the scores of a GGUF.
 
-    That joins the two neighbours whose union is a token, the one first that the earliest merge makes, whichever two they
-    are; a token that no merge makes comes before all others.
+    It joins the two neighbours whose union is a token, whichever two they are, the token first that the earliest merge
+    makes; a token that no merge makes comes before all others.
 
     Args:
         vocab: ids by token.

@@ -6,8 +6,8 @@ llama.cpp has names for three kinds of tokenizer, and for how each cuts text bef
     "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
              neighbours whose union has the highest score, SentencePiece's score is minus the rank of the merge, and
              tokenizer.json keeps the ranks, so the scores come back from them
-    "gemma4" pieces with byte fallback as in "llama", and merges of their own as in "gpt2" (Gemma 4); llama.cpp takes runs
-             of line ends apart from all other text, and begins every text with the begin token
+    "gemma4" pieces with byte fallback as in "llama", and merges of their own as in "gpt2" (Gemma 4); llama.cpp takes
+             runs of line ends apart from all other text, and begins every text with the begin token
 """
 
 import re
@@ -116,7 +116,7 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
 
 
 def _keeps_line_ends_apart(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether no merge joins line ends with other characters, and merges make every run of them that is a token."""
+    """Return whether merges join line ends with nothing else, and make every run of them that is a token."""
     merges = merge_pairs(tokenizer)
     if any("\n" in left + right and (left + right).strip("\n") for left, right in merges):
         return False

@@ -57,7 +57,7 @@ def test_flags_that_llama_cpp_has_no_name_for_are_refused(tmp_path: Path, flag: 
 
 @pytest.mark.parametrize(("text", "takes"), [("<|end|>", False), ("<unk>", True)])
 def test_flags_that_are_not_those_of_phi3_are_refused(tmp_path: Path, text: str, takes: bool) -> None:
-    with pytest.raises(InputError, match="as Phi-3 has them, got .* with rstrip"):
+    with pytest.raises(InputError, match=r"as Phi-3 has them, got .* with rstrip"):
         write_vocabulary(tmp_path / "v.gguf", changed(pieces("Phi-3"), text, rstrip=takes))
 
 
