@@ -10,6 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from q4kd.trainer.errors import InputError
+
+OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
+SENTENCEPIECE, GEMMA4 = "llama", "gemma4"
+PIECES = (SENTENCEPIECE, GEMMA4)  # Their spaces are "▁", and characters without a token are bytes.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
@@ -66,6 +71,19 @@ PRE_TOKENIZERS = (
     PreTokenizer("deepseek-v3", DEEPSEEK_SPLITS),
 )
 BY_NAME: Mapping[str, PreTokenizer] = {name: one for one in PRE_TOKENIZERS for name in (one.name, *one.also)}
+
+
+def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer of a kind, or with a pre-tokenizer, that is not known here, and a file without one.
+
+    Raises:
+        InputError: naming both.
+    """
+    kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
+    if not ((kind in PIECES and tokens) or (kind == "gpt2" and str(pre) in BY_NAME)):
+        expected = f"gpt2 with pre-tokenizer {', '.join(one.name for one in PRE_TOKENIZERS)}, or {' or '.join(PIECES)}"
+        got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
+        raise InputError(subject, expected=expected, got=got, remedy=OTHERWISE)
 
 
 def steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:

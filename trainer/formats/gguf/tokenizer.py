@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import gguf
@@ -11,11 +11,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.added_tokens import KEEP_SPACES, takes_spaces_after
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
-from q4kd.trainer.formats.gguf.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, PreTokenizer
-from q4kd.trainer.formats.gguf.vocabulary import GEMMA4, PIECES, SENTENCEPIECE, SPACE
+from q4kd.trainer.formats.gguf.pre_tokenizers import (
+    BY_NAME,
+    GEMMA4,
+    OTHERWISE,
+    SENTENCEPIECE,
+    PreTokenizer,
+    check_kind,
+)
+from q4kd.trainer.formats.gguf.vocabulary import SPACE
 from q4kd.trainer.formats.model_file import ModelFile
 
-_OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
 # Longer pieces, in characters, are not taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
 _MAX_PIECE = 256
 # Gemma's 262,144 pieces have 1.5 million characters and are made by 513,511 merges. 1.7 million took 11 s and 0.9 GB.
@@ -46,7 +52,7 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
             tokenizer = _byte_level(model, vocab, BY_NAME[str(model.metadata["tokenizer.ggml.pre"])])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         expected = "tokens and merges that fit together"
-        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
+        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=OTHERWISE) from error
     special = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
     is_phi3 = takes_spaces_after(model.metadata, model.tokens)
     for kinds, is_special in ((special, True), ((gguf.TokenType.USER_DEFINED,), False)):
@@ -59,19 +65,6 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
         # All at once: the library goes over every added token at each call.
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     return tokenizer
-
-
-def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer of a kind, or with a pre-tokenizer, that is not known here, and a file without one.
-
-    Raises:
-        InputError: naming both.
-    """
-    kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
-    if not ((kind in PIECES and tokens) or (kind == "gpt2" and str(pre) in BY_NAME)):
-        expected = f"gpt2 with pre-tokenizer {', '.join(one.name for one in PRE_TOKENIZERS)}, or {' or '.join(PIECES)}"
-        got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
-        raise InputError(subject, expected=expected, got=got, remedy=_OTHERWISE)
 
 
 def _is_run(token: str, of_token: int) -> bool:

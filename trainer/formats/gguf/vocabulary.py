@@ -20,7 +20,10 @@ import gguf
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.gguf.added_tokens import check_added
 from q4kd.trainer.formats.gguf.pre_tokenizers import (
+    GEMMA4,
+    PIECES,
     PRE_TOKENIZERS,
+    SENTENCEPIECE,
     find_pre_tokenizers,
     merges_reach,
     scores_join_alike,
@@ -28,8 +31,6 @@ from q4kd.trainer.formats.gguf.pre_tokenizers import (
 )
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character.
-SENTENCEPIECE, GEMMA4 = "llama", "gemma4"
-PIECES = (SENTENCEPIECE, GEMMA4)  # Their spaces are ``SPACE``, and characters without a token are bytes.
 SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _BYTE = re.compile("<0x..>", re.DOTALL)
