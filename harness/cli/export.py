@@ -137,6 +137,8 @@ def _export_gguf(source: "ExportSource", out: Path, recipe: str, imatrix: Path |
     wants_superblocks = "_k" in recipe or recipe == "iq4_xs"
     if wants_superblocks and all(FORMATS[name].block_size < SUPERBLOCK for name in report.tensors):
         print(f"note: no row is a multiple of 256 weights, so {recipe} holds no superblock; see the types above")
+    for line in report.differences:
+        print(f"note: {line}")
     lossy = {name: worst for name, worst in sorted(report.round_trip.items()) if worst[0]}
     errors = "; ".join(f"{name} at most {error:.2%} ({tensor})" for name, (error, tensor) in lossy.items())
     print(f"read back: tokens and dimensions equal; relative error of a tensor: {errors or 'none'}")

@@ -34,6 +34,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def _inspect(args: argparse.Namespace) -> int:
     from q4kd.trainer.device.placement import place_teacher
+    from q4kd.trainer.formats.gguf.unsupported import unsupported_tokenizer
 
     try:
         placement = place_teacher(args.model, backend=args.backend)
@@ -54,6 +55,10 @@ def _inspect(args: argparse.Namespace) -> int:
         "types": dict(sorted(histogram.items())),
         "backend": {"name": choice.backend, "reason": choice.reason},
     }
+    # A teacher does without its tokenizer, `q4kd fidelity` does not.
+    unread = list(unsupported_tokenizer(model.metadata)) if model.metadata.get("tokenizer.ggml.model") else []
+    if unread:
+        facts["unsupported"] = [vars(part) for part in unread]
     if args.json:
         print(json.dumps(facts, indent=1, sort_keys=True))
         return 0
@@ -70,6 +75,8 @@ def _inspect(args: argparse.Namespace) -> int:
         sizes = f"{entry['tensors']:>4} tensors  {entry['weights']:>15,} weights  {entry['bytes']:>15,} bytes"
         print(f"  {name:<16} {sizes}  {share:>6.1%} {'#' * round(20 * share)}")
     print(f"  {'backend':<16} {choice.backend}: {choice.reason}")
+    for part in unread:
+        print(for_terminal(f"  {part.part:<16} {part.found} is not read by q4kd fidelity; supported: {part.supported}"))
     return 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.export.llama_cpp import differences
 from q4kd.trainer.export.run_record import ExportSource
 from q4kd.trainer.export.source_model import read_model, read_vocabulary
 from q4kd.trainer.files import sha256_file
@@ -42,12 +43,14 @@ class GgufReport:
         sha256: digest of the file.
         tensors: number of tensors of each type.
         round_trip: each type's worst relative error ``‖decoded - w‖ / ‖w‖`` of a tensor, and that tensor's name.
+        differences: what llama.cpp computes otherwise, a sentence each.
     """
 
     num_bytes: int = 0
     sha256: str = ""
     tensors: Mapping[str, int] = field(default_factory=dict)
     round_trip: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    differences: Sequence[str] = ()
 
 
 def export_gguf(
@@ -119,6 +122,7 @@ def check_file(
         if not error <= ROUND_TRIP[tensor.type]:
             raise _other_file(f"{target} ({tensor.type})", f"within {ROUND_TRIP[tensor.type]:.1%}", f"{error:.1%}")
         worst[tensor.type] = max(worst.get(tensor.type, (-1.0, "")), (error, target))
+    report.differences = differences(wanted, vocabulary.content)
     report.num_bytes, report.sha256 = model.file_bytes, sha256_file(path)
     report.tensors = Counter(tensor.type for tensor in model.tensors.values())
     report.round_trip = worst

@@ -40,16 +40,20 @@ BYTE_LEVEL: dict[str, tuple[str, tuple[str, ...], bool, bool]] = {
     "gpt-2": ("GPT-2", (), False, False),
     "smollm": ("SmolLM and Granite", (), False, False),
 }
-PIECES = ("Llama 2", "Gemma 3")
+PIECES = ("Llama 2", "Gemma 3", "Phi-3", "Gemma 4")
 ADDED = ("<s>", "<|im_start|>", "<think>")
+# Phi-3's added tokens, of which some take the spaces after them.
+_PHI3 = ("<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>", "<|user|>")
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 _SPACE, _VOCAB, _TEXTS = "▁", 900, 1500
 
 
-def _added(vocab: dict[str, int]) -> list[dict[str, Any]]:
-    """Return added tokens, of which the last is not special; those that the vocabulary has keep their ids."""
+def _added(vocab: dict[str, int], texts: tuple[str, ...] = ADDED) -> list[dict[str, Any]]:
+    """Return added tokens, of which one is not special; those that the vocabulary has keep their ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    ids = vocab | {text: len(vocab) + n for n, text in enumerate(text for text in ADDED if text not in vocab)}
-    return [{"id": ids[text], "content": text, **flags, "special": text != ADDED[-1]} for text in ADDED]
+    ids = vocab | {text: len(vocab) + n for n, text in enumerate(text for text in texts if text not in vocab)}
+    plain = "</s>" if "</s>" in texts else ADDED[-1]
+    return [{"id": ids[text], "content": text, **flags, "special": text != plain} for text in texts]
 
 
 def byte_level(name: str) -> dict[str, Any]:
@@ -99,15 +103,32 @@ def pieces(name: str) -> dict[str, Any]:
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
+    if name == "Gemma 4":  # It has merges of its own, and runs of line ends.
+        own = json.loads(tokenizer.to_str())["model"]["merges"]
+        merges = [pair for pair in own if {*pair, "".join(pair)} <= vocab.keys() and "\n" not in "".join(pair)]
+        runs = ["\n" * length for length in range(1, 6)]
+        vocab |= {run: len(vocab) + number for number, run in enumerate(run for run in runs if run not in vocab)}
+        merges += [[runs[left], runs[whole - left - 1]] for whole in range(1, len(runs)) for left in range(whole)]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepend = {"type": "Prepend", "prepend": _SPACE}
     at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
-    unknown = {**_added(vocab)[0], "id": 0, "content": "<unk>"}
+    is_gemma, added = name.startswith("Gemma"), _added(vocab, _PHI3 if name == "Phi-3" else ADDED)
+    added = [{**added[0], "id": 0, "content": "<unk>"}, *added]
+    if name == "Phi-3":
+        added = [{**one, "rstrip": one["content"] not in _KEEP_SPACES} for one in added]
+    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    begins = {"<s>": {"id": "<s>", "ids": [added[1]["id"]], "tokens": ["<s>"]}}
     return {
         "version": "1.0",
-        "added_tokens": [unknown, *_added(vocab)],
-        "normalizer": replace if name == "Gemma 3" else {"type": "Sequence", "normalizers": [prepend, replace]},
-        "pre_tokenizer": at_spaces if name == "Gemma 3" else None,
+        "added_tokens": added,
+        "normalizer": replace if is_gemma else {"type": "Sequence", "normalizers": [prepend, replace]},
+        "pre_tokenizer": at_spaces if is_gemma else None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, text],
+            "special_tokens": begins,
+        },
         "model": {"type": "BPE", **options, "vocab": vocab, "merges": merges},
     }

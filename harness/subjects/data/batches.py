@@ -36,6 +36,8 @@ from q4kd.harness.subjects.data.rewriting import REWRITING, rewritten_chats, rew
 from q4kd.trainer.files import read_json, write_json
 
 SEQ_LEN, WHOLE, BEGIN, BUFFER = 24, 512, 0, 9
+DAY = "2026-11-30"
+_BEGIN_TEXT = "<|endoftext|>"  # the demo student's begin token
 _SAID = "{{ m['content'] }}</>\n"
 _TURN = "<{{ m['role'] }}>" + _SAID
 _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -133,6 +135,8 @@ def _cases(inputs: Inputs) -> Path:
             more["student"] = str(chat_student(inputs, name))
         elif name == "begin":
             more["student"] = str(begin_student(inputs))
+        if name in REWRITING:
+            more["chat_date"] = DAY
         steps = len(_labelled(inputs, name))
         changed = run_settings(inputs, source, packing="none", seq_len=_length(name), **more)
         cases[name] = {"settings": changed, "sequences": 1, "steps": steps, "resume": steps}
@@ -181,7 +185,7 @@ def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Se
             )
             yield [*before, *after], [False] * len(before) + [True] * len(after)
     elif form in REWRITING:
-        for text, learnt in rewritten_texts(form):
+        for text, learnt in rewritten_texts(form, DAY, _BEGIN_TEXT):
             found = tokenizer.encode(text, add_special_tokens=False)
             yield found.ids, [any(a < end and z > begin for begin, end in learnt) for a, z in found.offsets]
     else:

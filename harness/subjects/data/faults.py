@@ -117,7 +117,7 @@ def _history_as_written(original: Callable[..., _Reply], reply: _Reply) -> _Repl
             continue
         begin = example["spans"][0][0]
         # The question after an answer is what follows the last end of a turn of another.
-        asked = example["text"].rindex("user", 0, begin)
+        asked = example["text"].lower().rindex("user", 0, begin)
         text, move = example["text"][asked:], len(joined["text"]) - asked
         joined["text"] += text
         joined["spans"] = [*joined["spans"], *((first + move, last + move) for first, last in example["spans"])]

@@ -14,9 +14,11 @@ def write_vocabulary(path: Path, content: Mapping[str, Any]) -> Any:
     """Write a GGUF that holds a tokenizer.json's tokenizer and nothing else; return what is read of a model there."""
     import gguf
 
+    from q4kd.trainer.formats.gguf.added_tokens import name_for
     from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary
 
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name_for("model", content))
     rows = 1 + max(*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"]))
     add_vocabulary(writer, Vocabulary(content=content), rows)
     writer.write_header_to_file()
@@ -39,7 +41,8 @@ def tokenizer_files(contents: Path, out: Path, facts: Path) -> None:
     names: dict[str, str] = {}
     for number, (name, content) in enumerate(read_json(contents).items()):
         model = write_vocabulary(Path(f"{number}.gguf"), content)
-        names[name] = f"{model.metadata['tokenizer.ggml.model']} {model.metadata['tokenizer.ggml.pre']}"
+        found = (model.metadata[key] for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre", "general.name"))
+        names[name] = " ".join(found)
         read = read_tokenizer(model)
         arrays[name] = id_digests([encoding.ids for encoding in read.encode_batch(tokenizer_lines(number))])
         model.path.unlink()

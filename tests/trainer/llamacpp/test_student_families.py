@@ -20,7 +20,9 @@ from llamacpp_engine import their_logits
 from teachers import load_quietly
 
 from q4kd.harness.oracles.reference import log_softmax
+from q4kd.trainer.export.llama_cpp import differences
 from q4kd.trainer.formats.gguf.writer import write_gguf
+from q4kd.trainer.formats.open import open_model
 
 COSINE = {"f32": 0.9999, "q8_0": 0.999}
 OTHERWISE = ("mistral-window", "phi3-short")
@@ -60,3 +62,19 @@ def test_llama_cpp_has_the_logits_of_an_exported_student(
         }
     )
     assert cosines.min() >= COSINE[recipe]
+
+
+def test_llama_cpp_leaves_out_the_window_of_phi3(tmp_path: Path) -> None:
+    """``q4kd export`` says so by name (trainer/export/llama_cpp.py): up to the window the logits are alike."""
+    model, path = make_family(CASES["phi3-short"]), tmp_path / "student.gguf"
+    config = model.config.to_dict() | {"eos_token_id": None}
+    tokenizer = make_tokenizer()
+    write_gguf(path, config=config, state=model.state_dict(), tokenizer=tokenizer, recipe="f32", name="student")
+    theirs = their_logits(path, IDS).astype(np.float64)
+    with torch.no_grad():
+        exact = model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    errors = row_errors(theirs, exact)
+    window = max(open_model(path).config.windows)
+    (sentence,) = differences(open_model(path).config, tokenizer)
+    assert f"from position {window} on" in sentence
+    assert errors[:window].max() < 1e-2 < 0.05 < errors[window:].min()

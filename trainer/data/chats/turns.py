@@ -18,7 +18,8 @@ _FIRST, _SECOND = "Qx7", "Zk3"
 # What begins and ends the reasoning of an answer: Qwen, DeepSeek, GLM; Gemma 4; Mistral; Seed.
 _BEGINS = ("<think>", "<|channel>thought", "[THINK]", "<seed:think>")
 _ENDS = ("</think>", "<channel|>", "[/THINK]", "</seed:think>")
-# The names by which templates are asked for an answer without reasoning: Qwen, GLM, Gemma; DeepSeek.
+# The names by which templates are asked for an answer with or without reasoning: Qwen, GLM, Gemma; DeepSeek.
+_WITH_REASONING = ({"enable_thinking": True}, {"thinking": True})
 _WITHOUT_REASONING = ({"enable_thinking": False}, {"thinking": False})
 
 Message = dict[str, Any]
@@ -119,13 +120,16 @@ def _said(render: Render, messages: Sequence[Message], index: int) -> tuple[str,
             raise Rewritten(index + 1)
         return upto, len(before)
     refused: list[Refused] = []
-    # An answer without reasoning is what is said where the template asks for none.
-    for variables in ({}, *(() if _parts(messages[index])[0] else _WITHOUT_REASONING)):
+    # An answer is what is said where the template asks for reasoning, or for none, as the answer has it.
+    for variables in ({}, *(_WITH_REASONING if _parts(messages[index])[0] else _WITHOUT_REASONING)):
         said = functools.partial(render, **variables)
         before, upto = said(messages[:index], add_generation_prompt=True), said(messages[: index + 1])
-        if upto.startswith(before) and not _is_lost(messages[index], upto[len(before) :]):
+        closes = bool(_parts(messages[index])[0]) and before.rstrip().endswith(_ENDS)
+        if upto.startswith(before) and not closes and not _is_lost(messages[index], upto[len(before) :]):
             return upto, len(before)
         try:
+            if closes:
+                raise Refused(f"one that closes the reasoning of message {index + 1} where it opens its turn")
             return before + _answer_to(before, said, messages, index, upto), len(before)
         except Refused as error:
             refused.append(error)
@@ -171,7 +175,7 @@ def _answer_to(before: str, render: Render, messages: Sequence[Message], index: 
 
 def _not_after(index: int, before: str, plain: str) -> str:
     opening = before[len(plain) :] if before.startswith(plain) else before[-20:]
-    without = "give its reasoning, or <think></think> in its content for none"
+    without = "give its reasoning (reasoning_content), or <think></think> in its content for none"
     return f"message {index + 1}, which does not go on from {opening[-40:]!r} that opens it: {without}"
 
 
@@ -192,7 +196,10 @@ def _parts(message: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _is_lost(message: Mapping[str, Any], written: str) -> bool:
-    """Return whether the reasoning of an answer is not written before what it says."""
-    thought, said, _ = _parts(message)
+    """Return whether the reasoning of an answer is not written before what it says, or behind an empty one."""
+    thought, said, content = _parts(message)
     place = written.find(thought)
-    return bool(thought) and (place < 0 or said not in written[place + len(thought) :])
+    if not thought or place < 0 or said not in written[place + len(thought) :]:
+        return bool(thought)
+    before = content[: max(0, content.find(thought))]
+    return any(written[:place].count(end) > before.count(end) for end in _ENDS)

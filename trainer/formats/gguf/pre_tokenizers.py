@@ -10,6 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from q4kd.trainer.errors import InputError
+
+OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
+SENTENCEPIECE, GEMMA4 = "llama", "gemma4"
+PIECES = (SENTENCEPIECE, GEMMA4)  # Their spaces are "▁", and characters without a token are bytes.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
@@ -68,6 +73,19 @@ PRE_TOKENIZERS = (
 BY_NAME: Mapping[str, PreTokenizer] = {name: one for one in PRE_TOKENIZERS for name in (one.name, *one.also)}
 
 
+def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer of a kind, or with a pre-tokenizer, that is not known here, and a file without one.
+
+    Raises:
+        InputError: naming both.
+    """
+    kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
+    if not ((kind in PIECES and tokens) or (kind == "gpt2" and str(pre) in BY_NAME)):
+        expected = f"gpt2 with pre-tokenizer {', '.join(one.name for one in PRE_TOKENIZERS)}, or {' or '.join(PIECES)}"
+        got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
+        raise InputError(subject, expected=expected, got=got, remedy=OTHERWISE)
+
+
 def steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
     """Yield the steps of a part of tokenizer.json, sequences (whose members are under ``inner``) flattened."""
     if part and part.get("type") == "Sequence":
@@ -124,3 +142,30 @@ def merges_reach(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], bu
 
     bpe = models.BPE(vocab=dict(vocab), merges=list(merges))
     return all(token in but or len(bpe.tokenize(token)) == 1 for token in vocab)
+
+
+def scores_join_alike(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], but: set[str]) -> bool:
+    """Return whether a BPE's merges join the text of every token as SentencePiece does with the scores of a GGUF.
+
+    It joins the two neighbours whose union is a token, whichever two they are, the token first that the earliest merge
+    makes; a token that no merge makes comes before all others.
+
+    Args:
+        vocab: ids by token.
+        merges: pairs, first to last.
+        but: tokens that are looked for in a text before it is cut.
+    """
+    from tokenizers import models
+
+    rank = {left + right: number for number, (left, right) in reversed([*enumerate(merges, start=1)])}
+    found = [
+        (rank.get(token, 0), vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
+        for token in vocab
+        if token not in but
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    own = models.BPE(vocab=dict(vocab), merges=list(merges))
+    scored = models.BPE(vocab=dict(vocab), merges=[(left, right) for *_key, left, right in sorted(found)])
+    ids = [[[part.id for part in bpe.tokenize(token)] for token in vocab if token not in but] for bpe in (own, scored)]
+    return ids[0] == ids[1]

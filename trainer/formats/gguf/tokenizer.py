@@ -2,19 +2,26 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.gguf.added_tokens import KEEP_SPACES, takes_spaces_after
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
-from q4kd.trainer.formats.gguf.pre_tokenizers import BY_NAME, PRE_TOKENIZERS, PreTokenizer
-from q4kd.trainer.formats.gguf.vocabulary import SENTENCEPIECE, SPACE
+from q4kd.trainer.formats.gguf.pre_tokenizers import (
+    BY_NAME,
+    GEMMA4,
+    OTHERWISE,
+    SENTENCEPIECE,
+    PreTokenizer,
+    check_kind,
+)
+from q4kd.trainer.formats.gguf.vocabulary import SPACE
 from q4kd.trainer.formats.model_file import ModelFile
 
-_OTHERWISE = "name a Hugging Face folder with the same tokenizer: --tokenizer DIR"
 # Longer pieces, in characters, are not taken apart; SentencePiece's own limit is 16, runs of spaces come to 32.
 _MAX_PIECE = 256
 # Gemma's 262,144 pieces have 1.5 million characters and are made by 513,511 merges. 1.7 million took 11 s and 0.9 GB.
@@ -31,43 +38,33 @@ def read_tokenizer(model: ModelFile) -> Tokenizer:
     """
     types, subject = model.metadata.get("tokenizer.ggml.token_type"), f"{model.path}: tokenizer"
     check_kind(subject, model.metadata)
-    is_sentencepiece = model.metadata["tokenizer.ggml.model"] == SENTENCEPIECE
+    kind = model.metadata["tokenizer.ggml.model"]
     if not _is_array(types) or len(types) != len(model.tokens):
         types = [int(gguf.TokenType.NORMAL)] * len(model.tokens)
     used = enumerate(zip(model.tokens, types, strict=True))
     vocab = {token: index for index, (token, of_token) in used if of_token != gguf.TokenType.UNUSED}
     try:
-        if is_sentencepiece:
+        if kind == SENTENCEPIECE:
             tokenizer = _sentencepiece(model, vocab, types)
+        elif kind == GEMMA4:
+            tokenizer = _pieces(model, vocab, _listed_merges(model, vocab), types)
         else:
             tokenizer = _byte_level(model, vocab, BY_NAME[str(model.metadata["tokenizer.ggml.pre"])])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         expected = "tokens and merges that fit together"
-        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=_OTHERWISE) from error
+        raise InputError(subject, expected=expected, got=str(error)[:120], remedy=OTHERWISE) from error
     special = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
+    is_phi3 = takes_spaces_after(model.metadata, model.tokens)
     for kinds, is_special in ((special, True), ((gguf.TokenType.USER_DEFINED,), False)):
         chosen = [token for token, of_token in zip(model.tokens, types, strict=True) if of_token in kinds]
         added = [
-            AddedToken(token, special=is_special, normalized=False)
+            AddedToken(token, special=is_special, normalized=False, rstrip=is_phi3 and token not in KEEP_SPACES)
             for token in chosen
-            if token and not (is_sentencepiece and _is_run(token, gguf.TokenType.USER_DEFINED))
+            if token and not (kind == SENTENCEPIECE and _is_run(token, gguf.TokenType.USER_DEFINED))
         ]
         # All at once: the library goes over every added token at each call.
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     return tokenizer
-
-
-def check_kind(subject: str, metadata: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer of a kind, or with a pre-tokenizer, that is not known here, and a file without one.
-
-    Raises:
-        InputError: naming both.
-    """
-    kind, pre, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "tokens"))
-    if not ((kind == SENTENCEPIECE and tokens) or (kind == "gpt2" and str(pre) in BY_NAME)):
-        expected = f"gpt2 with pre-tokenizer {', '.join(one.name for one in PRE_TOKENIZERS)}, or llama"
-        got = f"{repr(kind)[:40]} with {repr(pre)[:40]}"
-        raise InputError(subject, expected=expected, got=got, remedy=_OTHERWISE)
 
 
 def _is_run(token: str, of_token: int) -> bool:
@@ -80,12 +77,18 @@ def _is_array(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple | MetadataArray)
 
 
-def _byte_level(model: ModelFile, vocab: dict[str, int], pre: PreTokenizer) -> Tokenizer:
+def _listed_merges(model: ModelFile, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the merges that a file lists, first to last."""
     listed = model.metadata.get("tokenizer.ggml.merges")
     pairs = [str(merge).partition(" ")[::2] for merge in listed] if _is_array(listed) else []
     merges = [(left, right) for left, right in pairs if {left, right, left + right} <= vocab.keys()]
     if len(merges) < len(pairs) or not merges:
         raise ValueError(f"{len(pairs) - len(merges)} of {len(pairs)} merges name no tokens")
+    return merges
+
+
+def _byte_level(model: ModelFile, vocab: dict[str, int], pre: PreTokenizer) -> Tokenizer:
+    merges = _listed_merges(model, vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
     steps: list[Any] = []
     if pre.digits:
@@ -121,11 +124,16 @@ def _sentencepiece(model: ModelFile, vocab: dict[str, int], types: Sequence[int]
     found = list(itertools.islice(every, _MAX_MERGES + 1))
     if len(found) > _MAX_MERGES:
         raise ValueError(f"more than {_MAX_MERGES:,} merges")
-    merges = [(left, right) for *_key, left, right in sorted(found)]
+    return _pieces(model, vocab, [(left, right) for *_key, left, right in sorted(found)], types)
+
+
+def _pieces(model: ModelFile, vocab: dict[str, int], merges: list[tuple[str, str]], types: Sequence[int]) -> Tokenizer:
+    """Return a BPE of pieces whose spaces are ``SPACE``, and whose bytes stand for what has no token."""
     unknown = next((token for token, index in vocab.items() if types[index] == gguf.TokenType.UNKNOWN), None)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
-    if model.metadata.get("tokenizer.ggml.add_space_prefix", True):
+    is_gemma4 = model.metadata.get("tokenizer.ggml.model") == GEMMA4
+    if not is_gemma4 and model.metadata.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
     return tokenizer

@@ -17,6 +17,7 @@ from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
 from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf import reader
 from q4kd.trainer.formats.gguf.header import TensorEntry
+from q4kd.trainer.formats.gguf.pre_tokenizers import check_kind
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 
 _LAYER = re.compile(r"^blk\.\d+\.")
@@ -64,7 +65,7 @@ def find_unsupported(path: Path) -> list[Unsupported]:
         *_settings(path, name, values),
         *_tensors(path, name, values, tensors),
     ]
-    return [*found, *_tokenizer(metadata)] if found else []
+    return [*found, *unsupported_tokenizer(metadata)] if found else []
 
 
 def _refusal(part: str, check: _Check) -> Iterator[Unsupported]:
@@ -113,7 +114,6 @@ def _tensors(
         yield Unsupported("tensor", found, f"only the tensors of {' or '.join(FAMILIES)}")
 
 
-def _tokenizer(metadata: Mapping[str, Any]) -> Iterator[Unsupported]:
-    from q4kd.trainer.formats.gguf.tokenizer import check_kind
-
+def unsupported_tokenizer(metadata: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """Give the tokenizer of a GGUF if it is of a kind that is not read, or missing."""
     yield from _refusal(_TOKENIZER, lambda: check_kind(_TOKENIZER, metadata))

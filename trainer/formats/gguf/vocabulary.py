@@ -1,11 +1,13 @@
 """Writes the tokenizer of a tokenizer.json into a GGUF; one that a GGUF cannot describe truthfully is refused.
 
-llama.cpp has names for two kinds of tokenizer, and for how each cuts text before it merges pieces:
+llama.cpp has names for three kinds of tokenizer, and for how each cuts text before it merges pieces:
 
     "gpt2"   byte-level BPE; ``tokenizer.ggml.pre`` names the split, one of ``pre_tokenizers.py``
     "llama"  SentencePiece BPE with byte fallback (Llama 2, Mistral 0.1 to 0.3, TinyLlama). llama.cpp joins the two
              neighbours whose union has the highest score, SentencePiece's score is minus the rank of the merge, and
              tokenizer.json keeps the ranks, so the scores come back from them
+    "gemma4" pieces with byte fallback as in "llama", and merges of their own as in "gpt2" (Gemma 4); llama.cpp takes
+             runs of line ends apart from all other text, and begins every text with the begin token
 """
 
 import re
@@ -16,10 +18,19 @@ from typing import Any
 import gguf
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, find_pre_tokenizers, merges_reach, steps
+from q4kd.trainer.formats.gguf.added_tokens import check_added
+from q4kd.trainer.formats.gguf.pre_tokenizers import (
+    GEMMA4,
+    PIECES,
+    PRE_TOKENIZERS,
+    SENTENCEPIECE,
+    find_pre_tokenizers,
+    merges_reach,
+    scores_join_alike,
+    steps,
+)
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character.
-SENTENCEPIECE = "llama"
 SPECIAL_ROLES = ("bos", "eos", "pad", "unk")
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _BYTE = re.compile("<0x..>", re.DOTALL)
@@ -53,7 +64,7 @@ def config_special_ids(settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for how tokenizer.json splits text, or ``SENTENCEPIECE``, by what its steps do.
+    """Return llama.cpp's name for how tokenizer.json splits text, or one of ``PIECES``, by what its steps do.
 
     Raises:
         InputError: for any other, since a wrong name tokenises wrongly without an error.
@@ -61,21 +72,25 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer")
     kinds = [step.get("type") for step in steps(tokenizer.get("pre_tokenizer"), "pretokenizers")]
     whole_words = bool(model.get("ignore_merges", False))
+    added = {token["content"] for token in tokenizer.get("added_tokens", ())}
     if model.get("type") == "BPE" and model.get("byte_fallback"):
-        if _space_prefix(tokenizer) is not None and not whole_words:
-            return SENTENCEPIECE
+        if (prefix := _space_prefix(tokenizer)) is not None and not whole_words:
+            if scores_join_alike(model["vocab"], merge_pairs(tokenizer), added):
+                return SENTENCEPIECE
+            if not prefix and adds_special(tokenizer, 0) and _keeps_line_ends_apart(tokenizer):
+                return GEMMA4
+            kinds.append("merges that no scores make")
     elif model.get("type") == "BPE" and (found := find_pre_tokenizers(tokenizer)):
         # llama.cpp takes a word that is a token before it looks at any merge, or it does not, as the name says.
         if found[0].whole_words == whole_words:
             return found[0].name
-        added = {token["content"] for token in tokenizer.get("added_tokens", ())}
         if merges_reach(model["vocab"], merge_pairs(tokenizer), added):
             return found[0].name
         kinds.append("ignore_merges" if whole_words else "no ignore_merges")
     names = ", ".join(one.name for one in PRE_TOKENIZERS)
     raise InputError(
         "tokenizer.json",
-        expected=f"a byte-level BPE that splits as {names}, or a SentencePiece BPE",
+        expected=f"a byte-level BPE that splits as {names}, or a SentencePiece BPE, or one like Gemma 4's",
         got=f"model {model.get('type')}, normalizer {(normalizer or {}).get('type')}, pre-tokenizer {kinds}",
         remedy="export this model with llama.cpp's convert_hf_to_gguf.py",
     )
@@ -99,6 +114,15 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
     if more or normalizers or cut.get("type") != "Metaspace" or cut.get("replacement") != SPACE or cut.get("split"):
         return None
     return bool(cut.get("prepend_scheme", "always") != "never")
+
+
+def _keeps_line_ends_apart(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether merges join line ends with nothing else, and make every run of them that is a token."""
+    merges = merge_pairs(tokenizer)
+    if any("\n" in left + right and (left + right).strip("\n") for left, right in merges):
+        return False
+    runs = {token: index for token, index in tokenizer["model"]["vocab"].items() if not token.strip("\n")}
+    return merges_reach(runs, [pair for pair in merges if {*pair, "".join(pair)} <= runs.keys()], set())
 
 
 def adds_special(tokenizer: Mapping[str, Any], end: int) -> bool:
@@ -128,26 +152,28 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -
     pre = pre_tokenizer_name(tokenizer)
     by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL)
-    if pre == SENTENCEPIECE:
+    if pre in PIECES:
         kinds |= {index: gguf.TokenType.BYTE for index, token in by_id.items() if _BYTE.fullmatch(token)}
-    for added in added_tokens(tokenizer, rows):
-        _check_added(added)
+    chosen = added_tokens(tokenizer, rows)
+    check_added(tokenizer, chosen)
+    for added in chosen:
         by_id[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    if pre == SENTENCEPIECE and "unk" in vocabulary.special_ids:
+    if pre in PIECES and "unk" in vocabulary.special_ids:
         kinds[vocabulary.special_ids["unk"]] = gguf.TokenType.UNKNOWN
     highest = max([*by_id, *vocabulary.special_ids.values()], default=-1)
     if highest >= rows:
         expected, remedy = f"ids below vocab_size {rows}", "set vocab_size of config.json to the embedding's rows"
         raise InputError("tokenizer.json", expected=expected, got=str(highest), remedy=remedy)
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(rows)]
-    writer.add_tokenizer_model(SENTENCEPIECE if pre == SENTENCEPIECE else "gpt2")
+    writer.add_tokenizer_model(pre if pre in PIECES else "gpt2")
     writer.add_tokenizer_pre("default" if pre == SENTENCEPIECE else pre)
     writer.add_token_list(tokens)
     writer.add_token_types([int(kinds.get(index, gguf.TokenType.UNUSED)) for index in range(rows)])
+    if pre in PIECES:
+        writer.add_add_space_prefix(bool(_space_prefix(tokenizer)))
     if pre == SENTENCEPIECE:
         writer.add_token_scores(_scores(tokenizer, tokens))
-        writer.add_add_space_prefix(bool(_space_prefix(tokenizer)))
     else:
         writer.add_token_merges([" ".join(pair) for pair in merge_pairs(tokenizer)])
     writer.add_add_bos_token(adds_special(tokenizer, 0))
@@ -171,15 +197,6 @@ def added_tokens(tokenizer: Mapping[str, Any], rows: int) -> list[Mapping[str, A
     Gemma 3 has one for pictures, which its models of texts alone have no row for.
     """
     return [added for added in tokenizer.get("added_tokens", ()) if not added["special"] or added["id"] < rows]
-
-
-def _check_added(added: Mapping[str, Any]) -> None:
-    """Refuse an added token that takes spaces with it or is none within a word: a GGUF has no place for that."""
-    for flag in ("lstrip", "rstrip", "single_word"):
-        if added.get(flag):
-            subject, got = "tokenizer.json", f"added token {added['content'][:40]!r} with {flag}"
-            remedy = f"set {flag} to false if the model does without, or export with llama.cpp's convert_hf_to_gguf.py"
-            raise InputError(subject, expected=f"added tokens without {flag}", got=got, remedy=remedy)
 
 
 def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:

@@ -21,6 +21,7 @@ from q4kd.trainer.files import read_json, replacing_path
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
 from q4kd.trainer.formats.blocks.quantize import BLOCK, quantize
 from q4kd.trainer.formats.family_metadata import family_metadata
+from q4kd.trainer.formats.gguf.added_tokens import name_for
 from q4kd.trainer.formats.gguf.importance import Importance, importance_of
 from q4kd.trainer.formats.gguf.recipes import RECIPES, Mixture, tensor_type
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary, config_special_ids
@@ -53,7 +54,7 @@ def write_gguf(
             ``lm_head.weight`` may be there only if it equals the embedding.
         tokenizer: a vocabulary, or the content of tokenizer.json, whose special ids are then those of ``config``.
         recipe: a key of ``RECIPES``.
-        name: general.name.
+        name: what the model is called; ``name_for`` says how far general.name may be another.
         notes: further metadata on where the model comes from, under keys that begin with ``q4kd.``.
         importance: how much squared errors of each column count, by the tensor's GGUF name; see ``read_importance``.
         check: function called with the complete file before it takes its name; if it raises, nothing is left behind.
@@ -79,7 +80,7 @@ def write_gguf(
     with replacing_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, dimensions.architecture)
         try:
-            writer.add_name(name)
+            writer.add_name(name_for(name, tokenizer.content))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(RECIPES[recipe])
             for key, value in (notes or {}).items():

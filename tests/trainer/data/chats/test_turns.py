@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reduced_templates import DEEPSEEK_R1, GEMMA4, GLM47, GPT_OSS, QWEN3, QWEN35
 
-from q4kd.harness.inputs.published.chat_templates import DEEPSEEK_R1, GEMMA4, GLM47, GPT_OSS, QWEN3, QWEN35
+from q4kd.harness.inputs.published.chat_templates import published_template
 from q4kd.trainer.data.chats.renderer import ChatRenderer, RenderError
 from q4kd.trainer.data.chats.template import ChatTemplate
 from q4kd.trainer.data.corpus import load_corpus
@@ -122,6 +123,29 @@ def qwen(*turns: tuple[str, str, str]) -> str:
 )
 def test_each_answer_is_learnt_after_what_the_model_will_see(template: str, chat: Chat, wanted: list[str]) -> None:
     assert rendered(template, chat) == wanted
+
+
+INLINE: Chat = [user("q1"), answer("<think>\nt1\n</think>\n\na1")]
+# Qwen3.8 writes an empty reasoning before an answer whose content brings its own.
+QWEN38 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}"
+    "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [THOUGHT[:2], INLINE], ids=["field", "content"])
+def test_an_answer_with_reasoning_is_asked_for_with_reasoning(chat: Chat) -> None:
+    wanted = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n<think>\n«t1\n</think>\n\na1<|im_end|>\n»"
+    assert rendered(published_template("qwen3.5-small"), chat) == [wanted]
+    with pytest.raises(RenderError, match="closes the reasoning of message 2"):
+        rendered(published_template("qwen3.5-small"), chat, variables={"enable_thinking": False})
+
+
+def test_reasoning_behind_an_empty_one_is_refused() -> None:
+    assert rendered(QWEN38, THOUGHT[:2])[0].endswith("<think>\n«t1\n</think>\n\na1<|im_end|>\n»")
+    with pytest.raises(RenderError, match=r"message 2.*give its reasoning \(reasoning_content\)"):
+        rendered(QWEN38, INLINE)
 
 
 def test_what_is_before_an_answer_is_what_the_template_asks_with() -> None:

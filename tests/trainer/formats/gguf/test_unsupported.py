@@ -109,3 +109,24 @@ def test_many_parts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(write_model(tmp_path / "m.gguf", many))]) == 2
     said = capsys.readouterr()
     assert "  and 17 more; --json lists all" in said.out and "and 34 more; name a file" in said.err
+
+
+@pytest.mark.parametrize(("kind", "pre"), [("t5", None), ("bert", None), ("rwkv", None), ("gpt2", "superbpe")])
+def test_the_tokenizer_of_a_teacher_is_named_where_it_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, pre: str | None
+) -> None:
+    def named(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model(kind)
+        writer.add_token_list([f"t{number}" for number in range(40)])
+        if pre:
+            writer.add_tokenizer_pre(pre)
+
+    path = write_model(tmp_path / "m.gguf", named)
+    assert main(["inspect", str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split()[:4] == ["tokenizer", repr(kind), "with", repr(pre)] and "supported: gpt2 with pre-token" in line
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert [part["part"] for part in json.loads(capsys.readouterr().out)["unsupported"]] == ["tokenizer"]
+    capsys.readouterr()
+    assert main(["inspect", str(teacher_path())]) == 0
+    assert "not read" not in capsys.readouterr().out
