@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from mutants.clean import CleanExperiment, CleanStore, CleanTests, failed_tests, log_tail, pytest_words
 from mutants.operators import CONTROL, Mutant
 from mutants.tree import Tree
 
-_Run = TypeVar("_Run", CleanExperiment, CleanTests)
 # What the claims said: "inconclusive" where one turned without being falsified, "unreached" where no experiment
 # executes the line.
 ByClaims = Literal["falsified", "inconclusive", "survived", "unreached"]
@@ -68,9 +67,9 @@ class Trial:
 def try_mutant(
     mutant: Mutant, tree: Tree, clean: CleanStore, experiments: Sequence[CleanExperiment], *, tests_always: bool
 ) -> Trial:
-    """Plant a mutant in a tree and ask the claims that reach it, then the tests of its module that do.
+    """Plant a mutant in a tree and ask the claims that reach it, cheapest first, then the tests of its module that do.
 
-    Each is asked in the order of its cost until one turns.
+    The first that turns ends the asking of claims, and the first test that fails that of tests.
 
     Args:
         mutant: what to plant.
@@ -92,20 +91,22 @@ def try_mutant(
     test, tests_s = "", 0.0
     asked_enough = not tests_always and by_claims in ("falsified", "inconclusive")
     if mutant.operator != CONTROL and not asked_enough:
-        known = [
-            clean.tests(tree, file) for file in files_shown(tree.checkout, mutant.module)
-        ]  # before the change is there
-        known = in_order(known, mutant, source)
-        with tree.changed(mutant.module, mutant.apply(source)):
-            started = time.monotonic()
-            by_tests, test = _ask_tests(tree, known)
-            tests_s = time.monotonic() - started
+        by_tests = "none"
+        for file in files_shown(tree.checkout, mutant.module):
+            known = clean.tests(tree, file)  # before the change is there
+            if file not in known.failing and known.reaches(mutant.module, mutant.lines):
+                with tree.changed(mutant.module, mutant.apply(source)):
+                    started = time.monotonic()
+                    by_tests, test = _ask_tests(tree, known)
+                    tests_s += time.monotonic() - started
+            if by_tests in ("failed", "timeout"):
+                break
     where = (mutant.key, mutant.module, mutant.function, mutant.line, mutant.operator, mutant.original, mutant.mutant)
     return Trial(*where, by_claims, claim, detail, judged, by_tests, test, round(claims_s, 1), round(tests_s, 1))
 
 
-def in_order(runs: Iterable[_Run], mutant: Mutant, source: bytes) -> list[_Run]:
-    """Return the runs that execute a mutant's lines, cheapest first.
+def in_order(runs: Iterable[CleanExperiment], mutant: Mutant, source: bytes) -> list[CleanExperiment]:
+    """Return the experiments that execute a mutant's lines, cheapest first.
 
     What stands outside of functions is executed by whatever imports the module: those that also execute a function of
     it come first, because there its value is more likely to matter.
@@ -138,14 +139,10 @@ def _ask_claims(
     return "survived", "", "", judged
 
 
-def _ask_tests(tree: Tree, known: Sequence[CleanTests]) -> tuple[ByTests, str]:
-    files = [tests for tests in known if tests.file not in tests.failing]
-    if not files:
-        return "none", ""
-    deselected = [word for tests in files for name in tests.failing for word in ("--deselect", name)]
-    limit_s = 60.0 + 5.0 * sum(tests.seconds for tests in files)
+def _ask_tests(tree: Tree, known: CleanTests) -> tuple[ByTests, str]:
+    deselected = [word for name in known.failing for word in ("--deselect", name)]
     log = tree.folder / "tests.log"
-    ended = tree.run(pytest_words([tests.file for tests in files], "-x", *deselected), limit_s, log)
+    ended = tree.run(pytest_words([known.file], "-x", *deselected), 60.0 + 5.0 * known.seconds, log)
     if ended.code is None:
         return "timeout", ""
     if ended.code in (0, 5):
