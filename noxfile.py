@@ -242,7 +242,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def mutants(session: nox.Session) -> None:
-    """Generated faults in the trainer's source: who sees them? Hours; resumable. ``-- --help`` lists options."""
+    """Generated faults in the trainer's source: who sees them? Resumable. ``-- --help`` lists options."""
     python = str(environment(session) / "python")
     env = {"PYTHONPATH": str(ROOT / "tests" / "support")}
     session.run(python, "-m", "mutants", *session.posargs, env=env, external=True)

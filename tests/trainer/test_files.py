@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from q4kd.trainer.files import apply_umask, check_fields, write_json
+from q4kd.trainer.errors import InputError
+from q4kd.trainer.files import apply_umask, check_fields, read_bounded, write_json
 
 FIELDS = {"version": 2, "name": str, "size": int, "mass": float, "note": dict | None, "done": bool}
 GOOD = {"version": 2, "name": "a", "size": 3, "mass": 0.5, "note": None, "done": True}
@@ -43,6 +44,14 @@ def test_another_type_is_refused_without_conversion(change: dict[str, object], s
 def test_what_is_no_such_object_is_refused(document: object) -> None:
     with pytest.raises(ValueError, match=r"in place of an object|no done"):
         check_fields(document, FIELDS)
+
+
+def test_a_file_of_just_the_bytes_that_it_may_have_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * 100)
+    assert read_bounded(path, 100) == b"x" * 100
+    with pytest.raises(InputError, match="expected at most 99 bytes, got a larger file"):
+        read_bounded(path, 99)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])

@@ -33,7 +33,7 @@ def main(words: list[str] | None = None) -> int:
     add("--module", action="append", default=[], metavar="PATTERN", help="only these, such as trainer/loss; repeatable")
     add("--profile", default="cpu", help="machine profile whose claims are asked (default cpu)")
     add("--reached-only", action="store_true", help="only places that a claim's runs execute")
-    add("--survivors-only", action="store_true", help="ask the tests only where no claim turned")
+    add("--tests-always", action="store_true", help="ask the tests also where a claim turned")
     add("--without", action="append", default=[], metavar="EXPERIMENT", help="ask no claim of this one; repeatable")
     add("--experiment", action="append", default=[], metavar="NAME", help="ask only the claims of these; repeatable")
     add("--controls", type=int, default=1, help="times that nothing is changed and every claim asked (default 1)")
@@ -51,7 +51,7 @@ def main(words: list[str] | None = None) -> int:
         modules=tuple(args.module),
         profile=args.profile,
         reached_only=args.reached_only,
-        survivors_only=args.survivors_only,
+        tests_always=args.tests_always,
         without=tuple(args.without),
         only=tuple(args.experiment),
         controls=args.controls,

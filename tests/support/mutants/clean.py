@@ -6,7 +6,8 @@ All of it is kept in the session's folder and read again when a session is resum
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,16 +37,21 @@ class CleanExperiment:
 
     def reaches(self, module: str, lines: tuple[int, int]) -> bool:
         """Return whether it executes a line between these two of a module."""
-        return any(lines[0] <= line <= lines[1] for line in self.lines.get(module, ()))
+        return _between(self.lines, module, lines)
 
 
 @dataclass(frozen=True)
 class CleanTests:
-    """A test file on unchanged sources: its seconds, and tests that fail there and say nothing of a mutant."""
+    """A test file on unchanged sources: its seconds, tests that fail there and say nothing of a mutant, and lines."""
 
     file: str
     seconds: float
     failing: list[str]
+    lines: dict[str, list[int]]
+
+    def reaches(self, module: str, lines: tuple[int, int]) -> bool:
+        """Return whether it executes a line between these two of a module."""
+        return _between(self.lines, module, lines)
 
 
 @dataclass
@@ -74,18 +80,13 @@ class CleanStore:
         path = self.folder / "experiments" / f"{name}.json"
         if path.exists():
             return CleanExperiment(**json.loads(path.read_text(encoding="utf-8")))
-        record = tree.folder / "lines.txt"
-        record.unlink(missing_ok=True)
-        start_recording(tree.path, record)
-        try:
+        with _recording(tree) as lines:
             rows = self.judge(tree, [self.request(name, claims, _FIRST_LIMIT_S)], stop=False)
-        finally:
-            stop_recording(tree.path)
-        lines = read_lines(record)
         if any(row["verdict"] != "corroborated" for row in rows):  # recording takes time, which may have turned it
             rows = self.judge(tree, [self.request(name, claims, _FIRST_LIMIT_S)], stop=False)
         good = [row["claim"] for row in rows if row["verdict"] == "corroborated"]
-        bad = {row["claim"]: f"{row['verdict']} {row['reason']} {row['detail']}" for row in rows}
+        bad = dict.fromkeys(claims, f"no verdict: {log_tail(tree.folder / 'judge.log')}")
+        bad |= {row["claim"]: f"{row['verdict']} {row['reason']} {row['detail']}" for row in rows}
         seconds = max((row["seconds"] for row in rows), default=0.0)
         found = CleanExperiment(name, good, seconds, lines, {key: why for key, why in bad.items() if key not in good})
         _write(path, asdict(found))
@@ -98,13 +99,11 @@ class CleanStore:
             lock = self._locks.setdefault(file, threading.Lock())
         with lock:
             if not path.exists():
-                log = tree.folder / "tests.log"
-                ended = tree.run(pytest_words([file]), _FIRST_LIMIT_S, log)
-                text = log.read_text(encoding="utf-8", errors="replace")
-                failing = sorted(set(_FAILED.findall(text))) if ended.code not in (0, 5) else []
-                if ended.code not in (0, 5) and not failing:
-                    failing = [file]  # it says nothing at all here
-                _write(path, asdict(CleanTests(file, round(ended.seconds, 2), failing)))
+                with _recording(tree) as lines:
+                    failing, seconds = _run_tests(tree, file)
+                if failing:  # recording takes time, which a test may mind
+                    failing, seconds = _run_tests(tree, file)
+                _write(path, asdict(CleanTests(file, seconds, failing, lines)))
         return CleanTests(**json.loads(path.read_text(encoding="utf-8")))
 
     @staticmethod
@@ -117,6 +116,7 @@ class CleanStore:
         limit_s = 60.0 + sum(float(str(experiment["alarm_s"])) for experiment in experiments)
         work = tree.empty("work")
         request = {"profile": self.profile, "work": str(work), "experiments": list(experiments), "stop": stop}
+        request["server"] = str(tree.server.path)
         out = self._ask(tree, request, limit_s)
         rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
         tree.empty("work")
@@ -132,9 +132,40 @@ class CleanStore:
         return out
 
 
+def _between(executed: dict[str, list[int]], module: str, lines: tuple[int, int]) -> bool:
+    return any(lines[0] <= line <= lines[1] for line in executed.get(module, ()))
+
+
+@contextmanager
+def _recording(tree: Tree) -> Iterator[dict[str, list[int]]]:
+    """Record the lines that commands of the tree execute meanwhile; they are there when the block has ended."""
+    record, lines = tree.folder / "lines.txt", dict[str, list[int]]()
+    record.unlink(missing_ok=True)
+    start_recording(tree.path, record)
+    try:
+        yield lines
+    finally:
+        stop_recording(tree.path)
+    lines.update(read_lines(record))
+
+
+def _run_tests(tree: Tree, file: str) -> tuple[list[str], float]:
+    """Return the tests of a file that fail, which is the file itself where it cannot be run, and its seconds."""
+    log = tree.folder / "tests.log"
+    ended = tree.run(pytest_words([file]), _FIRST_LIMIT_S, log)
+    failing = sorted(set(failed_tests(log))) if ended.code not in (0, 5) else []
+    return (failing or [file]) if ended.code not in (0, 5) else [], round(ended.seconds, 2)
+
+
 def pytest_words(files: Sequence[str], *more: str) -> list[str]:
     """Return the command that runs test files alone, in order and without records of earlier runs."""
     return ["pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *more, *files]
+
+
+def log_tail(log: Path) -> str:
+    """Return the last line of a command's output."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1][:300] if lines else "ended without a word"
 
 
 def failed_tests(log: Path) -> list[str]:

@@ -44,6 +44,7 @@ _SYMMETRIC = frozenset({"max", "min", "maximum", "minimum", "add", "equal", "arr
 # Constants of a module on which only speed and memory depend: sizes of pieces, of kept buffers, of waits.
 _PIECES = "the size of a piece of work: results are the same to rounding"
 PERFORMANCE: dict[str, dict[str, str]] = {
+    "trainer/data/chats/template.py": {"_BATCH": _PIECES, "_BATCH_BYTES": _PIECES},
     "trainer/data/corpus.py": {"_SAY_EVERY_TOKENS": "how often progress is said"},
     "trainer/data/encoding.py": {"_GROUP": _PIECES, "_GROUP_BYTES": _PIECES},
     "trainer/data/shards.py": {"_ROWS": _PIECES},
@@ -53,15 +54,17 @@ PERFORMANCE: dict[str, dict[str, str]] = {
     "trainer/export/to_gguf.py": {"_PIECE_WEIGHTS": _PIECES},
     "trainer/formats/apr/header.py": {"_CHUNK": _PIECES},
     "trainer/formats/blocks/decode.py": {"_WEIGHTS_AT_ONCE": _PIECES},
-    "trainer/formats/blocks/quantize.py": {"_CHUNK": _PIECES},
+    "trainer/formats/blocks/quantize.py": {"_CHUNK_WEIGHTS": _PIECES},
     "trainer/formats/blocks/scales.py": {"_CHUNK_BYTES": _PIECES},
     "trainer/kernels/attention.py": {"_BLOCK": _PIECES, "_SCORES": _PIECES, "_LONG": _PIECES},
+    "trainer/formats/safetensors_writer.py": {"_PIECE_BYTES": _PIECES, "_SYNC_BYTES": _PIECES},
     "trainer/kernels/gemm.py": {"_LARGEST_KEPT": "from which size malloc maps a buffer"},
     "trainer/loss/config.py": {"_CPU_CHUNK_BYTES": _PIECES, "_CPU_LIVE": _PIECES, "_CPU_MAX_CHUNK": _PIECES},
     "trainer/loss/divergence.py": {"_COPIED": _PIECES},
     "trainer/loss/sums.py": {"_SLAB": _PIECES},
     "trainer/loss/tiled.py": {"DEFAULT_TILE": _PIECES, "_DEFAULT_CHUNK": _PIECES},
     "trainer/loss/topk.py": {"_CUDA_CHUNK": _PIECES},
+    "trainer/student/stored_head.py": {"_ROWS": _PIECES},
     "trainer/teacher/cache/writer.py": {"_SAY_EVERY_S": "how often progress is said"},
     "trainer/teacher/cpu/weights.py": {
         "DEFAULT_SCRATCH_BYTES": _PIECES,

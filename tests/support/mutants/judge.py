@@ -1,22 +1,20 @@
 """Runs experiments with the sources that lie first on PYTHONPATH and judges their claims, as ``q4kd falsify`` does.
 
-``judge REQUEST OUT`` reads ``{"profile", "work", "experiments": [{"name", "limit_s", "claims"}], "stop"}`` and appends
-one JSON line a claim to OUT. The rule of kill records is left out: a changed function makes its records stale, which is
-no sight of the change. With ``stop`` it ends at the first experiment that falsifies a claim, or a little after the
-first that leaves one inconclusive. A request ``{"plan": PROFILE}`` asks instead for the claims of that profile by
-experiment, and for the modules that planted faults name.
+``judge REQUEST OUT`` reads ``{"profile", "work", "experiments": [{"name", "limit_s", "claims"}], "stop", "server"}``
+and appends one JSON line a claim to OUT. Runs are forked from the process that listens on the socket ``server``. The
+rule of kill records is left out: a changed function makes its records stale, which is no sight of the change. With
+``stop`` it ends at the first experiment that turns a claim. A request ``{"plan": PROFILE}`` asks instead for the claims
+of that profile by experiment, and for the modules that planted faults name.
 """
 
 import json
 import signal
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
-
-# After a claim that is inconclusive, this many experiments more may still falsify one.
-MORE_AFTER_INCONCLUSIVE = 2
 
 
 class _TooLong(BaseException):
@@ -34,7 +32,6 @@ def main(words: list[str]) -> int:
         out.write_text(json.dumps(_plan(request["plan"])), encoding="utf-8")
         return 0
     signal.signal(signal.SIGALRM, _too_long)
-    left = MORE_AFTER_INCONCLUSIVE + 1
     for experiment in request["experiments"]:
         signal.alarm(int(experiment["alarm_s"]))
         started = time.monotonic()
@@ -53,12 +50,7 @@ def main(words: list[str]) -> int:
             for key, verdict, reason, detail in verdicts:
                 row = {"experiment": experiment["name"], "claim": key, "verdict": verdict, "reason": reason}
                 file.write(json.dumps({**row, "detail": detail, "seconds": seconds}) + "\n")
-        kinds = {verdict for _, verdict, _, _ in verdicts}
-        if "falsified" in kinds:
-            left = 0
-        elif "inconclusive" in kinds or left <= MORE_AFTER_INCONCLUSIVE:
-            left -= 1
-        if request["stop"] and left == 0:
+        if request["stop"] and any(verdict != "corroborated" for _, verdict, _, _ in verdicts):
             break
     return 0
 
@@ -83,17 +75,25 @@ def _plan(profile: str) -> dict[str, Any]:
     return {"experiments": experiments, "named": ours, "origin": str(q4kd.trainer.__file__)}
 
 
+@cache
+def _claims() -> dict[str, Any]:
+    from q4kd.harness.claims.contract import load_contracts
+
+    return {claim.key: claim for contract in load_contracts(Path("contracts").resolve()) for claim in contract.claims}
+
+
 def _judge(request: dict[str, Any], experiment: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Run one experiment; return claim, verdict, reason and what was measured, a row for each of its claims."""
-    from q4kd.harness.claims.contract import load_contracts
+    from mutants.preloaded import Borrowed
     from q4kd.harness.judging.judge import judge_claim
     from q4kd.harness.judging.mutations import apply_mutation_rule
     from q4kd.harness.runs.experiment import Inputs
     from q4kd.harness.runs.runner import ExperimentRunner
 
     work, profile = Path(request["work"]), request["profile"]
-    claims = {claim.key: claim for contract in load_contracts(Path("contracts").resolve()) for claim in contract.claims}
-    runner = ExperimentRunner(work, Inputs(work / "inputs", profile), profile)
+    claims = _claims()
+    runner = ExperimentRunner(work, Inputs(work / "inputs", profile), profile, workers=1, isolation="fork")
+    runner._server = Borrowed(Path(request["server"]))
     runs = runner.run(experiment["name"], timeout_s=experiment["limit_s"])
     rows = []
     for key in experiment["claims"]:

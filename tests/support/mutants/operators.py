@@ -85,14 +85,16 @@ def plan_mutants(module: str, source: bytes) -> list[Mutant]:
     """
     tree = ast.parse(source)
     planner = _Planner(module, source)
-    planner.body(tree.body)
-    unique = {(mutant.site, mutant.text): mutant for mutant in planner.found}
+    for statement in tree.body:
+        planner.top(statement)
+    unique = {(mutant.site, mutant.text): (mutant, top) for mutant, top in planner.found}
     found: list[Mutant] = []
     same: Counter[tuple[str, ...]] = Counter()
-    for mutant in unique.values():
+    for mutant, top in unique.values():
         words = (module, mutant.function, mutant.operator, mutant.original, mutant.text)
         same[words] += 1
-        if _compiles(mutant.apply(source)):
+        # Compiling the statement of the module that it lies in takes a tenth of compiling the module.
+        if _compiles(source[top.start : mutant.start] + mutant.text.encode() + source[mutant.end : top.stop]):
             key = hashlib.sha256(repr((*words, same[words])).encode()).hexdigest()[:16]
             found.append(replace(mutant, key=key))
     return found
@@ -111,16 +113,24 @@ class _Planner:
 
     def __init__(self, module: str, source: bytes) -> None:
         self.module, self.source = module, source
-        self.found: list[Mutant] = []
+        self.found: list[tuple[Mutant, slice]] = []
         self._starts = [0]
         for line in source.splitlines(keepends=True):
             self._starts.append(self._starts[-1] + len(line))
         self._scope: list[str] = []
         self._lines = (1, 1)
+        self._top = slice(0, 0)
+
+    def top(self, statement: ast.stmt) -> None:
+        """Collect the mutants of a statement of the module, each beside the stretch of that statement."""
+        assert statement.end_lineno is not None and statement.end_col_offset is not None
+        end = self._offset(statement.end_lineno, statement.end_col_offset)
+        self._top = slice(self._offset(statement.lineno, statement.col_offset), end)
+        self._statement(statement)
 
     # --- statements ---
 
-    def body(self, statements: Sequence[ast.stmt]) -> None:
+    def _body(self, statements: Sequence[ast.stmt]) -> None:
         for statement in statements:
             self._statement(statement)
 
@@ -155,7 +165,7 @@ class _Planner:
             elif isinstance(child, ast.stmt):
                 self._statement(child)
             elif isinstance(child, ast.ExceptHandler | ast.match_case):
-                self.body(child.body)
+                self._body(child.body)
 
     def _definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
         if node.name in exclusions.SHOWN_ONLY | exclusions.GPU_FUNCTIONS:
@@ -164,27 +174,28 @@ class _Planner:
             for default in (*node.args.defaults, *filter(None, node.args.kw_defaults)):
                 self._expression(default)
         self._scope.append(node.name)
-        self.body(node.body)
+        self._body(node.body)
         self._scope.pop()
 
     def _branch(self, node: ast.If | ast.While) -> None:
         if "TYPE_CHECKING" in ast.unparse(node.test):
-            self.body(node.orelse)
+            self._body(node.orelse)
             return
         test = self._text(node.test)
         self._add("branch", node.test, f"not ({test})")
         if exclusions.needs_gpu(node.test):
-            self.body(node.orelse)
+            self._body(node.orelse)
             return
         if isinstance(node, ast.If) and not node.orelse:
             self._add("branch", node.test, f"False and ({test})", "False")
         self._expression(node.test)
-        self.body(node.body)
-        self.body(node.orelse)
+        self._body(node.body)
+        self._body(node.orelse)
 
     def _assignment(self, node: ast.Assign | ast.AnnAssign) -> None:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        names = {part.id for part in parts if isinstance(part, ast.Name)}
         if node.value is None or (not self._scope and exclusions.is_performance_only(self.module, names)):
             return
         if self._scope and not names and all(isinstance(t, ast.Attribute | ast.Subscript) for t in targets):
@@ -290,7 +301,7 @@ class _Planner:
         start, end = self._offset(node.lineno, node.col_offset), self._offset(node.end_lineno, node.end_col_offset)
         original, mutant = (" ".join(words.split())[:_SHOWN] for words in (self._text(node), shown or text))
         where = (self.module, ".".join(self._scope), operator, start, end, node.lineno, self._lines)
-        self.found.append(Mutant(*where, original, mutant, text))
+        self.found.append((Mutant(*where, original, mutant, text), self._top))
 
 
 def _last_line_of_header(node: ast.stmt) -> int:

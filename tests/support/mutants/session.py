@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -43,7 +43,7 @@ class Options:
     modules: tuple[str, ...] = ()
     profile: str = "cpu"
     reached_only: bool = False
-    survivors_only: bool = False
+    tests_always: bool = False
     without: tuple[str, ...] = ()
     controls: int = 1
     only: tuple[str, ...] = ()
@@ -82,14 +82,12 @@ def _run(options: Options) -> Outcome:
     adopt_orphans()
     deadline = time.monotonic() + 60.0 * options.minutes
     stop = threading.Event()
-    with _interruptible():
-        first = Tree(options.checkout, options.out / "trees" / "0", stop)
-        trees = [
-            first,
-            *(Tree(options.checkout, options.out / "trees" / str(n), stop) for n in range(1, options.workers)),
-        ]
+    with _interruptible(), ExitStack() as stack:
+        trees = [Tree(options.checkout, options.out / "trees" / str(n), stop) for n in range(options.workers)]
+        for tree in trees:
+            stack.callback(tree.remove)
         clean = CleanStore(options.out / "clean", options.profile)
-        claims, named = clean.plan(first)
+        claims, named = clean.plan(trees[0])
         asked = set(options.only or claims) - set(options.without)
         claims = {name: keys for name, keys in claims.items() if name in asked}
         experiments: list[CleanExperiment] = []
@@ -118,14 +116,12 @@ def _run(options: Options) -> Outcome:
         writing = threading.Lock()
 
         def plant(tree: Tree, mutant: Mutant) -> None:
-            trial = try_mutant(mutant, tree, clean, experiments, survivors_only=options.survivors_only)
+            trial = try_mutant(mutant, tree, clean, experiments, tests_always=options.tests_always)
             with writing, results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
             print(_line(trial), flush=True)
 
         _spread([mutant for mutant in chosen if mutant.key not in done], plant, trees, stop, deadline)
-        for tree in trees:
-            tree.remove()
     keys = {mutant.key for mutant in chosen}
     trials = [trial for trial in read_trials(results) if trial.key in keys and not trial.control]
     unchanged = [trial for trial in read_trials(results) if trial.key in keys and trial.control]

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from mutants.preloaded import Preloaded
+from q4kd.harness.runs.start.forked import ForkedProcess
 
 SUPPORT = Path(__file__).parents[1]
 PACKAGES = ("contracts", "evidence", "harness", "trainer")
@@ -67,6 +69,7 @@ class Tree:
         package.mkdir(parents=True)
         for name in PACKAGES:
             (package / name).symlink_to(self.checkout / name)
+        self._preloaded: Preloaded | None = None
 
     @property
     def path(self) -> Path:
@@ -96,23 +99,26 @@ class Tree:
         folder.mkdir()
         return folder
 
+    @property
+    def server(self) -> Preloaded:
+        """What forks the commands and runs of this tree; started when it is first asked for."""
+        if self._preloaded is None:
+            self._preloaded = Preloaded(self.folder, self._environment())
+        return self._preloaded
+
     def run(self, words: list[str], limit_s: float, output: Path) -> Ended:
-        """Run ``python -m mutants.tied WORDS…`` here until its end or for ``limit_s`` seconds; nothing of it is left.
+        """Fork ``mutants.tied WORDS…`` here until its end or for ``limit_s`` seconds; nothing of it is left.
 
         Standard output and errors go to the file ``output``.
         """
+        if self._stop.is_set():
+            raise Stopped
         scratch = self.folder / "tmp"
         scratch.mkdir(exist_ok=True)
-        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
-        env = {**inherited, "PYTHONPATH": self._python_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        env["TMPDIR"] = str(scratch)
-        command = [sys.executable, "-m", "mutants.tied", *words]
-        started = time.monotonic()
+        env = {**self._environment(), "TMPDIR": str(scratch)}
         with output.open("wb") as log:
-            process = subprocess.Popen(
-                command, cwd=self.checkout, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+            process = self.server.start(words, self.checkout, env, log)
+            started = time.monotonic()
             code: int | None = None
             try:
                 while code is None and time.monotonic() - started < limit_s and not self._stop.is_set():
@@ -120,16 +126,18 @@ class Tree:
                         code = process.wait(_POLL_S)
             finally:
                 self._kill_all(process)
+                process.release()
                 shutil.rmtree(scratch, ignore_errors=True)
-        if self._stop.is_set() and code is None:
+        if self._stop.is_set():  # what has ended may have been ended
             raise Stopped
         return Ended(code, time.monotonic() - started)
 
-    def _python_path(self) -> str:
-        inherited = os.environ.get("PYTHONPATH", "")
-        return os.pathsep.join([str(self.path), str(SUPPORT), *([inherited] if inherited else [])])
+    def _environment(self) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+        path = os.pathsep.join([str(self.path), str(SUPPORT), *filter(None, [env.get("PYTHONPATH")])])
+        return {**env, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
+    def _kill_all(self, process: ForkedProcess) -> None:
         """Kill the command and whatever runs in this tree, however far it has moved from its parent."""
         tree: list[psutil.Process] = []
         with suppress(psutil.Error):
@@ -140,10 +148,14 @@ class Tree:
         # What had lost its parent before is found among our own children (see ``adopt_orphans``).
         for member in {*tree, *psutil.Process().children(recursive=True)}:
             with suppress(psutil.Error):
-                if member.environ().get("PYTHONPATH", "").startswith(f"{self.path}{os.pathsep}"):
+                ours = member.environ().get("PYTHONPATH", "").startswith(f"{self.path}{os.pathsep}")
+                if ours and member.pid != self.server.pid:
                     member.kill()
                     member.wait(5.0)
 
     def remove(self) -> None:
-        """Delete the copy."""
+        """Delete the copy and end what forks in it."""
+        if self._preloaded is not None:
+            self._preloaded.close()
+            self._preloaded = None
         shutil.rmtree(self.folder, ignore_errors=True)

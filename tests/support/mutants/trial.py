@@ -1,20 +1,21 @@
 """One mutant, planted: which claim turns, and which unit test fails."""
 
+import ast
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mutants.clean import CleanExperiment, CleanStore, CleanTests, failed_tests, pytest_words
+from mutants.clean import CleanExperiment, CleanStore, CleanTests, failed_tests, log_tail, pytest_words
 from mutants.operators import CONTROL, Mutant
 from mutants.tree import Tree
 
 # What the claims said: "inconclusive" where one turned without being falsified, "unreached" where no experiment
 # executes the line.
 ByClaims = Literal["falsified", "inconclusive", "survived", "unreached"]
-# What the tests said: "none" where there is no test of the module.
+# What the tests said: "none" where no test of the module executes the line.
 ByTests = Literal["failed", "timeout", "survived", "none", "not run"]
 
 
@@ -64,43 +65,60 @@ class Trial:
 
 
 def try_mutant(
-    mutant: Mutant, tree: Tree, clean: CleanStore, experiments: Sequence[CleanExperiment], *, survivors_only: bool
+    mutant: Mutant, tree: Tree, clean: CleanStore, experiments: Sequence[CleanExperiment], *, tests_always: bool
 ) -> Trial:
-    """Plant a mutant in a tree and ask the claims that reach it, cheapest first, then the tests of its module.
+    """Plant a mutant in a tree and ask the claims that reach it, cheapest first, then the tests of its module that do.
+
+    The first that turns ends the asking of claims, and the first test that fails that of tests.
 
     Args:
         mutant: what to plant.
         tree: a private copy, unchanged.
         clean: what the unchanged sources give.
         experiments: all of them.
-        survivors_only: ask the tests only where no claim turned.
+        tests_always: ask the tests also where a claim turned.
 
     Raises:
         Stopped: when the session ends meanwhile.
     """
-    reached = sorted((run for run in experiments if run.claims and run.reaches(mutant.module, mutant.lines)), key=_cost)
     source = (tree.checkout / mutant.module).read_bytes()
+    reached = in_order([run for run in experiments if run.claims], mutant, source)
     with tree.changed(mutant.module, mutant.apply(source)):
         started = time.monotonic()
         by_claims, claim, detail, judged = _ask_claims(tree, clean, reached)
         claims_s = time.monotonic() - started
     by_tests: ByTests = "not run"
     test, tests_s = "", 0.0
-    asked_enough = survivors_only and by_claims in ("falsified", "inconclusive")
+    asked_enough = not tests_always and by_claims in ("falsified", "inconclusive")
     if mutant.operator != CONTROL and not asked_enough:
-        known = [
-            clean.tests(tree, file) for file in files_shown(tree.checkout, mutant.module)
-        ]  # before the change is there
-        with tree.changed(mutant.module, mutant.apply(source)):
-            started = time.monotonic()
-            by_tests, test = _ask_tests(tree, known)
-            tests_s = time.monotonic() - started
+        by_tests = "none"
+        for file in files_shown(tree.checkout, mutant.module):
+            known = clean.tests(tree, file)  # before the change is there
+            if file not in known.failing and known.reaches(mutant.module, mutant.lines):
+                with tree.changed(mutant.module, mutant.apply(source)):
+                    started = time.monotonic()
+                    by_tests, test = _ask_tests(tree, known)
+                    tests_s += time.monotonic() - started
+            if by_tests in ("failed", "timeout"):
+                break
     where = (mutant.key, mutant.module, mutant.function, mutant.line, mutant.operator, mutant.original, mutant.mutant)
     return Trial(*where, by_claims, claim, detail, judged, by_tests, test, round(claims_s, 1), round(tests_s, 1))
 
 
-def _cost(run: CleanExperiment) -> float:
-    return run.seconds
+def in_order(runs: Iterable[CleanExperiment], mutant: Mutant, source: bytes) -> list[CleanExperiment]:
+    """Return the experiments that execute a mutant's lines, cheapest first.
+
+    What stands outside of functions is executed by whatever imports the module: those that also execute a function of
+    it come first, because there its value is more likely to matter.
+    """
+    reached = [run for run in runs if run.reaches(mutant.module, mutant.lines)]
+    bodies = [
+        (node.body[0].lineno, node.end_lineno or 0)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    uses = {id(run): any(run.reaches(mutant.module, lines) for lines in bodies) for run in reached}
+    return sorted(reached, key=lambda run: (not uses[id(run)], run.seconds))
 
 
 def _ask_claims(
@@ -117,28 +135,19 @@ def _ask_claims(
         verdict: ByClaims = "falsified" if turned[0]["verdict"] == "falsified" else "inconclusive"
         return verdict, str(turned[0]["claim"]), f"{turned[0]['reason']} {turned[0]['detail']}".strip(), judged
     if len(judged) < len(reached):  # the harness itself ended: on these sources no claim is corroborated
-        return "inconclusive", reached[len(judged)].claims[0], _tail(tree.folder / "judge.log"), judged
+        return "inconclusive", reached[len(judged)].claims[0], log_tail(tree.folder / "judge.log"), judged
     return "survived", "", "", judged
 
 
-def _ask_tests(tree: Tree, known: Sequence[CleanTests]) -> tuple[ByTests, str]:
-    files = [tests for tests in known if tests.file not in tests.failing]
-    if not files:
-        return "none", ""
-    deselected = [word for tests in files for name in tests.failing for word in ("--deselect", name)]
-    limit_s = 60.0 + 5.0 * sum(tests.seconds for tests in files)
+def _ask_tests(tree: Tree, known: CleanTests) -> tuple[ByTests, str]:
+    deselected = [word for name in known.failing for word in ("--deselect", name)]
     log = tree.folder / "tests.log"
-    ended = tree.run(pytest_words([tests.file for tests in files], "-x", *deselected), limit_s, log)
+    ended = tree.run(pytest_words([known.file], "-x", *deselected), 60.0 + 5.0 * known.seconds, log)
     if ended.code is None:
         return "timeout", ""
     if ended.code in (0, 5):
         return "survived", ""
-    return "failed", next(iter(failed_tests(log)), _tail(log))
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1][:300] if lines else "ended without a word"
+    return "failed", next(iter(failed_tests(log)), log_tail(log))
 
 
 def files_shown(checkout: Path, module: str) -> list[str]:

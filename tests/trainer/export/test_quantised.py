@@ -2,10 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -14,8 +16,16 @@ from safetensors.torch import load_file
 
 from q4kd.harness.__main__ import main
 from q4kd.harness.cli.export import _TYPES
+from q4kd.trainer.export import to_gguf
 from q4kd.trainer.formats.gguf.recipes import RECIPES
 from q4kd.trainer.formats.open import open_model
+
+MOVED = "model.layers.0.self_attn.q_proj.weight"
+# What a tensor of a type may lose, as a relative Frobenius error.
+ROUND_TRIP = {
+    "F16": 0.01, "BF16": 0.01, "Q8_0": 0.05, "Q6_K": 0.1, "Q5_K": 0.2, "Q4_K": 0.3, "Q3_K": 0.5, "Q2_K": 0.7,
+    "IQ4_XS": 0.3, "IQ4_NL": 0.3, "Q5_0": 0.2, "Q4_0": 0.3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +73,45 @@ def test_every_mixture_is_written_and_read_back(
     assert "no superblock" not in said
     fields = gguf.GGUFReader(out).fields
     assert fields["general.file_type"].contents() == RECIPES[recipe]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        ("f16", "F16"),
+        ("bf16", "BF16"),
+        ("q8_0", "Q8_0"),
+        ("q6_k", "Q6_K"),
+        ("q5_k_m", "Q5_K"),
+        ("q4_k_m", "Q4_K"),
+        ("q3_k_s", "Q3_K"),
+        ("q2_k", "Q2_K"),
+        ("iq4_xs", "IQ4_XS"),
+        ("iq4_nl", "IQ4_NL"),
+        ("q5_0", "Q5_0"),
+        ("q4_0", "Q4_0"),
+    ],
+)
+def test_weights_a_fifth_further_off_than_a_type_explains_are_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    kind: str,
+) -> None:
+    original = to_gguf.write_gguf
+
+    def write(path: Path, **options: Any) -> None:
+        state = dict(options["state"])
+        weight = state[MOVED].float()
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        state[MOVED] = weight + 1.2 * ROUND_TRIP[kind] * weight.norm() / noise.norm() * noise
+        original(path, **options | {"state": state})
+
+    monkeypatch.setattr(to_gguf, "write_gguf", write)
+    assert export(folder, tmp_path / "m.gguf", recipe) == 2
+    assert f"blk.0.attn_q.weight ({kind})" in capsys.readouterr().err
 
 
 def write_imatrix(path: Path, importance: dict[str, np.ndarray]) -> Path:

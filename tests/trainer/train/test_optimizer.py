@@ -63,6 +63,24 @@ def test_float32_is_torchs_adamw_with_clipping(decay: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_gradients_of_a_tiny_norm_are_clipped_as_torch_does() -> None:
+    """Adam's eps is as small as the gradients here, so that how far they were scaled down shows in the weights."""
+    ours, theirs = model(), model()
+    optimizer = make_optimizer(settings(weight_decay=0.0, eps=1e-6), ours.named_parameters())
+    plain = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+    for module in (ours, theirs):
+        list(gradients(module, 0))
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 1e-6
+    limit = 1e-6
+    assert float(optimizer.clip(limit)) == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), limit)))
+    optimizer.step()
+    plain.step()
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_bfloat16_weights_are_their_masters_rounded_once() -> None:
     module = model(torch.bfloat16)
     optimizer = make_optimizer(settings(lr=1e-5), module.named_parameters())

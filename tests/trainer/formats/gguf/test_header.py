@@ -153,6 +153,65 @@ def test_a_head_that_makes_no_sense_is_named(tmp_path: Path, change: dict[str, A
     assert words in str(caught.value)
 
 
+def _tensor(name: str, *shape: int) -> bytes:
+    return _text(name.encode()) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("largest", "larger", "words"),
+    [
+        ([_scalar("k" * 1024, 4, bytes(4))], [_scalar("k" * 1025, 4, bytes(4))], "at most 1024 characters"),
+        (
+            [_scalar("\u4e00" * 1024, 4, bytes(4))],
+            [_scalar("k" * 4097, 4, bytes(4))],
+            "at most 4096 bytes of a metadata",
+        ),
+        ([_tensor("t" * 256, 1)], [_tensor("t" * 257, 1)], "at most 256 characters"),
+        ([_tensor("t", 1, 1, 1, 1)], [_tensor("t", 1, 1, 1, 1, 1)], "1 to 4 dimensions"),
+        ([_tensor("t", (1 << 48) - 1)], [_tensor("t", 1 << 24, 1 << 24)], "a plausible element count"),
+        (
+            [_scalar("general.alignment", 4, struct.pack("<I", 1 << 20))],
+            [_scalar("general.alignment", 4, struct.pack("<I", 1 << 21))],
+            "a power of two up to 1048576",
+        ),
+        (
+            [_array("a", 0, 4_000_000, bytes(4_000_000))],
+            [_array("a", 0, 4_000_001, bytes(4_000_001))],
+            "at most 4000000 entries",
+        ),
+        (
+            [_scalar("a", 8, _text(bytes(1 << 24)))],
+            [_scalar("a", 8, _text(bytes((1 << 24) + 1)))],
+            "at most 16777216 bytes of a",
+        ),
+    ],
+    ids=["key", "key in bytes", "name", "dimensions", "elements", "alignment", "entries", "text"],
+)
+def test_what_is_largest_is_read_and_what_is_larger_is_refused(
+    tmp_path: Path, largest: list[bytes], larger: list[bytes], words: str
+) -> None:
+    def head(pairs: list[bytes]) -> Path:
+        tensors = pairs if words.startswith(("at most 256", "1 to 4", "a plausible")) else []
+        keys = [] if tensors else pairs
+        return _file(tmp_path / "m.gguf", *keys, tensors=b"".join(tensors), num_tensors=len(tensors))
+
+    header = header_of(head(largest))
+    assert len(header.metadata) + len(header.tensors) == 1
+    with pytest.raises(InputError, match=words):
+        header_of(head(larger))
+
+
+def test_as_many_keys_and_tensors_as_may_be_are_read(tmp_path: Path) -> None:
+    keys = [_scalar(f"{n}", 0, b"\1") for n in range(65_537)]
+    tensors = [_tensor(f"{n}", 1) for n in range(65_536)]
+    path = tmp_path / "m.gguf"
+    header = header_of(_file(path, *keys[:-1], tensors=b"".join(tensors), num_tensors=65_536))
+    assert len(header.metadata) == len(header.tensors) == 65_536
+    for many in (_file(path, *keys), _file(path, num_tensors=65_537)):
+        with pytest.raises(InputError, match="at most 65536 tensors and 65536 keys"):
+            header_of(many)
+
+
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
