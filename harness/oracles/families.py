@@ -1,4 +1,4 @@
-"""The harness's own forward pass of the dense families beyond ``reference.py``'s: float64, NumPy, weights by ``gguf``.
+"""The harness's own forward pass of the families beyond ``reference.py``'s: float64, NumPy, weights by ``gguf``.
 
 It shares no code with the trainer. Each family is written here as its authors define it, in the order of its parts:
 
@@ -9,6 +9,7 @@ It shares no code with the trainer. Each family is written here as its authors d
     olmo2             norms behind both parts only; queries and keys normalised over all heads; windows in Olmo 3
     glm4              the first elements of a head turn, in pairs of neighbours; norms before and behind both parts
     mistral3          queries far from the beginning are scaled
+    qwen3moe          norms of heads; each token is given to its own experts
     llama, qwen2      with rotary scaling: linear, YaRN, long; llama with a window on every layer (Mistral)
 
 Letters in shapes: T positions, H hidden size, N query heads, K key-value heads, D head size, R turned elements.
@@ -98,6 +99,8 @@ def _capped(x: Array, cap: float) -> Array:
 def _feed_forward_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
     prefix = f"blk.{layer}."
     normed = _if_there(model, f"{prefix}ffn_norm.weight", x_TH)
+    if f"{prefix}ffn_gate_inp.weight" in model.weights:
+        return _mixture(model, prefix, normed)
     up = normed @ model.weights[f"{prefix}ffn_up.weight"].T
     if f"{prefix}ffn_gate.weight" in model.weights:
         gate = normed @ model.weights[f"{prefix}ffn_gate.weight"].T
@@ -106,6 +109,31 @@ def _feed_forward_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
     activation: Callable[[Array], Array] = _gelu if model.architecture in ("gemma2", "gemma3") else _silu
     out = activation(gate) * up @ model.weights[f"{prefix}ffn_down.weight"].T
     return _if_there(model, f"{prefix}post_ffw_norm.weight", out)
+
+
+def expert_weights(model: FamilyModel, layer: int, normed_TH: Array) -> Array:
+    """Return the weight of every expert for every token, float64 ``[T, E]``: 0 of those that it is not given to.
+
+    Qwen3's router: the largest of a softmax over all experts, divided by their sum (``norm_topk_prob``).
+    """
+    scores = normed_TH @ model.weights[f"blk.{layer}.ffn_gate_inp.weight"].T
+    weights = np.zeros_like(scores)
+    for token, row in enumerate(scores):
+        shares = np.exp(row - row.max())
+        kept = sorted(range(len(row)), key=lambda expert: -shares[expert])[: model.settings["expert_used_count"]]
+        weights[token, kept] = shares[kept] / shares[kept].sum()
+    return weights
+
+
+def _mixture(model: FamilyModel, prefix: str, normed_TH: Array) -> Array:
+    gate, up, down = (model.weights[f"{prefix}ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+    out = np.zeros_like(normed_TH)
+    for token, weights in enumerate(expert_weights(model, int(prefix.split(".")[1]), normed_TH)):
+        for expert in np.flatnonzero(weights):
+            state = normed_TH[token]
+            inner = _silu(gate[expert] @ state) * (up[expert] @ state)
+            out[token] += weights[expert] * (down[expert] @ inner)
+    return out
 
 
 def _silu(x: Array) -> Array:

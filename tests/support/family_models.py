@@ -1,4 +1,4 @@
-"""Small random Hugging Face models of the dense families, and a writer of their GGUF that shares nothing with ours.
+"""Small random Hugging Face models of the families, and a writer of their GGUF that shares nothing with ours.
 
 Names and transformations are those of llama.cpp's converter (``conversion/*.py``): Gemma's norms are stored as 1 + w,
 the rows of Q and K of llama's relatives are permuted, fused matrices stay fused.
@@ -29,6 +29,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",  # torch's grouped products take no float64
 }
 _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _POST_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
@@ -46,6 +47,8 @@ _MODULES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts": "ffn",
 }
 _ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 Write = Callable[[gguf.GGUFWriter], None]
@@ -240,6 +243,42 @@ CASES = {
     ),
 }
 
+MIXTURES = {
+    "qwen3moe": FamilyCase(
+        "Qwen3Moe",
+        "qwen3moe",
+        {
+            "head_dim": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+        {
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "expert_count": 16,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 32,
+        },
+    ),
+    # The size of an expert is not stated, and every expert is chosen.
+    "qwen3moe-all": FamilyCase(
+        "Qwen3Moe",
+        "qwen3moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            **_rope("yarn", **_YARN),
+        },
+        _YARN_KEYS | {"attention.key_length": 16, "expert_count": 4, "expert_used_count": 4},
+    ),
+}
+
 
 def make_family(case: FamilyCase, *, seed: int = 0) -> Any:
     """Return a float64 model, alive in every part: each weight changes the logits."""
@@ -251,8 +290,8 @@ def make_family(case: FamilyCase, *, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).float()
-            if parameter.ndim == 2:
-                gain = 1.0 if name == "model.embed_tokens.weight" else parameter.shape[1] ** -0.5
+            if parameter.ndim >= 2:
+                gain = 1.0 if name == "model.embed_tokens.weight" else parameter.shape[-1] ** -0.5
                 if is_gemma and name == "model.embed_tokens.weight":
                     gain = parameter.shape[1] ** -0.5
                 parameter.copy_(noise * gain)
@@ -285,7 +324,8 @@ def write_family(path: Path, case: FamilyCase, model: Any, *, vocabulary: bool =
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         data = _as_stored(case, name, tensor, config).float().numpy()
-        writer.add_tensor(_gguf_name(case, name), data)
+        for stored, part in _parts(_gguf_name(case, name), data):
+            writer.add_tensor(stored, np.ascontiguousarray(part))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -313,6 +353,15 @@ def _gguf_name(case: FamilyCase, name: str) -> str:
         return f"{_ENDS[module]}.{kind}"
     _, _, layer, rest = module.split(".", 3)
     return f"blk.{layer}.{(_MODULES | case.norms)[rest]}.{kind}"
+
+
+def _parts(name: str, data: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return a tensor's name and data; transformers' gate and up of all experts, one tensor, are two in a file."""
+    prefix, _, kind = name.rpartition(".")
+    if kind == "gate_up_proj":
+        gate, up = np.split(data, 2, axis=1)
+        return [(f"{prefix}_gate_exps.weight", gate), (f"{prefix}_up_exps.weight", up)]
+    return [(f"{prefix}_down_exps.weight" if kind == "down_proj" else name, data)]
 
 
 def _as_stored(case: FamilyCase, name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:

@@ -33,6 +33,7 @@ from teachers import load_quietly
 from q4kd.harness.inputs.models.apr_write import convert_gguf
 from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model
+from q4kd.harness.inputs.models.synthetic_mixtures import write_mixture
 from q4kd.harness.inputs.models.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.quantize import quantize
@@ -93,6 +94,8 @@ class Corpus:
             path = folder / f"{name}.gguf"
             write_family_model(path, family)
             self._add(path)
+        write_mixture(folder / "mixture.gguf")
+        self._add(folder / "mixture.gguf")
         self._add(write_importance(folder / IMPORTANCE))
 
     def _add(self, path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What a teacher computes, read from its file: dimensions, windows, rotary embedding, multipliers, and its tensors.
+"""What a teacher computes, read from its file: dimensions, windows, rotary embedding, experts, and its tensors.
 
 ``families.py`` says what each architecture does; anything that neither says is refused by name.
 
-Letters in shapes: V vocabulary, H hidden size, F feed-forward size, N query heads, K key-value heads, D head size.
+Letters in shapes: V vocabulary, H hidden size, F feed-forward size, N query heads, K key-value heads, D head size,
+E experts.
 """
 
 import math
@@ -15,6 +16,7 @@ from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.families import FAMILIES, Family, RopeLayout
 from q4kd.trainer.formats.particulars import (
     TWO_SIZES,
+    read_experts,
     read_rotary_dim,
     read_scales,
     read_window_rope_base,
@@ -50,6 +52,9 @@ class TeacherConfig:
         temperature_scale: queries at position p are multiplied by ``1 + scale * ln(1 + floor(p / original_context))``.
         embedding_scale, residual_scale, logit_scale: what embeddings, the outputs of attention and feed-forward, and
             logits before their cap are multiplied by.
+        num_experts: experts of every layer, in place of one feed-forward of ``ffn_size``; 0 for a dense model.
+        experts_per_token: how many experts a token is given to.
+        expert_ffn_size: feed-forward size of an expert.
     """
 
     architecture: str
@@ -78,6 +83,9 @@ class TeacherConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
 
     @property
     def family(self) -> Family:
@@ -156,12 +164,13 @@ def read_dimensions(
     layers, context = integer("block_count", 1024), integer("context_length", 1 << 24)
     windows = read_windows(found, family, layers, context)
     scaling = read_rope_scaling(found, family, context, tensors)
+    ffn_size = integer("feed_forward_length", _MAX_DIMENSION)
     base = float(number("rope.freq_base", 1.0, 1e12, 10_000.0))
     return TeacherConfig(
         architecture=architecture,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_size=integer("feed_forward_length", _MAX_DIMENSION),
+        ffn_size=ffn_size,
         num_heads=heads,
         num_kv_heads=integer("attention.head_count_kv", heads, heads),
         head_dim=head_dim,
@@ -178,6 +187,7 @@ def read_dimensions(
         window_rope_base=read_window_rope_base(found, family, base) if windows else 0.0,
         no_rope_step=family.no_rope_step,
         **read_scales(found, architecture, layers, hidden, heads),
+        **read_experts(found, family, ffn_size),
     )
 
 
@@ -204,16 +214,12 @@ def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors of one layer."""
     hidden, family = config.hidden_size, config.family
     qkv = {"attn_q": config.q_size, "attn_k": config.kv_size, "attn_v": config.kv_size}
-    gate_up = {"ffn_gate": config.ffn_size, "ffn_up": config.ffn_size}
     rows_cols = {name: (rows, hidden) for name, rows in qkv.items()}
     if family.fused_qkv:
         rows_cols = {"attn_qkv": (sum(qkv.values()), hidden)}
     rows_cols["attn_output"] = (hidden, config.q_size)
-    if family.fused_gate_up:
-        gate_up = {"ffn_up": sum(gate_up.values())}
-    rows_cols |= {name: (rows, hidden) for name, rows in gate_up.items()}
-    rows_cols["ffn_down"] = (hidden, config.ffn_size)
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows_cols.items()}
+    shapes |= _feed_forward_shapes(config)
     if family.biases:
         shapes |= {f"{name}.bias": (count,) for name, count in qkv.items()}
     if family.pre_norms:
@@ -225,6 +231,22 @@ def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     elif family.head_norms == "all":
         shapes |= {"attn_q_norm.weight": (config.q_size,), "attn_k_norm.weight": (config.kv_size,)}
     return shapes
+
+
+def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the matrices of a layer's feed-forward; experts are the outermost dimension."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    if config.num_experts:
+        count, size = config.num_experts, config.expert_ffn_size
+        return {
+            "ffn_gate_inp.weight": (count, hidden),
+            "ffn_gate_exps.weight": (count, size, hidden),
+            "ffn_up_exps.weight": (count, size, hidden),
+            "ffn_down_exps.weight": (count, hidden, size),
+        }
+    if config.family.fused_gate_up:
+        return {"ffn_up.weight": (2 * ffn, hidden), "ffn_down.weight": (hidden, ffn)}
+    return {"ffn_gate.weight": (ffn, hidden), "ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)}
 
 
 def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The families of dense decoders that the teacher implements, as data: what each does that the others do not.
+"""The families of decoders that the teacher implements, as data: what each does that the others do not.
 
 All are decoder-only transformers with RMSNorm, rotary embedding, grouped-query attention and a gated feed-forward.
 What a file's own metadata say (windows, scalings, multipliers) is in ``architecture.TeacherConfig``. The facts are
@@ -15,6 +15,7 @@ those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tes
     gemma2    GELU, embeddings times sqrt(H), norms behind both parts, windows on every other layer, soft caps
     gemma3    as gemma2 with norms on heads and windows on five layers of six, which have a rotary base of their own
     olmo2     norms behind both parts and none before; Q and K are normalised over all heads; Olmo 3 has windows
+    qwen3moe  as qwen3; the feed-forward is a mixture of experts
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ ScalingKind = Literal["linear", "yarn", "long"]
 _ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear")
 _YARN = ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
 _WINDOW = ("attention.sliding_window",)
+_EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 _PATTERN = ("attention.sliding_window_pattern", "rope.freq_base_swa")
 
 
@@ -54,6 +56,7 @@ class Family:
         window_length: keys of a window where the file does not say; 0 for none.
         window_rope_base: rotary base of the layers with a window; None for that of the others.
         no_rope_step: each so many layers, one has no rotary embedding; 0 for none.
+        has_experts: whether the feed-forward of every layer is a mixture of experts.
         keys: metadata that only this family reads.
     """
 
@@ -76,6 +79,7 @@ class Family:
     window_length: int = 0
     window_rope_base: float | Literal["same"] | None = None
     no_rope_step: int = 0
+    has_experts: bool = False
     keys: tuple[str, ...] = ()
 
     @property
@@ -90,6 +94,8 @@ class Family:
             keys.update(_WINDOW)
         if self.window == "pattern":
             keys.update(_PATTERN)
+        if self.has_experts:
+            keys.update(_EXPERTS)
         return frozenset(keys)
 
 
@@ -165,6 +171,7 @@ FAMILIES: dict[str, Family] = {
         window_step=4,
         window_rope_base="same",
     ),
+    "qwen3moe": Family(rope_layout="split_halves", biases=True, head_norms="each", has_experts=True),
 }
 # These are also read from .apr files.
 ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

@@ -22,8 +22,8 @@ class PackedTensor:
     Attributes:
         name: GGUF name, such as ``blk.0.attn_q.weight``.
         type: GGML type name, such as ``Q4_K``.
-        shape: outermost dimension first: ``(rows, cols)`` or ``(length,)``.
-        data: uint8 ``[rows, row_bytes]``, a view of the memory map.
+        shape: outermost dimension first: ``(experts, rows, cols)``, ``(rows, cols)`` or ``(length,)``.
+        data: uint8 ``[rows, row_bytes]``, the rows of all experts after one another, a view of the memory map.
         scale: a factor of all its weights, which files hold beside NVFP4 matrices.
     """
 
@@ -86,6 +86,13 @@ class ModelFile:
     def num_weights(self) -> int:
         """Elements of all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def weights_per_token(self) -> int:
+        """Elements of the tensors that a token is multiplied by: of its own experts alone, where there are experts."""
+        experts = sum(math.prod(tensor.shape) for tensor in self.tensors.values() if len(tensor.shape) == 3)
+        count, used = self.config.num_experts, self.config.experts_per_token
+        return self.num_weights - (experts * (count - used) // count if count else 0)
 
     def bytes_by_type(self) -> dict[str, int]:
         """Tensor bytes per GGML type."""

@@ -1,4 +1,4 @@
-"""Reads from a file's metadata what sets its family apart: windows, partial rotary embedding, multipliers and caps."""
+"""Reads from a file's metadata what sets its family apart: windows, partial rotary embedding, multipliers, experts."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from q4kd.trainer.formats.families import FAMILIES, Family
 from q4kd.trainer.formats.values import Values
 
 TWO_SIZES = "use another teacher; partial rotary embedding and heads of two sizes are not implemented"
+MAX_EXPERTS = 4096
 # The 27B models of Gemma 2 and 3 scale by H / N and not by D; no key says so, and llama.cpp too goes by their layers.
 WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
 
@@ -48,6 +49,19 @@ def read_window_rope_base(found: Values, family: Family, base: float) -> float:
         return 0.0
     default = base if family.window_rope_base == "same" else family.window_rope_base or 0.0
     return float(found.number("rope.freq_base_swa", 0.0, 1e12, default))
+
+
+def read_experts(found: Values, family: Family, ffn_size: int) -> dict[str, int]:
+    """Return the number of experts, how many a token is given to, and the size of each; nothing for a dense family.
+
+    A file that does not state the size shares the feed-forward's among those of a token, as llama.cpp reads it.
+    """
+    if not family.has_experts:
+        return {}
+    count = found.integer("expert_count", MAX_EXPERTS)
+    used = found.integer("expert_used_count", count)
+    size = found.integer("expert_feed_forward_length", 1 << 22, max(1, ffn_size // used))
+    return {"num_experts": count, "experts_per_token": used, "expert_ffn_size": size}
 
 
 def read_scales(found: Values, architecture: str, layers: int, hidden: int, heads: int) -> dict[str, float]:

@@ -31,6 +31,14 @@ PLAIN_KEYS |= {"tensor_data_layout"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),  # 0 means not set
+    "expert_gating_func": (0, 1),  # softmax over all experts, by name or because nothing is said
+    "leading_dense_block_count": (0,),
     "rope.scaling.type": ("none", "linear", ""),  # llama.cpp's linear scaling divides by the factor
     "rope.scaling.factor": (0.0, 1.0),  # 0 means not set; a factor without a type is applied
     "rope.scaling.attn_factor": (1.0,),

@@ -4,7 +4,7 @@ Activations are counted where they peak: in attention, in the feed-forward or wi
 Buffers live as long as ``forward.py`` and ``attention.py`` keep them; ``gemm.py`` says what the allocator keeps.
 
 Letters: B sequences, T positions, M = B * T tokens, H hidden size, F feed-forward size, Q and C outputs of the query
-and of the key projection, V vocabulary.
+and of the key projection, V vocabulary, E experts.
 """
 
 from dataclasses import dataclass
@@ -67,6 +67,8 @@ def predict_footprint(
     attention = stream + normed + 3 * queries + 2 * keys + fused + scores
     widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
+    if config.num_experts:
+        feed_forward = stream + _mixture_bytes(config, tokens, size)
     # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
     # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
     kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
@@ -74,6 +76,22 @@ def predict_footprint(
     tables = 3 * _FLOAT * length * config.head_dim * (2 if config.window_rope_base else 1)
     if config.rope_scaling is not None and config.rope_scaling.kind == "long":
         tables *= batch  # documents differ in their divisors
-    tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, config.ffn_size, config.q_size))
+    ffn_size = config.expert_ffn_size or config.ffn_size
+    tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, ffn_size, config.q_size))
     scratch = tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
     return Footprint(max(attention, feed_forward, head) + tables, scratch)
+
+
+def _mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> int:
+    """Return the bytes of a layer of experts beside the residual stream, where all tokens are given to one of them.
+
+    Such an expert reads a copy of all states and has their gates, products and outputs; that the tokens of a text
+    divide among the experts is likely, and no bound.
+    """
+    states, chosen = tokens * config.hidden_size, tokens * config.experts_per_token
+    # Normalised states in float32 and in the compute dtype, the sum, and what one expert reads and returns.
+    held = states * (_FLOAT + (size if size != _FLOAT else 0) + _FLOAT)
+    expert = states * (2 * size + (_FLOAT if size != _FLOAT else 0)) + 2 * size * tokens * config.expert_ffn_size
+    # Shares of all experts while they are chosen; then numbers, weights and order of those that are.
+    routing = max(2 * _FLOAT * tokens * config.num_experts, chosen * (8 + _FLOAT + 8) + 2 * 8 * tokens)
+    return held + max(routing, expert + chosen * (8 + _FLOAT + 8))

@@ -11,6 +11,7 @@ layouts, grouped-query attention (``attention.py``), SwiGLU (https://arxiv.org/a
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
 """
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,11 +25,20 @@ from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
+from q4kd.trainer.teacher.cpu.experts import Experts, expert_products, route
 from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
 from q4kd.trainer.teacher.rope import Rope, RopeFactors
 
 # Decoded heads up to this size in bytes are held for the duration of a loss.
 MAX_HEAD_BYTES = 1_300_000_000
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    """The feed-forward of a dense layer."""
+
+    gate_up: tuple[Matrix, ...]  # two, or one that holds their rows
+    down: Matrix
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,7 @@ class _Layer:
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
-    gate_up: tuple[Matrix, ...]  # two, or one that holds their rows
-    ffn_down: Matrix
+    feed_forward: _FeedForward | Experts
     ffn_post_norm: Tensor | None
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
@@ -67,7 +76,7 @@ class _Pass:
         return self.window_tables if layer.window and self.window_tables is not None else self.tables
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return ``x`` normalised by its root mean square over the last dimension, float32."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -136,8 +145,9 @@ class CpuForward:
         names = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
         self._rope = Rope(self.config, RopeFactors(*map(self._optional, names)))
 
-    def _matrix(self, name: str) -> Matrix:
-        self.matrices[name] = build_matrix(self._backend, self._model.tensors[name], self.scratch, self.dtype)
+    def _matrix(self, name: str, dtype: torch.dtype | None = None) -> Matrix:
+        tensor = self._model.tensors[name]
+        self.matrices[name] = build_matrix(self._backend, tensor, self.scratch, dtype or self.dtype)
         return self.matrices[name]
 
     def _vector(self, name: str) -> Tensor:
@@ -151,17 +161,13 @@ class CpuForward:
     def _load_layer(self, index: int) -> _Layer:
         prefix, config, family = f"blk.{index}.", self.config, self.config.family
         qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
-        gate_up = ("ffn_up",) if family.fused_gate_up else ("ffn_gate", "ffn_up")
-
-        def matrices(names: tuple[str, ...]) -> tuple[Matrix, ...]:
-            return tuple(self._matrix(f"{prefix}{name}.weight") for name in names)
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
 
         return _Layer(
             attn_norm=norm("attn_norm"),
-            qkv=matrices(qkv),
+            qkv=tuple(self._matrix(f"{prefix}{name}.weight") for name in qkv),
             attn_output=self._matrix(prefix + "attn_output.weight"),
             biases=(
                 self._optional(prefix + "attn_q.bias"),
@@ -172,12 +178,22 @@ class CpuForward:
             k_norm=norm("attn_k_norm"),
             attn_post_norm=norm("post_attention_norm"),
             ffn_norm=norm("ffn_norm"),
-            gate_up=matrices(gate_up),
-            ffn_down=self._matrix(prefix + "ffn_down.weight"),
+            feed_forward=self._load_experts(prefix) if config.num_experts else self._load_feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
             window=config.window(index),
             is_rotated=config.is_rotated(index),
         )
+
+    def _load_feed_forward(self, prefix: str) -> _FeedForward:
+        names = ("ffn_up",) if self.config.family.fused_gate_up else ("ffn_gate", "ffn_up")
+        gate_up = tuple(self._matrix(f"{prefix}{name}.weight") for name in names)
+        return _FeedForward(gate_up, self._matrix(prefix + "ffn_down.weight"))
+
+    def _load_experts(self, prefix: str) -> Experts:
+        # The router is multiplied in float32 whatever the dtype, since a rounded product chooses other experts.
+        router = self._matrix(prefix + "ffn_gate_inp.weight", torch.float32)
+        gate, up, down = (self._matrix(f"{prefix}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
+        return Experts(router, gate, up, down, self.config.num_experts, self.config.experts_per_token)
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
@@ -202,7 +218,7 @@ class CpuForward:
             x_MH *= self.config.embedding_scale
         for layer in self._layers:
             self._add(x_MH, self._attend(layer, self._norm(x_MH, layer.attn_norm), work), layer.attn_post_norm)
-            self._add(x_MH, self._feed_forward(layer, self._norm(x_MH, layer.ffn_norm)), layer.ffn_post_norm)
+            self._add(x_MH, self._feed_forward(layer, x_MH), layer.ffn_post_norm)
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
 
     def _norm(self, x_MH: Tensor, weight: Tensor | None) -> Tensor:
@@ -215,13 +231,23 @@ class CpuForward:
         x_MH.add_(delta_MH, alpha=self.config.residual_scale)
 
     def _feed_forward(self, layer: _Layer, x_MH: Tensor) -> Tensor:
-        family = self.config.family
-        if family.fused_gate_up:
-            gate_MF, up_MF = layer.gate_up[0].product(x_MH).chunk(2, dim=-1)
-            return layer.ffn_down.product(activate(gate_MF.contiguous(), family.activation).mul_(up_MF))
-        gated_MF = activate(layer.gate_up[0].product(x_MH), family.activation)
-        gated_MF *= layer.gate_up[1].product(x_MH)
-        return layer.ffn_down.product(gated_MF)
+        """Return the output of the feed-forward of states that are not normalised yet."""
+        weights, activation = layer.feed_forward, self.config.family.activation
+        if isinstance(weights, Experts):
+            return self._mixture(weights, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
+        normed_MH = self._norm(x_MH, layer.ffn_norm)
+        if len(weights.gate_up) == 1:
+            gate_MF, up_MF = weights.gate_up[0].product(normed_MH).chunk(2, dim=-1)
+            return weights.down.product(activate(gate_MF.contiguous(), activation).mul_(up_MF))
+        gated_MF = activate(weights.gate_up[0].product(normed_MH), activation)
+        gated_MF *= weights.gate_up[1].product(normed_MH)
+        return weights.down.product(gated_MF)
+
+    def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
+        """Return the output of a layer's experts, float32, of normalised float32 states."""
+        chosen_MC, weights_MC = route(experts.router.product(normed_MH), experts.per_token)
+        activation = functools.partial(activate, activation=self.config.family.activation)
+        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, activation)
 
     def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""

@@ -3,6 +3,10 @@
 Letters in shapes: M tokens, R rows (outputs), K columns (inputs).
 """
 
+import copy
+import math
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -67,14 +71,15 @@ def _huge_floats(count: int) -> Tensor:
 class PackedMatrix:
     """A frozen matrix ``[R, K]`` that stays in its GGML blocks (a view of the file's memory map).
 
-    ``source_type`` is its GGML type in the file, ``held_as`` the one in memory.
+    ``source_type`` is its GGML type in the file, ``held_as`` the one in memory. Experts ``[E, R, K]`` lie after one
+    another, as ``[E * R, K]``; ``part`` gives one of them.
     """
 
     is_dense = False
 
     def __init__(self, tensor: PackedTensor, scratch: Scratch) -> None:
         self.source_type = self.held_as = tensor.type
-        self.rows, self.cols = tensor.shape
+        self.rows, self.cols = math.prod(tensor.shape[:-1]), tensor.shape[-1]
         self._packed, self._scale = torch.from_numpy(tensor.data), tensor.scale
         self._scratch = scratch
 
@@ -82,6 +87,12 @@ class PackedMatrix:
     def resident_bytes(self) -> int:
         """Packed bytes, without the shared scratch."""
         return self._packed.numel()
+
+    def part(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` to ``stop`` as a matrix of their own, over the same bytes and the same scratch."""
+        part = copy.copy(self)
+        part._packed, part.rows = self._packed[start:stop], stop - start
+        return part
 
     def product(self, x_MK: Tensor) -> Tensor:
         """Return ``x @ W.T`` ``[M, R]`` in the dtype of ``x``, float32 or bfloat16, a tile of rows at a time."""
@@ -133,8 +144,8 @@ class DenseMatrix:
     def __init__(self, tensor: PackedTensor, dtype: torch.dtype = torch.float32) -> None:
         self.source_type = tensor.type
         self.held_as = "F32" if dtype == torch.float32 else "BF16"
-        self.rows, self.cols = tensor.shape
-        self._weight_RK = torch.empty(tensor.shape, dtype=dtype)
+        self.rows, self.cols = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        self._weight_RK = torch.empty(self.rows, self.cols, dtype=dtype)
         packed = torch.from_numpy(tensor.data)
         step = max(1, _RUN_WEIGHTS // self.cols)
         for part, target in zip(torch.split(packed, step), torch.split(self._weight_RK, step), strict=True):
@@ -144,6 +155,12 @@ class DenseMatrix:
     def resident_bytes(self) -> int:
         """Bytes of the decoded matrix."""
         return self._weight_RK.nbytes
+
+    def part(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` to ``stop`` as a matrix of their own, over the same memory."""
+        part = copy.copy(self)
+        part._weight_RK, part.rows = self._weight_RK[start:stop], stop - start
+        return part
 
     def product(self, x_MK: Tensor) -> Tensor:
         """Return ``x @ W.T`` ``[M, R]`` in the dtype that the matrix is held in."""

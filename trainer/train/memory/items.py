@@ -64,7 +64,7 @@ class TeacherShape:
         is_mapped: whether they are pages of the file.
         scratch_bytes: bytes of its reusable buffers.
         activation_bytes: bytes of a pass over one micro-batch, at its peak.
-        weights: number of weights, for FLOPs.
+        weights: weights that a token is multiplied by, for FLOPs.
         basis: what ``weight_bytes`` is computed from.
     """
 

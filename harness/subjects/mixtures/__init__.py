@@ -1,0 +1,1 @@
+"""Mixtures of experts: every token reaches its own experts, at any load."""

@@ -1,0 +1,90 @@
+"""A mixture of experts on the CPU: tokens sorted by expert, experts one after another over their packed slices.
+
+Letters in shapes: M tokens, H hidden size, E experts, F feed-forward size of an expert, C experts of a token, n tokens
+of one expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from q4kd.trainer.teacher.cpu.weights import Matrix
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The feed-forward of a layer with experts.
+
+    Attributes:
+        router: ``[E, H]``.
+        gate, up: ``[E * F, H]``, the rows of one expert after those of another.
+        down: ``[E * H, F]``.
+        count: E.
+        per_token: C.
+    """
+
+    router: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    count: int
+    per_token: int
+
+
+def route(logits_ME: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
+    """Choose the experts of every token: those of the largest softmax over all, whose shares are made to sum to one.
+
+    The sum of the chosen shares is at least C / E, so nothing has to guard the division.
+
+    Args:
+        logits_ME: products of tokens and router, float32.
+        per_token: C.
+
+    Returns:
+        Numbers of the chosen experts, int64 ``[M, C]``, and their weights, float32 ``[M, C]``.
+    """
+    shares_MC, chosen_MC = torch.softmax(logits_ME, dim=-1).topk(per_token, dim=-1)
+    return chosen_MC, shares_MC / shares_MC.sum(dim=-1, keepdim=True)
+
+
+def expert_products(
+    x_MH: Tensor, chosen_MC: Tensor, weights_MC: Tensor, experts: Experts, activate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the weighted sum of the chosen experts' outputs, float32 ``[M, H]``.
+
+    Every token is given to all of its experts, however many tokens an expert gets; the weights of an expert that gets
+    none are not decoded. A token's experts are added in the order of their numbers.
+
+    Args:
+        x_MH: normalised states in the compute dtype.
+        chosen_MC, weights_MC: as ``route`` returns them.
+        experts: the weights.
+        activate: the gate's activation.
+    """
+    per_token = chosen_MC.shape[1]
+    places = chosen_MC.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_MC.flatten(), minlength=experts.count).tolist()
+    out_MH = torch.zeros(x_MH.shape, dtype=torch.float32)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            places_n = places[start : start + count]
+            tokens_n, weights_n1 = places_n // per_token, weights_MC.flatten()[places_n, None]
+            part_nH = _expert(x_MH.index_select(0, tokens_n), expert, experts, activate).float()
+            out_MH.index_add_(0, tokens_n, part_nH.mul_(weights_n1))
+        start += count
+    return out_MH
+
+
+def _expert(x_nH: Tensor, expert: int, experts: Experts, activate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the output of one expert, ``[n, H]`` in the dtype of ``x_nH``."""
+
+    def part(matrix: Matrix) -> Matrix:
+        rows = matrix.rows // experts.count
+        return matrix.part(expert * rows, (expert + 1) * rows)
+
+    gated_nF = activate(part(experts.gate).product(x_nH))
+    gated_nF *= part(experts.up).product(x_nH)
+    return part(experts.down).product(gated_nF)
