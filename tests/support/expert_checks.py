@@ -1,5 +1,7 @@
 """What every kernel of mixtures must compute, whatever runs it: the host or a GPU. References are plain torch."""
 
+import itertools
+
 import kernel_checks as checks
 import torch
 
@@ -95,14 +97,16 @@ def rows_match(kernels: ExpertKernels, tokens: int, hidden: int, dtype: torch.dt
     cuts = [0, int(ends[1]), int(ends[1]), int(ends[3]), tokens * chosen]
     residual, residual_buffer = checks.poisoned((tokens, hidden), torch.float32, kernels.device)
     residual.copy_(torch.randn(tokens, hidden, generator=generator))
-    want = residual.double()
+    want, taken = residual.double(), []
     y = torch.randn(tokens * chosen, hidden, generator=generator).to(dtype).to(kernels.device)
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         out, buffer = checks.poisoned((last - first, hidden), dtype, kernels.device)
         kernels.take_rows(x, token_of_row, first, out)
         assert torch.equal(out, x[token_of_row[first:last].long()])
         checks.assert_guarded(buffer)
-        kernels.combine_rows(y[first:last].clone(), first, row_of_slot, weights, residual)
+        taken.append(y[first:last].clone())
+    kernels.combine_rows(taken[:1], 0, row_of_slot, weights, residual)
+    kernels.combine_rows(taken[1:], cuts[1], row_of_slot, weights, residual)
     want += (weights.double()[..., None] * y.double()[row_of_slot.long()]).sum(1)
     assert checks.relative_error(residual, want) < 1e-6
     checks.assert_guarded(residual_buffer)

@@ -1,20 +1,25 @@
-"""The CUDA kernels of mixtures of experts, declared as the teacher's are (see ``plans.py``): ``src/routing.cu`` says what
-slots, rows and chunks are, ``src/experts.cuh`` how the chosen experts are decoded.
+"""The CUDA kernels of mixtures of experts, declared as the teacher's are (see ``plans.py``).
+
+``src/routing.cu`` says what slots, rows and chunks are, ``src/experts.cuh`` how the chosen experts are decoded.
 
 Letters in shapes: M tokens, E experts, C experts of a token, S = M * C slots, N rows of an expert's matrix, K columns,
 H hidden size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.layout import SUPERBLOCK, block_format
+from q4kd.trainer.kernels.launch import Argument
 from q4kd.trainer.kernels.plans import DTYPES, KernelSet, Launch, blocks, is_wide, kernel, offset, require
 from q4kd.trainer.kernels.teacher_kernels import Q6_K_SOA
 
 MAX_EXPERTS = 512
+UNSUPPORTED_TYPES = ("NVFP4",)  # its experts have a scale each
 MAX_CHOSEN = 32
+MAX_PIECES = 4
 CHUNK = 256
 _ANY = tuple(DTYPES)
 _I32, _F32 = (torch.int32,), (torch.float32,)
@@ -55,13 +60,8 @@ class ExpertKernels(KernelSet):
             ends_E: int32 ``[E]``, the first row behind each expert's; the place in ``out`` of an expert without rows
                 is left as it is. None decodes every one.
             out: bfloat16 or float32 ``[e, N, K]``; each ``[N, K]`` contiguous, those of two experts may be apart.
-
-        Raises:
-            InputError: for a type that is not supported.
         """
-        if type_name in ("NVFP4", "Q6_K"):
-            remedy = "use a file that holds its experts in another type"
-            raise InputError("experts", expected="a type with a decoder for experts", got=type_name, remedy=remedy)
+        require(type_name not in (*UNSUPPORTED_TYPES, "Q6_K"), f"experts of {type_name}: there is no decoder")
         self._check("out", out, _ANY, None, None, cols, rows=True)
         count, rows, _ = out.shape
         require(0 <= first <= experts - count, f"experts {first}:{first + count} of {experts}")
@@ -69,14 +69,16 @@ class ExpertKernels(KernelSet):
         form = block_format("Q6_K" if type_name == Q6_K_SOA else type_name)
         expected = experts * rows * form.row_bytes(cols)
         require(packed.numel() == expected, f"packed: expected {expected} bytes, got {packed.numel()}")
-        require(type_name not in _ALIGNED or offset(packed) == 0, "packed: expected an address that is a multiple of 16")
+        require(
+            type_name not in _ALIGNED or offset(packed) == 0, "packed: expected an address that is a multiple of 16"
+        )
         weights, tasks = _STEPS.get(type_name, _SUPERBLOCK_STEP)
         require(cols % weights == 0 and is_wide(out), f"out: expected rows of whole {weights}, at a multiple of 16")
         if ends_E is not None:
             self._check("ends", ends_E, _I32, experts)
         steps = rows * cols // weights
         name = f"experts_{type_name.lower()}_{DTYPES[out.dtype]}"
-        arguments = [packed, experts * steps, steps, first, count, ends_E, out.stride(0), out]
+        arguments: list[Argument] = [packed, experts * steps, steps, first, count, ends_E, out.stride(0), out]
         return Launch(name, blocks(count * steps * tasks), arguments, [out])
 
     @kernel
@@ -98,7 +100,7 @@ class ExpertKernels(KernelSet):
         require(1 <= chosen <= min(experts, MAX_CHOSEN), f"{chosen} of {experts} experts: expected 1 to {MAX_CHOSEN}")
         require(experts <= MAX_EXPERTS, f"{experts} experts: expected at most {MAX_EXPERTS}")
         width = next(width for width in (1, 2, 4, 8, 16) if experts <= 32 * width)
-        arguments = [logits, parts, experts, chosen, renormalise, tokens, chosen_MC, weights_MC]
+        arguments: list[Argument] = [logits, parts, experts, chosen, renormalise, tokens, chosen_MC, weights_MC]
         return Launch(f"route_w{width}", blocks(32 * tokens), arguments, [chosen_MC, weights_MC])
 
     def sort(self, chosen_MC: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +148,15 @@ class ExpertKernels(KernelSet):
     ) -> Launch:
         chunks, experts = counts.shape
         written = [row_of_slot, token_of_row, ends]
-        arguments = [chosen_MC, chosen_MC.numel(), chosen_MC.shape[1], experts, counts, totals, *written]
+        arguments: list[Argument] = [
+            chosen_MC,
+            chosen_MC.numel(),
+            chosen_MC.shape[1],
+            experts,
+            counts,
+            totals,
+            *written,
+        ]
         return Launch("place_slots", chunks, arguments, written)
 
     @kernel
@@ -169,26 +179,45 @@ class ExpertKernels(KernelSet):
         name = f"take_rows_{DTYPES[x_MH.dtype]}_v{width}"
         return Launch(name, blocks(rows * hidden // width), [x_MH, token_of_row, first, rows, hidden, out_RH], [out_RH])
 
-    @kernel
     def combine_rows(
-        self, y_RH: Tensor, first: int, row_of_slot: Tensor, weights_MC: Tensor, residual_MH: Tensor
-    ) -> Launch:
-        """Add to each token's states the weighted outputs of its slots that have a row from ``first`` to ``first + R``.
+        self, pieces: Sequence[Tensor], first: int, row_of_slot: Tensor, weights_MC: Tensor, residual_MH: Tensor
+    ) -> None:
+        """Add to each token's states the weighted outputs of its slots that have a row in the pieces.
 
         Args:
-            y_RH: bfloat16 or float32 ``[R, H]``, contiguous: outputs of the experts, by row.
-            first: the row of ``y_RH[0]``.
+            pieces: up to ``MAX_PIECES`` of bfloat16 or float32 ``[R, H]``, contiguous: outputs of the experts by row,
+                each piece's rows behind those of the last.
+            first: the row of the first piece's first output.
             row_of_slot: int32 ``[M, C]``.
             weights_MC: float32 ``[M, C]``.
-            residual_MH: float32 ``[M, H]``, contiguous; updated, slots in their order.
+            residual_MH: float32 ``[M, H]``, contiguous; updated, a token's slots in their order.
         """
+        require(1 <= len(pieces) <= MAX_PIECES, f"{len(pieces)} pieces: expected 1 to {MAX_PIECES}")
+        y0, y1, y2, y3 = (*pieces, *[pieces[0][:0]] * (MAX_PIECES - len(pieces)))
+        self._combine_rows(y0, y1, y2, y3, first, row_of_slot, weights_MC, residual_MH)
+
+    @kernel
+    def _combine_rows(
+        self,
+        y0: Tensor,
+        y1: Tensor,
+        y2: Tensor,
+        y3: Tensor,
+        first: int,
+        row_of_slot: Tensor,
+        weights_MC: Tensor,
+        residual_MH: Tensor,
+    ) -> Launch:
         self._check("residual", residual_MH, _F32, None, None)
         tokens, hidden = residual_MH.shape
-        self._check("y", y_RH, _ANY, None, hidden)
+        pieces, ends = (y0, y1, y2, y3), [first]
+        for piece in pieces:
+            self._check("pieces", piece, _ANY if piece is y0 else [y0.dtype], None, hidden)
+            ends.append(ends[-1] + len(piece))
         self._check("row_of_slot", row_of_slot, _I32, tokens, None)
         chosen = row_of_slot.shape[1]
         self._check("weights", weights_MC, _F32, tokens, chosen)
-        width = 8 if hidden % 8 == 0 and is_wide(y_RH, residual_MH) else 1
-        name = f"combine_rows_{DTYPES[y_RH.dtype]}_v{width}"
-        arguments = [y_RH, first, len(y_RH), row_of_slot, weights_MC, chosen, hidden, residual_MH]
+        width = 8 if hidden % 8 == 0 and is_wide(*pieces, residual_MH) else 1
+        name = f"combine_rows_{DTYPES[y0.dtype]}_v{width}"
+        arguments: list[Argument] = [*pieces, *ends, row_of_slot, weights_MC, chosen, hidden, residual_MH]
         return Launch(name, tokens if hidden else 0, arguments, [residual_MH])

@@ -5,7 +5,6 @@ import pytest
 import torch
 from host_kernels import HostLauncher, host_launcher
 
-from q4kd.trainer.errors import InputError
 from q4kd.trainer.kernels.expert_kernels import ExpertKernels
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 
@@ -32,7 +31,8 @@ def test_chosen_experts_are_decoded(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "chosen", "parts"), [(9, 128, 8, 2), (3, 4, 2, 1), (5, 40, 32, 2), (2, 256, 8, 1), (2, 512, 10, 2)]
+    ("tokens", "experts", "chosen", "parts"),
+    [(9, 128, 8, 2), (3, 4, 2, 1), (5, 40, 32, 2), (2, 256, 8, 1), (2, 512, 10, 2)],
 )
 def test_the_greatest_are_chosen(kernels: ExpertKernels, tokens: int, experts: int, chosen: int, parts: int) -> None:
     checks.route_matches(kernels, tokens, experts, chosen, parts)
@@ -60,7 +60,7 @@ def test_rows_go_to_their_experts_and_back(kernels: ExpertKernels, hidden: int, 
 
 def test_what_does_not_fit_is_refused(kernels: ExpertKernels) -> None:
     packed, out = torch.zeros(6, 144, dtype=torch.uint8), torch.empty(2, 3, 256)
-    with pytest.raises(InputError, match="NVFP4"):
+    with pytest.raises(ValueError, match="experts of NVFP4: there is no decoder"):
         kernels.decode_experts("NVFP4", packed, 256, 2, 0, None, out)
     with pytest.raises(ValueError, match="experts 1:3 of 2"):
         kernels.decode_experts("Q4_K", packed, 256, 2, 1, None, out)

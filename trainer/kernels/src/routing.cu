@@ -148,27 +148,47 @@ Q4KD_DEVICE void copy_rows(const T* x, const int* token_of_row, i64 first, i64 r
     write_floats<width>(out + row * H + column, values);
 }
 
-// residual[token] += the sum over its slots with a row in [first, first + rows) of weight * y[row - first], in the order
-// of slots. A block a token.
+// Outputs of experts by row, in up to four pieces that follow each other: rows first.. to ends[0], to ends[1], ...
+template <class T>
+struct Pieces {
+    const T* outputs[4];
+    i64 first, ends[4];
+
+    // Where a row's output is; null for a row of no piece.
+    Q4KD_INLINE const T* find(i64 row, i64 H) const {
+        i64 start = first;
+        const T* found = nullptr;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (row >= start && row < ends[i]) found = outputs[i] + (row - start) * H;
+            start = ends[i];
+        }
+        return found;
+    }
+};
+
+// residual[token] += the sum over its slots with a row in the pieces of weight * output, in the order of slots. A block a
+// token.
 template <int width, class T>
-Q4KD_DEVICE void add_rows(const T* y, i64 first, i64 rows, const int* row_of_slot, const float* weights, i64 used,
-                          i64 H, float* residual) {
+Q4KD_DEVICE void add_rows(const Pieces<T>& pieces, const int* row_of_slot, const float* weights, i64 used, i64 H,
+                          float* residual) {
     const int* slots = row_of_slot + blockIdx.x * used;
     bool any = false;
     for (int j = 0; j < used; j++) {
-        i64 row = load<int>(slots + j) - first;
-        any = any || (row >= 0 && row < rows);
+        i64 row = load<int>(slots + j);
+        any = any || (row >= pieces.first && row < pieces.ends[3]);
     }
     if (!any) return;
     for (i64 column = (i64)threadIdx.x * width; column < H; column += 256 * width) {
         float sum[width];
         float* target = residual + blockIdx.x * H + column;
         read_floats<width>(target, sum);
+#pragma unroll 4
         for (int j = 0; j < used; j++) {
-            i64 row = load<int>(slots + j) - first;
-            if (row < 0 || row >= rows) continue;
+            const T* output = pieces.find(load<int>(slots + j), H);
+            if (!output) continue;
             float weight = load<float>(weights + blockIdx.x * used + j), values[width];
-            read_floats<width>(y + row * H + column, values);
+            read_floats<width>(output + column, values);
 #pragma unroll
             for (int i = 0; i < width; i++) sum[i] += weight * values[i];
         }
@@ -180,9 +200,11 @@ Q4KD_DEVICE void add_rows(const T* y, i64 first, i64 rows, const int* row_of_slo
     KERNEL take_rows_##type##_v##width(const T* x, const int* token_of_row, i64 first, i64 rows, i64 H, T* out) {    \
         copy_rows<width>(x, token_of_row, first, rows, H, out);                                                      \
     }                                                                                                                \
-    KERNEL combine_rows_##type##_v##width(const T* y, i64 first, i64 rows, const int* row_of_slot,                   \
+    KERNEL combine_rows_##type##_v##width(const T* y0, const T* y1, const T* y2, const T* y3, i64 first, i64 end0,   \
+                                          i64 end1, i64 end2, i64 end3, const int* row_of_slot,                      \
                                           const float* weights, i64 used, i64 H, float* residual) {                  \
-        add_rows<width>(y, first, rows, row_of_slot, weights, used, H, residual);                                    \
+        Pieces<T> pieces = {{y0, y1, y2, y3}, first, {end0, end1, end2, end3}};                                      \
+        add_rows<width>(pieces, row_of_slot, weights, used, H, residual);                                            \
     }
 
 ROWS(8, bf16, bf16)
