@@ -1,6 +1,10 @@
 // The kernels as a shared library for the host; see host_cuda.h. Built and called by host_kernels.py.
 #include "decode.cu"
 #include "decode_iq.cu"
+#include "experts.cu"
+#include "experts_iq.cu"
+#undef KERNEL
+#include "routing.cu"
 #undef KERNEL
 #include "elementwise.cu"
 #undef KERNEL

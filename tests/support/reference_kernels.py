@@ -39,6 +39,8 @@ def device_tensors(model: ModelFile) -> dict[str, DeviceTensor]:
 
 
 class ReferenceKernels:
+    device, launcher = torch.device("cpu"), None
+
     def __init__(self) -> None:
         self.calls: list[str] = []
 
@@ -121,3 +123,57 @@ class ReferenceKernels:
         assert gate_up.is_contiguous() and out.is_contiguous() and gate_up.shape == (len(out), 2 * out.shape[1])
         gate, up = gate_up.float().chunk(2, 1)
         out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
+class ReferenceExpertKernels:
+    """The kernels of mixtures; ``decoded`` counts how often each expert's matrix was."""
+
+    def __init__(self, *_shared: object) -> None:
+        self.decoded: dict[int, int] = {}
+
+    def decode_experts(
+        self, type_name: str, packed: Tensor, cols: int, experts: int, first: int, ends: Tensor | None, out: Tensor
+    ) -> None:
+        count, rows, _ = out.shape
+        assert 0 <= first <= experts - count and packed.shape[0] == experts * rows
+        for place in range(count):
+            expert = first + place
+            if ends is not None and int(ends[expert]) == (int(ends[expert - 1]) if expert else 0):
+                out[place] = torch.nan  # nothing may read it
+                continue
+            self.decoded[expert] = self.decoded.get(expert, 0) + 1
+            part = packed[expert * rows : (expert + 1) * rows]
+            if type_name == "Q6_K_SOA":
+                part, source = part.reshape(-1, 210).flip(1).view(part.shape), "Q6_K"
+            else:
+                source = type_name
+            out[place].copy_(decode_rows(source, part.contiguous(), torch.empty(rows, cols)))
+
+    def route(self, logits: Tensor, chosen: Tensor, weights: Tensor, renormalise: int) -> None:
+        assert logits.dim() == 3 and logits.shape[1] in (1, 2) and renormalise in (0, 1)
+        shares = logits.sum(1).softmax(1)
+        order = shares.argsort(dim=1, descending=True, stable=True)[:, : chosen.shape[1]]
+        taken = shares.gather(1, order)
+        chosen.copy_(order)
+        weights.copy_(taken / taken.sum(1, keepdim=True) if renormalise else taken)
+
+    def sort(self, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        order = chosen.flatten().long().argsort(dim=0, stable=True)
+        rows = torch.empty_like(order)
+        rows[order] = torch.arange(len(order))
+        ends = chosen.flatten().long().bincount(minlength=experts).cumsum(0)
+        return rows.int().view(chosen.shape), (order // chosen.shape[1]).int(), ends.int()
+
+    def take_rows(self, x: Tensor, token_of_row: Tensor, first: int, out: Tensor) -> None:
+        assert first + len(out) <= len(token_of_row)
+        out.copy_(x[token_of_row[first : first + len(out)].long()])
+
+    def combine_rows(
+        self, pieces: list[Tensor], first: int, row_of_slot: Tensor, weights: Tensor, residual: Tensor
+    ) -> None:
+        assert 1 <= len(pieces) <= 4
+        rows = torch.cat(pieces).float()
+        places = row_of_slot.long() - first
+        inside = (places >= 0) & (places < len(rows))
+        taken = rows[places.clamp(0, len(rows) - 1)]
+        residual += torch.where(inside[..., None], weights[..., None] * taken, 0).sum(1)

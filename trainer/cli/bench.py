@@ -9,6 +9,7 @@ from q4kd.trainer.errors import InputError, outside, unknown_name, unwritable
 
 _CPU_ENGINES = ("dense", "transformers", "llama.cpp")
 _PEERS = ("trl-bf16", "trl-nf4")
+_SHAPES = ("qwen2.5-7b", "qwen3-30b-a3b")
 _DTYPES = ("auto", "float32", "bfloat16")
 _MAX_ROUNDS = 1000
 
@@ -27,6 +28,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     teacher.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the CPU engines that have a choice")
     teacher.add_argument("--clock", choices=("wall", "processor"), default="wall", help="seconds of the CPU engines")
     teacher.add_argument("--against", default="dense,llama.cpp", metavar="ENGINE,…", help=", ".join(_CPU_ENGINES))
+    teacher.add_argument(
+        "--shape", choices=_SHAPES, default=_SHAPES[0], help="of the synthetic model, with --device cuda"
+    )
     teacher.add_argument("--out", type=Path, metavar="DIR", help="write bench.json there")
     teacher.set_defaults(run=_teacher)
     dtypes = commands.add_parser("dtypes", help="the packed teacher in float32 and in bfloat16 on this CPU, by size")
@@ -136,6 +140,14 @@ def _load(args: argparse.Namespace) -> int:
 
 
 def _teacher(args: argparse.Namespace) -> int:
+    if args.shape != _SHAPES[0] and args.device != "cuda":
+        remedy = "add --device cuda, or leave --shape out"
+        raise InputError(f"--shape {args.shape}", expected="--device cuda", got=args.device, remedy=remedy)
+    if args.shape == "qwen3-30b-a3b":
+        _check_cuda()
+        from q4kd.trainer.bench.teacher.mixture import main as compare_mixture
+
+        return compare_mixture(["--out", str(args.out or Path("bench-cuda")), "--rounds", str(args.pairs)])
     if args.device == "cuda":
         _check_cuda()
         from q4kd.trainer.bench.teacher.cuda import main

@@ -70,6 +70,7 @@ def _current_stream_of() -> Callable[[int], int]:
 # these types, the second word, are in a module beside.
 _IQ_MODULE = frozenset(("iq1", "iq2", "iq3", "mxfp4", "nvfp4", "tq1", "tq2"))
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
+_MODULE_OF |= {"experts": "experts"} | dict.fromkeys(("route", "count", "scan", "place", "take", "combine"), "routing")
 
 
 def module_of(kernel: str) -> str:
@@ -78,7 +79,7 @@ def module_of(kernel: str) -> str:
         return next(name for name in LOSS_MODULES if f"_{name.removeprefix('loss_')}_" in kernel)
     first, second, *_ = kernel.split("_")
     module = _MODULE_OF.get(first, "elementwise")
-    return "decode_iq" if module == "decode" and second in _IQ_MODULE else module
+    return f"{module}_iq" if module in ("decode", "experts") and second in _IQ_MODULE else module
 
 
 class CudaLauncher:

@@ -68,6 +68,11 @@ class KernelSet:
         self._launch: Launcher = CudaLauncher(self.device) if launcher is None else launcher
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
 
+    @property
+    def launcher(self) -> Launcher:
+        """What runs the kernels; other kernels of the same device may share it."""
+        return self._launch
+
     def _prepare(self, declared: Callable[..., Launch], call: Sequence[Any], names: Sequence[str]) -> _Prepared:
         # Each argument becomes a tensor object of its own, since two of a call may be one tensor.
         values = [value.detach() if isinstance(value, Tensor) else value for value in call]

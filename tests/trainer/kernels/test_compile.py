@@ -56,7 +56,7 @@ def tiny(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES if EVERY else ["sm_90a"])
-@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise", "loss_forward_kl"])
+@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise", "routing", "loss_forward_kl"])
 def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
     cubin = compile_source(read_source(name), arch)
     assert cubin[:4] == b"\x7fELF"
@@ -64,6 +64,9 @@ def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
         "decode": "decode_q4_k_bf16",
         "decode_iq": "gather_iq3_s_f32",
         "elementwise": "rope_split_bf16_v8",
+        "experts": "experts_iq4_xs_bf16",
+        "experts_iq": "experts_mxfp4_f32",
+        "routing": "place_slots",
         "matvec": "matvec_q4_k_r1_t1_f32",
         "loss_ce": "loss_fused_ce_f32_bf16_v8",
         "loss_forward_kl": "loss_grad_forward_kl_f32_f32_v1",
@@ -84,6 +87,7 @@ def test_every_source_is_a_module() -> None:
         "blocks_low.cuh",
         "blocks_small.cuh",
         "decode.cuh",
+        "experts.cuh",
         "kd_loss.cuh",
         "kd_rows.cuh",
         "reduce.cuh",

@@ -17,7 +17,6 @@ from teachers import load_quietly  # noqa: E402
 
 import q4kd.trainer.teacher.cpu.weights as weights_module  # noqa: E402
 from q4kd.harness.oracles.families import family_logits, read_family  # noqa: E402
-from q4kd.trainer.errors import InputError  # noqa: E402
 from q4kd.trainer.formats.open import open_model  # noqa: E402
 from q4kd.trainer.teacher.cpu import experts as experts_module  # noqa: E402
 
@@ -136,16 +135,6 @@ def test_weights_of_the_chosen_sum_to_one_and_are_those_of_the_largest() -> None
     assert torch.allclose(weights.sum(-1), torch.ones(50))
     assert torch.equal(chosen.sort(-1).values, logits.argsort(-1, descending=True)[:, :4].sort(-1).values)
     assert torch.allclose(weights.log().diff(dim=-1), logits.gather(1, chosen).diff(dim=-1), atol=1e-5)
-
-
-def test_a_mixture_on_cuda_is_refused_by_name(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q4kd.trainer.device import placement
-    from q4kd.trainer.device.devices import AllocationPolicy
-
-    there = placement.Place("a GPU", "classic", AllocationPolicy("device", "test"), 1 << 40, 2)
-    monkeypatch.setattr(placement, "find_place", lambda *_arguments: there)
-    with pytest.raises(InputError, match=r"a dense teacher on CUDA, got qwen3moe with \d+ experts"):
-        placement.place_teacher(open_model(made.path), device="cuda")
 
 
 def test_a_token_is_multiplied_by_its_own_experts_alone(made: Made) -> None:

@@ -44,6 +44,18 @@ Q4KD_DEVICE void gather_blocks(Format format, Blocks blocks, i64 blocks_per_row,
     decode_task(format, blocks, id * blocks_per_row + (target - slot * blocks_per_row), task, out_of_block);
 }
 
+// Every thread of a block copies a part of the grid to shared memory, where look-ups of 32 threads meet few conflicts.
+template <class Format>
+Q4KD_DEVICE Format with_grid(uint4* shared) {
+    constexpr int words = Format::points * 2 / 16;
+    const uint4* table = reinterpret_cast<const uint4*>(Format::table());
+    for (int i = threadIdx.x; i < words; i += blockDim.x) shared[i] = table[i];
+    __syncthreads();
+    Format format;
+    format.grid = reinterpret_cast<const u16*>(shared);
+    return format;
+}
+
 #define KERNEL extern "C" __global__ void __launch_bounds__(256)
 
 #define BLOCK_KERNELS(name, Format, suffix, Out)                                                                     \

@@ -3,18 +3,6 @@
 #include "blocks_small.cuh"
 #include "decode.cuh"
 
-// Every thread of a block copies a part of the grid to shared memory, where look-ups of 32 threads meet few conflicts.
-template <class Format>
-Q4KD_DEVICE Format with_grid(uint4* shared) {
-    constexpr int words = Format::points * 2 / 16;
-    const uint4* table = reinterpret_cast<const uint4*>(Format::table());
-    for (int i = threadIdx.x; i < words; i += blockDim.x) shared[i] = table[i];
-    __syncthreads();
-    Format format;
-    format.grid = reinterpret_cast<const u16*>(shared);
-    return format;
-}
-
 #define GRID_KERNELS(name, Format, suffix, Out)                                                                      \
     KERNEL decode_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 first_block, i64 count,           \
                                     Out* __restrict__ out) {                                                         \

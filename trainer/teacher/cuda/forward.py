@@ -18,7 +18,7 @@ Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F 
 heads, D head size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,11 @@ from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.kernels.numerics import multiply, pinned_numerics
 from q4kd.trainer.kernels.windowed import Reach
 from q4kd.trainer.teacher.cpu.forward import soft_cap
+from q4kd.trainer.teacher.cuda.experts import Experts
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
 from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
-from q4kd.trainer.teacher.cuda.layers import Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.layers import FeedForward, Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
 
@@ -62,14 +64,15 @@ class _Activations:
 class ScratchBytes:
     """Counts what the forward pass holds beside the weights: scratch buffers, and the decoded head while it is held."""
 
-    def __init__(self, stream: WeightStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: WeightStream, mixture: Mixture | None) -> None:
+        self._stream, self._mixture = stream, mixture
         self.head: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        return self._stream.num_bytes + (0 if self.head is None else self.head.nbytes)
+        experts = 0 if self._mixture is None else self._mixture.num_bytes
+        return self._stream.num_bytes + experts + (0 if self.head is None else self.head.nbytes)
 
 
 class CudaForward:
@@ -85,6 +88,7 @@ class CudaForward:
         graphs: whether short passes are replayed as CUDA graphs.
         scratch_bytes: bound of one scratch buffer.
         head_bytes: bytes of the largest decoded head that is held for a pass.
+        slab_bytes, expert_rows: bounds of ``Mixture``, for a model of experts.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class CudaForward:
         graphs: bool = True,
         scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
         head_bytes: int = DEFAULT_HEAD_BYTES,
+        slab_bytes: int = DEFAULT_SLAB_BYTES,
+        expert_rows: int = DEFAULT_ROWS,
     ) -> None:
         self.config, self._kernels, self._dtype = config, kernels, dtype
         self.device = next(iter(tensors.values())).packed.device
@@ -114,9 +120,27 @@ class CudaForward:
         self._stream = WeightStream(
             passes, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
         )
-        self.scratch = ScratchBytes(self._stream)
+        self._mixture = self._make_mixture(overlap, slab_bytes, expert_rows) if config.num_experts else None
+        self.scratch = ScratchBytes(self._stream, self._mixture)
         self._heads = Heads(config, self._weights.rope_factors, kernels, self.device)
-        self._graphs = PassGraphs(self._run) if graphs else None
+        # The host waits for each layer's rows of experts, which cannot be captured.
+        self._graphs = PassGraphs(self._run) if graphs and self._mixture is None else None
+
+    def _make_mixture(self, overlap: bool, slab_bytes: int, max_rows: int) -> Mixture:
+        layers = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, Experts)]
+        return Mixture(
+            layers,
+            self._weights.expert_kernels,
+            self._gated,
+            dtype=self._dtype,
+            timeline=SideStream(self.device, 2) if overlap and layers[0].resident is None else None,
+            slab_bytes=slab_bytes,
+            max_rows=max_rows,
+        )
+
+    @property
+    def _gated(self) -> Callable[[Tensor, Tensor], None]:
+        return self._kernels.swiglu if self.config.family.activation == "silu" else self._kernels.geglu
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``, on the device."""
@@ -161,8 +185,11 @@ class CudaForward:
             for layer, next_norm in zip(layers, following, strict=True):
                 self._attend(layer, buffers, batch, heads, reach)
                 self._add(buffers, layer.attn_post_norm, layer.ffn_norm)
-                self._feed_forward(layer, buffers)
-                self._add(buffers, layer.ffn_post_norm, next_norm)
+                if isinstance(layer.feed_forward, FeedForward):
+                    self._feed_forward(layer.feed_forward, buffers)
+                    self._add(buffers, layer.ffn_post_norm, next_norm)
+                else:
+                    self._mix(layer.feed_forward, next_norm, buffers)
         return buffers.normed.view(batch, length, -1)
 
     def _add(self, buffers: _Activations, post_norm: Tensor | None, next_norm: Tensor | None) -> None:
@@ -187,15 +214,17 @@ class CudaForward:
         def buffer(rows: int, cols: int) -> Tensor:
             return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
 
+        dense = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, FeedForward)]
         # A group cut into slabs is finished for every token before SwiGLU can start.
-        whole = not all(self._stream.is_whole(layer.gate_up) for layer in self._weights.layers)
+        whole = not all(self._stream.is_whole(weights.gate_up) for weights in dense)
+        ffn = config.ffn_size if dense else 0
         return _Activations(
             residual=residual_MH,
             normed=buffer(tokens, hidden),
             delta=buffer(tokens, hidden),
             qkv=buffer(tokens, config.q_size + 2 * config.kv_size),
-            gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * config.ffn_size),
-            gated=buffer(tokens, config.ffn_size),
+            gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * ffn),
+            gated=buffer(tokens, ffn),
         )
 
     def _is_few(self, group: Group, tokens: int) -> bool:
@@ -223,21 +252,27 @@ class CudaForward:
         mixed_MH = reach.attend(*parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap)
         self._product(layer.attn_output, mixed_MH, buffers.delta)
 
-    def _feed_forward(self, layer: Layer, buffers: _Activations) -> None:
+    def _feed_forward(self, weights: FeedForward, buffers: _Activations) -> None:
         x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
         tokens, step = len(x_MH), len(gate_up)
-        gated = self._kernels.swiglu if self.config.family.activation == "silu" else self._kernels.geglu
         if step == tokens:
-            self._product(layer.gate_up, x_MH, gate_up)
-            gated(gate_up, gated_MF)
+            self._product(weights.gate_up, x_MH, gate_up)
+            self._gated(gate_up, gated_MF)
         else:
-            for _, weight_RK in self._stream.decoded(layer.gate_up):
+            for _, weight_RK in self._stream.decoded(weights.gate_up):
                 for start in range(0, tokens, step):
                     stop = min(start + step, tokens)
                     part = gate_up[: stop - start]
                     multiply(x_MH[start:stop], weight_RK, part)
-                    gated(part, gated_MF[start:stop])
-        self._product(layer.ffn_down, gated_MF, buffers.delta)
+                    self._gated(part, gated_MF[start:stop])
+        self._product(weights.down, gated_MF, buffers.delta)
+
+    def _mix(self, experts: Experts, next_norm: Tensor | None, buffers: _Activations) -> None:
+        """Add the outputs of a layer's experts, and normalise the sum for the next part."""
+        if self._mixture is None or next_norm is None:
+            raise RuntimeError("expected a family of experts with a norm before each part")
+        self._mixture.add(experts, buffers.normed, buffers.residual)
+        self._kernels.rms_norm(buffers.residual, next_norm, self.config.rms_eps, buffers.normed)
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:

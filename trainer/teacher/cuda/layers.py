@@ -10,11 +10,21 @@ from torch import Tensor
 
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
+from q4kd.trainer.kernels.expert_kernels import ExpertKernels
+from q4kd.trainer.teacher.cuda.experts import Experts, build_experts
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.teacher.rope import RopeFactors
 
 if TYPE_CHECKING:
     from q4kd.trainer.kernels.teacher_kernels import Kernels
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward of a dense layer."""
+
+    gate_up: Group
+    down: Group
 
 
 @dataclass(frozen=True)
@@ -31,16 +41,16 @@ class Layer:
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
-    gate_up: Group
-    ffn_down: Group
+    feed_forward: FeedForward | Experts
     ffn_post_norm: Tensor | None
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups in the order in which a pass uses them."""
-        return self.qkv, self.attn_output, self.gate_up, self.ffn_down
+        """The groups in the order in which a pass uses them; experts are not among them."""
+        dense = self.feed_forward
+        return (self.qkv, self.attn_output, *((dense.gate_up, dense.down) if isinstance(dense, FeedForward) else ()))
 
 
 class ModelWeights:
@@ -62,7 +72,9 @@ class ModelWeights:
         kernels: "Kernels",
         dtype: torch.dtype,
     ) -> None:
-        self._tensors, self._kernels, self._config = tensors, kernels, config
+        self._tensors, self._kernels, self._config, self._dtype = tensors, kernels, config, dtype
+        if config.num_experts:
+            self.expert_kernels = ExpertKernels(kernels.device, kernels.launcher)
         self._dense = dtype if backend == "dense" else None
         self.matrices: dict[str, CudaMatrix] = {}
         self.vector_bytes: Counter[str] = Counter()
@@ -95,7 +107,6 @@ class ModelWeights:
     def _layer(self, index: int) -> Layer:
         prefix, family = f"blk.{index}.", self._config.family
         qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
-        gate_up = ("ffn_up",) if family.fused_gate_up else ("ffn_gate", "ffn_up")
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -111,9 +122,26 @@ class ModelWeights:
             k_norm=norm("attn_k_norm"),
             attn_post_norm=norm("post_attention_norm"),
             ffn_norm=norm("ffn_norm"),
-            gate_up=self._group(*(f"{prefix}{name}.weight" for name in gate_up)),
-            ffn_down=self._group(prefix + "ffn_down.weight"),
+            feed_forward=self._experts(prefix) if self._config.num_experts else self._feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
             window=self._config.window(index),
             is_rotated=self._config.is_rotated(index),
         )
+
+    def _feed_forward(self, prefix: str) -> FeedForward:
+        gate_up = ("ffn_up",) if self._config.family.fused_gate_up else ("ffn_gate", "ffn_up")
+        down = self._group(prefix + "ffn_down.weight")
+        return FeedForward(self._group(*(f"{prefix}{name}.weight" for name in gate_up)), down)
+
+    def _experts(self, prefix: str) -> Experts:
+        names = [f"{prefix}ffn_{name}.weight" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps")]
+        experts = build_experts(
+            [self._tensors[name] for name in names],
+            self._config.experts_per_token,
+            self._kernels,
+            self.expert_kernels,
+            self._dtype,
+        )
+        self.vector_bytes["F32" if self._dtype == torch.float32 else "BF16"] += experts.router.nbytes
+        self.matrices |= dict(zip(names[1:], (experts.gate, experts.up, experts.down), strict=True))
+        return experts if self._dense is None else experts.densified(self._dense)

@@ -6,6 +6,7 @@ every few KiB would cost more than the copy. Host memory: two pinned buffers of 
 """
 
 import contextlib
+import math
 import mmap
 import os
 import threading
@@ -228,7 +229,7 @@ def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copie
     loaded = {}
     for name, tensor in model.tensors.items():
         packed = arena[offsets[name] : offsets[name] + tensor.num_bytes]
-        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        rows = math.prod(tensor.shape[:-1])
         loaded[name] = DeviceTensor(name, tensor.type, tensor.shape, packed.view(rows, -1), tensor.scale)
     check_finite(model.path, loaded)
     return loaded

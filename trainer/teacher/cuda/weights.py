@@ -64,7 +64,11 @@ class CudaMatrix:
     def densify(self, out_RK: Tensor) -> None:
         """Decode into ``out_RK``, bfloat16 or float32 ``[R, K]``, keep that and drop the packed bytes."""
         self.decode(0, self.rows, out_RK)
-        self._data, self.is_dense, self.held_as = out_RK, True, _DTYPE_NAMES[out_RK.dtype]
+        self.hold(out_RK)
+
+    def hold(self, decoded: Tensor) -> None:
+        """Keep the decoded weights, bfloat16 or float32, and drop the packed bytes."""
+        self._data, self.is_dense, self.held_as = decoded, True, _DTYPE_NAMES[decoded.dtype]
 
     def decode(self, start: int, stop: int, out: Tensor) -> None:
         """Write rows ``start`` to ``stop`` to ``out``, bfloat16 or float32 ``[stop - start, K]``, contiguous."""

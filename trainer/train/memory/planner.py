@@ -128,9 +128,16 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
 
         size = place.dense_weight_bytes
         # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
-        buffers = 3 * dims.ffn_size * dims.hidden_size * size
+        dense_ffn = 0 if dims.num_experts else dims.ffn_size
+        widest = 2 * (dims.q_size + dims.kv_size) if dims.num_experts else 3 * dims.ffn_size
+        buffers = widest * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
-        activations = tokens * size * (3 * dims.ffn_size + 4 * dims.hidden_size)
+        activations = tokens * size * (3 * dense_ffn + 4 * dims.hidden_size)
+        if dims.num_experts:
+            from q4kd.trainer.teacher.cuda.mixture import mixture_bytes
+
+            experts = mixture_bytes(dims, tokens, size)
+            scratch, activations = scratch + (experts[0] if packed else 0), activations + experts[1]
         activations += attention_bytes(dims, config.batch_size, config.seq_len, size)
     return TeacherShape(
         config=dims,

@@ -1,0 +1,61 @@
+"""The parts of the mixture's bench that need no GPU: its shapes, its count of work, its lines, its command."""
+
+import dataclasses
+import math
+
+import pytest
+
+from q4kd.trainer.bench.interleave import Shape
+from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b, tensor_types
+from q4kd.trainer.errors import InputError
+
+
+def test_the_synthetic_file_is_as_large_as_the_real_one() -> None:
+    from q4kd.trainer.formats.architecture import expected_shapes
+    from q4kd.trainer.formats.blocks.layout import block_format
+
+    config = qwen3_30b_a3b()
+    shapes, total = expected_shapes(config), 0
+    for name, type_name in tensor_types(config).items():
+        rows = math.prod(shapes[name][:-1])
+        total += rows * block_format(type_name).row_bytes(shapes[name][-1])
+    # Qwen3-30B-A3B-Q4_K_M.gguf as people download it has 18.56 GB.
+    assert 18.5e9 < total < 18.6e9
+
+
+def test_made_tensors_have_their_types_sizes() -> None:
+    import torch
+
+    from q4kd.trainer.formats.blocks.layout import block_format
+
+    config = dataclasses.replace(qwen3_30b_a3b(1), hidden_size=256, vocab_size=300, num_experts=3, expert_ffn_size=256)
+    tensors = make_tensors(config, torch.device("cpu"))
+    assert tensors["blk.0.ffn_down_exps.weight"].shape == (3, 256, 256)
+    assert tensors["blk.0.ffn_gate_inp.weight"].type == "F32"
+    for tensor in tensors.values():
+        rows, cols = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        assert tensor.packed.nbytes == rows * block_format(tensor.type).row_bytes(cols), tensor.name
+
+
+def test_work_is_counted_from_the_shapes() -> None:
+    pytest.importorskip("transformers")
+    from q4kd.trainer.bench.teacher.mixture import parse_shapes, work_of
+
+    found = work_of(qwen3_30b_a3b(), Shape(4, 2048))
+    attention, experts = 2 * 2048 * 4096 + 2 * 2048 * 512, 3 * 8 * 768 * 2048
+    weights = 48 * (attention + 128 * 2048 + experts) + 151936 * 2048
+    assert found["flop"] == 2 * weights * 8192 + 2 * 48 * 4096 * 4 * 2048**2
+    assert found["decoded_expert_bytes"] == 2 * 48 * 128 * 3 * 768 * 2048
+    assert parse_shapes("4x2048,1x7") == [Shape(4, 2048), Shape(1, 7)]
+
+
+def test_a_mixture_is_timed_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from q4kd.trainer.cli.bench import add_commands
+
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args(["bench", "teacher", "--shape", "qwen3-30b-a3b"])
+    with pytest.raises(InputError, match="expected --device cuda, got cpu"):
+        args.run(args)
