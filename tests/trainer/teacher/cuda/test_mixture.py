@@ -4,20 +4,24 @@ import dataclasses
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from emulated_cuda import Recorder
 from host_kernels import host_launcher
-from reference_kernels import ReferenceExpertKernels, ReferenceKernels, widening_multiply
+from reference_kernels import ReferenceExpertKernels, ReferenceKernels, device_tensors, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
 import q4kd.trainer.teacher.cuda.layers as layers_module
 import q4kd.trainer.teacher.cuda.mixture as mixture_module
+from q4kd.harness.inputs.models.synthetic_mixtures import VOCAB, write_mixture
+from q4kd.harness.oracles.families import family_logits, read_family
 from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.blocks.layout import FORMATS
+from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.experts import ExpertMatrix
 from q4kd.trainer.teacher.cuda.forward import CudaForward
@@ -209,6 +213,26 @@ def test_held_bytes_are_the_files_and_a_little_more(monkeypatch: pytest.MonkeyPa
     held = sum(matrix.resident_bytes for matrix in forward.matrices.values()) + sum(forward.vector_bytes.values())
     assert held == packed
     assert forward._mixture.num_bytes == 2 * EXPERT_BYTES * 3 // 2
+
+
+@pytest.mark.parametrize("ids", [np.arange(60) * 7 % VOCAB, np.full(40, 9), np.array([3])])
+def test_a_file_of_many_types_is_within_1e_5_of_float64(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ids: np.ndarray
+) -> None:
+    monkeypatch.setattr(layers_module, "ExpertKernels", ReferenceExpertKernels)
+    write_mixture(tmp_path / "m.gguf")
+    model = open_model(tmp_path / "m.gguf")
+    exact = torch.from_numpy(family_logits(read_family(tmp_path / "m.gguf"), ids))
+    forward = CudaForward(
+        model.config,
+        device_tensors(model),
+        "q4k",
+        ReferenceKernels(),
+        dtype=torch.float32,
+        overlap=False,
+        slab_bytes=3 * EXPERT_BYTES,
+    )
+    assert worst_error(logits_of(forward, torch.from_numpy(ids)[None]), exact) <= 1e-5
 
 
 def test_what_cannot_be_decoded_is_refused_by_name() -> None:

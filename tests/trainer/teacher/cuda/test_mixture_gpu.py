@@ -1,17 +1,23 @@
 """Mixtures of experts on a GPU, against transformers' model of the same weights in float32. Run with ``-m gpu``."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from q4kd.harness.inputs.models.synthetic_mixtures import VOCAB, write_mixture
+from q4kd.harness.oracles.families import family_logits, read_family
 from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b
 from q4kd.trainer.bench.teacher.cuda_errors import plain_float32, row_errors
 from q4kd.trainer.bench.teacher.mixture_twin import build_mixture_twin
+from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
+from q4kd.trainer.teacher.cuda.load import load_forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +71,15 @@ def test_a_single_token_and_a_few_are_computed(exact: torch.Tensor) -> None:
     for length in (1, 7):
         few = forward.head_logits(forward.hidden(IDS[:1, :length].cuda())[0])
         assert float(row_errors(few, many[:length].double()).median()) < 3e-2
+
+
+@pytest.mark.parametrize("backend", ["q4k", "dense"])
+def test_a_file_of_many_types_is_within_1e_5_of_float64(tmp_path: Path, backend: str) -> None:
+    write_mixture(tmp_path / "m.gguf")
+    forward = load_forward(open_model(tmp_path / "m.gguf"), backend, dtype=torch.float32)
+    model = read_family(tmp_path / "m.gguf")
+    for ids in (np.random.default_rng(6).integers(0, VOCAB, 600), np.full(300, 9), np.array([3])):
+        exact = torch.from_numpy(family_logits(model, ids)).cuda()
+        found = forward.head_logits(forward.hidden(torch.from_numpy(ids)[None].cuda())[0])
+        # A choice between two experts of nearly equal weight may fall otherwise.
+        assert float(row_errors(found, exact).quantile(0.99)) <= 1e-5
