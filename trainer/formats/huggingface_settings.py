@@ -10,7 +10,7 @@ from typing import Any
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.families import FAMILIES, Family, ScalingKind
-from q4kd.trainer.formats.particulars import WIDE_QUERIES
+from q4kd.trainer.formats.particulars import WIDE_QUERIES, Scales
 from q4kd.trainer.formats.rope_scaling import RopeScaling
 
 ROPE_KINDS: dict[str, ScalingKind] = {"linear": "linear", "yarn": "yarn", "longrope": "long", "su": "long"}
@@ -195,7 +195,7 @@ def read_window_rope_base(settings: Mapping[str, Any], architecture: str, base: 
 
 def read_scales(
     settings: Mapping[str, Any], architecture: str, layers: int, hidden: int, heads: int, head_dim: int
-) -> dict[str, float]:
+) -> Scales:
     """Return multipliers and caps under the names of ``TeacherConfig``.
 
     Raises:
@@ -215,18 +215,19 @@ def read_scales(
         return {"temperature_scale": positive(rope, "llama_4_scaling_beta")}
     if not FAMILIES[architecture].scaled_embedding:
         return {}
-    scales = {"embedding_scale": math.sqrt(hidden)}
+    scales: Scales = {"embedding_scale": math.sqrt(hidden)}
     squared, wide = positive(settings, "query_pre_attn_scalar"), (architecture, layers) in WIDE_QUERIES
     expected = hidden // heads if wide else head_dim
     if squared != expected:
         raise refusal("query_pre_attn_scalar", f"{expected}, as llama.cpp has it of {layers} layers", squared)
     if wide:
         scales["attention_scale"] = 1 / math.sqrt(squared)
-    caps = {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
-    for name, key in caps.items():
-        if architecture == "gemma2":
-            scales[name] = positive(settings, key)
-        elif settings.get(key) is not None:  # llama.cpp's gemma3 caps nothing in a model with windows.
+    caps = "attn_logit_softcapping", "final_logit_softcapping"
+    if architecture == "gemma2":
+        scales["attention_cap"], scales["logit_cap"] = (positive(settings, key) for key in caps)
+        return scales
+    for key in caps:
+        if settings.get(key) is not None:  # llama.cpp's gemma3 caps nothing in a model with windows.
             raise refusal(key, "none", settings[key])
     return scales
 

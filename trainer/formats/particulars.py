@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 from q4kd.trainer.formats.families import FAMILIES, Family
 from q4kd.trainer.formats.values import Values
@@ -10,6 +11,26 @@ TWO_SIZES = "use another teacher; partial rotary embedding and heads of two size
 MAX_EXPERTS = 4096
 # The 27B models of Gemma 2 and 3 scale by H / N and not by D; no key says so, and llama.cpp too goes by their layers.
 WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
+
+
+class Scales(TypedDict, total=False):
+    """Multipliers and caps of a ``TeacherConfig``."""
+
+    attention_scale: float
+    attention_cap: float
+    logit_cap: float
+    temperature_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+
+
+class ExpertSizes(TypedDict, total=False):
+    """The sizes of a ``TeacherConfig`` that a mixture of experts has."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_ffn_size: int
 
 
 def read_rotary_dim(found: Values, family: Family, head_dim: int) -> int:
@@ -51,7 +72,7 @@ def read_window_rope_base(found: Values, family: Family, base: float) -> float:
     return float(found.number("rope.freq_base_swa", 0.0, 1e12, default))
 
 
-def read_experts(found: Values, family: Family, ffn_size: int) -> dict[str, int]:
+def read_experts(found: Values, family: Family, ffn_size: int) -> ExpertSizes:
     """Return the number of experts, how many a token is given to, and the size of each; nothing for a dense family.
 
     A file that does not state the size shares the feed-forward's among those of a token, as llama.cpp reads it.
@@ -64,7 +85,7 @@ def read_experts(found: Values, family: Family, ffn_size: int) -> dict[str, int]
     return {"num_experts": count, "experts_per_token": used, "expert_ffn_size": size}
 
 
-def read_scales(found: Values, architecture: str, layers: int, hidden: int, heads: int) -> dict[str, float]:
+def read_scales(found: Values, architecture: str, layers: int, hidden: int, heads: int) -> Scales:
     """Return the multipliers and caps that the metadata state; those of other families are refused elsewhere."""
 
     def positive(key: str, default: float = 1.0) -> float:
@@ -73,7 +94,7 @@ def read_scales(found: Values, architecture: str, layers: int, hidden: int, head
     def cap(key: str, default: float) -> float:
         return float(found.number(key, 0.0, 1e9, default))
 
-    scales: dict[str, float] = {}
+    scales: Scales = {}
     if FAMILIES[architecture].scaled_embedding:
         scales["embedding_scale"] = math.sqrt(hidden)
     if architecture == "granite":

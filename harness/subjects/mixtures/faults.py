@@ -76,7 +76,8 @@ def _capacity(
 def _counted_if_chosen(
     original: Products, x: "Tensor", chosen: "Tensor", weights: "Tensor", experts: Any, activate: Any
 ) -> "Tensor":
-    return original(x, chosen.unique(return_inverse=True)[1], weights, experts, activate)
+    has_tokens = chosen.flatten().bincount(minlength=experts.count) > 0
+    return original(x, (has_tokens.cumsum(0) - 1)[chosen], weights, experts, activate)
 
 
 @patch("dispatch", "lone-token-left-out", "an expert of a single token computes nothing", f"{_EXPERTS}:_expert")
