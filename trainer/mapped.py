@@ -27,6 +27,7 @@ from q4kd.trainer.errors import (
     is_out_of_memory,
     unreadable,
 )
+from q4kd.trainer.files import file_digest
 
 
 class WatchedFile:
@@ -77,7 +78,7 @@ class WatchedFile:
         with self.path.open("rb") as file:
             if not self._is_same(os.fstat(file.fileno())):
                 raise FileNotFoundError(errno.ENOENT, "another file has its name")
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_digest(file, "sha256")
 
     def _is_same(self, status: os.stat_result) -> bool:
         """Return whether a status is that of this very file, whatever it holds by now."""

@@ -1,12 +1,14 @@
 """Fields of a JSON object: exactly those, each of its type. Files written with the mode that the umask says."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
+from q4kd.trainer import files
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.files import apply_umask, check_fields, read_bounded, write_json
+from q4kd.trainer.files import apply_umask, check_fields, file_digest, read_bounded, write_json
 
 FIELDS = {"version": 2, "name": str, "size": int, "mass": float, "note": dict | None, "done": bool}
 GOOD = {"version": 2, "name": "a", "size": 3, "mass": 0.5, "note": None, "done": True}
@@ -75,3 +77,15 @@ def test_files_of_every_writer_have_the_mode_that_the_umask_says(tmp_path: Path,
     modes = {path.name: path.lstat().st_mode & 0o777 for path in folder.iterdir() if not path.is_symlink()}
     assert modes == dict.fromkeys(("a.json", "b.safetensors", "c.txt"), mode)
     assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000])
+def test_a_digest_is_of_all_that_is_left(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_DIGEST_BYTES", 100)
+    data = os.urandom(size)
+    (tmp_path / "f").write_bytes(data)
+    with (tmp_path / "f").open("rb") as file:
+        assert file_digest(file, "sha256") == hashlib.sha256(data).hexdigest()
+        assert file_digest(file, "sha256") == hashlib.sha256(b"").hexdigest()
+        file.seek(size // 2)
+        assert file_digest(file, "sha256") == hashlib.sha256(data[size // 2 :]).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from q4kd.trainer import mapped as mapped_files
 from q4kd.trainer.errors import FileChangedError, InputError
 from q4kd.trainer.mapped import MappedFile
 
@@ -68,14 +69,14 @@ def test_a_file_that_was_only_touched_is_the_same_where_its_digest_is_known(file
 
 
 def test_a_digest_taken_while_the_file_is_written_decides_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped, digest = MappedFile(file), hashlib.file_digest
+    mapped, digest = MappedFile(file), mapped_files.file_digest
 
     def meanwhile(*arguments: Any) -> Any:
         os.utime(file, ns=(0, 7))
         return digest(*arguments)
 
     with monkeypatch.context() as changed:
-        changed.setattr("hashlib.file_digest", meanwhile)
+        changed.setattr(mapped_files, "file_digest", meanwhile)
         mapped.sha256()
     with pytest.raises(FileChangedError):
         mapped.check_unchanged()

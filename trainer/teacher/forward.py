@@ -6,7 +6,7 @@ import torch
 
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.blocks.scales import check_scales
+from q4kd.trainer.formats.blocks.scales import LARGEST, check_scales
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.teacher.cpu.forward import CpuForward
 
@@ -30,7 +30,7 @@ def build_forward(
 
 
 def check_weights(model: ModelFile) -> None:
-    """Refuse weights that are NaN or infinite: one such scale makes every logit NaN.
+    """Refuse weights that are NaN, infinite or too large: one such scale makes every logit NaN.
 
     Raises:
         InputError: naming the first tensor that has one.
@@ -39,5 +39,6 @@ def check_weights(model: ModelFile) -> None:
         count = check_scales(tensor.type, tensor.data)
         if count:
             subject, remedy = f"{model.path}: tensor {tensor.name}", "download or quantise the model again"
-            got = f"{count} {tensor.type} blocks with NaN or infinity"
-            raise InputError(subject, expected="finite scales", got=got, remedy=remedy)
+            got = f"{count} {tensor.type} blocks with NaN, infinity or more"
+            expected = f"finite scales, and weights below {LARGEST:.2g}"
+            raise InputError(subject, expected=expected, got=got, remedy=remedy)

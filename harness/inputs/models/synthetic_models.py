@@ -215,6 +215,16 @@ def write_nan_scale(path: Path, source: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def write_huge_norm(path: Path, source: Path) -> None:
+    """Write a copy in which one weight of the last norm is 3e38, whose square float32 does not hold."""
+    reader = gguf.GGUFReader(source)
+    tensor = next(found for found in reader.tensors if found.name == "output_norm.weight")
+    data = bytearray(source.read_bytes())
+    at = int(tensor.data_offset) + 4 * 3
+    data[at : at + 4] = np.float32(3e38).tobytes()
+    path.write_bytes(bytes(data))
+
+
 def model_ids(positions: int) -> NDArray[np.int64]:
     """Return the token ids that every small model is run on."""
     return np.random.default_rng(5).integers(0, VOCAB, positions)

@@ -25,6 +25,7 @@ from q4kd.harness.inputs.models.synthetic_models import (
     MODELS,
     VOCAB,
     model_ids,
+    write_huge_norm,
     write_moved,
     write_nan_scale,
     write_small_model,
@@ -178,6 +179,7 @@ def _cases(inputs: Inputs) -> list[tuple[str, Path, Path]]:
     add("overlapping tensors", "overlapping.gguf", overlap, twin)
     add("shifted tensor", "shifted.gguf", functools.partial(write_moved, source=twin, name=up, to=up, by=32), twin)
     add("NaN scale", "nan-scale.gguf", functools.partial(write_nan_scale, source=twin), twin)
+    add("huge norm", "huge-norm.gguf", functools.partial(write_huge_norm, source=twin), twin)
     add("a folder", "folder.gguf", lambda path: path.mkdir(), twin)
     whole = small_model(inputs, "llama3")
     split, elsewhere = (

@@ -5,14 +5,16 @@ before they quantise these; here activations are not quantised, so it has no par
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.blocks.scales import LARGEST
 from q4kd.trainer.formats.model_file import PackedTensor
 
 _SUFFIXES = (".scale", ".input_scale")
+# What it multiplies is at most 1,440 (a block's scale of 240 and a quant of 6).
+_LARGEST_SCALE = LARGEST / 2048
 # llama.cpp has no scale for the embedding, nor for a head that is the embedding.
 _WITHOUT = ("token_embd.weight",)
 
@@ -21,7 +23,7 @@ def take_scales(path: Path, tensors: Mapping[str, PackedTensor]) -> dict[str, Pa
     """Return the tensors without those that are scales, each NVFP4 matrix with its own.
 
     Raises:
-        InputError: for a scale that is no finite float32, or that is beside no NVFP4 matrix.
+        InputError: for a scale that is no finite float32, or too large a one, or that is beside no NVFP4 matrix.
     """
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(_SUFFIXES)}
     found = {name: tensor for name, tensor in tensors.items() if name not in scales}
@@ -36,9 +38,9 @@ def take_scales(path: Path, tensors: Mapping[str, PackedTensor]) -> dict[str, Pa
             got = f"{tensor.type} of shape {tensor.shape}"
             raise InputError(subject, expected="one F32 number", got=got, remedy="convert the model again")
         scale = float(tensor.data.view("<f4")[0, 0])
-        if not math.isfinite(scale):
-            remedy = "download or quantise the model again"
-            raise InputError(subject, expected="a finite scale", got=str(scale), remedy=remedy)
+        if not abs(scale) < _LARGEST_SCALE:
+            expected, remedy = f"a finite scale below {_LARGEST_SCALE:.2g}", "download or quantise the model again"
+            raise InputError(subject, expected=expected, got=str(scale), remedy=remedy)
         if name.endswith(".input_scale"):
             continue
         found[matrix] = dataclasses.replace(found[matrix], scale=scale)

@@ -24,7 +24,7 @@ from q4kd.trainer.device.allocation import allocate_bytes
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks.layout import block_format
-from q4kd.trainer.formats.blocks.scales import BAD_BLOCKS, FLOATS
+from q4kd.trainer.formats.blocks.scales import BAD_BLOCKS, FLOATS, LARGEST
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.mapped import MappedFile
@@ -194,15 +194,19 @@ def scale_fields(type_name: str, packed: Tensor) -> Tensor:
 
 
 def all_finite(type_name: str, packed: Tensor) -> Tensor:
-    """Return whether every scale, or every weight of a type without blocks, is finite: a bool tensor ``[]``."""
+    """Return whether every scale is finite and every weight below ``LARGEST``, by its scale: a bool tensor ``[]``."""
     if type_name in BAD_BLOCKS:
         bad: Tensor = BAD_BLOCKS[type_name](packed.view(-1, block_format(type_name).block_bytes))
         return ~bad.any()
-    return scale_fields(type_name, packed).isfinite().all()
+    fields = scale_fields(type_name, packed)
+    if block_format(type_name).is_quantized:
+        return fields.isfinite().all()
+    low, high = torch.aminmax(fields)  # both are NaN where one weight is
+    return (low > -LARGEST) & (high < LARGEST)
 
 
 def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
-    """Refuse a file with a block scale or weight that is NaN or infinite: it would poison every output.
+    """Refuse a file with a block scale or weight that is NaN, infinite or too large: it would poison every output.
 
     Raises:
         InputError: naming the first such tensor.
@@ -211,8 +215,9 @@ def check_finite(path: Path, tensors: Mapping[str, DeviceTensor]) -> None:
     finite = [all_finite(tensor.type, tensor.packed) for tensor in tensors.values()]
     bad = (~torch.stack(finite)).nonzero().flatten().tolist()  # one answer for all: a single wait for the device
     if bad:
-        subject, got = f"{path}: tensor {names[bad[0]]}", f"NaN or infinity in {len(bad)} tensors"
-        raise InputError(subject, expected="finite scales", got=got, remedy="download or quantise the model again")
+        subject, got = f"{path}: tensor {names[bad[0]]}", f"NaN, infinity or more in {len(bad)} tensors"
+        expected, remedy = f"finite scales, and weights below {LARGEST:.2g}", "download or quantise the model again"
+        raise InputError(subject, expected=expected, got=got, remedy=remedy)
 
 
 def load_tensors(model: ModelFile, arena: Tensor, new_copier: Callable[[], Copier]) -> dict[str, DeviceTensor]:

@@ -8,7 +8,7 @@ import torch
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.blocks.grids import GRIDS
 from q4kd.trainer.formats.blocks.layout import FORMATS
-from q4kd.trainer.formats.blocks.scales import check_scales
+from q4kd.trainer.formats.blocks.scales import LARGEST, check_scales
 
 HALVES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF, 0x3C00, 0x9E66], np.uint16)
 
@@ -68,9 +68,10 @@ def test_every_scale_of_mxfp4_with_every_quant_is_bit_equal() -> None:
     ours, theirs = both("MXFP4", blocks)
     assert np.array_equal(ours, theirs)
     assert not (ours == 0x80000000).any()  # minus zero reads as zero
-    bad = ~np.isfinite(ours.view(np.float32)).all(axis=1)
-    assert np.flatnonzero(bad).tolist() == [253, 254, 255]
-    assert check_scales("MXFP4", blocks) == 3
+    values = ours.view(np.float32)
+    assert np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist() == [253, 254, 255]
+    assert np.flatnonzero(~(np.abs(values) < LARGEST).all(axis=1)).tolist() == list(range(173, 256))
+    assert check_scales("MXFP4", blocks) == 256 - 173
 
 
 def test_every_scale_of_nvfp4_with_every_quant_is_bit_equal() -> None:

@@ -7,16 +7,16 @@ import pytest
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.blocks import scales
 from q4kd.trainer.formats.blocks.layout import FORMATS
-from q4kd.trainer.formats.blocks.scales import check_scales
+from q4kd.trainer.formats.blocks.scales import LARGEST, check_scales
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_count_is_that_of_the_blocks_that_decode_to_something_else_than_numbers(name: str) -> None:
+def test_the_count_is_that_of_the_blocks_that_decode_to_something_else_than_usable_numbers(name: str) -> None:
     form = FORMATS[name]
     packed = np.random.default_rng(1).integers(0, 256, (64, 32 * form.block_bytes), dtype=np.uint8)
     decoded = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name]).reshape(-1, form.block_size)
-    expected = int((~np.isfinite(decoded)).any(axis=1).sum())
+    expected = int((~(np.abs(decoded) < LARGEST)).any(axis=1).sum())
     assert (expected == 0) if name == "NVFP4" else (0 < expected < 64 * 32)
     assert check_scales(name, packed) == expected
 
@@ -39,6 +39,17 @@ def test_one_bad_scale_is_found_and_the_greatest_finite_one_is_not(name: str, of
     assert check_scales(name, packed.reshape(10, -1)) == 0
     packed[7, 2, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
     assert check_scales(name, packed.reshape(10, -1)) == 1
+
+
+@pytest.mark.parametrize("value", [LARGEST, -3e38, np.nan, np.inf])
+def test_weights_that_overflow_when_they_are_squared_count_as_bad_and_the_next_smaller_does_not(value: float) -> None:
+    below = np.nextafter(np.float32(LARGEST), np.float32(0))
+    floats = np.array([[below, -below, 0, 1]], np.float32)
+    assert check_scales("F32", floats.view(np.uint8)) == 0
+    assert check_scales("BF16", (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)) == 0
+    floats[0, 2] = value
+    assert check_scales("F32", floats.view(np.uint8)) == 1
+    assert check_scales("BF16", (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)) == 1
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -28,6 +28,7 @@ from q4kd.trainer.teacher.cuda.load import (
     load_tensors,
     scale_fields,
 )
+from q4kd.trainer.teacher.forward import check_weights
 
 TINY = dataclasses.replace(
     qwen2_5_7b(2), hidden_size=256, ffn_size=512, num_heads=2, num_kv_heads=1, vocab_size=300, context_length=64
@@ -107,7 +108,8 @@ def test_a_file_cut_after_it_was_opened_is_refused(tmp_path: Path) -> None:
         load_tensors(model, arena_for(model), HostCopier)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "F32"])
 def test_a_scale_that_is_no_number_is_refused_by_name(tmp_path: Path, type_name: str, value: float) -> None:
     path = golden_copy(tmp_path)
@@ -122,10 +124,12 @@ def test_a_scale_that_is_no_number_is_refused_by_name(tmp_path: Path, type_name:
     model = open_model(path)
     with pytest.raises(InputError, match=r"tensor .*finite scales"):
         load_tensors(model, arena_for(model), HostCopier)
+    with pytest.raises(InputError, match=r"tensor .*finite scales"):
+        check_weights(model)
 
 
 def test_blocks_whose_scales_are_no_plain_floats_are_looked_through_too() -> None:
-    for name, at, bad, good in (("MXFP4", 0, 0xFD, 0xFC), ("IQ1_M", 53, 0xCF, 0x8F), ("NVFP4", 0, None, 0x7F)):
+    for name, at, bad, good in (("MXFP4", 0, 173, 172), ("IQ1_M", 53, 0xCF, 0x8F), ("NVFP4", 0, None, 0x7F)):
         packed = torch.zeros(3, 4 * FORMATS[name].block_bytes, dtype=torch.uint8)
         blocks = packed.view(-1, FORMATS[name].block_bytes)
         if name == "IQ1_M":
