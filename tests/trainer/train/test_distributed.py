@@ -102,6 +102,21 @@ def test_what_a_check_made_whole_is_sharded_again() -> None:
         distributed.destroy_process_group()
 
 
+def test_each_layer_is_a_shard_unit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the whole student would be gathered at one time, with the same results."""
+    monkeypatch.setattr(sharding, "will_shard", lambda _accelerator: True)
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student: Any = load_student(student_path(), seed=0)
+        accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+        model = sharding.prepare_model(accelerator, DistillationModel(student, KDLossConfig(alpha=1.0)))
+        units = [name for name, module in model.named_modules() if isinstance(module, distributed.fsdp.FSDPModule)]
+        assert units == ["", *(f"student.model.layers.{n}" for n in range(student.config.num_hidden_layers))]
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("version", ["1", None])
 def test_fsdp_1_is_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
