@@ -20,9 +20,6 @@ from q4kd.harness.oracles.reference import log_softmax
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, declare
 from q4kd.harness.subjects.export.experiments import CHAT_TEMPLATE, SIZES, live_student
 from q4kd.harness.subjects.runs.probes_commands import FORGET, REWIND
-from q4kd.trainer.data.corpus import split_rule
-from q4kd.trainer.data.documents import is_held_out
-from q4kd.trainer.data.readers import read_documents
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, write_json
 
@@ -182,6 +179,10 @@ def _check_held_out(data: Path) -> None:
     Raises:
         InputError: with what to give instead.
     """
+    from q4kd.trainer.data.corpus import split_rule
+    from q4kd.trainer.data.documents import is_held_out
+    from q4kd.trainer.data.readers import read_documents
+
     documents, splits = split_rule(read_documents(data), has_own_file=False)
     if not (splits and any(is_held_out(document.name) for document in documents)):
         expected = "text of which some is held out: about one document in ten, chosen by its name"
@@ -285,7 +286,8 @@ def _collect_pair(device: str, run_dir: Path, inputs: Inputs) -> Facts:
     return facts | {"tables": tables, "figures": figures, "summary": summary}
 
 
-for _prefix, _device, _needs, _env in (("", "cpu", (), _GIVES_BACK), ("cuda-", "cuda", ("cuda",), {})):
+for _prefix, _device, _needs in (("", "cpu", ()), ("cuda-", "cuda", ("cuda",))):
+    _env = _GIVES_BACK if _device == "cpu" else {}
     declare(
         f"{_prefix}real-pair",
         f"a pair on {_device}: planned, trained, stopped and resumed, exported to GGUF and compared with the model",
