@@ -14,8 +14,9 @@ divergence is zero at equality. Sums run over the positions whose label is not `
 products: ``last_step.py``.
 
 Mode ``fast``: nothing larger than ``[chunk, V]`` exists, each chunk's logits, loss and gradients are made and dropped
-before the next, and the teacher's head is decoded once a call. Mode ``low`` (``tiled.py``): nothing larger than
-``[chunk, tile]``. On CUDA both run on the kernels of ``cuda/``, or raise; this module is plain torch.
+before the next, and the teacher's head is decoded once a call: whole where several chunks read it, else in tiles. Mode
+``low`` (``tiled.py``): nothing larger than ``[chunk, tile]``. On CUDA both run on the kernels of ``cuda/``, or raise;
+this module is plain torch.
 
 Types: plain torch widens hidden states and head to float32 (float64 stays) and multiplies in it. Gradients are summed
 in float32 over all chunks and rounded once, to the types of hidden states and head.
@@ -56,7 +57,8 @@ def kd_loss(
         labels_M: int64 next-token ids ``[M]``; ``IGNORE_INDEX`` masks a position in both terms.
         teacher_hidden: the teacher's hidden states ``[M, H']``; None only with ``alpha`` = 1.
         teacher_head: maps ``[C, H']`` to logits ``[C, V']``, V' >= V; the columns past V are dropped. A
-            ``TeacherHead`` is decoded once in ``fast``, and is required by ``low``, which decodes it in tiles.
+            ``TeacherHead`` is decoded once in ``fast``: held whole for several chunks, in tiles for one. ``low``
+            requires one, which it decodes in tiles.
         num_targets: divisor of both sums, > 0: targets of the whole accumulated batch.
         config: the equation's knobs.
         positions_P: int64 ``[P]``, the positions that are not masked, rising. Without it they are searched for in
@@ -97,14 +99,18 @@ def kd_loss(
 def run_fast(sums: LossSums, inputs: LossInputs, config: KDLossConfig) -> None:
     """Fill ``sums`` in mode ``fast``, a chunk of tokens at a time."""
     weight = wide(inputs.weight)
-    logits_of = None if inputs.teacher_head is None else _teacher_logits(inputs.teacher_head, len(weight))
+    chunk = config.chunk_for(len(weight))
+    logits_of = None
+    if inputs.teacher_head is not None:
+        is_held = len(inputs.positions) > chunk
+        logits_of = _teacher_logits(inputs.teacher_head, len(weight), is_held=is_held)
 
     def teach(rows: Tensor) -> Tensor | None:
         if logits_of is None or inputs.teacher_hidden is None:
             return None
         return logits_of(inputs.teacher_hidden[rows]).to(weight.dtype)
 
-    for rows in torch.split(inputs.positions, config.chunk_for(len(weight))):
+    for rows in torch.split(inputs.positions, chunk):
         hidden_CH = wide(inputs.hidden[rows])
         # The logits have no name here, so that they are gone when they have been read.
         ce, kd, grad_CV = _chunk_terms(hidden_CH @ weight.T, teach(rows), inputs.labels[rows], config)
@@ -114,12 +120,13 @@ def run_fast(sums: LossSums, inputs: LossInputs, config: KDLossConfig) -> None:
         del grad_CV
 
 
-def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int) -> Callable[[Tensor], Tensor]:
-    """Return what gives the first ``vocab`` logits of hidden states; a head that may be held is decoded now.
+def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int, *, is_held: bool) -> Callable[[Tensor], Tensor]:
+    """Return what gives the first ``vocab`` logits of hidden states; a head that is to be held is decoded now.
 
-    Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
+    A head that is read once need not be held: the teacher decodes it in tiles, which stay in the cache until they are
+    multiplied. Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
     """
-    decoded = head.decoded() if isinstance(head, TeacherHead) else None
+    decoded = head.decoded() if is_held and isinstance(head, TeacherHead) else None
     if decoded is None or not isinstance(head, TeacherHead):
         return lambda hidden_CH: head(hidden_CH)[:, :vocab]
     weight_VH, last_step = decoded[:vocab], head.last_step

@@ -53,8 +53,8 @@ def _tail_dropped(original: Call, student: object, ids: object, log_p: "Tensor",
 
 
 @patch("loss", "padding-kept", "the teacher's padding rows keep their probability", _TEACHER)
-def _padding_kept(original: Callable[["TeacherHead", int], _Logits], head: "TeacherHead", vocab: int) -> _Logits:
-    whole = original(head, head.rows)
+def _padding_kept(original: Callable[..., _Logits], head: "TeacherHead", vocab: int, *, is_held: bool) -> _Logits:
+    whole = original(head, head.rows, is_held=is_held)
 
     def logits(hidden: "Tensor") -> "Tensor":
         found = whole(hidden)

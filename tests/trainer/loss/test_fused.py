@@ -160,6 +160,21 @@ def test_a_gradient_nobody_asks_for_is_not_made(mode) -> None:  # type: ignore[n
     assert not terms.loss.requires_grad
 
 
+@pytest.mark.parametrize(("chunk_tokens", "is_held"), [(24, False), (23, True)])
+def test_a_head_that_one_chunk_reads_is_not_held(chunk_tokens: int, is_held: bool) -> None:
+    """Decoded whole it would be the largest thing of a step, and took twice the time of its tiles."""
+    a, asked = arrays(6), []
+    assert int((a["labels"] != IGNORE_INDEX).sum()) == 24
+
+    class Head(DenseHead):
+        def decoded(self) -> torch.Tensor:
+            asked.append("whole")
+            return super().decoded()
+
+    run(a, KDLossConfig(chunk_tokens=chunk_tokens), head=Head(a["teacher_weight"]))
+    assert asked == ["whole"] * is_held
+
+
 def test_backward_scales_and_runs_once() -> None:
     a, config = arrays(7), KDLossConfig()
     _, want, _ = run(a, config)

@@ -24,10 +24,12 @@ class DiskPlan:
     """What a run writes, in bytes, and what there is room for.
 
     Attributes:
-        checkpoint: one whole checkpoint; a copy of the state in memory takes as much.
+        checkpoint: one whole checkpoint.
         checkpoints: whole checkpoints that are there at one time, the one that is being written included.
         best: what is kept of the best evaluation, while a better one takes its place; 0 without evaluations between.
         model: the final model, with its adapters; 0 for a smoke run.
+        copy: what of the state is copied to the host's memory, so that steps can follow while it is written; it is kept
+            from one checkpoint to the next. 0 where no step follows one.
         room: free bytes of the disk, and those of an earlier leg of this run; None where the system does not say.
     """
 
@@ -35,6 +37,7 @@ class DiskPlan:
     checkpoints: int
     best: int
     model: int
+    copy: int
     room: int | None
 
     @property
@@ -73,7 +76,17 @@ def plan_disk(config: DistillConfig, student: StudentShape) -> DiskPlan:
     model = 0
     if config.max_steps is None:
         model = student.parameters * size + (weights if config.lora_rank else 0)
-    return DiskPlan(checkpoint, _checkpoints(config), best, model, _room(config.out))
+    copy = checkpoint if _steps_follow(config, config.checkpoint_every) else 0
+    if config.eval_tokens and _steps_follow(config, config.eval_every):
+        copy = max(copy, checkpoint if config.best_resumable else weights)
+    return DiskPlan(checkpoint, _checkpoints(config), best, model, copy, _room(config.out))
+
+
+def _steps_follow(config: DistillConfig, every: int) -> bool:
+    """Return whether what is done every so many steps is done before the last one."""
+    last = config.max_steps or config.steps
+    # How many steps the epochs have is known when the data are read.
+    return bool(every) and (not last or every < last)
 
 
 def _checkpoints(config: DistillConfig) -> int:

@@ -7,15 +7,16 @@ Memory peaks in one of four phases of a step, and what lives in all of them is c
     backward    held + all gradients + the tied embedding's, still apart + what the first layer saved + its temporaries
     optimizer   held + all gradients + what an update needs beside them
 
-*held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments. The peak is
-the largest phase, not the sum. What imports take (Python, torch, transformers) is not counted.
+*held*: the teacher's weights and scratch, the student's weights, their float32 masters and both moments, and where it
+takes the same memory the copy of the state that a checkpoint leaves (``plan.py`` adds it). The peak is the largest
+phase, not the sum. What imports take (Python, torch, transformers) is not counted.
 
 Letters: M = B x T tokens of a micro-batch, P weights of the student, V rows of its head, H hidden size, C tokens of a
 chunk of the loss.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from q4kd.trainer.config.settings import DistillConfig
@@ -182,8 +183,14 @@ def _optimizer_item(config: DistillConfig, student: StudentShape, trained: int) 
     return Item("update", 4 * slice_elements, f"float32 gradients of {slice_elements:,} weights", ("optimizer",))
 
 
-def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
-    """Return the loss's buffers on the CPU, where the teacher's head is decoded tile by tile."""
+def cpu_loss_shape(
+    config: DistillConfig, student: StudentShape, teacher: TeacherConfig | None, head_weight_bytes: int
+) -> LossShape:
+    """Return the loss's buffers on the CPU.
+
+    The teacher's head is decoded whole where several chunks of tokens read it, unless it is too large, and else in
+    tiles (``loss/fused.py``). ``head_weight_bytes`` are those of one decoded weight of it.
+    """
     tokens = config.batch_size * config.seq_len
     if config.loss_mode == "low" and config.teacher_cache is None:
         from q4kd.trainer.loss.tiled import DEFAULT_TILE
@@ -191,7 +198,13 @@ def cpu_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:
         width, chunk = min(student.vocab, DEFAULT_TILE), min(tokens, config.chunk_tokens or 256)
         tile = 10 * 4 * chunk * width + 4 * width * 2 * student.hidden
         return LossShape(tile, 0, f"10 x {chunk:,} x {width:,} x 4 bytes (low)")
-    return plain_loss_shape(config, student)
+    plain = plain_loss_shape(config, student)
+    if teacher is None or config.alpha == 1 or tokens <= config.loss.chunk_for(student.vocab):
+        return plain
+    from q4kd.trainer.teacher.cpu.forward import MAX_HEAD_BYTES
+
+    head = teacher.vocab_size * teacher.hidden_size * head_weight_bytes
+    return replace(plain, head_bytes=head if head <= MAX_HEAD_BYTES else 0)
 
 
 def plain_loss_shape(config: DistillConfig, student: StudentShape) -> LossShape:

@@ -1,6 +1,7 @@
 """The memory plan of a run: its items (``items.py``) and the room there is; as a table, or as a refusal.
 
-Beside it: what the run writes (``disk.py``), and whether a checkpoint can be copied before it is written.
+Beside it: what the run writes (``disk.py``), and the copy of the state that lets steps follow while it is written. The
+copy is kept in the host's memory, which on the CPU is what the plan is about: it is an item there, in every phase.
 """
 
 import textwrap
@@ -16,6 +17,7 @@ from q4kd.trainer.train.memory.disk import DiskPlan
 from q4kd.trainer.train.memory.items import PHASES, Item, Phase, TeacherShape
 
 _COLUMNS = 80
+COPY = "copy for checkpoints"
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class MemoryPlan:
 
     Attributes:
         device: name of the device.
-        items: everything that is counted.
+        items: everything that is counted, the copy for checkpoints too where it takes the same memory.
         room: bytes that may be taken now.
         room_basis: where ``room`` comes from.
         flops: floating-point operations of one optimiser step in this process.
         disk: what the run writes.
-        copy_room: bytes of the host's memory that are left for a copy of the state while a checkpoint is written.
+        copy_room: bytes of the host's memory that are left for a copy of the state, see ``DiskPlan.copy``.
     """
 
     device: str
@@ -43,7 +45,19 @@ class MemoryPlan:
     @property
     def copies_checkpoints(self) -> bool:
         """Whether there is memory for such a copy; without it the steps wait for the writing."""
-        return self.disk.checkpoint <= self.copy_room
+        return self.disk.copy <= self.copy_room
+
+    @property
+    def copy(self) -> int:
+        """Bytes of the host's memory that the copy takes, from the first checkpoint that steps follow; 0 for none."""
+        return self.disk.copy if self.copies_checkpoints else 0
+
+    def with_copy(self) -> "MemoryPlan":
+        """Return this plan with the copy among its items, for a device whose memory is the host's."""
+        if not self.copy:
+            return self
+        basis = "the state as it was, while it is written beside the steps, and kept"
+        return replace(self, items=(*self.items, Item(COPY, self.copy, basis)))
 
     def phase_bytes(self) -> dict[Phase, int]:
         """Return the bytes live in each phase."""
@@ -62,8 +76,8 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Bytes of the peak that cannot be dropped and read again."""
-        return self.peak - sum(item.bytes for item in self.items if item.is_mapped)
+        """Bytes of the peak that can neither be dropped and read again nor, as the copy can, be left out."""
+        return self.peak - sum(item.bytes for item in self.items if item.is_mapped or item.name == COPY)
 
     @property
     def fits(self) -> bool:
@@ -84,6 +98,7 @@ class MemoryPlan:
             "flops_per_step": self.flops,
             "seconds_per_step": None,
             "disk": self.disk.to_json(),
+            "copy_bytes": self.copy,
             "copy_room_bytes": self.copy_room,
             "copies_checkpoints": self.copies_checkpoints,
         }
@@ -124,17 +139,24 @@ def format_plan(plan: MemoryPlan) -> str:
         lines += _wrapped(item.basis, start, " " * len(start))
     phases = ", ".join(f"{phase} {sized(size)}" for phase, size in plan.phase_bytes().items())
     lines += _wrapped(f"{plan.peak_phase} phase (what is marked *); {phases}", "peak: ")
-    mapped = plan.peak - plan.needed
-    if mapped:
-        said = f"of it {sized(mapped)} are pages of a file, which the kernel may drop: {sized(plan.needed)} must fit"
-        lines += _wrapped(said, "      ")
+    mapped = sum(item.bytes for item in plan.items if item.is_mapped)
+    copied = sum(item.bytes for item in plan.items if item.name == COPY)
+    parts = [f"{sized(mapped)} are pages of a file, which the kernel may drop"] if mapped else []
+    parts += [f"{sized(copied)} a copy, which is made because there is room"] if copied else []
+    if parts:
+        lines += _wrapped(f"of it {', '.join(parts)}: {sized(plan.needed)} must fit", "      ")
     lines += _wrapped(f"{sized(plan.room)} ({plan.room_basis})", "room: ")
-    copied = (
-        "" if plan.copies_checkpoints else "; no memory for a copy, so that steps wait while a checkpoint is written"
-    )
-    lines += _wrapped(f"{plan.disk.describe()}{copied}", "disk: ")
+    lines += _wrapped(f"{plan.disk.describe()}{_copy_said(plan)}", "disk: ")
     said = f"not estimated; {plan.flops / 1e12:.3g} TFLOP a step; a smoke run (--max-steps 20) measures it"
     return "\n".join([*lines, *_wrapped(said, "time: ")])
+
+
+def _copy_said(plan: MemoryPlan) -> str:
+    if not plan.copies_checkpoints:
+        return "; no memory for a copy, so that steps wait while a checkpoint is written"
+    if plan.copy and all(item.name != COPY for item in plan.items):
+        return f"; {sized(plan.copy)} of the host's memory for a copy, so that steps go on beside the writing"
+    return ""
 
 
 def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
@@ -143,6 +165,7 @@ def _wrapped(text: str, first: str, rest: str = "      ") -> list[str]:
 
 def refuse(plan: MemoryPlan, helpful: Mapping[str, int]) -> InputError:
     """Return the refusal of a plan that does not fit; ``helpful`` are the bytes that changed settings would save."""
+    # The copy for checkpoints is no item of a plan without room.
     counted = [item for item in plan.items if plan.peak_phase in item.phases and not item.is_mapped]
     largest = sorted(counted, key=lambda item: -item.bytes)[:4]
     helps = "; ".join(f"{name} saves {sized(saved)}" for name, saved in helpful.items() if saved > 0)

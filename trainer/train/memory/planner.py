@@ -55,7 +55,7 @@ def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> Memor
     teacher = _teacher_shape(config, placement) if placement is not None else None
     student = student_shape(config)
     if config.device == "cpu":
-        loss = cpu_loss_shape(config, student)
+        loss = cpu_loss_shape(config, student, teacher.config if teacher else None, place.dense_weight_bytes)
     else:
         loss = _cuda_loss_shape(config, student, teacher, place)
     cache = _cache_shape(config) if config.teacher_cache is not None else None
@@ -74,7 +74,7 @@ def plan_run(config: DistillConfig, placement: TeacherPlacement | None) -> Memor
         disk=plan_disk(config, student),
         copy_room=host,
     )
-    return plan if is_apart else dataclasses.replace(plan, copy_room=host - plan.needed)
+    return plan if is_apart else dataclasses.replace(plan, copy_room=host - plan.needed).with_copy()
 
 
 def check_plan(config: DistillConfig, plan: MemoryPlan, placement: TeacherPlacement | None) -> None:

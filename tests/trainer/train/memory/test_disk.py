@@ -82,6 +82,29 @@ def test_the_best_is_counted_twice_while_it_is_replaced(tmp_path: Path) -> None:
     assert disk(settings(tmp_path, steps=10, eval_every=5, best_resumable=True)).best == 2 * plan.checkpoint
 
 
+@pytest.mark.parametrize(
+    ("changes", "copied"),
+    [
+        ({"checkpoint_every": 0}, "nothing"),
+        ({"checkpoint_every": 10}, "nothing"),
+        ({"checkpoint_every": 9}, "everything"),
+        ({"checkpoint_every": 9, "max_steps": 9}, "nothing"),
+        ({"checkpoint_every": 0, "eval_every": 5}, "weights"),
+        ({"checkpoint_every": 0, "eval_every": 5, "eval_tokens": 0}, "nothing"),
+        ({"checkpoint_every": 0, "eval_every": 5, "best_resumable": True}, "everything"),
+        ({"checkpoint_every": 5, "eval_every": 5}, "everything"),
+    ],
+)
+def test_what_is_copied_is_what_steps_follow(tmp_path: Path, changes: dict[str, Any], copied: str) -> None:
+    plan = disk(settings(tmp_path, steps=10, **changes))
+    assert plan.copy == {"nothing": 0, "weights": 4 * 656_512, "everything": plan.checkpoint}[copied]
+
+
+def test_of_epochs_a_copy_is_expected(tmp_path: Path) -> None:
+    plan = disk(settings(tmp_path, steps=None, epochs=1.0, checkpoint_every=5))
+    assert plan.copy == plan.checkpoint
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,5 +157,8 @@ def test_steps_wait_for_the_writing_where_memory_has_no_room_for_a_copy(
         str(tmp_path / "data"),
     ]
     capsys.readouterr()
+    assert main(["plan", *files, "--out", str(tmp_path / "out"), *words]) == 0
+    assert "copy" not in capsys.readouterr().out  # no step follows the only checkpoint
+    words += ["--set", "checkpoint_every=2"]
     assert main(["plan", *files, "--out", str(tmp_path / "out"), *words]) == 0
     assert "no memory for a copy" in " ".join(capsys.readouterr().out.split())

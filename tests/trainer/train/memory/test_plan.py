@@ -1,5 +1,6 @@
 """The memory plan: its arithmetic, its refusal, and a real run that must take what it says."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.model import DistillationModel, load_student
 from q4kd.trainer.student.shape import shape_student
 from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan, reliefs
-from q4kd.trainer.train.memory.planner import host_room, place_run_teacher, plan_run
+from q4kd.trainer.train.memory.planner import host_room, place_run_teacher, plan_run, savings
 
 
 def settings(folder: Path, student: Path | None = None, **changes: Any) -> DistillConfig:
@@ -90,7 +91,7 @@ def test_the_peak_is_the_largest_phase_and_files_may_be_dropped(tmp_path: Path) 
     assert plan.peak == max(phases.values()) < sum(item.bytes for item in plan.items)
     mapped = [item for item in plan.items if item.is_mapped]
     assert [item.name for item in mapped] == ["teacher weights"]
-    assert plan.needed == plan.peak - mapped[0].bytes
+    assert plan.needed == plan.peak - mapped[0].bytes - plan.copy
     more = planned(settings(tmp_path, accumulation=2))
     assert more.phase_bytes()["loss"] - phases["loss"] == items(settings(tmp_path))["gradients"]
 
@@ -103,6 +104,45 @@ def test_a_plan_is_read_in_eighty_columns(tmp_path: Path) -> None:
     text = " ".join(" ".join(lines).split())
     assert all(" ".join(item.basis.split()) in text for item in plan.items)
     assert f"peak: {plan.peak_phase} phase" in text and f"{plan.flops / 1e12:.3g} TFLOP" in text
+
+
+def test_the_copy_lives_where_the_plan_is_about_from_the_first_checkpoint_on(tmp_path: Path) -> None:
+    before, after = (planned(settings(tmp_path, steps=10, checkpoint_every=every)) for every in (10, 5))
+    checkpoint = after.disk.checkpoint
+    assert (before.copy, after.copy, after.to_json()["copy_bytes"]) == (0, checkpoint, checkpoint)
+    assert {name: size - checkpoint for name, size in after.phase_bytes().items()} == before.phase_bytes()
+    assert after.peak == before.peak + checkpoint
+    # It is made because there is room, so that it neither refuses a run nor makes a setting look worse.
+    assert (after.needed, after.copy_room > 0) == (before.needed, True)
+    assert "7.9 MB a copy, which is made because there is room" in " ".join(format_plan(after).split())
+    beside = dataclasses.replace(after, items=before.items)  # as on a device whose memory is not the host's
+    assert beside.peak == before.peak
+    assert "; 7.9 MB of the host's memory for a copy, so that steps go on" in " ".join(format_plan(beside).split())
+
+
+def test_a_relief_is_not_lost_because_the_copy_then_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path, steps=10, checkpoint_every=5, batch_size=16)
+    short = planned(config).needed - 1
+    monkeypatch.setattr("q4kd.trainer.train.memory.planner.host_room", lambda: (short, "a test's limit"))
+    plan, placement = planned(config), place_run_teacher(config)
+    assert not plan.fits and plan.copy == 0
+    name, relieved = reliefs(config)[0]
+    assert plan_run(relieved, placement).copy > 0
+    assert savings(config, plan, placement)[name] > 0
+
+
+def test_the_teachers_head_is_counted_where_several_chunks_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, whole = "teacher head, decoded", 2048 * 256 * 4
+    assert name not in items(settings(tmp_path, chunk_tokens=256))
+    chunked = {"chunk_tokens": 255}
+    assert items(settings(tmp_path, **chunked))[name] == whole
+    assert items(settings(tmp_path, dtype="bfloat16", **chunked))[name] == whole // 2
+    for other in ({"loss_mode": "low"}, {"alpha": 1.0}):
+        assert name not in items(settings(tmp_path, **chunked, **other))
+    monkeypatch.setattr("q4kd.trainer.teacher.cpu.forward.MAX_HEAD_BYTES", whole - 1)
+    assert name not in items(settings(tmp_path, **chunked))
 
 
 def test_jsd_holds_one_chunk_more(tmp_path: Path) -> None:
