@@ -68,6 +68,11 @@ def environment(session: nox.Session, interpreter: str = sys.executable) -> Path
     return bin_folder
 
 
+def on_every_core() -> list[str]:
+    """Return pytest's options for a process a core, each with one stretch of the tests: few set a module up twice."""
+    return ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
+
+
 def q4kd(session: nox.Session, *arguments: str, codes: tuple[int, ...] = (0,)) -> None:
     session.run(
         str(environment(session) / "python"), "-m", "q4kd.harness", *arguments, external=True, success_codes=list(codes)
@@ -90,7 +95,7 @@ def sabotage(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Unit, property and command-line tests. Arguments after ``--`` go to pytest."""
     python = str(environment(session) / "python")
-    arguments = session.posargs or ["-n", str(len(os.sched_getaffinity(0)))]
+    arguments = session.posargs or on_every_core()
     # One thread each: two processes with two threads each would fight for two cores.
     session.run(python, "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
 
@@ -219,8 +224,8 @@ def kernels(session: nox.Session) -> None:
     # Without this variable a missing compiler skips the tests; here it fails them.
     files = [f"tests/trainer/kernels/test_{name}.py" for name in ("compile", "kernels_host")]
     session.run(
-        *(str(folder / "python"), "-m", "pytest", *files, *session.posargs),
-        env={"Q4KD_REQUIRE_KERNELS": "1"},
+        *(str(folder / "python"), "-m", "pytest", *files, *(session.posargs or on_every_core())),
+        env={"Q4KD_REQUIRE_KERNELS": "1", "OMP_NUM_THREADS": "1"},
         external=True,
     )
 

@@ -8,7 +8,9 @@ that flag.
 import json
 import os
 import platform
+import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the command line does: tests call what is below it
     config.stash[_ROWS] = []
+    # A shell without job control starts what runs in the background deaf to Ctrl-C, and that is inherited.
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        config.add_cleanup(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     if flag := config.getoption("--as-if"):
         folder = tempfile.TemporaryDirectory(prefix="q4kd-as-if-")
         config.add_cleanup(folder.cleanup)

@@ -1,6 +1,7 @@
 // The kernels as a shared library for the host; see host_cuda.h. Built and called by host_kernels.py.
 #include "decode.cu"
 #include "decode_iq.cu"
+#ifndef DECODERS_ONLY
 #include "experts.cu"
 #include "experts_iq.cu"
 #undef KERNEL
@@ -13,6 +14,7 @@
 #include "loss_forward_kl.cu"
 #include "loss_jsd.cu"
 #include "loss_reverse_kl.cu"
+#endif
 
 // Tell the checker what the next launch may touch.
 extern "C" void host_allow(const void* start, i64 bytes, int writable) {

@@ -1,6 +1,7 @@
 """The CUDA kernels' own source, built by the host compiler and run a fiber a thread (see host_cuda.h)."""
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ KERNELS = SUPPORT.parents[1] / "trainer/kernels/src"
 # Shared memory is read in words of another size than it was written in, which nvcc allows and C++ does not.
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall")
 FLAGS += ("-Wno-unknown-pragmas",)
+LIBRARY = "libq4kd_host_kernels.so"
 
 
 def host_compiler() -> str | None:
@@ -26,14 +28,14 @@ def host_compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
-def build(folder: Path, kernels: Path = KERNELS) -> Path:
-    """Compile the kernels in ``kernels`` to a shared library in ``folder``."""
+def build(folder: Path, kernels: Path = KERNELS, *, decoders_only: bool = False) -> Path:
+    """Compile the kernels in ``kernels``, or only those that decode, to a shared library in ``folder``."""
     compiler = host_compiler()
     assert compiler is not None
-    library = folder / "libq4kd_host_kernels.so"
+    library = folder / LIBRARY
     (folder / GRIDS_HEADER).write_text(grids_header())
-    includes = [f"-I{SUPPORT}", f"-I{kernels}", f"-I{folder}"]
-    command = [compiler, *FLAGS, *includes, "-x", "c++", str(SUPPORT / "host_kernels.cpp"), "-o", str(library)]
+    options = [f"-I{SUPPORT}", f"-I{kernels}", f"-I{folder}", *(["-DDECODERS_ONLY"] if decoders_only else [])]
+    command = [compiler, *FLAGS, *options, "-x", "c++", str(SUPPORT / "host_kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
     return library
 
@@ -74,9 +76,21 @@ class HostLauncher:
         assert not problem, f"{kernel}: {problem.decode()}"
 
 
-def host_launcher(folder: Path) -> HostLauncher:
-    """Build the kernels into ``folder``; skip the test without a C++ compiler, or fail where kernels are required."""
+def host_launcher(factory: pytest.TempPathFactory) -> HostLauncher:
+    """Return a launcher of the kernels, which are built once a session, for all of its processes.
+
+    It skips the test without a C++ compiler, or fails where kernels are required.
+    """
     if host_compiler() is None:
         assert not os.environ.get("Q4KD_REQUIRE_KERNELS"), "no C++ compiler; install g++ or clang++"
         pytest.skip("no C++ compiler")
-    return HostLauncher(build(folder))
+    base = factory.getbasetemp()
+    # xdist gives each of its workers a folder of its own inside that of the session.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host-kernels"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            build(folder)
+            (folder / "built").touch()
+    return HostLauncher(folder / LIBRARY)

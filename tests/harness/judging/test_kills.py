@@ -88,11 +88,15 @@ def test_the_matrix_tells_caught_from_missed_misfire_and_void(runner, store, wor
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_ends_the_runs_that_are_under_way(runner, store, workers):
     main = threading.main_thread().ident
-    threading.Timer(3.0, signal.pthread_kill, (main, signal.SIGINT)).start()
+    timer = threading.Timer(3.0, signal.pthread_kill, (main, signal.SIGINT))
     one, started = claim("inflate", "harmless", experiment="asleep"), time.monotonic()
     runner.cores = Cores(workers)
-    with pytest.raises(KeyboardInterrupt):
-        kill_matrix([one], "cpu", store, runner, changed=False)
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kill_matrix([one], "cpu", store, runner, changed=False)
+    finally:
+        timer.cancel()  # where the matrix has failed before, a later interruption would end every other test
     assert time.monotonic() - started < 30  # each run would take a minute
     assert not KillStore(store.folder / "cpu").records
 

@@ -25,7 +25,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
-    return host_launcher(tmp_path_factory.mktemp("kernels"))
+    return host_launcher(tmp_path_factory)
 
 
 @pytest.fixture
@@ -275,6 +275,6 @@ def test_a_planted_fault_is_seen(
         content = source.read_text()
         assert source.name != file or text in content
         (tmp_path / source.name).write_text(content.replace(text, fault) if source.name == file else content)
-    broken = Kernels("cpu", HostLauncher(build(tmp_path, tmp_path)))
+    broken = Kernels("cpu", HostLauncher(build(tmp_path, tmp_path, decoders_only=True)))
     with pytest.raises(AssertionError):
         checks.decode_rows_match(broken, name, 7, 768, BF16, seed=1)

@@ -1,10 +1,8 @@
 """Two processes over gloo, by the command line: shards take the steps of one process, copies continue from them."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp
+from forked_pair import ForkedPair
 
 from q4kd.harness.__main__ import main
 from q4kd.trainer.demo import student_path, teacher_path
@@ -45,14 +44,6 @@ def arguments(out: Path, data: Path, processes: int, *extra: str) -> list[str]:
     ]
 
 
-def launch(words: list[str], env: dict[str, str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "q4kd.harness", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def events(out: Path, name: str) -> list[dict[str, Any]]:
     lines = (out / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == name]
@@ -72,13 +63,14 @@ def test_shards_take_the_steps_of_one_process_and_copies_continue_from_them(tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     extra = ("--student-dtype", "bfloat16", "--lora-rank", "4", "--clip", "0.3")
     assert main(arguments(one, data, 1, *extra)) == 0
-    launch(arguments(two, data, 2, *extra, "--max-steps", "1"), SHARDS)
-    launch(arguments(two, data, 2, *extra, "--max-steps", "3", "--resume"), SHARDS)
-    assert max(figures(two)[3::4]) > 0.3  # clipped
-    tensors = load_file(two / "checkpoints" / "step-000002" / "optimizer.safetensors")
-    whole = load_file(one / "checkpoints" / "step-000002" / "optimizer.safetensors")
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in whole.items()}
-    launch(arguments(two, data, 2, *extra, "--resume"), {})
+    with ForkedPair() as pair:
+        pair.run(arguments(two, data, 2, *extra, "--max-steps", "1"), SHARDS)
+        pair.run(arguments(two, data, 2, *extra, "--max-steps", "3", "--resume"), SHARDS)
+        assert max(figures(two)[3::4]) > 0.3  # clipped
+        tensors = load_file(two / "checkpoints" / "step-000002" / "optimizer.safetensors")
+        whole = load_file(one / "checkpoints" / "step-000002" / "optimizer.safetensors")
+        assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in whole.items()}
+        pair.run(arguments(two, data, 2, *extra, "--resume"))
     # bfloat16 gradients are added up in another order: their last bit is 2^-8 of each.
     assert figures(two) == pytest.approx(figures(one), rel=2e-3)
     for a, b in zip(events(two, "eval")[-1:], events(one, "eval")[-1:], strict=True):

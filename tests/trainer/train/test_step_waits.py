@@ -38,7 +38,7 @@ VOCAB, LENGTH = 2048, 6
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
-    return host_launcher(tmp_path_factory.mktemp("kernels"))
+    return host_launcher(tmp_path_factory)
 
 
 @pytest.fixture

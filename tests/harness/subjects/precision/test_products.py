@@ -20,7 +20,7 @@ from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
-    return host_launcher(tmp_path_factory.mktemp("kernels"))
+    return host_launcher(tmp_path_factory)
 
 
 @pytest.fixture

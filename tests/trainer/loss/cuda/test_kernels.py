@@ -13,7 +13,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> LossKernels:
-    return LossKernels("cpu", host_launcher(tmp_path_factory.mktemp("kernels")))
+    return LossKernels("cpu", host_launcher(tmp_path_factory))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked_pair import ForkedPair
 from safetensors.torch import load_file, save_file
 
 from q4kd.harness.__main__ import main
@@ -137,10 +138,8 @@ def test_resume_is_exact_and_of_the_same_teacher(
 def test_two_processes_read_their_windows_and_take_the_steps_of_one(corpus: Path, cache: Path, tmp_path: Path) -> None:
     given = ("--teacher-cache", str(cache))
     assert main(distill(corpus, tmp_path / "one", *given)) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = distill(corpus, tmp_path / "two", *given, "--set", "batch_size=2")
-    done = subprocess.run([*launcher, "-m", "q4kd.harness", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with ForkedPair() as pair:
+        pair.run(distill(corpus, tmp_path / "two", *given, "--set", "batch_size=2"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
 
 

@@ -1,11 +1,9 @@
 """The CUDA forward over the kernels' own source, built by the host compiler: the golden file, whole."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from host_kernels import HostLauncher, build, host_compiler
+from host_kernels import host_launcher
 from reference_kernels import device_tensors, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
@@ -16,13 +14,14 @@ from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 
 
-@pytest.mark.skipif(host_compiler() is None, reason="no C++ compiler")
-def test_the_golden_logits_come_from_the_kernels_own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_golden_logits_come_from_the_kernels_own_source(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forward_module, "multiply", widening_multiply)
     with np.load(GOLDEN_LOGITS, allow_pickle=False) as arrays:
         ids = arrays["ids"].astype(np.int64)[:20]
     exact = reference_logits(read_gguf(GOLDEN_TEACHER), ids)
-    kernels, model = Kernels("cpu", HostLauncher(build(tmp_path))), open_model(GOLDEN_TEACHER)
+    kernels, model = Kernels("cpu", host_launcher(tmp_path_factory)), open_model(GOLDEN_TEACHER)
     for dtype, tokens, bound in ((torch.float32, 20, 1e-5), (torch.bfloat16, 20, 2e-2), (torch.bfloat16, 3, 2e-2)):
         forward = CudaForward(
             model.config, device_tensors(model), "q4k", kernels, dtype=dtype, overlap=False, graphs=False
