@@ -262,7 +262,7 @@ FAULTS = [
     ("decode.cu", "16 * odd), join", "0), join", "Q8_0"),
     ("decode.cu", "word < blocks * Q8_0::bytes / 16", "word < words", "Q8_0"),
     ("decode.cu", "__syncwarp();", "", "Q8_0"),
-    ("decode_iq.cu", "__syncthreads();", "", "IQ3_S"),
+    ("decode.cuh", "__syncthreads();", "", "IQ3_S"),
     ("blocks_small.cuh", "if (byte == 0x7Fu) return 0.0f;", "", "NVFP4"),
 ]
 

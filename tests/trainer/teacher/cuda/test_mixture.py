@@ -199,9 +199,11 @@ def test_the_router_is_not_rounded_to_bfloat16(monkeypatch: pytest.MonkeyPatch) 
     assert float((held.float().sum(0) - exact).abs().max() / exact.abs().max()) <= 2.0**-16
 
 
-def test_the_kernels_own_source_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_kernels_own_source_gives_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     pytest.importorskip("transformers")
-    kernels = Kernels("cpu", host_launcher(tmp_path))
+    kernels = Kernels("cpu", host_launcher(tmp_path_factory))
     forward, _ = build(monkeypatch, kernels=kernels, slab_bytes=4 * EXPERT_BYTES, expert_rows=20)
     ids = IDS[:1, :7]
     assert worst_error(logits_of(forward, ids), twin_logits(TINY, ids)) <= 1e-5
