@@ -176,7 +176,7 @@ def test_torch_and_onednn_obey(tmp_path: Path) -> None:
 import torch
 from q4kd.trainer.bench.teacher.dtypes import implementation
 from q4kd.trainer.kernels.gemm import multiply
-x = torch.ones(8, 64)
+x = torch.ones(128, 64)
 print(torch.backends.cpu.get_cpu_capability(), implementation(lambda: multiply(x, torch.ones(32, 64))))
 """
     env = {**os.environ, **portability.limits("AVX2")}

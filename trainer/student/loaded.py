@@ -52,6 +52,16 @@ def check_head(folder: Path, model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def cap_attention(model: Any) -> None:
+    """Have attention whose logits are capped computed by code that caps them.
+
+    torch's fused attention cannot. Some releases of transformers refuse it for such a model, others leave the cap out.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
     """Refuse a student that did not get all of its weights, or not all weights of which it got.
 

@@ -23,7 +23,7 @@ from q4kd.trainer.loss.signal import LossOptions, TeacherSignal, cross_entropy
 from q4kd.trainer.loss.sums import LossTerms
 from q4kd.trainer.student.architecture import check_head_kind
 from q4kd.trainer.student.folder import check_folder, reading_student, refuse_student
-from q4kd.trainer.student.loaded import check_finite, check_head, check_loaded, without_report
+from q4kd.trainer.student.loaded import cap_attention, check_finite, check_head, check_loaded, without_report
 from q4kd.trainer.student.logits import find_last_step
 from q4kd.trainer.student.lora import effective_weight
 from q4kd.trainer.student.packing import has_layer_types, packed_inputs, sliding_window, without_packing_search
@@ -86,6 +86,7 @@ def load_student(folder: Path, seed: int, dtype: torch.dtype = torch.float32) ->
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         check_head(folder, model)
+        cap_attention(model)
     module: nn.Module = model
     return module
 

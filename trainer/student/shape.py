@@ -16,7 +16,7 @@ from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.student.architecture import check_head_kind, check_layers
 from q4kd.trainer.student.folder import check_folder, reading_student
-from q4kd.trainer.student.loaded import without_report
+from q4kd.trainer.student.loaded import cap_attention, without_report
 from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.packing import has_layer_types, packed_inputs, sliding_window
 from q4kd.trainer.student.stored_head import unties_head
@@ -126,6 +126,7 @@ def shape_student(
             if _is_tied(model) and unties_head(folder, model, dtype):
                 config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
                 model = make(config, dtype=dtype, trust_remote_code=False)
+            cap_attention(model)
             counts = _count_weights(model)
             if adapted is not None:
                 add_adapters(model, adapted)

@@ -32,6 +32,8 @@ _SIZES: Mapping[tuple[str, bool], Mapping[str, int]] = {
     ("cpu", False): {"steps": 12, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
 }
 AFTER_STOP = 4
+# Nats between the first and the second token of a model that prefers neither; 8 bits a weight move logits by less.
+_TIE = 0.02
 # What stands for the given student on the CPU: of a smaller one, what a run takes is mostly what libraries take.
 _LARGER = {**SIZES, **student_shape(hidden=512, ffn=1536, layers=6, heads=8, kv_heads=4)}
 # As in planned.py: glibc gives freed blocks back at once, so that resident memory is what the program holds.
@@ -222,7 +224,8 @@ def _taken_anew(run_dir: Path, stop: int) -> dict[str, int | bool]:
 def _distance(run_dir: Path, inputs: Inputs) -> tuple[float, float]:
     """Return the mean KL(model || export) over the ids, and the share of equal first tokens; transformers is the model.
 
-    q4kd's own fidelity reads both by the same code, so that an error of the export may be in both.
+    q4kd's own fidelity reads both by the same code, so that an error of the export may be in both. Positions at which
+    the model itself has two first tokens, less than ``_TIE`` nats apart, have no first token to keep.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -234,7 +237,10 @@ def _distance(run_dir: Path, inputs: Inputs) -> tuple[float, float]:
     ours = read_array(run_dir / "back.npy").astype(np.float64)[:, : theirs.shape[1]]
     log_p, log_q = log_softmax(theirs), log_softmax(ours)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
-    return float(kl.mean()), float((theirs.argmax(1) == ours.argmax(1)).mean())
+    first_two = np.partition(log_p, -2, axis=1)[:, -2:]
+    decided = first_two.max(1) - first_two.min(1) >= _TIE
+    same = theirs.argmax(1) == ours.argmax(1)
+    return float(kl.mean()), float(same[decided].mean()) if decided.any() else 1.0
 
 
 def _collect_pair(device: str, run_dir: Path, inputs: Inputs) -> Facts:

@@ -13,16 +13,17 @@ from q4kd.harness.runs.probes import probe
 def transformers_logits(model: Path, ids: Path, out: Path) -> None:
     """Write transformers' logits over ``model``, float32 ``[T, V]``, for int ids ``[T]``.
 
-    transformers reads names, shapes and hyperparameters of the file by its own tables, and the gguf package decodes.
+    transformers reads names, shapes and hyperparameters of the file by its own tables, and the gguf package decodes. It
+    multiplies in float64: in float32 its own error, by the processor, is up to 1e-5 of a position's logits.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    loaded = load(model.parent, gguf_file=model.name, dtype=torch.float32, local_files_only=True).eval()
+    loaded = load(model.parent, gguf_file=model.name, dtype=torch.float32, local_files_only=True).eval().double()
     with torch.inference_mode():
         logits_TV = loaded(torch.from_numpy(read_array(ids)).long().unsqueeze(0)).logits[0]
-    np.save(out, logits_TV.numpy())
+    np.save(out, logits_TV.float().numpy())
 
 
 @probe("llamacpp-logits")

@@ -156,7 +156,8 @@ def test_loosened_bounds_sealed_again_fail_against_contracts_or_a_signature(
             changed["statement.dsse.json"] = signed["statement.dsse.json"]
         by_key = verdict(changed, public_keys=[world / "key.pub"])
         assert alone is not None and by_contracts is not None and by_key is not None
-        said = alone.status == "consistent" and "authenticity not established" in alone.caveats[0]
+        # What the machine has, llama.cpp say, may be a caveat too.
+        said = alone.status == "consistent" and any("authenticity not established" in one for one in alone.caveats)
         if not (said and by_contracts.status == by_key.status == "mismatch"):
             missed.append(f"case {number}: {kind}: {alone}, {by_contracts.status}, {by_key.status}")
     report("loosened", kinds, missed, CASES // 2)

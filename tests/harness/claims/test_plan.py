@@ -59,7 +59,7 @@ def test_real_files_are_there_when_all_three_were_given(contract: Contract) -> N
 
 
 def packages() -> set[str]:
-    return {"bitsandbytes"} if importlib.util.find_spec("bitsandbytes") else set()
+    return {name for name in ("bitsandbytes", "llama_cpp") if importlib.util.find_spec(name)}
 
 
 def test_what_the_machine_had_is_kept_in_the_plan(contract: Contract) -> None:

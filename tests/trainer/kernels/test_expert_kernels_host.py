@@ -13,7 +13,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
-    return host_launcher(tmp_path_factory.mktemp("kernels"))
+    return host_launcher(tmp_path_factory)
 
 
 @pytest.fixture

@@ -129,3 +129,23 @@ def test_compiling_is_a_phase_of_its_own_and_its_code_is_kept_in_the_users_folde
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     set_up_student(load_student(student_path(), seed=0), settings(compile=True))
     assert Path(cache_dir()) == tmp_path / "mine"
+
+
+def test_capped_attention_is_computed_by_code_that_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of transformers differ in whether they take torch's fused attention for Gemma 2, which has no cap."""
+    import transformers
+    from transformers.models.gemma2 import modeling_gemma2
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    monkeypatch.setattr(modeling_gemma2.Gemma2PreTrainedModel, "_supports_sdpa", True)
+    capped = transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.1)
+    capped.save_pretrained(tmp_path)
+    assert make(capped).config._attn_implementation == "sdpa"
+    student: Any = load_student(tmp_path, seed=1)
+    plain = make(transformers.Gemma2Config(**sizes, attn_logit_softcapping=None)).eval()
+    plain.load_state_dict(student.state_dict())
+    ids = torch.arange(1, 20)[None]
+    assert student.config._attn_implementation == "eager"
+    assert not torch.allclose(student.eval()(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)

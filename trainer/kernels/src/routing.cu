@@ -19,7 +19,7 @@ Q4KD_DEVICE void choose_experts(const float* logits, i64 parts, i64 experts, i64
     int lane = threadIdx.x % 32;
     if (token >= tokens) return;  // a whole warp at a time
     const float* row = logits + token * parts * experts;
-    constexpr float least = -3.402823466e38f, nothing = -__builtin_huge_valf();
+    const float least = -3.402823466e38f, nothing = as_float(0xFF800000u);  // minus infinity
     float shares[width], keys[width], peak = nothing;
 #pragma unroll
     for (int i = 0; i < width; i++) {

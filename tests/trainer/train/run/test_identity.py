@@ -66,6 +66,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pyt
     def failing(*_arguments: object) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("hashlib.file_digest", failing)
+    monkeypatch.setattr("q4kd.trainer.mapped.file_digest", failing)
     with pytest.raises(InputError, match=r"t.gguf: expected a readable file, got Input/output error"):
         InputDigests(model, student_path()).as_settings()
