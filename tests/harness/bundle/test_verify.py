@@ -289,7 +289,9 @@ class Refuse:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 def no_network(*_, **__): raise OSError("no network")
-socket.socket = socket.create_connection = no_network
+class NoSocket(socket.socket):  # a class still, from which modules derive theirs
+    __init__ = no_network
+socket.socket, socket.create_connection = NoSocket, no_network
 from q4kd.harness.__main__ import main
 sys.exit(main(["evidence", "verify", sys.argv[1]]))
 """
