@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from q4kd.harness.runs.start.forked import ONE_THREADED
+
 IMPORTS = ("torch", "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2", "accelerate", "peft")
 RANKS = 2
 
@@ -24,7 +26,7 @@ class ForkedPair:
     """A process to fork pairs from; a context manager."""
 
     def __enter__(self) -> "ForkedPair":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **ONE_THREADED, "OMP_NUM_THREADS": "1"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
         return self

@@ -19,6 +19,8 @@ from q4kd.harness.runs.start import fork_server
 
 # The server's imports take 3 s, and a machine may be very busy.
 _READY_S = 180.0
+# pyarrow's allocator starts a thread where it is imported, and what has two threads cannot be forked honestly.
+ONE_THREADED = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 # Only q4kd, which is imported after the fork, reads these; and the CUDA driver, which is not loaded before it.
 _AFTER_THE_FORK = ("HOME", "Q4KD_TEACHER_BACKEND", "Q4KD_UNIFIED_MEMORY", "CUDA_VISIBLE_DEVICES")
 
@@ -89,7 +91,7 @@ class ForkServer:
         try:
             self._server = subprocess.Popen(
                 command,
-                env=self._env,
+                env={**self._env, **ONE_THREADED},
                 cwd=self._folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

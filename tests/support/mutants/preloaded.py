@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from q4kd.harness.runs.experiment import ONE_THREAD
 from q4kd.harness.runs.start import fork_server
-from q4kd.harness.runs.start.forked import ForkedProcess, ForkServer
+from q4kd.harness.runs.start.forked import ONE_THREADED, ForkedProcess, ForkServer
 from q4kd.harness.runs.supervise import child_environment
 
 _TIED = "mutants.tied"
@@ -42,7 +42,7 @@ class Preloaded:
         self.path = Path(tempfile.mkdtemp(prefix="mutants-")) / "socket"  # the path of a socket must be short
         self._server: subprocess.Popen[bytes] = subprocess.Popen(
             [sys.executable, "-P", "-m", "mutants.preloaded", str(self.path)],
-            env=dict(env), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env={**env, **ONE_THREADED}, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert self._server.stdout is not None
         said = b""
