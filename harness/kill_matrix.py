@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from q4kd.harness.bundle.environment import package_versions
-from q4kd.harness.bundle.writer import pack_bytes
 from q4kd.harness.claims.contract import load_contracts
 from q4kd.harness.claims.folder import default_contracts_folder, skipped_lines
 from q4kd.harness.claims.model import Claim
@@ -22,10 +21,12 @@ from q4kd.harness.falsify import refuse_used, require_packages
 from q4kd.harness.judging.digests import parts_digest, record_parts
 from q4kd.harness.judging.judge import JUDGE_VERSION
 from q4kd.harness.judging.kill_records import KillRecord
-from q4kd.harness.judging.kills import Kills, judge_faulted, recorded_seconds, rejudge
+from q4kd.harness.judging.kills import Kills, archive_name, judge_faulted, recorded_seconds, rejudge
 from q4kd.harness.judging.mutations import WatchedRun
 from q4kd.harness.judging.results import KillOutcome, KillStatus
+from q4kd.harness.records.packing import tar_bytes, xz_bytes
 from q4kd.harness.records.raw_run import RawRun
+from q4kd.harness.records.store import DirectoryStore
 from q4kd.harness.runs.ahead import settle_imports, stop
 from q4kd.harness.runs.experiment import Inputs, get_experiment
 from q4kd.harness.runs.faults import Fault, MissingTarget, get_fault
@@ -206,7 +207,7 @@ def _judge_group(
     watched = {run: WatchedRun(base) for run, base in runs.items()}
     outcomes = [_judge_or_misfire(claim, fault, profile, watched) for claim in claims]
     needed = {f"runs/{run}/{file}" for run, base in watched.items() for file in base.files}
-    name = f"{fault.name}--{experiment}.tar.gz"
+    name = archive_name(fault.name, experiment)
     for store in {id(store): store for store in map(kills.of, claims)}.values():
         needed |= store.arrays_of_others(name, {claim.key for claim in claims})
     raw = _archive(runner.faulted_root(experiment, fault.name), needed)
@@ -242,7 +243,7 @@ def _archive(root: Path, needed: Set[str]) -> bytes:
         for path in (folder / "arrays").glob("*.npz"):
             if path.relative_to(root).as_posix() not in needed:
                 path.unlink()
-    return pack_bytes(root)
+    return xz_bytes(tar_bytes(DirectoryStore(root)))
 
 
 def _record(
@@ -265,7 +266,7 @@ def _record(
         caught=outcome.caught,
         detail=outcome.detail,
         runs=sorted(runs),
-        raw=f"{fault.name}--{experiment}.tar.gz",
+        raw=archive_name(fault.name, experiment),
         judge_version=JUDGE_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),

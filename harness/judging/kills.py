@@ -152,15 +152,20 @@ class Kills:
         write_json(folder / "kills.json", kill_records(dict(sorted(copies.items()))))
 
 
+def archive_name(fault: str, experiment: str) -> str:
+    """Return the name of the archive of an experiment's raw runs under a fault."""
+    return f"{fault}--{experiment}.tar.xz"
+
+
 def _plain(name: str) -> str:
-    if Path(name).name != name or name.startswith(".") or not name.endswith(".tar.gz"):
+    if Path(name).name != name or name.startswith(".") or not name.endswith((".tar.xz", ".tar.gz")):
         remedy = "run `q4kd sabotage`"
-        raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.gz name", got="a path", remedy=remedy)
+        raise InputError(f"kill record archive {name!r}", expected="a plain *.tar.xz name", got="a path", remedy=remedy)
     return name
 
 
 def _unpacked(name: str) -> str:
-    return _plain(name).removesuffix(".gz")
+    return str(Path(_plain(name)).with_suffix(""))
 
 
 def recorded_seconds(kills: Kills, experiments: Iterable[str]) -> dict[str, float]:

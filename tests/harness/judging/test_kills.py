@@ -1,7 +1,7 @@
 import dataclasses
-import gzip
 import hashlib
 import json
+import lzma
 import signal
 import threading
 import time
@@ -112,7 +112,7 @@ def test_claims_share_a_faulted_experiment_and_its_clean_arm(runner, store):
     assert set(marks(cells).values()) == {"caught"}
     ran = {path.name: len(path.read_text()) for path in runner.inputs.folder.glob(".ran-*")}
     assert ran == {".ran-compare.a": 1, ".ran-compare.b": 1}
-    assert [path.name for path in store.folder.rglob("*.gz")] == ["inflate-b--compare.tar.gz"]
+    assert [path.name for path in store.folder.rglob("*.xz")] == ["inflate-b--compare.tar.xz"]
 
 
 def test_changed_runs_only_what_has_no_valid_record(runner, store):
@@ -133,11 +133,11 @@ def test_an_unknown_fault_stops_the_matrix_before_anything_runs(runner, store):
 def test_the_archive_is_deterministic_and_holds_only_raw_files(runner, store, tmp_path):
     one = claim("inflate")
     kill_matrix([one], "cpu", store, runner, changed=False)
-    data = (store.folder / "cpu" / "inflate--measure.tar.gz").read_bytes()
+    data = (store.folder / "cpu" / "inflate--measure.tar.xz").read_bytes()
     root = runner.faulted_root("measure", "inflate")
     assert matrix._archive(root, set()) == data
-    assert b"checkpoint.bin" not in gzip.decompress(data)
-    archive, _ = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")
+    assert b"checkpoint.bin" not in lzma.decompress(data)
+    archive, _ = KillStore(store.folder / "cpu").archive("inflate--measure.tar.xz")
     assert "runs/measure/exit.json" in archive.names()
 
 
@@ -161,7 +161,7 @@ def test_an_archive_keeps_the_arrays_that_its_verdicts_rest_on(runner, store, mo
 
     def kept_after(*claims):
         assert {cell.mark for cell in kill_matrix(claims, "cpu", store, runner, changed=False)} == {"caught"}
-        names = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")[0].names()
+        names = KillStore(store.folder / "cpu").archive("inflate--measure.tar.xz")[0].names()
         return {Path(name).stem for name in names if name.endswith(".npz")}
 
     one, other = claim("inflate"), claim("inflate", claim_id="FT-2")
@@ -226,12 +226,12 @@ def test_records_are_not_believed(runner, store):
     path.write_text(json.dumps(value))
     assert [entry.caught for entry in rejudge(one, "cpu", Kills(store.folder))] == [True, False]
     # The archive of another fault in its place: the digest, and failing that argv.json, give it away.
-    (store.folder / "cpu" / "harmless--measure.tar.gz").write_bytes(
-        (store.folder / "cpu" / "inflate--measure.tar.gz").read_bytes()
+    (store.folder / "cpu" / "harmless--measure.tar.xz").write_bytes(
+        (store.folder / "cpu" / "inflate--measure.tar.xz").read_bytes()
     )
     assert "not the one recorded" in rejudge(one, "cpu", Kills(store.folder))[1].detail
     for record in value["records"].values():
-        record["raw_sha256"] = KillStore(store.folder / "cpu").archive("inflate--measure.tar.gz")[1]
+        record["raw_sha256"] = KillStore(store.folder / "cpu").archive("inflate--measure.tar.xz")[1]
     path.write_text(json.dumps(value))
     entry = rejudge(one, "cpu", Kills(store.folder))[1]
     assert (entry.caught, entry.detail) == (False, "misfire: run measure names another fault")
@@ -248,16 +248,16 @@ def test_a_missing_or_unsafe_archive_is_stale_not_an_error(runner, store):
     one = claim("inflate")
     kill_matrix([one], "cpu", store, runner, changed=False)
     (key,) = KillStore(store.folder / "cpu").records
-    (store.folder / "cpu" / "inflate--measure.tar.gz").unlink()
-    assert "inflate--measure.tar.gz" in stale(one, Kills(store.folder))
+    (store.folder / "cpu" / "inflate--measure.tar.xz").unlink()
+    assert "inflate--measure.tar.xz" in stale(one, Kills(store.folder))
     again = Kills(store.folder)
     mine = again.of(one).records
-    mine[key] = dataclasses.replace(mine[key], raw="../../etc/x.tar.gz")
-    assert "a plain *.tar.gz name" in stale(one, again)
+    mine[key] = dataclasses.replace(mine[key], raw="../../etc/x.tar.xz")
+    assert "a plain *.tar.xz name" in stale(one, again)
 
 
 def test_an_archive_over_two_megabytes_is_refused(store):
-    record = KillRecord(contract="c", id="i", fault="f", experiment="e", raw="f--e.tar.gz")
+    record = KillRecord(contract="c", id="i", fault="f", experiment="e", raw="f--e.tar.xz")
     with pytest.raises(InputError, match="at most"):
         KillStore(store.folder / "cpu").add("k", record, b"x" * ((2 << 20) + 1))
     assert KillStore(store.folder / "cpu").records == {}
@@ -306,7 +306,7 @@ def test_a_bundle_gets_the_records_it_used(runner, store, tmp_path):
     record = json.loads((tmp_path / "sabotage" / "kills.json").read_text())["records"][key]
     copied = (tmp_path / "sabotage" / record["raw"]).read_bytes()
     assert hashlib.sha256(copied).hexdigest() == record["raw_sha256"]
-    assert TarStore(copied).files == store.at("cpu").archive("inflate--measure.tar.gz")[0].files
+    assert TarStore(copied).files == store.at("cpu").archive("inflate--measure.tar.xz")[0].files
 
 
 def test_the_matrix_is_printed(capsys):
@@ -358,9 +358,9 @@ def test_records_of_an_earlier_layout_are_refused_with_the_way_out(tmp_path):
 
 def test_recorded_seconds_are_the_shortest_of_the_archives_and_skip_what_cannot_be_read(runner, store):
     kill_matrix([claim("inflate", "harmless")], "cpu", store, runner, changed=False)
-    stores = [store.at("cpu").archive(f"{name}--measure.tar.gz")[0] for name in ("inflate", "harmless")]
+    stores = [store.at("cpu").archive(f"{name}--measure.tar.xz")[0] for name in ("inflate", "harmless")]
     walls = [RawRun(kept, "measure").exit["wall_s"] for kept in stores]
     assert recorded_seconds(store, ["measure", "compare"]) == {"measure": min(walls)}
-    (store.folder / "cpu" / "inflate--measure.tar.gz").write_bytes(b"not an archive")
+    (store.folder / "cpu" / "inflate--measure.tar.xz").write_bytes(b"not an archive")
     assert recorded_seconds(Kills(store.folder), ["measure"]) == {"measure": walls[1]}
     assert recorded_seconds(Kills(store.folder / "nothing"), ["measure"]) == {}

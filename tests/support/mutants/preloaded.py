@@ -42,8 +42,12 @@ class Preloaded:
         self.path = Path(tempfile.mkdtemp(prefix="mutants-")) / "socket"  # the path of a socket must be short
         self._server: subprocess.Popen[bytes] = subprocess.Popen(
             [sys.executable, "-P", "-m", "mutants.preloaded", str(self.path)],
-            env={**env, **ONE_THREADED}, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            env={**env, **ONE_THREADED},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert self._server.stdout is not None
         said = b""
         try:
