@@ -22,6 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(argv: list[str] | None = None) -> int:
     """Plant the named fault, if any, then run the command. Returns its exit code, or ``registry.VOID_EXIT``."""
+    hear_signals()
     words = sys.argv[1:] if argv is None else argv
     cut = words.index("--") if "--" in words else len(words)
     options, command = words[:cut], words[cut + 1 :]
@@ -40,6 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     from q4kd.harness.__main__ import main as q4kd
 
     return q4kd(command)
+
+
+def hear_signals() -> None:
+    """Let a run hear the signals that whoever started the harness ignores, as ``nohup`` and a shell's ``&`` make it.
+
+    Claims are about what these signals do.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _plant(name: str) -> int:

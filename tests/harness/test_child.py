@@ -93,6 +93,23 @@ def test_an_unknown_probe_is_refused(tmp_path):
     assert "expected one of: fake" in done.stderr
 
 
+def test_a_run_hears_what_nohup_and_a_background_ignore(tmp_path):
+    (tmp_path / "told.py").write_text(
+        "import signal as s; print([s.getsignal(n) is s.SIG_IGN for n in (s.SIGINT, s.SIGHUP)])"
+    )
+    command = [sys.executable, "-m", "q4kd.harness.child", "--", "module", "told"]
+    code = (
+        "import signal, subprocess, sys\n"
+        "for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+        f"sys.exit(subprocess.run({command!r}).returncode)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[False, False]"
+
+
 def test_the_child_dies_with_its_supervisor(tmp_path):
     code = f"""
 import subprocess, sys
