@@ -5,6 +5,7 @@ The table of ``nox -s parity``: rows recorded by tests, shown at the end, saved 
 that flag.
 """
 
+import functools
 import json
 import os
 import platform
@@ -38,10 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the command line does: tests call what is below it
     config.stash[_ROWS] = []
-    # A shell without job control starts what runs in the background deaf to Ctrl-C, and that is inherited.
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        config.add_cleanup(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    # nohup, and a shell without job control in the background, start programs deaf to signals, and that is inherited.
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, handler)
+                config.add_cleanup(functools.partial(signal.signal, number, signal.SIG_IGN))
     if flag := config.getoption("--as-if"):
         folder = tempfile.TemporaryDirectory(prefix="q4kd-as-if-")
         config.add_cleanup(folder.cleanup)

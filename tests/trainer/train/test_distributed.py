@@ -71,8 +71,9 @@ def test_shards_take_the_steps_of_one_process_and_copies_continue_from_them(tmp_
         whole = load_file(one / "checkpoints" / "step-000002" / "optimizer.safetensors")
         assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in whole.items()}
         pair.run(arguments(two, data, 2, *extra, "--resume"))
-    # bfloat16 gradients are added up in another order: their last bit is 2^-8 of each.
-    assert figures(two) == pytest.approx(figures(one), rel=2e-3)
+    # bfloat16 gradients are added up in another order. The last bit of each is 2^-8 of it, and so at most is what
+    # differs in their norm; which bits differ depends on the last of the teacher's float32, which releases change.
+    assert figures(two) == pytest.approx(figures(one), rel=2**-8)
     for a, b in zip(events(two, "eval")[-1:], events(one, "eval")[-1:], strict=True):
         assert (a["tokens"], a["loss"]) == (b["tokens"], pytest.approx(b["loss"], rel=1e-3))
     models = [load_file(out / "model" / "model.safetensors") for out in (one, two)]
