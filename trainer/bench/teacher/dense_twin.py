@@ -37,17 +37,23 @@ def build_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         tie_word_embeddings=config.tied_head,
     )
+    model = make_model(Qwen2ForCausalLM, settings, dtype, next(iter(tensors.values())).packed.device)
+    for name, weight in model.state_dict().items():
+        decode_tensor(tensors[gguf_name(name)], weight)
+    return model
+
+
+def make_model(kind: Any, settings: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a model of transformers with weights of no meaning, in ``dtype`` on ``device``, attention by SDPA."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with next(iter(tensors.values())).packed.device:
-            model: Any = Qwen2ForCausalLM(settings)
+        with device:
+            model = kind(settings)
             model.set_attn_implementation("sdpa")
     finally:
         torch.set_default_dtype(before)
     model.requires_grad_(False).eval()
-    for name, weight in model.state_dict().items():
-        decode_tensor(tensors[gguf_name(name)], weight)
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q4kd.trainer.bench.teacher.dense_twin import decode_tensor
+from q4kd.trainer.bench.teacher.dense_twin import decode_tensor, make_model
 from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.tensor_names import gguf_name
@@ -42,15 +42,7 @@ def build_mixture_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor
         tie_word_embeddings=config.tied_head,
         router_aux_loss_coef=0.0,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with next(iter(tensors.values())).packed.device:
-            model: Any = Qwen3MoeForCausalLM(settings)
-            model.set_attn_implementation("sdpa")
-    finally:
-        torch.set_default_dtype(before)
-    model.requires_grad_(False).eval()
+    model = make_model(Qwen3MoeForCausalLM, settings, dtype, next(iter(tensors.values())).packed.device)
     size = config.expert_ffn_size
     for name, weight in model.state_dict().items():
         prefix, _, part = name.partition(".mlp.")
