@@ -5,8 +5,8 @@ import itertools
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -161,7 +161,7 @@ def kill_matrix(
     with ThreadPoolExecutor(runner.cores.total + waiting) as pool:
         futures = {pool.submit(run, group): group for group in sorted(groups, key=lambda group: runner.rank(group[0]))}
         try:
-            for future in as_completed(futures):
+            for future in _as_they_end(futures):
                 experiment, name = futures[future]
                 asking, runs = groups[experiment, name], future.result()
                 with runner.cores.taken(0):
@@ -174,6 +174,15 @@ def kill_matrix(
             stop(pool, futures)
             raise
     return cells
+
+
+def _as_they_end(futures: Collection[Future[_Runs]]) -> Iterator[Future[_Runs]]:
+    """Yield each future when it has ended. Whoever waits wakes twice a second, so that a signal is heard at once: on
+    one machine a lock without a limit slept through SIGINT until a run ended."""
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+        yield from ended
 
 
 def _run_group(

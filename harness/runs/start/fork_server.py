@@ -8,6 +8,7 @@ ends when its standard input does, and whatever it has forked ends with it.
 """
 
 import array
+import contextlib
 import gc
 import importlib
 import json
@@ -36,6 +37,7 @@ IMPORTS = (
 PROGRAM = "q4kd.harness.child"
 READY = b"ready"
 _MAX_REQUEST = 1 << 20
+_THREADS = Path("/proc/self/task")
 _LENGTH = struct.Struct("!I")
 
 
@@ -57,17 +59,30 @@ def encode(argv: list[str], env: dict[str, str], cwd: str) -> bytes:
 
 
 def unfit() -> str | None:
-    """Return why this process must not be forked, or None: a fork has no other thread, and CUDA does not survive."""
-    threads = len(list(Path("/proc/self/task").iterdir()))
+    """Return why this process must not be forked, or None: a fork has no other thread, and CUDA does not survive.
+
+    CUDA is in use where a device of the driver is open. That its library is mapped says nothing: torch's builds for
+    CUDA 13 link it, and importing them opens nothing.
+    """
+    threads = len(list(_THREADS.iterdir()))
     if threads != 1:
         return f"{threads} threads"
-    if "libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"):
-        return "the CUDA driver is loaded"
+    if opened := _driver_devices():
+        return f"CUDA is in use ({', '.join(opened)})"
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError):
         return "this kernel has no pidfd"
     return None
+
+
+def _driver_devices() -> list[str]:
+    """Return the devices of NVIDIA's drivers that this process has open, such as ``/dev/nvidiactl``."""
+    opened = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+            opened.add(os.readlink(link))
+    return sorted(path for path in opened if path.startswith("/dev/nv"))
 
 
 def serve(path: str) -> Request | None:

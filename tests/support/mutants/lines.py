@@ -28,7 +28,9 @@ def _note(code, line):
 if sys.version_info >= (3, 12):
     _monitoring = sys.monitoring
     _events = _monitoring.events
-    _monitoring.use_tool_id(4, "q4kd-mutants")
+    # A forked process inherits the number, and this file is imported once more in it.
+    if _monitoring.get_tool(4) is None:
+        _monitoring.use_tool_id(4, "q4kd-mutants")
 
     def _line(code, line):
         _note(code, line)

@@ -1,4 +1,5 @@
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -192,7 +193,7 @@ def test_another_program_is_never_forked(server, tmp_path):
 
 def test_a_process_with_threads_or_with_cuda_is_unfit():
     code = """
-        import ctypes, mmap, sys, threading, time
+        import threading, time
         from q4kd.harness.runs.start.fork_server import unfit
         print(unfit())
         threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
@@ -200,6 +201,16 @@ def test_a_process_with_threads_or_with_cuda_is_unfit():
     """
     out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines() == ["None", "2 threads"]
+
+
+def test_an_open_device_of_the_driver_makes_a_process_unfit_and_its_mapped_library_does_not(tmp_path, monkeypatch):
+    (library := tmp_path / "libcuda.so.580").write_bytes(b"x" * 4096)
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert fork_server._driver_devices() == []
+    monkeypatch.setattr(fork_server.os, "readlink", lambda link: "/dev/nvidiactl")
+    assert fork_server._driver_devices() == ["/dev/nvidiactl"]
+    monkeypatch.setattr(fork_server, "_THREADS", tmp_path)
+    assert fork_server.unfit() == "CUDA is in use (/dev/nvidiactl)"
 
 
 def test_the_imports_leave_one_thread_and_no_cuda(server):
