@@ -81,7 +81,7 @@ def _driver_devices() -> list[str]:
     opened = set()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
-            opened.add(os.readlink(link))
+            opened.add(str(link.readlink()))
     return sorted(path for path in opened if path.startswith("/dev/nv"))
 
 

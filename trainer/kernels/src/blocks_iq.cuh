@@ -3,8 +3,8 @@
 // A task decodes octets `task` and 16 + `task` of a block of 256 weights, eight each, so that the sixteen tasks of a
 // block write 256 bytes side by side. Octet o is in sub-block o / 4 of 32 weights and in group o / 2 of 16.
 //
-// A grid lies in shared memory as in grids.cuh, 16 bits a point, which arithmetic spreads: a look-up reads two bytes
-// for eight weights (four in IQ3), and the largest grid takes 4 KiB. The bit layouts, all fields aligned to 2:
+// A grid lies in shared memory as in grids.cuh: 16 bits a point of eight levels, which arithmetic spreads, or, in IQ3,
+// the four values of a point as bf16, 64 bits. The largest grid takes 4 KiB. The bit layouts, all fields aligned to 2:
 //
 //          0    2                  34               66          74                106         110
 // IQ3_S    | d  | qs: 64 bytes                      | qh: 8     | signs: 32 bytes | scales: 4 |
@@ -14,29 +14,20 @@
 // IQ2_XXS  | d  | 8 x (4 points of 8, then u32: signs 4 x 7, scale 4) |                         (66)
 // IQ1_S    | d  | qs: 32 bytes     | 8 x u16: 4 high parts of 3, scale 3, shift 1 |             (50)
 //
-//          0                32             48                  56
+//          0                32             48                  56     begins at a multiple of 8
 // IQ1_M    | qs: 32 bytes   | qh: 16 bytes | scales: 4 x u16   |   four scales of 3, then four bits of d each
 #pragma once
 #include "blocks.cuh"
 #include "grids.cuh"
 
-// Four two-bit levels, the first lowest, to four bytes; and four nibbles.
+// Four two-bit levels, the first lowest, to four bytes.
 Q4KD_INLINE u32 spread_pairs(u32 levels) {
     levels = (levels | (levels << 12)) & 0x000F000Fu;
     return (levels | (levels << 6)) & 0x03030303u;
 }
-Q4KD_INLINE u32 spread_nibbles(u32 levels) {
-    levels = (levels | (levels << 8)) & 0x00FF00FFu;
-    return (levels | (levels << 4)) & 0x0F0F0F0Fu;
-}
 
-// Levels 0, 1, 2 of IQ2 are worth 8, 25 and 43; 0..7 of IQ3_XXS 4, 12, .. 52 and 62; those of IQ3_S 1, 3, .. 15.
+// Levels 0, 1, 2 of IQ2 are worth 8, 25 and 43.
 Q4KD_INLINE u32 iq2_values(u32 levels) { return 0x08080808u + 17u * levels + ((levels >> 1) & 0x01010101u); }
-Q4KD_INLINE u32 iq3_xxs_values(u32 levels) {
-    u32 sevens = levels & (levels >> 1) & (levels >> 2) & 0x01010101u;
-    return 0x04040404u + 8u * levels + 2u * sevens;
-}
-Q4KD_INLINE u32 iq3_s_values(u32 levels) { return 0x01010101u + 2u * levels; }
 
 Q4KD_INLINE uint2 iq2_point(u32 code) {
     return uint2{iq2_values(spread_pairs(code & 0xFFu)), iq2_values(spread_pairs(code >> 8))};
@@ -72,6 +63,25 @@ Q4KD_INLINE void scale_signed(float* values, uint2 magnitudes, float scale, u32 
     for (int i = 0; i < 8; i++) values[i] = multiply(scale, subtract(biased_byte(biased, i), 8388608.0f + 64.0f));
 }
 
+// Four words of two bf16, negative where bits 2 `pair` and 2 `pair` + 1 of eight signs are set. The product copies the
+// signs so that these two lie at bits 15 and 31; the copies do not overlap.
+template <int pair>
+Q4KD_INLINE u32 sign_pair(u32 word, u32 signs) {
+    constexpr u32 copies = (1u << (15 - 2 * pair)) + (1u << (30 - 2 * pair));
+    return word ^ ((signs * copies) & 0x80008000u);
+}
+
+// scale * magnitude for two points of four bf16, negative where a bit of `signs` is set.
+Q4KD_INLINE void scale_points(float* values, uint2 first, uint2 second, float scale, u32 signs) {
+    u32 words[4] = {sign_pair<0>(first.x, signs), sign_pair<1>(first.y, signs), sign_pair<2>(second.x, signs),
+                    sign_pair<3>(second.y, signs)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = multiply(scale, as_float(words[i] << 16));
+        values[2 * i + 1] = multiply(scale, as_float(words[i] & 0xFFFF0000u));
+    }
+}
+
 // scale / 8 * (8 point + shift): IQ1's points are -1, 0 or 1, shifted by an eighth, down where `down` is 1.
 Q4KD_INLINE void scale_shifted(float* values, u32 code, float scale, u32 down) {
     uint2 eighths = {8u * spread_pairs(code & 0xFFu), 8u * spread_pairs(code >> 8)};
@@ -92,10 +102,11 @@ Q4KD_INLINE u32 word_of(const u8* address) { return load<u16>(address) | ((u32)l
 Q4KD_INLINE float leading_half(const u8* block) { return f16_to_float(load<u16>(block)); }
 
 // A type with grid `table`: `octet` writes the eight weights of octet o.
-template <class Type, int block_bytes, int grid_points>
+template <class Type, int block_bytes, int points, class GridPoint = u16>
 struct GridBlocks {
-    static constexpr int weights = 256, bytes = block_bytes, tasks = 16, points = grid_points;
-    const u16* grid;  // of `points`, in shared memory
+    using Point = GridPoint;
+    static constexpr int weights = 256, bytes = block_bytes, tasks = 16, grid_bytes = points * sizeof(Point);
+    const Point* grid;  // of `points`, in shared memory
 
     Q4KD_INLINE Octets decode(Blocks blocks, i64 block, int task) const {
         const u8* base = blocks.packed + block * bytes;
@@ -108,24 +119,22 @@ struct GridBlocks {
     }
 };
 
-struct IQ3_S : GridBlocks<IQ3_S, 110, 512> {
+struct IQ3_S : GridBlocks<IQ3_S, 110, 512, uint2> {
     static Q4KD_INLINE const u16* table() { return GRID_IQ3_S; }
-    static Q4KD_INLINE void octet(const u16* grid, const u8* base, int o, float* values) {
+    static Q4KD_INLINE void octet(const uint2* grid, const u8* base, int o, float* values) {
         u32 low = load<u16>(base + 2 + 2 * o), high = load<u8>(base + 66 + o / 4) >> (2 * (o & 3));
-        uint2 point = {iq3_s_values(spread_nibbles(grid[(low & 0xFFu) | ((high & 1u) << 8)])),
-                       iq3_s_values(spread_nibbles(grid[(low >> 8) | ((high & 2u) << 7)]))};
-        scale_signed(values, point, odd_scale(leading_half(base), nibble(base + 106, o / 4)), load<u8>(base + 74 + o));
+        float scale = odd_scale(leading_half(base), nibble(base + 106, o / 4));
+        scale_points(values, grid[(low & 0xFFu) | ((high & 1u) << 8)], grid[(low >> 8) | ((high & 2u) << 7)], scale,
+                     load<u8>(base + 74 + o));
     }
 };
 
-struct IQ3_XXS : GridBlocks<IQ3_XXS, 98, 256> {
+struct IQ3_XXS : GridBlocks<IQ3_XXS, 98, 256, uint2> {
     static Q4KD_INLINE const u16* table() { return GRID_IQ3_XXS; }
-    static Q4KD_INLINE void octet(const u16* grid, const u8* base, int o, float* values) {
+    static Q4KD_INLINE void octet(const uint2* grid, const u8* base, int o, float* values) {
         u32 pair = load<u16>(base + 2 + 2 * o), word = word_of(base + 66 + 4 * (o / 4));
-        uint2 point = {iq3_xxs_values(spread_nibbles(grid[pair & 0xFFu])),
-                       iq3_xxs_values(spread_nibbles(grid[pair >> 8]))};
         float scale = half_scale(leading_half(base), word >> 28, 0.5f);
-        scale_signed(values, point, scale, even_signs((word >> (7 * (o & 3))) & 127u));
+        scale_points(values, grid[pair & 0xFFu], grid[pair >> 8], scale, even_signs((word >> (7 * (o & 3))) & 127u));
     }
 };
 
@@ -171,12 +180,11 @@ struct IQ1_S : GridBlocks<IQ1_S, 50, 2048> {
 struct IQ1_M : GridBlocks<IQ1_M, 56, 2048> {
     static Q4KD_INLINE const u16* table() { return GRID_IQ1; }
     static Q4KD_INLINE void octet(const u16* grid, const u8* base, int o, float* values) {
-        const u8* scales = base + 48;
-        u32 half = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) half |= (load<u16>(scales + 2 * i) >> 12) << (4 * i);
+        uint2 scales = load<uint2>(base + 48);  // blocks of 56 bytes begin at multiples of 8
+        u32 half = ((scales.x >> 12) & 0xFu) | ((scales.x >> 24) & 0xF0u) | ((scales.y >> 4) & 0xF00u) |
+                   ((scales.y >> 16) & 0xF000u);
         u32 high = nibble(base + 32, o), group = o / 2;
-        u32 scale = (load<u16>(scales + 2 * (group / 4)) >> (3 * (group & 3))) & 7u;
+        u32 scale = ((o < 16 ? scales.x : scales.y) >> (16 * ((group >> 2) & 1) + 3 * (group & 3))) & 7u;
         scale_shifted(values, grid[load<u8>(base + o) | ((high & 7u) << 8)], odd_scale(f16_to_float(half), scale),
                       high >> 3);
     }

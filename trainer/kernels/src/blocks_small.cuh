@@ -98,19 +98,17 @@ struct TQ1_0 {
 
     // Digit n of four bytes. Products of the even and of the odd bytes have 16 bits of room.
     static Q4KD_INLINE u32 digits(u32 four, int n) {
-        u32 power = n == 0 ? 1u : n == 1 ? 3u : n == 2 ? 9u : n == 3 ? 27u : 81u;
+        u32 power = n == 4 ? 81u : (0x1B090301u >> (8 * n)) & 0xFFu;  // 3^n
         u32 even = ((four & 0x00FF00FFu) * power) & 0x00FF00FFu;
         u32 odd = (((four >> 8) & 0x00FF00FFu) * power) & 0x00FF00FFu;
         return ((even * 3u >> 8) & 0x00030003u) | ((odd * 3u) & 0x03000300u);
     }
+    // The last two octets take two digits of the same four bytes; every thread does the same, whichever octet it has.
     static Q4KD_INLINE uint2 octet(const u8* base, int o) {
-        if (o >= 30) {
-            u32 last = load<u16>(base + 48) | ((u32)load<u16>(base + 50) << 16);
-            return uint2{digits(last, 2 * (o - 30)), digits(last, 2 * (o - 30) + 1)};
-        }
-        int n = o < 20 ? o / 4 : (o - 20) / 2;
-        uint2 eight = load_eight<2>(base + (o < 20 ? 8 * (o & 3) : 32 + 8 * (o & 1)));
-        return uint2{digits(eight.x, n), digits(eight.y, n)};
+        int from = o < 20 ? 8 * (o & 3) : o < 30 ? 32 + 8 * (o & 1) : 44, last = o >= 30;
+        int n = o < 20 ? o / 4 : o < 30 ? (o - 20) / 2 : 2 * (o - 30);
+        uint2 eight = load_eight<2>(base + from);
+        return uint2{digits(last ? eight.y : eight.x, n), digits(eight.y, n + last)};
     }
     static Q4KD_INLINE Octets decode(Blocks blocks, i64 block, int task) {
         const u8* base = blocks.packed + block * bytes;

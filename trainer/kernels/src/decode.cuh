@@ -47,12 +47,12 @@ Q4KD_DEVICE void gather_blocks(Format format, Blocks blocks, i64 blocks_per_row,
 // Every thread of a block copies a part of the grid to shared memory, where look-ups of 32 threads meet few conflicts.
 template <class Format>
 Q4KD_DEVICE Format with_grid(uint4* shared) {
-    constexpr int words = Format::points * 2 / 16;
+    constexpr int words = Format::grid_bytes / 16;
     const uint4* table = reinterpret_cast<const uint4*>(Format::table());
     for (int i = threadIdx.x; i < words; i += blockDim.x) shared[i] = table[i];
     __syncthreads();
     Format format;
-    format.grid = reinterpret_cast<const u16*>(shared);
+    format.grid = reinterpret_cast<const typename Format::Point*>(shared);
     return format;
 }
 

@@ -6,12 +6,12 @@
 #define GRID_KERNELS(name, Format, suffix, Out)                                                                      \
     KERNEL decode_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 first_block, i64 count,           \
                                     Out* __restrict__ out) {                                                         \
-        __shared__ uint4 grid[Format::points / 8];                                                                   \
+        __shared__ uint4 grid[Format::grid_bytes / 16];                                                              \
         decode_blocks(with_grid<Format>(grid), Blocks{packed, blocks}, first_block, count, out);                     \
     }                                                                                                                \
     KERNEL gather_##name##_##suffix(const u8* __restrict__ packed, i64 blocks, i64 blocks_per_row,                   \
                                     const i64* __restrict__ ids, i64 count, Out* __restrict__ out) {                 \
-        __shared__ uint4 grid[Format::points / 8];                                                                   \
+        __shared__ uint4 grid[Format::grid_bytes / 16];                                                              \
         gather_blocks(with_grid<Format>(grid), Blocks{packed, blocks}, blocks_per_row, ids, count, out);             \
     }
 

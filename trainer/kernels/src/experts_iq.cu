@@ -6,7 +6,7 @@
 
 #define EXPERT_GRID_KERNEL(name, Format, suffix, Out)                                                                \
     KERNEL experts_##name##_##suffix(EXPERT_PARAMETERS(Out)) {                                                       \
-        __shared__ uint4 grid[Format::points / 8];                                                                   \
+        __shared__ uint4 grid[Format::grid_bytes / 16];                                                              \
         decode_experts(with_grid<Format>(grid), Blocks{packed, blocks}, blocks_per_expert, first, count, ends,       \
                        stride, out);                                                                                 \
     }

@@ -207,7 +207,7 @@ def test_an_open_device_of_the_driver_makes_a_process_unfit_and_its_mapped_libra
     (library := tmp_path / "libcuda.so.580").write_bytes(b"x" * 4096)
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
         assert fork_server._driver_devices() == []
-    monkeypatch.setattr(fork_server.os, "readlink", lambda link: "/dev/nvidiactl")
+    monkeypatch.setattr(Path, "readlink", lambda link: Path("/dev/nvidiactl"))
     assert fork_server._driver_devices() == ["/dev/nvidiactl"]
     monkeypatch.setattr(fork_server, "_THREADS", tmp_path)
     assert fork_server.unfit() == "CUDA is in use (/dev/nvidiactl)"
