@@ -33,7 +33,7 @@ from q4kd.trainer.teacher.cuda.experts import Experts
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
 from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
 from q4kd.trainer.teacher.cuda.layers import FeedForward, Layer, ModelWeights
-from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture
+from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture, windows_at_once
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
 
@@ -160,11 +160,23 @@ class CudaForward:
         """
         self.scratch.head = None
         ids_BT = ids_BT.to(self.device)
+        starts_BT = None if starts_BT is None else starts_BT.to(self.device)
+        if self._mixture is not None and len(ids_BT) > windows_at_once(ids_BT.shape[1]):
+            return self._in_turns(ids_BT, starts_BT)
         if starts_BT is not None:
-            return self._run(ids_BT, starts_BT.to(self.device))
+            return self._run(ids_BT, starts_BT)
         if self._graphs is not None and ids_BT.numel() <= GRAPH_MAX_TOKENS:
             return self._graphs(ids_BT)
         return self._run(ids_BT)
+
+    def _in_turns(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+        """Run a few windows at a time, which bounds what a mixture holds beside its weights."""
+        out = torch.empty(*ids_BT.shape, self.config.hidden_size, dtype=self._dtype, device=self.device)
+        step = windows_at_once(ids_BT.shape[1])
+        for start in range(0, len(ids_BT), step):
+            turn = slice(start, start + step)
+            out[turn] = self._run(ids_BT[turn], None if starts_BT is None else starts_BT[turn])
+        return out
 
     def _run(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         batch, length = ids_BT.shape

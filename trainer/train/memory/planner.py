@@ -132,13 +132,16 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         widest = 2 * (dims.q_size + dims.kv_size) if dims.num_experts else 3 * dims.ffn_size
         buffers = widest * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
-        activations = tokens * size * (3 * dense_ffn + 4 * dims.hidden_size)
+        windows, output = config.batch_size, 0
         if dims.num_experts:
-            from q4kd.trainer.teacher.cuda.mixture import mixture_bytes
+            from q4kd.trainer.teacher.cuda.mixture import mixture_bytes, windows_at_once
 
-            experts = mixture_bytes(dims, tokens, size)
-            scratch, activations = scratch + (experts[0] if packed else 0), activations + experts[1]
-        activations += attention_bytes(dims, config.batch_size, config.seq_len, size)
+            windows = min(windows, windows_at_once(config.seq_len))
+            output = tokens * dims.hidden_size * size if windows < config.batch_size else 0
+            experts = mixture_bytes(dims, windows * config.seq_len, size)
+            scratch, output = scratch + (experts[0] if packed else 0), output + experts[1]
+        activations = windows * config.seq_len * size * (3 * dense_ffn + 4 * dims.hidden_size) + output
+        activations += attention_bytes(dims, windows, config.seq_len, size)
     return TeacherShape(
         config=dims,
         weight_bytes=model.tensor_bytes if packed else placement.dense_bytes,

@@ -245,6 +245,21 @@ def test_what_cannot_be_decoded_is_refused_by_name() -> None:
             ExpertMatrix(tensor, ReferenceKernels(), ReferenceExpertKernels())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_that_take_turns_are_those_of_one_pass(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    forward, _ = build(monkeypatch)
+    ids = (torch.arange(5 * 12) * 7 % 300).view(5, 12)
+    starts = torch.where(torch.arange(12) >= torch.arange(2, 7)[:, None], torch.arange(2, 7)[:, None], 0)
+    whole = forward.hidden(ids, starts if packed else None)
+    lengths = []
+    run = forward._run
+    monkeypatch.setattr(forward, "_run", lambda part, *more: (lengths.append(len(part)), run(part, *more))[1])
+    monkeypatch.setattr(mixture_module, "PASS_TOKENS", 25)
+    torch.testing.assert_close(forward.hidden(ids, starts if packed else None), whole, rtol=0, atol=1e-5)
+    assert lengths == [2, 2, 1]
+    assert mixture_module.windows_at_once(100) == 1
+
+
 def test_planned_bytes_are_those_that_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, _ = build(monkeypatch)
     scratch, activations = mixture_module.mixture_bytes(TINY, 24, 4)
