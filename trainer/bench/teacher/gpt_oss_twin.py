@@ -92,8 +92,8 @@ def _fill_experts(tensor: DeviceTensor, out: Tensor) -> None:
     if len(tensor.shape) == 2:
         out.copy_(_decoded(tensor))
         return
-    rows = tensor.packed.view(math.prod(tensor.shape[:-1]), -1).split(tensor.shape[1])
-    for expert, packed in enumerate(rows):
+    rows = tensor.packed.view(math.prod(tensor.shape[:-1]), -1)
+    for expert, packed in enumerate(torch.split(rows, tensor.shape[1])):
         tile = torch.empty(tensor.shape[1:], dtype=torch.float32, device=out.device)
         out[expert].copy_(decode_rows(tensor.type, packed, tile, tensor.scale).T)
 
