@@ -148,8 +148,8 @@ def _teacher(args: argparse.Namespace) -> int:
         _check_cuda()
         from q4kd.trainer.bench.teacher.mixture import main as compare_mixture
 
-        out = str(args.out or Path("bench-cuda"))
-        return compare_mixture(["--model", args.shape, "--out", out, "--rounds", str(args.pairs)])
+        words = ["--model", args.shape, "--out", str(args.out or Path("bench-cuda"))]
+        return compare_mixture([*words, "--rounds", str(args.pairs)])
     if args.device == "cuda":
         _check_cuda()
         from q4kd.trainer.bench.teacher.cuda import main

@@ -94,3 +94,5 @@ def test_bytes_are_counted_for_windows_and_caps_only() -> None:
     assert attention_bytes(long, 1, 4096, 2) == 0
     assert attention_bytes(short, 1, 4096, 2) == 4096 * (4 * plain.q_size + 2 * 512) * 2
     assert attention_bytes(dataclasses.replace(plain, attention_cap=50.0), 1, 4096, 2) > 4 * 4096 * plain.q_size
+    sunk = dataclasses.replace(plain, architecture="gpt-oss")
+    assert attention_bytes(sunk, 1, 4096, 2) == 3 * 4 * 4096 * plain.num_heads
