@@ -110,3 +110,24 @@ def rows_match(kernels: ExpertKernels, tokens: int, hidden: int, dtype: torch.dt
     want += (weights.double()[..., None] * y.double()[row_of_slot.long()]).sum(1)
     assert checks.relative_error(residual, want) < 1e-6
     checks.assert_guarded(residual_buffer)
+
+
+def clamped_swiglu_matches(kernels: ExpertKernels, ffn: int, dtype: torch.dtype, counts: list[int]) -> None:
+    """Each row has its own expert's biases, both clamps are reached, and what is no number stays none."""
+    generator = torch.Generator().manual_seed(ffn)
+    rows = sum(counts)
+    gate_up = (6 * torch.randn(rows, 2 * ffn, generator=generator)).to(dtype)
+    gate_up[0, 0] = gate_up[-1, -1] = torch.nan
+    biases = torch.randn(len(counts), 2 * ffn, generator=generator)
+    ends = torch.tensor(counts).cumsum(0).int()
+    out, buffer = checks.poisoned((rows, ffn), dtype, kernels.device)
+    kernels.clamped_swiglu(*(x.to(kernels.device) for x in (gate_up, biases, ends)), out)
+    wide = gate_up.double() + biases.double().repeat_interleave(torch.tensor(counts), 0)
+    gate, up = wide[:, :ffn], wide[:, ffn:]
+    assert all(float((x.abs() > 7).double().mean()) > 0.1 for x in (gate, up))
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    want = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    found, bad = out.cpu().double(), want.isnan()
+    assert torch.equal(found.isnan(), bad) and int(bad.sum()) == 2
+    assert checks.relative_error(found[~bad], want[~bad]) < (1e-6 if dtype == torch.float32 else 3e-3)
+    checks.assert_guarded(buffer)

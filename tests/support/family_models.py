@@ -13,6 +13,10 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from gpt_oss_names import enliven, gpt_oss_tensors
+
+from q4kd.harness.oracles.families import family_logits, read_family
+from q4kd.harness.oracles.gpt_oss import gpt_oss_logits
 
 CONTEXT, LENGTH, WINDOW = 256, 72, 7
 SIZES = {
@@ -277,6 +281,47 @@ MIXTURES = {
         },
         _YARN_KEYS | {"attention.key_length": 16, "expert_count": 4, "expert_used_count": 4},
     ),
+    "gpt-oss": FamilyCase(
+        "GptOss",
+        "gpt-oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": WINDOW,
+            **_rope("yarn", truncate=False, beta_fast=32.0, beta_slow=1.0, **_YARN),
+        },
+        _YARN_KEYS
+        | {
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "attention.sliding_window": WINDOW,
+            "expert_count": 8,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 96,
+        },
+    ),
+    # Windows on other layers, which the file names, and every expert is chosen.
+    "gpt-oss-all": FamilyCase(
+        "GptOss",
+        "gpt-oss",
+        {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+        {
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "attention.sliding_window": WINDOW,
+            "attention.sliding_window_pattern": [False, True, True, False],
+            "expert_count": 4,
+            "expert_used_count": 4,
+            "expert_feed_forward_length": 96,
+        },
+    ),
 }
 
 
@@ -299,6 +344,8 @@ def make_family(case: FamilyCase, *, seed: int = 0) -> Any:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_((0.0 if is_gemma else 1.0) + 0.3 * noise)
+    if case.name == "GptOss":
+        enliven(model, generator)
     return model
 
 
@@ -324,7 +371,8 @@ def write_family(path: Path, case: FamilyCase, model: Any, *, vocabulary: bool =
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         data = _as_stored(case, name, tensor, config).float().numpy()
-        for stored, part in _parts(_gguf_name(case, name), data):
+        own = case.name == "GptOss"
+        for stored, part in gpt_oss_tensors(name, data) if own else _parts(_gguf_name(case, name), data):
             writer.add_tensor(stored, np.ascontiguousarray(part))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -371,3 +419,9 @@ def _as_stored(case: FamilyCase, name: str, tensor: torch.Tensor, config: Any) -
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return tensor.reshape(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
     return tensor
+
+
+def exact_logits(path: Path, ids: np.ndarray) -> np.ndarray:
+    """Return the float64 logits ``[T, V]`` of a file of any family, by the harness's forward pass of it."""
+    model = read_family(path)
+    return (gpt_oss_logits if model.architecture == "gpt-oss" else family_logits)(model, ids)

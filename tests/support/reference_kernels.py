@@ -168,6 +168,14 @@ class ReferenceExpertKernels:
         assert first + len(out) <= len(token_of_row)
         out.copy_(x[token_of_row[first : first + len(out)].long()])
 
+    def clamped_swiglu(self, gate_up: Tensor, biases: Tensor, ends: Tensor, out: Tensor) -> None:
+        assert gate_up.is_contiguous() and out.is_contiguous() and gate_up.shape == (len(out), 2 * out.shape[1])
+        assert ends.dtype == torch.int32 and len(ends) == len(biases) and int(ends[-1]) == len(out)
+        counts = ends.long().diff(prepend=torch.zeros(1, dtype=torch.long))
+        gate, up = (gate_up.float() + biases.repeat_interleave(counts, 0)).chunk(2, 1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        out.copy_(gate * (1.702 * gate).sigmoid() * (up + 1))
+
     def combine_rows(
         self, pieces: list[Tensor], first: int, row_of_slot: Tensor, weights: Tensor, residual: Tensor
     ) -> None:

@@ -222,8 +222,12 @@ def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     shapes |= _feed_forward_shapes(config)
     if family.biases:
         shapes |= {f"{name}.bias": (count,) for name, count in qkv.items()}
+    if family.all_biases:
+        shapes |= _further_bias_shapes(config)
+    if family.sinks:
+        shapes["attn_sinks.weight"] = (config.num_heads,)
     if family.pre_norms:
-        shapes |= {"attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,)}
+        shapes |= {"attn_norm.weight": (hidden,), f"{family.ffn_norm}.weight": (hidden,)}
     if family.post_norms:
         shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
     if family.head_norms == "each":
@@ -231,6 +235,18 @@ def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     elif family.head_norms == "all":
         shapes |= {"attn_q_norm.weight": (config.q_size,), "attn_k_norm.weight": (config.kv_size,)}
     return shapes
+
+
+def _further_bias_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the biases of a layer beside those of Q, K and V, a row for each expert."""
+    count, size = config.num_experts, config.expert_ffn_size
+    return {
+        "attn_output.bias": (config.hidden_size,),
+        "ffn_gate_inp.bias": (count,),
+        "ffn_gate_exps.bias": (count, size),
+        "ffn_up_exps.bias": (count, size),
+        "ffn_down_exps.bias": (count, config.hidden_size),
+    }
 
 
 def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
@@ -272,10 +288,11 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
         if tensor.shape != shapes[name]:
             remedy = f"{CONVERT}: its metadata and tensors disagree"
             raise InputError(subject, expected=f"shape {shapes[name]}", got=f"{tensor.shape}", remedy=remedy)
-        if len(tensor.shape) == 1 and tensor.type not in VECTOR_TYPES:
+        if (len(tensor.shape) == 1 or name.endswith(".bias")) and tensor.type not in VECTOR_TYPES:
             raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=CONVERT)
     # Either all biases are there or none is: a file that lost one would be silently wrong.
-    optional = (ROPE_FACTORS,) if any(name.endswith(".bias") for name in tensors) else (ROPE_FACTORS, ".bias")
+    has_biases = config.family.all_biases or any(name.endswith(".bias") for name in tensors)
+    optional = (ROPE_FACTORS,) if has_biases else (ROPE_FACTORS, ".bias")
     missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))
     if missing:
         expected, got = f"tensor {missing[0]}", f"{len(missing)} missing"

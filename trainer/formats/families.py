@@ -16,13 +16,14 @@ those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tes
     gemma3    as gemma2 with norms on heads and windows on five layers of six, which have a rotary base of their own
     olmo2     norms behind both parts and none before; Q and K are normalised over all heads; Olmo 3 has windows
     qwen3moe  as qwen3; the feed-forward is a mixture of experts
+    gpt-oss   experts with biases and a clamped SwiGLU, windows on every other layer, a sink of each query head
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 RopeLayout = Literal["split_halves", "interleaved"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 ScalingKind = Literal["linear", "yarn", "long"]
 
 _ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear")
@@ -39,9 +40,12 @@ class Family:
     Attributes:
         rope_layout: which elements of a head are rotated together: ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
         biases: whether Q, K and V may have biases.
+        all_biases: whether the output of attention, the router and every expert have biases too; none may be missing.
+        sinks: whether the softmax of every query head has a further score, of no key, that takes a share for nothing.
         head_norms: whether queries and keys are normalised before they are rotated: each head, or all heads at once.
         pre_norms: whether attention and feed-forward read normalised states.
         post_norms: whether their outputs are normalised before they are added.
+        ffn_norm: name of the norm before the feed-forward.
         fused_qkv: whether Q, K and V are one matrix, rows in this order.
         fused_gate_up: whether gate and up are one matrix, rows in this order.
         scaled_embedding: whether embeddings are multiplied by the root of the hidden size.
@@ -51,20 +55,26 @@ class Family:
             ``(i, i + D/2)`` together.
         norm_offset: what is added to a Hugging Face folder's norm weights in a file.
         scalings: kinds of rotary scaling that a file may ask for.
+        rounds_yarn: whether the ends of YaRN's ramp are rounded to whole pairs.
         window: which layers have a sliding window: none, all, or those that a pattern says.
         window_step: each so many layers, one has no window; for a pattern that the file does not state.
-        window_length: keys of a window where the file does not say; 0 for none.
+        window_length: keys of a window where the file does not say; 0 for none, None where it has to say.
         window_rope_base: rotary base of the layers with a window; None for that of the others.
         no_rope_step: each so many layers, one has no rotary embedding; 0 for none.
         has_experts: whether the feed-forward of every layer is a mixture of experts.
+        gating: values of ``expert_gating_func`` that mean what the family computes: 0 is not set, 1 a softmax over all
+            experts, 3 one over the chosen.
         keys: metadata that only this family reads.
     """
 
     rope_layout: RopeLayout
     biases: bool = False
+    all_biases: bool = False
+    sinks: bool = False
     head_norms: Literal["none", "each", "all"] = "none"
     pre_norms: bool = True
     post_norms: bool = False
+    ffn_norm: Literal["ffn_norm", "post_attention_norm"] = "ffn_norm"
     fused_qkv: bool = False
     fused_gate_up: bool = False
     activation: Activation = "silu"
@@ -74,12 +84,14 @@ class Family:
     is_permuted: bool = False
     norm_offset: float = 0.0
     scalings: tuple[ScalingKind, ...] = ("linear", "yarn")
+    rounds_yarn: bool = True
     window: Literal["none", "all", "pattern"] = "none"
     window_step: int = 0
-    window_length: int = 0
+    window_length: int | None = 0
     window_rope_base: float | Literal["same"] | None = None
     no_rope_step: int = 0
     has_experts: bool = False
+    gating: tuple[int, ...] = (0, 1)
     keys: tuple[str, ...] = ()
 
     @property
@@ -172,6 +184,21 @@ FAMILIES: dict[str, Family] = {
         window_rope_base="same",
     ),
     "qwen3moe": Family(rope_layout="split_halves", biases=True, head_norms="each", has_experts=True),
+    "gpt-oss": Family(
+        rope_layout="split_halves",
+        biases=True,
+        all_biases=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
+        activation="clamped_swiglu",
+        scalings=("yarn",),
+        rounds_yarn=False,
+        window="pattern",
+        window_step=2,
+        window_length=None,
+        has_experts=True,
+        gating=(0, 3),
+    ),
 }
 # These are also read from .apr files.
 ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

@@ -48,7 +48,8 @@ def read_windows(found: Values, family: Family, layers: int, context: int) -> tu
     """Return the window of each layer; nothing where no layer has one."""
     if family.window == "none":
         return ()
-    window = found.integer("attention.sliding_window", 1 << 24, family.window_length, low=0)
+    is_required = family.window_length is None
+    window = found.integer("attention.sliding_window", 1 << 24, family.window_length, low=int(is_required))
     if not window or (family.window == "all" and window >= context):
         return ()
     if family.window == "all":
@@ -68,8 +69,14 @@ def read_window_rope_base(found: Values, family: Family, base: float) -> float:
     """Return the rotary base of the layers with a window; 0 for that of all layers."""
     if family.window != "pattern":
         return 0.0
+    key = "rope.freq_base_swa"
     default = base if family.window_rope_base == "same" else family.window_rope_base or 0.0
-    return float(found.number("rope.freq_base_swa", 0.0, 1e12, default))
+    stated = float(found.number(key, 0.0, 1e12, default))
+    if family.window_rope_base is None and family.scalings:  # its windows are scaled as the other layers are
+        if stated not in (0.0, base):
+            raise found.refusal(key, f"rope.freq_base, {base:g}", f"{stated:g}", TWO_SIZES)
+        return 0.0
+    return stated
 
 
 def read_experts(found: Values, family: Family, ffn_size: int) -> ExpertSizes:

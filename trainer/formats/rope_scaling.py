@@ -30,6 +30,7 @@ class RopeScaling:
             divisors, and in which ``yarn`` counts rotations.
         beta_fast, beta_slow: rotations within that context above which a frequency is kept, and below which it is
             divided by ``factor``.
+        is_rounded: whether the ends of the ramp between the two are rounded outwards to whole pairs.
     """
 
     kind: ScalingKind
@@ -38,6 +39,7 @@ class RopeScaling:
     original_context: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    is_rounded: bool = True
 
 
 def read_rope_scaling(values: Values, family: Family, context: int, tensors: Container[str]) -> RopeScaling | None:
@@ -59,6 +61,7 @@ def read_rope_scaling(values: Values, family: Family, context: int, tensors: Con
             original_context=original,
             beta_fast=values.number("rope.scaling.yarn_beta_fast", 1e-3, 1e6, 32.0),
             beta_slow=values.number("rope.scaling.yarn_beta_slow", 1e-3, 1e6, 1.0),
+            is_rounded=family.rounds_yarn,
         )
     if kind == "long":
         _check_neutral(values, "rope.scaling.factor", (0.0, 1.0))

@@ -57,6 +57,7 @@ def causal_attention(
     window: int = 0,
     scale: float | None = None,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(s) v over the keys not behind each query, float32 ``[B, T, N, D]``, contiguous.
 
@@ -69,6 +70,8 @@ def causal_attention(
         window: how many keys a query reads, its own among them; 0 for all.
         scale: None stands for ``1 / sqrt(D)``.
         cap: c; 0 for none.
+        sinks: float32 ``[N]``, a further score of each query head, of no key, that takes its share of the softmax and
+            adds nothing (gpt-oss, https://arxiv.org/abs/2508.10925, section 2.2).
     """
     batch, _, length, head_dim = q_BNTD.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -76,8 +79,8 @@ def causal_attention(
     if 0 < window < length:
         starts_BT = window_starts(length, window, starts_BT).expand(batch, -1)
         is_long |= length >= _LONG
-    if is_long or cap:
-        return blocked_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT, scale=scale, cap=cap)
+    if is_long or cap or sinks is not None:
+        return blocked_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT, scale=scale, cap=cap, sinks=sinks)
     return whole_attention(q_BNTD, k_BKTD, v_BKTD, starts_BT, scale=scale)
 
 
@@ -100,6 +103,7 @@ def blocked_attention(
     *,
     scale: float | None = None,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return what ``causal_attention`` does, a block of queries at a time; right on every processor."""
     batch, heads, length, head_dim = q_BNTD.shape
@@ -118,8 +122,9 @@ def blocked_attention(
                 # Keys before the first that the first query reads are read by none.
                 first = 0 if starts_C is None else int(starts_C[0])
                 keys_SD, values_SD = k_BKTD[row, head, first:stop], v_BKTD[row, head, first:stop]
+                sinks_G = None if sinks is None else sinks[head * groups : (head + 1) * groups]
                 mixed_GCD = _attend_block(
-                    q_BKGTD[row, head, :, start:stop], keys_SD, values_SD, hidden_CC, starts_C, first, cap
+                    q_BKGTD[row, head, :, start:stop], keys_SD, values_SD, hidden_CC, starts_C, first, cap, sinks_G
                 )
                 out_BTNKGD[row, start:stop, head] = mixed_GCD.transpose(0, 1)
     return out_BTNKGD.view(batch, length, heads, head_dim)
@@ -133,6 +138,7 @@ def _attend_block(
     starts_C: Tensor | None,
     first: int,
     cap: float = 0.0,
+    sinks_G: Tensor | None = None,
 ) -> Tensor:
     """Return the values that the last C of S positions mix for G heads, ``[G, C, D]``; q is scaled already.
 
@@ -149,5 +155,16 @@ def _attend_block(
         scores_GCS.masked_fill_(keys_S < starts_C[:, None], -math.inf)
     # Only the block's own square holds keys behind their query.
     scores_GCS[:, :, len(keys_SD) - queries :] += hidden_CC[:queries, :queries]
-    torch.softmax(scores_CS, -1, out=scores_CS)
+    if sinks_G is None:
+        torch.softmax(scores_CS, -1, out=scores_CS)
+    else:
+        _softmax_beside(scores_GCS, sinks_G)
     return multiply(scores_CS, values_SD.t().contiguous()).view(groups, queries, head_dim)
+
+
+def _softmax_beside(scores_GCS: Tensor, sinks_G: Tensor) -> None:
+    """Make scores their shares of a softmax over them and the head's sink, in place; the sink's own is left out."""
+    sinks_G11 = sinks_G[:, None, None]
+    peak_GC1 = torch.maximum(scores_GCS.amax(-1, keepdim=True), sinks_G11)
+    scores_GCS.sub_(peak_GC1).exp_()
+    scores_GCS.div_(scores_GCS.sum(-1, keepdim=True) + (sinks_G11 - peak_GC1).exp_())

@@ -179,6 +179,28 @@ class ExpertKernels(KernelSet):
         name = f"take_rows_{DTYPES[x_MH.dtype]}_v{width}"
         return Launch(name, blocks(rows * hidden // width), [x_MH, token_of_row, first, rows, hidden, out_RH], [out_RH])
 
+    @kernel
+    def clamped_swiglu(self, gate_up: Tensor, biases_e2F: Tensor, ends_e: Tensor, out_RF: Tensor) -> Launch:
+        """Write gpt-oss's gated activation of rows that are sorted by expert; see ``src/routing.cu``.
+
+        Args:
+            gate_up: bfloat16 or float32 ``[R, 2F]``, contiguous: gate columns, then up columns.
+            biases_e2F: float32 ``[e, 2F]``, contiguous, in the same order, of the experts that the rows are of.
+            ends_e: int32, the first row behind each of these experts'; the last is R.
+            out_RF: as ``gate_up``, ``[R, F]``, contiguous.
+        """
+        self._check("out", out_RF, _ANY, None, None)
+        rows, ffn = out_RF.shape
+        self._check("gate_up", gate_up, [out_RF.dtype], rows, 2 * ffn)
+        self._check("biases", biases_e2F, _F32, None, 2 * ffn)
+        groups = len(biases_e2F)
+        self._check("ends", ends_e, _I32, groups)
+        require(groups > 0, "biases: expected those of one expert or more")
+        width = 8 if ffn % 8 == 0 and is_wide(gate_up, biases_e2F, out_RF) else 1
+        name = f"clamped_swiglu_{DTYPES[out_RF.dtype]}_v{width}"
+        arguments: list[Argument] = [gate_up, biases_e2F, ends_e, groups, rows, ffn, out_RF]
+        return Launch(name, blocks(rows * ffn // width), arguments, [out_RF])
+
     def combine_rows(
         self, pieces: Sequence[Tensor], first: int, row_of_slot: Tensor, weights_MC: Tensor, residual_MH: Tensor
     ) -> None:

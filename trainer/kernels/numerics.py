@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from q4kd.trainer.kernels.attention import document_mask
+from q4kd.trainer.kernels.sinks import attention_beside_sinks
 
 # The cuDNN backend is left out, since it has corrupted long sequences silently (https://github.com/pytorch/pytorch/issues/193893).
 _ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -51,15 +52,19 @@ def attention(
     bias_B1TT: Tensor | None = None,
     *,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return grouped-query attention, ``[B * T, N * D]``, causal or as the bias of ``attention_bias`` says.
 
-    Scores are multiplied by ``scale``; None stands for ``1 / sqrt(D)``.
+    Scores are multiplied by ``scale``; None stands for ``1 / sqrt(D)``. ``sinks`` are as in ``sinks.py``.
     """
     if bias_B1TT is not None or q_BNTD.dtype == torch.float32:
         # Flash attention takes no float32 and no bias, and the memory-efficient kernel no groups.
         groups = q_BNTD.shape[1] // k_BKTD.shape[1]
         k_BKTD, v_BKTD = k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1)
+    if sinks is not None:
+        mixed_BNTD = attention_beside_sinks(q_BNTD, k_BKTD, v_BKTD, bias_B1TT, sinks, scale=scale)
+        return mixed_BNTD.transpose(1, 2).flatten(2).flatten(0, 1)
     grouped = q_BNTD.shape[1] != k_BKTD.shape[1]
     mixed_BNTD = F.scaled_dot_product_attention(
         q_BNTD, k_BKTD, v_BKTD, attn_mask=bias_B1TT, is_causal=bias_B1TT is None, scale=scale, enable_gqa=grouped

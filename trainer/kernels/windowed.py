@@ -35,6 +35,8 @@ def attention_bytes(config: TeacherConfig, batch: int, length: int, size: int) -
     blocks = [window for window in windows if 2 * window < length]
     # Keys and values are copied twice over, for every query head; each window has a mask.
     copies = 2 * 2 * tokens * config.q_size * size if blocks else 0
+    # Of each query and head: the logarithm of its sum, what that leaves beside the sink, and the share of the keys.
+    copies += 3 * 4 * tokens * config.num_heads if config.family.sinks else 0
     return copies + sum(tokens * (2 * window if window in blocks else length) * size for window in windows)
 
 
@@ -56,7 +58,15 @@ class Reach:
         self._biases: dict[int, Tensor | None] = {}
 
     def attend(
-        self, q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, *, window: int, scale: float, cap: float
+        self,
+        q_BNTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        *,
+        window: int,
+        scale: float,
+        cap: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what queries mix of values, ``[B * T, N * D]``.
 
@@ -65,14 +75,20 @@ class Reach:
             window: keys that a query reads, its own among them; 0 for all.
             scale: what scores are multiplied by.
             cap: c of ``c tanh(score / c)``; 0 for none.
+            sinks: float32 ``[N]``, as in ``sinks.py``; not beside a cap.
+
+        Raises:
+            ValueError: for a cap and sinks.
         """
+        if cap and sinks is not None:
+            raise ValueError(f"cap {cap} and sinks: expected one of them")
         window = window if window < self._length else 0
         if cap:
             return capped_attention(q_BNTD, k_BKTD, v_BKTD, self._starts(window), scale=scale, cap=cap, window=window)
         bias = self._bias(window)
         if 0 < 2 * window < self._length and bias is not None:
-            return _in_blocks(q_BNTD, k_BKTD, v_BKTD, bias, window, scale)
-        return attention(q_BNTD, k_BKTD, v_BKTD, bias, scale=scale)
+            return _in_blocks(q_BNTD, k_BKTD, v_BKTD, bias, window, scale, sinks)
+        return attention(q_BNTD, k_BKTD, v_BKTD, bias, scale=scale, sinks=sinks)
 
     def _starts(self, window: int) -> Tensor | None:
         if not window:
@@ -105,7 +121,15 @@ def _block_bias(starts_BT: Tensor, window: int, dtype: torch.dtype) -> Tensor:
     return bias.view(batch * blocks, 1, window, 2 * window)
 
 
-def _in_blocks(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor, window: int, scale: float) -> Tensor:
+def _in_blocks(
+    q_BNTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    bias: Tensor,
+    window: int,
+    scale: float,
+    sinks: Tensor | None,
+) -> Tensor:
     """Return attention over windows of W keys, each block of W queries over 2 W keys, ``[B * T, N * D]``."""
     batch, heads, length, head_dim = q_BNTD.shape
     blocks = -(-length // window)
@@ -117,7 +141,7 @@ def _in_blocks(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor, win
         x_BKSDW = F.pad(x_BKTD, (0, 0, window, behind)).unfold(2, 2 * window, window)
         return x_BKSDW.permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    mixed = attention(q_SNWD, keys(k_BKTD), keys(v_BKTD), bias, scale=scale)
+    mixed = attention(q_SNWD, keys(k_BKTD), keys(v_BKTD), bias, scale=scale, sinks=sinks)
     return mixed.view(batch, blocks * window, -1)[:, :length].flatten(0, 1)
 
 

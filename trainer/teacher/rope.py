@@ -51,14 +51,17 @@ def yarn_kept(rotary_dim: int, base: float, scaling: RopeScaling) -> Tensor:
     """Return how much of each frequency YaRN keeps, from 1 (fast) to 0 (slow), float64 ``[R / 2]``.
 
     Section 3.2 of https://arxiv.org/abs/2309.00071, with the ends of the ramp rounded outwards as its authors' code
-    does: pairs that turn ``beta_fast`` times within the original context, and those that turn ``beta_slow`` times.
+    does (gpt-oss's does not): pairs that turn ``beta_fast`` times within the original context, and those that turn
+    ``beta_slow`` times.
     """
 
     def pair_that_turns(times: float) -> float:
         return rotary_dim * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), rotary_dim - 1)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.is_rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     pairs = torch.arange(rotary_dim // 2, dtype=torch.float64)
     return 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
 

@@ -60,6 +60,15 @@ def test_rows_go_to_their_experts_and_back(kernels: ExpertKernels, hidden: int, 
     checks.rows_match(kernels, 3000, hidden, dtype)
 
 
+@pytest.mark.parametrize("counts", [[0, 513, 1, 0, 128, 37, 0], [4000], [0, 0, 7]])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("ffn", [2880, 33])
+def test_rows_are_gated_with_the_biases_of_their_experts(
+    kernels: ExpertKernels, ffn: int, dtype: torch.dtype, counts: list[int]
+) -> None:
+    checks.clamped_swiglu_matches(kernels, ffn, dtype, counts)
+
+
 def test_groups_are_multiplied_with_their_own_matrix() -> None:
     counts = torch.tensor([0, 513, 1, 0, 128, 37, 0])
     generator = torch.Generator("cuda").manual_seed(0)

@@ -58,6 +58,15 @@ def test_rows_go_to_their_experts_and_back(kernels: ExpertKernels, hidden: int, 
     checks.rows_match(kernels, 11, hidden, dtype)
 
 
+@pytest.mark.parametrize("counts", [[0, 3, 0, 0, 5, 1, 0], [4], [0, 0, 7]])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("ffn", [136, 33])
+def test_rows_are_gated_with_the_biases_of_their_experts(
+    kernels: ExpertKernels, ffn: int, dtype: torch.dtype, counts: list[int]
+) -> None:
+    checks.clamped_swiglu_matches(kernels, ffn, dtype, counts)
+
+
 def test_what_does_not_fit_is_refused(kernels: ExpertKernels) -> None:
     packed, out = torch.zeros(6, 144, dtype=torch.uint8), torch.empty(2, 3, 256)
     with pytest.raises(ValueError, match="experts of NVFP4: there is no decoder"):
@@ -68,5 +77,12 @@ def test_what_does_not_fit_is_refused(kernels: ExpertKernels) -> None:
         kernels.decode_experts("Q4_K", packed[:5], 256, 2, 0, None, out)
     with pytest.raises(ValueError, match="513 experts"):
         kernels.route(torch.zeros(1, 1, 513), torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, 8), 1)
+    ends = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="biases: expected"):
+        kernels.clamped_swiglu(torch.zeros(2, 16), torch.zeros(3, 8), ends, torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="ends: expected"):
+        kernels.clamped_swiglu(torch.zeros(2, 16), torch.zeros(2, 16), ends, torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="biases: expected those of one expert or more"):
+        kernels.clamped_swiglu(torch.zeros(2, 16), torch.zeros(0, 16), ends[:0], torch.zeros(2, 8))
     with pytest.raises(ValueError, match="rows 2:5 of 4"):
         kernels.take_rows(torch.zeros(2, 8), torch.zeros(4, dtype=torch.int32), 2, torch.zeros(3, 8))

@@ -12,11 +12,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from architecture_models import row_errors  # noqa: E402
-from family_models import LENGTH, MIXTURES, make_family, write_family  # noqa: E402
+from family_models import LENGTH, MIXTURES, exact_logits, make_family, write_family  # noqa: E402
 from teachers import load_quietly  # noqa: E402
 
 import q4kd.trainer.teacher.cpu.weights as weights_module  # noqa: E402
-from q4kd.harness.oracles.families import family_logits, read_family  # noqa: E402
 from q4kd.trainer.formats.open import open_model  # noqa: E402
 from q4kd.trainer.teacher.cpu import experts as experts_module  # noqa: E402
 
@@ -57,14 +56,13 @@ def test_the_teacher_is_the_model_that_transformers_runs(made: Made) -> None:
 
 
 def test_the_oracle_is_the_model_that_transformers_runs(made: Made) -> None:
-    model = read_family(made.path)
     for row in range(2):
-        assert row_errors(family_logits(model, IDS[row]), made.logits[row]).max() <= 1e-5
+        assert row_errors(exact_logits(made.path, IDS[row]), made.logits[row]).max() <= 1e-5
 
 
 def test_packed_documents_are_each_alone(made: Made) -> None:
-    model, ids = read_family(made.path), IDS[0]
-    alone = np.concatenate([family_logits(model, part) for part in np.split(ids, [40, 41])])
+    ids = IDS[0]
+    alone = np.concatenate([exact_logits(made.path, part) for part in np.split(ids, [40, 41])])
     teacher = load_quietly(made.path, dtype="float32")
     hidden = teacher.hidden(torch.from_numpy(ids[None]), torch.from_numpy(STARTS[None]))
     assert row_errors(teacher.head_logits(hidden[0]).numpy(), alone).max() <= BOUND
@@ -120,7 +118,7 @@ def test_the_router_chooses_in_float32_where_products_are_bfloat16(
         seen.append(logits.dtype)
         return original(logits, per_token)
 
-    monkeypatch.setattr("q4kd.trainer.teacher.cpu.forward.route", watched)
+    monkeypatch.setattr("q4kd.trainer.teacher.cpu.experts.route", watched)
     for backend in ("q4k", "dense"):
         found = load_quietly(path, backend=backend, dtype="bfloat16").logits(torch.from_numpy(IDS)).numpy()
         assert np.isfinite(found).all()

@@ -43,14 +43,14 @@ def build_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype
     return model
 
 
-def make_model(kind: Any, settings: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a model of transformers with weights of no meaning, in ``dtype`` on ``device``, attention by SDPA."""
+def make_model(kind: Any, settings: Any, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
+    """Return a model of transformers with weights of no meaning, in ``dtype`` on ``device``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
             model = kind(settings)
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(attention)
     finally:
         torch.set_default_dtype(before)
     model.requires_grad_(False).eval()

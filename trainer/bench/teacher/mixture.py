@@ -1,15 +1,16 @@
 """A packed mixture of experts against transformers' dense one of the same weights, in one process and one run.
 
-    python -m q4kd.trainer.bench.teacher.mixture --out DIR [--layers 48] [--shapes 4x2048,32x2048] [--rounds 7]
+    python -m q4kd.trainer.bench.teacher.mixture --out DIR [--model gpt-oss-20b] [--layers 24] [--shapes 4x2048]
 
-makes Qwen3-30B-A3B's shapes in Q4_K_M's types on the device (``bench/synthetic_30b_a3b.py``) and measures, in this
-order: the device's ceilings; what the packed teacher alone takes of the device, by NVML where it answers; how far both
-are from float32 in a model of the first layers; speed with the logits of every position, arms interleaved. Numbers go
-to ``DIR/mixture.json``; a table is printed last.
+makes Qwen3-30B-A3B's shapes in Q4_K_M's types on the device (``bench/synthetic_30b_a3b.py``), or gpt-oss-20b's in MXFP4
+and Q8_0 (``bench/synthetic_gpt_oss.py``), and measures, in this order: the device's ceilings; what the packed teacher
+alone takes of the device, by NVML where it answers; how far both are from float32 in a model of the first layers; speed
+with the logits of every position, arms interleaved. Numbers go to ``DIR/mixture.json``; a table is printed last.
 
 Arms: ``q4k`` as it is by default, ``q4k-inline`` never decoding ahead, ``q4k-slabs-N`` with scratch for N megabytes of
-gate and up, ``q4k-rows-N`` holding the activations of N rows; ``transformers`` is Qwen3MoeForCausalLM in bfloat16 with
-SDPA and its grouped products. Each arm of 48 layers holds 18.6 GB of weights, transformers' 61 GB.
+gate and up, ``q4k-rows-N`` holding the activations of N rows; ``transformers`` is its own model in bfloat16 with its
+grouped products, attention by SDPA, or the eager one for gpt-oss. Each arm of Qwen3's 48 layers holds 18.6 GB of
+weights, transformers' 61 GB; of gpt-oss's 24 layers 12.1 GB and 42 GB.
 """
 
 import argparse
@@ -17,26 +18,79 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from q4kd.trainer.bench import synthetic_30b_a3b, synthetic_gpt_oss
 from q4kd.trainer.bench.device_probes import collect_garbage, copy_bandwidth, current_device, gemm_rate
 from q4kd.trainer.bench.interleave import Shape, make_ids
-from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b, tensor_types
 from q4kd.trainer.bench.teacher.cuda import CudaArm, environment, measure_speed, twin_arm
 from q4kd.trainer.bench.teacher.cuda_errors import plain_float32, row_errors
 from q4kd.trainer.bench.teacher.cuda_table import speed_line
+from q4kd.trainer.bench.teacher.gpt_oss_twin import build_gpt_oss_twin
 from q4kd.trainer.bench.teacher.mixture_twin import build_mixture_twin
 from q4kd.trainer.files import write_json
 from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
+from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 DEFAULT_SHAPES = (Shape(4, 2048), Shape(32, 2048))
 ERROR_LAYERS = 4
 ERROR_SHAPE = Shape(8, 256)
+
+
+class Synthetic(NamedTuple):
+    """How a model is made without its weights.
+
+    Attributes:
+        layers: of the whole model.
+        configure: the dimensions of its first layers.
+        types: every tensor's GGML type.
+        tensors: random tensors on a device.
+        twin: transformers' dense model of the same weights, in a dtype.
+    """
+
+    layers: int
+    configure: Callable[[int], TeacherConfig]
+    types: Callable[[TeacherConfig], dict[str, str]]
+    tensors: Callable[[TeacherConfig, torch.device], Mapping[str, DeviceTensor]]
+    twin: Callable[[TeacherConfig, Mapping[str, DeviceTensor], torch.dtype], Any]
+
+
+MODELS = {
+    "qwen3-30b-a3b": Synthetic(
+        48,
+        synthetic_30b_a3b.qwen3_30b_a3b,
+        synthetic_30b_a3b.tensor_types,
+        synthetic_30b_a3b.make_tensors,
+        build_mixture_twin,
+    ),
+    "gpt-oss-20b": Synthetic(
+        24,
+        synthetic_gpt_oss.gpt_oss_20b,
+        synthetic_gpt_oss.tensor_types,
+        synthetic_gpt_oss.make_tensors,
+        build_gpt_oss_twin,
+    ),
+}
+
+
+def synthetic(config: TeacherConfig) -> Synthetic:
+    """Return how a model of these dimensions is made."""
+    return MODELS["gpt-oss-20b" if config.architecture == "gpt-oss" else "qwen3-30b-a3b"]
+
+
+def make_tensors(config: TeacherConfig, device: torch.device) -> Mapping[str, DeviceTensor]:
+    """Return every tensor of a model with these dimensions, random and always equal, on the device."""
+    return synthetic(config).tensors(config, device)
+
+
+def build_dense_twin(config: TeacherConfig, dtype: torch.dtype) -> Any:
+    """Return transformers' model of the same weights on the current device."""
+    return synthetic(config).twin(config, make_tensors(config, current_device()), dtype)
 
 
 def packed_arm(name: str, config: TeacherConfig, **options: Any) -> tuple[CudaArm, CudaForward]:
@@ -51,19 +105,20 @@ def work_of(config: TeacherConfig, shape: Shape) -> dict[str, float]:
 
     All experts are counted as chosen, which many tokens make sure of.
     """
-    types, share = tensor_types(config), config.experts_per_token / config.num_experts
+    types, share = synthetic(config).types(config), config.experts_per_token / config.num_experts
     flop, packed, decoded = 0.0, 0, 0
     for name, type_name in types.items():
         dims = expected_shapes(config)[name]
-        if len(dims) < 2 or name == "token_embd.weight":
+        if len(dims) < 2 or name == "token_embd.weight" or name.endswith(".bias"):
             continue
         rows = dims[0] * dims[1] if len(dims) == 3 else dims[0]
         weights = rows * dims[-1]
         flop += 2 * weights * shape.tokens * (share if len(dims) == 3 else 1)
         packed += rows * block_format(type_name).row_bytes(dims[-1])
         decoded += 2 * weights if len(dims) == 3 else 0
-    # A causal pass takes half of 4 T^2 N D.
-    flop += 2 * config.num_layers * config.q_size * shape.batch * shape.length**2
+    # A causal pass takes half of 4 T^2 N D, and a window of W keys no more than 4 T W N D.
+    keys = [min(shape.length, 2 * config.window(layer) or shape.length) for layer in range(config.num_layers)]
+    flop += 2 * sum(keys) * config.q_size * shape.tokens
     return {"flop": flop, "packed_bytes": packed, "decoded_expert_bytes": decoded}
 
 
@@ -130,7 +185,7 @@ def measure_errors(config: TeacherConfig) -> dict[str, Any]:
     """
     device = current_device()
     ids = torch.from_numpy(make_ids(ERROR_SHAPE, config.vocab_size)).to(device)
-    reference = twin_arm("float32", build_mixture_twin(config, make_tensors(config, device), torch.float32))
+    reference = twin_arm("float32", build_dense_twin(config, torch.float32))
     with plain_float32(), torch.no_grad():
         exact = reference.logits(ids).cpu()
     reference.close()
@@ -138,7 +193,7 @@ def measure_errors(config: TeacherConfig) -> dict[str, Any]:
     found = {}
     for name in ("q4k", "q4k-float32", "transformers"):
         if name == "transformers":
-            arm = twin_arm(name, build_mixture_twin(config, make_tensors(config, device), torch.bfloat16))
+            arm = twin_arm(name, build_dense_twin(config, torch.bfloat16))
         else:
             arm = packed_arm(name, config, dtype=torch.float32 if name == "q4k-float32" else torch.bfloat16)[0]
         with torch.no_grad():
@@ -155,6 +210,7 @@ def measure_errors(config: TeacherConfig) -> dict[str, Any]:
 
 
 def measure(
+    model: Synthetic,
     layers: int,
     shapes: Sequence[Shape],
     rounds: int,
@@ -166,7 +222,7 @@ def measure(
 
     ``variants`` are options of ``CudaForward`` by the names of further arms.
     """
-    config = qwen3_30b_a3b(layers)
+    config = model.configure(layers)
     found |= {"environment": environment(), "config": asdict(config)}
     found["ceilings"] = ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flop_per_s": gemm_rate()}
     copied, multiplied = (value / 1e12 for value in ceilings.values())
@@ -176,14 +232,12 @@ def measure(
     for line in memory_lines(found):
         say(line)
     collect_garbage()
-    found["errors"] = measure_errors(qwen3_30b_a3b(min(layers, ERROR_LAYERS)))
+    found["errors"] = measure_errors(model.configure(min(layers, ERROR_LAYERS)))
     for line in error_lines(found):
         say(line)
     arms = [packed_arm("q4k", config)[0], packed_arm("q4k-inline", config, overlap=False)[0]]
     arms += [packed_arm(name, config, **options)[0] for name, options in variants.items()]
-    arms.append(
-        twin_arm("transformers", build_mixture_twin(config, make_tensors(config, current_device()), torch.bfloat16))
-    )
+    arms.append(twin_arm("transformers", build_dense_twin(config, torch.bfloat16)))
     collect_garbage()
     found["speed"] = []
     for shape in shapes:
@@ -242,7 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m q4kd.trainer.bench.teacher.mixture", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for mixture.json")
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, help="default: all of the model's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", type=parse_shapes, default=list(DEFAULT_SHAPES), metavar="BxT,…")
     parser.add_argument("--slabs", type=int, nargs="*", default=[], metavar="MB", help="other sizes of the scratch")
@@ -252,8 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants |= {f"q4k-rows-{rows}": {"expert_rows": rows} for rows in options.rows}
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
+    model = MODELS[options.model]
+    layers = options.layers or model.layers
     try:
-        measure(options.layers, options.shapes, options.rounds, variants, found, lambda line: print(line, flush=True))
+        measure(model, layers, options.shapes, options.rounds, variants, found, lambda line: print(line, flush=True))
     finally:
         write_json(options.out / "mixture.json", found)
     print("\n".join(["", *memory_lines(found), *error_lines(found), *map(speed_line, found["speed"])]))

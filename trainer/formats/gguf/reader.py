@@ -37,7 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_group_used_count": (0, 1),
     "expert_weights_norm": (True,),
     "expert_weights_scale": (0.0, 1.0),  # 0 means not set
-    "expert_gating_func": (0, 1),  # softmax over all experts, by name or because nothing is said
     "leading_dense_block_count": (0,),
     "rope.scaling.type": ("none", "linear", ""),  # llama.cpp's linear scaling divides by the factor
     "rope.scaling.factor": (0.0, 1.0),  # 0 means not set; a factor without a type is applied
@@ -146,16 +145,22 @@ def refuse_unsupported(path: Path, architecture: str, values: Mapping[str, Any])
     known = PLAIN_KEYS | (FAMILIES[architecture].metadata_keys if architecture in FAMILIES else frozenset())
     if architecture != "granite":  # for which false means no rotary embedding
         known |= {"rope.scaling.finetuned"}
+    neutral_values = _NEUTRAL | {"expert_gating_func": _gating(architecture)}
     for key, value in values.items():
-        if key in known or value in _NEUTRAL.get(key, ()) or (key == "attention.sliding_window" and is_whole):
+        if key in known or value in neutral_values.get(key, ()) or (key == "attention.sliding_window" and is_whole):
             continue
         subject, got = f"{path}: {architecture}.{key}", repr(value)[:80]
         if key == "attention.sliding_window":
             remedy = "use another teacher: attention beyond the window would be silently wrong"
             raise InputError(subject, expected="full attention", got=f"{got} of {context} positions", remedy=remedy)
-        neutral = " or ".join(str(neutral) for neutral in _NEUTRAL.get(key, ()) if neutral != "")
+        neutral = " or ".join(str(neutral) for neutral in neutral_values.get(key, ()) if neutral != "")
         remedy = "use another teacher: leaving this out would make it silently wrong"
         raise InputError(subject, expected=neutral or "a model without it", got=got, remedy=remedy)
+
+
+def _gating(architecture: str) -> tuple[int, ...]:
+    """Return the values of ``expert_gating_func`` that change nothing: the family's own, or those of any softmax."""
+    return FAMILIES[architecture].gating if architecture in FAMILIES else (0, 1)
 
 
 def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None:

@@ -196,7 +196,54 @@ Q4KD_DEVICE void add_rows(const Pieces<T>& pieces, const int* row_of_slot, const
     }
 }
 
+// g * sigmoid(1.702 g) by the device's approximate exponential and division for bf16, as SiLU's.
+template <class T>
+Q4KD_INLINE float steep_silu(float x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 2) return __fdividef(x, 1.0f + __expf(-1.702f * x));
+#endif
+    return x / (1.0f + expf(-1.702f * x));
+}
+
+// out = g * sigmoid(1.702 g) * (u + 1) of rows [gate | up] of 2F with the biases of the group that a row is in, where g
+// is the gate, 7 at most, and u the other, from -7 to 7. `ends` are the first rows behind each group's. What is no
+// number stays none.
+template <int width, class T>
+Q4KD_DEVICE void gate_clamped(const T* gate_up, const float* biases, const int* ends, i64 groups, i64 rows, i64 F,
+                              T* out) {
+    const float limit = 7.0f;
+    i64 item = (i64)blockIdx.x * blockDim.x + threadIdx.x, steps = F / width;
+    i64 row = quotient(item, steps), column = (item - row * steps) * width;
+    if (row >= rows) return;
+    i64 group = 0, last = groups - 1;
+    while (group < last) {
+        i64 middle = (group + last) / 2;
+        if (load<int>(ends + middle) > row) last = middle;
+        else group = middle + 1;
+    }
+    const T* source = gate_up + 2 * row * F + column;
+    const float* added = biases + 2 * group * F + column;
+    float gates[width], ups[width], gate_biases[width], up_biases[width];
+    read_floats<width>(source, gates);
+    read_floats<width>(source + F, ups);
+    read_floats<width>(added, gate_biases);
+    read_floats<width>(added + F, up_biases);
+#pragma unroll
+    for (int i = 0; i < width; i++) {
+        float gate = gates[i] + gate_biases[i], up = ups[i] + up_biases[i];
+        if (gate > limit) gate = limit;
+        if (up > limit) up = limit;
+        if (up < -limit) up = -limit;
+        gates[i] = steep_silu<T>(gate) * (up + 1.0f);
+    }
+    write_floats<width>(out + row * F + column, gates);
+}
+
 #define ROWS(width, type, T)                                                                                         \
+    KERNEL clamped_swiglu_##type##_v##width(const T* gate_up, const float* biases, const int* ends, i64 groups,      \
+                                            i64 rows, i64 F, T* out) {                                               \
+        gate_clamped<width>(gate_up, biases, ends, groups, rows, F, out);                                            \
+    }                                                                                                                \
     KERNEL take_rows_##type##_v##width(const T* x, const int* token_of_row, i64 first, i64 rows, i64 H, T* out) {    \
         copy_rows<width>(x, token_of_row, first, rows, H, out);                                                      \
     }                                                                                                                \

@@ -6,11 +6,30 @@ of one expert.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from q4kd.trainer.teacher.cpu.weights import Matrix
+
+# Takes gate and up, both ``[n, F]``, which it may overwrite, and returns what the down matrix is given.
+Gated = Callable[[Tensor, Tensor], Tensor]
+
+
+class Biases(NamedTuple):
+    """What is added to the products of a layer's experts, float32.
+
+    Attributes:
+        router: ``[E]``.
+        gate, up: ``[E, F]``.
+        down: ``[E, H]``.
+    """
+
+    router: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Experts:
         down: ``[E * H, F]``.
         count: E.
         per_token: C.
+        biases: None for a family without.
     """
 
     router: Matrix
@@ -31,12 +51,19 @@ class Experts:
     down: Matrix
     count: int
     per_token: int
+    biases: Biases | None = None
+
+    def choose(self, normed_MH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``route`` does, of float32 normalised states."""
+        logits_ME = self.router.product(normed_MH)
+        return route(logits_ME if self.biases is None else logits_ME.add_(self.biases.router), self.per_token)
 
 
 def route(logits_ME: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
     """Choose the experts of every token: those of the largest softmax over all, whose shares are made to sum to one.
 
-    The sum of the chosen shares is at least C / E, so nothing has to guard the division.
+    The sum of the chosen shares is at least C / E, so nothing has to guard the division. gpt-oss defines its weights as
+    a softmax over the chosen logits alone: that is the same function, since the sum over all divides out.
 
     Args:
         logits_ME: products of tokens and router, float32.
@@ -49,9 +76,7 @@ def route(logits_ME: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
     return chosen_MC, shares_MC / shares_MC.sum(dim=-1, keepdim=True)
 
 
-def expert_products(
-    x_MH: Tensor, chosen_MC: Tensor, weights_MC: Tensor, experts: Experts, activate: Callable[[Tensor], Tensor]
-) -> Tensor:
+def expert_products(x_MH: Tensor, chosen_MC: Tensor, weights_MC: Tensor, experts: Experts, gated: Gated) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs, float32 ``[M, H]``.
 
     Every token is given to all of its experts, however many tokens an expert gets; the weights of an expert that gets
@@ -61,7 +86,7 @@ def expert_products(
         x_MH: normalised states in the compute dtype.
         chosen_MC, weights_MC: as ``route`` returns them.
         experts: the weights.
-        activate: the gate's activation.
+        gated: what an expert makes of its two first products.
     """
     per_token = chosen_MC.shape[1]
     places = chosen_MC.flatten().argsort(stable=True)
@@ -72,19 +97,21 @@ def expert_products(
         if count:
             places_n = places[start : start + count]
             tokens_n, weights_n1 = places_n // per_token, weights_MC.flatten()[places_n, None]
-            part_nH = _expert(x_MH.index_select(0, tokens_n), expert, experts, activate).float()
+            part_nH = _expert(x_MH.index_select(0, tokens_n), expert, experts, gated).float()
             out_MH.index_add_(0, tokens_n, part_nH.mul_(weights_n1))
         start += count
     return out_MH
 
 
-def _expert(x_nH: Tensor, expert: int, experts: Experts, activate: Callable[[Tensor], Tensor]) -> Tensor:
+def _expert(x_nH: Tensor, expert: int, experts: Experts, gated: Gated) -> Tensor:
     """Return the output of one expert, ``[n, H]`` in the dtype of ``x_nH``."""
+    biases = experts.biases
 
-    def part(matrix: Matrix) -> Matrix:
+    def product(matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = matrix.rows // experts.count
-        return matrix.part(expert * rows, (expert + 1) * rows)
+        out = matrix.part(expert * rows, (expert + 1) * rows).product(x)
+        return out if bias is None else out.add_(bias[expert])
 
-    gated_nF = activate(part(experts.gate).product(x_nH))
-    gated_nF *= part(experts.up).product(x_nH)
-    return part(experts.down).product(gated_nF)
+    gate_nF = product(experts.gate, x_nH, biases and biases.gate)
+    up_nF = product(experts.up, x_nH, biases and biases.up)
+    return product(experts.down, gated(gate_nF, up_nF), biases and biases.down)

@@ -64,7 +64,9 @@ def predict_footprint(
     # One product of Q, K and V lives until the last of them is copied; halves of one of gate and up are copied too, and
     # GELU is not computed in place.
     fused = queries + 2 * keys if config.family.fused_qkv else 0
-    attention = stream + normed + 3 * queries + 2 * keys + fused + scores
+    # A bias is added to the output of attention in float32.
+    biased = stream if config.family.all_biases and size != _FLOAT else 0
+    attention = stream + normed + 3 * queries + 2 * keys + fused + scores + biased
     widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
     if config.num_experts:
@@ -92,6 +94,8 @@ def _mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> int:
     # Normalised states in float32 and in the compute dtype, the sum, and what one expert reads and returns.
     held = states * (_FLOAT + (size if size != _FLOAT else 0) + _FLOAT)
     expert = states * (2 * size + (_FLOAT if size != _FLOAT else 0)) + 2 * size * tokens * config.expert_ffn_size
+    if config.family.activation == "clamped_swiglu":  # which takes float32 copies, and the gate's share of itself
+        expert += tokens * config.expert_ffn_size * (_FLOAT if size == _FLOAT else 3 * _FLOAT + size)
     # Shares of all experts while they are chosen; then numbers, weights and order of those that are.
     routing = max(2 * _FLOAT * tokens * config.num_experts, chosen * (8 + _FLOAT + 8) + 2 * 8 * tokens)
     return held + max(routing, expert + chosen * (8 + _FLOAT + 8))

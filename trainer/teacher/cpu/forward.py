@@ -20,12 +20,13 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
-from q4kd.trainer.formats.families import Activation, RopeLayout
+from q4kd.trainer.formats.families import RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
-from q4kd.trainer.teacher.cpu.experts import Experts, expert_products, route
+from q4kd.trainer.teacher.cpu.activation import activate, gated_product
+from q4kd.trainer.teacher.cpu.experts import Biases, Experts, expert_products
 from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
 from q4kd.trainer.teacher.rope import Rope, RopeFactors
 
@@ -49,6 +50,8 @@ class _Layer:
     qkv: tuple[Matrix, ...]  # three, or one that holds their rows
     attn_output: Matrix
     biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    output_bias: Tensor | None
+    sinks: Tensor | None  # float32 [N]
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
@@ -114,11 +117,6 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
-def activate(gate: Tensor, activation: Activation) -> Tensor:
-    """Return the gate's activation: SiLU, in place, or GELU by its tanh formula (https://arxiv.org/abs/1606.08415)."""
-    return F.silu(gate, inplace=True) if activation == "silu" else F.gelu(gate, approximate="tanh")
-
-
 class CpuForward:
     """The weights of a model as the CPU holds them, and the forward pass over them.
 
@@ -174,10 +172,12 @@ class CpuForward:
                 self._optional(prefix + "attn_k.bias"),
                 self._optional(prefix + "attn_v.bias"),
             ),
+            output_bias=self._optional(prefix + "attn_output.bias"),
+            sinks=norm("attn_sinks"),
             q_norm=norm("attn_q_norm"),
             k_norm=norm("attn_k_norm"),
-            attn_post_norm=norm("post_attention_norm"),
-            ffn_norm=norm("ffn_norm"),
+            attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
+            ffn_norm=norm(family.ffn_norm),
             feed_forward=self._load_experts(prefix) if config.num_experts else self._load_feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
             window=config.window(index),
@@ -193,7 +193,11 @@ class CpuForward:
         # The router is multiplied in float32 whatever the dtype, since a rounded product chooses other experts.
         router = self._matrix(prefix + "ffn_gate_inp.weight", torch.float32)
         gate, up, down = (self._matrix(f"{prefix}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
-        return Experts(router, gate, up, down, self.config.num_experts, self.config.experts_per_token)
+        biases = None
+        if self.config.family.all_biases:
+            names = ("gate_inp", "gate_exps", "up_exps", "down_exps")
+            biases = Biases(*(self._vector(f"{prefix}ffn_{name}.bias") for name in names))
+        return Experts(router, gate, up, down, self.config.num_experts, self.config.experts_per_token, biases)
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
@@ -245,9 +249,9 @@ class CpuForward:
 
     def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
         """Return the output of a layer's experts, float32, of normalised float32 states."""
-        chosen_MC, weights_MC = route(experts.router.product(normed_MH), experts.per_token)
-        activation = functools.partial(activate, activation=self.config.family.activation)
-        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, activation)
+        chosen_MC, weights_MC = experts.choose(normed_MH)
+        gated = functools.partial(gated_product, activation=self.config.family.activation)
+        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, gated)
 
     def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
@@ -287,8 +291,10 @@ class CpuForward:
             window=layer.window,
             scale=config.query_scale,
             cap=config.attention_cap,
+            sinks=layer.sinks,
         )
-        return layer.attn_output.product(mixed_BTND.view(x_MH.shape[0], -1).to(self.dtype))
+        out_MH = layer.attn_output.product(mixed_BTND.view(x_MH.shape[0], -1).to(self.dtype))
+        return out_MH if layer.output_bias is None else out_MH.float().add_(layer.output_bias)
 
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:
         """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``: in ``out_MV`` if given, else new."""

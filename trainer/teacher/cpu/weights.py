@@ -192,6 +192,9 @@ def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: to
 
 
 def decode_vector(tensor: PackedTensor) -> Tensor:
-    """Return a norm or bias as float32 ``[length]`` (a copy: vectors are small and used at every step)."""
-    out = torch.empty(1, tensor.shape[0], dtype=torch.float32)
-    return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(1, -1), out)[0]
+    """Return a norm or bias as float32 ``[length]``, or the biases of experts as ``[E, length]``.
+
+    It is a copy: vectors are small and used at every step.
+    """
+    out = torch.empty(math.prod(tensor.shape[:-1]), tensor.shape[-1], dtype=torch.float32)
+    return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(len(out), -1), out).view(tensor.shape)

@@ -5,7 +5,7 @@ Letters in shapes: E experts, N rows of an expert's matrix, K columns, H hidden 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,20 @@ class ExpertMatrix(CudaMatrix):
         self._expert_kernels.decode_experts(self._layout, self._data, self.cols, self.experts, first, ends_E, out_eNK)
 
 
+class Biases(NamedTuple):
+    """What is added to the products of a layer's experts, float32.
+
+    Attributes:
+        router: ``[E]``.
+        gate_up: ``[E, 2 F]``, the gate's first.
+        down: ``[E, H]``.
+    """
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Experts:
     """A layer's experts.
@@ -54,6 +68,7 @@ class Experts:
         gate, up, down: the three matrices, packed.
         per_token: how many experts a token is given to.
         resident: gate and up ``[E, 2 F, H]`` and down ``[E, H, F]`` where they were decoded once.
+        biases: None for a family without.
     """
 
     router: Tensor
@@ -62,6 +77,7 @@ class Experts:
     down: ExpertMatrix
     per_token: int
     resident: tuple[Tensor, Tensor] | None = None
+    biases: Biases | None = None
 
     def decode_gate_up(self, first: int, ends_E: Tensor | None, out: Tensor) -> None:
         """Decode gate and up of experts that have rows into ``[e, 2 F, H]``, gate rows first."""
@@ -96,10 +112,11 @@ def build_experts(
     kernels: "Kernels",
     expert_kernels: "ExpertKernels",
     dtype: torch.dtype,
+    biases: Biases | None = None,
 ) -> Experts:
     """Arrange a layer's router, gate, up and down; Q6_K experts are repacked in place."""
     router, *matrices = tensors
     weight = torch.empty(router.shape, dtype=torch.float32, device=router.packed.device)
     kernels.decode(router.type, router.packed, 0, router.shape[0], router.shape[1], weight)
     gate, up, down = (ExpertMatrix(tensor, kernels, expert_kernels) for tensor in matrices)
-    return Experts(split_router(weight, dtype), gate, up, down, per_token)
+    return Experts(split_router(weight, dtype), gate, up, down, per_token, biases=biases)

@@ -261,8 +261,12 @@ class CudaForward:
             self._kernels.add_bias(v_flat, layer.v_bias)
         v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
         parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
-        mixed_MH = reach.attend(*parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap)
+        mixed_MH = reach.attend(
+            *parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap, sinks=layer.sinks
+        )
         self._product(layer.attn_output, mixed_MH, buffers.delta)
+        if layer.output_bias is not None:
+            self._kernels.add_bias(buffers.delta, layer.output_bias)
 
     def _feed_forward(self, weights: FeedForward, buffers: _Activations) -> None:
         x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated

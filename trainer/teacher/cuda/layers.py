@@ -1,5 +1,6 @@
 """Arranges a model's tensors on the device for the forward pass: groups of matrices, and vectors in float32."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.expert_kernels import ExpertKernels
-from q4kd.trainer.teacher.cuda.experts import Experts, build_experts
+from q4kd.trainer.teacher.cuda.experts import Biases, Experts, build_experts
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.teacher.rope import RopeFactors
 
@@ -37,6 +38,8 @@ class Layer:
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
+    output_bias: Tensor | None
+    sinks: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
@@ -95,11 +98,13 @@ class ModelWeights:
         return group
 
     def _vector(self, name: str) -> Tensor:
+        """Return a norm or bias as float32 ``[length]``, or the biases of experts as ``[E, length]``."""
         tensor = self._tensors[name]
-        vector = torch.empty(1, tensor.shape[0], dtype=torch.float32, device=tensor.packed.device)
-        self._kernels.decode(tensor.type, tensor.packed, 0, 1, tensor.shape[0], vector)
+        rows, cols = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+        vector = torch.empty(rows, cols, dtype=torch.float32, device=tensor.packed.device)
+        self._kernels.decode(tensor.type, tensor.packed, 0, rows, cols, vector)
         self.vector_bytes["F32"] += vector.numel() * 4
-        return vector[0]
+        return vector.view(tensor.shape)
 
     def _optional(self, name: str) -> Tensor | None:
         return self._vector(name) if name in self._tensors else None
@@ -118,10 +123,12 @@ class ModelWeights:
             q_bias=self._optional(prefix + "attn_q.bias"),
             k_bias=self._optional(prefix + "attn_k.bias"),
             v_bias=self._optional(prefix + "attn_v.bias"),
+            output_bias=self._optional(prefix + "attn_output.bias"),
+            sinks=norm("attn_sinks"),
             q_norm=norm("attn_q_norm"),
             k_norm=norm("attn_k_norm"),
-            attn_post_norm=norm("post_attention_norm"),
-            ffn_norm=norm("ffn_norm"),
+            attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
+            ffn_norm=norm(family.ffn_norm),
             feed_forward=self._experts(prefix) if self._config.num_experts else self._feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
             window=self._config.window(index),
@@ -141,7 +148,13 @@ class ModelWeights:
             self._kernels,
             self.expert_kernels,
             self._dtype,
+            self._expert_biases(prefix) if self._config.family.all_biases else None,
         )
         self.vector_bytes["F32" if self._dtype == torch.float32 else "BF16"] += experts.router.nbytes
         self.matrices |= dict(zip(names[1:], (experts.gate, experts.up, experts.down), strict=True))
         return experts if self._dense is None else experts.densified(self._dense)
+
+    def _expert_biases(self, prefix: str) -> Biases:
+        names = ("gate_inp", "gate_exps", "up_exps", "down_exps")
+        router, gate, up, down = (self._vector(f"{prefix}ffn_{name}.bias") for name in names)
+        return Biases(router, torch.cat([gate, up], dim=1), down)

@@ -59,6 +59,8 @@ def mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> tuple[int, i
     per_slab = min(config.num_experts, max(1, DEFAULT_SLAB_BYTES // (2 * ffn * hidden * size)))
     rows = min(slots, DEFAULT_ROWS)
     routing = 4 * (tokens * 2 * config.num_experts + 4 * slots)
+    if config.family.all_biases:  # the share of every expert in every token, and the chosen as 64-bit numbers
+        routing += 4 * tokens * config.num_experts + 8 * slots
     return 3 * per_slab * ffn * hidden * size, rows * size * (2 * hidden + 3 * ffn) + routing
 
 
@@ -98,6 +100,7 @@ def cut_runs(ends: Sequence[int], first: int, last: int, max_rows: int) -> list[
 class _Sorted:
     """Where the slots of a pass through a layer go."""
 
+    chosen_MC: Tensor  # int32
     weights_MC: Tensor  # float32
     row_of_slot: Tensor  # int32 [M, C]
     token_of_row: Tensor  # int32 [S]
@@ -110,7 +113,7 @@ class Mixture:
     Args:
         layers: the experts of each layer, all of the same shapes.
         kernels: kernels of the device.
-        gated: ``Kernels.swiglu`` or ``geglu``.
+        gated: ``Kernels.swiglu`` or ``geglu``; of experts with biases, ``ExpertKernels.clamped_swiglu`` is taken.
         dtype: bfloat16 or float32.
         timeline: what orders decoding ahead into two buffers; by default everything is done in order.
         slab_bytes: bound of the buffer of gate and up; a single expert that needs more gets it.
@@ -156,6 +159,10 @@ class Mixture:
             residual_MH: float32 ``[M, H]``, contiguous; updated.
         """
         found = self._sort(experts, normed_MH)
+        if experts.biases is not None:
+            shares_ME = residual_MH.new_zeros(len(normed_MH), self._count)
+            shares_ME.scatter_(1, found.chosen_MC.long(), found.weights_MC)
+            residual_MH.addmm_(shares_ME, experts.biases.down)
         self._timeline.begin()
         host_ends = _HostCopy(found.ends_E)
         self._decode(experts, _GATE_UP, 0, found.ends_E)
@@ -203,7 +210,10 @@ class Mixture:
                 if following is not None:
                     self._decode(experts, _GATE_UP, following, found.ends_E)
             gated_RF = gate_up.new_empty(len(gate_up), self._size)
-            self._gated(gate_up, gated_RF)
+            if experts.biases is None:
+                self._gated(gate_up, gated_RF)
+            else:
+                self._kernels.clamped_swiglu(gate_up, experts.biases.gate_up[run.first : run.last], ends, gated_RF)
             del gate_up
             if run is runs[0]:
                 self._timeline.reading(_DOWN)
@@ -231,10 +241,12 @@ class Mixture:
         new = normed_MH.new_empty
         logits = new(tokens, len(experts.router) * self._count, dtype=torch.float32)
         multiply(normed_MH, experts.router.flatten(0, 1), logits)
+        if experts.biases is not None:
+            logits[:, : self._count] += experts.biases.router
         chosen_MC = new(tokens, experts.per_token, dtype=torch.int32)
         weights_MC = new(tokens, experts.per_token, dtype=torch.float32)
         self._kernels.route(logits.view(tokens, len(experts.router), self._count), chosen_MC, weights_MC, 1)
-        return _Sorted(weights_MC, *self._kernels.sort(chosen_MC, self._count))
+        return _Sorted(chosen_MC, weights_MC, *self._kernels.sort(chosen_MC, self._count))
 
     def _rows(self, normed_MH: Tensor, found: _Sorted, start: int, stop: int) -> Tensor:
         rows = normed_MH.new_empty(stop - start, self._hidden)

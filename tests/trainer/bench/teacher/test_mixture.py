@@ -23,6 +23,37 @@ def test_the_synthetic_file_is_as_large_as_the_real_one() -> None:
     assert 18.5e9 < total < 18.6e9
 
 
+def test_the_synthetic_gpt_oss_is_as_large_as_the_real_one() -> None:
+    from q4kd.trainer.bench.synthetic_gpt_oss import gpt_oss_20b, tensor_types
+    from q4kd.trainer.formats.architecture import expected_shapes
+    from q4kd.trainer.formats.blocks.layout import block_format
+
+    config = gpt_oss_20b()
+    shapes, types = expected_shapes(config), tensor_types(config)
+    counts = {name: list(types.values()).count(name) for name in ("F32", "Q8_0", "MXFP4")}
+    total = sum(
+        math.prod(shape[:-1]) * block_format(types[name]).row_bytes(shape[-1]) for name, shape in shapes.items()
+    )
+    # What llama.cpp says of ggml-org's gpt-oss-20b-mxfp4.gguf: tensors by type, 20.91 B weights in 11.27 GiB.
+    assert counts == {"F32": 289, "Q8_0": 98, "MXFP4": 72}
+    assert abs(sum(math.prod(shape) for shape in shapes.values()) / 1e9 - 20.91) < 0.005
+    assert abs(total / 2**30 - 11.27) < 0.02
+
+
+def test_made_tensors_of_gpt_oss_have_the_scale_of_trained_ones() -> None:
+    import torch
+
+    from q4kd.trainer.bench.synthetic_gpt_oss import gpt_oss_20b, make_tensors
+    from q4kd.trainer.formats.blocks.decode import decode_rows
+
+    config = dataclasses.replace(gpt_oss_20b(1), hidden_size=320, vocab_size=300, num_experts=3, expert_ffn_size=320)
+    tensors = make_tensors(config, torch.device("cpu"))
+    for name in ("blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight"):
+        tensor = tensors[name]
+        decoded = decode_rows(tensor.type, tensor.packed, torch.empty(len(tensor.packed), tensor.shape[-1]))
+        assert 0.01 < float(decoded.std()) < 0.04 and abs(float(decoded.mean())) < 0.002, name
+
+
 def test_made_tensors_have_their_types_sizes() -> None:
     import torch
 
@@ -46,16 +77,19 @@ def test_work_is_counted_from_the_shapes() -> None:
     weights = 48 * (attention + 128 * 2048 + experts) + 151936 * 2048
     assert found["flop"] == 2 * weights * 8192 + 2 * 48 * 4096 * 4 * 2048**2
     assert found["decoded_expert_bytes"] == 2 * 48 * 128 * 3 * 768 * 2048
+    windowed = dataclasses.replace(qwen3_30b_a3b(), windows=(128, 0) * 24)
+    assert found["flop"] - work_of(windowed, Shape(4, 2048))["flop"] == 2 * 24 * 4096 * 4 * 2048 * (2048 - 256)
     assert parse_shapes("4x2048,1x7") == [Shape(4, 2048), Shape(1, 7)]
 
 
-def test_a_mixture_is_timed_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["qwen3-30b-a3b", "gpt-oss-20b"])
+def test_a_mixture_is_timed_on_cuda_only(shape: str) -> None:
     import argparse
 
     from q4kd.trainer.cli.bench import add_commands
 
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
-    args = parser.parse_args(["bench", "teacher", "--shape", "qwen3-30b-a3b"])
+    args = parser.parse_args(["bench", "teacher", "--shape", shape])
     with pytest.raises(InputError, match="expected --device cuda, got cpu"):
         args.run(args)

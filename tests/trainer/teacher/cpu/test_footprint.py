@@ -72,6 +72,17 @@ def test_what_a_family_copies_is_counted() -> None:
     assert bases - own["qwen2"] == 3 * 4 * 4096 * plain.head_dim
 
 
+def test_what_experts_with_biases_and_clamps_copy_is_counted() -> None:
+    """gpt-oss beside the same sizes as a qwen3moe: a copy of the gates, and in bfloat16 of more in float32."""
+    from q4kd.trainer.bench.synthetic_gpt_oss import gpt_oss_20b
+
+    own = dataclasses.replace(gpt_oss_20b(2), expert_ffn_size=11520)  # so that the experts are the peak
+    plain = dataclasses.replace(own, architecture="qwen3moe")
+    for dtype, copies in (("float32", 4), ("bfloat16", 14)):
+        found = [predict_footprint(c, 1, 4096, dtype=dtype, logits=False).activations for c in (own, plain)]
+        assert found[0] - found[1] == copies * 4096 * 11520
+
+
 def test_the_constants_are_those_of_the_code() -> None:
     assert footprint.SCRATCH_BYTES == weights.DEFAULT_SCRATCH_BYTES
     assert footprint.TILE_ROWS == weights._TILE_ROWS
