@@ -19,7 +19,8 @@ class Experts:
 
     Attributes:
         router: ``[E, H]``.
-        gate, up: ``[E * F, H]``, the rows of one expert after those of another.
+        gate, up: ``[E * F, H]``, the rows of one expert after those of another; without ``up`` the gate holds both,
+            ``[E * 2 F, H]``, the rows of an expert's up behind those of its gate.
         down: ``[E * H, F]``.
         count: E.
         per_token: C.
@@ -27,7 +28,7 @@ class Experts:
 
     router: Matrix
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down: Matrix
     count: int
     per_token: int
@@ -85,6 +86,9 @@ def _expert(x_nH: Tensor, expert: int, experts: Experts, activate: Callable[[Ten
         rows = matrix.rows // experts.count
         return matrix.part(expert * rows, (expert + 1) * rows)
 
+    if experts.up is None:
+        gate_nF, up_nF = part(experts.gate).product(x_nH).chunk(2, dim=-1)
+        return part(experts.down).product(activate(gate_nF.contiguous()).mul_(up_nF))
     gated_nF = activate(part(experts.gate).product(x_nH))
     gated_nF *= part(experts.up).product(x_nH)
     return part(experts.down).product(gated_nF)
