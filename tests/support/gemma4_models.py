@@ -111,7 +111,7 @@ def make_gemma4(case: Gemma4Case, *, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).float()
-            if name.endswith(("router.scale", "per_expert_scale")) or tensor.ndim == 1 and name.endswith("weight"):
+            if name.endswith(("router.scale", "per_expert_scale")) or (tensor.ndim == 1 and name.endswith("weight")):
                 tensor.copy_(1 + 0.3 * noise)
             elif name.endswith("layer_scalar"):
                 tensor.copy_(0.8 + 0.1 * noise)

@@ -13,12 +13,12 @@ transformers = pytest.importorskip("transformers")
 if not hasattr(transformers, "Gemma4ForCausalLM"):
     pytest.skip("this transformers does not know Gemma 4", allow_module_level=True)
 
-from gemma4_models import GEMMA4, GEMMA4_MIXTURES, make_gemma4, write_gemma4
+from gemma4_models import GEMMA4, GEMMA4_MIXTURES, make_gemma4, write_gemma4  # noqa: E402
 
-from q4kd.harness.__main__ import main
-from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.gguf.unsupported import find_unsupported
-from q4kd.trainer.formats.open import open_model
+from q4kd.harness.__main__ import main  # noqa: E402
+from q4kd.trainer.errors import InputError  # noqa: E402
+from q4kd.trainer.formats.gguf.unsupported import find_unsupported  # noqa: E402
+from q4kd.trainer.formats.open import open_model  # noqa: E402
 
 DENSE, MIXTURE = GEMMA4["gemma4"], GEMMA4_MIXTURES["gemma4-mixture"]
 MODELS = {id(case): make_gemma4(case) for case in (DENSE, MIXTURE, GEMMA4["gemma4-values"])}

@@ -11,7 +11,6 @@ layouts, grouped-query attention (``attention.py``), SwiGLU (https://arxiv.org/a
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
 """
 
-import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -265,25 +264,25 @@ class CpuForward:
         normed_MH = self._norm(x_MH, layer.ffn_norm)
         if isinstance(weights, DenseAndExperts):
             dense_MH = self._gated(weights.gate, weights.up, weights.down, normed_MH)
-            activation = functools.partial(activate, activation=self.config.family.activation)
-            return weights.add_experts(dense_MH, x_MH, self.config.rms_eps, self.dtype, activation)
+            return weights.add_experts(dense_MH, x_MH, self.config.rms_eps, self.dtype, self._activate)
         if len(weights.gate_up) == 1:
             gate_MF, up_MF = weights.gate_up[0].product(normed_MH).chunk(2, dim=-1)
-            gated_MF = activate(gate_MF.contiguous(), self.config.family.activation)
-            return weights.down.product(gated_MF.mul_(up_MF))
+            return weights.down.product(self._activate(gate_MF.contiguous()).mul_(up_MF))
         return self._gated(*weights.gate_up, weights.down, normed_MH)
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        return activate(gate, self.config.family.activation)
 
     def _gated(self, gate: Matrix, up: Matrix, down: Matrix, normed_MH: Tensor) -> Tensor:
         """Return ``down (act(gate x) * up x)``, in the compute dtype."""
-        gated_MF = activate(gate.product(normed_MH), self.config.family.activation)
+        gated_MF = self._activate(gate.product(normed_MH))
         gated_MF *= up.product(normed_MH)
         return down.product(gated_MF)
 
     def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
         """Return the output of a layer's experts, float32, of normalised float32 states."""
         chosen_MC, weights_MC = route(experts.router.product(normed_MH), experts.per_token)
-        activation = functools.partial(activate, activation=self.config.family.activation)
-        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, activation)
+        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, self._activate)
 
     def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
