@@ -128,8 +128,9 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
 
         size = place.dense_weight_bytes
         # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
-        dense_ffn = 0 if dims.num_experts else dims.ffn_size
-        widest = 2 * (dims.q_size + dims.kv_size) if dims.num_experts else 3 * dims.ffn_size
+        is_mixture = dims.num_experts > 0 and not dims.family.dense_beside_experts
+        dense_ffn = 0 if is_mixture else dims.ffn_size
+        widest = 2 * (dims.q_size + dims.kv_size) if is_mixture else 3 * dims.ffn_size
         buffers = widest * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
         activations = tokens * size * (3 * dense_ffn + 4 * dims.hidden_size)
@@ -138,6 +139,10 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
 
             experts = mixture_bytes(dims, tokens, size)
             scratch, activations = scratch + (experts[0] if packed else 0), activations + experts[1]
+            if not is_mixture:  # the experts' sum in float32, and what their router reads
+                activations += tokens * dims.hidden_size * (4 + size)
+        if dims.family.value_norm:  # values in float32, and normalised
+            activations += tokens * dims.kv_size * (4 + size)
         activations += attention_bytes(dims, config.batch_size, config.seq_len, size)
     return TeacherShape(
         config=dims,
