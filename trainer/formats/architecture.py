@@ -270,7 +270,8 @@ def _layer_shapes(config: TeacherConfig, layer: int) -> dict[str, tuple[int, ...
 def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the matrices of a layer's feed-forward; experts are the outermost dimension."""
     hidden, ffn = config.hidden_size, config.ffn_size
-    dense = {"ffn_gate.weight": (ffn, hidden), "ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)}
+    dense: dict[str, tuple[int, ...]] = {f"ffn_{name}.weight": (ffn, hidden) for name in ("gate", "up")}
+    dense["ffn_down.weight"] = (hidden, ffn)
     if config.num_experts and config.family.dense_beside_experts:
         sizes = config.num_experts, config.expert_ffn_size, hidden
         return dense | beside_experts_shapes(*sizes, is_fused=config.fused_experts)

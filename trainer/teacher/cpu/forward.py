@@ -164,7 +164,7 @@ class CpuForward:
 
     def _load_layer(self, index: int) -> _Layer:
         prefix, config, family = f"blk.{index}.", self.config, self.config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
         if config.shares_keys(index):
             qkv = qkv[:2]
         scale = self._optional(prefix + "layer_output_scale.weight")
@@ -210,7 +210,9 @@ class CpuForward:
         if not config.family.dense_beside_experts:
             return experts
         return DenseAndExperts(
-            *(self._matrix(f"{prefix}ffn_{name}.weight") for name in ("gate", "up", "down")),
+            gate=self._matrix(prefix + "ffn_gate.weight"),
+            up=self._matrix(prefix + "ffn_up.weight"),
+            down=self._matrix(prefix + "ffn_down.weight"),
             dense_post_norm=self._vector(prefix + "post_ffw_norm_1.weight"),
             experts=experts,
             router_scale=self._vector(prefix + "ffn_gate_inp.scale") / math.sqrt(config.hidden_size),
@@ -268,7 +270,8 @@ class CpuForward:
         if len(weights.gate_up) == 1:
             gate_MF, up_MF = weights.gate_up[0].product(normed_MH).chunk(2, dim=-1)
             return weights.down.product(self._activate(gate_MF.contiguous()).mul_(up_MF))
-        return self._gated(*weights.gate_up, weights.down, normed_MH)
+        gate, up = weights.gate_up
+        return self._gated(gate, up, weights.down, normed_MH)
 
     def _activate(self, gate: Tensor) -> Tensor:
         return activate(gate, self.config.family.activation)

@@ -143,7 +143,7 @@ class ModelWeights:
 
     def _layer(self, index: int) -> Layer:
         prefix, family = f"blk.{index}.", self._config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
         if self._config.shares_keys(index):
             qkv = qkv[:2]
 

@@ -113,7 +113,7 @@ def test_students_that_scale_or_cap_their_logits(kernels, monkeypatch, mode, dty
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_that_the_teacher_rules_out(kernels, mode, divergence, dtype, temperature) -> None:  # type: ignore[no-untyped-def]
-    """Minus infinity is nothing to forward_kl and jsd, and the least logit to reverse_kl; one float64 twin says both."""
+    """Minus infinity costs nothing in forward_kl and jsd, and the least logit in reverse_kl."""
     a = arrays(7, tokens=9, vocab=256)
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
         a[name] = a[name].to(dtype)
