@@ -14,6 +14,11 @@ from typing import Any, Protocol
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.families import FAMILIES, Family, RopeLayout
+from q4kd.trainer.formats.layer_sizes import (
+    beside_experts_shapes,
+    read_kv_heads,
+    read_layer_sizes,
+)
 from q4kd.trainer.formats.particulars import (
     TWO_SIZES,
     read_experts,
@@ -36,7 +41,8 @@ class TeacherConfig:
     """Dimensions of a decoder-only transformer, read from the file's metadata and tensors.
 
     Attributes:
-        head_dim: elements of one head; not always ``hidden_size / num_heads``.
+        num_kv_heads, head_dim: key-value heads, and elements of one head (not always ``hidden_size / num_heads``), of
+            the layers that ``layer_kv_heads`` and ``window_head_dim`` do not name.
         rope_layout: which elements of a head are rotated together: ``(i, i + D/2)`` or ``(2i, 2i + 1)``.
         qk_norm: whether query and key heads are normalised before they are rotated.
         vocab_size: rows of the embedding, whatever the metadata say.
@@ -55,6 +61,10 @@ class TeacherConfig:
         num_experts: experts of every layer, in place of one feed-forward of ``ffn_size``; 0 for a dense model.
         experts_per_token: how many experts a token is given to.
         expert_ffn_size: feed-forward size of an expert.
+        window_head_dim: elements of one head in the layers with a window; 0 for those of all layers.
+        layer_kv_heads: key-value heads of each layer; no entries where all have as many.
+        keys_as_values: whether the values of the layers without a window are their keys.
+        fused_experts: whether gate and up of all experts are one matrix, rows of each expert in this order.
     """
 
     architecture: str
@@ -86,6 +96,10 @@ class TeacherConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_ffn_size: int = 0
+    window_head_dim: int = 0
+    layer_kv_heads: tuple[int, ...] = ()
+    keys_as_values: bool = False
+    fused_experts: bool = False
 
     @property
     def family(self) -> Family:
@@ -105,15 +119,29 @@ class TeacherConfig:
         """Return whether a layer has rotary embedding."""
         return not self.no_rope_step or (layer + 1) % self.no_rope_step != 0
 
+    def head_dim_of(self, layer: int) -> int:
+        """Return the elements of one head of a layer, D."""
+        return self.window_head_dim if self.window_head_dim and self.window(layer) else self.head_dim
+
+    def kv_heads_of(self, layer: int) -> int:
+        """Return the key-value heads of a layer, K."""
+        return self.layer_kv_heads[layer] if self.layer_kv_heads else self.num_kv_heads
+
+    def shares_keys(self, layer: int) -> bool:
+        """Return whether the values of a layer are its keys, both before their norms."""
+        return self.keys_as_values and not self.window(layer)
+
     @property
     def q_size(self) -> int:
-        """Outputs of the query projection, ``N * D``."""
-        return self.num_heads * self.head_dim
+        """Outputs of the query projection, ``N * D``, of the layer that has the most."""
+        return self.num_heads * max(self.head_dim, self.window_head_dim)
 
     @property
     def kv_size(self) -> int:
-        """Outputs of the key and of the value projection, ``K * D``."""
-        return self.num_kv_heads * self.head_dim
+        """Outputs of the key and of the value projection, ``K * D``, of the layer that has the most."""
+        if not self.family.layer_sizes:
+            return self.num_kv_heads * self.head_dim
+        return max(self.kv_heads_of(layer) * self.head_dim_of(layer) for layer in range(self.num_layers))
 
 
 class _Tensor(Protocol):
@@ -163,6 +191,7 @@ def read_dimensions(
         raise found.refusal("attention.value_length", f"the head size {head_dim}", got, TWO_SIZES)
     layers, context = integer("block_count", 1024), integer("context_length", 1 << 24)
     windows = read_windows(found, family, layers, context)
+    kv_heads, layer_kv_heads = read_kv_heads(found, family, layers, heads)
     scaling = read_rope_scaling(found, family, context, tensors)
     ffn_size = integer("feed_forward_length", _MAX_DIMENSION)
     base = float(number("rope.freq_base", 1.0, 1e12, 10_000.0))
@@ -172,7 +201,7 @@ def read_dimensions(
         hidden_size=hidden,
         ffn_size=ffn_size,
         num_heads=heads,
-        num_kv_heads=integer("attention.head_count_kv", heads, heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_eps=float(number("attention.layer_norm_rms_epsilon", 1e-12, 1e-1)),
         rope_base=base,
@@ -188,6 +217,8 @@ def read_dimensions(
         no_rope_step=family.no_rope_step,
         **read_scales(found, architecture, layers, hidden, heads),
         **read_experts(found, family, ffn_size),
+        **read_layer_sizes(found, family, windows, tensors),
+        layer_kv_heads=layer_kv_heads,
     )
 
 
@@ -206,18 +237,19 @@ def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     elif config.family.rope_factors:
         shapes[ROPE_FACTORS] = (half,)
     for layer in range(config.num_layers):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
     return shapes
 
 
-def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: TeacherConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors of one layer."""
-    hidden, family = config.hidden_size, config.family
-    qkv = {"attn_q": config.q_size, "attn_k": config.kv_size, "attn_v": config.kv_size}
+    hidden, family, head_dim = config.hidden_size, config.family, config.head_dim_of(layer)
+    q_size, kv_size = config.num_heads * head_dim, config.kv_heads_of(layer) * head_dim
+    qkv = {"attn_q": q_size, "attn_k": kv_size} | ({} if config.shares_keys(layer) else {"attn_v": kv_size})
     rows_cols = {name: (rows, hidden) for name, rows in qkv.items()}
     if family.fused_qkv:
         rows_cols = {"attn_qkv": (sum(qkv.values()), hidden)}
-    rows_cols["attn_output"] = (hidden, config.q_size)
+    rows_cols["attn_output"] = (hidden, q_size)
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows_cols.items()}
     shapes |= _feed_forward_shapes(config)
     if family.biases:
@@ -231,9 +263,11 @@ def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     if family.post_norms:
         shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
     if family.head_norms == "each":
-        shapes |= {f"{name}.weight": (config.head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
+        shapes |= {f"{name}.weight": (head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
     elif family.head_norms == "all":
-        shapes |= {"attn_q_norm.weight": (config.q_size,), "attn_k_norm.weight": (config.kv_size,)}
+        shapes |= {"attn_q_norm.weight": (q_size,), "attn_k_norm.weight": (kv_size,)}
+    if family.layer_scale:
+        shapes["layer_output_scale.weight"] = (1,)
     return shapes
 
 
@@ -252,6 +286,11 @@ def _further_bias_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
 def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the matrices of a layer's feed-forward; experts are the outermost dimension."""
     hidden, ffn = config.hidden_size, config.ffn_size
+    dense: dict[str, tuple[int, ...]] = {f"ffn_{name}.weight": (ffn, hidden) for name in ("gate", "up")}
+    dense["ffn_down.weight"] = (hidden, ffn)
+    if config.num_experts and config.family.dense_beside_experts:
+        sizes = config.num_experts, config.expert_ffn_size, hidden
+        return dense | beside_experts_shapes(*sizes, is_fused=config.fused_experts)
     if config.num_experts:
         count, size = config.num_experts, config.expert_ffn_size
         return {
@@ -262,7 +301,7 @@ def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
         }
     if config.family.fused_gate_up:
         return {"ffn_up.weight": (2 * ffn, hidden), "ffn_down.weight": (hidden, ffn)}
-    return {"ffn_gate.weight": (ffn, hidden), "ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)}
+    return dense
 
 
 def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tensor]) -> None:
@@ -290,9 +329,13 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
             raise InputError(subject, expected=f"shape {shapes[name]}", got=f"{tensor.shape}", remedy=remedy)
         if (len(tensor.shape) == 1 or name.endswith(".bias")) and tensor.type not in VECTOR_TYPES:
             raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=CONVERT)
-    # Either all biases are there or none is: a file that lost one would be silently wrong.
-    has_biases = config.family.all_biases or any(name.endswith(".bias") for name in tensors)
-    optional = (ROPE_FACTORS,) if has_biases else (ROPE_FACTORS, ".bias")
+    # Either all biases are there or none is, and all scales of layers: a file that lost one would be silently wrong.
+    kinds = () if config.family.all_biases else (".bias",)
+    optional = tuple(
+        kind for kind in (*kinds, ".layer_output_scale.weight") if not any(name.endswith(kind) for name in tensors)
+    )
+    if not config.family.layer_sizes:  # where the divisors say which part of a head is rotated
+        optional += (ROPE_FACTORS,)
     missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))
     if missing:
         expected, got = f"tensor {missing[0]}", f"{len(missing)} missing"

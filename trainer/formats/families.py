@@ -17,6 +17,8 @@ those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tes
     olmo2     norms behind both parts and none before; Q and K are normalised over all heads; Olmo 3 has windows
     qwen3moe  as qwen3; the feed-forward is a mixture of experts
     gpt-oss   experts with biases and a clamped SwiGLU, windows on every other layer, a sink of each query head
+    gemma4    as gemma3, but layers with a window have heads of another size; values are normalised, or are the keys;
+              scores are not scaled, layers are; a mixture stands beside the dense feed-forward, not in its place
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ _ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_
 _YARN = ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
 _WINDOW = ("attention.sliding_window",)
 _EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
+_LAYER_SIZES = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
 _PATTERN = ("attention.sliding_window_pattern", "rope.freq_base_swa")
 
 
@@ -64,6 +67,12 @@ class Family:
         has_experts: whether the feed-forward of every layer is a mixture of experts.
         gating: values of ``expert_gating_func`` that mean what the family computes: 0 is not set, 1 a softmax over all
             experts, 3 one over the chosen.
+        dense_beside_experts: whether experts are added to a dense feed-forward, by a router that reads the states
+            normalised by itself; a file then may have none.
+        layer_sizes: whether layers with a window have a head size and key-value heads of their own, and whether the
+            values of the others may be their keys, both before their norms.
+        value_norm: whether each head of the values is normalised, without weights.
+        layer_scale: whether a file may hold a number that the states behind each layer are multiplied by.
         keys: metadata that only this family reads.
     """
 
@@ -92,6 +101,10 @@ class Family:
     no_rope_step: int = 0
     has_experts: bool = False
     gating: tuple[int, ...] = (0, 1)
+    dense_beside_experts: bool = False
+    layer_sizes: bool = False
+    value_norm: bool = False
+    layer_scale: bool = False
     keys: tuple[str, ...] = ()
 
     @property
@@ -108,6 +121,8 @@ class Family:
             keys.update(_PATTERN)
         if self.has_experts:
             keys.update(_EXPERTS)
+        if self.layer_sizes:
+            keys.update(_LAYER_SIZES)
         return frozenset(keys)
 
 
@@ -198,6 +213,23 @@ FAMILIES: dict[str, Family] = {
         window_length=None,
         has_experts=True,
         gating=(0, 3),
+    ),
+    "gemma4": Family(
+        rope_layout="split_halves",
+        head_norms="each",
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        rope_factors=True,
+        scalings=(),
+        window="pattern",
+        window_rope_base="same",
+        has_experts=True,
+        dense_beside_experts=True,
+        layer_sizes=True,
+        value_norm=True,
+        layer_scale=True,
+        keys=("final_logit_softcapping",),
     ),
 }
 # These are also read from .apr files.

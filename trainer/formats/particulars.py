@@ -82,13 +82,15 @@ def read_window_rope_base(found: Values, family: Family, base: float) -> float:
 def read_experts(found: Values, family: Family, ffn_size: int) -> ExpertSizes:
     """Return the number of experts, how many a token is given to, and the size of each; nothing for a dense family.
 
-    A file that does not state the size shares the feed-forward's among those of a token, as llama.cpp reads it.
+    A file that does not state the size shares the feed-forward's among those of a token, as llama.cpp reads it; where
+    the feed-forward is beside the experts, the size must be stated.
     """
-    if not family.has_experts:
+    if not family.has_experts or (family.dense_beside_experts and not found.get("expert_count")):
         return {}
     count = found.integer("expert_count", MAX_EXPERTS)
     used = found.integer("expert_used_count", count)
-    size = found.integer("expert_feed_forward_length", 1 << 22, max(1, ffn_size // used))
+    shared = None if family.dense_beside_experts else max(1, ffn_size // used)
+    size = found.integer("expert_feed_forward_length", 1 << 22, shared)
     return {"num_experts": count, "experts_per_token": used, "expert_ffn_size": size}
 
 
@@ -113,7 +115,9 @@ def read_scales(found: Values, architecture: str, layers: int, hidden: int, head
     if architecture == "gemma2":
         scales["attention_cap"] = cap("attn_logit_softcapping", 50.0)
         scales["logit_cap"] = cap("final_logit_softcapping", 30.0)
-    if architecture == "gemma3":
+    if architecture == "gemma4":
+        scales["attention_scale"] = 1.0
+    if architecture in ("gemma3", "gemma4"):
         scales["logit_cap"] = cap("final_logit_softcapping", 0.0)
     if architecture == "mistral3":
         scales["temperature_scale"] = cap("attention.temperature_scale", 0.0)

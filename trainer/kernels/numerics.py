@@ -28,6 +28,9 @@ def pinned_numerics() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = reduced, tf32
 
 
+_FLASH_MAX_HEAD = 256
+
+
 def multiply(x_MK: Tensor, weight_RK: Tensor, out_MR: Tensor) -> None:
     """Write ``x @ W.T`` to ``out``, of the operands' dtype or (for bfloat16 on CUDA) float32; it may be a row slice."""
     if out_MR.dtype == x_MK.dtype:
@@ -58,8 +61,8 @@ def attention(
 
     Scores are multiplied by ``scale``; None stands for ``1 / sqrt(D)``. ``sinks`` are as in ``sinks.py``.
     """
-    if bias_B1TT is not None or q_BNTD.dtype == torch.float32:
-        # Flash attention takes no float32 and no bias, and the memory-efficient kernel no groups.
+    if bias_B1TT is not None or q_BNTD.dtype == torch.float32 or q_BNTD.shape[-1] > _FLASH_MAX_HEAD:
+        # Flash attention takes no float32, no bias and no large heads, and the memory-efficient kernel no groups.
         groups = q_BNTD.shape[1] // k_BKTD.shape[1]
         k_BKTD, v_BKTD = k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1)
     if sinks is not None:

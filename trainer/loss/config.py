@@ -8,6 +8,11 @@ from typing import Literal, get_args
 
 # The label of a position that is not learnt, as in torch's own losses.
 IGNORE_INDEX = -100
+# A teacher's logits are taken no lower. A token that it rules out has minus infinity, which makes 0 times infinity of a
+# probability of nothing: with a number instead, that token adds exactly nothing to forward_kl and jsd. In reverse_kl,
+# which is infinite there, each unit of the student's probability costs about this many nats over T: large, and finite.
+# It is the least number of float16, far below the logits of any model.
+LEAST_LOGIT = -65504.0
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 Mode = Literal["fast", "low"]

@@ -8,6 +8,7 @@ One equation, with logits s (student) and t (teacher), labels y and temperature 
     reverse_kl   D = KL(q || p)
     jsd          D = beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
 
+with t no lower than ``LEAST_LOGIT``, so that tokens which the teacher rules out (minus infinity) leave D a number.
 (Hinton et al., https://arxiv.org/abs/1503.02531; generalised JSD as in https://arxiv.org/abs/2306.13649.) Every
 divergence is zero at equality. Sums run over the positions whose label is not ``IGNORE_INDEX`` and are divided by
 ``num_targets``, the count of such positions in the whole accumulated batch. A student's s may be more than its head's
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.kernels.gemm import multiply
-from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.loss.config import LEAST_LOGIT, KDLossConfig
 from q4kd.trainer.loss.divergence import divergence_rows
 from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossInputs, LossSums, LossTerms, fused_loss, target_positions, wide
@@ -121,18 +122,19 @@ def run_fast(sums: LossSums, inputs: LossInputs, config: KDLossConfig) -> None:
 
 
 def _teacher_logits(head: Callable[[Tensor], Tensor], vocab: int, *, is_held: bool) -> Callable[[Tensor], Tensor]:
-    """Return what gives the first ``vocab`` logits of hidden states; a head that is to be held is decoded now.
+    """Return what gives the first ``vocab`` logits of hidden states, new; a head that is to be held is decoded now.
 
     A head that is read once need not be held: the teacher decodes it in tiles, which stay in the cache until they are
     multiplied. Teachers may have padding rows past the student's vocabulary: they are dropped before softmax.
     """
     decoded = head.decoded() if is_held and isinstance(head, TeacherHead) else None
     if decoded is None or not isinstance(head, TeacherHead):
-        return lambda hidden_CH: head(hidden_CH)[:, :vocab]
+        return lambda hidden_CH: head(hidden_CH)[:, :vocab].clamp(min=LEAST_LOGIT)
     weight_VH, last_step = decoded[:vocab], head.last_step
 
     def logits(hidden_CH: Tensor) -> Tensor:
-        return apply_last_step(multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH), last_step)
+        products_CV = multiply(hidden_CH.to(weight_VH.dtype).contiguous(), weight_VH)
+        return apply_last_step(products_CV, last_step).clamp_(min=LEAST_LOGIT)
 
     return logits
 

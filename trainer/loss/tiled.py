@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.kernels.gemm import multiply
-from q4kd.trainer.loss.config import KDLossConfig
+from q4kd.trainer.loss.config import LEAST_LOGIT, KDLossConfig
 from q4kd.trainer.loss.divergence import Distributions, distributions, slope, subtract_rows, values
 from q4kd.trainer.loss.last_step import apply_last_step, chain, slope_of
 from q4kd.trainer.loss.sums import LossInputs, LossSums, wide
@@ -97,7 +97,7 @@ class _Walks:
         teacher_CR = multiply(self.teacher_PH[chunk].contiguous(), tile.teacher).to(student_CR.dtype)
         if self.teacher_head is not None:
             apply_last_step(teacher_CR, self.teacher_head.last_step)
-        return student_CR, teacher_CR.div_(self.config.temperature)
+        return student_CR, teacher_CR.clamp_(min=LEAST_LOGIT).div_(self.config.temperature)
 
     def inside(self, tile: _Tile, chunk: slice) -> tuple[Tensor, Tensor]:
         """Return which rows of a chunk have their label in a tile, and its column there (0 for the others)."""

@@ -6,6 +6,7 @@ import torch
 
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
+from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.blocks.scales import LARGEST, check_scales
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.teacher.cpu.forward import CpuForward
@@ -32,10 +33,14 @@ def build_forward(
 def check_weights(model: ModelFile) -> None:
     """Refuse weights that are NaN, infinite or too large: one such scale makes every logit NaN.
 
+    Divisors of rotary frequencies were checked when the file was opened; those of pairs that do not turn are 1e30.
+
     Raises:
         InputError: naming the first tensor that has one.
     """
     for tensor in model.tensors.values():
+        if tensor.name == ROPE_FACTORS:
+            continue
         count = check_scales(tensor.type, tensor.data)
         if count:
             subject, remedy = f"{model.path}: tensor {tensor.name}", "download or quantise the model again"

@@ -119,7 +119,8 @@ class Rope:
 
     def window_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Return those of the layers with a window that have a base of their own, which is never scaled."""
-        return rope_tables(length, rope_frequencies(self._rotary_dim, self._config.window_rope_base, None, None))
+        rotary_dim = self._config.window_head_dim or self._rotary_dim
+        return rope_tables(length, rope_frequencies(rotary_dim, self._config.window_rope_base, None, None))
 
     def _tables(self, length: int, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         frequency = rope_frequencies(self._rotary_dim, self._config.rope_base, self._scaling, factors)

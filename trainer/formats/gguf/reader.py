@@ -16,6 +16,7 @@ from q4kd.trainer.formats.gguf.header import Header, TensorEntry
 from q4kd.trainer.formats.gguf.metadata import MetadataArray
 from q4kd.trainer.formats.gguf.scales import take_scales
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
+from q4kd.trainer.formats.layer_sizes import own_scales
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 
@@ -38,6 +39,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_weights_norm": (True,),
     "expert_weights_scale": (0.0, 1.0),  # 0 means not set
     "leading_dense_block_count": (0,),
+    "attention.shared_kv_layers": (0,),
+    "embedding_length_per_layer_input": (0,),
     "rope.scaling.type": ("none", "linear", ""),  # llama.cpp's linear scaling divides by the factor
     "rope.scaling.factor": (0.0, 1.0),  # 0 means not set; a factor without a type is applied
     "rope.scaling.attn_factor": (1.0,),
@@ -78,7 +81,7 @@ def open_gguf(path: Path) -> ModelFile:
     if not tensors:
         expected, got, remedy = "a model with weights", "no tensor", "name the model's own file"
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
-    tensors = take_scales(path, tensors)
+    tensors = take_scales(path, tensors, own_scales(architecture))
     config = read_dimensions(path, architecture, values, tensors)
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)

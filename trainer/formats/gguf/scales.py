@@ -19,13 +19,15 @@ _LARGEST_SCALE = LARGEST / 2048
 _WITHOUT = ("token_embd.weight",)
 
 
-def take_scales(path: Path, tensors: Mapping[str, PackedTensor]) -> dict[str, PackedTensor]:
+def take_scales(path: Path, tensors: Mapping[str, PackedTensor], own: tuple[str, ...] = ()) -> dict[str, PackedTensor]:
     """Return the tensors without those that are scales, each NVFP4 matrix with its own.
+
+    ``own`` are the ends of the names of an architecture's own vectors, which stay.
 
     Raises:
         InputError: for a scale that is no finite float32, or too large a one, or that is beside no NVFP4 matrix.
     """
-    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(_SUFFIXES)}
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(_SUFFIXES) and not name.endswith(own)}
     found = {name: tensor for name, tensor in tensors.items() if name not in scales}
     for name, tensor in scales.items():
         subject, matrix = f"{path}: tensor {name}", f"{name.rpartition('.')[0]}.weight"

@@ -78,6 +78,22 @@ Q4KD_DEVICE void read_held(const Place<width>& place, Logits logits, float* held
         if (place.has(j)) read_floats<width>(row + place.first(j), held + j * width);
 }
 
+// A teacher's logits are taken no lower (loss/config.py says why and has the same number); NaN stays NaN.
+static constexpr float LEAST_LOGIT = -65504.0f;
+
+Q4KD_INLINE float no_lower(float logit) { return logit < LEAST_LOGIT ? LEAST_LOGIT : logit; }
+
+template <int width, class In>
+Q4KD_DEVICE void read_teacher(const Place<width>& place, Logits logits, float* held) {
+    read_held<width, In>(place, logits, held);
+#pragma unroll
+    for (int j = 0; j < HELD<width> / width; j++)
+        if (place.has(j)) {
+#pragma unroll
+            for (int i = j * width; i < (j + 1) * width; i++) held[i] = no_lower(held[i]);
+        }
+}
+
 // The segment's sums, the same in every thread.
 template <int width, int kind>
 Q4KD_DEVICE void sum_segment(const Place<width>& place, const float* s, const float* t, const Knobs& knobs,
@@ -317,7 +333,7 @@ Q4KD_DEVICE void run_stats(Logits student, Logits teacher, i64 columns, i64 segm
     Knobs knobs = read_knobs(knobs_at);
     float s[HELD<width>], t[HELD<width>], sums[6];
     read_held<width, In>(place, student, s);
-    if (kind != CE_ONLY) read_held<width, In>(place, teacher, t);
+    if (kind != CE_ONLY) read_teacher<width, In>(place, teacher, t);
     sum_segment<width, kind>(place, s, t, knobs, sums);
     write_sums(sums_at + place.row * all_segments * SUMS, first_segment + place.segment, sums);
 }
@@ -329,7 +345,7 @@ Q4KD_DEVICE void run_jsd(Logits student, Logits teacher, i64 columns, i64 segmen
     Knobs knobs = read_knobs(knobs_at);
     float s[HELD<width>], t[HELD<width>], parts[2];
     read_held<width, In>(place, student, s);
-    read_held<width, In>(place, teacher, t);
+    read_teacher<width, In>(place, teacher, t);
     float* sums = sums_at + place.row * all_segments * SUMS;
     Row row = sum_row<JSD>(sums, all_segments, knobs);
     sum_mixed<width>(place, s, t, knobs, row, parts);
@@ -343,7 +359,7 @@ Q4KD_DEVICE void run_gradient(Logits student, Logits teacher, i64 columns, i64 s
     Knobs knobs = read_knobs(knobs_at);
     float s[HELD<width>], t[HELD<width>];
     read_held<width, In>(place, student, s);
-    if (kind != CE_ONLY) read_held<width, In>(place, teacher, t);
+    if (kind != CE_ONLY) read_teacher<width, In>(place, teacher, t);
     const float* sums = sums_at + place.row * all_segments * SUMS;
     Row row = sum_row<kind>(sums, all_segments, knobs);
     if (kind == JSD) sum_parts(sums, all_segments, knobs, &row);
@@ -357,7 +373,7 @@ Q4KD_DEVICE void run_fused(Logits student, Logits teacher, i64 columns, i64 segm
     Knobs knobs = read_knobs(knobs_at);
     float s[HELD<width>], t[HELD<width>], sums[6];
     read_held<width, In>(place, student, s);
-    if (kind != CE_ONLY) read_held<width, In>(place, teacher, t);
+    if (kind != CE_ONLY) read_teacher<width, In>(place, teacher, t);
     sum_segment<width, kind>(place, s, t, knobs, sums);
     float* sums_of_row = sums_at + place.row * segments * SUMS;
     write_sums(sums_of_row, place.segment, sums);

@@ -31,6 +31,14 @@ struct Eight<float> {
     }
 };
 
+// A teacher's eight; those of tokens that it rules out are numbers.
+template <class In>
+Q4KD_INLINE void get_teacher(const Eight<In>& held, float* values) {
+    held.get(values);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = no_lower(values[i]);
+}
+
 // The columns of a row that one block takes.
 struct Run {
     i64 row, segment, first, last;
@@ -100,7 +108,7 @@ Q4KD_DEVICE void sum_run(const Run& run, const Eight<In>* s_held, const Eight<In
         if (column >= run.last) break;
         float s[8], t[8];
         s_held[step].get(s);
-        if (kind != CE_ONLY) t_held[step].get(t);
+        if (kind != CE_ONLY) get_teacher(t_held[step], t);
         float top_s = largest(s), top_t = kind != CE_ONLY ? largest(t) : 0.0f;
         if (top_s > sums.m_s + leeway || (kind != CE_ONLY && top_t > sums.m_t + leeway)) {
             move<kind>(&sums, fmaxf(top_s, sums.m_s), fmaxf(top_t, sums.m_t), scale);
@@ -146,7 +154,7 @@ Q4KD_DEVICE void write_run(const Run& run, const Eight<In>* s_held, const Eight<
         if (column >= run.last) break;
         float s[8], t[8], values[8];
         s_held[step].get(s);
-        if (kind != CE_ONLY) t_held[step].get(t);
+        if (kind != CE_ONLY) get_teacher(t_held[step], t);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float plain = kind == CE_ONLY || heated ? power_of_two(fmaf(s[i], LOG2_E, below_1)) : 0.0f;

@@ -38,7 +38,8 @@ class Experts:
 
     Attributes:
         router: ``[E, H]``.
-        gate, up: ``[E * F, H]``, the rows of one expert after those of another.
+        gate, up: ``[E * F, H]``, the rows of one expert after those of another; without ``up`` the gate holds both,
+            ``[E * 2 F, H]``, the rows of an expert's up behind those of its gate.
         down: ``[E * H, F]``.
         count: E.
         per_token: C.
@@ -47,7 +48,7 @@ class Experts:
 
     router: Matrix
     gate: Matrix
-    up: Matrix
+    up: Matrix | None
     down: Matrix
     count: int
     per_token: int
@@ -113,5 +114,8 @@ def _expert(x_nH: Tensor, expert: int, experts: Experts, gated: Gated) -> Tensor
         return out if bias is None else out.add_(bias[expert])
 
     gate_nF = product(experts.gate, x_nH, biases and biases.gate)
-    up_nF = product(experts.up, x_nH, biases and biases.up)
+    if experts.up is None:  # no family has biases here
+        gate_nF, up_nF = (half.contiguous() for half in gate_nF.chunk(2, dim=-1))
+    else:
+        up_nF = product(experts.up, x_nH, biases and biases.up)
     return product(experts.down, gated(gate_nF, up_nF), biases and biases.down)

@@ -58,19 +58,22 @@ def predict_footprint(
     queries = _FLOAT * tokens * config.q_size
     keys = _FLOAT * tokens * config.kv_size
     part = size * tokens * TILE_ROWS
-    groups = config.num_heads // config.num_kv_heads
+    groups = config.num_heads // min((config.num_kv_heads, *config.layer_kv_heads))
     block = min(SCORE_BLOCK, max(1, SCORE_FLOATS // (groups * length)), length)
-    scores = _FLOAT * length * (groups * block + config.head_dim)
+    scores = _FLOAT * length * (groups * block + max(config.head_dim, config.window_head_dim))
     # One product of Q, K and V lives until the last of them is copied; halves of one of gate and up are copied too, and
-    # GELU is not computed in place.
-    fused = queries + 2 * keys if config.family.fused_qkv else 0
+    # GELU is not computed in place; heads of values that are normalised are copied once more.
+    fused = queries + 2 * keys if config.family.fused_qkv else keys if config.family.value_norm else 0
     # A bias is added to the output of attention in float32.
     biased = stream if config.family.all_biases and size != _FLOAT else 0
     attention = stream + normed + 3 * queries + 2 * keys + fused + scores + biased
     widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
     if config.num_experts:
-        feed_forward = stream + _mixture_bytes(config, tokens, size)
+        mixture = stream + _mixture_bytes(config, tokens, size)
+        # The dense part, in the compute dtype and normalised, waits for the experts beside it.
+        is_beside = config.family.dense_beside_experts
+        feed_forward = max(feed_forward, mixture + normed + stream) if is_beside else mixture
     # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
     # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
     kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
@@ -79,6 +82,8 @@ def predict_footprint(
     if config.rope_scaling is not None and config.rope_scaling.kind == "long":
         tables *= batch  # documents differ in their divisors
     ffn_size = config.expert_ffn_size or config.ffn_size
+    if config.family.dense_beside_experts:
+        ffn_size = max(ffn_size, config.ffn_size)
     tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, ffn_size, config.q_size))
     scratch = tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
     return Footprint(max(attention, feed_forward, head) + tables, scratch)

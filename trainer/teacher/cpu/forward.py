@@ -11,7 +11,7 @@ layouts, grouped-query attention (``attention.py``), SwiGLU (https://arxiv.org/a
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
 """
 
-import functools
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
 from q4kd.trainer.teacher.cpu.activation import activate, gated_product
+from q4kd.trainer.teacher.cpu.dense_and_experts import DenseAndExperts
 from q4kd.trainer.teacher.cpu.experts import Biases, Experts, expert_products
 from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
 from q4kd.trainer.teacher.rope import Rope, RopeFactors
@@ -47,7 +48,7 @@ class _Layer:
     """Weights of one block; norms that its family has not are None."""
 
     attn_norm: Tensor | None
-    qkv: tuple[Matrix, ...]  # three, or one that holds their rows
+    qkv: tuple[Matrix, ...]  # three, or one that holds their rows, or two where values are keys
     attn_output: Matrix
     biases: tuple[Tensor | None, Tensor | None, Tensor | None]
     output_bias: Tensor | None
@@ -56,8 +57,11 @@ class _Layer:
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
-    feed_forward: _FeedForward | Experts
+    feed_forward: _FeedForward | Experts | DenseAndExperts
     ffn_post_norm: Tensor | None
+    output_scale: float  # what the states behind the layer are multiplied by
+    head_dim: int
+    kv_heads: int
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
 
@@ -158,7 +162,10 @@ class CpuForward:
 
     def _load_layer(self, index: int) -> _Layer:
         prefix, config, family = f"blk.{index}.", self.config, self.config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        if config.shares_keys(index):
+            qkv = qkv[:2]
+        scale = self._optional(prefix + "layer_output_scale.weight")
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -180,6 +187,9 @@ class CpuForward:
             ffn_norm=norm(family.ffn_norm),
             feed_forward=self._load_experts(prefix) if config.num_experts else self._load_feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
+            output_scale=1.0 if scale is None else float(scale),
+            head_dim=config.head_dim_of(index),
+            kv_heads=config.kv_heads_of(index),
             window=config.window(index),
             is_rotated=config.is_rotated(index),
         )
@@ -189,15 +199,31 @@ class CpuForward:
         gate_up = tuple(self._matrix(f"{prefix}{name}.weight") for name in names)
         return _FeedForward(gate_up, self._matrix(prefix + "ffn_down.weight"))
 
-    def _load_experts(self, prefix: str) -> Experts:
+    def _load_experts(self, prefix: str) -> Experts | DenseAndExperts:
         # The router is multiplied in float32 whatever the dtype, since a rounded product chooses other experts.
         router = self._matrix(prefix + "ffn_gate_inp.weight", torch.float32)
-        gate, up, down = (self._matrix(f"{prefix}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
+        config, is_fused = self.config, self.config.fused_experts
+        gate = self._matrix(f"{prefix}ffn_{'gate_up' if is_fused else 'gate'}_exps.weight")
+        up = None if is_fused else self._matrix(prefix + "ffn_up_exps.weight")
+        down = self._matrix(prefix + "ffn_down_exps.weight")
         biases = None
-        if self.config.family.all_biases:
+        if config.family.all_biases:
             names = ("gate_inp", "gate_exps", "up_exps", "down_exps")
             biases = Biases(*(self._vector(f"{prefix}ffn_{name}.bias") for name in names))
-        return Experts(router, gate, up, down, self.config.num_experts, self.config.experts_per_token, biases)
+        experts = Experts(router, gate, up, down, config.num_experts, config.experts_per_token, biases)
+        if not config.family.dense_beside_experts:
+            return experts
+        return DenseAndExperts(
+            gate=self._matrix(prefix + "ffn_gate.weight"),
+            up=self._matrix(prefix + "ffn_up.weight"),
+            down=self._matrix(prefix + "ffn_down.weight"),
+            dense_post_norm=self._vector(prefix + "post_ffw_norm_1.weight"),
+            experts=experts,
+            router_scale=self._vector(prefix + "ffn_gate_inp.scale") / math.sqrt(config.hidden_size),
+            experts_norm=self._vector(prefix + "pre_ffw_norm_2.weight"),
+            experts_post_norm=self._vector(prefix + "post_ffw_norm_2.weight"),
+            expert_scales=self._vector(prefix + "ffn_down_exps.scale"),
+        )
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
@@ -223,6 +249,8 @@ class CpuForward:
         for layer in self._layers:
             self._add(x_MH, self._attend(layer, self._norm(x_MH, layer.attn_norm), work), layer.attn_post_norm)
             self._add(x_MH, self._feed_forward(layer, x_MH), layer.ffn_post_norm)
+            if layer.output_scale != 1:
+                x_MH *= layer.output_scale
         return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
 
     def _norm(self, x_MH: Tensor, weight: Tensor | None) -> Tensor:
@@ -236,22 +264,35 @@ class CpuForward:
 
     def _feed_forward(self, layer: _Layer, x_MH: Tensor) -> Tensor:
         """Return the output of the feed-forward of states that are not normalised yet."""
-        weights, activation = layer.feed_forward, self.config.family.activation
+        weights = layer.feed_forward
         if isinstance(weights, Experts):
             return self._mixture(weights, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
         normed_MH = self._norm(x_MH, layer.ffn_norm)
+        if isinstance(weights, DenseAndExperts):
+            dense_MH = self._gated(weights.gate, weights.up, weights.down, normed_MH)
+            return weights.add_experts(dense_MH, x_MH, self.config.rms_eps, self.dtype, self._gate)
         if len(weights.gate_up) == 1:
             gate_MF, up_MF = weights.gate_up[0].product(normed_MH).chunk(2, dim=-1)
-            return weights.down.product(activate(gate_MF.contiguous(), activation).mul_(up_MF))
-        gated_MF = activate(weights.gate_up[0].product(normed_MH), activation)
-        gated_MF *= weights.gate_up[1].product(normed_MH)
-        return weights.down.product(gated_MF)
+            return weights.down.product(self._activate(gate_MF.contiguous()).mul_(up_MF))
+        gate, up = weights.gate_up
+        return self._gated(gate, up, weights.down, normed_MH)
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        return activate(gate, self.config.family.activation)
+
+    def _gated(self, gate: Matrix, up: Matrix, down: Matrix, normed_MH: Tensor) -> Tensor:
+        """Return ``down (act(gate x) * up x)``, in the compute dtype."""
+        gated_MF = self._activate(gate.product(normed_MH))
+        gated_MF *= up.product(normed_MH)
+        return down.product(gated_MF)
 
     def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
         """Return the output of a layer's experts, float32, of normalised float32 states."""
         chosen_MC, weights_MC = experts.choose(normed_MH)
-        gated = functools.partial(gated_product, activation=self.config.family.activation)
-        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, gated)
+        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, self._gate)
+
+    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated_product(gate, up, self.config.family.activation)
 
     def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
@@ -259,6 +300,8 @@ class CpuForward:
         parts = [matrix.product(x_MH).float() for matrix in layer.qkv]
         if len(parts) == 1:
             parts = list(torch.split(parts[0], sizes, dim=-1))
+        if len(parts) == 2:  # Heads of either are tensors of their own, since both are normalised.
+            parts.append(parts[1])
         for part, bias in zip(parts, layer.biases, strict=True):
             if bias is not None:
                 part += bias
@@ -268,9 +311,9 @@ class CpuForward:
         config, tables = self.config, work.tables_of(layer)
 
         def heads(part_MA: Tensor, norm: Tensor | None, count: int) -> Tensor:
-            if norm is not None and len(norm) != config.head_dim:
+            if norm is not None and len(norm) != layer.head_dim:
                 part_MA, norm = rms_norm(part_MA, norm, config.rms_eps), None
-            out_BNTD = part_MA.view(work.batch, -1, count, config.head_dim).transpose(1, 2)
+            out_BNTD = part_MA.view(work.batch, -1, count, layer.head_dim).transpose(1, 2)
             return out_BNTD if norm is None else rms_norm(out_BNTD, norm, config.rms_eps)
 
         def turned(x_BNTD: Tensor) -> Tensor:
@@ -278,8 +321,9 @@ class CpuForward:
 
         # Projections are dropped one by one, as soon as there are heads of them.
         parts = self._qkv(layer, x_MH)
-        v_BKTD = heads(parts.pop(), None, config.num_kv_heads).contiguous()
-        k_BKTD = turned(heads(parts.pop(), layer.k_norm, config.num_kv_heads))
+        v_BKTD = heads(parts.pop(), None, layer.kv_heads)
+        v_BKTD = (rms_norm(v_BKTD, None, config.rms_eps) if config.family.value_norm else v_BKTD).contiguous()
+        k_BKTD = turned(heads(parts.pop(), layer.k_norm, layer.kv_heads))
         q_BNTD = turned(heads(parts.pop(), layer.q_norm, config.num_heads))
         if work.query_scales_BT is not None:
             q_BNTD *= work.query_scales_BT[:, None, :, None]

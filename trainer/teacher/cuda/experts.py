@@ -65,36 +65,51 @@ class Experts:
     Attributes:
         router: ``[1, E, H]`` in float32, or ``[2, E, H]`` in bfloat16, which add up to float32 weights but for their
             last eight bits: the choice of experts should not depend on how the router is rounded.
-        gate, up, down: the three matrices, packed.
+        gate, up, down: the three matrices, packed; without ``up`` the gate holds both, the rows of an expert's up
+            behind those of its gate.
         per_token: how many experts a token is given to.
         resident: gate and up ``[E, 2 F, H]`` and down ``[E, H, F]`` where they were decoded once.
         biases: None for a family without.
+        scales_E: float32 ``[E]``, what each expert's output is multiplied by beside its token's weight; None for one.
     """
 
     router: Tensor
     gate: ExpertMatrix
-    up: ExpertMatrix
+    up: ExpertMatrix | None
     down: ExpertMatrix
     per_token: int
     resident: tuple[Tensor, Tensor] | None = None
     biases: Biases | None = None
+    scales_E: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """F."""
+        return self.down.cols
+
+    @property
+    def matrices(self) -> tuple[ExpertMatrix, ...]:
+        """The packed matrices."""
+        return (self.gate, self.down) if self.up is None else (self.gate, self.up, self.down)
 
     def decode_gate_up(self, first: int, ends_E: Tensor | None, out: Tensor) -> None:
         """Decode gate and up of experts that have rows into ``[e, 2 F, H]``, gate rows first."""
-        size = self.gate.expert_rows
-        self.gate.decode_chosen(first, ends_E, out[:, :size])
-        self.up.decode_chosen(first, ends_E, out[:, size:])
+        self.gate.decode_chosen(first, ends_E, out[:, : self.gate.expert_rows])
+        if self.up is not None:
+            self.up.decode_chosen(first, ends_E, out[:, self.gate.expert_rows :])
 
     def densified(self, dtype: torch.dtype) -> "Experts":
         """Return the same experts decoded; their packed bytes are dropped."""
-        count, size, hidden = self.gate.experts, self.gate.expert_rows, self.gate.cols
+        count, size, hidden = self.gate.experts, self.size, self.gate.cols
         device = self.router.device
         gate_up = torch.empty(count, 2 * size, hidden, dtype=dtype, device=device)
         down = torch.empty(count, hidden, size, dtype=dtype, device=device)
         self.decode_gate_up(0, None, gate_up)
         self.down.decode_chosen(0, None, down)
-        for matrix, held in ((self.gate, gate_up[:, :size]), (self.up, gate_up[:, size:]), (self.down, down)):
-            matrix.hold(held)
+        self.gate.hold(gate_up[:, : self.gate.expert_rows])
+        if self.up is not None:
+            self.up.hold(gate_up[:, self.gate.expert_rows :])
+        self.down.hold(down)
         return replace(self, resident=(gate_up, down))
 
 
@@ -114,9 +129,9 @@ def build_experts(
     dtype: torch.dtype,
     biases: Biases | None = None,
 ) -> Experts:
-    """Arrange a layer's router, gate, up and down; Q6_K experts are repacked in place."""
+    """Arrange a layer's router, gate, up (but where the gate holds it) and down; Q6_K ones are repacked in place."""
     router, *matrices = tensors
     weight = torch.empty(router.shape, dtype=torch.float32, device=router.packed.device)
     kernels.decode(router.type, router.packed, 0, router.shape[0], router.shape[1], weight)
-    gate, up, down = (ExpertMatrix(tensor, kernels, expert_kernels) for tensor in matrices)
-    return Experts(split_router(weight, dtype), gate, up, down, per_token, biases=biases)
+    gate, *up, down = (ExpertMatrix(tensor, kernels, expert_kernels) for tensor in matrices)
+    return Experts(split_router(weight, dtype), gate, up[0] if up else None, down, per_token, biases=biases)

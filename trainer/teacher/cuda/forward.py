@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import TeacherConfig
@@ -32,7 +33,7 @@ from q4kd.trainer.teacher.cpu.forward import soft_cap
 from q4kd.trainer.teacher.cuda.experts import Experts
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
 from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
-from q4kd.trainer.teacher.cuda.layers import FeedForward, Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.layers import DenseAndExperts, FeedForward, Layer, ModelWeights
 from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture, windows_at_once
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
@@ -127,7 +128,7 @@ class CudaForward:
         self._graphs = PassGraphs(self._run) if graphs and self._mixture is None else None
 
     def _make_mixture(self, overlap: bool, slab_bytes: int, max_rows: int) -> Mixture:
-        layers = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, Experts)]
+        layers = [layer.experts for layer in self._weights.layers if layer.experts is not None]
         return Mixture(
             layers,
             self._weights.expert_kernels,
@@ -197,23 +198,37 @@ class CudaForward:
             for layer, next_norm in zip(layers, following, strict=True):
                 self._attend(layer, buffers, batch, heads, reach)
                 self._add(buffers, layer.attn_post_norm, layer.ffn_norm)
-                if isinstance(layer.feed_forward, FeedForward):
-                    self._feed_forward(layer.feed_forward, buffers)
-                    self._add(buffers, layer.ffn_post_norm, next_norm)
-                else:
+                if isinstance(layer.feed_forward, Experts):
                     self._mix(layer.feed_forward, next_norm, buffers)
+                    continue
+                if isinstance(layer.feed_forward, DenseAndExperts):
+                    self._dense_and_experts(layer.feed_forward, buffers)
+                else:
+                    self._feed_forward(layer.feed_forward, buffers)
+                self._add(buffers, layer.ffn_post_norm, next_norm, layer.output_scale)
         return buffers.normed.view(batch, length, -1)
 
-    def _add(self, buffers: _Activations, post_norm: Tensor | None, next_norm: Tensor | None) -> None:
-        """Add a part's output, normalised where there is a norm for it, and normalise the sum for the next part."""
+    def _add(
+        self,
+        buffers: _Activations,
+        post_norm: Tensor | None,
+        next_norm: Tensor | None,
+        output_scale: Tensor | None = None,
+    ) -> None:
+        """Add a part's output, normalised where there is a norm for it, and normalise the sum for the next part.
+
+        The sum is multiplied by ``output_scale``, ``[1]``, before that.
+        """
         eps, scale, kernels = self.config.rms_eps, self.config.residual_scale, self._kernels
         residual, delta, normed = buffers.residual, buffers.delta, buffers.normed
         if post_norm is not None:
             kernels.rms_norm(delta, post_norm, eps, delta)
-        if next_norm is not None and scale == 1:
+        if next_norm is not None and scale == 1 and output_scale is None:
             kernels.add_rms_norm(residual, delta, next_norm, eps, normed)
             return
         residual.add_(delta, alpha=scale)
+        if output_scale is not None:
+            residual.mul_(output_scale)
         if next_norm is None:
             normed.copy_(residual)
         else:
@@ -226,7 +241,7 @@ class CudaForward:
         def buffer(rows: int, cols: int) -> Tensor:
             return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
 
-        dense = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, FeedForward)]
+        dense = [layer.dense for layer in self._weights.layers if layer.dense is not None]
         # A group cut into slabs is finished for every token before SwiGLU can start.
         whole = not all(self._stream.is_whole(weights.gate_up) for weights in dense)
         ffn = config.ffn_size if dense else 0
@@ -250,16 +265,17 @@ class CudaForward:
             multiply(x_MK, weight_RK, out_MR[:, rows])
 
     def _attend(self, layer: Layer, buffers: _Activations, batch: int, heads: HeadsPass, reach: Reach) -> None:
-        config = self.config
-        self._product(layer.qkv, buffers.normed, buffers.qkv)
-        q_end, k_end = config.q_size, config.q_size + config.kv_size
-        q_MND = buffers.qkv[:, :q_end].view(-1, config.num_heads, config.head_dim)
-        k_MKD = buffers.qkv[:, q_end:k_end].view(-1, config.num_kv_heads, config.head_dim)
-        v_flat = buffers.qkv[:, k_end:]
-        heads.prepare(layer, q_MND, k_MKD, batch)
+        config, tokens, count, kv_heads = self.config, len(buffers.normed), self.config.num_heads, layer.kv_heads
+        qkv = buffers.qkv.view(-1)[: tokens * layer.qkv.rows].view(tokens, -1)
+        self._product(layer.qkv, buffers.normed, qkv)
+        heads_MAD = qkv.view(tokens, -1, layer.head_dim)
+        q_MND, k_MKD = heads_MAD[:, :count], heads_MAD[:, count : count + kv_heads]
+        v_MKD = k_MKD if layer.shares_keys else heads_MAD[:, count + kv_heads :]
         if layer.v_bias is not None:
-            self._kernels.add_bias(v_flat, layer.v_bias)
-        v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
+            self._kernels.add_bias(qkv[:, -kv_heads * layer.head_dim :], layer.v_bias)
+        if config.family.value_norm:  # into a tensor of their own, before the keys, which they may be, are turned
+            v_MKD = F.rms_norm(v_MKD.float(), (layer.head_dim,), None, config.rms_eps).to(self._dtype)
+        heads.prepare(layer, q_MND, k_MKD, batch)
         parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
         mixed_MH = reach.attend(
             *parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap, sinks=layer.sinks
@@ -282,6 +298,21 @@ class CudaForward:
                     multiply(x_MH[start:stop], weight_RK, part)
                     self._gated(part, gated_MF[start:stop])
         self._product(weights.down, gated_MF, buffers.delta)
+
+    def _dense_and_experts(self, weights: DenseAndExperts, buffers: _Activations) -> None:
+        """Write the sum of a dense feed-forward and the experts beside it, each normalised, to ``buffers.delta``."""
+        if self._mixture is None:
+            raise RuntimeError("expected a mixture of experts")
+        kernels, eps, residual, delta = self._kernels, self.config.rms_eps, buffers.residual, buffers.delta
+        self._feed_forward(weights.dense, buffers)
+        kernels.rms_norm(delta, weights.dense_post_norm, eps, delta)
+        router_MH = torch.empty_like(buffers.normed)
+        kernels.rms_norm(residual, weights.router_scale, eps, router_MH)
+        kernels.rms_norm(residual, weights.experts_norm, eps, buffers.normed)
+        mixed_MH = torch.zeros_like(residual)
+        self._mixture.add(weights.experts, buffers.normed, mixed_MH, router_MH)
+        kernels.rms_norm(mixed_MH, weights.experts_post_norm, eps, router_MH)
+        delta.add_(router_MH)
 
     def _mix(self, experts: Experts, next_norm: Tensor | None, buffers: _Activations) -> None:
         """Add the outputs of a layer's experts, and normalise the sum for the next part."""

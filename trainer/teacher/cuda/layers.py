@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,18 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class DenseAndExperts:
+    """A dense feed-forward and experts beside it, with norms of their own (``cpu/dense_and_experts.py``)."""
+
+    dense: FeedForward
+    experts: Experts
+    dense_post_norm: Tensor
+    router_scale: Tensor  # the weight of the router's norm, over the root of H
+    experts_norm: Tensor
+    experts_post_norm: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer block: matrices by the input they share, vectors in float32; norms it has not are None."""
 
@@ -44,16 +56,40 @@ class Layer:
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
-    feed_forward: FeedForward | Experts
+    feed_forward: FeedForward | Experts | DenseAndExperts
     ffn_post_norm: Tensor | None
+    output_scale: Tensor | None  # [1], what the states behind the layer are multiplied by
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
+    head_dim: int
+    kv_heads: int
+    shares_keys: bool  # whether values are keys: no rows of ``qkv`` are theirs
+
+    @property
+    def dense(self) -> FeedForward | None:
+        """The dense feed-forward, by itself or beside experts."""
+        weights = self.feed_forward
+        return (
+            weights.dense if isinstance(weights, DenseAndExperts) else None if isinstance(weights, Experts) else weights
+        )
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts, by themselves or beside a dense feed-forward."""
+        weights = self.feed_forward
+        return (
+            weights.experts
+            if isinstance(weights, DenseAndExperts)
+            else weights
+            if isinstance(weights, Experts)
+            else None
+        )
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups in the order in which a pass uses them; experts are not among them."""
-        dense = self.feed_forward
-        return (self.qkv, self.attn_output, *((dense.gate_up, dense.down) if isinstance(dense, FeedForward) else ()))
+        dense = self.dense
+        return (self.qkv, self.attn_output, *((dense.gate_up, dense.down) if dense is not None else ()))
 
 
 class ModelWeights:
@@ -111,7 +147,9 @@ class ModelWeights:
 
     def _layer(self, index: int) -> Layer:
         prefix, family = f"blk.{index}.", self._config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        if self._config.shares_keys(index):
+            qkv = qkv[:2]
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -131,8 +169,12 @@ class ModelWeights:
             ffn_norm=norm(family.ffn_norm),
             feed_forward=self._experts(prefix) if self._config.num_experts else self._feed_forward(prefix),
             ffn_post_norm=norm("post_ffw_norm"),
+            output_scale=norm("layer_output_scale"),
             window=self._config.window(index),
             is_rotated=self._config.is_rotated(index),
+            head_dim=self._config.head_dim_of(index),
+            kv_heads=self._config.kv_heads_of(index),
+            shares_keys=self._config.shares_keys(index),
         )
 
     def _feed_forward(self, prefix: str) -> FeedForward:
@@ -140,8 +182,10 @@ class ModelWeights:
         down = self._group(prefix + "ffn_down.weight")
         return FeedForward(self._group(*(f"{prefix}{name}.weight" for name in gate_up)), down)
 
-    def _experts(self, prefix: str) -> Experts:
-        names = [f"{prefix}ffn_{name}.weight" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps")]
+    def _experts(self, prefix: str) -> Experts | DenseAndExperts:
+        config = self._config
+        parts = ("gate_up_exps",) if config.fused_experts else ("gate_exps", "up_exps")
+        names = [f"{prefix}ffn_{name}.weight" for name in ("gate_inp", *parts, "down_exps")]
         experts = build_experts(
             [self._tensors[name] for name in names],
             self._config.experts_per_token,
@@ -151,8 +195,18 @@ class ModelWeights:
             self._expert_biases(prefix) if self._config.family.all_biases else None,
         )
         self.vector_bytes["F32" if self._dtype == torch.float32 else "BF16"] += experts.router.nbytes
-        self.matrices |= dict(zip(names[1:], (experts.gate, experts.up, experts.down), strict=True))
-        return experts if self._dense is None else experts.densified(self._dense)
+        self.matrices |= dict(zip(names[1:], experts.matrices, strict=True))
+        experts = experts if self._dense is None else experts.densified(self._dense)
+        if not config.family.dense_beside_experts:
+            return experts
+        return DenseAndExperts(
+            dense=self._feed_forward(prefix),
+            experts=replace(experts, scales_E=self._vector(prefix + "ffn_down_exps.scale")),
+            dense_post_norm=self._vector(prefix + "post_ffw_norm_1.weight"),
+            router_scale=self._vector(prefix + "ffn_gate_inp.scale") / math.sqrt(config.hidden_size),
+            experts_norm=self._vector(prefix + "pre_ffw_norm_2.weight"),
+            experts_post_norm=self._vector(prefix + "post_ffw_norm_2.weight"),
+        )
 
     def _expert_biases(self, prefix: str) -> Biases:
         names = ("gate_inp", "gate_exps", "up_exps", "down_exps")

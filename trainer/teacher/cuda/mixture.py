@@ -134,7 +134,7 @@ class Mixture:
         self._kernels, self._gated, self._max_rows = kernels, gated, max_rows
         self._timeline = Timeline() if timeline is None else timeline
         one, device = layers[0], layers[0].router.device
-        self._count, self._size, self._hidden = one.gate.experts, one.gate.expert_rows, one.gate.cols
+        self._count, self._size, self._hidden = one.gate.experts, one.size, one.gate.cols
         expert_bytes = 2 * self._size * self._hidden * dtype.itemsize
         self._per_slab = self._count
         if one.resident is None:
@@ -150,15 +150,16 @@ class Mixture:
         """Bytes of the scratch buffers."""
         return sum(buffer.nbytes for buffer in getattr(self, "_buffers", ()))
 
-    def add(self, experts: Experts, normed_MH: Tensor, residual_MH: Tensor) -> None:
+    def add(self, experts: Experts, normed_MH: Tensor, residual_MH: Tensor, router_MH: Tensor | None = None) -> None:
         """Add to each token's states what its experts, weighted, make of its normalised ones.
 
         Args:
             experts: a layer's.
             normed_MH: compute dtype ``[M, H]``, contiguous.
             residual_MH: float32 ``[M, H]``, contiguous; updated.
+            router_MH: what the router reads, as ``normed_MH``, which it reads by default.
         """
-        found = self._sort(experts, normed_MH)
+        found = self._sort(experts, normed_MH if router_MH is None else router_MH)
         if experts.biases is not None:
             shares_ME = residual_MH.new_zeros(len(normed_MH), self._count)
             shares_ME.scatter_(1, found.chosen_MC.long(), found.weights_MC)
@@ -246,6 +247,8 @@ class Mixture:
         chosen_MC = new(tokens, experts.per_token, dtype=torch.int32)
         weights_MC = new(tokens, experts.per_token, dtype=torch.float32)
         self._kernels.route(logits.view(tokens, len(experts.router), self._count), chosen_MC, weights_MC, 1)
+        if experts.scales_E is not None:
+            weights_MC *= experts.scales_E[chosen_MC]
         return _Sorted(chosen_MC, weights_MC, *self._kernels.sort(chosen_MC, self._count))
 
     def _rows(self, normed_MH: Tensor, found: _Sorted, start: int, stop: int) -> Tensor:

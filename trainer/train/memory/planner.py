@@ -128,8 +128,9 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
 
         size = place.dense_weight_bytes
         # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
-        dense_ffn = 0 if dims.num_experts else dims.ffn_size
-        widest = 2 * (dims.q_size + dims.kv_size) if dims.num_experts else 3 * dims.ffn_size
+        is_mixture = dims.num_experts > 0 and not dims.family.dense_beside_experts
+        dense_ffn = 0 if is_mixture else dims.ffn_size
+        widest = 2 * (dims.q_size + dims.kv_size) if is_mixture else 3 * dims.ffn_size
         buffers = widest * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
         windows, output = config.batch_size, 0
@@ -140,7 +141,12 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
             output = tokens * dims.hidden_size * size if windows < config.batch_size else 0
             experts = mixture_bytes(dims, windows * config.seq_len, size)
             scratch, output = scratch + (experts[0] if packed else 0), output + experts[1]
-        activations = windows * config.seq_len * size * (3 * dense_ffn + 4 * dims.hidden_size) + output
+            if not is_mixture:  # the experts' sum in float32, and what their router reads
+                output += windows * config.seq_len * dims.hidden_size * (4 + size)
+        held = windows * config.seq_len
+        activations = held * size * (3 * dense_ffn + 4 * dims.hidden_size) + output
+        if dims.family.value_norm:  # values in float32, and normalised
+            activations += held * dims.kv_size * (4 + size)
         activations += attention_bytes(dims, windows, config.seq_len, size)
     return TeacherShape(
         config=dims,

@@ -7,7 +7,7 @@ from loss_arrays import LAST_STEPS
 from torch import Tensor
 
 from q4kd.trainer.loss import sums as loss_sums
-from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
+from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, LEAST_LOGIT, MODES, KDLossConfig
 from q4kd.trainer.loss.cuda import fused as cuda_loss
 from q4kd.trainer.loss.cuda.kernels import LossKernels, loss_kernels, segments_of
 from q4kd.trainer.loss.fused import kd_loss
@@ -45,6 +45,26 @@ def test_one_launch(kernels: LossKernels, divergence, in_type: torch.dtype, temp
     for rows, columns in ((5, VOCAB), (67, 16_392), (3, 520)):
         checks.matches(kernels, config, rows, columns, (in_type, BF16), seed=3, is_fused=True)
     checks.matches(kernels, config, 2, 32_000, (in_type, BF16), seed=4, is_fused=True, with_teacher=False)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("in_type", [BF16, F32])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_that_the_teacher_rules_out(  # type: ignore[no-untyped-def]
+    kernels: LossKernels, divergence, in_type: torch.dtype, temperature: float, is_fused: bool
+) -> None:
+    """Minus infinity gives the bits that the least logit gives: the first of a row, a whole segment, and the last."""
+    config = KDLossConfig(divergence=divergence, temperature=temperature, alpha=0.3, beta=0.3)
+    student, teacher, labels = checks.make_logits(7, 40_000, in_type, seed=9, pad=8)
+    for columns in (slice(0, 16), slice(100, 101), slice(8192, 16_384), slice(39_990, 40_000)):
+        teacher[:, columns] = LEAST_LOGIT
+    want = checks.run(kernels, config, student, teacher, labels, BF16, is_fused=is_fused)
+    teacher[teacher <= LEAST_LOGIT] = -torch.inf
+    found = checks.run(kernels, config, student, teacher, labels, BF16, is_fused=is_fused)
+    assert all(part.isfinite().all() for part in found)
+    for part, wanted in zip(found, want, strict=True):
+        assert torch.equal(part, wanted)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

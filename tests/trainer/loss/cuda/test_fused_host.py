@@ -6,7 +6,7 @@ from host_kernels import host_launcher
 from loss_arrays import LAST_STEPS, arrays, exact_loss, relative
 
 from q4kd.trainer.loss import sums as loss_sums
-from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, MODES, KDLossConfig
+from q4kd.trainer.loss.config import DIVERGENCES, IGNORE_INDEX, LEAST_LOGIT, MODES, KDLossConfig
 from q4kd.trainer.loss.cuda import chunks as loss_chunks
 from q4kd.trainer.loss.cuda import fused as cuda_loss
 from q4kd.trainer.loss.cuda import tensors as loss_tensors
@@ -104,6 +104,32 @@ def test_students_that_scale_or_cap_their_logits(kernels, monkeypatch, mode, dty
     rounds = dtype == BF16 and logits == "bfloat16"
     assert abs(float(terms.loss.detach()) - exact.loss) <= (5e-3 if rounds else 3e-6) * exact.loss
     bound = 2e-2 if rounds else 6e-3 if dtype == BF16 else 1e-5
+    assert relative(grad_hidden.float(), want_hidden) <= bound
+    assert relative(grad_weight.float(), want_weight) <= bound
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_that_the_teacher_rules_out(kernels, mode, divergence, dtype, temperature) -> None:  # type: ignore[no-untyped-def]
+    """Minus infinity costs nothing in forward_kl and jsd, and the least logit in reverse_kl."""
+    a = arrays(7, tokens=9, vocab=256)
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        a[name] = a[name].to(dtype)
+    a["teacher_hidden"][:, 0] = 1
+    least = {name: tensor.double() for name, tensor in a.items() if name != "labels"} | {"labels": a["labels"]}
+    # The first sixteen, one alone, a whole tile, and the last ones.
+    for columns in (slice(0, 16), slice(40, 41), slice(104, 208), slice(250, 264)):
+        a["teacher_weight"][columns, 0] = -torch.inf
+        least["teacher_weight"][columns] = 0
+        least["teacher_weight"][columns, 0] = LEAST_LOGIT
+    options = {"alpha": 0.2, "beta": 0.3, "chunk_tokens": 5, "vocab_tile": 104}
+    config = KDLossConfig(divergence=divergence, mode=mode, temperature=temperature, **options)
+    terms, grad_hidden, grad_weight = run(kernels, a, config, dtype=dtype)
+    exact, want_hidden, want_weight = exact_loss(least, config)
+    assert abs(float(terms.loss.detach()) - exact.loss) <= 4e-6 * abs(exact.loss)
+    bound = 6e-3 if dtype == BF16 else 1e-5
     assert relative(grad_hidden.float(), want_hidden) <= bound
     assert relative(grad_weight.float(), want_weight) <= bound
 
