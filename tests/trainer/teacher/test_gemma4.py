@@ -20,7 +20,7 @@ from teachers import load_quietly  # noqa: E402
 from q4kd.harness.oracles.families import read_family  # noqa: E402
 from q4kd.harness.oracles.gemma4 import gemma4_logits  # noqa: E402
 from q4kd.trainer.formats.open import open_model  # noqa: E402
-from q4kd.trainer.teacher.cpu import dense_and_experts  # noqa: E402
+from q4kd.trainer.teacher.cpu import experts  # noqa: E402
 from q4kd.trainer.teacher.cpu.experts import route  # noqa: E402
 
 BOUND = 1e-5
@@ -107,7 +107,7 @@ def test_bfloat16_products_stay_near_and_the_router_chooses_in_float32(
         seen.append(logits.dtype)
         return route(logits, per_token)
 
-    monkeypatch.setattr(dense_and_experts, "route", watched)
+    monkeypatch.setattr(experts, "route", watched)
     teacher = load_quietly(made.path, dtype="bfloat16")
     found = teacher.logits(torch.from_numpy(IDS)).numpy()
     assert np.isfinite(found).all()
