@@ -1,7 +1,6 @@
 """Gemma 4 on the CUDA path's own code, on the CPU: over reference kernels, and over the kernels' source."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from q4kd.harness.inputs.models.synthetic_gemma4 import VOCAB, write_gemma4_mode
 from q4kd.harness.oracles.families import read_family
 from q4kd.harness.oracles.gemma4 import gemma4_logits
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.kernels.expert_kernels import ExpertKernels
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 
@@ -33,11 +33,9 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture_module, "multiply", widening_multiply)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers_module, "ExpertKernels", lambda *_: ReferenceExpertKernels())
-        yield
+    monkeypatch.setattr(layers_module, "ExpertKernels", lambda *_: ReferenceExpertKernels())
 
 
 def logits_of(forward: CudaForward, ids: np.ndarray, starts: np.ndarray | None = None) -> np.ndarray:
@@ -87,11 +85,6 @@ def test_bfloat16_is_near(path: Path) -> None:
 def test_the_kernels_own_source_gives_the_same_logits(
     path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(mixture_module, "multiply", widening_multiply)
-    monkeypatch.setattr("q4kd.trainer.teacher.cuda.forward.multiply", widening_multiply)
-    from q4kd.trainer.kernels.expert_kernels import ExpertKernels
-
     monkeypatch.setattr(layers_module, "ExpertKernels", ExpertKernels)
     forward = build(path=path, dtype=torch.float32, kernels=Kernels("cpu", host_launcher(tmp_path_factory)))
     assert worst_error(logits_of(forward, IDS[:45]), exact_logits(path)[:45]) <= 1e-5
