@@ -21,7 +21,7 @@ from q4kd.trainer.files import write_json
 from q4kd.trainer.made import MadeThings
 from q4kd.trainer.starting import without_collection
 from q4kd.trainer.student.folder import check_folder
-from q4kd.trainer.student.model import import_transformers
+from q4kd.trainer.student.imports import import_transformers
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end

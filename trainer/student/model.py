@@ -40,17 +40,6 @@ def quiet_transformers() -> None:
     quiet()
 
 
-def import_transformers() -> None:
-    """Import what every student needs of transformers: its models' base takes most of its start.
-
-    Half of that is its own list of all models, made twice from 2,000 files, and sympy and torch._dynamo, which torch's
-    distributed tensors and a decorator import: a student's forward pass on the meta device needs both anyway. The base
-    of tokenizers is imported too, so that the thread that reads one later shares no import with the student's loading.
-    """
-    import transformers.modeling_utils
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-
 def student_dtype(config: DistillConfig) -> torch.dtype:
     """Return the dtype of the student's weights and products that the settings mean."""
     by_device = "bfloat16" if config.device == "cuda" else "float32"
