@@ -28,7 +28,7 @@ def _import_list_of_models() -> None:
     from transformers.utils import import_utils
 
     folder, utils = Path(transformers.__path__[0]) / "models", cast("Any", import_utils)
-    original = getattr(utils, "define_import_structure", None)
+    original: Any = getattr(utils, "define_import_structure", None)
     if not hasattr(original, "cache_info"):  # a release that keeps no list
         return
 
