@@ -157,7 +157,7 @@ def kill_matrix(
 
     # Those that wait for the accelerator keep nobody from the cores.
     waiting = sum("cuda" in get_experiment(name).needs for name, _ in groups)
-    settle_imports()
+    settle_imports(experiment for experiment, _ in groups)
     with ThreadPoolExecutor(runner.cores.total + waiting) as pool:
         futures = {pool.submit(run, group): group for group in sorted(groups, key=lambda group: runner.rank(group[0]))}
         try:

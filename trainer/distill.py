@@ -21,14 +21,14 @@ from q4kd.trainer.files import write_json
 from q4kd.trainer.made import MadeThings
 from q4kd.trainer.starting import without_collection
 from q4kd.trainer.student.folder import check_folder
-from q4kd.trainer.student.model import import_transformers
+from q4kd.trainer.student.imports import import_transformers
 from q4kd.trainer.train.distributed import wait_for_all
 from q4kd.trainer.train.guards import check_isolation
 from q4kd.trainer.train.loop import train_to_the_end
 from q4kd.trainer.train.memory.out_of_memory import explaining_memory
 from q4kd.trainer.train.memory.plan import MemoryPlan, format_plan
 from q4kd.trainer.train.memory.planner import check_plan, place_run_teacher, plan_run, student_shape
-from q4kd.trainer.train.run.assembly import Run, assemble, restore, write_model, write_run_file
+from q4kd.trainer.train.run.assembly import Run, assemble, restore
 from q4kd.trainer.train.run.chat_date import describe_date, with_chat_date
 from q4kd.trainer.train.run.folder import (
     PUBLISHED,
@@ -39,6 +39,7 @@ from q4kd.trainer.train.run.folder import (
 )
 from q4kd.trainer.train.run.identity import InputDigests
 from q4kd.trainer.train.run.state import Progress
+from q4kd.trainer.train.run.writing import write_model, write_run_file
 
 
 def distill(

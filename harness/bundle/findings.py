@@ -7,14 +7,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Literal, cast
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan
+from q4kd.harness.claims.schema_match import Schema
 from q4kd.harness.claims.waivers import applying, today
 from q4kd.harness.judging.results import Carried, ClaimResult, Finding, Findings
-from q4kd.harness.records.json_types import JsonRecord
+from q4kd.harness.records.json_types import JsonObject, JsonRecord
 from q4kd.harness.records.store import MAX_DEPTH, Store, depth, parse_shallow
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import parse_json
@@ -151,9 +149,9 @@ def sabotage_lines(document: Findings) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _schema() -> Draft202012Validator:
+def _schema() -> Schema:
     source = importlib.resources.files("q4kd.harness.bundle") / "findings.schema.json"
-    return Draft202012Validator(parse_json(source.read_bytes(), "findings.schema.json"))
+    return Schema(cast("JsonObject", parse_json(source.read_bytes(), "findings.schema.json")))
 
 
 def validate_findings(value: object, origin: str) -> Findings:
@@ -168,7 +166,7 @@ def validate_findings(value: object, origin: str) -> Findings:
 
     if depth(value) > MAX_DEPTH:
         raise refused(f"at most {MAX_DEPTH} levels", "deeper nesting")
-    error = best_match(_schema().iter_errors(value))
+    error = _schema().error(value)
     if error is not None:
         place = "/".join(str(part) for part in error.absolute_path) or "the document"
         raise refused(f"a {SCHEMA} document", f"{place}: {error.message}")

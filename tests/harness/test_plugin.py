@@ -16,6 +16,9 @@ from q4kd.harness.runs.runner import ExperimentRunner
 
 pytest_plugins = "pytester"
 TESTS = Path(__file__).parents[1] / "support"
+# They cost a session a second of importing and have nothing to do in it. Users may have them: the first tests below run
+# with every plugin that is installed.
+OTHERS = ("no:hypothesispytest", "no:anyio")
 
 
 def entry(claim_id, *, experiment="measure", ceiling=50, sabotage="[inflate]", extra=""):
@@ -91,9 +94,10 @@ def world(pytester, monkeypatch, kills):
             for name in names:
                 (self.folder / f"{name}.yaml").write_text(CONTRACTS[name])
 
-        def run(self, *names, args=(), use=kills):
+        def run(self, *names, args=(), use=kills, without=OTHERS):
             self.write(*names)
             base = ["-p", "fakeworld.plugin", "--contracts", str(self.folder)]
+            base += [word for name in without for word in ("-p", name)]
             if "cacheprovider" not in args:
                 base += ["-p", "no:cacheprovider"]
             base += ["--profile", "cpu", "--bundle", str(self.bundle), "--kills", str(use)]
@@ -123,7 +127,7 @@ def test_without_contracts_the_plugin_does_nothing_and_imports_nothing(pytester,
 
 
 def test_corroborated_claims_make_a_green_run_and_a_whole_bundle(world):
-    result = world.run("good", "compared", args=["-v"])
+    result = world.run("good", "compared", args=["-v"], without=())
     assert result.ret == 0
     result.stdout.fnmatch_lines(["*good::FT-A-001*PASSED*", "*claims*", "corroborated*good::FT-A-001*"])
     assert world.verdicts() == dict.fromkeys(

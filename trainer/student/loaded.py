@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,26 @@ from q4kd.trainer.student.folder import refuse_student
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """Keep transformers' table of tensors that were not found, and its warnings, to itself: what matters is refused."""
+    """Keep transformers' table of tensors that were not found, and its warnings, to itself: what matters is refused.
+
+    Threads that run already, such as one that reads a tokenizer, go on saying what they have to say.
+    """
     from transformers.utils import logging as its_logging
 
-    verbosity: Any = its_logging.get_verbosity()
-    say: Any = its_logging.set_verbosity
-    say(logging.ERROR)
+    its_logging.get_verbosity()  # makes the library's handler, where nothing has been logged yet
+    handlers = list(logging.getLogger("transformers").handlers)
+    others = set(threading.enumerate()) - {threading.current_thread()}
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or threading.current_thread() in others
+
+    for handler in handlers:
+        handler.addFilter(passes)
     try:
         yield
     finally:
-        say(verbosity)
+        for handler in handlers:
+            handler.removeFilter(passes)
 
 
 def check_finite(folder: Path, model: nn.Module) -> None:

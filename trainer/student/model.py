@@ -40,11 +40,6 @@ def quiet_transformers() -> None:
     quiet()
 
 
-def import_transformers() -> None:
-    """Import what every student needs of transformers: its models' base takes most of its start."""
-    import transformers.modeling_utils  # noqa: F401
-
-
 def student_dtype(config: DistillConfig) -> torch.dtype:
     """Return the dtype of the student's weights and products that the settings mean."""
     by_device = "bfloat16" if config.device == "cuda" else "float32"

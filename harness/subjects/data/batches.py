@@ -1,13 +1,11 @@
 """The experiment on batches: whole epochs, labels of every form of documents, and the order after a resumption.
 
-What is expected is worked out here from the texts with the ``tokenizers`` package alone, document by document.
+What is expected is worked out here and in ``labels.py`` from the texts with the ``tokenizers`` package alone.
 """
 
 import functools
-import json
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,11 @@ import numpy as np
 from q4kd.harness.inputs.arrays import Array, read_arrays
 from q4kd.harness.inputs.collect import arm_of
 from q4kd.harness.inputs.command_lines import probe_words
-from q4kd.harness.inputs.demo import demo_student, demo_tokenizer, encode_texts
+from q4kd.harness.inputs.demo import encode_texts
 from q4kd.harness.inputs.training_documents import (
     CHATS,
     DOCUMENTS,
     MANY,
-    MASKED,
     chat_messages,
     document_texts,
     many_documents,
@@ -32,73 +29,31 @@ from q4kd.harness.inputs.training_documents import (
     write_jsonl,
 )
 from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experiment
-from q4kd.harness.subjects.data.rewriting import REWRITING, rewritten_chats, rewritten_texts
-from q4kd.trainer.files import read_json, write_json
+from q4kd.harness.subjects.data.labels import (
+    DAY,
+    SEQ_LEN,
+    TEMPLATES,
+    begin_student,
+    chat_student,
+    label_table,
+    labelled_windows,
+    padded_record,
+    token_documents,
+    tool,
+    weighed,
+    window_length,
+)
+from q4kd.harness.subjects.data.rewriting import REWRITING, rewritten_chats
+from q4kd.trainer.files import write_json
 
-SEQ_LEN, WHOLE, BEGIN, BUFFER = 24, 512, 0, 9
-DAY = "2026-11-30"
-_BEGIN_TEXT = "<|endoftext|>"  # the demo student's begin token
-_SAID = "{{ m['content'] }}</>\n"
-_TURN = "<{{ m['role'] }}>" + _SAID
-_PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
-TEMPLATES = {
-    "chat": f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
-    "tools": f"{{% if tools %}}<tools>{{% for t in tools %}}{{{{ t | tojson }}}}{{% endfor %}}</>\n{{% endif %}}"
-    f"{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
-    "dated": f"<day>{{{{ strftime_now('%d %B %Y') }}}}</>\n{{% for m in messages %}}{_TURN}{{% endfor %}}{_PROMPT}",
-    "marked": "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{% generation %}"
-    f"{_SAID}{{% endgeneration %}}{{% else %}}{_TURN}{{% endif %}}{{% endfor %}}{_PROMPT}",
-}
-TEMPLATES |= REWRITING
-# Labels of a window, by its ids.
-_Windows = dict[tuple[int, ...], list[int]]
-
-
-def chat_student(inputs: Inputs, name: str) -> Path:
-    """Return the demo student with the chat template of that name."""
-
-    def make(folder: Path) -> None:
-        shutil.copytree(demo_student(inputs), folder)
-        (folder / "chat_template.jinja").write_text(TEMPLATES[name])
-
-    return inputs.file(f"{name}-student", make)
-
-
-def begin_student(inputs: Inputs) -> Path:
-    """Return the demo student with a tokenizer that puts token 0 before every text."""
-    name = "<|endoftext|>"
-
-    def make(folder: Path) -> None:
-        shutil.copytree(demo_student(inputs), folder)
-        content = read_json(folder / "tokenizer.json")
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {name: {"id": name, "ids": [BEGIN], "tokens": [name]}},
-        }
-        settings = read_json(folder / "tokenizer_config.json")
-        write_json(folder / "tokenizer.json", content)
-        write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-    return inputs.file("begin-student", make)
-
-
-def tool(number: int) -> dict[str, object]:
-    """Return a tool of its own for each chat, so that no two windows are alike."""
-    return {"name": f"{number} means", "parameters": {"values": {"type": "array"}}}
-
-
-def _weighed(number: int, chat: list[dict[str, str]]) -> list[dict[str, object]]:
-    """Return a chat, every other one with a first answer that is not to be learnt."""
-    return [{**message, "weight": 0} if n == 1 and number % 2 == 0 else {**message} for n, message in enumerate(chat)]
+BUFFER = 9
 
 
 def _cases(inputs: Inputs) -> Path:
     texts, (parquet, lines) = text_documents(inputs), many_documents(inputs)
     chats = write_jsonl(inputs, "chats.jsonl", [{"messages": messages} for messages in chat_messages()])
     with_tools = [
-        {"messages": _weighed(number, chat), "tools": [tool(number)]} for number, chat in enumerate(chat_messages())
+        {"messages": weighed(number, chat), "tools": [tool(number)]} for number, chat in enumerate(chat_messages())
     ]
     tools = write_jsonl(inputs, "tools.jsonl", with_tools)
     pairs = write_jsonl(
@@ -108,7 +63,7 @@ def _cases(inputs: Inputs) -> Path:
     records += [{"text": text} for text in document_texts(DOCUMENTS)[2 * CHATS :]]
     pairs_and_texts = write_jsonl(inputs, "pairs-and-texts.jsonl", records)
     masked = write_jsonl(
-        inputs, "tokens.jsonl", [_padded(n, ids, to) for n, (ids, to) in enumerate(_token_documents(inputs))]
+        inputs, "tokens.jsonl", [padded_record(n, ids, to) for n, (ids, to) in enumerate(token_documents(inputs))]
     )
     windows, many = len(packed_windows(inputs, SEQ_LEN)), len(packed_windows(inputs, SEQ_LEN, short_texts()))
     epoch = {"sequences": 1, "steps": 2 * windows, "resume": windows + windows // 2}
@@ -137,115 +92,10 @@ def _cases(inputs: Inputs) -> Path:
             more["student"] = str(begin_student(inputs))
         if name in REWRITING:
             more["chat_date"] = DAY
-        steps = len(_labelled(inputs, name))
-        changed = run_settings(inputs, source, packing="none", seq_len=_length(name), **more)
+        steps = len(labelled_windows(inputs, name))
+        changed = run_settings(inputs, source, packing="none", seq_len=window_length(name), **more)
         cases[name] = {"settings": changed, "sequences": 1, "steps": steps, "resume": steps}
     return inputs.file("batch-cases.json", lambda path: write_json(path, cases))
-
-
-# --- what has a label, in each form of documents that says so ---
-
-
-def _token_documents(inputs: Inputs) -> list[tuple[list[int], list[int]]]:
-    """Return ids and labels of documents that come as tokens: every other run of five has labels, the first has not."""
-    documents = encode_texts(inputs, [prompt for prompt, _ in prompts_and_completions()])
-    return [(ids, [token if n // 5 % 2 else MASKED for n, token in enumerate(ids)]) for ids in documents]
-
-
-def _padded(number: int, ids: list[int], labels: list[int]) -> dict[str, list[int]]:
-    """Return a record of tokens: every third with a mask in place of labels, every third with padding and its mask."""
-    if number % 3 == 1:
-        return {"input_ids": ids, "completion_mask": [int(label != MASKED) for label in labels]}
-    if number % 3 == 2:
-        seen = [1] * len(ids) + [0] * 5
-        return {"input_ids": ids + [0] * 5, "labels": labels + [MASKED] * 5, "attention_mask": seen}
-    return {"input_ids": ids, "labels": labels}
-
-
-def _documents_of(inputs: Inputs, form: str) -> Iterable[tuple[Sequence[int], Sequence[bool]]]:
-    """Yield the tokens of each document of a form, and whether each is learnt."""
-    tokenizer = demo_tokenizer(inputs)
-    if form == "tokens":
-        yield from ((ids, [label != MASKED for label in labels]) for ids, labels in _token_documents(inputs))
-    elif form == "begin":
-        for prompt, completion in prompts_and_completions():
-            ids = [
-                BEGIN,
-                *tokenizer.encode(prompt, add_special_tokens=False).ids,
-                *encode_texts(inputs, [completion])[0],
-            ]
-            yield ids, [True] * len(ids)
-        for ids in encode_texts(inputs, document_texts(DOCUMENTS)[2 * CHATS :]):
-            yield [BEGIN, *ids], [True] * (len(ids) + 1)
-    elif form == "completion":
-        for prompt, completion in prompts_and_completions():
-            before, (after,) = (
-                tokenizer.encode(prompt, add_special_tokens=False).ids,
-                encode_texts(inputs, [completion]),
-            )
-            yield [*before, *after], [False] * len(before) + [True] * len(after)
-    elif form in REWRITING:
-        for text, learnt in rewritten_texts(form, DAY, _BEGIN_TEXT):
-            found = tokenizer.encode(text, add_special_tokens=False)
-            yield found.ids, [any(a < end and z > begin for begin, end in learnt) for a, z in found.offsets]
-    else:
-        for number, messages in enumerate(chat_messages()):
-            text, said = f"<tools>{json.dumps(tool(number))}</>\n" if form == "tools" else "", []
-            for message in messages:
-                text += f"<{message['role']}>"
-                is_weighed = form == "tools" and number % 2 == 0 and message is messages[1]
-                if message["role"] == "assistant" and not is_weighed:
-                    said.append((len(text), len(text) + len(message["content"]) + len("</>\n")))
-                text += f"{message['content']}</>\n"
-            encoding = tokenizer.encode(text, add_special_tokens=False)
-            # A token that reaches into what is said from before holds a part of it; transformers takes it, too.
-            yield (
-                encoding.ids,
-                [any(first < end and last > begin for begin, end in said) for first, last in encoding.offsets],
-            )
-
-
-def _length(form: str) -> int:
-    # Examples of one chat begin alike, so each is a window by itself.
-    return WHOLE if form in REWRITING else SEQ_LEN
-
-
-def _labelled(inputs: Inputs, form: str) -> _Windows:
-    """Return the windows of a form's documents, each document cut by itself."""
-    windows: _Windows = {}
-    for ids, learnt in _documents_of(inputs, form):
-        labels = [token if learns else MASKED for token, learns in zip(ids, learnt, strict=True)]
-        for start in range(0, len(labels) - 1, _length(form)):
-            stop = min(start + _length(form), len(labels) - 1)
-            windows[tuple(ids[start:stop])] = labels[start + 1 : stop + 1]
-    return windows
-
-
-def _label_table(wanted: _Windows, ids: Array, labels: Array) -> dict[str, int | bool]:
-    counts: Counter[str] = Counter()
-    seen = set()
-    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
-        key = next((tuple(row[:n]) for n in range(len(row), 0, -1) if tuple(row[:n]) in wanted), None)
-        if key is None:
-            counts["unknown windows"] += 1
-            continue
-        seen.add(key)
-        expected = wanted[key] + [MASKED] * (len(row) - len(key))
-        before = MASKED
-        for found, right in zip(label, expected, strict=True):
-            counts["labelled and not to be learnt"] += right == MASKED != found
-            counts["to be learnt and not labelled"] += right not in (MASKED, found)
-            counts["first ones"] += before == MASKED != right
-            before = right
-        counts["labels"] += sum(found != MASKED for found in label)
-    return {
-        "unknown windows": counts["unknown windows"],
-        "windows lost": len(wanted) - len(seen),
-        "labelled and not to be learnt": counts["labelled and not to be learnt"],
-        "to be learnt and not labelled": counts["to be learnt and not labelled"],
-        "at least 12 first ones": counts["first ones"] >= 12,
-        "at least 200 labels": counts["labels"] >= 200,
-    }
 
 
 # --- training-batches: the batches of two epochs, and those that a run resumed within one takes ---
@@ -318,7 +168,7 @@ def _collect_batches(run_dir: Path, inputs: Inputs) -> Facts:
             "many": _many_table(inputs, found),
         }
         for form in ("chat", "marked", "tools", "completion", "tokens", "begin", *REWRITING):
-            tables[form] = _label_table(_labelled(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
+            tables[form] = label_table(labelled_windows(inputs, form), found[f"{form}-ids"], found[f"{form}-labels"])
         return {"tables": tables}
     if not (before := read_arrays(run_dir.parent / "training-batches.whole" / "batches.npz")):
         return {}

@@ -21,7 +21,7 @@ from q4kd.harness.inputs.training_documents import (
 )
 from q4kd.harness.oracles.windows import Document, cut_windows
 from q4kd.harness.runs.experiment import Inputs
-from q4kd.harness.subjects.data.batches import BEGIN, begin_student, chat_student, tool
+from q4kd.harness.subjects.data.labels import BEGIN, begin_student, chat_student, tool
 
 SEQ_LEN = 24
 # A day on which nothing of this runs; and bytes that end within a document.

@@ -29,7 +29,7 @@ _SIZES: Mapping[tuple[str, bool], Mapping[str, int]] = {
     ("cuda", True): {"steps": 200, "batch_size": 16, "seq_len": 512, "eval_tokens": 65_536},
     ("cpu", True): {"steps": 200, "batch_size": 1, "seq_len": 64, "eval_tokens": 1024},
     ("cuda", False): {"steps": 12, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
-    ("cpu", False): {"steps": 12, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
+    ("cpu", False): {"steps": 8, "batch_size": 4, "seq_len": 64, "eval_tokens": 512},
 }
 AFTER_STOP = 4
 # Nats between the first and the second token of a model that prefers neither; 8 bits a weight move logits by less.
@@ -56,7 +56,7 @@ def _larger_student(inputs: Inputs) -> Path:
 
 
 def _size(inputs: Inputs, device: str) -> dict[str, int]:
-    return dict(_SIZES[device, _pair(inputs)[3]])
+    return dict(_SIZES[device, inputs.given.pair() is not None])
 
 
 # --- real-logits: the teacher beside transformers over the file that it decodes itself ---
@@ -200,7 +200,11 @@ def _pair_argv(device: str, inputs: Inputs) -> list[str]:
 
 
 def _taken(run_dir: Path, device: str, plan: Event, name: str, measured: Mapping[str, int]) -> int | None:
-    """Return what a run took: by torch's allocator on a GPU, else by the growth that the supervisor saw."""
+    """Return what a run took: by torch's allocator on a GPU, else by the growth that the supervisor saw.
+
+    The student's digest is taken beside all this, in pieces of 33.6 MB. The first command's plan waits for imports and
+    comes after it; a later command has its plan within 0.2 s, while that buffer is there, and its growth lacks it.
+    """
     if device == "cuda":
         return measured.get("allocated")
     return growth(run_dir, "rss", plan["t"], read_events(run_dir, "step", f"{name}.jsonl")[-1]["t"])

@@ -1,5 +1,6 @@
 """The real command in the fake world: what is carried, what is run, and what is refused."""
 
+import functools
 import json
 import os
 import shutil
@@ -37,26 +38,31 @@ CLAIMS = (("measure", "inflate"), ("compare", "inflate-b"), ("alone", "inflate")
 Run = Callable[..., tuple[int, str]]
 
 
+def write_world(folder: Path) -> None:
+    shutil.copytree(SUPPORT / "fakeworld", folder / "world" / "fakeworld")
+    (folder / "claims").mkdir()
+    rows = [CLAIM.format(number=n, experiment=name, fault=fault) for n, (name, fault) in enumerate(CLAIMS)]
+    (folder / "claims" / "c.yaml").write_text("metadata: {status: active}\nfalsification_tests:\n" + "".join(rows))
+
+
+def run_in(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run ``q4kd`` in the fake world of a folder; return its exit code and what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder / "world"), "PYTHONDONTWRITEBYTECODE": "1"},
+        text=True,
+        capture_output=True,
+        timeout=180,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.fixture
 def q4kd(tmp_path: Path) -> Run:
-    shutil.copytree(SUPPORT / "fakeworld", tmp_path / "world" / "fakeworld")
-    (tmp_path / "claims").mkdir()
-    rows = [CLAIM.format(number=n, experiment=name, fault=fault) for n, (name, fault) in enumerate(CLAIMS)]
-    (tmp_path / "claims" / "c.yaml").write_text("metadata: {status: active}\nfalsification_tests:\n" + "".join(rows))
-
-    def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-c", CODE, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "world"), "PYTHONDONTWRITEBYTECODE": "1"},
-            text=True,
-            capture_output=True,
-            timeout=180,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    return run
+    write_world(tmp_path)
+    return functools.partial(run_in, tmp_path)
 
 
 COMMON = ("--contracts", "claims", "--profile", "cpu", "--kills", "kills")
@@ -135,10 +141,20 @@ def test_what_a_change_did_not_touch_is_carried_and_said_to_be(q4kd: Run, tmp_pa
     assert code == 2 and "expected a bundle that verifies, got mismatch" in out and not (tmp_path / "five").exists()
 
 
+@pytest.fixture(scope="module")
+def with_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a fake world with kill records of one claim and ``base``, the bundle of a session of it."""
+    folder = tmp_path_factory.mktemp("base")
+    write_world(folder)
+    run_in(folder, "sabotage", *COMMON, "-k", "FT-0")
+    assert run_in(folder, "falsify", *COMMON, "-k", "FT-0", "--out", "base")[0] == 2  # a selection cannot pass
+    return folder
+
+
 @pytest.fixture
-def base(q4kd: Run, tmp_path: Path) -> Path:
-    q4kd("sabotage", *COMMON, "-k", "FT-0")
-    assert q4kd("falsify", *COMMON, "-k", "FT-0", "--out", "base")[0] == 2  # a selection cannot pass
+def base(q4kd: Run, with_base: Path, tmp_path: Path) -> Path:
+    for name in ("kills", "base"):
+        shutil.copytree(with_base / name, tmp_path / name)
     return tmp_path / "base"
 
 

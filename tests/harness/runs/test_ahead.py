@@ -146,9 +146,34 @@ def test_runs_that_a_stop_killed_show_nothing_of_their_claims(tmp_path):
 @pytest.mark.parametrize(("jobs", "settled"), [(1, 0), (2, 1)])
 def test_what_threads_may_import_is_imported_before_there_are_several(monkeypatch, jobs, settled):
     order = []
-    monkeypatch.setattr(module, "settle_imports", lambda: order.append("import"))
+    monkeypatch.setattr(module, "settle_imports", lambda _experiments: order.append("import"))
     jobs = {str(number): lambda: order.append("job") for number in range(jobs)}
     started = Ahead(Cores(2), jobs)
     for name in jobs:
         started.wait(name)
     assert order == ["import"] * settled + ["job"] * len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("text", "imports"),
+    [
+        ("import numpy\n", False),
+        ("def collect():\n    import transformers\n", True),
+        ("from q4kd.harness.inputs.demo import demo_student\n", True),
+    ],
+)
+def test_transformers_is_imported_for_experiments_that_may_import_it(tmp_path, monkeypatch, text, imports):
+    package = tmp_path / "acme_runs"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "deep.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+    monkeypatch.setattr(module.importlib, "import_module", imported.append)
+    known = {"theirs": "acme_runs.experiments", "ours": "q4kd.harness.subjects.models.experiments", "gone": "not_there"}
+    monkeypatch.setattr(module, "EXPERIMENTS", type("Known", (dict,), {"module": dict.__getitem__})(known))
+    module.settle_imports(["theirs", "unknown"])
+    assert imported == ["transformers"] * imports
+    for other in ("ours", "gone"):
+        module.settle_imports([other])
+    assert imported[imports:] == ["transformers"] * 2

@@ -13,20 +13,15 @@ from torch import nn
 from q4kd.trainer import wall
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.data.batch import Batch
-from q4kd.trainer.data.tokenizing import tokens_with_rows
-from q4kd.trainer.data.training_data import TrainingData, make_encoder
+from q4kd.trainer.data.training_data import TrainingData
 from q4kd.trainer.device.placement import TeacherPlacement
-from q4kd.trainer.errors import InputError, RunFolderError, for_terminal
+from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
-from q4kd.trainer.files import apply_umask, sha256_file, write_json
 from q4kd.trainer.loss.config import IGNORE_INDEX, LastStep
-from q4kd.trainer.made import MadeThings
-from q4kd.trainer.student.lora import add_adapters, merged_state, save_adapter
+from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.model import (
     DistillationModel,
-    encoder,
     load_student,
-    load_tokenizer,
     set_up_student,
     student_dtype,
 )
@@ -37,19 +32,16 @@ from q4kd.trainer.train.distributed import (
     make_accelerator,
     prepare_model,
     reshard,
-    whole_state,
     will_shard,
 )
 from q4kd.trainer.train.guards import check_labels, check_rows
 from q4kd.trainer.train.optimizer import MasterWeightOptimizer, make_optimizer
-from q4kd.trainer.train.run.data_reading import reading_data
-from q4kd.trainer.train.run.folder import DRAFTS, kept
 from q4kd.trainer.train.run.identity import InputDigests, explain_other_input
-from q4kd.trainer.train.run.source import OnlineSource, RunSource, check_tokens, open_cached
+from q4kd.trainer.train.run.source import OnlineSource, RunSource, open_cached
 from q4kd.trainer.train.run.state import Progress
+from q4kd.trainer.train.run.text_reading import reading_texts
 from q4kd.trainer.train.run.tracking import project_options, start_trackers
 
-RUN_FILE_VERSION = 1
 # Settings that may change when a run is resumed: they steer reporting and this leg's length, not the losses. (Weights
 # come from the checkpoint; whether the folder has some is checked against from_scratch in every leg.)
 RESUMABLE = frozenset((
@@ -153,7 +145,7 @@ def assemble(
 ) -> Run:
     """Load teacher, student and data, and prepare the student for this process.
 
-    The data are read and tokenised while the student is loaded.
+    Tokenizer, vocabulary and data are read while the student is loaded.
 
     Args:
         config: settings of the run.
@@ -172,24 +164,21 @@ def assemble(
         accelerator = make_accelerator(config.device, **project_options(config))
         announce(describe_processes(accelerator))
     with wall.phase("load", "teacher loaded"):
-        # It comes before the tokenizer and the data, so that what is said of memory then is the teacher's.
+        # It comes before tokenizer, data and student, so that what is said of memory then is the teacher's.
         online = None if placement is None else OnlineSource(load_teacher(placement, events=events, announce=announce))
-    with wall.phase("load", "tokenizer read"):
-        tokenizer = load_tokenizer(config.student)
-        vocabulary = tokens_with_rows(tokenizer, rows)
-        documents = make_encoder(config, tokenizer, encoder(tokenizer), rows)
     sequences = config.batch_size * config.accumulation * accelerator.num_processes
-    with reading_data(config, documents, sequences) as wait_for_data:
+    with reading_texts(config, online, rows, sequences) as texts:
         with wall.phase("load", "student loaded"):
             student: Any = load_student(config.student, config.seed, student_dtype(config))
             check_rows(config.student, student, rows)
         if config.from_scratch:
             announce(f"student: fresh weights, drawn from seed {config.seed}")
-        with wall.phase("load", "vocabularies compared"):
-            if online is not None:
-                check_tokens(online, vocabulary, rows, announce)
+        with wall.phase("load", "tokenizer and vocabulary waited for"):
+            tokenizer = texts.tokenizer()
+            if said := texts.vocabulary():
+                announce(said)
         with wall.phase("load", "data waited for"):
-            data = wait_for_data()
+            data = texts.data()
     with wall.phase("load", "student prepared"):
         check_labels(data.order, config.data)
         source = online or open_cached(config, data, tokenizer, rows, announce)
@@ -234,25 +223,6 @@ def prepare_student(
     return model, make_optimizer(config, accelerator.unwrap_model(model).student.named_parameters()), adapted
 
 
-def write_run_file(run: Run) -> None:
-    """Write ``run.json``, which says what this run is made of; exports read it."""
-    student, digests = run.config.student, run.digests.as_settings()
-    document = {
-        "version": RUN_FILE_VERSION,
-        "config": run.config.to_json(),
-        "processes": run.accelerator.num_processes,
-        "steps": run.total_steps,
-        "data_sha256": run.data.sha256,
-        "student": {
-            "folder": student.name,
-            "config_sha256": sha256_file(student / "config.json"),
-            "sha256": digests["student_sha256"],
-        },
-        "teacher": run.source.describe(digests.get("teacher_sha256", "")),
-    }
-    write_json(run.config.out / "run.json", document)
-
-
 def restore(run: Run) -> Progress:
     """Continue from the newest checkpoint of a run with the same settings and inputs; return how far it was.
 
@@ -284,32 +254,3 @@ def restore(run: Run) -> Progress:
 def _sequences_per_step(settings: Mapping[str, Any]) -> int | None:
     numbers = [settings.get(name) for name in SPLIT]
     return math.prod(numbers) if all(type(number) is int for number in numbers) else None  # type: ignore[arg-type]
-
-
-def write_model(run: Run) -> None:
-    """Write ``model/`` for transformers, and ``adapter/`` for peft with LoRA; all processes must call it together.
-
-    Each is written under another name and renamed, so that what is there is whole and is known to be the run's own.
-
-    Raises:
-        RunFolderError: when something else has come to lie under its name since the run began.
-    """
-    student = run.unwrapped.student
-    state = whole_state(student, run.is_main)
-    if not run.is_main:
-        return
-    made = MadeThings(run.config.out)
-    try:
-        if run.adapted is not None:
-            save_adapter(run.adapted, made.begin(DRAFTS["adapter"]), state)
-            apply_umask(run.config.out / DRAFTS["adapter"])
-            made.publish(DRAFTS["adapter"], "adapter")
-            state = merged_state(run.adapted, state)
-        draft = made.begin(DRAFTS["model"])
-        student.save_pretrained(draft, state_dict=state, safe_serialization=True)
-        run.tokenizer.save_pretrained(draft)
-        apply_umask(draft)
-        folder = made.publish(DRAFTS["model"], "model")
-    except InputError as error:
-        raise RunFolderError(f"the final model cannot be written: {error}; {kept(run.config.out)}") from error
-    print(f"Model written to {for_terminal(folder)}", flush=True)

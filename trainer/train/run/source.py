@@ -83,17 +83,15 @@ class CachedSource:
 RunSource = OnlineSource | CachedSource
 
 
-def check_tokens(
-    source: OnlineSource, vocabulary: Mapping[str, int], rows: int, announce: Callable[[str], None]
-) -> None:
-    """Check that each token of a student's vocabulary has its id in the teacher; the first ``rows`` rows are compared.
+def check_tokens(source: OnlineSource, vocabulary: Mapping[str, int], rows: int) -> str:
+    """Check that each token of a student's vocabulary has its id in the teacher; say how many rows are compared.
 
     Raises:
         InputError: as ``check_vocabulary``.
     """
     teacher = source.teacher
     check_vocabulary(teacher.model.tokens, teacher.vocab_size, vocabulary, rows)
-    announce(f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows")
+    return f"vocabulary: {rows} of the teacher's {teacher.vocab_size} rows"
 
 
 def open_cached(
