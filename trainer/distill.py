@@ -210,4 +210,5 @@ def _summary(run: Run, progress: Progress) -> dict[str, Any]:
         "tokens_per_second": run.tokens_per_step / max(per_step, 1e-9),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "projected_seconds_of_full_run": first + per_step * (run.total_steps - 1),
+        **({} if run.experts is None else {"student_experts": vars(run.experts)}),
     }

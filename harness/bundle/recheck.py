@@ -13,7 +13,7 @@ from q4kd.harness.claims.contract import parse_contract
 from q4kd.harness.claims.folder import contract_files
 from q4kd.harness.claims.model import Claim, Contract
 from q4kd.harness.claims.plan import Plan
-from q4kd.harness.claims.profile import EXTRA_PACKAGES, EXTRAS, profile_bytes
+from q4kd.harness.claims.profile import ASKED_FOR, EXTRA_PACKAGES, EXTRAS, profile_bytes
 from q4kd.harness.claims.waivers import expired_lines
 from q4kd.harness.judging.kill_records import KillRecord, read_kill_records
 from q4kd.harness.judging.results import Findings, KillOutcome, KillStatus
@@ -149,6 +149,8 @@ def extras_lines(plan: Plan, environment: JsonRecord) -> tuple[list[str], list[s
         **{extra: isinstance(packages, dict) and name in packages for extra, name in EXTRA_PACKAGES.items()},
         "no_gpu": not names,
         "real_files": set(plan.given) == set(ROLES),
+        # Whether a person asked for more is nothing that a machine shows.
+        **{extra: extra in plan.extras for extra in ASKED_FOR},
     }
     wrong = [f"plan: counts on {name}, which environment.json does not show" for name in plan.extras if not has[name]]
     # That there is no GPU takes nothing out of scope that its absence did not.

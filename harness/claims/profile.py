@@ -29,7 +29,10 @@ EXTRAS: Mapping[str, str] = {
     "llama_cpp": "llama.cpp is not installed (pip install llama-cpp-python, which builds for minutes)",
     "no_gpu": "this machine has a GPU, on which the same is claimed",
     "real_files": "no files were given (--teacher, --student and --data; see nox -s real)",
+    "teacher_30b": "its file of 18.6 GB is made only where Q4KD_TEACHER_30B=1 asks for it",
 }
+# The variable by which a person asks for what takes much disk.
+ASKED_FOR: Mapping[str, str] = {"teacher_30b": "Q4KD_TEACHER_30B"}
 # The extras that are packages, and the distribution of each.
 EXTRA_PACKAGES: Mapping[str, str] = {"bitsandbytes": "bitsandbytes", "llama_cpp": "llama-cpp-python"}
 _GPU_PROFILES = {"GB10": "gb10", "H200": "h200", "H100": "h200"}
@@ -195,6 +198,7 @@ def find_extras(
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = len(names) if shown is None else min(len(names), len([part for part in shown.split(",") if part.strip()]))
     has = {"two_gpus": gpus >= 2, "no_gpu": not names, "real_files": set(given) == set(ROLES)}
+    has |= {extra: environment.get(variable) == "1" for extra, variable in ASKED_FOR.items()}
     for extra, package in EXTRA_PACKAGES.items():
         has[extra] = False
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -4,13 +4,15 @@ Routers are random too, so tokens spread over all experts: 8,192 tokens give eac
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-
-from q4kd.trainer.bench.synthetic_7b import make_blocks
 from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type
-from q4kd.trainer.teacher.cuda.weights import DeviceTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 # A router's logits then have a standard deviation of about one: experts are unlike, and none is rarely chosen.
 ROUTER_SIGMA = 0.02
@@ -56,8 +58,13 @@ def tensor_types(config: TeacherConfig) -> dict[str, str]:
     return types
 
 
-def make_tensors(config: TeacherConfig, device: torch.device, seed: int = 0) -> dict[str, DeviceTensor]:
+def make_tensors(config: TeacherConfig, device: "torch.device", seed: int = 0) -> "dict[str, DeviceTensor]":
     """Return every tensor of a model with these dimensions, random, on the device, in the file's layout."""
+    import torch
+
+    from q4kd.trainer.bench.synthetic_7b import make_blocks
+    from q4kd.trainer.teacher.cuda.weights import DeviceTensor
+
     generator = torch.Generator(device).manual_seed(seed)
     shapes = expected_shapes(config)
     tensors = {}

@@ -59,6 +59,8 @@ def add_adapters(student: Any, config: DistillConfig) -> Any:
         )
         # It says that it has found Conv1D, and takes fan_in_fan_out to be true for it.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*", category=UserWarning)
+        # Of a mixture it also names parameters that it then does not find.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match.*", category=RuntimeWarning)
         with _known_targets(subject):
             adapted = get_peft_model(student, settings, autocast_adapter_dtype=False)
     _check_kinds(student, subject)
@@ -76,8 +78,15 @@ def _known_targets(subject: str) -> Iterator[None]:
 
 
 def _check_kinds(student: nn.Module, subject: str) -> None:
-    """Refuse adapters whose update is no product of two matrices: ``merged_state`` could not write the model."""
+    """Refuse adapters whose update is no product of two matrices: ``merged_state`` could not write the model.
+
+    Of a mixture, transformers holds all experts as one tensor, and the router as one that is no linear layer. peft
+    wraps these parameters, also where all linear layers are asked for.
+    """
     for name, layer in student.named_modules():
+        if type(layer).__name__ == "ParamWrapper":
+            got, remedy = f"{name}, a tensor of experts or router", "set lora_targets to q_proj,k_proj,v_proj,o_proj"
+            raise InputError(subject, expected="adapters on linear layers", got=got, remedy=remedy)
         adapters = getattr(layer, "lora_A", None)
         parts = [*adapters.values(), *layer.lora_B.values()] if isinstance(adapters, nn.ModuleDict) else []
         if any(not isinstance(part, nn.Linear) for part in parts):

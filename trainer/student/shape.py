@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from q4kd.trainer.config.settings import DistillConfig
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.student.architecture import check_head_kind, check_layers
+from q4kd.trainer.student.experts import check_router_loss
 from q4kd.trainer.student.folder import check_folder, reading_student
 from q4kd.trainer.student.loaded import cap_attention, without_report
 from q4kd.trainer.student.lora import add_adapters
@@ -109,7 +110,8 @@ def shape_student(
 
     Raises:
         InputError: when the folder is not a causal LM, has fewer positions, a head that the loss cannot multiply by,
-            or layers that no mask keeps apart where one is needed, or its code cannot be followed without values.
+            a router loss, or layers that no mask keeps apart where one is needed, or its code cannot be followed
+            without values.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,6 +123,7 @@ def shape_student(
         with torch.device("meta"):
             model = make(config, dtype=dtype, trust_remote_code=False)
             check_head_kind(model)
+            check_router_loss(model)
             if is_masked:
                 check_layers(model)
             if _is_tied(model) and unties_head(folder, model, dtype):

@@ -23,15 +23,18 @@ CASES = ("text", "same", "one")
 ROWS, COLUMNS = 24, 24
 
 
-def _mixture(inputs: Inputs) -> Path:
+def mixture_file(inputs: Inputs) -> Path:
+    """Return the mixture in which every part is alive."""
     return inputs.file("models/mixture.gguf", write_mixture)
 
 
-def _marked(inputs: Inputs) -> Path:
+def marked_file(inputs: Inputs) -> Path:
+    """Return the mixture whose logits are the weights of its experts."""
     return inputs.file("models/marked.gguf", write_marked_mixture)
 
 
-def _ids(inputs: Inputs) -> Path:
+def ids_file(inputs: Inputs) -> Path:
+    """Return the ids of every case, and where the documents of the text start."""
     text = np.random.default_rng(7).integers(0, VOCAB, (1, POSITIONS))
     starts = np.zeros_like(text)
     for first in FIRSTS:
@@ -41,8 +44,8 @@ def _ids(inputs: Inputs) -> Path:
 
 
 def _argv(inputs: Inputs) -> list[str]:
-    models = [str(_mixture(inputs)), str(_marked(inputs))]
-    return ["probe", "model-logits", "--ids", str(_ids(inputs)), "--out", "logits.npz", "--models", *models]
+    models = [str(mixture_file(inputs)), str(marked_file(inputs))]
+    return ["probe", "model-logits", "--ids", str(ids_file(inputs)), "--out", "logits.npz", "--models", *models]
 
 
 @experiment(
@@ -53,18 +56,18 @@ def _argv(inputs: Inputs) -> list[str]:
 def _collect_mixtures(run_dir: Path, inputs: Inputs) -> Facts:
     if not (found := read_arrays(run_dir / "logits.npz")):
         return {"comparators": {}}
-    ids = read_arrays(_ids(inputs))
-    marked = read_family(_marked(inputs))
-    weights = {case: _marked_weights(marked, ids[case][0], found[f"marked-{case}"][0]) for case in CASES}
+    ids = read_arrays(ids_file(inputs))
+    marked = read_family(marked_file(inputs))
+    weights = {case: marked_weights(marked, ids[case][0], found[f"marked-{case}"][0]) for case in CASES}
     pairs = {
-        "mixture-float64": _logits_pair(read_family(_mixture(inputs)), ids, found),
+        "mixture-float64": logits_pair(read_family(mixture_file(inputs)), ids, found),
         "expert-weights": weights["text"],
-        "expert-loads": _joined(weights["same"], weights["one"]),
+        "expert-loads": joined(weights["same"], weights["one"]),
     }
     return {"comparators": save_pairs(run_dir, pairs, ("q4kd", "float64 forward over gguf"))}
 
 
-def _logits_pair(model: FamilyModel, ids: Mapping[str, Array], found: Mapping[str, Array]) -> tuple[Array, Array]:
+def logits_pair(model: FamilyModel, ids: Mapping[str, Array], found: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return logits of documents in one window and of a lone token, and what each is alone, at few places."""
     columns = seeded_columns(VOCAB, COLUMNS)
     documents = np.split(ids["text"][0], FIRSTS)
@@ -74,15 +77,13 @@ def _logits_pair(model: FamilyModel, ids: Mapping[str, Array], found: Mapping[st
     return ours[rows][:, columns], exact[rows][:, columns].astype(np.float32)
 
 
-def _marked_weights(model: FamilyModel, ids: Array, logits_TV: Array) -> tuple[Array, Array]:
+def marked_weights(model: FamilyModel, ids: Array, logits_TV: Array) -> tuple[Array, Array]:
     """Return the weight of every expert for a choice of tokens, ``[rows, E]``: from logits, and from the router itself.
 
     Attention adds nothing and norms weigh nothing, so that the layer reads normalised embeddings. Of expert e, logit e
     over the constant's is its weight times what it writes, over the constant.
     """
-    state = model.weights["token_embd.weight"][ids]
-    eps = float(model.settings["attention.layer_norm_rms_epsilon"])
-    normed = state / np.sqrt(np.mean(state**2, axis=-1, keepdims=True) + eps)
+    state, normed = model.weights["token_embd.weight"][ids], normed_embeddings(model, ids)
     gate, up = (
         np.einsum("efh,th->tef", model.weights[f"blk.0.ffn_{part}_exps.weight"], normed) for part in ("gate", "up")
     )
@@ -94,5 +95,13 @@ def _marked_weights(model: FamilyModel, ids: Array, logits_TV: Array) -> tuple[A
     return read[rows].astype(np.float32), expert_weights(model, 0, normed)[rows]
 
 
-def _joined(*pairs: tuple[Array, Array]) -> tuple[Array, Array]:
+def normed_embeddings(model: FamilyModel, ids: Array) -> Array:
+    """Return what the experts of the marked mixture read of tokens: normalised embeddings, float64 ``[T, H]``."""
+    state = model.weights["token_embd.weight"][ids]
+    eps = float(model.settings["attention.layer_norm_rms_epsilon"])
+    return np.asarray(state / np.sqrt(np.mean(state**2, axis=-1, keepdims=True) + eps))
+
+
+def joined(*pairs: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Return one pair of the rows of several."""
     return np.concatenate([ours for ours, _ in pairs]), np.concatenate([exact for _, exact in pairs])

@@ -83,3 +83,33 @@ def _counted_if_chosen(
 @patch("dispatch", "lone-token-left-out", "an expert of a single token computes nothing", f"{_EXPERTS}:_expert")
 def _lone_token(original: Products, x: "Tensor", expert: int, experts: Any, activate: Any) -> "Tensor":
     return original(x, expert, experts, activate) if len(x) > 1 else x.new_zeros(x.shape)
+
+
+@patch(
+    "dispatch",
+    "idle-experts-decoded",
+    "experts that no token chose are decoded too",
+    f"{_EXPERTS}:expert_products",
+)
+def _idle_decoded(
+    original: Products, x: "Tensor", chosen: "Tensor", weights: "Tensor", experts: Any, activate: Any
+) -> "Tensor":
+    from q4kd.trainer.teacher.cpu.experts import _expert
+
+    for expert in range(experts.count):
+        _expert(x[:1], expert, experts, activate)
+    return original(x, chosen, weights, experts, activate)
+
+
+@patch(
+    "residency",
+    "experts-held-decoded",
+    "every expert is held decoded beside its blocks while log and accounts say packed",
+    "q4kd.trainer.teacher.cpu.weights:PackedMatrix.__init__",
+)
+def _held_decoded(original: Callable[..., None], self: Any, tensor: Any, scratch: object) -> None:
+    from q4kd.trainer.teacher.cpu.weights import DenseMatrix
+
+    original(self, tensor, scratch)
+    if len(tensor.shape) == 3:
+        self.copy = DenseMatrix(tensor)

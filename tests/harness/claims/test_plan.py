@@ -58,6 +58,18 @@ def test_real_files_are_there_when_all_three_were_given(contract: Contract) -> N
     assert entry.reason == ("needs real_files: no files were given (--teacher, --student and --data; see nox -s real)")
 
 
+def test_the_large_mixture_is_made_only_where_it_is_asked_for(contract: Contract) -> None:
+    gpu = GpuProbe(driver_present=True, names=("H200",))
+    for value in ("", "0", "yes"):
+        assert find_extras(lambda: gpu, {"Q4KD_TEACHER_30B": value}, given=()) == packages()
+    asked = find_extras(lambda: gpu, {"Q4KD_TEACHER_30B": "1"}, given=())
+    assert asked == {"teacher_30b"} | packages()
+    claim = needing(contract, "teacher_30b")
+    assert make_plan([claim], load_profile("cpu"), extras=asked).entries[0].scope == "required"
+    (entry,) = make_plan([claim], load_profile("cpu")).entries
+    assert entry.reason == "needs teacher_30b: its file of 18.6 GB is made only where Q4KD_TEACHER_30B=1 asks for it"
+
+
 def packages() -> set[str]:
     return {name for name in ("bitsandbytes", "llama_cpp") if importlib.util.find_spec(name)}
 

@@ -251,8 +251,9 @@ def load_forward(
     allocation: Allocation = "device",
     overlap: bool = True,
     graphs: bool = True,
+    **bounds: int,
 ) -> CudaForward:
-    """Load a model file onto the current CUDA device.
+    """Load a model file onto the current CUDA device; ``bounds`` are those of ``CudaForward`` that are given.
 
     Raises:
         InputError: as ``load_tensors``, and when the kernels cannot be compiled.
@@ -261,7 +262,10 @@ def load_forward(
     _, num_bytes = arena_layout(model.tensors)
     arena = allocate_bytes(num_bytes, allocation)
     tensors = load_tensors(model, arena, lambda: PinnedCopier(device))
-    forward = CudaForward(model.config, tensors, backend, Kernels(device), dtype=dtype, overlap=overlap, graphs=graphs)
+    kernels = Kernels(device)
+    forward = CudaForward(
+        model.config, tensors, backend, kernels, dtype=dtype, overlap=overlap, graphs=graphs, **bounds
+    )
     del tensors, arena
     # What repacking and a dense backend freed goes back to the driver before the first pass.
     torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.events import EventLog
 from q4kd.trainer.loss.config import IGNORE_INDEX, LastStep
+from q4kd.trainer.student.experts import StudentExperts, find_experts
 from q4kd.trainer.student.lora import add_adapters
 from q4kd.trainer.student.model import (
     DistillationModel,
@@ -67,6 +68,7 @@ class Run:
         last_step: the step at which it ends; a smoke run ends earlier than the full one.
         copies_checkpoints: whether the host has room for a copy of the state, so that steps need not wait for its
             writing.
+        experts: the student's; None for one without.
     """
 
     config: DistillConfig
@@ -82,6 +84,7 @@ class Run:
     total_steps: int
     last_step: int
     copies_checkpoints: bool = True
+    experts: StudentExperts | None = None
 
     @property
     def unwrapped(self) -> DistillationModel:
@@ -188,6 +191,10 @@ def assemble(
     last_step = accelerator.unwrap_model(model).config.last_step
     if last_step != LastStep():
         announce(f"student: its logits are {last_step}, z its head's products")
+    experts = find_experts(student, adapted=adapted is not None)
+    if experts is not None:
+        events.emit("student_experts", **vars(experts))
+        announce(experts.describe())
     return Run(
         config=config,
         accelerator=accelerator,
@@ -201,6 +208,7 @@ def assemble(
         digests=digests,
         total_steps=total,
         last_step=min(total, config.max_steps or total),
+        experts=experts,
     )
 
 
