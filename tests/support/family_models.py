@@ -371,3 +371,24 @@ def _as_stored(case: FamilyCase, name: str, tensor: torch.Tensor, config: Any) -
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return tensor.reshape(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
     return tensor
+
+
+@dataclass(frozen=True)
+class MadeFamily:
+    """A case's file, its model, and transformers' logits, float64 ``[B, T, V]``."""
+
+    path: Path
+    model: Any
+    logits: np.ndarray
+
+
+def their_logits(model: Any, ids_BT: np.ndarray) -> np.ndarray:
+    """transformers' logits ``[B, T, V]``."""
+    with torch.no_grad():
+        return np.asarray(model(torch.from_numpy(ids_BT)).logits.numpy())
+
+
+def made_family(folder: Path, name: str, case: FamilyCase, ids_BT: np.ndarray) -> MadeFamily:
+    """Make a case's model, write it to ``folder``, and run it."""
+    model = make_family(case)
+    return MadeFamily(write_family(folder / f"{name}.gguf", case, model), model, their_logits(model, ids_BT))
