@@ -425,3 +425,24 @@ def exact_logits(path: Path, ids: np.ndarray) -> np.ndarray:
     """Return the float64 logits ``[T, V]`` of a file of any family, by the harness's forward pass of it."""
     model = read_family(path)
     return (gpt_oss_logits if model.architecture == "gpt-oss" else family_logits)(model, ids)
+
+
+@dataclass(frozen=True)
+class MadeFamily:
+    """A case's file, its model, and transformers' logits, float64 ``[B, T, V]``."""
+
+    path: Path
+    model: Any
+    logits: np.ndarray
+
+
+def their_logits(model: Any, ids_BT: np.ndarray) -> np.ndarray:
+    """transformers' logits ``[B, T, V]``."""
+    with torch.no_grad():
+        return np.asarray(model(torch.from_numpy(ids_BT)).logits.numpy())
+
+
+def made_family(folder: Path, name: str, case: FamilyCase, ids_BT: np.ndarray) -> MadeFamily:
+    """Make a case's model, write it to ``folder``, and run it."""
+    model = make_family(case)
+    return MadeFamily(write_family(folder / f"{name}.gguf", case, model), model, their_logits(model, ids_BT))

@@ -51,6 +51,8 @@ def _inspect(args: argparse.Namespace) -> int:
         "file": str(args.model),
         "file_bytes": model.file_bytes,
         "tensor_bytes": model.tensor_bytes,
+        "weights": model.num_weights,
+        "active_weights": model.weights_per_token,
         "config": dataclasses.asdict(model.config),
         "types": dict(sorted(histogram.items())),
         "backend": {"name": choice.backend, "reason": choice.reason},
@@ -70,6 +72,8 @@ def _inspect(args: argparse.Namespace) -> int:
     for key, value in facts["config"].items():
         if key in always or value != defaults[key]:
             print(f"  {key:<16} {_described(key, value)}")
+    if model.config.num_experts:
+        print(f"  {'weights':<16} {model.num_weights:,}, of which {model.weights_per_token:,} are active for a token")
     for name, entry in sorted(histogram.items(), key=lambda item: -item[1]["bytes"]):
         share = entry["bytes"] / max(1, model.tensor_bytes)
         sizes = f"{entry['tensors']:>4} tensors  {entry['weights']:>15,} weights  {entry['bytes']:>15,} bytes"

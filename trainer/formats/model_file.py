@@ -89,10 +89,16 @@ class ModelFile:
 
     @property
     def weights_per_token(self) -> int:
-        """Elements of the tensors that a token is multiplied by: of its own experts alone, where there are experts."""
+        """Weights that serve one token, called active: of the experts its own alone."""
         experts = sum(math.prod(tensor.shape) for tensor in self.tensors.values() if len(tensor.shape) == 3)
         count, used = self.config.num_experts, self.config.experts_per_token
         return self.num_weights - (experts * (count - used) // count if count else 0)
+
+    @property
+    def products_per_token(self) -> int:
+        """Weights that the states of a token are multiplied by: those active, without an embedding that is no head."""
+        embedding = 0 if self.config.tied_head else self.config.vocab_size * self.config.hidden_size
+        return self.weights_per_token - embedding
 
     def bytes_by_type(self) -> dict[str, int]:
         """Tensor bytes per GGML type."""

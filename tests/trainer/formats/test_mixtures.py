@@ -122,7 +122,12 @@ def test_inspect_prints_the_experts(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = " ".join(capsys.readouterr().out.split())
     assert "num_experts 16 experts_per_token 3 expert_ffn_size 32" in said
     assert main(["inspect", str(path), "--json"]) == 0
-    config = json.loads(capsys.readouterr().out)["config"]
+    facts = json.loads(capsys.readouterr().out)
+    model = open_model(path)
+    idle = model.config.num_layers * 13 * 3 * 32 * model.config.hidden_size
+    assert (facts["weights"], facts["active_weights"]) == (model.num_weights, model.num_weights - idle)
+    assert f"weights {model.num_weights:,}, of which {model.num_weights - idle:,} are active for a token" in said
+    config = facts["config"]
     assert (config["num_experts"], config["experts_per_token"], config["expert_ffn_size"]) == (16, 3, 32)
 
 

@@ -1,7 +1,5 @@
 """Mixtures of experts as teachers: transformers' own model is what a file means, at any load of the experts."""
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from architecture_models import row_errors  # noqa: E402
-from family_models import LENGTH, MIXTURES, exact_logits, make_family, write_family  # noqa: E402
+from family_models import (  # noqa: E402
+    LENGTH,
+    MIXTURES,
+    MadeFamily,
+    exact_logits,
+    made_family,
+    make_family,
+    their_logits,
+    write_family,
+)
 from teachers import load_quietly  # noqa: E402
 
 import q4kd.trainer.teacher.cpu.weights as weights_module  # noqa: E402
@@ -24,43 +31,26 @@ IDS = np.random.default_rng(4).integers(0, 320, (2, LENGTH))
 STARTS = np.repeat([0, 40, 41], [40, 1, LENGTH - 41])
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A case's file, its model, and transformers' logits, float64 ``[2, T, V]``."""
-
-    path: Path
-    model: Any
-    logits: np.ndarray
-
-
 @pytest.fixture(scope="module", params=MIXTURES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    case = MIXTURES[request.param]
-    model = make_family(case)
-    path = write_family(tmp_path_factory.mktemp("mixtures") / f"{request.param}.gguf", case, model)
-    yield Made(path, model, theirs(model, IDS))
-
-
-def theirs(model: Any, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(ids)).logits.numpy())
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MadeFamily:
+    return made_family(tmp_path_factory.mktemp("mixtures"), request.param, MIXTURES[request.param], IDS)
 
 
 def ours(path: Path, ids: np.ndarray, **options: Any) -> np.ndarray:
     return np.asarray(load_quietly(path, dtype="float32", **options).logits(torch.from_numpy(ids)).numpy())
 
 
-def test_the_teacher_is_the_model_that_transformers_runs(made: Made) -> None:
+def test_the_teacher_is_the_model_that_transformers_runs(made: MadeFamily) -> None:
     for backend in ("q4k", "dense"):
         assert row_errors(ours(made.path, IDS, backend=backend), made.logits).max() <= BOUND
 
 
-def test_the_oracle_is_the_model_that_transformers_runs(made: Made) -> None:
+def test_the_oracle_is_the_model_that_transformers_runs(made: MadeFamily) -> None:
     for row in range(2):
         assert row_errors(exact_logits(made.path, IDS[row]), made.logits[row]).max() <= 1e-5
 
 
-def test_packed_documents_are_each_alone(made: Made) -> None:
+def test_packed_documents_are_each_alone(made: MadeFamily) -> None:
     ids = IDS[0]
     alone = np.concatenate([exact_logits(made.path, part) for part in np.split(ids, [40, 41])])
     teacher = load_quietly(made.path, dtype="float32")
@@ -73,8 +63,8 @@ def repeated(token: int, length: int = LENGTH) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ids", [IDS[:1], repeated(7), repeated(9, 1), np.stack([IDS[0], repeated(7)[0]])])
-def test_no_token_is_left_out_at_any_load(made: Made, ids: np.ndarray) -> None:
-    assert row_errors(ours(made.path, ids), theirs(made.model, ids)).max() <= BOUND
+def test_no_token_is_left_out_at_any_load(made: MadeFamily, ids: np.ndarray) -> None:
+    assert row_errors(ours(made.path, ids), their_logits(made.model, ids)).max() <= BOUND
 
 
 def test_experts_that_no_token_chose_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +88,7 @@ def test_experts_that_no_token_chose_are_not_decoded(tmp_path: Path, monkeypatch
     assert rows.count(expert[::-1]) == config.num_experts * config.num_layers
 
 
-def test_packed_experts_are_held_as_they_lie_in_the_file(made: Made) -> None:
+def test_packed_experts_are_held_as_they_lie_in_the_file(made: MadeFamily) -> None:
     teacher = load_quietly(made.path, backend="q4k")
     before = teacher.residency()
     teacher.hidden(torch.from_numpy(IDS))
@@ -135,9 +125,11 @@ def test_weights_of_the_chosen_sum_to_one_and_are_those_of_the_largest() -> None
     assert torch.allclose(weights.log().diff(dim=-1), logits.gather(1, chosen).diff(dim=-1), atol=1e-5)
 
 
-def test_a_token_is_multiplied_by_its_own_experts_alone(made: Made) -> None:
+def test_a_token_is_multiplied_by_its_own_experts_alone(made: MadeFamily) -> None:
     model = open_model(made.path)
     config = model.config
     expert = 3 * config.expert_ffn_size * config.hidden_size
     idle = config.num_layers * (config.num_experts - config.experts_per_token) * expert
     assert model.weights_per_token == model.num_weights - idle
+    embedding = 0 if config.tied_head else config.vocab_size * config.hidden_size
+    assert model.products_per_token == model.num_weights - idle - embedding

@@ -154,7 +154,7 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         is_mapped=packed and config.device == "cpu",
         scratch_bytes=scratch,
         activation_bytes=activations,
-        weights=model.weights_per_token,
+        weights=model.products_per_token,
         basis=f"{backend}: {'as in the file' if packed else f'x {place.dense_weight_bytes} bytes'}",
     )
 
