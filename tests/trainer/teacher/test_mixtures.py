@@ -97,10 +97,11 @@ def test_packed_experts_are_held_as_they_lie_in_the_file(made: MadeFamily) -> No
     assert sum(held.resident_bytes.values()) == held.tensor_bytes == teacher.model.tensor_bytes
 
 
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss"])
 def test_the_router_chooses_in_float32_where_products_are_bfloat16(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    path = write_family(tmp_path / "m.gguf", MIXTURES["qwen3moe"], make_family(MIXTURES["qwen3moe"]))
+    path = write_family(tmp_path / "m.gguf", MIXTURES[name], make_family(MIXTURES[name]))
     seen = []
     original = experts_module.route
 
