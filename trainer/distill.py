@@ -14,6 +14,7 @@ from q4kd.trainer.data.tokenizing import describe_begin
 from q4kd.trainer.data.training_data import check_sources
 from q4kd.trainer.device.allocation import let_segments_grow
 from q4kd.trainer.device.backend import check_device
+from q4kd.trainer.device.devices import has_visible_gpu
 from q4kd.trainer.device.memory_watchdog import guarded
 from q4kd.trainer.device.placement import TeacherPlacement
 from q4kd.trainer.events import EventLog
@@ -114,6 +115,8 @@ def _check_memory(
     events.emit("memory_plan", **plan.to_json())
     if is_main:
         print(format_plan(plan).splitlines()[0], flush=True)
+        if config.device == "cpu" and has_visible_gpu():
+            print("device: cpu, the default; this machine has an NVIDIA GPU, which --device cuda uses", flush=True)
     check_plan(config, plan, placement)
     return plan
 

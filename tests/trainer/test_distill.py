@@ -335,6 +335,15 @@ def test_a_signal_waits_for_the_checkpoint_that_is_being_written(
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_on_the_cpu_beside_a_gpu_says_so(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_there: bool
+) -> None:
+    monkeypatch.setattr("q4kd.trainer.distill.has_visible_gpu", lambda: is_there)
+    assert main(arguments(tmp_path / "run", corpus, "--set", "steps=1")) == 0
+    assert ("this machine has an NVIDIA GPU, which --device cuda uses" in capsys.readouterr().out) is is_there
+
+
 def test_the_phases_of_a_run_add_up_to_its_wall_time(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "run"
     words = arguments(out, corpus, "--set", "checkpoint_every=2", "--set", "eval_every=2")

@@ -84,6 +84,11 @@ def check_allocation(policy: AllocationPolicy, device_class: DeviceClass) -> Non
         raise InputError(subject, expected=expected, got=f"a {device_class} device", remedy=remedy)
 
 
+def has_visible_gpu(environment: Mapping[str, str] = os.environ, control: Path = Path("/dev/nvidiactl")) -> bool:
+    """Return whether NVIDIA's driver has a device here that is not hidden from this process."""
+    return control.exists() and environment.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
 def mem_available(meminfo: Path = Path("/proc/meminfo")) -> int:
     """Return MemAvailable in bytes: what can be had without swapping, reclaimable page cache included.
 

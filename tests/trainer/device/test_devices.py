@@ -12,6 +12,7 @@ from q4kd.trainer.device.devices import (
     allocation_policy,
     check_allocation,
     classify,
+    has_visible_gpu,
     mem_available,
     memory_budget,
 )
@@ -87,3 +88,11 @@ def test_only_a_classic_device_is_budgeted_by_its_own_free_memory() -> None:
     assert memory_budget("classic", 7, 100) == 7
     assert memory_budget("unified", 7, 100) == 100
     assert memory_budget("cpu", None, 100) == 100
+
+
+def test_a_gpu_that_is_there_and_not_hidden_is_seen(tmp_path: Path) -> None:
+    control = tmp_path / "nvidiactl"
+    assert not has_visible_gpu({}, control)
+    control.touch()
+    assert [has_visible_gpu(value, control) for value in ({}, {"CUDA_VISIBLE_DEVICES": "0"})] == [True, True]
+    assert [has_visible_gpu({"CUDA_VISIBLE_DEVICES": value}, control) for value in ("", "-1")] == [False, False]
