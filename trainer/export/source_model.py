@@ -119,6 +119,13 @@ def build_model(source: ExportSource, state: Mapping[str, Tensor]) -> Any:
         raise _refuse(source, error) from error
     # A tied head has no weights of its own.
     tied = {_HEAD} if config.tie_word_embeddings else set()
+    if unexpected and all(".experts." in name for name in (*missing, *unexpected)):
+        expected, got = (
+            "tensors as transformers holds them",
+            f"{type(model).__name__}, whose experts it joins as it loads",
+        )
+        remedy = "take the folder as it is: transformers loads it"
+        raise InputError(str(source.checkpoint or source.folder), expected=expected, got=got, remedy=remedy)
     if unexpected or set(missing) - tied:
         raise _refuse(source, ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}"))
     if (source.folder / "generation_config.json").is_file():

@@ -113,7 +113,7 @@ def _idle_decoded(
     "residency",
     "device-experts-held-decoded",
     "on the device every expert is held decoded beside its blocks while log and accounts say packed",
-    "q4kd.trainer.teacher.cuda.layers:build_experts",
+    "q4kd.trainer.teacher.cuda.experts:build_experts",
 )
 def _held_decoded(original: Call, *arguments: Any) -> object:
     import torch

@@ -110,7 +110,7 @@ def collect_distill(size: Size, run_dir: Path, inputs: Inputs) -> Facts:
 
 
 declare(
-    "distill-30b",
+    "cuda-distill-30b",
     f"{STEPS} steps of 8,192 tokens, a teacher in Qwen3-30B-A3B's shapes and a 0.5B student on the GPU",
     Arm(None, functools.partial(distill_argv, LARGE), timeout_s=1800, stall_s=600),
     needs=("cuda",),

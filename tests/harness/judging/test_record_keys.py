@@ -95,7 +95,10 @@ CHANGES = [
     ),
     (
         *("inputs.collect", "min(counters)", "max(counters)", "experiment"),
-        {"distill-7b", "distill-7b-long", "distill-run", "smoke-run", "vocabulary-run"},
+        {
+            *("cuda-distill-30b", "distill-7b", "distill-7b-long", "distill-mixture", "distill-run", "smoke-run"),
+            "vocabulary-run",
+        },
     ),
     (
         *("subjects.teacher.faults", "out.copy_(out.half())", "out.copy_(out.bfloat16())", "fault"),

@@ -138,5 +138,9 @@ def test_a_run_says_it_and_its_model_is_one_that_transformers_reads(
     theirs, info = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "hf")]) == 2
+    assert (
+        "Qwen3MoeForCausalLM, whose experts it joins as it loads; take the folder as it is" in capsys.readouterr().err
+    )
     assert main(["export", str(run), "--format", "gguf", "--out", str(tmp_path / "m.gguf")]) == 2
     assert "qwen3_moe" in capsys.readouterr().err

@@ -59,13 +59,13 @@ def test_memory_is_bounded_by_the_tiles_and_not_by_the_file(tmp_path: Path) -> N
 def test_both_sizes_are_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large, "write_large_mixture", lambda path, **_options: path.write_bytes(b"GGUF"))
     inputs = Inputs(tmp_path / "inputs", "h200")
-    words = {name: get_experiment(name).arms[0].argv(inputs) for name in ("distill-30b", "distill-mixture")}
+    words = {name: get_experiment(name).arms[0].argv(inputs) for name in ("cuda-distill-30b", "distill-mixture")}
     options = {
         name: [word for word in found if word.startswith("--") or "steps=" in word] for name, found in words.items()
     }
-    assert options["distill-30b"] == [word for word in options["distill-mixture"] if word != "dtype=float32"][:-1]
-    assert "steps=20" in words["distill-30b"] and "cuda" in words["distill-30b"]
-    settings = dict(word.split("=") for word in words["distill-30b"] if "=" in word)
+    assert options["cuda-distill-30b"] == [word for word in options["distill-mixture"] if word != "dtype=float32"][:-1]
+    assert "steps=20" in words["cuda-distill-30b"] and "cuda" in words["cuda-distill-30b"]
+    settings = dict(word.split("=") for word in words["cuda-distill-30b"] if "=" in word)
     assert int(settings["batch_size"]) * int(settings["accumulation"]) * int(settings["seq_len"]) == 8192
 
 
