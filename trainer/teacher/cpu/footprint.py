@@ -69,14 +69,15 @@ def predict_footprint(
     attention = stream + normed + 3 * queries + 2 * keys + fused + scores + biased
     widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
+    parts = [attention, feed_forward]
     if config.num_experts:
         mixture = stream + _mixture_bytes(config, tokens, size)
-        # The dense part, in the compute dtype and normalised, waits for the experts beside it.
+        # A dense part, in the compute dtype and normalised, waits for the experts beside it.
         is_beside = config.family.dense_beside_experts
-        feed_forward = max(feed_forward, mixture + normed + stream) if is_beside else mixture
+        parts = [attention, feed_forward, mixture + normed + stream] if is_beside else [attention, mixture]
     # The allocator keeps what the layers have freed while the logits are made, and takes the part from it. Blocks of
     # attention and of the feed-forward differ in size, so that the holes of the one do not all serve the other.
-    kept = min(2 * LARGEST_KEPT, attention + feed_forward - 2 * (stream + normed))
+    kept = min(len(parts) * LARGEST_KEPT, sum(parts) - len(parts) * (stream + normed))
     head = stream + normed + _FLOAT * tokens * config.vocab_size + max(part, kept) if logits else 0
     tables = 3 * _FLOAT * length * config.head_dim * (2 if config.window_rope_base else 1)
     if config.rope_scaling is not None and config.rope_scaling.kind == "long":
@@ -86,7 +87,7 @@ def predict_footprint(
         ffn_size = max(ffn_size, config.ffn_size)
     tile = max(SCRATCH_BYTES, _FLOAT * max(config.hidden_size, ffn_size, config.q_size))
     scratch = tile * (1 + _PRODUCT_COPIES) + _DECODER_BYTES * DECODED_AT_ONCE
-    return Footprint(max(attention, feed_forward, head) + tables, scratch)
+    return Footprint(max(*parts, head) + tables, scratch)
 
 
 def _mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> int:
@@ -98,7 +99,8 @@ def _mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> int:
     states, chosen = tokens * config.hidden_size, tokens * config.experts_per_token
     # Normalised states in float32 and in the compute dtype, the sum, and what one expert reads and returns.
     held = states * (_FLOAT + (size if size != _FLOAT else 0) + _FLOAT)
-    expert = states * (2 * size + (_FLOAT if size != _FLOAT else 0)) + 2 * size * tokens * config.expert_ffn_size
+    widths = 2 + 2 * config.fused_experts + (config.family.activation == "gelu_tanh")
+    expert = states * (2 * size + (_FLOAT if size != _FLOAT else 0)) + widths * size * tokens * config.expert_ffn_size
     if config.family.activation == "clamped_swiglu":  # which takes float32 copies, and the gate's share of itself
         expert += tokens * config.expert_ffn_size * (_FLOAT if size == _FLOAT else 3 * _FLOAT + size)
     # Shares of all experts while they are chosen; then numbers, weights and order of those that are.
