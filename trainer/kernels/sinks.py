@@ -40,7 +40,7 @@ def attention_beside_sinks(
             q_BNTD, k_BKSD, v_BKSD, 0.0, True, False, scale=scale
         )[:2]
     else:
-        bias = None if bias_B1TS is None else _aligned(bias_B1TS).expand(-1, q_BNTD.shape[1], -1, -1)
+        bias = None if bias_B1TS is None else _aligned(bias_B1TS).expand(*q_BNTD.shape[:2], -1, -1)
         mixed_BNTD, sums_BNT = torch.ops.aten._scaled_dot_product_efficient_attention(
             q_BNTD, k_BKSD, v_BKSD, bias, True, 0.0, bias is None, scale=scale
         )[:2]
