@@ -33,6 +33,7 @@ from teachers import load_quietly
 from q4kd.harness.inputs.models.apr_write import convert_gguf
 from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model
+from q4kd.harness.inputs.models.synthetic_hybrids import HYBRIDS, write_hybrid_model
 from q4kd.harness.inputs.models.synthetic_mixtures import write_mixture
 from q4kd.harness.inputs.models.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
@@ -96,6 +97,9 @@ class Corpus:
             self._add(path)
         write_mixture(folder / "mixture.gguf")
         self._add(folder / "mixture.gguf")
+        for name in HYBRIDS:
+            write_hybrid_model(folder / f"{name}.gguf", name)
+            self._add(folder / f"{name}.gguf")
         self._add(write_importance(folder / IMPORTANCE))
 
     def _add(self, path: Path) -> None:

@@ -17,11 +17,14 @@ from q4kd.trainer.formats.families import FAMILIES, Family, RopeLayout
 from q4kd.trainer.formats.particulars import (
     TWO_SIZES,
     read_experts,
+    read_ffn_size,
     read_rotary_dim,
     read_scales,
     read_window_rope_base,
     read_windows,
+    shared_shapes,
 )
+from q4kd.trainer.formats.recurrence import Recurrence, check_sections, read_layers, read_recurrence, recurrent_shapes
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS, RopeScaling, read_rope_scaling
 from q4kd.trainer.formats.values import CONVERT, Values
 
@@ -55,6 +58,9 @@ class TeacherConfig:
         num_experts: experts of every layer, in place of one feed-forward of ``ffn_size``; 0 for a dense model.
         experts_per_token: how many experts a token is given to.
         expert_ffn_size: feed-forward size of an expert.
+        shared_ffn_size: feed-forward size of the expert that every token is given to; 0 for none.
+        recurrence: the layers that keep a state in place of keys and values; None where all attend.
+        skipped_blocks: blocks behind the last layer that a file holds to predict further tokens, which are not run.
     """
 
     architecture: str
@@ -86,6 +92,9 @@ class TeacherConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_ffn_size: int = 0
+    shared_ffn_size: int = 0
+    recurrence: Recurrence | None = None
+    skipped_blocks: int = 0
 
     @property
     def family(self) -> Family:
@@ -104,6 +113,16 @@ class TeacherConfig:
     def is_rotated(self, layer: int) -> bool:
         """Return whether a layer has rotary embedding."""
         return not self.no_rope_step or (layer + 1) % self.no_rope_step != 0
+
+    def recurrence_of(self, layer: int) -> Recurrence | None:
+        """Return the sizes of a layer that keeps a state; None for one that attends."""
+        return self.recurrence if self.recurrence is not None and self.recurrence.layers[layer] else None
+
+    def is_skipped(self, name: str) -> bool:
+        """Return whether a tensor belongs to a block that is not run."""
+        layer = name.removeprefix("blk.").partition(".")[0]
+        blocks = range(self.num_layers, self.num_layers + self.skipped_blocks)
+        return name.startswith("blk.") and layer in map(str, blocks)
 
     @property
     def q_size(self) -> int:
@@ -161,10 +180,12 @@ def read_dimensions(
     if integer("attention.value_length", 4096, head_dim) != head_dim:
         got = str(found.get("attention.value_length"))
         raise found.refusal("attention.value_length", f"the head size {head_dim}", got, TWO_SIZES)
-    layers, context = integer("block_count", 1024), integer("context_length", 1 << 24)
+    (layers, predictors), context = read_layers(found, family), integer("context_length", 1 << 24)
     windows = read_windows(found, family, layers, context)
     scaling = read_rope_scaling(found, family, context, tensors)
-    ffn_size = integer("feed_forward_length", _MAX_DIMENSION)
+    ffn_size = read_ffn_size(found, family)
+    rotary_dim = read_rotary_dim(found, family, head_dim)
+    check_sections(found, family, rotary_dim or head_dim)
     base = float(number("rope.freq_base", 1.0, 1e12, 10_000.0))
     return TeacherConfig(
         architecture=architecture,
@@ -182,10 +203,12 @@ def read_dimensions(
         vocab_size=int(embedding.shape[0]),
         tied_head="output.weight" not in tensors,
         windows=windows,
-        rotary_dim=read_rotary_dim(found, family, head_dim),
+        rotary_dim=rotary_dim,
         rope_scaling=scaling,
         window_rope_base=read_window_rope_base(found, family, base) if windows else 0.0,
         no_rope_step=family.no_rope_step,
+        recurrence=read_recurrence(found, family, layers, predictors),
+        skipped_blocks=predictors,
         **read_scales(found, architecture, layers, hidden, heads),
         **read_experts(found, family, ffn_size),
     )
@@ -206,26 +229,34 @@ def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     elif config.family.rope_factors:
         shapes[ROPE_FACTORS] = (half,)
     for layer in range(config.num_layers):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
     return shapes
 
 
-def _layer_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: TeacherConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors of one layer."""
+    hidden, family, recurrence = config.hidden_size, config.family, config.recurrence_of(layer)
+    shapes = _feed_forward_shapes(config)
+    if family.pre_norms:
+        shapes |= {"attn_norm.weight": (hidden,), f"{family.ffn_norm}.weight": (hidden,)}
+    if family.post_norms:
+        shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    return shapes | (_attention_shapes(config) if recurrence is None else recurrent_shapes(recurrence, hidden))
+
+
+def _attention_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the tensors of a layer's attention."""
     hidden, family = config.hidden_size, config.family
     qkv = {"attn_q": config.q_size, "attn_k": config.kv_size, "attn_v": config.kv_size}
     rows_cols = {name: (rows, hidden) for name, rows in qkv.items()}
     if family.fused_qkv:
         rows_cols = {"attn_qkv": (sum(qkv.values()), hidden)}
+    if family.gated_attention:
+        rows_cols["attn_q"] = (2 * config.q_size, hidden)
     rows_cols["attn_output"] = (hidden, config.q_size)
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows_cols.items()}
-    shapes |= _feed_forward_shapes(config)
     if family.biases:
         shapes |= {f"{name}.bias": (count,) for name, count in qkv.items()}
-    if family.pre_norms:
-        shapes |= {"attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,)}
-    if family.post_norms:
-        shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
     if family.head_norms == "each":
         shapes |= {f"{name}.weight": (config.head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
     elif family.head_norms == "all":
@@ -238,12 +269,13 @@ def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
     hidden, ffn = config.hidden_size, config.ffn_size
     if config.num_experts:
         count, size = config.num_experts, config.expert_ffn_size
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "ffn_gate_inp.weight": (count, hidden),
             "ffn_gate_exps.weight": (count, size, hidden),
             "ffn_up_exps.weight": (count, size, hidden),
             "ffn_down_exps.weight": (count, hidden, size),
         }
+        return shapes | (shared_shapes(config.shared_ffn_size, hidden) if config.shared_ffn_size else {})
     if config.family.fused_gate_up:
         return {"ffn_up.weight": (2 * ffn, hidden), "ffn_down.weight": (hidden, ffn)}
     return {"ffn_gate.weight": (ffn, hidden), "ffn_up.weight": (ffn, hidden), "ffn_down.weight": (hidden, ffn)}
@@ -275,7 +307,8 @@ def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tens
         if len(tensor.shape) == 1 and tensor.type not in VECTOR_TYPES:
             raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=CONVERT)
     # Either all biases are there or none is: a file that lost one would be silently wrong.
-    optional = (ROPE_FACTORS,) if any(name.endswith(".bias") for name in tensors) else (ROPE_FACTORS, ".bias")
+    has_biases = not config.family.biases or any(name.endswith(".bias") for name in tensors)
+    optional = (ROPE_FACTORS,) if has_biases else (ROPE_FACTORS, ".bias")
     missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))
     if missing:
         expected, got = f"tensor {missing[0]}", f"{len(missing)} missing"

@@ -16,9 +16,11 @@ those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tes
     gemma3    as gemma2 with norms on heads and windows on five layers of six, which have a rotary base of their own
     olmo2     norms behind both parts and none before; Q and K are normalised over all heads; Olmo 3 has windows
     qwen3moe  as qwen3; the feed-forward is a mixture of experts
+    qwen35    three layers of four are gated delta nets, which keep a state; the outputs of attention are gated
+    qwen35moe as qwen35; a mixture of experts and one expert that every token is given to, gated
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 RopeLayout = Literal["split_halves", "interleaved"]
@@ -29,6 +31,11 @@ _ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_
 _YARN = ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
 _WINDOW = ("attention.sliding_window",)
 _EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
+_RECURRENCE = tuple(
+    f"ssm.{name}" for name in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
+)
+_RECURRENCE += ("full_attention_interval", "attention.recurrent_layers", "rope.dimension_sections")
+_RECURRENCE += ("nextn_predict_layers",)
 _PATTERN = ("attention.sliding_window_pattern", "rope.freq_base_swa")
 
 
@@ -57,6 +64,11 @@ class Family:
         window_rope_base: rotary base of the layers with a window; None for that of the others.
         no_rope_step: each so many layers, one has no rotary embedding; 0 for none.
         has_experts: whether the feed-forward of every layer is a mixture of experts.
+        has_shared_expert: whether every token is also given to one further expert, times the sigmoid of a product.
+        has_recurrence: whether layers may be gated delta nets, and blocks behind the last one predict further tokens.
+        gated_attention: whether the query projection gives a gate behind each head, whose sigmoid multiplies what the
+            head mixes.
+        ffn_norm: name in a file of the norm before the feed-forward.
         keys: metadata that only this family reads.
     """
 
@@ -80,6 +92,10 @@ class Family:
     window_rope_base: float | Literal["same"] | None = None
     no_rope_step: int = 0
     has_experts: bool = False
+    has_shared_expert: bool = False
+    has_recurrence: bool = False
+    gated_attention: bool = False
+    ffn_norm: str = "ffn_norm"
     keys: tuple[str, ...] = ()
 
     @property
@@ -96,9 +112,22 @@ class Family:
             keys.update(_PATTERN)
         if self.has_experts:
             keys.update(_EXPERTS)
+        if self.has_shared_expert:
+            keys.add("expert_shared_feed_forward_length")
+        if self.has_recurrence:
+            keys.update(_RECURRENCE)
         return frozenset(keys)
 
 
+_QWEN35 = Family(
+    rope_layout="split_halves",
+    head_norms="each",
+    has_partial_rotary=True,
+    norm_offset=1.0,
+    has_recurrence=True,
+    gated_attention=True,
+    ffn_norm="post_attention_norm",
+)
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(rope_layout="split_halves", biases=True),
@@ -172,6 +201,8 @@ FAMILIES: dict[str, Family] = {
         window_rope_base="same",
     ),
     "qwen3moe": Family(rope_layout="split_halves", biases=True, head_norms="each", has_experts=True),
+    "qwen35": _QWEN35,
+    "qwen35moe": replace(_QWEN35, has_experts=True, has_shared_expert=True),
 }
 # These are also read from .apr files.
 ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

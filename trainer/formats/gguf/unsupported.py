@@ -104,7 +104,8 @@ def _tensors(
         values = {key: value for key, value in values.items() if key in reader.PLAIN_KEYS}
     for name in [architecture] if architecture in FAMILIES else FAMILIES:
         try:
-            taken |= expected_shapes(read_dimensions(path, name, values, tensors)).keys()
+            config = read_dimensions(path, name, values, tensors)
+            taken |= expected_shapes(config).keys() | {tensor for tensor in tensors if config.is_skipped(tensor)}
         except InputError as error:
             if name == architecture:
                 yield Unsupported(error.subject.removeprefix(f"{path}: "), error.got, error.expected)

@@ -22,11 +22,14 @@ from torch import Tensor
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
 from q4kd.trainer.formats.families import Activation, RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
 from q4kd.trainer.teacher.cpu.experts import Experts, expert_products, route
-from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
+from q4kd.trainer.teacher.cpu.recurrent import DeltaNet, build_delta_net, mix
+from q4kd.trainer.teacher.cpu.shared_expert import SharedExpert, build_shared_expert
+from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_matrix, decode_vector
 from q4kd.trainer.teacher.rope import Rope, RopeFactors
 
 # Decoded heads up to this size in bytes are held for the duration of a loss.
@@ -48,12 +51,14 @@ class _Layer:
     attn_norm: Tensor | None
     qkv: tuple[Matrix, ...]  # three, or one that holds their rows
     attn_output: Matrix
+    recurrent: DeltaNet | None
     biases: tuple[Tensor | None, Tensor | None, Tensor | None]
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
     feed_forward: _FeedForward | Experts
+    shared_expert: SharedExpert | None
     ffn_post_norm: Tensor | None
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
@@ -119,6 +124,11 @@ def activate(gate: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate, inplace=True) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
+def gate_heads(mixed_MND: Tensor, gate_MND: Tensor) -> Tensor:
+    """Multiply what each head mixes by the sigmoid of its gate, in place; return it (arXiv:2505.06708)."""
+    return mixed_MND.mul_(torch.sigmoid(gate_MND))
+
+
 class CpuForward:
     """The weights of a model as the CPU holds them, and the forward pass over them.
 
@@ -160,7 +170,10 @@ class CpuForward:
 
     def _load_layer(self, index: int) -> _Layer:
         prefix, config, family = f"blk.{index}.", self.config, self.config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        recurrence = config.recurrence_of(index)
+        is_fused = family.fused_qkv or recurrence is not None
+        qkv = ("attn_qkv",) if is_fused else ("attn_q", "attn_k", "attn_v")
+        output = "attn_output" if recurrence is None else "ssm_out"
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -168,7 +181,8 @@ class CpuForward:
         return _Layer(
             attn_norm=norm("attn_norm"),
             qkv=tuple(self._matrix(f"{prefix}{name}.weight") for name in qkv),
-            attn_output=self._matrix(prefix + "attn_output.weight"),
+            attn_output=self._matrix(f"{prefix}{output}.weight"),
+            recurrent=self._load_recurrent(prefix, recurrence),
             biases=(
                 self._optional(prefix + "attn_q.bias"),
                 self._optional(prefix + "attn_k.bias"),
@@ -176,9 +190,10 @@ class CpuForward:
             ),
             q_norm=norm("attn_q_norm"),
             k_norm=norm("attn_k_norm"),
-            attn_post_norm=norm("post_attention_norm"),
-            ffn_norm=norm("ffn_norm"),
+            attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
+            ffn_norm=norm(family.ffn_norm),
             feed_forward=self._load_experts(prefix) if config.num_experts else self._load_feed_forward(prefix),
+            shared_expert=build_shared_expert(prefix, self._matrix, self._vector) if config.shared_ffn_size else None,
             ffn_post_norm=norm("post_ffw_norm"),
             window=config.window(index),
             is_rotated=config.is_rotated(index),
@@ -194,6 +209,13 @@ class CpuForward:
         router = self._matrix(prefix + "ffn_gate_inp.weight", torch.float32)
         gate, up, down = (self._matrix(f"{prefix}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
         return Experts(router, gate, up, down, self.config.num_experts, self.config.experts_per_token)
+
+    def _load_recurrent(self, prefix: str, sizes: Recurrence | None) -> DeltaNet | None:
+        if sizes is None:
+            return None
+        taps = decode_matrix(self._model.tensors[prefix + "ssm_conv1d.weight"]).T.contiguous()
+        self.vector_bytes["F32"] += taps.nbytes
+        return build_delta_net(prefix, sizes, self._matrix, self._vector, taps)
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
@@ -234,7 +256,7 @@ class CpuForward:
         """Return the output of the feed-forward of states that are not normalised yet."""
         weights, activation = layer.feed_forward, self.config.family.activation
         if isinstance(weights, Experts):
-            return self._mixture(weights, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
+            return self._mixture(weights, layer.shared_expert, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
         normed_MH = self._norm(x_MH, layer.ffn_norm)
         if len(weights.gate_up) == 1:
             gate_MF, up_MF = weights.gate_up[0].product(normed_MH).chunk(2, dim=-1)
@@ -243,11 +265,14 @@ class CpuForward:
         gated_MF *= weights.gate_up[1].product(normed_MH)
         return weights.down.product(gated_MF)
 
-    def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
+    def _mixture(self, experts: Experts, shared: SharedExpert | None, normed_MH: Tensor) -> Tensor:
         """Return the output of a layer's experts, float32, of normalised float32 states."""
         chosen_MC, weights_MC = route(experts.router.product(normed_MH), experts.per_token)
         activation = functools.partial(activate, activation=self.config.family.activation)
-        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, activation)
+        out_MH = expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, activation)
+        if shared is not None:
+            shared.add_to(out_MH, normed_MH, self.dtype, activation)
+        return out_MH
 
     def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
@@ -262,6 +287,10 @@ class CpuForward:
 
     def _attend(self, layer: _Layer, x_MH: Tensor, work: _Pass) -> Tensor:
         config, tables = self.config, work.tables_of(layer)
+        if layer.recurrent is not None:
+            qkv_MX = layer.qkv[0].product(x_MH).float()
+            mixed_MA = mix(layer.recurrent, qkv_MX, x_MH, work.batch, work.starts_BT, config.rms_eps)
+            return layer.attn_output.product(mixed_MA.to(self.dtype))
 
         def heads(part_MA: Tensor, norm: Tensor | None, count: int) -> Tensor:
             if norm is not None and len(norm) != config.head_dim:
@@ -276,7 +305,10 @@ class CpuForward:
         parts = self._qkv(layer, x_MH)
         v_BKTD = heads(parts.pop(), None, config.num_kv_heads).contiguous()
         k_BKTD = turned(heads(parts.pop(), layer.k_norm, config.num_kv_heads))
-        q_BNTD = turned(heads(parts.pop(), layer.q_norm, config.num_heads))
+        q_MA, gate_MND = parts.pop(), None
+        if config.family.gated_attention:  # a gate behind each head
+            q_MA, gate_MND = q_MA.view(len(q_MA), config.num_heads, 2, config.head_dim).unbind(2)
+        q_BNTD = turned(heads(q_MA, layer.q_norm, config.num_heads))
         if work.query_scales_BT is not None:
             q_BNTD *= work.query_scales_BT[:, None, :, None]
         mixed_BTND = causal_attention(
@@ -288,7 +320,10 @@ class CpuForward:
             scale=config.query_scale,
             cap=config.attention_cap,
         )
-        return layer.attn_output.product(mixed_BTND.view(x_MH.shape[0], -1).to(self.dtype))
+        mixed_MND = mixed_BTND.flatten(0, 1)
+        if gate_MND is not None:
+            mixed_MND = gate_heads(mixed_MND, gate_MND)
+        return layer.attn_output.product(mixed_MND.flatten(1).to(self.dtype))
 
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:
         """Return float32 logits ``[M, V]`` of hidden states ``[M, H]``: in ``out_MV`` if given, else new."""

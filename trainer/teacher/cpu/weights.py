@@ -195,3 +195,8 @@ def decode_vector(tensor: PackedTensor) -> Tensor:
     """Return a norm or bias as float32 ``[length]`` (a copy: vectors are small and used at every step)."""
     out = torch.empty(1, tensor.shape[0], dtype=torch.float32)
     return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(1, -1), out)[0]
+
+
+def decode_matrix(tensor: PackedTensor) -> Tensor:
+    """Return a small matrix that no product reads as float32 ``[R, K]`` (a copy, as of a vector)."""
+    return decode_rows(tensor.type, torch.from_numpy(tensor.data), torch.empty(tensor.shape, dtype=torch.float32))

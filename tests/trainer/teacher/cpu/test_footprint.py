@@ -13,6 +13,7 @@ from q4kd.trainer.bench.synthetic_7b import qwen2_5_7b
 from q4kd.trainer.formats.blocks import decode as quant
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels import attention, gemm
+from q4kd.trainer.teacher import delta_rule
 from q4kd.trainer.teacher.cpu import footprint, weights
 from q4kd.trainer.teacher.cpu.footprint import predict_footprint
 
@@ -78,6 +79,7 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert (footprint.SCORE_BLOCK, footprint.SCORE_FLOATS) == (attention._BLOCK, attention._SCORES)
     assert footprint.LARGEST_KEPT == gemm._LARGEST_KEPT
     assert footprint.DECODED_AT_ONCE == quant._WEIGHTS_AT_ONCE
+    assert footprint.CHUNK == delta_rule.CHUNK
 
 
 def test_logits_and_the_feed_forward_grow_with_the_tokens(model: Path) -> None:
