@@ -40,13 +40,13 @@ _KEYS = {
 _MIXTURE = {
     "num_experts": 8,
     "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
+    "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 40,
 }
 _MIXTURE_KEYS = {
     "expert_count": 8,
     "expert_used_count": 3,
-    "expert_feed_forward_length": 24,
+    "expert_feed_forward_length": 32,
     "expert_shared_feed_forward_length": 40,
 }
 _LISTED = [True, False, True, True, False]

@@ -81,19 +81,10 @@ def place_teacher(
     compute = choose_dtype(dtype, device, positions)
     place = find_place(device, compute.name)
     opened = open_model(model) if isinstance(model, Path) else model
-    _check_recurrence(opened, place)
     dense_fits = opened.num_weights * place.dense_weight_bytes <= place.budget
     override = backend_override(backend)
     choice = choose_backend(override, opened.bytes_by_type(), place.device_class, dense_fits=dense_fits)
     return TeacherPlacement(opened, choice, compute, place)
-
-
-def _check_recurrence(model: ModelFile, place: Place) -> None:
-    """Refuse a hybrid decoder on a GPU, for which its recurrent layers are not there yet."""
-    if model.config.recurrence is not None and place.device == "cuda":
-        got = f"{model.config.architecture}, whose layers keep a state"
-        expected, remedy = "a teacher whose layers all attend on CUDA", "use --device cpu, where it is computed packed"
-        raise InputError(str(model.path), expected=expected, got=got, remedy=remedy)
 
 
 def find_place(device: str, dtype: str = "float32") -> Place:

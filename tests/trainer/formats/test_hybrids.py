@@ -55,7 +55,7 @@ def test_the_sizes_are_read(tmp_path: Path) -> None:
     layers = (True, True, True, False)
     assert config.recurrence == Recurrence(key_heads=2, value_heads=6, head_dim=16, taps=4, layers=layers)
     assert (config.num_layers, config.skipped_blocks, config.rotary_dim, config.head_dim) == (4, 0, 16, 32)
-    assert (config.num_experts, config.experts_per_token, config.expert_ffn_size) == (8, 3, 24)
+    assert (config.num_experts, config.experts_per_token, config.expert_ffn_size) == (8, 3, 32)
     assert config.shared_ffn_size == 40
     silent = write(tmp_path / "silent.gguf", full_attention_interval=None)
     assert open_model(silent).config == config

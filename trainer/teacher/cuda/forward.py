@@ -32,8 +32,9 @@ from q4kd.trainer.teacher.cpu.forward import soft_cap
 from q4kd.trainer.teacher.cuda.experts import Experts
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
 from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
-from q4kd.trainer.teacher.cuda.layers import FeedForward, Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.layers import FeedForward, Layer, ModelWeights, SharedExpert
 from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture
+from q4kd.trainer.teacher.cuda.recurrent import DeltaNet, read_states
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
 
@@ -56,7 +57,7 @@ class _Activations:
     residual: Tensor  # float32 [M, H]
     normed: Tensor  # [M, H]
     delta: Tensor  # [M, H]
-    qkv: Tensor  # [M, (N + 2 K) D]
+    qkv: Tensor  # [M, (N + 2 K) D], or as wide as the widest layer's
     gate_up: Tensor  # [min(M, S), 2 F]
     gated: Tensor  # [M, F]
 
@@ -123,8 +124,9 @@ class CudaForward:
         self._mixture = self._make_mixture(overlap, slab_bytes, expert_rows) if config.num_experts else None
         self.scratch = ScratchBytes(self._stream, self._mixture)
         self._heads = Heads(config, self._weights.rope_factors, kernels, self.device)
-        # The host waits for each layer's rows of experts, which cannot be captured.
-        self._graphs = PassGraphs(self._run) if graphs and self._mixture is None else None
+        # The host waits for each layer's rows of experts, which cannot be captured; recurrent layers are not either.
+        is_captured = graphs and self._mixture is None and config.recurrence is None
+        self._graphs = PassGraphs(self._run) if is_captured else None
 
     def _make_mixture(self, overlap: bool, slab_bytes: int, max_rows: int) -> Mixture:
         layers = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, Experts)]
@@ -183,13 +185,16 @@ class CudaForward:
                 kernels.rms_norm(embedded, layers[0].attn_norm, config.rms_eps, buffers.normed)
             following = [layer.attn_norm for layer in layers[1:]] + [self._weights.output_norm]
             for layer, next_norm in zip(layers, following, strict=True):
-                self._attend(layer, buffers, batch, heads, reach)
+                if layer.recurrent is None:
+                    self._attend(layer, buffers, batch, heads, reach)
+                else:
+                    self._follow_states(layer, layer.recurrent, buffers, batch, starts_BT)
                 self._add(buffers, layer.attn_post_norm, layer.ffn_norm)
                 if isinstance(layer.feed_forward, FeedForward):
                     self._feed_forward(layer.feed_forward, buffers)
                     self._add(buffers, layer.ffn_post_norm, next_norm)
                 else:
-                    self._mix(layer.feed_forward, next_norm, buffers)
+                    self._mix(layer.feed_forward, layer.shared_expert, next_norm, buffers)
         return buffers.normed.view(batch, length, -1)
 
     def _add(self, buffers: _Activations, post_norm: Tensor | None, next_norm: Tensor | None) -> None:
@@ -214,15 +219,15 @@ class CudaForward:
         def buffer(rows: int, cols: int) -> Tensor:
             return torch.empty(rows, cols, dtype=self._dtype, device=self.device)
 
-        dense = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, FeedForward)]
+        dense = [layer.dense for layer in self._weights.layers if layer.dense is not None]
         # A group cut into slabs is finished for every token before SwiGLU can start.
         whole = not all(self._stream.is_whole(weights.gate_up) for weights in dense)
-        ffn = config.ffn_size if dense else 0
+        ffn = (config.shared_ffn_size or config.ffn_size) if dense else 0
         return _Activations(
             residual=residual_MH,
             normed=buffer(tokens, hidden),
             delta=buffer(tokens, hidden),
-            qkv=buffer(tokens, config.q_size + 2 * config.kv_size),
+            qkv=buffer(tokens, max(layer.qkv.rows for layer in self._weights.layers)),
             gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * ffn),
             gated=buffer(tokens, ffn),
         )
@@ -239,18 +244,39 @@ class CudaForward:
 
     def _attend(self, layer: Layer, buffers: _Activations, batch: int, heads: HeadsPass, reach: Reach) -> None:
         config = self.config
-        self._product(layer.qkv, buffers.normed, buffers.qkv)
-        q_end, k_end = config.q_size, config.q_size + config.kv_size
-        q_MND = buffers.qkv[:, :q_end].view(-1, config.num_heads, config.head_dim)
-        k_MKD = buffers.qkv[:, q_end:k_end].view(-1, config.num_kv_heads, config.head_dim)
-        v_flat = buffers.qkv[:, k_end:]
+        qkv, gate_MND = buffers.qkv[:, : layer.qkv.rows], None
+        self._product(layer.qkv, buffers.normed, qkv)
+        k_end = layer.qkv.rows - config.kv_size
+        q_flat, k_flat, v_flat = (
+            qkv[:, : k_end - config.kv_size],
+            qkv[:, k_end - config.kv_size : k_end],
+            qkv[:, k_end:],
+        )
+        k_MKD = k_flat.view(-1, config.num_kv_heads, config.head_dim)
+        q_MND = q_flat.view(len(qkv), config.num_heads, -1)
+        if config.family.gated_attention:  # a gate behind each head
+            q_MND, gate_MND = q_MND[..., : config.head_dim], q_MND[..., config.head_dim :]
         heads.prepare(layer, q_MND, k_MKD, batch)
         if layer.v_bias is not None:
             self._kernels.add_bias(v_flat, layer.v_bias)
         v_MKD = v_flat.view(-1, config.num_kv_heads, config.head_dim)
         parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
         mixed_MH = reach.attend(*parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap)
+        if gate_MND is not None:
+            mixed_MH *= torch.sigmoid(gate_MND.float()).flatten(1)
         self._product(layer.attn_output, mixed_MH, buffers.delta)
+
+    def _follow_states(
+        self, layer: Layer, net: DeltaNet, buffers: _Activations, batch: int, starts_BT: Tensor | None
+    ) -> None:
+        """Do for a recurrent layer what ``_attend`` does for one that attends."""
+        qkvz = buffers.qkv[:, : layer.qkv.rows]
+        self._product(layer.qkv, buffers.normed, qkvz)
+        steps = torch.empty(len(qkvz), net.steps.rows, dtype=torch.float32, device=self.device)
+        self._product(net.steps, buffers.normed, steps)
+        read = torch.empty(len(qkvz), net.sizes.value_size, dtype=self._dtype, device=self.device)
+        read_states(net, qkvz, steps, read, batch=batch, starts_BT=starts_BT, eps=self.config.rms_eps)
+        self._product(layer.attn_output, read, buffers.delta)
 
     def _feed_forward(self, weights: FeedForward, buffers: _Activations) -> None:
         x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
@@ -267,10 +293,16 @@ class CudaForward:
                     self._gated(part, gated_MF[start:stop])
         self._product(weights.down, gated_MF, buffers.delta)
 
-    def _mix(self, experts: Experts, next_norm: Tensor | None, buffers: _Activations) -> None:
+    def _mix(
+        self, experts: Experts, shared: SharedExpert | None, next_norm: Tensor | None, buffers: _Activations
+    ) -> None:
         """Add the outputs of a layer's experts, and normalise the sum for the next part."""
         if self._mixture is None or next_norm is None:
             raise RuntimeError("expected a family of experts with a norm before each part")
+        if shared is not None:
+            self._feed_forward(shared.feed_forward, buffers)
+            shares_M = torch.sigmoid(buffers.normed.float() @ shared.token_gate_H)
+            buffers.residual.add_(buffers.delta * shares_M[:, None])
         self._mixture.add(experts, buffers.normed, buffers.residual)
         self._kernels.rms_norm(buffers.residual, next_norm, self.config.rms_eps, buffers.normed)
 

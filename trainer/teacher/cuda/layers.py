@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.expert_kernels import ExpertKernels
 from q4kd.trainer.teacher.cuda.experts import Experts, build_experts
+from q4kd.trainer.teacher.cuda.recurrent import DeltaNet, build_delta_net, decode_taps
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.teacher.rope import RopeFactors
 
@@ -28,12 +30,21 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token is given to, times the sigmoid of a product with float32 ``[H]``."""
+
+    feed_forward: FeedForward
+    token_gate_H: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer block: matrices by the input they share, vectors in float32; norms it has not are None."""
 
     attn_norm: Tensor | None
-    qkv: Group
+    qkv: Group  # of a recurrent layer, its gates too
     attn_output: Group
+    recurrent: DeltaNet | None
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
@@ -42,6 +53,7 @@ class Layer:
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
     feed_forward: FeedForward | Experts
+    shared_expert: SharedExpert | None
     ffn_post_norm: Tensor | None
     window: int  # keys that a query reads; 0 for all
     is_rotated: bool
@@ -49,8 +61,16 @@ class Layer:
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups in the order in which a pass uses them; experts are not among them."""
-        dense = self.feed_forward
-        return (self.qkv, self.attn_output, *((dense.gate_up, dense.down) if isinstance(dense, FeedForward) else ()))
+        steps = () if self.recurrent is None else (self.recurrent.steps,)
+        rest = () if self.dense is None else (self.dense.gate_up, self.dense.down)
+        return (self.qkv, *steps, self.attn_output, *rest)
+
+    @property
+    def dense(self) -> FeedForward | None:
+        """The feed-forward that every token goes through, beside experts too; None where there are experts only."""
+        if self.shared_expert is not None:
+            return self.shared_expert.feed_forward
+        return self.feed_forward if isinstance(self.feed_forward, FeedForward) else None
 
 
 class ModelWeights:
@@ -105,8 +125,11 @@ class ModelWeights:
         return self._vector(name) if name in self._tensors else None
 
     def _layer(self, index: int) -> Layer:
-        prefix, family = f"blk.{index}.", self._config.family
-        qkv = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        prefix, config, family = f"blk.{index}.", self._config, self._config.family
+        recurrence = config.recurrence_of(index)
+        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
+        qkv = qkv if recurrence is None else ("attn_qkv", "attn_gate")
+        output = "attn_output" if recurrence is None else "ssm_out"
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -114,19 +137,33 @@ class ModelWeights:
         return Layer(
             attn_norm=norm("attn_norm"),
             qkv=self._group(*(f"{prefix}{name}.weight" for name in qkv)),
-            attn_output=self._group(prefix + "attn_output.weight"),
+            attn_output=self._group(f"{prefix}{output}.weight"),
+            recurrent=self._recurrent(prefix, recurrence),
             q_bias=self._optional(prefix + "attn_q.bias"),
             k_bias=self._optional(prefix + "attn_k.bias"),
             v_bias=self._optional(prefix + "attn_v.bias"),
             q_norm=norm("attn_q_norm"),
             k_norm=norm("attn_k_norm"),
-            attn_post_norm=norm("post_attention_norm"),
-            ffn_norm=norm("ffn_norm"),
-            feed_forward=self._experts(prefix) if self._config.num_experts else self._feed_forward(prefix),
+            attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
+            ffn_norm=norm(family.ffn_norm),
+            feed_forward=self._experts(prefix) if config.num_experts else self._feed_forward(prefix),
+            shared_expert=self._shared_expert(prefix) if config.shared_ffn_size else None,
             ffn_post_norm=norm("post_ffw_norm"),
             window=self._config.window(index),
             is_rotated=self._config.is_rotated(index),
         )
+
+    def _recurrent(self, prefix: str, sizes: Recurrence | None) -> DeltaNet | None:
+        if sizes is None:
+            return None
+        taps_XW = decode_taps(self._tensors[prefix + "ssm_conv1d.weight"], self._kernels.decode)
+        self.vector_bytes["F32"] += taps_XW.nbytes
+        return build_delta_net(prefix, sizes, self._group, self._vector, taps_XW)
+
+    def _shared_expert(self, prefix: str) -> SharedExpert:
+        gate_up = self._group(*(f"{prefix}ffn_{name}_shexp.weight" for name in ("gate", "up")))
+        dense = FeedForward(gate_up, self._group(prefix + "ffn_down_shexp.weight"))
+        return SharedExpert(dense, self._vector(prefix + "ffn_gate_inp_shexp.weight"))
 
     def _feed_forward(self, prefix: str) -> FeedForward:
         gate_up = ("ffn_up",) if self._config.family.fused_gate_up else ("ffn_gate", "ffn_up")
