@@ -109,12 +109,13 @@ def _recurrent_bytes(sizes: Recurrence, tokens: int, length: int) -> int:
     """Return the bytes of a gated delta net beside the residual stream and the normalised states.
 
     Queries, keys and values before the convolution, the gates, and what heads read live for all tokens; the rest of one
-    sequence at a time: convolved channels with a copy of them, queries and keys of unit length, what heads read.
+    sequence at a time: convolved channels with a copy of them, then these, queries and keys of unit length with a copy
+    of one, and what heads read. The allocator keeps what one sequence freed, whose blocks do not all serve the next.
     """
-    held = _FLOAT * tokens * (sizes.conv_size + 2 * sizes.value_size + 2 * sizes.value_heads)
-    row = _FLOAT * length * (2 * sizes.conv_size + 3 * sizes.key_size + sizes.value_size)
+    held = _FLOAT * tokens * (sizes.conv_size + 2 * sizes.value_size + 3 * sizes.value_heads)
+    row = _FLOAT * length * (sizes.conv_size + max(sizes.conv_size, 3 * sizes.key_size + sizes.value_size))
     places = min(CHUNK, length)
     # Products of keys with keys and queries with keys, decays and their differences in float64; then values, keys and
     # queries of a chunk, both sides of its system, and a state with the next one.
     chunk = sizes.value_heads * _FLOAT * (places * (6 * places + 10 * sizes.head_dim) + 2 * sizes.head_dim**2)
-    return held + max(row + chunk, _FLOAT * tokens * sizes.value_size)
+    return held + row + chunk + 2 * LARGEST_KEPT

@@ -85,13 +85,17 @@ def mix(net: DeltaNet, qkv_MX: Tensor, x_MH: Tensor, batch: int, starts_BT: Tens
     length = len(x_MH) // batch
     for row in range(batch):
         tokens, starts = slice(row * length, (row + 1) * length), None if starts_BT is None else starts_BT[row, None]
-        mixed_1TX = F.silu(short_convolution(qkv_MX[None, tokens], net.taps_WX, starts), inplace=True)
-        q, k, v = split_heads(mixed_1TX, net.sizes)
-        out_MVD[tokens] = delta_rule(
-            unit_heads(q), unit_heads(k), v, decay_MV[None, tokens], beta_MV[None, tokens], starts
-        )[0]
-    out_MVD = F.rms_norm(out_MVD, (net.sizes.head_dim,), net.norm_D, eps)
+        decay, beta = decay_MV[None, tokens], beta_MV[None, tokens]
+        read_TVD = _read(net, qkv_MX[None, tokens], decay, beta, starts)[0]
+        out_MVD[tokens] = F.rms_norm(read_TVD, (net.sizes.head_dim,), net.norm_D, eps)
     return out_MVD.mul_(F.silu(z_MVD, inplace=True)).flatten(1)
+
+
+def _read(net: DeltaNet, qkv_1TX: Tensor, decay: Tensor, beta: Tensor, starts_1T: Tensor | None) -> Tensor:
+    """Return what the heads read of one sequence, ``[1, T, V, D]``; the rest is gone when it returns."""
+    mixed_1TX = F.silu(short_convolution(qkv_1TX, net.taps_WX, starts_1T), inplace=True)
+    q, k, v = split_heads(mixed_1TX, net.sizes)
+    return delta_rule(unit_heads(q), unit_heads(k), v, decay, beta, starts_1T)
 
 
 def decays(alpha_MV: Tensor, dt_V: Tensor, decay_V: Tensor) -> Tensor:
