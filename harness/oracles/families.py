@@ -10,6 +10,7 @@ It shares no code with the trainer. Each family is written here as its authors d
     glm4              the first elements of a head turn, in pairs of neighbours; norms before and behind both parts
     mistral3          queries far from the beginning are scaled
     qwen3moe          norms of heads; each token is given to its own experts
+    qwen35, -moe      gated delta nets (``delta_net.py``), gated attention, an expert that every token is given to
     llama, qwen2      with rotary scaling: linear, YaRN, long; llama with a window on every layer (Mistral)
 
 Letters in shapes: T positions, H hidden size, N query heads, K key-value heads, D head size, R turned elements.
@@ -23,6 +24,8 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from q4kd.harness.oracles.delta_net import delta_net
 
 Array = NDArray[np.float64]
 _NEIGHBOURS = ("llama", "mistral3", "granite", "smollm3", "glm4")
@@ -42,8 +45,8 @@ class FamilyModel:
 
     @property
     def num_layers(self) -> int:
-        """Number of blocks."""
-        return int(self.settings["block_count"])
+        """Number of blocks that are run; those behind them predict further tokens."""
+        return int(self.settings["block_count"]) - int(self.setting("nextn_predict_layers", 0))
 
     @property
     def head_dim(self) -> int:
@@ -98,9 +101,12 @@ def _capped(x: Array, cap: float) -> Array:
 
 def _feed_forward_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
     prefix = f"blk.{layer}."
-    normed = _if_there(model, f"{prefix}ffn_norm.weight", x_TH)
+    if model.architecture.startswith("qwen35"):
+        normed = _norm(model, f"{prefix}post_attention_norm.weight", x_TH)
+    else:
+        normed = _if_there(model, f"{prefix}ffn_norm.weight", x_TH)
     if f"{prefix}ffn_gate_inp.weight" in model.weights:
-        return _mixture(model, prefix, normed)
+        return _mixture(model, prefix, normed) + _shared_expert(model, prefix, normed)
     up = normed @ model.weights[f"{prefix}ffn_up.weight"].T
     if f"{prefix}ffn_gate.weight" in model.weights:
         gate = normed @ model.weights[f"{prefix}ffn_gate.weight"].T
@@ -136,6 +142,15 @@ def _mixture(model: FamilyModel, prefix: str, normed_TH: Array) -> Array:
     return out
 
 
+def _shared_expert(model: FamilyModel, prefix: str, normed_TH: Array) -> Array:
+    """Return what the expert of all tokens adds, each token's by the sigmoid of its own gate; 0 without one."""
+    if f"{prefix}ffn_up_shexp.weight" not in model.weights:
+        return np.zeros_like(normed_TH)
+    gate, up, down = (model.weights[f"{prefix}ffn_{part}_shexp.weight"] for part in ("gate", "up", "down"))
+    share = 1 / (1 + np.exp(-(normed_TH @ model.weights[f"{prefix}ffn_gate_inp_shexp.weight"])))
+    return np.asarray(share[:, None] * ((_silu(normed_TH @ gate.T) * (normed_TH @ up.T)) @ down.T))
+
+
 def _silu(x: Array) -> Array:
     return np.asarray(x / (1 + np.exp(-x)))
 
@@ -149,6 +164,8 @@ def _attention_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
     heads = int(model.settings["attention.head_count"])
     kv_heads = int(model.setting("attention.head_count_kv", heads))
     normed = _if_there(model, f"{prefix}attn_norm.weight", x_TH)
+    if f"{prefix}ssm_conv1d.weight" in model.weights:
+        return delta_net(model.weights, model.settings, prefix, normed)
     if f"{prefix}attn_qkv.weight" in model.weights:
         rows = np.split(model.weights[f"{prefix}attn_qkv.weight"], [heads * size, (heads + kv_heads) * size])
     else:
@@ -157,6 +174,10 @@ def _attention_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
         normed @ matrix.T + model.weights.get(f"{prefix}attn_{part}.bias", 0.0)
         for part, matrix in zip("qkv", rows, strict=True)
     )
+    share: Array | float = 1.0
+    if q.shape[1] != heads * size:  # Qwen3.5: behind each query head lies a gate of its output
+        q, gate = (part.reshape(len(q), -1) for part in np.split(q.reshape(len(q), heads, 2 * size), 2, axis=-1))
+        share = 1 / (1 + np.exp(-gate))
 
     def split(x: Array, part: str, count: int) -> Array:
         name = f"{prefix}attn_{part}_norm.weight"
@@ -169,9 +190,11 @@ def _attention_part(model: FamilyModel, layer: int, x_TH: Array) -> Array:
     )
     q_NTD = q_NTD * _far_scale(model, len(x_TH))[:, None]
     v_KTD = v.reshape(len(v), kv_heads, size).transpose(1, 0, 2)
-    mixed = _attend(model, layer, q_NTD, k_KTD, v_KTD)
+    mixed = _attend(model, layer, q_NTD, k_KTD, v_KTD) * share
     out = mixed @ model.weights[f"{prefix}attn_output.weight"].T
-    return _if_there(model, f"{prefix}post_attention_norm.weight", out)
+    return (
+        out if model.architecture.startswith("qwen35") else _if_there(model, f"{prefix}post_attention_norm.weight", out)
+    )
 
 
 def _attend(model: FamilyModel, layer: int, q_NTD: Array, k_KTD: Array, v_KTD: Array) -> Array:

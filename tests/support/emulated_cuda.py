@@ -8,6 +8,7 @@ import pytest
 from reference_kernels import ReferenceKernels, device_tensors, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
+import q4kd.trainer.teacher.cuda.parts as parts_module
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.formats.open import open_model
 from q4kd.trainer.kernels.teacher_kernels import Kernels
@@ -44,6 +45,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_module, "multiply", widening_multiply)
+    monkeypatch.setattr(parts_module, "multiply", widening_multiply)
     monkeypatch.setattr(forward_module, "OVERLAP_MIN_TOKENS", 0)
 
 

@@ -34,6 +34,7 @@ from q4kd.harness.inputs.models.apr_write import convert_gguf
 from q4kd.harness.inputs.models.split_models import shards, write_split
 from q4kd.harness.inputs.models.synthetic_families import FAMILIES, write_family_model
 from q4kd.harness.inputs.models.synthetic_gpt_oss import write_gpt_oss
+from q4kd.harness.inputs.models.synthetic_hybrids import HYBRIDS, write_hybrid_model
 from q4kd.harness.inputs.models.synthetic_mixtures import write_mixture
 from q4kd.harness.inputs.models.synthetic_models import MODELS, SmallModel, write_small_model
 from q4kd.trainer.errors import InputError
@@ -99,6 +100,9 @@ class Corpus:
         self._add(folder / "mixture.gguf")
         write_gpt_oss(folder / "gpt-oss.gguf")
         self._add(folder / "gpt-oss.gguf")
+        for name in HYBRIDS:
+            write_hybrid_model(folder / f"{name}.gguf", name)
+            self._add(folder / f"{name}.gguf")
         self._add(write_importance(folder / IMPORTANCE))
 
     def _add(self, path: Path) -> None:

@@ -6,8 +6,9 @@ Routers are random too, so tokens spread over all experts: 8,192 tokens give eac
 import math
 from typing import TYPE_CHECKING
 
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type
 from q4kd.trainer.formats.gguf.writer import add_hyperparameters
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 WEIGHT_SIGMA = 0.02

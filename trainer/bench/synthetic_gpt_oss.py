@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.bench.synthetic_7b import BIAS_SIGMA, WEIGHT_SIGMA
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.rope_scaling import RopeScaling
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 # A router's logits then have a standard deviation of about one, as in ``synthetic_30b_a3b.py``.

@@ -107,12 +107,14 @@ def _explain(path: Path, error: InputError, *, as_json: bool) -> InputError:
 
 
 def _described(key: str, value: Any) -> str:
-    """Return a value of the config in a few words: windows counted, a scaling's settings side by side."""
+    """Return a value of the config in a few words: layers counted, settings that belong together side by side."""
     if key == "windows":
         counts = Counter(value)
         return ", ".join(
             f"{window or 'none'} in {count} layers" for window, count in sorted(counts.items(), reverse=True)
         )
+    if key == "layers":
+        return f"{sum(value)} of {len(value)}"
     if isinstance(value, dict):
         return " ".join(f"{name}={_described(name, part)}" for name, part in value.items())
     # Files hold float32, which has seven digits: 1e-06 would otherwise be 9.999999974752427e-07.

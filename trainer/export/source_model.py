@@ -13,7 +13,7 @@ from torch import Tensor
 from q4kd.trainer.errors import InputError, first_line
 from q4kd.trainer.export.run_record import ExportSource
 from q4kd.trainer.formats.gguf.vocabulary import SPECIAL_ROLES, Vocabulary, config_special_ids
-from q4kd.trainer.formats.huggingface import read_weights
+from q4kd.trainer.formats.huggingface.reader import read_weights
 from q4kd.trainer.student.model import load_tokenizer, quiet_transformers
 
 _WEIGHTS = "model.safetensors"

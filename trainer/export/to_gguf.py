@@ -21,7 +21,7 @@ from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.gguf.importance import Importance
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, added_tokens
 from q4kd.trainer.formats.gguf.writer import file_rows, plan_tensors, with_rope_factors, write_gguf
-from q4kd.trainer.formats.huggingface import read_huggingface_config
+from q4kd.trainer.formats.huggingface.reader import read_huggingface_config
 from q4kd.trainer.formats.model_file import PackedTensor
 from q4kd.trainer.formats.open import open_model
 

@@ -14,7 +14,7 @@ from q4kd.trainer.export.model_card import Evidence, write_card
 from q4kd.trainer.export.run_record import ExportSource
 from q4kd.trainer.export.source_model import build_model, equal_states, read_state
 from q4kd.trainer.files import apply_umask, sha256_file, sync_folder, write_atomic
-from q4kd.trainer.formats.huggingface import read_weights
+from q4kd.trainer.formats.huggingface.reader import read_weights
 from q4kd.trainer.student.model import load_tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

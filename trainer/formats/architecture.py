@@ -1,6 +1,7 @@
-"""What a teacher computes, read from its file: dimensions, windows, rotary embedding, experts, and its tensors.
+"""What a teacher computes, read from its file: dimensions, windows, rotary embedding, experts, recurrent layers.
 
-``families.py`` says what each architecture does; anything that neither says is refused by name.
+``families.py`` says what each architecture does, ``tensor_shapes.py`` which tensors it has; anything that none of them
+says is refused by name.
 
 Letters in shapes: V vocabulary, H hidden size, F feed-forward size, N query heads, K key-value heads, D head size,
 E experts.
@@ -10,30 +11,25 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.formats.families import FAMILIES, Family, RopeLayout
-from q4kd.trainer.formats.layer_sizes import (
-    beside_experts_shapes,
-    read_kv_heads,
-    read_layer_sizes,
-)
+from q4kd.trainer.formats.layer_sizes import read_kv_heads, read_layer_sizes
 from q4kd.trainer.formats.particulars import (
     TWO_SIZES,
     read_experts,
+    read_ffn_size,
     read_rotary_dim,
     read_scales,
     read_window_rope_base,
     read_windows,
 )
-from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS, RopeScaling, read_rope_scaling
+from q4kd.trainer.formats.recurrence import Recurrence, check_sections, read_layers, read_recurrence
+from q4kd.trainer.formats.rope_scaling import RopeScaling, read_rope_scaling
 from q4kd.trainer.formats.values import CONVERT, Values
 
-VECTOR_TYPES = ("F16", "BF16", "F32")
-ROPE_FACTORS = "rope_freqs.weight"
 _MAX_DIMENSION = 1 << 22
-_DOWNLOAD = "download the file again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +61,9 @@ class TeacherConfig:
         layer_kv_heads: key-value heads of each layer; no entries where all have as many.
         keys_as_values: whether the values of the layers without a window are their keys.
         fused_experts: whether gate and up of all experts are one matrix, rows of each expert in this order.
+        shared_ffn_size: feed-forward size of the expert that every token is given to; 0 for none.
+        recurrence: the layers that keep a state in place of keys and values; None where all attend.
+        skipped_blocks: blocks behind the last layer that a file holds to predict further tokens, which are not run.
     """
 
     architecture: str
@@ -100,6 +99,9 @@ class TeacherConfig:
     layer_kv_heads: tuple[int, ...] = ()
     keys_as_values: bool = False
     fused_experts: bool = False
+    shared_ffn_size: int = 0
+    recurrence: Recurrence | None = None
+    skipped_blocks: int = 0
 
     @property
     def family(self) -> Family:
@@ -131,6 +133,16 @@ class TeacherConfig:
         """Return whether the values of a layer are its keys, both before their norms."""
         return self.keys_as_values and not self.window(layer)
 
+    def recurrence_of(self, layer: int) -> Recurrence | None:
+        """Return the sizes of a layer that keeps a state; None for one that attends."""
+        return self.recurrence if self.recurrence is not None and self.recurrence.layers[layer] else None
+
+    def is_skipped(self, name: str) -> bool:
+        """Return whether a tensor belongs to a block that is not run."""
+        layer = name.removeprefix("blk.").partition(".")[0]
+        blocks = range(self.num_layers, self.num_layers + self.skipped_blocks)
+        return name.startswith("blk.") and layer in map(str, blocks)
+
     @property
     def q_size(self) -> int:
         """Outputs of the query projection, ``N * D``, of the layer that has the most."""
@@ -142,13 +154,6 @@ class TeacherConfig:
         if not self.family.layer_sizes:
             return self.num_kv_heads * self.head_dim
         return max(self.kv_heads_of(layer) * self.head_dim_of(layer) for layer in range(self.num_layers))
-
-
-class _Tensor(Protocol):
-    @property
-    def type(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 def check_architecture(path: Path, architecture: object, supported: Iterable[str] = FAMILIES) -> str:
@@ -189,11 +194,13 @@ def read_dimensions(
     if integer("attention.value_length", 4096, head_dim) != head_dim:
         got = str(found.get("attention.value_length"))
         raise found.refusal("attention.value_length", f"the head size {head_dim}", got, TWO_SIZES)
-    layers, context = integer("block_count", 1024), integer("context_length", 1 << 24)
+    (layers, predictors), context = read_layers(found, family), integer("context_length", 1 << 24)
     windows = read_windows(found, family, layers, context)
     kv_heads, layer_kv_heads = read_kv_heads(found, family, layers, heads)
     scaling = read_rope_scaling(found, family, context, tensors)
-    ffn_size = integer("feed_forward_length", _MAX_DIMENSION)
+    ffn_size = read_ffn_size(found, family)
+    rotary_dim = read_rotary_dim(found, family, head_dim)
+    check_sections(found, family, rotary_dim or head_dim)
     base = float(number("rope.freq_base", 1.0, 1e12, 10_000.0))
     return TeacherConfig(
         architecture=architecture,
@@ -211,132 +218,14 @@ def read_dimensions(
         vocab_size=int(embedding.shape[0]),
         tied_head="output.weight" not in tensors,
         windows=windows,
-        rotary_dim=read_rotary_dim(found, family, head_dim),
+        rotary_dim=rotary_dim,
         rope_scaling=scaling,
         window_rope_base=read_window_rope_base(found, family, base) if windows else 0.0,
         no_rope_step=family.no_rope_step,
+        recurrence=read_recurrence(found, family, layers, predictors),
+        skipped_blocks=predictors,
         **read_scales(found, architecture, layers, hidden, heads),
         **read_experts(found, family, ffn_size),
         **read_layer_sizes(found, family, windows, tensors),
         layer_kv_heads=layer_kv_heads,
     )
-
-
-def expected_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor a file with this config may hold (optional ones included)."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (config.vocab_size, hidden),
-        "output_norm.weight": (hidden,),
-    }
-    if not config.tied_head:
-        shapes["output.weight"] = (config.vocab_size, hidden)
-    half = (config.rotary_dim or config.head_dim) // 2
-    if config.rope_scaling is not None and config.rope_scaling.kind == "long":
-        shapes |= {LONG_FACTORS: (half,), SHORT_FACTORS: (half,)}
-    elif config.family.rope_factors:
-        shapes[ROPE_FACTORS] = (half,)
-    for layer in range(config.num_layers):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
-    return shapes
-
-
-def _layer_shapes(config: TeacherConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the tensors of one layer."""
-    hidden, family, head_dim = config.hidden_size, config.family, config.head_dim_of(layer)
-    q_size, kv_size = config.num_heads * head_dim, config.kv_heads_of(layer) * head_dim
-    qkv = {"attn_q": q_size, "attn_k": kv_size} | ({} if config.shares_keys(layer) else {"attn_v": kv_size})
-    rows_cols = {name: (rows, hidden) for name, rows in qkv.items()}
-    if family.fused_qkv:
-        rows_cols = {"attn_qkv": (sum(qkv.values()), hidden)}
-    rows_cols["attn_output"] = (hidden, q_size)
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in rows_cols.items()}
-    shapes |= _feed_forward_shapes(config)
-    if family.biases:
-        shapes |= {f"{name}.bias": (count,) for name, count in qkv.items()}
-    if family.all_biases:
-        shapes |= _further_bias_shapes(config)
-    if family.sinks:
-        shapes["attn_sinks.weight"] = (config.num_heads,)
-    if family.pre_norms:
-        shapes |= {"attn_norm.weight": (hidden,), f"{family.ffn_norm}.weight": (hidden,)}
-    if family.post_norms:
-        shapes |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
-    if family.head_norms == "each":
-        shapes |= {f"{name}.weight": (head_dim,) for name in ("attn_q_norm", "attn_k_norm")}
-    elif family.head_norms == "all":
-        shapes |= {"attn_q_norm.weight": (q_size,), "attn_k_norm.weight": (kv_size,)}
-    if family.layer_scale:
-        shapes["layer_output_scale.weight"] = (1,)
-    return shapes
-
-
-def _further_bias_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the biases of a layer beside those of Q, K and V, a row for each expert."""
-    count, size = config.num_experts, config.expert_ffn_size
-    return {
-        "attn_output.bias": (config.hidden_size,),
-        "ffn_gate_inp.bias": (count,),
-        "ffn_gate_exps.bias": (count, size),
-        "ffn_up_exps.bias": (count, size),
-        "ffn_down_exps.bias": (count, config.hidden_size),
-    }
-
-
-def _feed_forward_shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the matrices of a layer's feed-forward; experts are the outermost dimension."""
-    hidden, ffn = config.hidden_size, config.ffn_size
-    dense: dict[str, tuple[int, ...]] = {f"ffn_{name}.weight": (ffn, hidden) for name in ("gate", "up")}
-    dense["ffn_down.weight"] = (hidden, ffn)
-    if config.num_experts and config.family.dense_beside_experts:
-        sizes = config.num_experts, config.expert_ffn_size, hidden
-        return dense | beside_experts_shapes(*sizes, is_fused=config.fused_experts)
-    if config.num_experts:
-        count, size = config.num_experts, config.expert_ffn_size
-        return {
-            "ffn_gate_inp.weight": (count, hidden),
-            "ffn_gate_exps.weight": (count, size, hidden),
-            "ffn_up_exps.weight": (count, size, hidden),
-            "ffn_down_exps.weight": (count, hidden, size),
-        }
-    if config.family.fused_gate_up:
-        return {"ffn_up.weight": (2 * ffn, hidden), "ffn_down.weight": (hidden, ffn)}
-    return dense
-
-
-def check_tensors(path: Path, config: TeacherConfig, tensors: Mapping[str, _Tensor]) -> None:
-    """Check that a file holds exactly the tensors of its architecture, in the shapes of its config.
-
-    Raises:
-        InputError: naming the first tensor that is unknown, missing, or of another shape or type.
-    """
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
-        expected = "query heads a multiple of key-value heads and an even head size"
-        got = f"{config.num_heads}, {config.num_kv_heads} and {config.head_dim}"
-        raise InputError(str(path), expected=expected, got=got, remedy=CONVERT)
-    if config.num_layers > len(tensors):
-        expected = f"the tensors of {config.num_layers} layers"
-        raise InputError(str(path), expected=expected, got=f"{len(tensors)} tensors", remedy=_DOWNLOAD)
-    shapes = expected_shapes(config)
-    for name, tensor in tensors.items():
-        subject = f"{path}: tensor {name}"
-        if name not in shapes:
-            remedy = "use a model without it; ignoring a weight would make the teacher silently wrong"
-            expected = f"only the tensors of {config.architecture}"
-            raise InputError(subject, expected=expected, got="a tensor that would be ignored", remedy=remedy)
-        if tensor.shape != shapes[name]:
-            remedy = f"{CONVERT}: its metadata and tensors disagree"
-            raise InputError(subject, expected=f"shape {shapes[name]}", got=f"{tensor.shape}", remedy=remedy)
-        if (len(tensor.shape) == 1 or name.endswith(".bias")) and tensor.type not in VECTOR_TYPES:
-            raise InputError(subject, expected="an F32, F16 or BF16 vector", got=tensor.type, remedy=CONVERT)
-    # Either all biases are there or none is, and all scales of layers: a file that lost one would be silently wrong.
-    kinds = () if config.family.all_biases else (".bias",)
-    optional = tuple(
-        kind for kind in (*kinds, ".layer_output_scale.weight") if not any(name.endswith(kind) for name in tensors)
-    )
-    if not config.family.layer_sizes:  # where the divisors say which part of a head is rotated
-        optional += (ROPE_FACTORS,)
-    missing = sorted(name for name in shapes if name not in tensors and not name.endswith(optional))
-    if missing:
-        expected, got = f"tensor {missing[0]}", f"{len(missing)} missing"
-        raise InputError(str(path), expected=expected, got=got, remedy=_DOWNLOAD)

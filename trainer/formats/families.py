@@ -19,9 +19,11 @@ those of llama.cpp's ``src/models/*.cpp`` and of transformers' models, which tes
     gpt-oss   experts with biases and a clamped SwiGLU, windows on every other layer, a sink of each query head
     gemma4    as gemma3, but layers with a window have heads of another size; values are normalised, or are the keys;
               scores are not scaled, layers are; a mixture stands beside the dense feed-forward, not in its place
+    qwen35    three layers of four are gated delta nets, which keep a state; the outputs of attention are gated
+    qwen35moe as qwen35; a mixture of experts and one expert that every token is given to, gated
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 RopeLayout = Literal["split_halves", "interleaved"]
@@ -33,6 +35,11 @@ _YARN = ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier"
 _WINDOW = ("attention.sliding_window",)
 _EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 _LAYER_SIZES = ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
+_RECURRENCE = tuple(
+    f"ssm.{name}" for name in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
+)
+_RECURRENCE += ("full_attention_interval", "attention.recurrent_layers", "rope.dimension_sections")
+_RECURRENCE += ("nextn_predict_layers",)
 _PATTERN = ("attention.sliding_window_pattern", "rope.freq_base_swa")
 
 
@@ -73,6 +80,10 @@ class Family:
             values of the others may be their keys, both before their norms.
         value_norm: whether each head of the values is normalised, without weights.
         layer_scale: whether a file may hold a number that the states behind each layer are multiplied by.
+        has_shared_expert: whether every token is also given to one further expert, times the sigmoid of a product.
+        has_recurrence: whether layers may be gated delta nets, and blocks behind the last one predict further tokens.
+        gated_attention: whether the query projection gives a gate behind each head, whose sigmoid multiplies what the
+            head mixes.
         keys: metadata that only this family reads.
     """
 
@@ -105,6 +116,9 @@ class Family:
     layer_sizes: bool = False
     value_norm: bool = False
     layer_scale: bool = False
+    has_shared_expert: bool = False
+    has_recurrence: bool = False
+    gated_attention: bool = False
     keys: tuple[str, ...] = ()
 
     @property
@@ -123,9 +137,22 @@ class Family:
             keys.update(_EXPERTS)
         if self.layer_sizes:
             keys.update(_LAYER_SIZES)
+        if self.has_shared_expert:
+            keys.add("expert_shared_feed_forward_length")
+        if self.has_recurrence:
+            keys.update(_RECURRENCE)
         return frozenset(keys)
 
 
+_QWEN35 = Family(
+    rope_layout="split_halves",
+    head_norms="each",
+    has_partial_rotary=True,
+    norm_offset=1.0,
+    has_recurrence=True,
+    gated_attention=True,
+    ffn_norm="post_attention_norm",
+)
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(rope_layout="split_halves", biases=True),
@@ -231,6 +258,8 @@ FAMILIES: dict[str, Family] = {
         layer_scale=True,
         keys=("final_logit_softcapping",),
     ),
+    "qwen35": _QWEN35,
+    "qwen35moe": replace(_QWEN35, has_experts=True, has_shared_expert=True),
 }
 # These are also read from .apr files.
 ROPE_LAYOUTS: dict[str, RopeLayout] = {name: FAMILIES[name].rope_layout for name in ("qwen2", "qwen3", "llama")}

@@ -31,6 +31,7 @@ class ExpertSizes(TypedDict, total=False):
     num_experts: int
     experts_per_token: int
     expert_ffn_size: int
+    shared_ffn_size: int
 
 
 def read_rotary_dim(found: Values, family: Family, head_dim: int) -> int:
@@ -91,7 +92,26 @@ def read_experts(found: Values, family: Family, ffn_size: int) -> ExpertSizes:
     used = found.integer("expert_used_count", count)
     shared = None if family.dense_beside_experts else max(1, ffn_size // used)
     size = found.integer("expert_feed_forward_length", 1 << 22, shared)
-    return {"num_experts": count, "experts_per_token": used, "expert_ffn_size": size}
+    sizes: ExpertSizes = {"num_experts": count, "experts_per_token": used, "expert_ffn_size": size}
+    if family.has_shared_expert:
+        sizes["shared_ffn_size"] = found.integer("expert_shared_feed_forward_length", 1 << 22)
+    return sizes
+
+
+def read_ffn_size(found: Values, family: Family) -> int:
+    """Return the size of a dense feed-forward; files of a mixture with a shared expert need not state it."""
+    other = found.get("expert_feed_forward_length") if family.has_shared_expert else None
+    return found.integer("feed_forward_length", 1 << 22, other)
+
+
+def shared_shapes(size: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the tensors of the expert that every token is given to, and of its gate."""
+    return {
+        "ffn_gate_inp_shexp.weight": (hidden,),
+        "ffn_gate_shexp.weight": (size, hidden),
+        "ffn_up_shexp.weight": (size, hidden),
+        "ffn_down_shexp.weight": (hidden, size),
+    }
 
 
 def read_scales(found: Values, architecture: str, layers: int, hidden: int, heads: int) -> Scales:

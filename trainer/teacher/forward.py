@@ -6,9 +6,9 @@ import torch
 
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.blocks.scales import LARGEST, check_scales
 from q4kd.trainer.formats.model_file import ModelFile
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 from q4kd.trainer.teacher.cpu.forward import CpuForward
 
 if TYPE_CHECKING:

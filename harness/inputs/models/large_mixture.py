@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from q4kd.trainer.bench.synthetic import random_blocks
 from q4kd.trainer.bench.synthetic_30b_a3b import tensor_types
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.layout import block_format
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
 # Blocks of a tile: a prime, so that no row of a tensor lies in a tile as another does.
 TILE_BLOCKS = 300_007

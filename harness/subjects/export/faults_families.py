@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from q4kd.trainer.formats.architecture import TeacherConfig
 
-_SETTINGS = "q4kd.trainer.formats.huggingface_settings"
+_SETTINGS = "q4kd.trainer.formats.huggingface.settings"
 _FILE_ROWS = "q4kd.trainer.formats.gguf.writer:file_rows"
 
 

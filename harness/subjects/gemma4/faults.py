@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORWARD = "q4kd.trainer.teacher.cpu.forward"
+_WEIGHTS = "q4kd.trainer.teacher.cpu.layers:ModelWeights"
 _EXPERTS = "q4kd.trainer.teacher.cpu.dense_and_experts"
 
 
@@ -56,7 +57,7 @@ def _vector(part: str, other: Callable[[Any, str, Callable[[Any, str], "Tensor"]
     def make(original: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
         return lambda self, name: other(self, name, original) if name.endswith(part) else original(self, name)
 
-    replace(f"{_FORWARD}:CpuForward._vector", make)
+    replace(f"{_WEIGHTS}._vector", make)
 
 
 for _name, _title, _part in (
@@ -69,7 +70,7 @@ for _name, _title, _part in (
         _name,
         _title,
         functools.partial(_vector, _part, lambda self, name, original: original(self, name).fill_(1)),
-        f"{_FORWARD}:CpuForward._vector",
+        f"{_WEIGHTS}._vector",
     )
 declare(
     "dispatch",
@@ -80,7 +81,7 @@ declare(
         "pre_ffw_norm_2.weight",
         lambda self, name, original: original(self, name.replace("pre_ffw_norm_2", "ffn_norm")),
     ),
-    f"{_FORWARD}:CpuForward._vector",
+    f"{_WEIGHTS}._vector",
 )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _ATTENTION = "q4kd.trainer.kernels.attention:causal_attention"
 _SWIGLU = "q4kd.trainer.teacher.cpu.activation:clamped_swiglu"
-_FORWARD = "q4kd.trainer.teacher.cpu.forward:CpuForward"
+_WEIGHTS = "q4kd.trainer.teacher.cpu.layers:ModelWeights"
 _RAMP = "q4kd.trainer.teacher.rope:yarn_kept"
 Sinks = Callable[["Tensor"], "Tensor | None"]
 
@@ -54,21 +54,21 @@ def _is_silu(_original: Call, gate: "Tensor", up: "Tensor") -> "Tensor":
     return gate * gate.sigmoid() * (up.clamp(-7.0, 7.0) + 1)
 
 
-@patch("dispatch", "output-bias-dropped", "the output of attention has no bias", f"{_FORWARD}._load_layer")
-def _output_bias(original: Call, forward: object, index: object) -> object:
-    layer: Any = original(forward, index)
+@patch("dispatch", "output-bias-dropped", "the output of attention has no bias", f"{_WEIGHTS}._load_layer")
+def _output_bias(original: Call, weights: object, index: object) -> object:
+    layer: Any = original(weights, index)
     return dataclasses.replace(layer, output_bias=None)
 
 
 def _with_biases(change: Callable[[Any], Any]) -> None:
     def make(original: Call) -> Call:
-        def load(forward: object, prefix: object) -> object:
-            experts: Any = original(forward, prefix)
+        def load(weights: object, prefix: object) -> object:
+            experts: Any = original(weights, prefix)
             return dataclasses.replace(experts, biases=experts.biases and change(experts.biases))
 
         return load
 
-    replace(f"{_FORWARD}._load_experts", make)
+    replace(f"{_WEIGHTS}._load_experts", make)
 
 
 _BIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -82,7 +82,7 @@ _BIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ),
 }
 for _name, (_title, _change_biases) in _BIASES.items():
-    declare("dispatch", _name, _title, functools.partial(_with_biases, _change_biases), f"{_FORWARD}._load_experts")
+    declare("dispatch", _name, _title, functools.partial(_with_biases, _change_biases), f"{_WEIGHTS}._load_experts")
 
 
 @patch("dispatch", "yarn-ramp-rounded", "the ends of YaRN's ramp are rounded to whole pairs", _RAMP)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORWARD = "q4kd.trainer.teacher.cpu.forward"
+_WEIGHTS = "q4kd.trainer.teacher.cpu.layers:ModelWeights"
 _GGUF_NAME = "q4kd.trainer.formats.tensor_names:gguf_name"
 
 
@@ -30,7 +31,7 @@ def _vector_ignored(part: str) -> None:
     def make(original: Call) -> Call:
         return lambda self, name: None if part in name else original(self, name)
 
-    replace(f"{_FORWARD}:CpuForward._optional", make)
+    replace(f"{_WEIGHTS}._optional", make)
 
 
 for _name, _part, _title in (
@@ -38,7 +39,7 @@ for _name, _part, _title in (
     ("rope-factors-ignored", "rope_freqs", "the rotary divisors of Llama 3.1 are left out"),
     ("biases-dropped", ".bias", "the biases of Q, K and V are left out"),
 ):
-    declare("dispatch", _name, _title, functools.partial(_vector_ignored, _part), f"{_FORWARD}:CpuForward._optional")
+    declare("dispatch", _name, _title, functools.partial(_vector_ignored, _part), f"{_WEIGHTS}._optional")
 
 
 @patch(
@@ -106,7 +107,7 @@ def _unchecked(target: str, answer: object) -> None:
 
 
 for _name, _title, _target in (
-    ("tensors-unchecked", "unknown tensors are ignored in silence", "q4kd.trainer.formats.architecture:check_tensors"),
+    ("tensors-unchecked", "unknown tensors are ignored in silence", "q4kd.trainer.formats.tensor_shapes:check_tensors"),
     (
         "metadata-unchecked",
         "metadata that change the model are ignored",

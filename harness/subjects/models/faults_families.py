@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _CONFIG = "q4kd.trainer.formats.architecture:read_dimensions"
 _ROPE = "q4kd.trainer.teacher.rope"
 _FORWARD = "q4kd.trainer.teacher.cpu.forward"
+_ACTIVATION = "q4kd.trainer.teacher.cpu.activation"
 
 
 def _changed(changes: Callable[[Any], dict[str, Any]]) -> None:
@@ -88,7 +89,7 @@ def _long_for_all(original: Call, starts: "Tensor") -> object:
     return lengths.amax(1, keepdim=True).expand_as(lengths)
 
 
-@patch("dispatch", "gate-is-silu", "the gate goes through SiLU in every family", f"{_FORWARD}:activate")
+@patch("dispatch", "gate-is-silu", "the gate goes through SiLU in every family", f"{_ACTIVATION}:activate")
 def _gate_is_silu(original: Call, gate: object, _activation: object) -> object:
     return original(gate, "silu")
 

@@ -19,10 +19,10 @@ from teachers import load_quietly  # noqa: E402
 
 from q4kd.harness.inputs.models.code_blocks import CODE_TYPES  # noqa: E402
 from q4kd.harness.oracles.reference import from_hugging_face, read_gguf, reference_logits  # noqa: E402
-from q4kd.trainer.formats.architecture import ROPE_FACTORS  # noqa: E402
 from q4kd.trainer.formats.gguf.writer import write_gguf  # noqa: E402
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor  # noqa: E402
 from q4kd.trainer.formats.open import open_model  # noqa: E402
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS  # noqa: E402
 
 BOUND = 1e-5
 IDS = np.random.default_rng(2).integers(0, 320, 24)

@@ -17,8 +17,9 @@ from teachers import load_quietly
 from q4kd.harness.__main__ import main
 from q4kd.harness.inputs.demo import GOLDEN_TEACHER
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import expected_shapes, read_dimensions
+from q4kd.trainer.formats.architecture import read_dimensions
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
 
 def test_golden_file_is_read_as_the_gguf_package_reads_it() -> None:

@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
 from family_models import CASES, LENGTH, MIXTURES, FamilyCase, make_family, write_family
+from hybrid_models import HYBRIDS
 from llamacpp_engine import quantise, their_logits
 from parity_rows import parity_row
 from teachers import load_quietly
@@ -59,5 +60,5 @@ def particulars(case: FamilyCase) -> str:
 
 
 def test_every_family_is_among_them() -> None:
-    cases = {case.architecture for name, case in (CASES | MIXTURES).items() if name not in OTHERWISE}
+    cases = {case.architecture for name, case in (CASES | MIXTURES | HYBRIDS).items() if name not in OTHERWISE}
     assert cases | {"gemma4"} == set(FAMILIES)  # test_gemma4.py compares it

@@ -23,10 +23,10 @@ from parity_rows import cosines, parity_row
 from teachers import load_quietly
 
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 
 COSINE, COSINE_F16, ERROR = 0.999, 0.99999, 1e-5
 IDS = np.random.default_rng(3).integers(0, 320, 96)

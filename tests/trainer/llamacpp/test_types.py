@@ -21,10 +21,10 @@ from parity_rows import parity_row
 from teachers import load_quietly
 
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
-from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.gguf.writer import write_gguf
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 
 MODELS = ("qwen2", "qwen3-tied", "llama3-tied")
 IDS = np.random.default_rng(6).integers(0, 320, 64)

@@ -37,8 +37,9 @@ from q4kd.trainer.bench.teacher.cuda_errors import compare_errors, make_probe, p
 from q4kd.trainer.bench.teacher.cuda_table import error_lines, speed_line, speed_row, table
 from q4kd.trainer.bench.teacher.dense_twin import build_twin, to_nf4
 from q4kd.trainer.files import write_json
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.layout import block_format
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 

@@ -31,8 +31,9 @@ from q4kd.trainer.bench.teacher.cuda_table import speed_line
 from q4kd.trainer.bench.teacher.gpt_oss_twin import build_gpt_oss_twin
 from q4kd.trainer.bench.teacher.mixture_twin import build_mixture_twin
 from q4kd.trainer.files import write_json
-from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.layout import block_format
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor

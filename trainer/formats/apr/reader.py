@@ -10,10 +10,11 @@ import numpy.typing as npt
 from q4kd.trainer.errors import InputError, unreadable
 from q4kd.trainer.formats.apr.header import AprEntry, check_footer, check_magic, read_header
 from q4kd.trainer.formats.apr.metadata import read_architecture, read_rope_layout, read_tokens, read_values
-from q4kd.trainer.formats.architecture import check_tensors, read_dimensions
+from q4kd.trainer.formats.architecture import read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.tensor_names import gguf_name
+from q4kd.trainer.formats.tensor_shapes import check_tensors
 from q4kd.trainer.mapped import MappedFile
 
 _DTYPES = {0: "F32", 1: "F16", 3: "F64", 4: "I32", 5: "I64", 6: "I8", 7: "U8", 12: "Q4_K", 14: "Q6_K", 30: "BF16"}

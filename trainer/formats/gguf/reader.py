@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, check_architecture, check_tensors, read_dimensions
+from q4kd.trainer.formats.architecture import check_architecture, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
 from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf.header import Header, TensorEntry
@@ -19,6 +19,7 @@ from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
 from q4kd.trainer.formats.layer_sizes import own_scales
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS, check_tensors
 
 _REMEDY = "download or convert the file again"
 # These metadata are read, or change nothing in what these architectures compute.
@@ -83,8 +84,10 @@ def open_gguf(path: Path) -> ModelFile:
         raise InputError(str(path), expected=expected, got=got, remedy=remedy)
     tensors = take_scales(path, tensors, own_scales(architecture))
     config = read_dimensions(path, architecture, values, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not config.is_skipped(name)}
     check_tensors(path, config, tensors)
     _check_rope_factors(path, tensors)
+    _check_decays(path, tensors)
     return ModelFile(
         path=path,
         config=config,
@@ -176,6 +179,18 @@ def _check_rope_factors(path: Path, tensors: Mapping[str, PackedTensor]) -> None
         if not (np.isfinite(factors) & (factors > 0)).all():
             got = f"{factors.min():g} to {factors.max():g}"
             raise InputError(f"{path}: tensor {name}", expected="positive numbers", got=got, remedy=_REMEDY)
+
+
+def _check_decays(path: Path, tensors: Mapping[str, PackedTensor]) -> None:
+    """Refuse recurrent states that would grow at every token: what they keep is the exponential of these, and less."""
+    import gguf
+
+    for name in (name for name in tensors if name.endswith(".ssm_a")):
+        tensor = tensors[name]
+        decays = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
+        if not (np.isfinite(decays) & (decays <= 0)).all():
+            got = f"{decays.min():g} to {decays.max():g}"
+            raise InputError(f"{path}: tensor {name}", expected="numbers up to 0", got=got, remedy=_REMEDY)
 
 
 def _packed(path: Path, entry: TensorEntry, header: Header, data: npt.NDArray[np.uint8]) -> PackedTensor:

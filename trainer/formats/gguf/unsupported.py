@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import check_architecture, expected_shapes, read_dimensions
+from q4kd.trainer.formats.architecture import check_architecture, read_dimensions
 from q4kd.trainer.formats.blocks.layout import FORMATS, GGML_TYPES
 from q4kd.trainer.formats.families import FAMILIES
 from q4kd.trainer.formats.gguf import reader
 from q4kd.trainer.formats.gguf.header import TensorEntry
 from q4kd.trainer.formats.gguf.pre_tokenizers import check_kind
 from q4kd.trainer.formats.gguf.split import model_metadata, open_shards
+from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
 _LAYER = re.compile(r"^blk\.\d+\.")
 _TOKENIZER = "tokenizer"
@@ -104,7 +105,8 @@ def _tensors(
         values = {key: value for key, value in values.items() if key in reader.PLAIN_KEYS}
     for name in [architecture] if architecture in FAMILIES else FAMILIES:
         try:
-            taken |= expected_shapes(read_dimensions(path, name, values, tensors)).keys()
+            config = read_dimensions(path, name, values, tensors)
+            taken |= expected_shapes(config).keys() | {tensor for tensor in tensors if config.is_skipped(tensor)}
         except InputError as error:
             if name == architecture:
                 yield Unsupported(error.subject.removeprefix(f"{path}: "), error.got, error.expected)

@@ -18,16 +18,17 @@ import torch
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json, replacing_path
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig, expected_shapes
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.quantize import BLOCK, quantize
 from q4kd.trainer.formats.family_metadata import family_metadata
 from q4kd.trainer.formats.gguf.added_tokens import name_for
 from q4kd.trainer.formats.gguf.importance import Importance, importance_of
 from q4kd.trainer.formats.gguf.recipes import RECIPES, Mixture, tensor_type
 from q4kd.trainer.formats.gguf.vocabulary import Vocabulary, add_vocabulary, config_special_ids
-from q4kd.trainer.formats.huggingface import read_huggingface_config, read_weights, rope_tensors
+from q4kd.trainer.formats.huggingface.reader import read_huggingface_config, read_weights, rope_tensors
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.formats.tensor_names import gguf_name
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS, expected_shapes
 
 _ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 

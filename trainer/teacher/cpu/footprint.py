@@ -10,16 +10,18 @@ and of the key projection, V vocabulary, E experts.
 from dataclasses import dataclass
 
 from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.formats.recurrence import Recurrence
 
 _FLOAT = 4
-# ``weights.py``, ``attention.py``, ``gemm.py`` and ``blocks/decode.py`` have these constants too, but need torch; a
-# test holds them equal.
+# ``weights.py``, ``attention.py``, ``gemm.py``, ``delta_rule.py`` and ``blocks/decode.py`` have these constants too,
+# but need torch; a test holds them equal.
 SCRATCH_BYTES = 16 << 20
 TILE_ROWS = 1024
 SCORE_BLOCK = 128
 SCORE_FLOATS = 4 << 20
 DECODED_AT_ONCE = 4096 * 256
 LARGEST_KEPT = 31 << 20
+CHUNK = 64
 # A decoder's temporaries take so many bytes per weight: nibbles copied, split, joined, and one float32 buffer.
 _DECODER_BYTES = 8
 # oneDNN blocks a copy of the weights that it multiplies by.
@@ -66,7 +68,11 @@ def predict_footprint(
     fused = queries + 2 * keys if config.family.fused_qkv else keys if config.family.value_norm else 0
     # A bias is added to the output of attention in float32.
     biased = stream if config.family.all_biases and size != _FLOAT else 0
-    attention = stream + normed + 3 * queries + 2 * keys + fused + scores + biased
+    # Gates lie behind queries until what heads mix is multiplied by their sigmoid, another copy.
+    gates = 2 * queries if config.family.gated_attention else 0
+    attention = stream + normed + 3 * queries + 2 * keys + fused + gates + scores + biased
+    if config.recurrence is not None:
+        attention = max(attention, stream + normed + _recurrent_bytes(config.recurrence, tokens, length))
     widths = 2 + 2 * config.family.fused_gate_up + (config.family.activation != "silu")
     feed_forward = stream + normed + widths * size * tokens * config.ffn_size + part
     parts = [attention, feed_forward]
@@ -105,4 +111,22 @@ def _mixture_bytes(config: TeacherConfig, tokens: int, size: int) -> int:
         expert += tokens * config.expert_ffn_size * (_FLOAT if size == _FLOAT else 3 * _FLOAT + size)
     # Shares of all experts while they are chosen; then numbers, weights and order of those that are.
     routing = max(2 * _FLOAT * tokens * config.num_experts, chosen * (8 + _FLOAT + 8) + 2 * 8 * tokens)
-    return held + max(routing, expert + chosen * (8 + _FLOAT + 8))
+    # One expert's activations are gone when the shared one begins.
+    shared = states * (2 * size + _FLOAT) + 2 * size * tokens * config.shared_ffn_size if config.shared_ffn_size else 0
+    return held + max(routing, shared, expert + chosen * (8 + _FLOAT + 8))
+
+
+def _recurrent_bytes(sizes: Recurrence, tokens: int, length: int) -> int:
+    """Return the bytes of a gated delta net beside the residual stream and the normalised states.
+
+    Queries, keys and values before the convolution, the gates, and what heads read live for all tokens; the rest of one
+    sequence at a time: convolved channels with a copy of them, then these, queries and keys of unit length with a copy
+    of one, and what heads read. The allocator keeps what one sequence freed, whose blocks do not all serve the next.
+    """
+    held = _FLOAT * tokens * (sizes.conv_size + 2 * sizes.value_size + 3 * sizes.value_heads)
+    row = _FLOAT * length * (sizes.conv_size + max(sizes.conv_size, 3 * sizes.key_size + sizes.value_size))
+    places = min(CHUNK, length)
+    # Products of keys with keys and queries with keys, decays and their differences in float64; then values, keys and
+    # queries of a chunk, both sides of its system, and a state with the next one.
+    chunk = sizes.value_heads * _FLOAT * (places * (6 * places + 10 * sizes.head_dim) + 2 * sizes.head_dim**2)
+    return held + row + chunk + 2 * LARGEST_KEPT

@@ -11,59 +11,28 @@ layouts, grouped-query attention (``attention.py``), SwiGLU (https://arxiv.org/a
 Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, N heads, D head size, V vocabulary.
 """
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.families import RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
-from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.kernels.attention import causal_attention
 from q4kd.trainer.kernels.gemm import keep_freed_memory
 from q4kd.trainer.teacher.cpu.activation import activate, gated_product
 from q4kd.trainer.teacher.cpu.dense_and_experts import DenseAndExperts
-from q4kd.trainer.teacher.cpu.experts import Biases, Experts, expert_products
-from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
-from q4kd.trainer.teacher.rope import Rope, RopeFactors
+from q4kd.trainer.teacher.cpu.experts import Experts, expert_products
+from q4kd.trainer.teacher.cpu.layers import Layer, ModelWeights
+from q4kd.trainer.teacher.cpu.recurrent import DeltaNet, mix
+from q4kd.trainer.teacher.cpu.shared_expert import SharedExpert
+from q4kd.trainer.teacher.cpu.weights import Matrix
+from q4kd.trainer.teacher.rope import Rope
 
 # Decoded heads up to this size in bytes are held for the duration of a loss.
 MAX_HEAD_BYTES = 1_300_000_000
-
-
-@dataclass(frozen=True)
-class _FeedForward:
-    """The feed-forward of a dense layer."""
-
-    gate_up: tuple[Matrix, ...]  # two, or one that holds their rows
-    down: Matrix
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Weights of one block; norms that its family has not are None."""
-
-    attn_norm: Tensor | None
-    qkv: tuple[Matrix, ...]  # three, or one that holds their rows, or two where values are keys
-    attn_output: Matrix
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
-    output_bias: Tensor | None
-    sinks: Tensor | None  # float32 [N]
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    attn_post_norm: Tensor | None
-    ffn_norm: Tensor | None
-    feed_forward: _FeedForward | Experts | DenseAndExperts
-    ffn_post_norm: Tensor | None
-    output_scale: float  # what the states behind the layer are multiplied by
-    head_dim: int
-    kv_heads: int
-    window: int  # keys that a query reads; 0 for all
-    is_rotated: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +45,7 @@ class _Pass:
     window_tables: tuple[Tensor, Tensor] | None
     query_scales_BT: Tensor | None
 
-    def tables_of(self, layer: _Layer) -> tuple[Tensor, Tensor] | None:
+    def tables_of(self, layer: Layer) -> tuple[Tensor, Tensor] | None:
         """Return cos and sin of a layer; None where it has no rotary embedding."""
         if not layer.is_rotated:
             return None
@@ -121,6 +90,11 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
+def gate_heads(mixed_MND: Tensor, gate_MND: Tensor) -> Tensor:
+    """Multiply what each head mixes by the sigmoid of its gate, in place; return it (arXiv:2505.06708)."""
+    return mixed_MND.mul_(torch.sigmoid(gate_MND))
+
+
 class CpuForward:
     """The weights of a model as the CPU holds them, and the forward pass over them.
 
@@ -133,101 +107,17 @@ class CpuForward:
     def __init__(self, model: ModelFile, backend: str, dtype: torch.dtype = torch.float32) -> None:
         keep_freed_memory()
         self.dtype = dtype
-        self._model, self._backend = model, backend
         self.config: TeacherConfig = model.config
         self.device = torch.device("cpu")
-        self.scratch = Scratch()
-        self.matrices: dict[str, Matrix] = {}
-        self.vector_bytes: Counter[str] = Counter()
-        self._embedding = self._matrix("token_embd.weight")
-        self._layers = [self._load_layer(index) for index in range(self.config.num_layers)]
-        # A scale of the logits is one of the states that the head reads.
-        self._output_norm = self._vector("output_norm.weight") * self.config.logit_scale
-        self._head = self._embedding if self.config.tied_head else self._matrix("output.weight")
-        names = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
-        self._rope = Rope(self.config, RopeFactors(*map(self._optional, names)))
-
-    def _matrix(self, name: str, dtype: torch.dtype | None = None) -> Matrix:
-        tensor = self._model.tensors[name]
-        self.matrices[name] = build_matrix(self._backend, tensor, self.scratch, dtype or self.dtype)
-        return self.matrices[name]
-
-    def _vector(self, name: str) -> Tensor:
-        vector = decode_vector(self._model.tensors[name])
-        self.vector_bytes["F32"] += vector.numel() * 4
-        return vector
-
-    def _optional(self, name: str) -> Tensor | None:
-        return self._vector(name) if name in self._model.tensors else None
-
-    def _load_layer(self, index: int) -> _Layer:
-        prefix, config, family = f"blk.{index}.", self.config, self.config.family
-        qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
-        if config.shares_keys(index):
-            qkv = qkv[:2]
-        scale = self._optional(prefix + "layer_output_scale.weight")
-
-        def norm(name: str) -> Tensor | None:
-            return self._optional(f"{prefix}{name}.weight")
-
-        return _Layer(
-            attn_norm=norm("attn_norm"),
-            qkv=tuple(self._matrix(f"{prefix}{name}.weight") for name in qkv),
-            attn_output=self._matrix(prefix + "attn_output.weight"),
-            biases=(
-                self._optional(prefix + "attn_q.bias"),
-                self._optional(prefix + "attn_k.bias"),
-                self._optional(prefix + "attn_v.bias"),
-            ),
-            output_bias=self._optional(prefix + "attn_output.bias"),
-            sinks=norm("attn_sinks"),
-            q_norm=norm("attn_q_norm"),
-            k_norm=norm("attn_k_norm"),
-            attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
-            ffn_norm=norm(family.ffn_norm),
-            feed_forward=self._load_experts(prefix) if config.num_experts else self._load_feed_forward(prefix),
-            ffn_post_norm=norm("post_ffw_norm"),
-            output_scale=1.0 if scale is None else float(scale),
-            head_dim=config.head_dim_of(index),
-            kv_heads=config.kv_heads_of(index),
-            window=config.window(index),
-            is_rotated=config.is_rotated(index),
-        )
-
-    def _load_feed_forward(self, prefix: str) -> _FeedForward:
-        names = ("ffn_up",) if self.config.family.fused_gate_up else ("ffn_gate", "ffn_up")
-        gate_up = tuple(self._matrix(f"{prefix}{name}.weight") for name in names)
-        return _FeedForward(gate_up, self._matrix(prefix + "ffn_down.weight"))
-
-    def _load_experts(self, prefix: str) -> Experts | DenseAndExperts:
-        # The router is multiplied in float32 whatever the dtype, since a rounded product chooses other experts.
-        router = self._matrix(prefix + "ffn_gate_inp.weight", torch.float32)
-        config, is_fused = self.config, self.config.fused_experts
-        gate = self._matrix(f"{prefix}ffn_{'gate_up' if is_fused else 'gate'}_exps.weight")
-        up = None if is_fused else self._matrix(prefix + "ffn_up_exps.weight")
-        down = self._matrix(prefix + "ffn_down_exps.weight")
-        biases = None
-        if config.family.all_biases:
-            names = ("gate_inp", "gate_exps", "up_exps", "down_exps")
-            biases = Biases(*(self._vector(f"{prefix}ffn_{name}.bias") for name in names))
-        experts = Experts(router, gate, up, down, config.num_experts, config.experts_per_token, biases)
-        if not config.family.dense_beside_experts:
-            return experts
-        return DenseAndExperts(
-            gate=self._matrix(prefix + "ffn_gate.weight"),
-            up=self._matrix(prefix + "ffn_up.weight"),
-            down=self._matrix(prefix + "ffn_down.weight"),
-            dense_post_norm=self._vector(prefix + "post_ffw_norm_1.weight"),
-            experts=experts,
-            router_scale=self._vector(prefix + "ffn_gate_inp.scale") / math.sqrt(config.hidden_size),
-            experts_norm=self._vector(prefix + "pre_ffw_norm_2.weight"),
-            experts_post_norm=self._vector(prefix + "post_ffw_norm_2.weight"),
-            expert_scales=self._vector(prefix + "ffn_down_exps.scale"),
-        )
+        self._weights = ModelWeights(model, backend, dtype)
+        self.scratch, self.matrices = self._weights.scratch, self._weights.matrices
+        self.vector_bytes = self._weights.vector_bytes
+        self._head = self._weights.head
+        self._rope = Rope(self.config, self._weights.rope_factors)
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``."""
-        return self._embedding.gather(row_ids)
+        return self._weights.embedding.gather(row_ids)
 
     def hidden(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Return the final, normalised hidden states, float32 ``[B, T, H]``, of checked int64 ids ``[B, T]``.
@@ -246,12 +136,12 @@ class CpuForward:
         x_MH = self.embed(ids_BT.reshape(-1))
         if self.config.embedding_scale != 1:
             x_MH *= self.config.embedding_scale
-        for layer in self._layers:
+        for layer in self._weights.layers:
             self._add(x_MH, self._attend(layer, self._norm(x_MH, layer.attn_norm), work), layer.attn_post_norm)
             self._add(x_MH, self._feed_forward(layer, x_MH), layer.ffn_post_norm)
             if layer.output_scale != 1:
                 x_MH *= layer.output_scale
-        return rms_norm(x_MH, self._output_norm, self.config.rms_eps).view(batch, length, -1)
+        return rms_norm(x_MH, self._weights.output_norm, self.config.rms_eps).view(batch, length, -1)
 
     def _norm(self, x_MH: Tensor, weight: Tensor | None) -> Tensor:
         return (x_MH if weight is None else rms_norm(x_MH, weight, self.config.rms_eps)).to(self.dtype)
@@ -262,11 +152,11 @@ class CpuForward:
             delta_MH = rms_norm(delta_MH.float(), post_norm, self.config.rms_eps)
         x_MH.add_(delta_MH, alpha=self.config.residual_scale)
 
-    def _feed_forward(self, layer: _Layer, x_MH: Tensor) -> Tensor:
+    def _feed_forward(self, layer: Layer, x_MH: Tensor) -> Tensor:
         """Return the output of the feed-forward of states that are not normalised yet."""
         weights = layer.feed_forward
         if isinstance(weights, Experts):
-            return self._mixture(weights, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
+            return self._mixture(weights, layer.shared_expert, rms_norm(x_MH, layer.ffn_norm, self.config.rms_eps))
         normed_MH = self._norm(x_MH, layer.ffn_norm)
         if isinstance(weights, DenseAndExperts):
             dense_MH = self._gated(weights.gate, weights.up, weights.down, normed_MH)
@@ -286,15 +176,18 @@ class CpuForward:
         gated_MF *= up.product(normed_MH)
         return down.product(gated_MF)
 
-    def _mixture(self, experts: Experts, normed_MH: Tensor) -> Tensor:
+    def _mixture(self, experts: Experts, shared: SharedExpert | None, normed_MH: Tensor) -> Tensor:
         """Return the output of a layer's experts, float32, of normalised float32 states."""
         chosen_MC, weights_MC = experts.choose(normed_MH)
-        return expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, self._gate)
+        out_MH = expert_products(normed_MH.to(self.dtype), chosen_MC, weights_MC, experts, self._gate)
+        if shared is not None:
+            shared.add_to(out_MH, normed_MH, self.dtype, self._gate)
+        return out_MH
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         return gated_product(gate, up, self.config.family.activation)
 
-    def _qkv(self, layer: _Layer, x_MH: Tensor) -> list[Tensor]:
+    def _qkv(self, layer: Layer, x_MH: Tensor) -> list[Tensor]:
         """Return queries, keys and values before any norm, float32 ``[M, N * D]`` and ``[M, K * D]``."""
         sizes = [self.config.q_size, self.config.kv_size, self.config.kv_size]
         parts = [matrix.product(x_MH).float() for matrix in layer.qkv]
@@ -307,7 +200,15 @@ class CpuForward:
                 part += bias
         return parts
 
-    def _attend(self, layer: _Layer, x_MH: Tensor, work: _Pass) -> Tensor:
+    def _follow_states(self, layer: Layer, net: DeltaNet, x_MH: Tensor, work: _Pass) -> Tensor:
+        """Return for a recurrent layer what ``_attend`` does for one that attends."""
+        qkv_MX = layer.qkv[0].product(x_MH).float()
+        mixed_MA = mix(net, qkv_MX, x_MH, work.batch, work.starts_BT, self.config.rms_eps)
+        return layer.attn_output.product(mixed_MA.to(self.dtype))
+
+    def _attend(self, layer: Layer, x_MH: Tensor, work: _Pass) -> Tensor:
+        if layer.recurrent is not None:
+            return self._follow_states(layer, layer.recurrent, x_MH, work)
         config, tables = self.config, work.tables_of(layer)
 
         def heads(part_MA: Tensor, norm: Tensor | None, count: int) -> Tensor:
@@ -324,7 +225,11 @@ class CpuForward:
         v_BKTD = heads(parts.pop(), None, layer.kv_heads)
         v_BKTD = (rms_norm(v_BKTD, None, config.rms_eps) if config.family.value_norm else v_BKTD).contiguous()
         k_BKTD = turned(heads(parts.pop(), layer.k_norm, layer.kv_heads))
-        q_BNTD = turned(heads(parts.pop(), layer.q_norm, config.num_heads))
+        q_MA, gate_MND = parts.pop(), None
+        if config.family.gated_attention:  # a gate behind each head
+            q_MA, gate_MND = q_MA.view(len(q_MA), config.num_heads, 2, layer.head_dim).unbind(2)
+        q_BNTD = turned(heads(q_MA, layer.q_norm, config.num_heads))
+        del q_MA
         if work.query_scales_BT is not None:
             q_BNTD *= work.query_scales_BT[:, None, :, None]
         mixed_BTND = causal_attention(
@@ -337,7 +242,10 @@ class CpuForward:
             cap=config.attention_cap,
             sinks=layer.sinks,
         )
-        out_MH = layer.attn_output.product(mixed_BTND.view(x_MH.shape[0], -1).to(self.dtype))
+        mixed_MND = mixed_BTND.flatten(0, 1)
+        if gate_MND is not None:
+            mixed_MND = gate_heads(mixed_MND, gate_MND)
+        out_MH = layer.attn_output.product(mixed_MND.flatten(1).to(self.dtype))
         return out_MH if layer.output_bias is None else out_MH.float().add_(layer.output_bias)
 
     def head_logits(self, hidden_MH: Tensor, out_MV: Tensor | None = None) -> Tensor:

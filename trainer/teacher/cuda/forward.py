@@ -18,12 +18,10 @@ Letters in shapes: B sequences, T positions, M = B * T tokens, H hidden size, F 
 heads, D head size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.formats.architecture import TeacherConfig
@@ -32,11 +30,12 @@ from q4kd.trainer.kernels.windowed import Reach
 from q4kd.trainer.teacher.cpu.forward import soft_cap
 from q4kd.trainer.teacher.cuda.experts import Experts
 from q4kd.trainer.teacher.cuda.graphs import PassGraphs
-from q4kd.trainer.teacher.cuda.heads import Heads, HeadsPass
-from q4kd.trainer.teacher.cuda.layers import DenseAndExperts, FeedForward, Layer, ModelWeights
+from q4kd.trainer.teacher.cuda.heads import Heads
+from q4kd.trainer.teacher.cuda.layers import DenseAndExperts, ModelWeights
 from q4kd.trainer.teacher.cuda.mixture import DEFAULT_ROWS, DEFAULT_SLAB_BYTES, Mixture, windows_at_once
+from q4kd.trainer.teacher.cuda.parts import Activations, Parts, gated_kernel
 from q4kd.trainer.teacher.cuda.stream import DEFAULT_SCRATCH_BYTES, SideStream, Timeline, WeightStream
-from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor, Group
+from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, DeviceTensor
 
 if TYPE_CHECKING:
     from q4kd.trainer.kernels.teacher_kernels import Kernels
@@ -48,18 +47,6 @@ OVERLAP_MIN_TOKENS = 512
 GRAPH_MAX_TOKENS = 1024
 # Decoded heads of more bytes go through the scratch buffers slab by slab at every call instead of being held.
 DEFAULT_HEAD_BYTES = 1_300_000_000
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """Buffers of one pass, reused by every layer; all but the residual stream are in the compute dtype."""
-
-    residual: Tensor  # float32 [M, H]
-    normed: Tensor  # [M, H]
-    delta: Tensor  # [M, H]
-    qkv: Tensor  # [M, (N + 2 K) D]
-    gate_up: Tensor  # [min(M, S), 2 F]
-    gated: Tensor  # [M, F]
 
 
 class ScratchBytes:
@@ -122,26 +109,24 @@ class CudaForward:
             passes, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
         )
         self._mixture = self._make_mixture(overlap, slab_bytes, expert_rows) if config.num_experts else None
+        self._parts = Parts(config, kernels, self._stream, self._mixture, dtype)
         self.scratch = ScratchBytes(self._stream, self._mixture)
         self._heads = Heads(config, self._weights.rope_factors, kernels, self.device)
-        # The host waits for each layer's rows of experts, which cannot be captured.
-        self._graphs = PassGraphs(self._run) if graphs and self._mixture is None else None
+        # The host waits for each layer's rows of experts, which cannot be captured; recurrent layers are not either.
+        is_captured = graphs and self._mixture is None and config.recurrence is None
+        self._graphs = PassGraphs(self._run) if is_captured else None
 
     def _make_mixture(self, overlap: bool, slab_bytes: int, max_rows: int) -> Mixture:
         layers = [layer.experts for layer in self._weights.layers if layer.experts is not None]
         return Mixture(
             layers,
             self._weights.expert_kernels,
-            self._gated,
+            gated_kernel(self.config, self._kernels),
             dtype=self._dtype,
             timeline=SideStream(self.device, 2) if overlap and layers[0].resident is None else None,
             slab_bytes=slab_bytes,
             max_rows=max_rows,
         )
-
-    @property
-    def _gated(self) -> Callable[[Tensor, Tensor], None]:
-        return self._kernels.swiglu if self.config.family.activation == "silu" else self._kernels.geglu
 
     def embed(self, row_ids: Tensor) -> Tensor:
         """Return float32 embedding rows ``[n, H]`` of int64 ids ``[n]``, on the device."""
@@ -181,7 +166,7 @@ class CudaForward:
 
     def _run(self, ids_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         batch, length = ids_BT.shape
-        config, kernels, layers = self.config, self._kernels, self._weights.layers
+        config, kernels, layers, parts = self.config, self._kernels, self._weights.layers, self._parts
         heads = self._heads.begin(length, starts_BT)
         reach = Reach(batch, length, starts_BT, self._dtype, self.device)
         self._stream.begin(look_ahead=batch * length >= max(OVERLAP_MIN_TOKENS, FUSED_MAX_TOKENS + 1))
@@ -196,21 +181,24 @@ class CudaForward:
                 kernels.rms_norm(embedded, layers[0].attn_norm, config.rms_eps, buffers.normed)
             following = [layer.attn_norm for layer in layers[1:]] + [self._weights.output_norm]
             for layer, next_norm in zip(layers, following, strict=True):
-                self._attend(layer, buffers, batch, heads, reach)
+                if layer.recurrent is None:
+                    parts.attend(layer, buffers, batch, heads, reach)
+                else:
+                    parts.follow_states(layer, layer.recurrent, buffers, batch, starts_BT)
                 self._add(buffers, layer.attn_post_norm, layer.ffn_norm)
                 if isinstance(layer.feed_forward, Experts):
-                    self._mix(layer.feed_forward, next_norm, buffers)
+                    parts.mix(layer.feed_forward, layer.shared_expert, next_norm, buffers)
                     continue
                 if isinstance(layer.feed_forward, DenseAndExperts):
-                    self._dense_and_experts(layer.feed_forward, buffers)
+                    parts.dense_and_experts(layer.feed_forward, buffers)
                 else:
-                    self._feed_forward(layer.feed_forward, buffers)
+                    parts.feed_forward(layer.feed_forward, buffers)
                 self._add(buffers, layer.ffn_post_norm, next_norm, layer.output_scale)
         return buffers.normed.view(batch, length, -1)
 
     def _add(
         self,
-        buffers: _Activations,
+        buffers: Activations,
         post_norm: Tensor | None,
         next_norm: Tensor | None,
         output_scale: Tensor | None = None,
@@ -234,7 +222,7 @@ class CudaForward:
         else:
             kernels.rms_norm(residual, next_norm, eps, normed)
 
-    def _activations(self, residual_MH: Tensor) -> _Activations:
+    def _activations(self, residual_MH: Tensor) -> Activations:
         tokens, hidden = residual_MH.shape
         config = self.config
 
@@ -244,82 +232,15 @@ class CudaForward:
         dense = [layer.dense for layer in self._weights.layers if layer.dense is not None]
         # A group cut into slabs is finished for every token before SwiGLU can start.
         whole = not all(self._stream.is_whole(weights.gate_up) for weights in dense)
-        ffn = config.ffn_size if dense else 0
-        return _Activations(
+        ffn = (config.shared_ffn_size or config.ffn_size) if dense else 0
+        return Activations(
             residual=residual_MH,
             normed=buffer(tokens, hidden),
             delta=buffer(tokens, hidden),
-            qkv=buffer(tokens, config.q_size + 2 * config.kv_size),
+            qkv=buffer(tokens, max(layer.qkv.rows for layer in self._weights.layers)),
             gate_up=buffer(tokens if whole else min(tokens, MLP_TOKENS), 2 * ffn),
             gated=buffer(tokens, ffn),
         )
-
-    def _is_few(self, group: Group, tokens: int) -> bool:
-        return tokens <= FUSED_MAX_TOKENS and self._dtype == torch.bfloat16 and group.is_fusable
-
-    def _product(self, group: Group, x_MK: Tensor, out_MR: Tensor) -> None:
-        if self._is_few(group, len(x_MK)):
-            group.multiply_few(x_MK, out_MR)
-            return
-        for rows, weight_RK in self._stream.decoded(group):
-            multiply(x_MK, weight_RK, out_MR[:, rows])
-
-    def _attend(self, layer: Layer, buffers: _Activations, batch: int, heads: HeadsPass, reach: Reach) -> None:
-        config, tokens, count, kv_heads = self.config, len(buffers.normed), self.config.num_heads, layer.kv_heads
-        qkv = buffers.qkv.view(-1)[: tokens * layer.qkv.rows].view(tokens, -1)
-        self._product(layer.qkv, buffers.normed, qkv)
-        heads_MAD = qkv.view(tokens, -1, layer.head_dim)
-        q_MND, k_MKD = heads_MAD[:, :count], heads_MAD[:, count : count + kv_heads]
-        v_MKD = k_MKD if layer.shares_keys else heads_MAD[:, count + kv_heads :]
-        if layer.v_bias is not None:
-            self._kernels.add_bias(qkv[:, -kv_heads * layer.head_dim :], layer.v_bias)
-        if config.family.value_norm:  # into a tensor of their own, before the keys, which they may be, are turned
-            v_MKD = F.rms_norm(v_MKD.float(), (layer.head_dim,), None, config.rms_eps).to(self._dtype)
-        heads.prepare(layer, q_MND, k_MKD, batch)
-        parts = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q_MND, k_MKD, v_MKD))
-        mixed_MH = reach.attend(
-            *parts, window=layer.window, scale=config.query_scale, cap=config.attention_cap, sinks=layer.sinks
-        )
-        self._product(layer.attn_output, mixed_MH, buffers.delta)
-        if layer.output_bias is not None:
-            self._kernels.add_bias(buffers.delta, layer.output_bias)
-
-    def _feed_forward(self, weights: FeedForward, buffers: _Activations) -> None:
-        x_MH, gate_up, gated_MF = buffers.normed, buffers.gate_up, buffers.gated
-        tokens, step = len(x_MH), len(gate_up)
-        if step == tokens:
-            self._product(weights.gate_up, x_MH, gate_up)
-            self._gated(gate_up, gated_MF)
-        else:
-            for _, weight_RK in self._stream.decoded(weights.gate_up):
-                for start in range(0, tokens, step):
-                    stop = min(start + step, tokens)
-                    part = gate_up[: stop - start]
-                    multiply(x_MH[start:stop], weight_RK, part)
-                    self._gated(part, gated_MF[start:stop])
-        self._product(weights.down, gated_MF, buffers.delta)
-
-    def _dense_and_experts(self, weights: DenseAndExperts, buffers: _Activations) -> None:
-        """Write the sum of a dense feed-forward and the experts beside it, each normalised, to ``buffers.delta``."""
-        if self._mixture is None:
-            raise RuntimeError("expected a mixture of experts")
-        kernels, eps, residual, delta = self._kernels, self.config.rms_eps, buffers.residual, buffers.delta
-        self._feed_forward(weights.dense, buffers)
-        kernels.rms_norm(delta, weights.dense_post_norm, eps, delta)
-        router_MH = torch.empty_like(buffers.normed)
-        kernels.rms_norm(residual, weights.router_scale, eps, router_MH)
-        kernels.rms_norm(residual, weights.experts_norm, eps, buffers.normed)
-        mixed_MH = torch.zeros_like(residual)
-        self._mixture.add(weights.experts, buffers.normed, mixed_MH, router_MH)
-        kernels.rms_norm(mixed_MH, weights.experts_post_norm, eps, router_MH)
-        delta.add_(router_MH)
-
-    def _mix(self, experts: Experts, next_norm: Tensor | None, buffers: _Activations) -> None:
-        """Add the outputs of a layer's experts, and normalise the sum for the next part."""
-        if self._mixture is None or next_norm is None:
-            raise RuntimeError("expected a family of experts with a norm before each part")
-        self._mixture.add(experts, buffers.normed, buffers.residual)
-        self._kernels.rms_norm(buffers.residual, next_norm, self.config.rms_eps, buffers.normed)
 
     @torch.no_grad()
     def head_logits(self, hidden_MH: Tensor) -> Tensor:
@@ -333,7 +254,7 @@ class CudaForward:
         if not len(x_MH):  # positions without a label: an evaluation's last batch may have no others
             return out_MV
         with pinned_numerics():
-            if self._is_few(self._head, len(x_MH)):
+            if self._parts.is_few(self._head, len(x_MH)):
                 self._head.multiply_few(x_MH, out_MV)
             elif self._holds_head:
                 multiply(x_MH, self._decoded_head(), out_MV)

@@ -39,8 +39,10 @@ class Heads:
         self._config, self._kernels, self._device = config, kernels, device
         self._rope = Rope(config, factors)
         self._half = (config.rotary_dim or config.head_dim) // 2
-        # A pair of split halves that is not rotated has no place in the kernel's tables.
+        # A pair of split halves that is not rotated has no place in the kernel's tables; a gate behind each query head
+        # has none in its rows.
         self._is_plain = config.rope_layout == "split_halves" and 0 < config.rotary_dim < config.head_dim
+        self._is_plain |= config.family.gated_attention
         self._tables: dict[tuple[int, str], Tables] = {}
 
     def begin(self, length: int, starts_BT: Tensor | None) -> "HeadsPass":

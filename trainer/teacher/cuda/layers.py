@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.architecture import TeacherConfig
+from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 from q4kd.trainer.kernels.expert_kernels import ExpertKernels
 from q4kd.trainer.teacher.cuda.experts import Biases, Experts, build_experts
+from q4kd.trainer.teacher.cuda.recurrent import DeltaNet, build_delta_net, decode_taps
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
 from q4kd.trainer.teacher.rope import RopeFactors
 
@@ -41,12 +44,21 @@ class DenseAndExperts:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token is given to, times the sigmoid of a product with float32 ``[H]``."""
+
+    feed_forward: FeedForward
+    token_gate_H: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer block: matrices by the input they share, vectors in float32; norms it has not are None."""
 
     attn_norm: Tensor | None
-    qkv: Group
+    qkv: Group  # of a recurrent layer, its gates too
     attn_output: Group
+    recurrent: DeltaNet | None
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
@@ -57,6 +69,7 @@ class Layer:
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
     feed_forward: FeedForward | Experts | DenseAndExperts
+    shared_expert: SharedExpert | None
     ffn_post_norm: Tensor | None
     output_scale: Tensor | None  # [1], what the states behind the layer are multiplied by
     window: int  # keys that a query reads; 0 for all
@@ -67,29 +80,26 @@ class Layer:
 
     @property
     def dense(self) -> FeedForward | None:
-        """The dense feed-forward, by itself or beside experts."""
-        weights = self.feed_forward
-        return (
-            weights.dense if isinstance(weights, DenseAndExperts) else None if isinstance(weights, Experts) else weights
-        )
+        """The feed-forward that every token goes through, beside experts too; None where there are experts only."""
+        if self.shared_expert is not None:
+            return self.shared_expert.feed_forward
+        if isinstance(self.feed_forward, DenseAndExperts):
+            return self.feed_forward.dense
+        return self.feed_forward if isinstance(self.feed_forward, FeedForward) else None
 
     @property
     def experts(self) -> Experts | None:
-        """The experts, by themselves or beside a dense feed-forward."""
-        weights = self.feed_forward
-        return (
-            weights.experts
-            if isinstance(weights, DenseAndExperts)
-            else weights
-            if isinstance(weights, Experts)
-            else None
-        )
+        """The experts among which tokens are divided, by themselves or beside a dense feed-forward."""
+        if isinstance(self.feed_forward, DenseAndExperts):
+            return self.feed_forward.experts
+        return self.feed_forward if isinstance(self.feed_forward, Experts) else None
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups in the order in which a pass uses them; experts are not among them."""
-        dense = self.dense
-        return (self.qkv, self.attn_output, *((dense.gate_up, dense.down) if dense is not None else ()))
+        steps = () if self.recurrent is None else (self.recurrent.steps,)
+        rest = () if self.dense is None else (self.dense.gate_up, self.dense.down)
+        return (self.qkv, *steps, self.attn_output, *rest)
 
 
 class ModelWeights:
@@ -146,10 +156,13 @@ class ModelWeights:
         return self._vector(name) if name in self._tensors else None
 
     def _layer(self, index: int) -> Layer:
-        prefix, family = f"blk.{index}.", self._config.family
+        prefix, config, family = f"blk.{index}.", self._config, self._config.family
+        recurrence = config.recurrence_of(index)
         qkv: tuple[str, ...] = ("attn_qkv",) if family.fused_qkv else ("attn_q", "attn_k", "attn_v")
-        if self._config.shares_keys(index):
+        if config.shares_keys(index):
             qkv = qkv[:2]
+        qkv = qkv if recurrence is None else ("attn_qkv", "attn_gate")
+        output = "attn_output" if recurrence is None else "ssm_out"
 
         def norm(name: str) -> Tensor | None:
             return self._optional(f"{prefix}{name}.weight")
@@ -157,7 +170,8 @@ class ModelWeights:
         return Layer(
             attn_norm=norm("attn_norm"),
             qkv=self._group(*(f"{prefix}{name}.weight" for name in qkv)),
-            attn_output=self._group(prefix + "attn_output.weight"),
+            attn_output=self._group(f"{prefix}{output}.weight"),
+            recurrent=self._recurrent(prefix, recurrence),
             q_bias=self._optional(prefix + "attn_q.bias"),
             k_bias=self._optional(prefix + "attn_k.bias"),
             v_bias=self._optional(prefix + "attn_v.bias"),
@@ -167,15 +181,28 @@ class ModelWeights:
             k_norm=norm("attn_k_norm"),
             attn_post_norm=norm("post_attention_norm") if family.post_norms else None,
             ffn_norm=norm(family.ffn_norm),
-            feed_forward=self._experts(prefix) if self._config.num_experts else self._feed_forward(prefix),
+            feed_forward=self._experts(prefix) if config.num_experts else self._feed_forward(prefix),
+            shared_expert=self._shared_expert(prefix) if config.shared_ffn_size else None,
             ffn_post_norm=norm("post_ffw_norm"),
             output_scale=norm("layer_output_scale"),
-            window=self._config.window(index),
-            is_rotated=self._config.is_rotated(index),
-            head_dim=self._config.head_dim_of(index),
-            kv_heads=self._config.kv_heads_of(index),
-            shares_keys=self._config.shares_keys(index),
+            window=config.window(index),
+            is_rotated=config.is_rotated(index),
+            head_dim=config.head_dim_of(index),
+            kv_heads=config.kv_heads_of(index),
+            shares_keys=config.shares_keys(index),
         )
+
+    def _recurrent(self, prefix: str, sizes: Recurrence | None) -> DeltaNet | None:
+        if sizes is None:
+            return None
+        taps_XW = decode_taps(self._tensors[prefix + "ssm_conv1d.weight"], self._kernels.decode)
+        self.vector_bytes["F32"] += taps_XW.nbytes
+        return build_delta_net(prefix, sizes, self._group, self._vector, taps_XW)
+
+    def _shared_expert(self, prefix: str) -> SharedExpert:
+        gate_up = self._group(*(f"{prefix}ffn_{name}_shexp.weight" for name in ("gate", "up")))
+        dense = FeedForward(gate_up, self._group(prefix + "ffn_down_shexp.weight"))
+        return SharedExpert(dense, self._vector(prefix + "ffn_gate_inp_shexp.weight"))
 
     def _feed_forward(self, prefix: str) -> FeedForward:
         gate_up = ("ffn_up",) if self._config.family.fused_gate_up else ("ffn_gate", "ffn_up")

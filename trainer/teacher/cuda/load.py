@@ -23,10 +23,10 @@ from torch import Tensor
 from q4kd.trainer.device.allocation import allocate_bytes
 from q4kd.trainer.device.devices import Allocation
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.architecture import ROPE_FACTORS
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.blocks.scales import BAD_BLOCKS, FLOATS, LARGEST
 from q4kd.trainer.formats.model_file import ModelFile, PackedTensor
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.mapped import MappedFile
 from q4kd.trainer.teacher.cuda.forward import CudaForward

@@ -129,8 +129,12 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         size = place.dense_weight_bytes
         # Gate and up are decoded into one buffer while the other weights of a layer take turns in a second one.
         is_mixture = dims.num_experts > 0 and not dims.family.dense_beside_experts
-        dense_ffn = 0 if is_mixture else dims.ffn_size
+        dense_ffn = dims.shared_ffn_size if is_mixture else dims.ffn_size
         widest = 2 * (dims.q_size + dims.kv_size) if is_mixture else 3 * dims.ffn_size
+        if dims.recurrence is not None:
+            from q4kd.trainer.teacher.cuda.recurrent import recurrent_bytes
+
+            widest = max(widest, dims.recurrence.conv_size + 2 * dims.recurrence.value_size)
         buffers = widest * dims.hidden_size * size
         scratch = min(2 * DEFAULT_SCRATCH_BYTES, buffers) if packed else 0
         windows, output = config.batch_size, 0
@@ -147,7 +151,12 @@ def _teacher_shape(config: DistillConfig, placement: TeacherPlacement) -> Teache
         activations = held * size * (3 * dense_ffn + 4 * dims.hidden_size) + output
         if dims.family.value_norm:  # values in float32, and normalised
             activations += held * dims.kv_size * (4 + size)
-        activations += attention_bytes(dims, windows, config.seq_len, size)
+        states = attention_bytes(dims, windows, config.seq_len, size)
+        if dims.recurrence is not None:
+            states = max(states, recurrent_bytes(dims.recurrence, windows, config.seq_len))
+            # What one product of queries, keys, values and gates gives, which stays until the next layer's.
+            activations += held * size * (dims.recurrence.conv_size + 2 * dims.recurrence.value_size)
+        activations += states
     return TeacherShape(
         config=dims,
         weight_bytes=model.tensor_bytes if packed else placement.dense_bytes,

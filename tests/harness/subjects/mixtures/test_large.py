@@ -77,8 +77,8 @@ def test_the_teachers_tokens_begin_with_the_students(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_the_large_one_is_that_of_its_claim() -> None:
-    from q4kd.trainer.formats.architecture import expected_shapes
     from q4kd.trainer.formats.blocks.layout import block_format
+    from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
     shapes = expected_shapes(large.LARGE.teacher)
     tensor_bytes = sum(

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from reference_kernels import ReferenceKernels, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
+import q4kd.trainer.teacher.cuda.parts as parts_module
 from q4kd.trainer.bench.interleave import Series, Shape, compare
 from q4kd.trainer.bench.load import load_table, run_arm
 from q4kd.trainer.bench.synthetic_7b import make_tensors, qwen2_5_7b
@@ -29,6 +30,7 @@ IDS = torch.arange(2 * 12).view(2, 12) * 11
 @pytest.fixture(autouse=True)
 def product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_module, "multiply", widening_multiply)
+    monkeypatch.setattr(parts_module, "multiply", widening_multiply)
 
 
 def packed(dtype: torch.dtype) -> CudaArm:

@@ -11,8 +11,8 @@ from q4kd.trainer.errors import InputError
 
 
 def test_the_synthetic_file_is_as_large_as_the_real_one() -> None:
-    from q4kd.trainer.formats.architecture import expected_shapes
     from q4kd.trainer.formats.blocks.layout import block_format
+    from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
     config = qwen3_30b_a3b()
     shapes, total = expected_shapes(config), 0
@@ -25,8 +25,8 @@ def test_the_synthetic_file_is_as_large_as_the_real_one() -> None:
 
 def test_the_synthetic_gpt_oss_is_as_large_as_the_real_one() -> None:
     from q4kd.trainer.bench.synthetic_gpt_oss import gpt_oss_20b, tensor_types
-    from q4kd.trainer.formats.architecture import expected_shapes
     from q4kd.trainer.formats.blocks.layout import block_format
+    from q4kd.trainer.formats.tensor_shapes import expected_shapes
 
     config = gpt_oss_20b()
     shapes, types = expected_shapes(config), tensor_types(config)

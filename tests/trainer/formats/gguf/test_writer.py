@@ -13,7 +13,7 @@ from q4kd.trainer.formats.gguf.pre_tokenizers import LLAMA3_SPLIT, QWEN2_SPLIT  
 from q4kd.trainer.formats.gguf.recipes import Mixture, tensor_type, uses_more_bits  # noqa: E402
 from q4kd.trainer.formats.gguf.vocabulary import pre_tokenizer_name  # noqa: E402
 from q4kd.trainer.formats.gguf.writer import write_gguf, write_gguf_from_folder  # noqa: E402
-from q4kd.trainer.formats.huggingface import rope_factors  # noqa: E402
+from q4kd.trainer.formats.huggingface.reader import rope_factors  # noqa: E402
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 QWEN2 = {

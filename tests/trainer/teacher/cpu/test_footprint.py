@@ -12,7 +12,9 @@ from q4kd.trainer.bench.synthetic import write_large_teacher
 from q4kd.trainer.bench.synthetic_7b import qwen2_5_7b
 from q4kd.trainer.formats.blocks import decode as quant
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.kernels import attention, gemm
+from q4kd.trainer.teacher import delta_rule
 from q4kd.trainer.teacher.cpu import footprint, weights
 from q4kd.trainer.teacher.cpu.footprint import predict_footprint
 
@@ -62,6 +64,52 @@ def test_a_process_takes_the_file_and_what_was_predicted(model: Path, dtype: str
     assert found["taken"] - found["file"] - predicted.scratch >= 0.5 * predicted.activations
 
 
+_RECURRENT_CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+from q4kd.trainer.formats.recurrence import Recurrence
+from q4kd.trainer.kernels.gemm import keep_freed_memory
+from q4kd.trainer.teacher.cpu.recurrent import DeltaNet, mix
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+class Given:
+    def __init__(self, *shape):
+        self.made = torch.randn(*shape)
+
+    def product(self, _x):
+        return self.made
+
+keep_freed_memory()
+torch.set_num_threads(1)
+sizes = Recurrence(key_heads=16, value_heads=32, head_dim=128, taps=4, layers=(True,))
+batch, length = int(sys.argv[1]), int(sys.argv[2])
+tokens = batch * length
+torch.linalg.solve_triangular(torch.eye(4), torch.eye(4), upper=False)
+gates = Given(tokens, sizes.value_size), Given(tokens, 32), Given(tokens, 32)
+net = DeltaNet(sizes, *gates, torch.randn(4, sizes.conv_size), torch.zeros(32), -torch.ones(32), torch.ones(128))
+qkv, states, starts = torch.randn(tokens, sizes.conv_size), torch.randn(tokens, 64), torch.zeros(batch, length).long()
+starts[:, 100:] = 100
+before = status("VmRSS")
+assert torch.isfinite(mix(net, qkv, states, batch, starts, 1e-6)).all()
+print(json.dumps({"taken": status("VmHWM") - before, "given": sum(gate.made.nbytes for gate in gates) + qkv.nbytes}))
+"""
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1024), (2, 1024)])
+def test_a_recurrent_layer_takes_no_more_than_was_predicted(batch: int, length: int) -> None:
+    sizes = Recurrence(key_heads=16, value_heads=32, head_dim=128, taps=4, layers=(True,))
+    command = [sys.executable, "-c", _RECURRENT_CHILD, str(batch), str(length)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    predicted = footprint._recurrent_bytes(sizes, batch * length, length) - found["given"]
+    print(found, predicted)
+    assert predicted / 2 <= found["taken"] <= predicted
+
+
 def test_what_a_family_copies_is_counted() -> None:
     plain = qwen2_5_7b(2)
     as_family = {name: dataclasses.replace(plain, architecture=name) for name in ("qwen2", "gemma2", "phi3")}
@@ -89,6 +137,7 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert (footprint.SCORE_BLOCK, footprint.SCORE_FLOATS) == (attention._BLOCK, attention._SCORES)
     assert footprint.LARGEST_KEPT == gemm._LARGEST_KEPT
     assert footprint.DECODED_AT_ONCE == quant._WEIGHTS_AT_ONCE
+    assert footprint.CHUNK == delta_rule.CHUNK
 
 
 def test_logits_and_the_feed_forward_grow_with_the_tokens(model: Path) -> None:

@@ -7,6 +7,7 @@ from host_kernels import host_launcher
 from reference_kernels import device_tensors, widening_multiply
 
 import q4kd.trainer.teacher.cuda.forward as forward_module
+import q4kd.trainer.teacher.cuda.parts as parts_module
 from q4kd.harness.inputs.demo import GOLDEN_LOGITS, GOLDEN_TEACHER
 from q4kd.harness.oracles.reference import read_gguf, reference_logits
 from q4kd.trainer.formats.open import open_model
@@ -18,6 +19,7 @@ def test_the_golden_logits_come_from_the_kernels_own_source(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forward_module, "multiply", widening_multiply)
+    monkeypatch.setattr(parts_module, "multiply", widening_multiply)
     with np.load(GOLDEN_LOGITS, allow_pickle=False) as arrays:
         ids = arrays["ids"].astype(np.int64)[:20]
     exact = reference_logits(read_gguf(GOLDEN_TEACHER), ids)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from q4kd.trainer.errors import InputError
 from q4kd.trainer.files import read_json
-from q4kd.trainer.formats.architecture import ROPE_FACTORS, TeacherConfig
+from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.families import FAMILIES
-from q4kd.trainer.formats.huggingface_settings import (
+from q4kd.trainer.formats.huggingface.settings import (
     positive,
     read_factors,
     read_rope,
@@ -31,6 +31,7 @@ from q4kd.trainer.formats.huggingface_settings import (
     size,
 )
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
+from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from q4kd.trainer.errors import InputError
-from q4kd.trainer.formats.huggingface import read_huggingface_config, rope_factors, rope_tensors
+from q4kd.trainer.formats.huggingface.reader import read_huggingface_config, rope_factors, rope_tensors
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -1,0 +1,1 @@
+"""A Hugging Face folder: its config.json and its weights."""

@@ -1,0 +1,139 @@
+"""A gated delta net on a CUDA device; the equations are those of ``cpu/recurrent.py`` and ``delta_rule.py``.
+
+Projections are cuBLAS products of decoded weights, as of an attention. Everything between them is float32, by torch's
+own operations: the delta rule's products are batched ones of cuBLAS with TF32 off, and its triangular systems cuBLAS's.
+They take 163 thousand FLOP for each token, value head of 128 elements and layer, which is 0.16 G of 6 G for a token of
+Qwen3.6-35B-A3B (30 recurrent layers of 32 heads).
+
+Letters in shapes: B sequences, T positions, M = B * T tokens, X channels of the convolution, W taps, V value heads, D
+head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from q4kd.trainer.formats.recurrence import Recurrence
+from q4kd.trainer.teacher.cpu.recurrent import decays, split_heads
+from q4kd.trainer.teacher.delta_rule import CHUNK, delta_rule, short_convolution, unit_heads
+
+if TYPE_CHECKING:
+    from q4kd.trainer.teacher.cuda.weights import DeviceTensor, Group
+
+# Systems of so many bytes are solved at once, before the states go through their chunks one after another.
+RUN_BYTES = 256 << 20
+# Sequences are taken together up to so many tokens.
+STATE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """What a recurrent layer has beside its two projections to and from the heads.
+
+    Attributes:
+        sizes: of its heads.
+        steps: alpha and beta, ``[2 * V, H]``, whose products are float32.
+        taps_WX, dt_V, decay_V, norm_D: as in ``cpu.recurrent.DeltaNet``, float32.
+    """
+
+    sizes: Recurrence
+    steps: "Group"
+    taps_WX: Tensor
+    dt_V: Tensor
+    decay_V: Tensor
+    norm_D: Tensor
+
+
+def build_delta_net(
+    prefix: str,
+    sizes: Recurrence,
+    group: Callable[..., "Group"],
+    vector: Callable[[str], Tensor],
+    taps_XW: Tensor,
+) -> DeltaNet:
+    """Arrange a layer's tensors, whose names begin with ``prefix``."""
+    return DeltaNet(
+        sizes,
+        steps=group(prefix + "ssm_alpha.weight", prefix + "ssm_beta.weight"),
+        taps_WX=taps_XW.T.contiguous(),
+        dt_V=vector(prefix + "ssm_dt.bias"),
+        decay_V=vector(prefix + "ssm_a"),
+        norm_D=vector(prefix + "ssm_norm.weight"),
+    )
+
+
+def decode_taps(tensor: "DeviceTensor", decode: Callable[..., None]) -> Tensor:
+    """Return a convolution's taps, float32 ``[X, W]``."""
+    taps_XW = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.packed.device)
+    decode(tensor.type, tensor.packed, 0, *tensor.shape, taps_XW)
+    return taps_XW
+
+
+def chunk_bytes(sizes: Recurrence, batch: int) -> int:
+    """Return the bytes that a chunk of B sequences takes while its systems are made and solved."""
+    return batch * sizes.value_heads * 4 * CHUNK * (5 * CHUNK + 8 * sizes.head_dim)
+
+
+def recurrent_bytes(sizes: Recurrence, batch: int, length: int) -> int:
+    """Return the bytes that a recurrent layer takes at its peak between its two projections.
+
+    Channels before and after the convolution, one copy of those that are multiplied, queries and keys of unit length,
+    their parts by chunks, and what heads read.
+    """
+    rows = min(batch, max(1, STATE_TOKENS // length))
+    chunks = -(-length // CHUNK)
+    at_once = min(chunks, max(1, RUN_BYTES // chunk_bytes(sizes, rows)))
+    tokens = rows * length
+    channels = 4 * tokens * (3 * sizes.conv_size + 2 * sizes.key_size + 3 * sizes.value_size)
+    return channels + at_once * chunk_bytes(sizes, rows)
+
+
+def read_states(
+    net: DeltaNet,
+    qkvz: Tensor,
+    steps: Tensor,
+    out: Tensor,
+    *,
+    batch: int,
+    starts_BT: Tensor | None,
+    eps: float,
+) -> None:
+    """Write what the heads read of their states, normalised and gated, to ``out``.
+
+    Args:
+        net: the layer.
+        qkvz: queries, keys, values and gates before their activations, compute dtype ``[M, X + V * D]``.
+        steps: products with alpha and with beta, float32 ``[M, 2 * V]``.
+        out: compute dtype ``[M, V * D]``.
+        batch: B.
+        starts_BT: int64 first position of each position's document, on the device; None where a row is one document.
+        eps: of the norm.
+    """
+    sizes, length = net.sizes, len(qkvz) // batch
+    rows = max(1, STATE_TOKENS // length)
+    for first in range(0, batch, rows):
+        last = min(first + rows, batch)
+        tokens, starts = slice(first * length, last * length), None if starts_BT is None else starts_BT[first:last]
+        shape = last - first, length, -1
+        channels = qkvz[tokens, : sizes.conv_size].float().view(shape)
+        mixed = F.silu(short_convolution(channels, net.taps_WX, starts), inplace=True)
+        del channels
+        q, k, v = split_heads(mixed, sizes)
+        alpha, beta = steps[tokens].chunk(2, dim=-1)
+        read = delta_rule(
+            unit_heads(q),
+            unit_heads(k),
+            v,
+            decays(alpha, net.dt_V, net.decay_V).view(shape),
+            torch.sigmoid(beta).view(shape),
+            starts,
+            chunks_at_once=max(1, RUN_BYTES // chunk_bytes(sizes, last - first)),
+        ).flatten(0, 1)
+        del mixed, q, k, v
+        z = qkvz[tokens, sizes.conv_size :].float().view(read.shape)
+        normed = F.rms_norm(read, (sizes.head_dim,), net.norm_D, eps)
+        out[tokens] = normed.mul_(F.silu(z, inplace=True)).flatten(1)
