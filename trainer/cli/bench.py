@@ -9,7 +9,7 @@ from q4kd.trainer.errors import InputError, outside, unknown_name, unwritable
 
 _CPU_ENGINES = ("dense", "transformers", "llama.cpp")
 _PEERS = ("trl-bf16", "trl-nf4")
-_SHAPES = ("qwen2.5-7b", "qwen3-30b-a3b")
+_SHAPES = ("qwen2.5-7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b")
 _DTYPES = ("auto", "float32", "bfloat16")
 _MAX_ROUNDS = 1000
 
@@ -143,11 +143,12 @@ def _teacher(args: argparse.Namespace) -> int:
     if args.shape != _SHAPES[0] and args.device != "cuda":
         remedy = "add --device cuda, or leave --shape out"
         raise InputError(f"--shape {args.shape}", expected="--device cuda", got=args.device, remedy=remedy)
-    if args.shape == "qwen3-30b-a3b":
+    if args.shape != _SHAPES[0]:
         _check_cuda()
         from q4kd.trainer.bench.teacher.mixture import main as compare_mixture
 
-        return compare_mixture(["--out", str(args.out or Path("bench-cuda")), "--rounds", str(args.pairs)])
+        words = ["--model", args.shape, "--out", str(args.out or Path("bench-cuda")), "--rounds", str(args.pairs)]
+        return compare_mixture(words)
     if args.device == "cuda":
         _check_cuda()
         from q4kd.trainer.bench.teacher.cuda import main

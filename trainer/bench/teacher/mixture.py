@@ -1,18 +1,19 @@
 """A packed mixture of experts against transformers' dense one of the same weights, in one process and one run.
 
-    python -m q4kd.trainer.bench.teacher.mixture --out DIR [--layers 48] [--shapes 4x2048,32x2048] [--rounds 7]
+    python -m q4kd.trainer.bench.teacher.mixture --out DIR [--model qwen3-30b-a3b] [--layers 48] [--rounds 7]
 
-makes Qwen3-30B-A3B's shapes in Q4_K_M's types on the device (``bench/synthetic_30b_a3b.py``) and measures, in this
-order: the device's ceilings; what the packed teacher alone takes of the device, by NVML where it answers; how far both
-are from float32 in a model of the first layers; speed with the logits of every position, arms interleaved. Numbers go
-to ``DIR/mixture.json``; a table is printed last.
+makes a model's shapes in Q4_K_M's types on the device (``bench/synthetic_30b_a3b.py``; ``qwen3.6-35b-a3b`` is a hybrid
+decoder) and measures, in this order: the device's ceilings; what the packed teacher alone takes of the device, by NVML
+where it answers; how far both are from float32 in a model of the first layers; speed with the logits of every position
+(``--shapes 4x2048,32x2048``), arms interleaved. Numbers go to ``DIR/mixture.json``; a table is printed last.
 
 Arms: ``q4k`` as it is by default, ``q4k-inline`` never decoding ahead, ``q4k-slabs-N`` with scratch for N megabytes of
-gate and up, ``q4k-rows-N`` holding the activations of N rows; ``transformers`` is Qwen3MoeForCausalLM in bfloat16 with
-SDPA and its grouped products. Each arm of 48 layers holds 18.6 GB of weights, transformers' 61 GB.
+gate and up, ``q4k-rows-N`` holding the activations of N rows; ``transformers`` is its own model in bfloat16 with SDPA
+and its grouped products. Each arm of Qwen3-30B-A3B holds 18.6 GB of weights, transformers' 61 GB.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ import torch
 from q4kd.trainer.bench.device_probes import collect_garbage, copy_bandwidth, current_device, gemm_rate
 from q4kd.trainer.bench.interleave import Shape, make_ids
 from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b, tensor_types
+from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
 from q4kd.trainer.bench.teacher.cuda import CudaArm, environment, measure_speed, twin_arm
 from q4kd.trainer.bench.teacher.cuda_errors import plain_float32, row_errors
 from q4kd.trainer.bench.teacher.cuda_table import speed_line
@@ -33,9 +35,12 @@ from q4kd.trainer.formats.architecture import TeacherConfig, expected_shapes
 from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
+from q4kd.trainer.teacher.cuda.recurrent import rule_flop
 
 DEFAULT_SHAPES = (Shape(4, 2048), Shape(32, 2048))
 ERROR_LAYERS = 4
+# Dimensions of a model by its name; without a number of layers, of all.
+MODELS: dict[str, Callable[..., TeacherConfig]] = {"qwen3-30b-a3b": qwen3_30b_a3b, "qwen3.6-35b-a3b": qwen36_35b_a3b}
 ERROR_SHAPE = Shape(8, 256)
 
 
@@ -62,8 +67,11 @@ def work_of(config: TeacherConfig, shape: Shape) -> dict[str, float]:
         flop += 2 * weights * shape.tokens * (share if len(dims) == 3 else 1)
         packed += rows * block_format(type_name).row_bytes(dims[-1])
         decoded += 2 * weights if len(dims) == 3 else 0
-    # A causal pass takes half of 4 T^2 N D.
-    flop += 2 * config.num_layers * config.q_size * shape.batch * shape.length**2
+    # A causal pass takes half of 4 T^2 N D in each layer that attends.
+    attending = sum(config.recurrence_of(layer) is None for layer in range(config.num_layers))
+    flop += 2 * attending * config.q_size * shape.batch * shape.length**2
+    if config.recurrence is not None:
+        flop += (config.num_layers - attending) * shape.tokens * rule_flop(config.recurrence)
     return {"flop": flop, "packed_bytes": packed, "decoded_expert_bytes": decoded}
 
 
@@ -155,6 +163,7 @@ def measure_errors(config: TeacherConfig) -> dict[str, Any]:
 
 
 def measure(
+    dimensions: Callable[[int], TeacherConfig],
     layers: int,
     shapes: Sequence[Shape],
     rounds: int,
@@ -164,9 +173,10 @@ def measure(
 ) -> None:
     """Measure everything into ``found``; see the module's docstring.
 
-    ``variants`` are options of ``CudaForward`` by the names of further arms.
+    ``dimensions`` gives those of a model's first layers. ``variants`` are options of ``CudaForward`` by the names of
+    further arms.
     """
-    config = qwen3_30b_a3b(layers)
+    config = dimensions(layers)
     found |= {"environment": environment(), "config": asdict(config)}
     found["ceilings"] = ceilings = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flop_per_s": gemm_rate()}
     copied, multiplied = (value / 1e12 for value in ceilings.values())
@@ -176,7 +186,7 @@ def measure(
     for line in memory_lines(found):
         say(line)
     collect_garbage()
-    found["errors"] = measure_errors(qwen3_30b_a3b(min(layers, ERROR_LAYERS)))
+    found["errors"] = measure_errors(dimensions(min(layers, ERROR_LAYERS)))
     for line in error_lines(found):
         say(line)
     arms = [packed_arm("q4k", config)[0], packed_arm("q4k-inline", config, overlap=False)[0]]
@@ -242,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m q4kd.trainer.bench.teacher.mixture", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for mixture.json")
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--layers", type=int, help="of the model's first layers (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", type=parse_shapes, default=list(DEFAULT_SHAPES), metavar="BxT,…")
     parser.add_argument("--slabs", type=int, nargs="*", default=[], metavar="MB", help="other sizes of the scratch")
@@ -253,7 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     try:
-        measure(options.layers, options.shapes, options.rounds, variants, found, lambda line: print(line, flush=True))
+        dimensions = MODELS[options.model]
+        layers = options.layers or dimensions().num_layers
+        say: Callable[[str], None] = functools.partial(print, flush=True)
+        measure(dimensions, layers, options.shapes, options.rounds, variants, found, say)
     finally:
         write_json(options.out / "mixture.json", found)
     print("\n".join(["", *memory_lines(found), *error_lines(found), *map(speed_line, found["speed"])]))

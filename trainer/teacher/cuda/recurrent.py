@@ -2,8 +2,8 @@
 
 Projections are cuBLAS products of decoded weights, as of an attention. Everything between them is float32, by torch's
 own operations: the delta rule's products are batched ones of cuBLAS with TF32 off, and its triangular systems cuBLAS's.
-They take 163 thousand FLOP for each token, value head of 128 elements and layer, which is 0.16 G of 6 G for a token of
-Qwen3.6-35B-A3B (30 recurrent layers of 32 heads).
+They take 164 thousand FLOP for each token, value head of 128 elements and layer (``rule_flop``), which is 0.16 G of 6 G
+for a token of Qwen3.6-35B-A3B (30 recurrent layers of 32 heads).
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, X channels of the convolution, W taps, V value heads, D
 head size.
@@ -71,6 +71,15 @@ def decode_taps(tensor: "DeviceTensor", decode: Callable[..., None]) -> Tensor:
     taps_XW = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.packed.device)
     decode(tensor.type, tensor.packed, 0, *tensor.shape, taps_XW)
     return taps_XW
+
+
+def rule_flop(sizes: Recurrence) -> int:
+    """Return the FLOP that the delta rule takes for a token: C positions of a chunk at a time."""
+    chunk, size = CHUNK, sizes.head_dim
+    # Keys with keys, queries with keys, weights with corrections, and half of the system for both of its sides.
+    within = 2 * chunk * size * 3 + chunk * 2 * size
+    through = 2 * size * size * 3  # what corrections and queries read of the state, and what it is given
+    return sizes.value_heads * (within + through)
 
 
 def chunk_bytes(sizes: Recurrence, batch: int) -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from q4kd.trainer.bench.interleave import Shape
 from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b, tensor_types
+from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
 from q4kd.trainer.errors import InputError
 
 
@@ -21,6 +22,20 @@ def test_the_synthetic_file_is_as_large_as_the_real_one() -> None:
         total += rows * block_format(type_name).row_bytes(shapes[name][-1])
     # Qwen3-30B-A3B-Q4_K_M.gguf as people download it has 18.56 GB.
     assert 18.5e9 < total < 18.6e9
+
+
+def test_the_hybrid_has_its_tensors_and_weights() -> None:
+    from q4kd.trainer.formats.architecture import expected_shapes
+
+    config = qwen36_35b_a3b()
+    shapes = expected_shapes(config)
+    types = tensor_types(config)
+    assert set(shapes) == set(types)  # it has no biases of attention
+    total = sum(math.prod(shape) for shape in shapes.values())
+    idle = 40 * 248 * 3 * 512 * 2048
+    # 34.7 G weights, of which a token is multiplied by 2.9 G and looks 0.5 G up: "35B-A3B".
+    assert 34.5e9 < total < 35e9 and 3.2e9 < total - idle < 3.6e9
+    assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == "F32" and types["blk.0.ssm_out.weight"] == "Q4_K"
 
 
 def test_made_tensors_have_their_types_sizes() -> None:
@@ -46,6 +61,12 @@ def test_work_is_counted_from_the_shapes() -> None:
     weights = 48 * (attention + 128 * 2048 + experts) + 151936 * 2048
     assert found["flop"] == 2 * weights * 8192 + 2 * 48 * 4096 * 4 * 2048**2
     assert found["decoded_expert_bytes"] == 2 * 48 * 128 * 3 * 768 * 2048
+    hybrid = work_of(qwen36_35b_a3b(4), Shape(1, 2048))
+    rule, attention = 3 * 2048 * 32 * 163_840, 2 * 16 * 256 * 2048**2
+    products = hybrid["flop"] - rule - attention
+    per_token = 3 * (12288 + 64 + 2048 * 2) * 2048 + (8192 + 1024 + 4096) * 2048 + 3 * 8192 * 4
+    per_token += 4 * (256 + 9 * 3 * 512) * 2048 + 248320 * 2048
+    assert products == 2 * 2048 * per_token
     assert parse_shapes("4x2048,1x7") == [Shape(4, 2048), Shape(1, 7)]
 
 
@@ -56,6 +77,7 @@ def test_a_mixture_is_timed_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
-    args = parser.parse_args(["bench", "teacher", "--shape", "qwen3-30b-a3b"])
-    with pytest.raises(InputError, match="expected --device cuda, got cpu"):
-        args.run(args)
+    for shape in ("qwen3-30b-a3b", "qwen3.6-35b-a3b"):
+        args = parser.parse_args(["bench", "teacher", "--shape", shape])
+        with pytest.raises(InputError, match="expected --device cuda, got cpu"):
+            args.run(args)

@@ -1,5 +1,6 @@
 """Hybrid decoders on the CUDA path's own code, on the CPU: over reference kernels, and over the kernels' source."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from emulated_cuda import Recorder, build, product  # noqa: F401
 from host_kernels import host_launcher
-from reference_kernels import ReferenceExpertKernels, widening_multiply
+from reference_kernels import ReferenceExpertKernels, ReferenceKernels, widening_multiply
 
 pytest.importorskip("transformers")
 from hybrid_models import HYBRIDS as CASES
@@ -85,6 +86,28 @@ def test_the_teacher_is_the_model_that_transformers_runs(tmp_path: Path, name: s
     with torch.no_grad():
         exact = model(torch.from_numpy(IDS)).logits.numpy()
     assert row_errors(logits_of(build(path=made, dtype=torch.float32), IDS), exact).max() <= 1e-5
+
+
+def test_the_bench_times_the_same_function_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors
+    from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
+    from q4kd.trainer.bench.teacher.mixture_twin import build_mixture_twin
+
+    config = dataclasses.replace(
+        qwen36_35b_a3b(4), hidden_size=256, num_heads=2, num_kv_heads=1, vocab_size=VOCAB, context_length=256,
+        num_experts=6, experts_per_token=2, expert_ffn_size=256, shared_ffn_size=256,
+        recurrence=recurrent_module.Recurrence(
+            key_heads=2, value_heads=4, head_dim=64, taps=4, layers=(True, True, True, False)
+        ),
+    )  # fmt: skip
+    cpu, ids = torch.device("cpu"), torch.from_numpy(IDS[:1])
+    twin = build_mixture_twin(config, make_tensors(config, cpu), torch.float32)
+    forward = CudaForward(
+        config, make_tensors(config, cpu), "q4k", ReferenceKernels(), dtype=torch.float32, overlap=False
+    )
+    with torch.no_grad():
+        exact = twin(input_ids=ids, use_cache=False).logits.numpy()
+    assert row_errors(logits_of(forward, IDS[:1]), exact).max() <= 3e-5  # both are float32
 
 
 def test_a_few_tokens_take_the_small_batch_products(path: Path) -> None:
