@@ -275,7 +275,8 @@ class CudaForward:
         steps = torch.empty(len(qkvz), net.steps.rows, dtype=torch.float32, device=self.device)
         self._product(net.steps, buffers.normed, steps)
         read = torch.empty(len(qkvz), net.sizes.value_size, dtype=self._dtype, device=self.device)
-        read_states(net, qkvz, steps, read, batch=batch, starts_BT=starts_BT, eps=self.config.rms_eps)
+        kernels, eps = self._weights.state_kernels, self.config.rms_eps
+        read_states(kernels, net, qkvz, steps, read, batch=batch, starts_BT=starts_BT, eps=eps)
         self._product(layer.attn_output, read, buffers.delta)
 
     def _feed_forward(self, weights: FeedForward, buffers: _Activations) -> None:
