@@ -18,12 +18,16 @@ def describe_exit(ending: JsonRecord) -> str:
 def baseline_memory(run: RawRun, field: str = "rss") -> float | None:
     """Return the bytes of a sample's field last seen before the imports were done (None when there is no such sample).
 
-    ``rss`` is what the process held, ``mem_available`` what the machine had left.
+    ``rss`` is what the process held, ``mem_available`` what the machine had left. A run of the trainer imports
+    transformers later than the rest and says so: 115 MB in one environment, 310 MB in another, which are not the run's.
     """
     marker = run.event("imports_done")
     if marker is None:
         return None
-    samples = [sample for sample in run.memory if sample["t"] <= marker["t"]]
+    phases = [event for event in run.events if event["event"] == "phase"]
+    late = [event for event in phases if event.get("what") == "transformers imported"]
+    ended = max(float(event["t"]) for event in (marker, *late))
+    samples = [sample for sample in run.memory if sample["t"] <= ended]
     # Every sample must have the process's bytes; the machine's are absent where it does not state them.
     before = [float(sample[field]) for sample in samples if field == "rss" or sample.get(field) is not None]
     return before[-1] if before else None

@@ -7,6 +7,8 @@
 #undef KERNEL
 #include "routing.cu"
 #undef KERNEL
+#include "states.cu"
+#undef KERNEL
 #include "elementwise.cu"
 #undef KERNEL
 #include "matvec.cu"

@@ -14,6 +14,7 @@ from q4kd.trainer.formats.families import RopeLayout
 from q4kd.trainer.formats.model_file import ModelFile
 from q4kd.trainer.teacher.cpu.forward import rotate
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
+from q4kd.trainer.teacher.delta_rule import short_convolution
 
 _LAYOUTS: dict[str, RopeLayout] = {"split": "split_halves", "interleaved": "interleaved"}
 
@@ -185,3 +186,33 @@ class ReferenceExpertKernels:
         inside = (places >= 0) & (places < len(rows))
         taken = rows[places.clamp(0, len(rows) - 1)]
         residual += torch.where(inside[..., None], weights[..., None] * taken, 0).sum(1)
+
+
+class ReferenceStateKernels:
+    """The kernels of gated delta nets."""
+
+    def __init__(self, *_shared: object) -> None:
+        pass
+
+    def convolve(
+        self,
+        x: Tensor,
+        taps: Tensor,
+        starts: Tensor | None,
+        positions: int,
+        head_dim: int,
+        unit: int,
+        eps: float,
+        out: Tensor,
+    ) -> None:
+        assert out.dtype == taps.dtype == torch.float32 and out.shape == x.shape and len(x) % positions == 0
+        rows = None if starts is None else starts.view(-1, positions)
+        mixed = short_convolution(x.float().reshape(-1, positions, x.shape[1]), taps, rows).flatten(0, 1)
+        out.copy_(torch.nn.functional.silu(mixed))
+        heads = out[:, :unit].reshape(len(out), -1, head_dim)
+        out[:, :unit] = (heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + eps)).flatten(1)
+
+    def gate(self, x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        assert x.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous() and out.dtype == z.dtype
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        out.copy_(normed.flatten(1) * torch.nn.functional.silu(z.float()))

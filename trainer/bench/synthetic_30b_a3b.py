@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # A router's logits then have a standard deviation of about one: experts are unlike, and none is rarely chosen.
 ROUTER_SIGMA = 0.02
+CONVOLUTION_SIGMA = 0.5
 
 
 def qwen3_30b_a3b(num_layers: int = 48) -> TeacherConfig:
@@ -45,17 +46,18 @@ def qwen3_30b_a3b(num_layers: int = 48) -> TeacherConfig:
 def tensor_types(config: TeacherConfig) -> dict[str, str]:
     """Return every tensor's GGML type under llama.cpp's Q4_K_M recipe; biases are left out, which Qwen3 has not.
 
-    The recipe treats ``ffn_down_exps`` as ``ffn_down``, and leaves routers (``ffn_gate_inp``) in float32
+    The recipe treats ``ffn_down_exps`` as ``ffn_down``, and leaves routers (``ffn_gate_inp``) and convolutions in F32
     (``llama-quant.cpp``, ``llama_tensor_get_type`` and ``tensor_allows_quantization``).
     """
     mixture = Mixture("q4_k_m", config.num_layers, config.tied_head, config.num_heads // config.num_kv_heads)
     types = {}
     for name, shape in expected_shapes(config).items():
-        if name.endswith(".bias"):
+        if name.endswith(".bias") and not name.endswith("ssm_dt.bias"):
             continue
         flat = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else shape
-        is_router = name.endswith("ffn_gate_inp.weight")
-        types[name] = "F32" if is_router else tensor_type(name.replace("_exps.", "."), flat, mixture)
+        is_kept = name.endswith(("ffn_gate_inp.weight", "ssm_conv1d.weight"))
+        plain = name.replace("_exps.", ".").replace("_shexp.", ".")
+        types[name] = "F32" if is_kept else tensor_type(plain, flat, mixture)
     return types
 
 
@@ -74,8 +76,12 @@ def make_tensors(config: TeacherConfig, device: "torch.device", seed: int = 0) -
         if type_name != "F32":
             packed = make_blocks(type_name, math.prod(shape[:-1]), shape[-1], generator)
         elif len(shape) > 1:
-            packed = torch.randn(shape, device=device, generator=generator).mul_(ROUTER_SIGMA).view(torch.uint8)
+            sigma = CONVOLUTION_SIGMA if name.endswith("ssm_conv1d.weight") else ROUTER_SIGMA
+            packed = torch.randn(shape, device=device, generator=generator).mul_(sigma).view(torch.uint8)
         else:
-            packed = torch.randn(1, *shape, device=device, generator=generator).mul_(0.1).add_(1).view(torch.uint8)
+            made = torch.randn(1, *shape, device=device, generator=generator)
+            # Decays are below 0: a state then keeps between a thousandth and all but a thousandth of itself at a token.
+            made = -(2 * made - 2).exp_() if name.endswith("ssm_a") else made.mul_(0.1).add_(1)
+            packed = made.view(torch.uint8)
         tensors[name] = DeviceTensor(name, type_name, shape, packed)
     return tensors

@@ -9,7 +9,7 @@ from q4kd.trainer.errors import InputError, outside, unknown_name, unwritable
 
 _CPU_ENGINES = ("dense", "transformers", "llama.cpp")
 _PEERS = ("trl-bf16", "trl-nf4")
-_MIXTURES = ("qwen3-30b-a3b", "gpt-oss-20b")
+_MIXTURES = ("qwen3-30b-a3b", "qwen3.6-35b-a3b", "gpt-oss-20b")
 _SHAPES = ("qwen2.5-7b", *_MIXTURES)
 _DTYPES = ("auto", "float32", "bfloat16")
 _MAX_ROUNDS = 1000

@@ -22,8 +22,8 @@ from q4kd.trainer.files import write_atomic
 from q4kd.trainer.kernels.grids_header import GRIDS_HEADER, grids_header
 
 LOSS_MODULES = ("loss_ce", "loss_forward_kl", "loss_jsd", "loss_reverse_kl")
-# A teacher by itself has no use for those of the loss, and few have types of decode_iq, or experts.
-LAZY_MODULES = ("decode_iq", "experts", "experts_iq", "routing", *LOSS_MODULES)
+# A teacher by itself has no use for those of the loss, and few have types of decode_iq, experts, or states.
+LAZY_MODULES = ("decode_iq", "experts", "experts_iq", "routing", "states", *LOSS_MODULES)
 MODULES = ("decode", "elementwise", "matvec", *LAZY_MODULES)
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120", "sm_121")
 OPTIONS = ("-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")

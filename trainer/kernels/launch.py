@@ -71,7 +71,7 @@ def _current_stream_of() -> Callable[[int], int]:
 _IQ_MODULE = frozenset(("iq1", "iq2", "iq3", "mxfp4", "nvfp4", "tq1", "tq2"))
 _MODULE_OF = {"decode": "decode", "gather": "decode", "repack": "decode", "unpack": "decode", "matvec": "matvec"}
 _MODULE_OF |= dict.fromkeys(("route", "count", "scan", "place", "take", "combine", "clamped"), "routing")
-_MODULE_OF |= {"experts": "experts"}
+_MODULE_OF |= {"experts": "experts", "convolve": "states", "states": "states"}
 
 
 def module_of(kernel: str) -> str:

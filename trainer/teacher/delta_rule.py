@@ -27,7 +27,7 @@ from torch import Tensor
 
 CHUNK = 64
 # Added to a sum of squares, as transformers' and fla's ``l2norm`` do.
-_UNIT_EPS = 1e-6
+UNIT_EPS = 1e-6
 
 
 def delta_rule(
@@ -138,7 +138,7 @@ def decay_sums(decay: Tensor) -> Tensor:
 
 def unit_heads(x: Tensor) -> Tensor:
     """Return ``x`` divided by its length over the last dimension, float32."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _UNIT_EPS)
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + UNIT_EPS)
 
 
 def short_convolution(x_BTX: Tensor, taps_WX: Tensor, starts_BT: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from q4kd.harness.runs.experiment import ONE_THREAD, Arm, Facts, Inputs, experim
 from q4kd.harness.subjects.hybrids.probes import AT_ONCE
 
 # Chunks have 64 positions. Documents begin within one, at its last position, at its first, and right behind that.
-CHUNK, POSITIONS, FIRSTS = 64, 320, (37, 127, 192, 193, 250)
+CHUNK, POSITIONS, FIRSTS = 64, 330, (37, 127, 192, 193, 250)
 ROWS, COLUMNS = 24, 24
 
 

@@ -56,7 +56,7 @@ def tiny(nvrtc: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[s
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES if EVERY else ["sm_90a"])
-@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise", "routing", "loss_forward_kl"])
+@pytest.mark.parametrize("name", MODULES if EVERY else ["elementwise", "routing", "states", "loss_forward_kl"])
 def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
     cubin = compile_source(read_source(name), arch)
     assert cubin[:4] == b"\x7fELF"
@@ -67,6 +67,7 @@ def test_kernels_compile(nvrtc: None, name: str, arch: str) -> None:
         "experts": "experts_iq4_xs_bf16",
         "experts_iq": "experts_mxfp4_f32",
         "routing": "place_slots",
+        "states": "convolve_bf16",
         "matvec": "matvec_q4_k_r1_t1_f32",
         "loss_ce": "loss_fused_ce_f32_bf16_v8",
         "loss_forward_kl": "loss_grad_forward_kl_f32_f32_v1",

@@ -2,10 +2,11 @@
 
     python -m q4kd.trainer.bench.teacher.mixture --out DIR [--model gpt-oss-20b] [--layers 24] [--shapes 4x2048]
 
-makes Qwen3-30B-A3B's shapes in Q4_K_M's types on the device (``bench/synthetic_30b_a3b.py``), or gpt-oss-20b's in MXFP4
-and Q8_0 (``bench/synthetic_gpt_oss.py``), and measures, in this order: the device's ceilings; what the packed teacher
-alone takes of the device, by NVML where it answers; how far both are from float32 in a model of the first layers; speed
-with the logits of every position, arms interleaved. Numbers go to ``DIR/mixture.json``; a table is printed last.
+makes a model's shapes on the device, Qwen3-30B-A3B's or those of the hybrid decoder Qwen3.6-35B-A3B in Q4_K_M's types
+(``bench/synthetic_30b_a3b.py``), or gpt-oss-20b's in MXFP4 and Q8_0 (``bench/synthetic_gpt_oss.py``), and measures, in
+this order: the device's ceilings; what the packed teacher alone takes of the device, by NVML where it answers; how far
+both are from float32 in a model of the first layers; speed with the logits of every position, arms interleaved. Numbers
+go to ``DIR/mixture.json``; a table is printed last.
 
 Arms: ``q4k`` as it is by default, ``q4k-inline`` never decoding ahead, ``q4k-slabs-N`` with scratch for N megabytes of
 gate and up, ``q4k-rows-N`` holding the activations of N rows; ``transformers`` is its own model in bfloat16 with its
@@ -25,6 +26,7 @@ import torch
 from q4kd.trainer.bench import synthetic_30b_a3b, synthetic_gpt_oss
 from q4kd.trainer.bench.device_probes import collect_garbage, copy_bandwidth, current_device, gemm_rate
 from q4kd.trainer.bench.interleave import Shape, make_ids
+from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
 from q4kd.trainer.bench.teacher.cuda import CudaArm, environment, measure_speed, twin_arm
 from q4kd.trainer.bench.teacher.cuda_errors import plain_float32, row_errors
 from q4kd.trainer.bench.teacher.cuda_table import speed_line
@@ -36,6 +38,7 @@ from q4kd.trainer.formats.blocks.layout import block_format
 from q4kd.trainer.formats.tensor_shapes import expected_shapes
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
+from q4kd.trainer.teacher.cuda.recurrent import rule_flop
 from q4kd.trainer.teacher.cuda.weights import DeviceTensor
 
 DEFAULT_SHAPES = (Shape(4, 2048), Shape(32, 2048))
@@ -69,6 +72,13 @@ MODELS = {
         synthetic_30b_a3b.make_tensors,
         build_mixture_twin,
     ),
+    "qwen3.6-35b-a3b": Synthetic(
+        40,
+        qwen36_35b_a3b,
+        synthetic_30b_a3b.tensor_types,
+        synthetic_30b_a3b.make_tensors,
+        build_mixture_twin,
+    ),
     "gpt-oss-20b": Synthetic(
         24,
         synthetic_gpt_oss.gpt_oss_20b,
@@ -77,11 +87,12 @@ MODELS = {
         build_gpt_oss_twin,
     ),
 }
+_MADE_AS = {"qwen3moe": "qwen3-30b-a3b", "qwen35moe": "qwen3.6-35b-a3b", "gpt-oss": "gpt-oss-20b"}
 
 
 def synthetic(config: TeacherConfig) -> Synthetic:
     """Return how a model of these dimensions is made."""
-    return MODELS["gpt-oss-20b" if config.architecture == "gpt-oss" else "qwen3-30b-a3b"]
+    return MODELS[_MADE_AS[config.architecture]]
 
 
 def make_tensors(config: TeacherConfig, device: torch.device) -> Mapping[str, DeviceTensor]:
@@ -117,9 +128,12 @@ def work_of(config: TeacherConfig, shape: Shape) -> dict[str, float]:
         flop += 2 * weights * shape.tokens * (share if len(dims) == 3 else 1)
         packed += rows * block_format(type_name).row_bytes(dims[-1])
         decoded += 2 * weights if len(dims) == 3 else 0
-    # A causal pass takes half of 4 T^2 N D, and a window of W keys no more than 4 T W N D.
-    keys = [min(shape.length, 2 * config.window(layer) or shape.length) for layer in range(config.num_layers)]
+    # A causal pass takes half of 4 T^2 N D in each layer that attends, and a window of W keys no more than 4 T W N D.
+    attending = [layer for layer in range(config.num_layers) if config.recurrence_of(layer) is None]
+    keys = [min(shape.length, 2 * config.window(layer) or shape.length) for layer in attending]
     flop += 2 * sum(keys) * config.q_size * shape.tokens
+    if config.recurrence is not None:
+        flop += (config.num_layers - len(attending)) * shape.tokens * rule_flop(config.recurrence)
     return {"flop": flop, "packed_bytes": packed, "decoded_expert_bytes": decoded}
 
 
@@ -297,8 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m q4kd.trainer.bench.teacher.mixture", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for mixture.json")
-    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
-    parser.add_argument("--layers", type=int, help="default: all of the model's")
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--layers", type=int, help="of the model's first layers (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", type=parse_shapes, default=list(DEFAULT_SHAPES), metavar="BxT,…")
     parser.add_argument("--slabs", type=int, nargs="*", default=[], metavar="MB", help="other sizes of the scratch")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from q4kd.trainer.bench.teacher.dense_twin import decode_tensor, make_model
+from q4kd.trainer.bench.teacher.hybrid_twin import build_hybrid_twin
 from q4kd.trainer.formats.architecture import TeacherConfig
 from q4kd.trainer.formats.blocks.decode import decode_rows
 from q4kd.trainer.formats.tensor_names import gguf_name
@@ -16,11 +17,13 @@ _TILE_WEIGHTS = 1 << 25
 
 
 def build_mixture_twin(config: TeacherConfig, tensors: Mapping[str, DeviceTensor], dtype: torch.dtype) -> Any:
-    """Return a ``Qwen3MoeForCausalLM`` with the tensors' weights in ``dtype``, on their device.
+    """Return a ``Qwen3MoeForCausalLM`` with the tensors' weights in ``dtype``, on their device; of a hybrid, its own.
 
     Attention is by SDPA, experts by torch's grouped products where transformers has them for the device. The tensors
     are in the file's layout, before a ``CudaForward`` repacks them.
     """
+    if config.recurrence is not None:
+        return build_hybrid_twin(config, tensors, dtype, _decode_experts)
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     make_config: Any = Qwen3MoeConfig  # its annotations leave out what it takes by name

@@ -109,7 +109,8 @@ class CudaForward:
             passes, dtype=dtype, device=self.device, scratch_bytes=scratch_bytes, timeline=timeline
         )
         self._mixture = self._make_mixture(overlap, slab_bytes, expert_rows) if config.num_experts else None
-        self._parts = Parts(config, kernels, self._stream, self._mixture, dtype)
+        states = self._weights.state_kernels
+        self._parts = Parts(config, kernels, self._stream, self._mixture, states, dtype)
         self.scratch = ScratchBytes(self._stream, self._mixture)
         self._heads = Heads(config, self._weights.rope_factors, kernels, self.device)
         # The host waits for each layer's rows of experts, which cannot be captured; recurrent layers are not either.

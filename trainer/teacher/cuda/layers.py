@@ -14,6 +14,7 @@ from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.formats.rope_scaling import LONG_FACTORS, SHORT_FACTORS
 from q4kd.trainer.formats.tensor_shapes import ROPE_FACTORS
 from q4kd.trainer.kernels.expert_kernels import ExpertKernels
+from q4kd.trainer.kernels.state_kernels import StateKernels
 from q4kd.trainer.teacher.cuda.experts import Biases, Experts, build_experts
 from q4kd.trainer.teacher.cuda.recurrent import DeltaNet, build_delta_net, decode_taps
 from q4kd.trainer.teacher.cuda.weights import CudaMatrix, DeviceTensor, Group
@@ -124,6 +125,8 @@ class ModelWeights:
         self._tensors, self._kernels, self._config, self._dtype = tensors, kernels, config, dtype
         if config.num_experts:
             self.expert_kernels = ExpertKernels(kernels.device, kernels.launcher)
+        has_states = config.recurrence is not None
+        self.state_kernels = StateKernels(kernels.device, kernels.launcher) if has_states else None
         self._dense = dtype if backend == "dense" else None
         self.matrices: dict[str, CudaMatrix] = {}
         self.vector_bytes: Counter[str] = Counter()

@@ -26,6 +26,7 @@ from q4kd.trainer.teacher.cuda.stream import WeightStream
 from q4kd.trainer.teacher.cuda.weights import FUSED_MAX_TOKENS, Group
 
 if TYPE_CHECKING:
+    from q4kd.trainer.kernels.state_kernels import StateKernels
     from q4kd.trainer.kernels.teacher_kernels import Kernels
 
 
@@ -54,6 +55,7 @@ class Parts:
         kernels: kernels of the device.
         stream: gives the weights of a group, decoded.
         mixture: the products of experts; None for a model without.
+        states: kernels of recurrent layers; None for a model without.
         dtype: bfloat16 or float32.
     """
 
@@ -63,10 +65,11 @@ class Parts:
         kernels: "Kernels",
         stream: WeightStream,
         mixture: Mixture | None,
+        states: "StateKernels | None",
         dtype: torch.dtype,
     ) -> None:
         self._config, self._kernels, self._stream = config, kernels, stream
-        self._mixture, self._dtype = mixture, dtype
+        self._mixture, self._states, self._dtype = mixture, states, dtype
 
     def is_few(self, group: Group, tokens: int) -> bool:
         """Return whether products of so many tokens read a group's packed weights, which then are not decoded."""
@@ -119,7 +122,10 @@ class Parts:
         steps = torch.empty(len(qkvz), net.steps.rows, dtype=torch.float32, device=qkvz.device)
         self._product(net.steps, buffers.normed, steps)
         read = torch.empty(len(qkvz), net.sizes.value_size, dtype=self._dtype, device=qkvz.device)
-        read_states(net, qkvz, steps, read, batch=batch, starts_BT=starts_BT, eps=self._config.rms_eps)
+        if self._states is None:
+            raise RuntimeError("expected a model with recurrent layers")
+        eps = self._config.rms_eps
+        read_states(self._states, net, qkvz, steps, read, batch=batch, starts_BT=starts_BT, eps=eps)
         self._product(layer.attn_output, read, buffers.delta)
 
     def feed_forward(self, weights: FeedForward, buffers: Activations) -> None:

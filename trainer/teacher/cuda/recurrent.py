@@ -1,9 +1,10 @@
 """A gated delta net on a CUDA device; the equations are those of ``cpu/recurrent.py`` and ``delta_rule.py``.
 
-Projections are cuBLAS products of decoded weights, as of an attention. Everything between them is float32, by torch's
-own operations: the delta rule's products are batched ones of cuBLAS with TF32 off, and its triangular systems cuBLAS's.
-They take 163 thousand FLOP for each token, value head of 128 elements and layer, which is 0.16 G of 6 G for a token of
-Qwen3.6-35B-A3B (30 recurrent layers of 32 heads).
+Projections are cuBLAS products of decoded weights, as of an attention. What lies between them is float32: one kernel
+for the convolution, its activation and the heads' lengths, one for the gated norm (``src/states.cu``), and torch's
+operations for the delta rule, whose products are batched ones of cuBLAS with TF32 off, as are its triangular systems.
+They take 164 thousand FLOP for each token, value head of 128 elements and layer (``rule_flop``), which is 0.16 G of 6 G
+for a token of Qwen3.6-35B-A3B (30 recurrent layers of 32 heads).
 
 Letters in shapes: B sequences, T positions, M = B * T tokens, X channels of the convolution, W taps, V value heads, D
 head size.
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from q4kd.trainer.formats.recurrence import Recurrence
 from q4kd.trainer.teacher.cpu.recurrent import decays, split_heads
-from q4kd.trainer.teacher.delta_rule import CHUNK, delta_rule, short_convolution, unit_heads
+from q4kd.trainer.teacher.delta_rule import CHUNK, UNIT_EPS, delta_rule
 
 if TYPE_CHECKING:
+    from q4kd.trainer.kernels.state_kernels import StateKernels
     from q4kd.trainer.teacher.cuda.weights import DeviceTensor, Group
 
 # Systems of so many bytes are solved at once, before the states go through their chunks one after another.
@@ -73,6 +74,15 @@ def decode_taps(tensor: "DeviceTensor", decode: Callable[..., None]) -> Tensor:
     return taps_XW
 
 
+def rule_flop(sizes: Recurrence) -> int:
+    """Return the FLOP that the delta rule takes for a token: C positions of a chunk at a time."""
+    chunk, size = CHUNK, sizes.head_dim
+    # Keys with keys, queries with keys, weights with corrections, and half of the system for both of its sides.
+    within = 2 * chunk * size * 3 + chunk * 2 * size
+    through = 2 * size * size * 3  # what corrections and queries read of the state, and what it is given
+    return sizes.value_heads * (within + through)
+
+
 def chunk_bytes(sizes: Recurrence, batch: int) -> int:
     """Return the bytes that a chunk of B sequences takes while its systems are made and solved."""
     return batch * sizes.value_heads * 4 * CHUNK * (5 * CHUNK + 8 * sizes.head_dim)
@@ -81,18 +91,19 @@ def chunk_bytes(sizes: Recurrence, batch: int) -> int:
 def recurrent_bytes(sizes: Recurrence, batch: int, length: int) -> int:
     """Return the bytes that a recurrent layer takes at its peak between its two projections.
 
-    Channels before and after the convolution, one copy of those that are multiplied, queries and keys of unit length,
-    their parts by chunks, and what heads read.
+    Convolved channels, what heads read, and the parts and systems of the chunks that are solved at once.
     """
     rows = min(batch, max(1, STATE_TOKENS // length))
     chunks = -(-length // CHUNK)
     at_once = min(chunks, max(1, RUN_BYTES // chunk_bytes(sizes, rows)))
     tokens = rows * length
-    channels = 4 * tokens * (3 * sizes.conv_size + 2 * sizes.key_size + 3 * sizes.value_size)
-    return channels + at_once * chunk_bytes(sizes, rows)
+    return 4 * tokens * (sizes.conv_size + sizes.value_size + 2 * sizes.value_heads) + at_once * chunk_bytes(
+        sizes, rows
+    )
 
 
 def read_states(
+    kernels: "StateKernels",
     net: DeltaNet,
     qkvz: Tensor,
     steps: Tensor,
@@ -105,6 +116,7 @@ def read_states(
     """Write what the heads read of their states, normalised and gated, to ``out``.
 
     Args:
+        kernels: of the device.
         net: the layer.
         qkvz: queries, keys, values and gates before their activations, compute dtype ``[M, X + V * D]``.
         steps: products with alpha and with beta, float32 ``[M, 2 * V]``.
@@ -119,21 +131,23 @@ def read_states(
         last = min(first + rows, batch)
         tokens, starts = slice(first * length, last * length), None if starts_BT is None else starts_BT[first:last]
         shape = last - first, length, -1
-        channels = qkvz[tokens, : sizes.conv_size].float().view(shape)
-        mixed = F.silu(short_convolution(channels, net.taps_WX, starts), inplace=True)
-        del channels
-        q, k, v = split_heads(mixed, sizes)
+        mixed_MX = torch.empty(tokens.stop - tokens.start, sizes.conv_size, dtype=torch.float32, device=qkvz.device)
+        kernels.convolve(
+            qkvz[tokens, : sizes.conv_size],
+            net.taps_WX,
+            None if starts is None else starts.flatten(),
+            length,
+            sizes.head_dim,
+            2 * sizes.key_size,
+            UNIT_EPS,
+            mixed_MX,
+        )
         alpha, beta = steps[tokens].chunk(2, dim=-1)
-        read = delta_rule(
-            unit_heads(q),
-            unit_heads(k),
-            v,
+        read_BTVD = delta_rule(
+            *split_heads(mixed_MX.view(shape), sizes),
             decays(alpha, net.dt_V, net.decay_V).view(shape),
             torch.sigmoid(beta).view(shape),
             starts,
             chunks_at_once=max(1, RUN_BYTES // chunk_bytes(sizes, last - first)),
-        ).flatten(0, 1)
-        del mixed, q, k, v
-        z = qkvz[tokens, sizes.conv_size :].float().view(read.shape)
-        normed = F.rms_norm(read, (sizes.head_dim,), net.norm_D, eps)
-        out[tokens] = normed.mul_(F.silu(z, inplace=True)).flatten(1)
+        )
+        kernels.gate(read_BTVD.flatten(0, 1), qkvz[tokens, sizes.conv_size :], net.norm_D, eps, out[tokens])

@@ -7,6 +7,7 @@ import pytest
 
 from q4kd.trainer.bench.interleave import Shape
 from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors, qwen3_30b_a3b, tensor_types
+from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
 from q4kd.trainer.errors import InputError
 
 
@@ -54,6 +55,20 @@ def test_made_tensors_of_gpt_oss_have_the_scale_of_trained_ones() -> None:
         assert 0.01 < float(decoded.std()) < 0.04 and abs(float(decoded.mean())) < 0.002, name
 
 
+def test_the_hybrid_has_its_tensors_and_weights() -> None:
+    from q4kd.trainer.formats.tensor_shapes import expected_shapes
+
+    config = qwen36_35b_a3b()
+    shapes = expected_shapes(config)
+    types = tensor_types(config)
+    assert set(shapes) == set(types)  # it has no biases of attention
+    total = sum(math.prod(shape) for shape in shapes.values())
+    idle = 40 * 248 * 3 * 512 * 2048
+    # 34.7 G weights, of which a token is multiplied by 2.9 G and looks 0.5 G up: "35B-A3B".
+    assert 34.5e9 < total < 35e9 and 3.2e9 < total - idle < 3.6e9
+    assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_a"] == "F32" and types["blk.0.ssm_out.weight"] == "Q4_K"
+
+
 def test_made_tensors_have_their_types_sizes() -> None:
     import torch
 
@@ -79,6 +94,12 @@ def test_work_is_counted_from_the_shapes() -> None:
     assert found["decoded_expert_bytes"] == 2 * 48 * 128 * 3 * 768 * 2048
     windowed = dataclasses.replace(qwen3_30b_a3b(), windows=(128, 0) * 24)
     assert found["flop"] - work_of(windowed, Shape(4, 2048))["flop"] == 2 * 24 * 4096 * 4 * 2048 * (2048 - 256)
+    hybrid = work_of(qwen36_35b_a3b(4), Shape(1, 2048))
+    rule, attention = 3 * 2048 * 32 * 163_840, 2 * 16 * 256 * 2048**2
+    products = hybrid["flop"] - rule - attention
+    per_token = 3 * (12288 + 64 + 2048 * 2) * 2048 + (8192 + 1024 + 4096) * 2048 + 3 * 8192 * 4
+    per_token += 4 * (256 + 9 * 3 * 512) * 2048 + 248320 * 2048
+    assert products == 2 * 2048 * per_token
     assert parse_shapes("4x2048,1x7") == [Shape(4, 2048), Shape(1, 7)]
 
 

@@ -1,5 +1,6 @@
 """Hybrid decoders on the CUDA path's own code, on the CPU: over reference kernels, and over the kernels' source."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from emulated_cuda import Recorder, build, product  # noqa: F401
 from host_kernels import host_launcher
-from reference_kernels import ReferenceExpertKernels, widening_multiply
+from reference_kernels import ReferenceExpertKernels, ReferenceKernels, ReferenceStateKernels, widening_multiply
 
 pytest.importorskip("transformers")
 from hybrid_models import HYBRIDS as CASES
@@ -19,6 +20,7 @@ import q4kd.trainer.teacher.cuda.recurrent as recurrent_module
 from q4kd.harness.inputs.models.synthetic_hybrids import HYBRIDS, VOCAB, write_hybrid_model
 from q4kd.harness.oracles.families import family_logits, read_family
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.kernels.state_kernels import StateKernels
 from q4kd.trainer.kernels.teacher_kernels import Kernels
 from q4kd.trainer.teacher.cuda.forward import CudaForward
 
@@ -31,6 +33,7 @@ STARTS = torch.from_numpy(np.tile(np.repeat([0, *EDGES], np.diff([0, *EDGES, 150
 def experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture_module, "multiply", widening_multiply)
     monkeypatch.setattr(layers_module, "ExpertKernels", ReferenceExpertKernels)
+    monkeypatch.setattr(layers_module, "StateKernels", ReferenceStateKernels)
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
@@ -87,6 +90,28 @@ def test_the_teacher_is_the_model_that_transformers_runs(tmp_path: Path, name: s
     assert row_errors(logits_of(build(path=made, dtype=torch.float32), IDS), exact).max() <= 1e-5
 
 
+def test_the_bench_times_the_same_function_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from q4kd.trainer.bench.synthetic_30b_a3b import make_tensors
+    from q4kd.trainer.bench.synthetic_35b_a3b import qwen36_35b_a3b
+    from q4kd.trainer.bench.teacher.mixture_twin import build_mixture_twin
+
+    config = dataclasses.replace(
+        qwen36_35b_a3b(4), hidden_size=256, num_heads=2, num_kv_heads=1, vocab_size=VOCAB, context_length=256,
+        num_experts=6, experts_per_token=2, expert_ffn_size=256, shared_ffn_size=256,
+        recurrence=recurrent_module.Recurrence(
+            key_heads=2, value_heads=4, head_dim=64, taps=4, layers=(True, True, True, False)
+        ),
+    )  # fmt: skip
+    cpu, ids = torch.device("cpu"), torch.from_numpy(IDS[:1])
+    twin = build_mixture_twin(config, make_tensors(config, cpu), torch.float32)
+    forward = CudaForward(
+        config, make_tensors(config, cpu), "q4k", ReferenceKernels(), dtype=torch.float32, overlap=False
+    )
+    with torch.no_grad():
+        exact = twin(input_ids=ids, use_cache=False).logits.numpy()
+    assert row_errors(logits_of(forward, IDS[:1]), exact).max() <= 3e-5  # both are float32
+
+
 def test_a_few_tokens_take_the_small_batch_products(path: Path) -> None:
     forward = build(path=path)
     few, many = logits_of(forward, IDS[:1, :9])[0], logits_of(forward, IDS[:1, :40])[0, :9]
@@ -94,12 +119,18 @@ def test_a_few_tokens_take_the_small_batch_products(path: Path) -> None:
     assert np.median(row_errors(few, many)) <= 3e-2
 
 
-def test_the_kernels_own_source_gives_the_same_logits(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_kernels_own_source_gives_the_same_logits(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers_module, "StateKernels", StateKernels)
     write_hybrid_model(tmp_path / "m.gguf", "qwen35")
     kernels = Kernels("cpu", host_launcher(tmp_path_factory))
-    ids = IDS[:1, :7]
-    found = logits_of(build(path=tmp_path / "m.gguf", kernels=kernels, dtype=torch.float32), ids)
-    assert row_errors(found[0], family_logits(read_family(tmp_path / "m.gguf"), ids[0])).max() <= 1e-5
+    ids, starts = IDS[:2, :7], torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1]])
+    found = logits_of(build(path=tmp_path / "m.gguf", kernels=kernels, dtype=torch.float32), ids, starts)
+    model = read_family(tmp_path / "m.gguf")
+    for row, edge in enumerate((3, 1)):
+        alone = np.concatenate([family_logits(model, part) for part in np.split(ids[row], [edge])])
+        assert row_errors(found[row], alone).max() <= 1e-5
 
 
 def test_held_bytes_are_the_files(path: Path) -> None:
@@ -111,7 +142,7 @@ def test_held_bytes_are_the_files(path: Path) -> None:
 def test_planned_bytes_are_no_less_than_those_of_the_largest_tensors() -> None:
     sizes = open_sizes()
     found = recurrent_module.recurrent_bytes(sizes, 4, 2048)
-    assert found >= 4 * 8192 * (2 * sizes.conv_size + sizes.value_size) + recurrent_module.RUN_BYTES // 2
+    assert found >= 4 * 8192 * (sizes.conv_size + sizes.value_size) + recurrent_module.RUN_BYTES // 2
     assert recurrent_module.recurrent_bytes(sizes, 8, 2048) == found  # sequences are taken by 8,192 tokens
 
 

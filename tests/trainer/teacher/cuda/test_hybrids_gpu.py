@@ -10,6 +10,7 @@ from q4kd.harness.inputs.models.synthetic_hybrids import HYBRIDS, VOCAB, write_h
 from q4kd.harness.oracles.families import FamilyModel, family_logits, read_family
 from q4kd.trainer.bench.teacher.cuda_errors import row_errors
 from q4kd.trainer.formats.open import open_model
+from q4kd.trainer.kernels.state_kernels import StateKernels
 from q4kd.trainer.teacher.cuda import recurrent
 from q4kd.trainer.teacher.cuda.load import load_forward
 
@@ -72,7 +73,7 @@ def test_a_layer_takes_no_more_than_was_planned() -> None:
     out = torch.empty(batch * length, sizes.value_size, device=device, dtype=torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    recurrent.read_states(net, qkvz, steps, out, batch=batch, starts_BT=None, eps=1e-6)
+    recurrent.read_states(StateKernels(device), net, qkvz, steps, out, batch=batch, starts_BT=None, eps=1e-6)
     taken = torch.cuda.max_memory_allocated() - before
     planned = recurrent.recurrent_bytes(sizes, batch, length)
     assert torch.isfinite(out).all()
