@@ -129,10 +129,10 @@ class _Tiles:
     def pieces(self, name: str, kind: str, shape: tuple[int, ...], at: int) -> Iterator[_Piece]:
         """Yield a tensor's bytes, which begin at byte ``at`` of the file."""
         if kind == "F32":
-            yield _Piece(at, memoryview(self._plain(name, shape).view(np.uint8).reshape(-1)))
+            yield _Piece(at, memoryview(self._plain(name, shape).view(np.uint8).reshape(-1)))  # type: ignore[arg-type]
             return
         tile = self._tile(kind, _sigma(name, shape[-1], self._config))
-        whole, end = memoryview(tile.reshape(-1)), at + _num_bytes(kind, shape)
+        whole, end = memoryview(tile.reshape(-1)), at + _num_bytes(kind, shape)  # type: ignore[arg-type]
         begin = int(self._rng.integers(len(tile))) * tile.shape[1]
         while at < end:
             data = whole[begin : begin + min(end - at, _PIECE_BYTES)]
@@ -142,7 +142,7 @@ class _Tiles:
     def _plain(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if len(shape) == 1:
             return np.ones(shape, np.float32)
-        return (self._rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+        return (self._rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)  # type: ignore[no-any-return]
 
     def _tile(self, kind: str, sigma: float) -> Bytes:
         if (kind, sigma) not in self._made:

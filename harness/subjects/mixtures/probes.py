@@ -58,7 +58,7 @@ def _in_slabs(model: "ModelFile", device: Device) -> "Forward":
 
     expert_bytes = 4 * 2 * model.config.expert_ffn_size * model.config.hidden_size
     bounds = {"slab_bytes": SLAB_EXPERTS * expert_bytes, "expert_rows": SLAB_ROWS}
-    return load.load_forward(model, "q4k", dtype=torch.float32, **bounds)
+    return load.load_forward(model, "q4k", dtype=torch.float32, **bounds)  # type: ignore[arg-type]
 
 
 def _cases(given: Arrays) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _watched_cuda(model: "ModelFile") -> Iterator[Array]:
         written = ~out.isnan().flatten(1).all(1)
         seen[first : first + len(out)] |= written.cpu().numpy()
 
-    ExpertKernels.decode_experts = watched  # type: ignore[method-assign]
+    ExpertKernels.decode_experts = watched  # type: ignore[assignment, method-assign]
     try:
         yield seen
     finally:
@@ -123,7 +123,7 @@ def _watched_cpu(model: "ModelFile") -> Iterator[Array]:
 
     from q4kd.trainer.teacher.cpu import weights
 
-    original, seen = weights.decode_rows, np.zeros(model.config.num_experts, bool)
+    original, seen = weights.decode_rows, np.zeros(model.config.num_experts, bool)  # type: ignore[attr-defined]
     tensors = [model.tensors[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")]
 
     def watched(kind: str, packed: "torch.Tensor", out: "torch.Tensor", scale: float = 1.0) -> "torch.Tensor":
@@ -134,8 +134,8 @@ def _watched_cpu(model: "ModelFile") -> Iterator[Array]:
                 seen[offset // size : -(-(offset + packed.nbytes) // size)] = True
         return original(kind, packed, out, scale)
 
-    weights.decode_rows = watched
+    weights.decode_rows = watched  # type: ignore[assignment, attr-defined]
     try:
         yield seen
     finally:
-        weights.decode_rows = original
+        weights.decode_rows = original  # type: ignore[attr-defined]

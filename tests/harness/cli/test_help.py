@@ -1,9 +1,12 @@
 """The first screen: every command on one line, grouped, within 80 x 24; completion answers what the shell asks."""
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -95,3 +98,22 @@ def test_no_colour_codes_reach_a_file_or_a_log(variable: str) -> None:
         command = [sys.executable, "-m", "q4kd.harness", *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.stdout and "\x1b" not in done.stdout + done.stderr
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _options(child)
+        else:
+            yield action
+
+
+def test_a_default_that_a_help_text_names_is_the_options_default() -> None:
+    named = 0
+    for action in _options(build_parser()):
+        found = re.search(r"default:? (-?[\d_]+(?:\.\d+)?)(?=[\s,;)])", action.help or "")
+        if found is not None and action.default is not argparse.SUPPRESS and action.default is not None:
+            named += 1
+            assert float(found[1].replace("_", "")) == float(action.default), (action.option_strings, action.help)
+    assert named >= 3
