@@ -78,7 +78,7 @@ def test_a_name_is_registered_once(registry: probes._Registry) -> None:
 
 
 def test_every_probe_describes_its_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(PROBES) == 43
+    assert len(PROBES) == 46
     for name in PROBES:
         with pytest.raises(SystemExit) as ended:
             PROBES[name](["--help", "--"])
