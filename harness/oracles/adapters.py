@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from q4kd.harness.oracles.drawing import drawn_from
+
 # A mask of dropout of a shape, already scaled.
 Drop = Callable[[tuple[int, ...]], Tensor]
 _PARTS = (".lora_A", ".lora_B")
@@ -63,13 +65,18 @@ def fresh_adapters(folder: Path, seed: int, rank: int, targets: Sequence[str]) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     make: Any = AutoModelForCausalLM.from_config
-    student = make(AutoConfig.from_pretrained(folder, local_files_only=True))
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():  # peft calls transformers by a name that is deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted: Any = get_peft_model(student, LoraConfig(r=rank, target_modules=list(targets)))
-    drawn = by_module({name: value.detach() for name, value in adapted.named_parameters()})
-    return {name: value.double().numpy() for name, value in drawn.items()}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def draw() -> Mapping[str, NDArray[np.float64]]:
+        student = make(config)
+        torch.manual_seed(seed)  # the student's own weights have been drawn before
+        with warnings.catch_warnings():  # peft calls transformers by a name that is deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted: Any = get_peft_model(student, LoraConfig(r=rank, target_modules=list(targets)))
+        drawn = by_module({name: value.detach() for name, value in adapted.named_parameters()})
+        return {name: value.double().numpy() for name, value in drawn.items()}
+
+    return dict(drawn_from(seed, draw))
 
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

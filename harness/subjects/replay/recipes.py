@@ -171,18 +171,25 @@ def _start_weights(inputs: Inputs, leg: Leg) -> Arrays:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from q4kd.harness.oracles.adapters import fresh_adapters
+    from q4kd.harness.oracles.drawing import drawn_from
 
     folder = _student(inputs, leg)
-    if leg.is_fresh:
-        torch.manual_seed(leg.settings["seed"])
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(AutoConfig.from_pretrained(folder, local_files_only=True))
-        tensors = {name: value.detach() for name, value in model.named_parameters()}
-    else:
-        tensors = load_file(folder / "model.safetensors")
     # A student is loaded in its dtype, and its masters begin there.
     dtype = torch.bfloat16 if leg.rounds_weights else torch.float32
-    start = {name: value.to(dtype).double().numpy() for name, value in tensors.items()}
+
+    def widened(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+        return {name: value.to(dtype).double().numpy() for name, value in tensors.items()}
+
+    if leg.is_fresh:
+        make: Any = AutoModelForCausalLM.from_config
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        drawn = drawn_from(
+            leg.settings["seed"],
+            lambda: widened({name: value.detach() for name, value in make(config).named_parameters()}),
+        )
+        start = dict(drawn)
+    else:
+        start = widened(load_file(folder / "model.safetensors"))
     if leg.targets:
         start |= fresh_adapters(folder, leg.settings["seed"], leg.settings["lora_rank"], leg.targets)
     return start
