@@ -10,7 +10,7 @@ with the other::
     host          waits for E numbers, the rows of each expert, once a layer
 
 What a pass of M tokens of Qwen3-30B-A3B (48 layers, H 2048, F 768, E 128, C 8) cannot do without, counted; times are
-those at an H200's 4.3 TB/s and 790 TFLOP/s. Measured were 163 ms with 8,192 tokens and 1.28 s with 65,536, heads included::
+those at an H200's 4.3 TB/s and 790 TFLOP/s. Measured, heads included: 163 ms with 8,192 tokens, 1.28 s with 65,536::
 
     FLOP of a token  2 (48 (18.9 M attention + 37.7 M of 8 experts) + 311 M head) = 6.1 G, without keys and values
     experts          29.0 G weights: 17.6 GB packed (Q4_K, down of half the layers Q6_K), 58.0 GB decoded
