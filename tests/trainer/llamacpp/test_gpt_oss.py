@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
-from family_models import LENGTH, MIXTURES, exact_logits, make_family, write_family
+from family_models import LENGTH, MIXTURES, decide, exact_logits, make_family, write_family
 from llamacpp_engine import decode, quantise, their_logits
 from parity_rows import cosines, parity_row
 from teachers import load_quietly
@@ -50,24 +50,11 @@ def write(path: Path, name: str, *, base: float = WHOLE_BASE, change: Callable[[
     return write_family(path, case, model, vocabulary=True)
 
 
-def decide(model: Any) -> None:
-    """Let the first of eight kinds of tokens choose by a wide margin: experts 0, 3 and 6; the next 1, 4 and 7; ...
-
-    A token's embedding is mostly the direction of its kind, and each router's row the sum of those that choose it.
-    """
-    hidden, count = model.config.hidden_size, model.config.num_local_experts
-    generator = torch.Generator().manual_seed(1)
-    kinds = torch.linalg.qr(torch.randn(hidden, 8, generator=generator, dtype=torch.float64)).Q.T
-    preference = torch.zeros(count, 8, dtype=torch.float64)
-    for kind in range(8):
-        for place, weight in enumerate((1.0, 0.95, 0.9)):
-            preference[(kind + 3 * place) % count, kind] = weight
+def clearly(model: Any) -> None:
+    """Make the routers choose by a wide margin."""
+    decide(model, [layer.mlp.router.weight for layer in model.model.layers], weight_of_kind=4.0)
     with torch.no_grad():
-        weight = model.model.embed_tokens.weight
-        mixed = 0.3 * weight + 4 * hidden**0.5 * kinds[torch.arange(len(weight)) % 8]
-        weight.copy_(mixed.float())
         for layer in model.model.layers:
-            layer.mlp.router.weight.copy_((preference @ kinds).float())
             layer.mlp.router.bias.mul_(0.1)
 
 
@@ -84,7 +71,7 @@ def compare(path: Path, theirs: Path, name: str, record_parity: Record) -> dict[
 
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_experts_of_a_decisive_router(tmp_path: Path, form: str, record_parity: Record) -> None:
-    path = quantise(write(tmp_path / "m.gguf", "gpt-oss", change=decide), tmp_path / f"{form}.gguf", form)
+    path = quantise(write(tmp_path / "m.gguf", "gpt-oss", change=clearly), tmp_path / f"{form}.gguf", form)
     if form == "MXFP4_MOE":
         assert {tensor.type for tensor in open_model(path).tensors.values()} == {"MXFP4", "Q8_0", "F32"}
     assert compare(path, path, f"gpt-oss, decisive {form}", record_parity)["cosine"] >= COSINE

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the independent engine; nox -s parity builds it")
 
-from family_models import LENGTH, MIXTURES, make_family, write_family
+from family_models import LENGTH, MIXTURES, decide, make_family, write_family
 from llamacpp_engine import decode, quantise, their_logits
 from parity_rows import parity_row
 from teachers import load_quietly
@@ -42,24 +42,9 @@ def write(path: Path, name: str, change: Callable[[Any], None] = lambda _model: 
     return write_family(path, case, model, vocabulary=True)
 
 
-def decide(model: Any) -> None:
-    """Let the first of eight kinds of tokens choose by a wide margin: experts 0, 3 and 6; the next 1, 4 and 7; ...
-
-    A token's embedding is mostly the direction of its kind, and each router's row the sum of those that choose it.
-    """
-    hidden, count = model.config.hidden_size, model.config.num_experts
-    generator = torch.Generator().manual_seed(1)
-    kinds = torch.linalg.qr(torch.randn(hidden, 8, generator=generator, dtype=torch.float64)).Q.T
-    preference = torch.zeros(count, 8, dtype=torch.float64)
-    for kind in range(8):
-        for place, weight in enumerate((1.0, 0.95, 0.9)):
-            preference[(kind + 3 * place) % count, kind] = weight
-    with torch.no_grad():
-        weight = model.model.embed_tokens.weight
-        mixed = 0.3 * weight + hidden**0.5 * kinds[torch.arange(len(weight)) % 8]
-        weight.copy_(mixed.float())
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.copy_((preference @ kinds).float())
+def clearly(model: Any) -> None:
+    """Make the routers choose by a wide margin."""
+    decide(model, [layer.mlp.gate.weight for layer in model.model.layers], weight_of_kind=1.0)
 
 
 def compare(path: Path, theirs: Path, name: str, record_parity: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -78,7 +63,7 @@ def compare(path: Path, theirs: Path, name: str, record_parity: Callable[[dict[s
 def test_packed_experts_of_a_decisive_router(
     tmp_path: Path, form: str, record_parity: Callable[[dict[str, Any]], None]
 ) -> None:
-    path = quantise(write(tmp_path / "m.gguf", "qwen3moe", decide), tmp_path / f"{form}.gguf", form)
+    path = quantise(write(tmp_path / "m.gguf", "qwen3moe", clearly), tmp_path / f"{form}.gguf", form)
     assert compare(path, path, f"qwen3moe, decisive {form}", record_parity)["cosine"] >= COSINE
 
 
