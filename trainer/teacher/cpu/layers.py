@@ -16,7 +16,7 @@ from q4kd.trainer.teacher.cpu.dense_and_experts import DenseAndExperts
 from q4kd.trainer.teacher.cpu.experts import Biases, Experts
 from q4kd.trainer.teacher.cpu.recurrent import DeltaNet, build_delta_net
 from q4kd.trainer.teacher.cpu.shared_expert import SharedExpert, build_shared_expert
-from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_matrix, decode_vector
+from q4kd.trainer.teacher.cpu.weights import Matrix, Scratch, build_matrix, decode_vector
 from q4kd.trainer.teacher.rope import RopeFactors
 
 
@@ -130,8 +130,7 @@ class ModelWeights:
     def _load_recurrent(self, prefix: str, sizes: Recurrence | None) -> DeltaNet | None:
         if sizes is None:
             return None
-        taps = decode_matrix(self._model.tensors[prefix + "ssm_conv1d.weight"]).T.contiguous()
-        self.vector_bytes["F32"] += taps.nbytes
+        taps = self._vector(prefix + "ssm_conv1d.weight").T.contiguous()
         return build_delta_net(prefix, sizes, self._matrix, self._vector, taps)
 
     def _load_feed_forward(self, prefix: str) -> FeedForward:

@@ -192,14 +192,9 @@ def build_matrix(backend: str, tensor: PackedTensor, scratch: Scratch, dtype: to
 
 
 def decode_vector(tensor: PackedTensor) -> Tensor:
-    """Return a norm or bias as float32 ``[length]``, or the biases of experts as ``[E, length]``.
+    """Return a norm or bias as float32 ``[length]``, or the biases of experts or a convolution's taps, two-dimensional.
 
     It is a copy: vectors are small and used at every step.
     """
     out = torch.empty(math.prod(tensor.shape[:-1]), tensor.shape[-1], dtype=torch.float32)
     return decode_rows(tensor.type, torch.from_numpy(tensor.data).view(len(out), -1), out).view(tensor.shape)
-
-
-def decode_matrix(tensor: PackedTensor) -> Tensor:
-    """Return a small matrix that no product reads as float32 ``[R, K]`` (a copy, as of a vector)."""
-    return decode_rows(tensor.type, torch.from_numpy(tensor.data), torch.empty(tensor.shape, dtype=torch.float32))
